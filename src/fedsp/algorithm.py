@@ -1,0 +1,153 @@
+"""FedSP: Federated learning with tunable Soft Prompts.
+
+Chenhe Dong, Yuexiang Xie, Bolin Ding, Ying Shen, Yaliang Li. *Tunable Soft Prompts are Messengers in Federated Learning*.
+Findings of EMNLP 2023. https://arxiv.org/abs/2311.06805
+
+The algorithm. The server holds a global model M_g, frozen. Clients 1..K hold text, and a copy of a small auxiliary model M_a that the server
+has made from layers of M_g and distilled from it (`fedsp.auxiliary`, `fedsp.distill`). Only the soft prompt p travels.
+
+    p = p^0
+    for round t = 1 .. R:
+        the server broadcasts p to the clients it asks
+        each asked client k, on its own text:
+            align:  S steps on M_a^k, p frozen             (alternating training, stage 1)
+            speak:  S steps on p, M_a^k frozen             (alternating training, stage 2)
+            p_k is sent back; M_a^k stays
+        p = sum_k n_k p_k / sum_k n_k                      (`fedsp.aggregation`)
+        p: S steps through M_g on the server's own labels  (the server step)
+    the p with the best validation loss under M_g is the result
+
+Every loss is the cross-entropy of answer tokens, nats per token. Align, server step, distillation and sharing are switched off by
+numbers: no steps, or another layer plan. The loop over rounds is `fedsp.federation`; what travels how, `fedsp.engines`.
+
+Deviations from the authors' released code, each a choice (`preset = "paper"` keeps the paper's settings otherwise):
+
+ 1. Clients start from one broadcast prompt, not from ten random ones that are then averaged.
+ 2. The prompt alone travels; the auxiliary model and its differences do not.
+ 3. With a projection, its MLP is trained wherever the prompt is, and folded before anything travels.
+ 4. Targets have the leading space that the evaluation gives them.
+ 5. Weights of the mean are the server's register of examples, never what a client says of itself.
+ 6. Selection is by validation, never by a test split; the server's training is a step of the round, not of the evaluation.
+ 7. Prompts, gradients and optimizer state are float32; AdamW keeps its default eps.
+ 8. Dropout is off on both sides, and tokens stand behind the prompt (`positions = "from_zero"` for the authors' convention).
+ 9. The prompt of each auxiliary depth is that of one stated global layer; nothing is repeated or averaged to make shapes fit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fedsp.data.encoding import Encoded, collate, training_batches
+from fedsp.fitting import Fitted, Tensors, answer_loss, fit, trainable
+from fedsp.methods.base import Stage
+from fedsp.parties import Party
+from fedsp.payload import Payload
+from fedsp.prompts import SoftPrompt
+from fedsp.rounds import Request, Update, derive_seed
+
+
+@dataclass(frozen=True)
+class FedSP:
+    """The method, as a value. `keep_optimizer` lets AdamW's moments rest with each party between rounds, as the authors do.
+
+    `package` are the auxiliary weights as handed out, from which every client's own ones start; none where no client aligns.
+    """
+
+    align: Stage
+    speak: Stage
+    server: Stage
+    keep_optimizer: bool = False
+    package: Tensors = field(default_factory=dict, repr=False)
+
+    def init(self, server: Party) -> Payload:
+        """One prompt for all."""
+        return server.prompt.payload()
+
+    def client_update(self, client: Party, request: Request) -> Update:
+        """Align, then speak; answer with the prompt. See `Method.client_update`."""
+        started = time.perf_counter()
+        state = client.rest.load(before=request.round) if self._rests(client.prompt) else {}
+        _take_up(client.prompt, request.payload, _part(state, "prompt"))
+        if not self.align.steps:
+            return self._speak(client, request, state, started)
+        with client.own_weights(_part(state, "auxiliary"), self.package):
+            return self._speak(client, request, state, started)
+
+    def _speak(self, client: Party, request: Request, state: Tensors, started: float) -> Update:
+        validation = validation_loss(client, client.held_out)
+        if not request.train:
+            return Update(request.round, client.id, request.payload, validation=validation)
+        aligned = self._stage(client, "align", request.round, request.seed, state)
+        spoken = self._stage(client, "speak", request.round, request.seed, state)
+        self._let_rest(client, request.round, {"align": aligned, "speak": spoken})
+        losses = {name: fitted.last for name, fitted in (("align", aligned), ("speak", spoken)) if fitted.last is not None}
+        return Update(request.round, client.id, client.prompt.payload(), losses, validation, time.perf_counter() - started)
+
+    def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
+        """Steps on the aggregated prompt through the frozen global model. See `Method.server_update`."""
+        if not self.server.steps:
+            return aggregated, None
+        state = server.rest.load(before=round) if self._rests(server.prompt) else {}
+        _take_up(server.prompt, aggregated, _part(state, "prompt"))
+        fitted = self._stage(server, "server", round, seed, state)
+        self._let_rest(server, round, {"server": fitted})
+        return server.prompt.payload(), fitted.last
+
+    def _stage(self, party: Party, name: str, round: int, seed: int, state: Tensors) -> Fitted:
+        """One stage of one party: what is trained is the auxiliary model in `align`, the prompt otherwise."""
+        stage: Stage = getattr(self, name)
+        aligning = name == "align"
+        train = trainable(party.model.model) if aligning and stage.steps else trainable(party.prompt)
+        fixed = party.prompt.prefix(party.model).detach() if aligning else None
+        return fit(
+            train,
+            lambda batch: answer_loss(party.model, party.prompt.prefix(party.model) if fixed is None else fixed, batch.to(party.model.device)),
+            training_batches(party.examples, steps=stage.steps, batch_size=stage.batch_size, seed=derive_seed(seed, name)),
+            stage.optimisation,
+            first_step=(round - 1) * stage.steps,
+            moments=_part(state, name) if self.keep_optimizer else None,
+        )
+
+    def _rests(self, prompt: SoftPrompt) -> bool:
+        """Whether a party has anything to keep from one round to the next."""
+        return bool(self.align.steps) or self.keep_optimizer or bool(prompt.spec.projection)
+
+    def _let_rest(self, party: Party, round: int, fits: dict[str, Fitted]) -> None:
+        if not self._rests(party.prompt):
+            return
+        state: Tensors = {f"prompt/{name}": tensor for name, tensor in party.prompt.state_dict().items() if party.prompt.spec.projection}
+        if "align" in fits and self.align.steps:
+            state |= {f"auxiliary/{name}": parameter for name, parameter in trainable(party.model.model).items()}
+        if self.keep_optimizer:
+            state |= {f"{name}/{key}": tensor for name, fitted in fits.items() for key, tensor in fitted.moments.items()}
+        party.rest.save(round, state)
+
+
+@torch.no_grad()
+def validation_loss(party: Party, rows: Sequence[Encoded], batch_size: int = 32) -> float | None:
+    """Mean loss, nats per answer token, of a party's prompt through its model on rows that nothing was trained on."""
+    if not rows:
+        return None
+    prefix, total, count = party.prompt.prefix(party.model), 0.0, 0
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        tokens = sum(len(row.ids) - row.start for row in batch)
+        total += tokens * float(answer_loss(party.model, prefix, collate(batch).to(party.model.device)))
+        count += tokens
+    return total / count
+
+
+def _take_up(prompt: SoftPrompt, payload: Payload, projection: Tensors) -> None:
+    """Load a received prompt, through the party's own projection if it has one from an earlier round."""
+    if projection:
+        prompt.load_state_dict(projection, strict=False)
+    prompt.load(payload)
+
+
+def _part(state: Tensors, name: str) -> Tensors:
+    return {key.removeprefix(f"{name}/"): tensor for key, tensor in state.items() if key.startswith(f"{name}/")}

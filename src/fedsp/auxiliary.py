@@ -1,0 +1,247 @@
+"""The auxiliary model: the small model that clients get, made of layers of the global one.
+
+A layer plan says which global layer stands at each depth. Depths that share a layer share its parameters and keep a cache slot each (FedSP,
+https://arxiv.org/abs/2311.06805, section 3: depth reduction and cross-layer sharing). As a folder it holds everything that a client needs
+and nothing else: safetensors, configuration, tokenizer, plan, and the SHA-256 digest of its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from fedsp.errors import AuxiliaryError, ConfigurationError, StorageError
+from fedsp.fitting import Tensors, trainable
+from fedsp.models import Positions, PromptedLM, empty_model, find_blocks, load_tokenizer, tokenizer_digest
+from fedsp.storage import read_tensors, tensors_digest, write_json, write_tensors
+
+MANIFEST = "auxiliary.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What stands at each depth.
+
+    Attributes:
+        sources: the global layer at each depth.
+        groups: depths with the same number share their parameters.
+        frozen: for each depth, whether it stays verbatim when the rest is distilled; with any, embeddings and head stay verbatim too.
+        prompt_layers: the layer of the soft prompt that each depth reads.
+    """
+
+    sources: tuple[int, ...]
+    groups: tuple[int, ...]
+    frozen: tuple[bool, ...]
+    prompt_layers: tuple[int, ...]
+
+    @property
+    def depth(self) -> int:
+        return len(self.sources)
+
+    @property
+    def keeps_verbatim(self) -> bool:
+        return any(self.frozen)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"sources": list(self.sources), "groups": list(self.groups), "frozen": list(self.frozen), "prompt_layers": list(self.prompt_layers)}
+
+
+def parse_plan(text: str | Sequence[int], layers: int, prompt_layers: Sequence[int] | None = None) -> LayerPlan:
+    """The plan that a configuration names, for a global model of `layers` layers.
+
+    `shared(i)`: layer i at every depth. `every(k)`: layers 0, k, 2k, ... `first(n)`: layers 0 to n - 1. `cells(a-b)`: layers a to b over and over.
+    `ends(n, m)`: the first and last n verbatim and frozen, one shared layer m times between (all the depths between, if m is left out).
+    A list gives the layer at each depth; equal numbers share.
+
+    When depths are as many as layers, each depth reads its own prompt layer; otherwise it reads that of its source, and the shared middle of
+    `ends` reads layers spread evenly over those it stands for.
+
+    Raises:
+        ConfigurationError: the plan cannot be read, or does not fit the model.
+    """
+    match = re.fullmatch(r"(\w+)\(([\d\s,-]*)\)", text.strip()) if isinstance(text, str) else None
+    name, numbers = (match[1], [int(number) for number in re.findall(r"\d+", match[2])]) if match else ("list", [])
+    frozen: list[bool] | None = None
+    if not isinstance(text, str):
+        sources = list(text)
+    elif name == "shared" and len(numbers) == 1:
+        sources = numbers * layers
+    elif name == "every" and len(numbers) == 1 and numbers[0]:
+        sources = list(range(0, layers, numbers[0]))
+    elif name == "first" and len(numbers) == 1:
+        sources = list(range(numbers[0]))
+    elif name == "cells" and len(numbers) == 2 and numbers[0] <= numbers[1]:
+        cell = range(numbers[0], numbers[1] + 1)
+        if layers % len(cell):
+            raise ConfigurationError(f"auxiliary.plan: {text} repeats {len(cell)} layers, which do not divide the model's {layers}")
+        sources = list(cell) * (layers // len(cell))
+    elif name == "ends" and len(numbers) in (1, 2):
+        return _ends(layers, *numbers, prompt_layers=prompt_layers)
+    else:
+        raise ConfigurationError(f"auxiliary.plan: {text!r} is no layer plan: write shared(0), every(2), first(4), cells(0-1), ends(2), ends(2, 3), or a list such as [0, 0, 5, 5]")
+    frozen = [False] * len(sources)
+    reads = list(prompt_layers) if prompt_layers is not None else list(range(layers)) if len(sources) == layers else sources
+    return _checked(LayerPlan(tuple(sources), tuple(sources), tuple(frozen), tuple(reads)), layers, text)
+
+
+def _ends(layers: int, ends: int, middle: int | None = None, *, prompt_layers: Sequence[int] | None) -> LayerPlan:
+    between = layers - 2 * ends
+    repeats = between if middle is None else middle
+    if ends < 1 or between < 1 or not 1 <= repeats:
+        raise ConfigurationError(f"auxiliary.plan: ends({ends}{'' if middle is None else f', {middle}'}) leaves no middle in a model of {layers} layers: keep fewer verbatim")
+    first, last = list(range(ends)), list(range(layers - ends, layers))
+    spread = [ends + (2 * index + 1) * between // (2 * repeats) for index in range(repeats)]
+    source = ends + between // 2
+    reads = list(prompt_layers) if prompt_layers is not None else [*first, *spread, *last]
+    frozen = [True] * ends + [False] * repeats + [True] * ends
+    plan = LayerPlan((*first, *[source] * repeats, *last), (*first, *[layers] * repeats, *last), tuple(frozen), tuple(reads))
+    return _checked(plan, layers, f"ends({ends}, {repeats})")
+
+
+def _checked(plan: LayerPlan, layers: int, text: object) -> LayerPlan:
+    if not plan.depth or max(plan.sources) >= layers:
+        raise ConfigurationError(f"auxiliary.plan: {text} names layer {max(plan.sources, default=None)}, but the model has layers 0 to {layers - 1}")
+    if len(plan.prompt_layers) != plan.depth or not all(0 <= layer < layers for layer in plan.prompt_layers):
+        raise ConfigurationError(f"auxiliary.prompt_layers: {list(plan.prompt_layers)} must give one layer from 0 to {layers - 1} for each of the {plan.depth} depths of {text}")
+    return plan
+
+
+class AuxiliaryModel(PromptedLM):
+    """A PromptedLM that knows its plan and where it came from."""
+
+    def __init__(self, model: Any, plan: LayerPlan, tokenizer: PreTrainedTokenizerBase, *, positions: Positions) -> None:
+        super().__init__(model, "the auxiliary model", positions=positions, prompt_layers=plan.prompt_layers)
+        self.plan = plan
+        self.tokenizer = tokenizer
+
+    def weights(self) -> Tensors:
+        """Every parameter once, on the CPU."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in trainable(self.model).items()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Tensors) -> None:
+        """Copy weights into place; depths that share keep sharing."""
+        for name, parameter in trainable(self.model).items():
+            parameter.copy_(weights[name])
+
+    def distillable(self) -> dict[str, nn.Parameter]:
+        """What distillation trains: everything, or, where a plan keeps layers verbatim, only the depths that are not."""
+        if not self.plan.keeps_verbatim:
+            return trainable(self.model)
+        free = {id(parameter) for block, frozen in zip(self.blocks, self.plan.frozen, strict=True) if not frozen for parameter in block.parameters()}
+        return {name: parameter for name, parameter in trainable(self.model).items() if id(parameter) in free}
+
+    def digest(self) -> str:
+        """SHA-256 over the weights, each once."""
+        return tensors_digest(self.weights())
+
+    def save(self, folder: Path) -> str:
+        """Write the folder that a client gets; returns the digest.
+
+        Raises:
+            StorageError: the disk did not take it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = write_tensors(folder / WEIGHTS, self.weights(), {"format": "pt"})
+        self.model.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        write_json(folder / MANIFEST, {"plan": self.plan.to_json(), "sha256": digest, "tokenizer_sha256": tokenizer_digest(self.tokenizer)})
+        return digest
+
+
+def build_auxiliary(model: PromptedLM, plan: LayerPlan, tokenizer: PreTrainedTokenizerBase) -> AuxiliaryModel:
+    """An auxiliary model with copies of the global model's embeddings, final norm, head and planned layers."""
+    auxiliary = empty_auxiliary(planned_config(model.model.config, plan), plan).to(model.device, model.dtype)
+    outside = f"{model.path_of_blocks}."
+    prefix = f"{model.model.base_model_prefix}." if model.backbone is not model.model else ""
+    source = {name: tensor for name, tensor in model.model.state_dict().items() if not name.startswith(prefix + outside)}
+    auxiliary.load_state_dict(source, strict=False)
+    blocks = _blocks(auxiliary, plan, model.name)
+    for depth, layer in enumerate(plan.sources):
+        blocks[depth].load_state_dict(model.blocks[layer].state_dict())
+    return AuxiliaryModel(auxiliary.requires_grad_(False), plan, tokenizer, positions=model.positions)
+
+
+def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, digest: str | None = None) -> AuxiliaryModel:
+    """The auxiliary model in a folder, held against its own digest and, if given, the one that was promised.
+
+    Raises:
+        AuxiliaryError: the folder is incomplete or its weights do not have the digest.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        plan = LayerPlan(*(tuple(manifest["plan"][key]) for key in ("sources", "groups", "frozen", "prompt_layers")))
+        weights, _ = read_tensors(folder / WEIGHTS)
+        expected = [manifest["sha256"]] + ([digest] if digest else [])
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = load_tokenizer(str(folder))
+    except FileNotFoundError as error:
+        raise AuxiliaryError(f"{folder} holds no auxiliary model: there is no {Path(str(error.filename)).name}; `fedsp distill` writes one") from error
+    except (StorageError, OSError, KeyError, ValueError) as error:
+        raise AuxiliaryError(f"the auxiliary model in {folder} cannot be used: {error}") from error
+    found = tensors_digest(weights)
+    if any(found != value for value in expected):
+        raise AuxiliaryError(f"the auxiliary model in {folder} has the SHA-256 digest {found[:16]}..., expected {next(v for v in expected if v != found)[:16]}...: get the folder again from the server")
+    if tokenizer_digest(tokenizer) != manifest["tokenizer_sha256"]:
+        raise AuxiliaryError(f"the tokenizer in {folder} is not the one that the auxiliary model was made with: get the folder again from the server")
+    model = empty_auxiliary(config, plan)
+    missing = set(trainable(model)) - set(weights)
+    if missing:
+        raise AuxiliaryError(f"the auxiliary model in {folder} lacks {sorted(missing)[0]}: get the folder again from the server")
+    model.load_state_dict(weights, strict=False)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return AuxiliaryModel(model.requires_grad_(False).to(device, dtype), plan, tokenizer, positions=positions)
+
+
+def planned_config(config: Any, plan: LayerPlan) -> Any:
+    """The global model's configuration with the plan's depth, and at each depth the kind of layer that its source is."""
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config()
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds is not None:
+        text_config.layer_types = [kinds[source] for source in plan.sources]
+    text_config.num_hidden_layers = plan.depth
+    return config
+
+
+def empty_auxiliary(config: Any, plan: LayerPlan) -> Any:
+    """A model of the plan's depth, one block per depth with its own layer index, parameters shared as the plan says."""
+    with torch.random.fork_rng(devices=[]):
+        model = empty_model(config)
+    blocks = _blocks(model, plan, "the auxiliary model")
+    first = {group: depth for depth, group in reversed(list(enumerate(plan.groups)))}
+    for depth, group in enumerate(plan.groups):
+        if first[group] != depth:
+            _share(blocks[first[group]], blocks[depth])
+    return model
+
+
+def _blocks(model: Any, plan: LayerPlan, name: str) -> nn.ModuleList:
+    return find_blocks(getattr(model, model.base_model_prefix, model), plan.depth, name)[1]
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    """Make every parameter of `target` the very object that `source` has."""
+    for name, parameter in source.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        setattr(target.get_submodule(path), leaf, parameter)
+
+
+def disclosed_share(auxiliary: PromptedLM, model: PromptedLM) -> float:
+    """The share of the global model's parameters that stand bit for bit in the auxiliary, each global tensor compared with each of its shape."""
+    held: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for parameter in trainable(auxiliary.model).values():
+        held.setdefault(tuple(parameter.shape), []).append(parameter)
+    parameters = trainable(model.model)
+    disclosed = sum(max((int((tensor == other).sum()) for other in held.get(tuple(tensor.shape), [])), default=0) for tensor in parameters.values())
+    return disclosed / sum(tensor.numel() for tensor in parameters.values())

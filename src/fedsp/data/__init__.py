@@ -1,0 +1,1 @@
+"""Questions: files, tasks, encoding, partition."""

@@ -1,0 +1,96 @@
+"""Examples as tokens, and batches padded to their own longest.
+
+How a pair is cut (as lm-evaluation-harness does it; the space belongs to the choice):
+
+    context:  Question: Who lives in Bexley?\\nAnswer:        ids[:start]
+    choice:   " Toruva"                                       ids[start:]
+    trained:  ids, with labels -100 before `start`
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedsp.data.tasks import Example
+from fedsp.models import pad
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a context and a continuation, which begins at `start`; `dropped` tokens of old context did not fit."""
+
+    ids: tuple[int, ...]
+    start: int
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded tokens, mask and labels (B, T); labels are IGNORED wherever nothing is asked."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, max_tokens: int) -> Encoded:
+    """Encode a pair; when it is longer than `max_tokens`, the oldest context goes, never the continuation.
+
+    The whole text is encoded at once and cut where the context alone would end. At least one token of context stays, since the first token
+    of a continuation needs something to be predicted from; so a continuation keeps at most its last `max_tokens` - 1 tokens.
+    """
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    if context:
+        before: list[int] = tokenizer.encode(context)
+        whole: list[int] = tokenizer.encode(context + continuation)
+    else:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        before = [first if first is not None else 0]
+        whole = before + tokenizer.encode(continuation, add_special_tokens=False)
+    dropped = max(0, len(whole) - max_tokens)
+    return Encoded(tuple(whole[dropped:]), max(1, len(before) - dropped), dropped)
+
+
+def encode_targets(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_tokens: int) -> list[Encoded]:
+    """The context and the right answer of each example: what training reads."""
+    return [encode_pair(tokenizer, example.context, example.target, max_tokens) for example in examples]
+
+
+def collate(rows: Sequence[Encoded]) -> Batch:
+    """A batch padded on the right to its own longest row, labels on the continuations."""
+    input_ids, attention_mask = pad([row.ids for row in rows], torch.device("cpu"))
+    starts = torch.tensor([row.start for row in rows])[:, None]
+    asked = attention_mask.bool() & (torch.arange(input_ids.shape[1]) >= starts)
+    return Batch(input_ids, attention_mask, input_ids.where(asked, IGNORED))
+
+
+def training_batches(rows: Sequence[Encoded], *, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    """`steps` batches drawn without replacement until the rows run out, then afresh; within each pass rows of like length go together.
+
+    Which rows are read depends on the seed alone; the order of the batches is drawn too, so short and long ones mix.
+    """
+    if not steps:
+        return
+    rng = random.Random(seed)
+    drawn: list[int] = []
+    while len(drawn) < steps * batch_size:
+        drawn += rng.sample(range(len(rows)), len(rows))
+    a_pass = max(1, len(rows) // batch_size) * batch_size
+    for start in range(0, steps * batch_size, a_pass):
+        pool = sorted(drawn[start : min(start + a_pass, steps * batch_size)], key=lambda index: len(rows[index].ids))
+        groups = [pool[first : first + batch_size] for first in range(0, len(pool), batch_size)]
+        for group in rng.sample(groups, len(groups)):
+            yield collate([rows[index] for index in group])

@@ -1,0 +1,77 @@
+"""Who holds which training questions: the server's share first, then `flwr-datasets` among the clients. Seeded, and written to disk."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedsp.config import PartitionSection
+from fedsp.data.files import Row
+from fedsp.errors import DataError
+from fedsp.rounds import derive_seed
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Row numbers of train, by holder. No row has two holders."""
+
+    server: list[int]
+    validation: list[int]
+    clients: dict[str, list[int]]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_partition(rows: Sequence[Row], section: PartitionSection, *, server_share: float, holdout: float, seed: int) -> Partition:
+    """Hold out validation rows, give the server its share, and divide the rest among the clients.
+
+    Raises:
+        DataError: there are more clients than rows, a client would be empty, or the column is not there.
+    """
+    order = list(range(len(rows)))
+    random.Random(derive_seed(seed, "partition")).shuffle(order)
+    held, owned = round(holdout * len(order)), round(server_share * len(order))
+    validation, server, rest = sorted(order[:held]), sorted(order[held : held + owned]), order[held + owned :]
+    if section.kind != "natural" and section.clients > len(rest):
+        raise DataError(f"partition.clients = {section.clients}, but only {len(rest)} training examples are left for clients: ask for fewer clients or bring more questions")
+    clients = _divide(rows, rest, section, derive_seed(seed, "clients") % 2**32)
+    empty = [client for client, owned_rows in clients.items() if not owned_rows]
+    if empty:
+        raise DataError(f"client {empty[0]!r} would hold no example: use fewer clients, a larger partition.alpha, or another column")
+    return Partition(server, validation, clients)
+
+
+def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, seed: int) -> dict[str, list[int]]:
+    """Rows by client, by the partitioner of flwr-datasets that the section names."""
+    if section.kind == "even":  # every (clients)-th of a shuffled list: what its IidPartitioner does, without a table in memory
+        width = len(str(section.clients - 1))
+        return {f"client-{index:0{width}d}": sorted(rest[index :: section.clients]) for index in range(section.clients)}
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner, NaturalIdPartitioner, PathologicalPartitioner
+
+    column = str(section.column)
+    missing = next((row for row in (rows[index] for index in rest) if column not in row), None)
+    if missing is not None:
+        raise DataError(f"{missing.get('__where__', 'a row')} has no column {column!r}, which partition.column names; it has {sorted(key for key in missing if key != '__where__')}")
+    values = [str(rows[index][column]) for index in rest]
+    if section.kind == "natural":
+        partitioner = NaturalIdPartitioner(partition_by=column)
+    elif section.kind == "dirichlet":
+        partitioner = DirichletPartitioner(section.clients, column, section.alpha, min_partition_size=1, self_balancing=False, seed=seed)
+    else:
+        if section.values_per_client > len(Counter(values)):
+            raise DataError(f"partition.values_per_client = {section.values_per_client}, but column {column!r} has {len(Counter(values))} values")
+        partitioner = PathologicalPartitioner(section.clients, column, section.values_per_client, class_assignment_mode="deterministic", seed=seed)
+    partitioner.dataset = Dataset.from_dict({"row": rest, column: values})
+    try:
+        parts = [sorted(partitioner.load_partition(index)["row"]) for index in range(partitioner.num_partitions)]
+    except ValueError as error:
+        raise DataError(f"partition.kind = {section.kind!r} over {column!r} with {section.clients} clients cannot be made: {str(error).splitlines()[0]}") from error
+    if section.kind == "natural":
+        return {str(rows[part[0]][column]): part for part in parts}
+    width = len(str(len(parts) - 1))
+    return {f"client-{index:0{width}d}": part for index, part in enumerate(parts)}

@@ -1,0 +1,195 @@
+"""The tasks: how a row becomes context and choices, exactly as lm-evaluation-harness renders them.
+
+Each task reads its own schema on the Hugging Face hub, and the plain one `{context?, question, choices, answer}` too. Word-boundary spaces
+belong to the choices: every target starts with one, in training as in evaluation.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedsp.data.files import Row, hub_rows, read_rows
+from fedsp.errors import DataError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context, the choices that may follow it (each with its leading space), and the indices of those that are right."""
+
+    id: str
+    context: str
+    choices: tuple[str, ...]
+    gold: tuple[int, ...]
+
+    @property
+    def target(self) -> str:
+        """The text that training asks for: the first right choice."""
+        return self.choices[self.gold[0]]
+
+
+Render = Callable[[Row], tuple[str, list[str], list[int]]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task by name: its place on the hub, its splits there, how it renders a hub row and how a plain one, and what is measured."""
+
+    name: str
+    hub: tuple[str, str | None] | None
+    splits: dict[str, str]
+    render: Render
+    plain: Render
+    metric: Literal["accuracy", "exact_match"] = "accuracy"
+
+    def example(self, row: Row, number: int) -> Example:
+        """The example in a row.
+
+        Raises:
+            DataError: a field is missing or of another type, or the answer is out of range.
+        """
+        where = row.get("__where__", f"row {number}")
+        plain = self.hub is None or ("choices" in row and not isinstance(row["choices"], dict)) or "completion" in row
+        try:
+            context, choices, gold = (self.plain if plain else self.render)(row)
+        except KeyError as error:
+            raise DataError(f"{where} has no field {error}: a {self.name} row {_SCHEMA.get(self.name, _SCHEMA['multiple_choice'])}") from error
+        except (TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
+            raise DataError(f"{where} cannot be read as a {self.name} row ({error}): it {_SCHEMA.get(self.name, _SCHEMA['multiple_choice'])}") from error
+        if not choices or any(not isinstance(choice, str) or not choice.strip() for choice in choices):
+            raise DataError(f"{where} has no choices, or an empty one")
+        if any(not 0 <= index < len(choices) for index in gold) or not gold:
+            raise DataError(f"{where} has answer {gold[0] if gold else None} but {len(choices)} choices: expected an index from 0 to {len(choices) - 1}")
+        return Example(str(row.get("id", number)), context, tuple(f" {choice if self.hub else choice.lstrip()}" for choice in choices), tuple(gold))
+
+
+_SCHEMA = {
+    "multiple_choice": "needs question (text), choices (list of texts) and answer (index of the right one, from 0); context is optional",
+    "completion": "needs prompt and completion (texts)",
+}
+
+
+def _question(row: Row) -> tuple[str, list[str], list[int]]:
+    context = f"{row['context'].lstrip()}\n" if row.get("context") else ""
+    return f"{context}Question: {row['question']}\nAnswer:", list(row["choices"]), [_index(row["answer"])]
+
+
+def _continuation(row: Row) -> tuple[str, list[str], list[int]]:
+    context = f"{row['context']}\n" if row.get("context") else ""
+    return f"{context}{row['question']}", list(row["choices"]), [_index(row["answer"])]
+
+
+def _index(answer: object) -> int:
+    if isinstance(answer, bool) or not isinstance(answer, int):
+        raise TypeError(f"answer is {answer!r}, not an index")
+    return answer
+
+
+def _completion(row: Row) -> tuple[str, list[str], list[int]]:
+    return row["prompt"].rstrip(), [row["completion"]], [0]
+
+
+def _arc(row: Row) -> tuple[str, list[str], list[int]]:
+    return f"Question: {row['question']}\nAnswer:", row["choices"]["text"], [row["choices"]["label"].index(row["answerKey"])]
+
+
+def _openbookqa(row: Row) -> tuple[str, list[str], list[int]]:
+    return row["question_stem"], row["choices"]["text"], [row["choices"]["label"].index(row["answerKey"].lstrip())]
+
+
+def _piqa(row: Row) -> tuple[str, list[str], list[int]]:
+    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], [int(row["label"])]
+
+
+def _sciq(row: Row) -> tuple[str, list[str], list[int]]:
+    choices = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
+    return f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", choices, [3]
+
+
+def _hellaswag(row: Row) -> tuple[str, list[str], list[int]]:
+    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return _wikihow(f"{row['activity_label']}: {context}"), [_wikihow(ending) for ending in row["endings"]], [int(row["label"])]
+
+
+def _wikihow(text: str) -> str:
+    """Brackets are artefacts of the WikiHow part of HellaSwag."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _race(row: Row) -> tuple[str, list[str], list[int]]:
+    """The article, its earlier questions with their answers, and the last question. A blank ends a question in `  _  .`."""
+    problems = ast.literal_eval(row["problems"])
+    text = f"Article: {row['article']}\n\n"
+    for problem in problems[:-1]:
+        answer = problem["options"]["ABCD".index(problem["answer"])]
+        blank = problem["question"][-6:] == "  _  ."
+        text += f"{problem['question'][:-5]}{answer}\n" if blank else f"Question: {problem['question']}\nAnswer: {answer}\n"
+    last = problems[-1]
+    return text + last["question"], [last["options"][index] for index in range(4)], ["ABCD".index(last["answer"])]
+
+
+def _webqs(row: Row) -> tuple[str, list[str], list[int]]:
+    """Every accepted answer is right; one that starts with another is dropped, since the shorter one is enough."""
+    answers: list[str] = []
+    for answer in sorted(row["answers"]):
+        if not answers or not answer.startswith(answers[-1]):
+            answers.append(answer)
+    return f"Question: {row['question']}\nAnswer:", answers, list(range(len(answers)))
+
+
+_STANDARD = {"train": "train", "validation": "validation", "test": "test"}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in [
+        Task("arc_easy", ("allenai/ai2_arc", "ARC-Easy"), _STANDARD, _arc, _question),
+        Task("arc_challenge", ("allenai/ai2_arc", "ARC-Challenge"), _STANDARD, _arc, _question),
+        Task("openbookqa", ("allenai/openbookqa", "main"), _STANDARD, _openbookqa, _continuation),
+        Task("hellaswag", ("Rowan/hellaswag", None), {"train": "train", "test": "validation"}, _hellaswag, _continuation),
+        Task("piqa", ("baber/piqa", None), {"train": "train", "test": "validation"}, _piqa, _question),
+        Task("sciq", ("allenai/sciq", None), _STANDARD, _sciq, _question),
+        Task("race", ("EleutherAI/race", "high"), _STANDARD, _race, _continuation),
+        Task("webqs", ("stanfordnlp/web_questions", None), {"train": "train", "test": "test"}, _webqs, _question, "exact_match"),
+        Task("multiple_choice", None, {}, _question, _question),
+        Task("completion", None, {}, _completion, _completion, "exact_match"),
+    ]
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        DataError: there is none.
+    """
+    if name not in TASKS:
+        raise DataError(f"unknown task {name!r}{did_you_mean(name, TASKS) or '; known: ' + ', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load_rows(task: Task, path: str | None, split: str) -> list[Row]:
+    """The rows of a split: from `path` if given, else from the hub; none where the task has no such split there.
+
+    Raises:
+        DataError: the rows cannot be had, or the task is the user's own and no file is named.
+    """
+    if path:
+        return read_rows(Path(path))
+    if task.hub is None:
+        if split == "train":
+            raise DataError(f"data.train: the task {task.name!r} has no data set of its own, so name a JSONL or CSV file")
+        return []
+    return hub_rows(*task.hub, task.splits[split]) if split in task.splits else []
+
+
+def examples_of(task: Task, rows: Iterable[Row]) -> list[Example]:
+    """The examples in rows, in their order.
+
+    Raises:
+        DataError: a row cannot be used; the message says where it stands.
+    """
+    return [task.example(row, number) for number, row in enumerate(rows)]

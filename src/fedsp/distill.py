@@ -1,0 +1,134 @@
+"""Distillation: the auxiliary model is fitted to the last hidden states of the global one, before any round (FedSP, section 3, KD).
+
+The loss is the mean squared error between last hidden states, after the final norm, over real tokens; padding is masked out. The teacher
+reads each text once and its states are kept, unless random proxy prompts change them at every step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import PreTrainedTokenizerBase
+
+from fedsp.auxiliary import AuxiliaryModel
+from fedsp.fitting import Optimisation, fit
+from fedsp.models import PromptedLM, hidden_at_depths, pad
+from fedsp.rounds import derive_seed
+
+Sequences = Sequence[Sequence[int]]
+Progress = Callable[[int, float], None]
+"""Called after each step with its number, from 1, and its loss."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much, how fast, and the options that are off by default (weights and a scale, each 0)."""
+
+    steps: int
+    batch_size: int
+    optimisation: Optimisation
+    match_depths: float = 0.0
+    match_logits: float = 0.0
+    proxy_prompts: float = 0.0
+    proxy_length: int = 16
+
+
+def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of states (B, T, D) where the mask (B, T) is 1."""
+    squared = (student - teacher).float().square().mean(dim=-1)  # (B, T)
+    return (squared * mask).sum() / mask.sum()
+
+
+def distill(auxiliary: AuxiliaryModel, teacher: PromptedLM, texts: Sequences, how: Distillation, *, seed: int, progress: Progress = lambda step, loss: None) -> list[float]:
+    """Fit the auxiliary's distillable weights in place; returns the loss of each step.
+
+    Raises:
+        TrainingDiverged: a loss is not finite.
+    """
+    if not how.steps:
+        return []
+    train = auxiliary.distillable()
+    for parameter in train.values():
+        parameter.requires_grad_(True)
+    kept: dict[int, list[Tensor]] = {}
+    steps = 0
+
+    def loss(indices: list[int]) -> Tensor:
+        nonlocal steps
+        steps += 1
+        prefixes = _proxy_prompts(auxiliary, teacher, how, derive_seed(seed, "proxy", steps)) if how.proxy_prompts else (None, None)
+        batch = pad([texts[index] for index in indices], auxiliary.device)
+        with torch.no_grad():
+            states = _teacher_states(teacher, texts, indices, kept, how, auxiliary, prefixes[1])
+        value = _loss(auxiliary, teacher, hidden_at_depths(auxiliary, batch.ids, batch.mask, prefixes[0]), states, batch.mask, how)
+        progress(steps, float(value.detach()))
+        return value
+
+    try:
+        return fit(train, loss, _order(len(texts), how, seed), how.optimisation).losses
+    finally:
+        for parameter in train.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _loss(student: PromptedLM, teacher: PromptedLM, hidden: list[Tensor], states: list[Tensor], mask: Tensor, how: Distillation) -> Tensor:
+    """The paper's loss on the last states, plus the options: states are those of every depth (or none), then the last."""
+    value = masked_mse(hidden[-1], states[-1], mask)
+    if how.match_depths:
+        value = value + how.match_depths * torch.stack([masked_mse(*pair, mask) for pair in zip(hidden[:-1], states[:-1], strict=True)]).mean()
+    if how.match_logits:
+        real = mask.bool()
+        wanted = torch.log_softmax(teacher.logits(states[-1][real]), dim=-1)
+        value = value + how.match_logits * kl_div(torch.log_softmax(student.logits(hidden[-1][real]), dim=-1), wanted, log_target=True, reduction="batchmean")
+    return value
+
+
+def _teacher_states(teacher: PromptedLM, texts: Sequences, indices: list[int], kept: dict[int, list[Tensor]], how: Distillation, student: PromptedLM, prefix: Tensor | None) -> list[Tensor]:
+    """The teacher's states for some texts, padded; what it has read before is not read again."""
+    new = [index for index in indices if index not in kept]
+    if new:
+        batch = pad([texts[index] for index in new], teacher.device)
+        states = hidden_at_depths(teacher, batch.ids, batch.mask, prefix)
+        wanted = [*(states[layer] for layer in student.prompt_layers if how.match_depths), states[-1]]
+        for row, index in enumerate(new):
+            kept[index] = [state[row, : len(texts[index])].float().cpu() for state in wanted]
+    rows = [kept[index] for index in indices]
+    if prefix is not None:
+        kept.clear()
+    return [torch.nn.utils.rnn.pad_sequence([row[depth] for row in rows], batch_first=True).to(student.device) for depth in range(len(rows[0]))]
+
+
+def _proxy_prompts(student: PromptedLM, teacher: PromptedLM, how: Distillation, seed: int) -> tuple[Tensor, Tensor]:
+    """One random key/value prompt, as each side reads it."""
+    shape = teacher.shape
+    values = torch.randn(how.proxy_length, shape.layers, 2, shape.heads, shape.head_size, generator=torch.Generator().manual_seed(seed)) * how.proxy_prompts
+    values = values.to(teacher.device)
+    return values[:, list(student.prompt_layers)], values[:, list(teacher.prompt_layers)]
+
+
+def _order(count: int, how: Distillation, seed: int) -> list[list[int]]:
+    """Which texts each step reads: all of them before any again."""
+    rng = random.Random(derive_seed(seed, "distill"))
+    drawn: list[int] = []
+    while len(drawn) < how.steps * how.batch_size:
+        drawn += rng.sample(range(count), count)
+    return [drawn[start : start + how.batch_size] for start in range(0, how.steps * how.batch_size, how.batch_size)]
+
+
+def packed(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], *, length: int, count: int, seed: int) -> list[list[int]]:
+    """Passages in a seeded order, one behind the other with an end token between, cut into at most `count` sequences of `length` tokens."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    order = random.Random(derive_seed(seed, "passages")).sample(range(len(passages)), len(passages))
+    tokens: list[int] = []
+    for index in order:
+        tokens += [*tokenizer.encode(passages[index], add_special_tokens=False), *end]
+        if len(tokens) >= length * count:
+            break
+    sequences = [tokens[start : start + length] for start in range(0, min(len(tokens), length * count), length)]
+    return [sequence for sequence in sequences if len(sequence) > 1]

@@ -1,0 +1,69 @@
+"""Everything fedsp refuses, as one tree. Each message is a sentence: what is wrong, where, what was expected, what to do.
+
+FedspError
+├── ConfigurationError   a configuration that cannot be run
+├── DataError            a file, row or partition that cannot be used
+├── ModelError           a language model that cannot carry a soft prompt
+├── PromptError          a soft prompt of another shape, or a file that is none
+├── AuxiliaryError       an auxiliary model that is not what it says it is
+├── PayloadError         bytes or tensors that may not travel
+├── RunError             a run directory that cannot be used
+├── StorageError         the disk did not take what was written
+├── TrainingDiverged     a loss that is not a number
+└── TooFewClients        a round that ended with too few admitted updates; the run can be resumed
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedspError(Exception):
+    """Base of all errors that a user can mend; the command line prints the message and exits with code 2."""
+
+
+class ConfigurationError(FedspError):
+    """A configuration that cannot be run."""
+
+
+class DataError(FedspError):
+    """A file, row or partition that cannot be used."""
+
+
+class ModelError(FedspError):
+    """A language model that cannot carry a soft prompt."""
+
+
+class PromptError(FedspError):
+    """A soft prompt of another shape, or a file that holds none."""
+
+
+class AuxiliaryError(FedspError):
+    """An auxiliary model that is not what it says it is."""
+
+
+class PayloadError(FedspError):
+    """Bytes or tensors that may not travel."""
+
+
+class RunError(FedspError):
+    """A run directory that cannot be used."""
+
+
+class StorageError(FedspError):
+    """The disk did not take what was written."""
+
+
+class TrainingDiverged(FedspError):
+    """A loss that is not a number."""
+
+
+class TooFewClients(FedspError):
+    """A round that ended with fewer admitted updates than the run asks for."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'close'?` when something known is close to `word`, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

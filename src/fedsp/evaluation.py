@@ -1,0 +1,128 @@
+"""Zero-shot scores of a prompt through a model: the figures of lm-evaluation-harness, with each context encoded once.
+
+- accuracy: the choice with the highest log-likelihood is right.
+- accuracy_norm: the same with log-likelihoods divided by the choice's length in characters, its leading space not counted.
+- answer_loss: mean negative log-likelihood of the right answer, nats per token over all answer tokens; answer_perplexity is its exponential.
+- exact_match: greedy decoding would give an accepted answer token by token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedsp.data.encoding import Encoded, encode_pair
+from fedsp.data.tasks import Example, Task
+from fedsp.models import PromptedLM, pad
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One example: log-likelihood (nats), greediness and token count of each choice, and which are right."""
+
+    id: str
+    log_likelihoods: list[float]
+    greedy: list[bool]
+    tokens: list[int]
+    characters: list[int]
+    gold: tuple[int, ...]
+
+    @property
+    def choice(self) -> int:
+        return max(range(len(self.log_likelihoods)), key=lambda index: self.log_likelihoods[index])
+
+    @property
+    def choice_norm(self) -> int:
+        return max(range(len(self.log_likelihoods)), key=lambda index: self.log_likelihoods[index] / self.characters[index])
+
+
+@torch.no_grad()
+def score(
+    model: PromptedLM,
+    prefix: Tensor | None,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    gold_only: bool = False,
+    tokens_per_batch: int = 4096,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[list[Scored], int]:
+    """Score every choice (with `gold_only`, the training target alone) of every example; also how many lost old context.
+
+    The context, but for its last token, is read once per example with a cache; each choice is then read behind it. Examples of like length
+    share a batch; the result is in the order of `examples`.
+    """
+    pairs = [[encode_pair(tokenizer, example.context, choice, max_tokens) for choice in _asked(example, gold_only)] for example in examples]
+    order = sorted(range(len(examples)), key=lambda index: -max(len(pair.ids) for pair in pairs[index]))
+    scored: list[Scored | None] = [None] * len(examples)
+    start = 0
+    while start < len(order):
+        longest = max(len(pair.ids) for pair in pairs[order[start]])
+        group = order[start : start + max(1, tokens_per_batch // longest)]
+        start += len(group)
+        for index, rows in zip(group, _score_group(model, prefix, [pairs[index] for index in group]), strict=True):
+            example = examples[index]
+            choices = _asked(example, gold_only)
+            gold = (0,) if gold_only else example.gold
+            scored[index] = Scored(example.id, [row[0] for row in rows], [row[1] for row in rows], [len(pair.ids) - pair.start for pair in pairs[index]], [max(1, len(choice) - 1) for choice in choices], gold)
+        progress(start)
+    return [row for row in scored if row is not None], sum(any(pair.dropped for pair in row) for row in pairs)
+
+
+def _asked(example: Example, gold_only: bool) -> tuple[str, ...]:
+    return (example.target,) if gold_only else example.choices
+
+
+def _score_group(model: PromptedLM, prefix: Tensor | None, group: list[list[Encoded]]) -> list[list[tuple[float, bool]]]:
+    """(log-likelihood, greedy) of each choice of each example of a group."""
+    # Choices of one example share the tokens before `shared`; a choice whose tokens reach back into the context shares fewer.
+    shared = [min(min(pair.start for pair in pairs) - 1, _common(pairs)) for pairs in group]
+    if min(shared) == 0:  # a context of one token leaves nothing to keep
+        shared = [0] * len(group)
+    contexts = pad([pairs[0].ids[:length] for pairs, length in zip(group, shared, strict=True)], model.device)
+    tails = [(row, pair) for row, pairs in enumerate(group) for pair in pairs]
+    inputs = pad([pair.ids[shared[row] : -1] for row, pair in tails], model.device)
+    hidden = model.continue_from(contexts, inputs, torch.tensor([row for row, _ in tails], device=model.device), prefix)  # (choices, T, D)
+    where = torch.zeros(inputs.ids.shape, dtype=torch.bool)
+    targets: list[int] = []
+    for index, (row, pair) in enumerate(tails):
+        where[index, pair.start - 1 - shared[row] : len(pair.ids) - 1 - shared[row]] = True
+        targets += pair.ids[pair.start :]
+    log_probabilities = torch.log_softmax(model.logits(hidden[where.to(model.device)]), dim=-1)  # (answer tokens, V)
+    wanted = torch.tensor(targets, device=model.device)
+    likelihoods = log_probabilities.gather(1, wanted[:, None])[:, 0]
+    greedy = log_probabilities.argmax(dim=-1) == wanted
+    result: list[list[tuple[float, bool]]] = [[] for _ in group]
+    position = 0
+    for row, pair in tails:
+        count = len(pair.ids) - pair.start
+        part = slice(position, position + count)
+        result[row].append((float(likelihoods[part].sum()), bool(greedy[part].all())))
+        position += count
+    return result
+
+
+def _common(pairs: list[Encoded]) -> int:
+    """How many leading tokens all pairs have in common."""
+    length = min(len(pair.ids) for pair in pairs)
+    return next((index for index in range(length) if len({pair.ids[index] for pair in pairs}) > 1), length)
+
+
+def summarise(scored: Sequence[Scored], task: Task) -> dict[str, float]:
+    """The figures of a set of scored examples, and their number."""
+    count = len(scored)
+    right_tokens = sum(row.tokens[row.gold[0]] for row in scored)
+    loss = -sum(row.log_likelihoods[row.gold[0]] for row in scored) / right_tokens
+    figures = {"examples": float(count), "answer_loss": loss, "answer_perplexity": math.exp(min(loss, 700.0))}
+    if task.metric == "exact_match":
+        return figures | {"exact_match": sum(any(row.greedy[index] for index in row.gold) for row in scored) / count}
+    return figures | {
+        "accuracy": sum(row.choice in row.gold for row in scored) / count,
+        "accuracy_norm": sum(row.choice_norm in row.gold for row in scored) / count,
+    }

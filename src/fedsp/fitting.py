@@ -1,0 +1,112 @@
+"""Gradient steps on whatever is passed to be trained: a prompt, or an auxiliary model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedsp.data.encoding import IGNORED, Batch
+from fedsp.errors import TrainingDiverged
+from fedsp.models import PromptedLM
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """AdamW, its peak learning rate and weight decay, and a warm-up followed by a linear fall to zero over `total_steps`.
+
+    `warmup` is a share of `total_steps`; with `total_steps` 0 the learning rate is constant.
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    total_steps: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0 over the whole run."""
+        if not self.total_steps:
+            return self.learning_rate
+        rising = math.ceil(self.warmup * self.total_steps)
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        return self.learning_rate * max(0.0, (self.total_steps - step) / max(1, self.total_steps - rising))
+
+
+def answer_loss(model: PromptedLM, prefix: Tensor | None, batch: Batch) -> Tensor:
+    """Mean cross-entropy, nats per token, over the answer tokens of a batch; logits are made only there.
+
+    `prefix` is (P, depths, 2, H, K), or one per example.
+    """
+    hidden = model(batch.input_ids, batch.attention_mask, prefix)  # (B, T, D)
+    asked = batch.labels[:, 1:] != IGNORED  # (B, T - 1)
+    return cross_entropy(model.logits(hidden[:, :-1][asked]), batch.labels[:, 1:][asked])
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit leaves: the loss of each step (nats per token) and the optimizer's moments by parameter name."""
+
+    losses: list[float]
+    moments: Tensors
+
+    @property
+    def last(self) -> float | None:
+        return self.losses[-1] if self.losses else None
+
+
+def fit(
+    train: Mapping[str, nn.Parameter],
+    loss: Callable[[Batch], Tensor],
+    batches: Iterable[Batch],
+    optimisation: Optimisation,
+    *,
+    first_step: int = 0,
+    moments: Tensors | None = None,
+) -> Fitted:
+    """One AdamW step on the parameters in `train` for each batch, and on nothing else.
+
+    `first_step` is where this fit stands in the schedule of the run; `moments` continue an earlier fit's optimizer.
+
+    Raises:
+        TrainingDiverged: a loss is not finite.
+    """
+    names = list(train)
+    optimizer = torch.optim.AdamW([train[name] for name in names], lr=optimisation.rate(first_step), weight_decay=optimisation.weight_decay)
+    if moments:
+        _restore_moments(optimizer, names, moments)
+    losses: list[Tensor] = []
+    for step, batch in enumerate(batches, start=first_step):
+        for group in optimizer.param_groups:
+            group["lr"] = optimisation.rate(step)
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(value.detach())
+    values: list[float] = torch.stack(losses).tolist() if losses else []
+    bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise TrainingDiverged(f"the loss is {values[bad]} at local step {bad + 1} of {len(values)}: lower the learning rate")
+    return Fitted(values, _moments(optimizer, names))
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module by name, each once even where depths share it."""
+    return dict(module.named_parameters(remove_duplicate=True))
+
+
+def _moments(optimizer: torch.optim.Optimizer, names: list[str]) -> Tensors:
+    states = optimizer.state_dict()["state"]
+    return {f"{key}.{names[index]}": torch.as_tensor(value).detach().cpu().clone() for index, state in states.items() for key, value in state.items()}
+
+
+def _restore_moments(optimizer: torch.optim.Optimizer, names: list[str], moments: Tensors) -> None:
+    state = {index: {key: moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")} for index, name in enumerate(names) if f"step.{name}" in moments}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,315 @@
+"""A Hugging Face causal language model, read with or without a soft prompt.
+
+Notation: B batch, T tokens, P prompt length, L layers, H key/value heads, K head size, D hidden size, V vocabulary.
+
+Nothing here is written for one family. What a family does before its blocks (positions, rotations, masks) is taken from the model's own
+forward; where the blocks live is found by their number; and what is assumed is tried out once when a model is loaded, so that a model
+that cannot carry a soft prompt is refused by name, with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
+
+from fedsp.errors import ModelError
+
+Positions = Literal["hugging_face", "from_zero"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a soft prompt must fit: L layers, H key/value heads of size K, hidden size D."""
+
+    layers: int
+    heads: int
+    head_size: int
+    hidden: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, {self.heads} key/value heads of {self.head_size}, hidden size {self.hidden}"
+
+
+class Padded(NamedTuple):
+    """Token ids (B, T) padded on the right, and the mask (B, T) that says where they are real."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
+    """Rows of token ids as one tensor, padded to the longest."""
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long).unbind()
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, : len(row)] = 1
+    return Padded(ids.to(device), mask.to(device))
+
+
+class _Captured(Exception):
+    """Carries keys and values out of a block before it does the work that nobody needs."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+
+class _CapturingCache(Cache):
+    """A cache that stops the block at the moment its keys and values are known."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise _Captured(key_states, value_states)
+
+
+class PromptedLM(nn.Module):
+    """A causal LM that reads a prefix of keys and values (P, L, 2, H, K) at every layer, or none.
+
+    `prompt_layers` says, for each depth of this model, which layer of the soft prompt it reads: the identity for a global model.
+
+    Raises:
+        ModelError: the model has no key/value cache, is an encoder-decoder, has several key/value shapes, or computes its logits from
+            something else than the last hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, *, positions: Positions = "hugging_face", prompt_layers: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.name = name
+        self.positions: Positions = positions
+        self.backbone: nn.Module = getattr(model, model.base_model_prefix, model)
+        self.head = model.get_output_embeddings()
+        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.path_of_blocks, self.blocks = find_blocks(self.backbone, model.config.get_text_config().num_hidden_layers, name)
+        self.shape = self._try_out()
+        self.prompt_layers = tuple(prompt_layers if prompt_layers is not None else range(self.shape.layers))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence the model was made for, prompt included under the Hugging Face positions."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
+        """Last hidden states (B, T, D), after the final norm, of right-padded tokens (B, T) behind a prefix (P, L, 2, H, K) or
+        one prefix per example (B, P, L, 2, H, K)."""
+        batch, tokens = input_ids.shape
+        length = 0 if prefix is None else prefix.shape[-5]
+        if length and attention_mask is not None:
+            attention_mask = torch.cat([attention_mask.new_ones(batch, length), attention_mask], dim=1)
+        start = length if self.positions == "hugging_face" else 0
+        position_ids = torch.arange(start, start + tokens, device=input_ids.device)[None]
+        output = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=None if prefix is None else self.cache(prefix, batch),
+            use_cache=prefix is not None,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def continue_from(self, contexts: Padded, tails: Padded, rows: Tensor, prefix: Tensor | None) -> Tensor:
+        """Last hidden states (N, T, D) of N tails, the n-th behind context `rows[n]`; each context is read once, with a cache.
+
+        Where every context is empty the tails are read by themselves.
+        """
+        count, width = contexts.ids.shape
+        if not width:
+            hidden: Tensor = self(tails.ids, tails.mask, prefix)
+            return hidden
+        length = 0 if prefix is None else prefix.shape[-5]
+        cache = DynamicCache() if prefix is None else self.cache(prefix, count)
+        start = length if self.positions == "hugging_face" else 0
+        before = torch.cat([contexts.mask.new_ones(count, length), contexts.mask], dim=1)
+        positions = torch.arange(start, start + width, device=self.device)[None]
+        self.backbone(input_ids=contexts.ids, attention_mask=before, position_ids=positions, past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(rows)
+        positions = start + contexts.mask.sum(dim=1)[rows][:, None] + torch.arange(tails.ids.shape[1], device=self.device)[None]
+        mask = torch.cat([before[rows], tails.mask], dim=1)
+        return self.backbone(input_ids=tails.ids, attention_mask=mask, position_ids=positions * tails.mask, past_key_values=cache, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
+
+    def cache(self, prefix: Tensor, batch: int) -> DynamicCache:
+        """A fresh cache of L pairs (B, H, P, K); a forward consumes it."""
+        if prefix.dim() == 5:
+            prefix = prefix[None].expand(batch, *prefix.shape)
+        per_layer = prefix.to(self.dtype).permute(2, 3, 0, 4, 1, 5)  # (L, 2, B, H, P, K)
+        return DynamicCache([(keys, values) for keys, values in per_layer])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V), float32, of last hidden states (..., D)."""
+        logits = self.head(hidden).float()
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    def keys_and_values(self, inputs: Tensor) -> Tensor:
+        """What each block makes of its residual inputs (P, L, D) as tokens 0..P-1: keys and values (P, L, 2, H, K), with gradients."""
+        length = inputs.shape[0]
+        if length not in self._block_calls:
+            self._block_calls[length] = self._record_block_calls(length)
+        layers = []
+        for layer, (block, (arguments, named)) in enumerate(zip(self.blocks, self._block_calls[length], strict=True)):
+            probe = _CapturingCache()
+            swap = lambda value, probe=probe: probe if isinstance(value, Cache) else value  # noqa: E731
+            hidden = inputs[None, :, layer].to(self.dtype)
+            try:
+                block(hidden, *map(swap, arguments), **{key: swap(value) for key, value in named.items()})
+            except _Captured as captured:
+                layers.append(torch.stack([captured.keys[0], captured.values[0]]).permute(2, 0, 1, 3))  # (P, 2, H, K)
+            else:
+                raise ModelError(f"{self.name}: layer {layer} did not write its keys and values to the cache, so it cannot read a residual prompt; use a key/value prompt")
+        return torch.stack(layers, dim=1).float()
+
+    @torch.no_grad()
+    def activations(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens (P,) leave behind in the model: block inputs (P, L, D), and keys and values (P, L, 2, H, K)."""
+        cache, inputs = DynamicCache(), []
+        record: Callable[..., None] = lambda _module, arguments, named: inputs.append(_hidden_of(arguments, named)[0])  # noqa: E731
+        with _hooked(self.blocks, record):
+            self.backbone(input_ids=input_ids[None], past_key_values=cache, use_cache=True)
+        pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])  # (L, 2, H, P, K)
+        return torch.stack(inputs, dim=1).float(), pairs.permute(3, 0, 1, 2, 4).float()
+
+    @torch.no_grad()
+    def _record_block_calls(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The arguments, hidden states apart, with which the model calls each block on tokens 0..length-1."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        record: Callable[..., None] = lambda _module, arguments, named: calls.append((arguments[1:], {k: v for k, v in named.items() if k != "hidden_states"}))  # noqa: E731
+        tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
+        with _hooked(self.blocks, record):
+            self.backbone(input_ids=tokens, past_key_values=DynamicCache(), use_cache=True)
+        return calls
+
+    @torch.no_grad()
+    def _try_out(self) -> ModelShape:
+        """Read four tokens and hold what comes back against every assumption made here."""
+        config = self.model.config
+        if config.is_encoder_decoder:
+            raise ModelError(f"{self.name} is an encoder-decoder ({config.model_type}): fedsp tunes causal language models")
+        if config.get_text_config().num_hidden_layers != len(self.blocks) or self.head is None:
+            raise ModelError(f"{self.name} ({config.model_type}) has no output head that fedsp can find")
+        tokens = torch.arange(4, device=self.device)[None]
+        width: list[int] = []
+        with _hooked(self.blocks, lambda _module, arguments, named: width.append(_hidden_of(arguments, named).shape[-1])):
+            output = self.model(input_ids=tokens, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        layers = getattr(cache, "layers", None)
+        if not layers or any(getattr(layer, "keys", None) is None for layer in layers) or len(layers) != len(self.blocks):
+            raise ModelError(f"{self.name} ({config.model_type}) has no key/value cache at every layer, so there is nowhere to put a soft prompt")
+        shapes = sorted({(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers} | {(layer.values.shape[1], layer.values.shape[3]) for layer in layers})
+        if len(shapes) > 1:
+            raise ModelError(f"{self.name} ({config.model_type}) has several key/value shapes, (heads, size) {shapes}: a soft prompt has one")
+        logits = self.logits(self(tokens))
+        if not torch.allclose(logits, output.logits.float(), rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+            raise ModelError(f"{self.name} ({config.model_type}) computes its logits from more than the last hidden states: fedsp does not know how")
+        return ModelShape(len(self.blocks), *shapes[0], width[0])
+
+
+def find_blocks(backbone: nn.Module, layers: int, name: str) -> tuple[str, nn.ModuleList]:
+    """The list of the model's blocks, found by their number, and its path below the backbone.
+
+    Raises:
+        ModelError: there is no list of that many modules.
+    """
+    for path, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return path, module
+    raise ModelError(f"{name} has no list of {layers} blocks, so fedsp cannot tell its layers apart")
+
+
+def hidden_at_depths(model: PromptedLM, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None = None) -> list[Tensor]:
+    """The input of every block and then the last hidden states, L + 1 tensors (B, T, D), with gradients."""
+    inputs: list[Tensor] = []
+    with _hooked(model.blocks, lambda _module, arguments, named: inputs.append(_hidden_of(arguments, named))):
+        last: Tensor = model(input_ids, attention_mask, prefix)
+    return [*inputs, last]
+
+
+def _hidden_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    hidden: Tensor = arguments[0] if arguments else named["hidden_states"]
+    return hidden
+
+
+@contextmanager
+def _hooked(blocks: nn.ModuleList, record: Callable[..., Any]) -> Iterator[None]:
+    """Call `record(module, arguments, named arguments)` before each block for as long as the context lasts."""
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        record(module, arguments, named)
+
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_model(name: str, *, device: str = "auto", positions: Positions = "hugging_face") -> PromptedLM:
+    """A causal LM by hub name or folder, frozen, in float32 (bfloat16 on CUDA).
+
+    Raises:
+        ModelError: nothing of that name can be loaded, or the model cannot carry a soft prompt.
+    """
+    where = choose_device(device)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.is_encoder_decoder:
+            raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): fedsp tunes causal language models")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if where.type == "cuda" else torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot load the model {name!r}: it is neither a folder with a model nor a name that the hub answers to ({reason})") from error
+    model.requires_grad_(False)
+    return PromptedLM(model.to(where), name, positions=positions)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a tokenizer from {name!r}: {str(error).strip().splitlines()[0]}") from error
+    return tokenizer
+
+
+def empty_model(config: Any) -> PreTrainedModel:
+    """A model of this configuration on torch's default device, its weights as its family draws them."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what a tokenizer does to text: its own serialisation where it has one, else its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+

@@ -1,0 +1,80 @@
+"""The parties: a client or the server, its model, its prompt, its examples, and where its own state rests between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedsp.auxiliary import AuxiliaryModel
+from fedsp.data.encoding import Encoded
+from fedsp.fitting import Tensors, trainable
+from fedsp.models import PromptedLM
+from fedsp.prompts import SoftPrompt
+from fedsp.storage import read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A party's own state on disk, one file per round. It never travels.
+
+    The states of the last two rounds are kept, so that a run resumed at an earlier checkpoint finds the state it needs.
+    """
+
+    folder: Path
+
+    def load(self, before: int) -> Tensors:
+        """The newest state written in a round earlier than `before`; empty if there is none.
+
+        Raises:
+            StorageError: that state is damaged.
+        """
+        rounds = [number for number in self._rounds() if number < before]
+        return read_tensors(self._file(rounds[-1]))[0] if rounds else {}
+
+    def save(self, round: int, state: Tensors) -> None:
+        """Keep the state that the party has after a round; states that nothing can ask for any more are removed.
+
+        Raises:
+            StorageError: the disk did not take it.
+        """
+        write_tensors(self._file(round), state)
+        for number in [number for number in self._rounds() if number < round][:-1]:
+            self._file(number).unlink()
+
+    def _file(self, round: int) -> Path:
+        return self.folder / f"round-{round:05d}.safetensors"
+
+    def _rounds(self) -> list[int]:
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.safetensors"))
+
+
+@dataclass
+class Party:
+    """One side of the federation. `held_out` is what a client validates on; it is never trained on."""
+
+    id: str
+    model: PromptedLM
+    prompt: SoftPrompt
+    examples: Sequence[Encoded]
+    rest: Rest
+    held_out: Sequence[Encoded] = field(default_factory=tuple)
+
+    @contextmanager
+    def own_weights(self, weights: Tensors | None, package: Tensors) -> Iterator[None]:
+        """Put this client's own auxiliary weights into the one model on the device (the package's if it has none yet), and take them
+        out again, so that the next client finds the model as it was handed out."""
+        assert isinstance(self.model, AuxiliaryModel)
+        if weights:
+            self.model.load_weights(weights)
+        parameters = trainable(self.model.model).values()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            self.model.load_weights(package)

@@ -1,0 +1,87 @@
+"""The messages of a round, and the randomness that belongs to each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from fedsp.payload import Payload
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks of one client in one round; with `train` off the client only validates the prompt."""
+
+    run: str
+    round: int
+    client: str
+    seed: int
+    payload: Payload
+    train: bool = True
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client answers. `validation` is its loss on its own held-out examples under the prompt it *received*."""
+
+    round: int
+    client: str
+    payload: Payload
+    losses: dict[str, float] = field(default_factory=dict)
+    validation: float | None = None
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that was asked and did not answer with anything that could be used, and why."""
+
+    round: int
+    client: str
+    reason: str
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+Exchange = Callable[[list[Request]], Iterable[Update | Failure]]
+"""The whole border between the algorithm and any engine. Answers may come in any order."""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per answer token."""
+
+    round: int
+    asked: list[str]
+    answered: list[str]
+    failed: dict[str, str]
+    bytes_down: int
+    bytes_up: int
+    client_losses: dict[str, float]
+    server_loss: float | None
+    validation: float | None
+    best_round: int
+    seconds: float
+    seconds_training: float
+
+
+def derive_seed(seed: int, *parts: str | int) -> int:
+    """A 63-bit seed from the run's seed and what it is for, so that neither order nor engine changes any draw.
+
+    >>> derive_seed(0, "client", "a", 1) == derive_seed(0, "client", "a", 1)
+    True
+    """
+    text = "\0".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def sample_clients(clients: Sequence[str], count: int, seed: int, round: int) -> list[str]:
+    """The clients asked in a round: `count` of the sorted ids, drawn from (seed, round) alone."""
+    ordered = sorted(clients)
+    if count >= len(ordered):
+        return ordered
+    return sorted(random.Random(derive_seed(seed, "sample", round)).sample(ordered, count))
