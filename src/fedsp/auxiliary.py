@@ -11,17 +11,18 @@ import copy
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from fedsp.errors import AuxiliaryError, ConfigurationError, StorageError
 from fedsp.fitting import Tensors, trainable
-from fedsp.models import Positions, PromptedLM, empty_model, find_blocks, load_tokenizer, tokenizer_digest
+from fedsp.loading import empty_model, load_tokenizer, tokenizer_digest
+from fedsp.models import ModelShape, Positions, PromptedLM, Tokenizer, find_blocks
 from fedsp.storage import read_tensors, tensors_digest, write_json, write_tensors
 
 MANIFEST = "auxiliary.json"
@@ -117,10 +118,10 @@ def _checked(plan: LayerPlan, layers: int, text: object) -> LayerPlan:
 
 
 class AuxiliaryModel(PromptedLM):
-    """A PromptedLM that knows its plan and where it came from."""
+    """A PromptedLM that knows its plan, and the shape of the global model, whose prompt it reads."""
 
-    def __init__(self, model: Any, plan: LayerPlan, tokenizer: PreTrainedTokenizerBase, *, positions: Positions) -> None:
-        super().__init__(model, "the auxiliary model", positions=positions, prompt_layers=plan.prompt_layers)
+    def __init__(self, model: Any, plan: LayerPlan, tokenizer: Tokenizer, *, positions: Positions, prompt_shape: ModelShape) -> None:
+        super().__init__(model, "the auxiliary model", positions=positions, prompt_layers=plan.prompt_layers, prompt_shape=prompt_shape)
         self.plan = plan
         self.tokenizer = tokenizer
 
@@ -155,11 +156,11 @@ class AuxiliaryModel(PromptedLM):
         digest = write_tensors(folder / WEIGHTS, self.weights(), {"format": "pt"})
         self.model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        write_json(folder / MANIFEST, {"plan": self.plan.to_json(), "sha256": digest, "tokenizer_sha256": tokenizer_digest(self.tokenizer)})
+        write_json(folder / MANIFEST, {"plan": self.plan.to_json(), "prompt_shape": asdict(self.prompt_shape), "sha256": digest, "tokenizer_sha256": tokenizer_digest(self.tokenizer)})
         return digest
 
 
-def build_auxiliary(model: PromptedLM, plan: LayerPlan, tokenizer: PreTrainedTokenizerBase) -> AuxiliaryModel:
+def build_auxiliary(model: PromptedLM, plan: LayerPlan, tokenizer: Tokenizer) -> AuxiliaryModel:
     """An auxiliary model with copies of the global model's embeddings, final norm, head and planned layers."""
     auxiliary = empty_auxiliary(planned_config(model.model.config, plan), plan).to(model.device, model.dtype)
     outside = f"{model.path_of_blocks}."
@@ -169,7 +170,7 @@ def build_auxiliary(model: PromptedLM, plan: LayerPlan, tokenizer: PreTrainedTok
     blocks = _blocks(auxiliary, plan, model.name)
     for depth, layer in enumerate(plan.sources):
         blocks[depth].load_state_dict(model.blocks[layer].state_dict())
-    return AuxiliaryModel(auxiliary.requires_grad_(False), plan, tokenizer, positions=model.positions)
+    return AuxiliaryModel(auxiliary.requires_grad_(False), plan, tokenizer, positions=model.positions, prompt_shape=model.shape)
 
 
 def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, digest: str | None = None) -> AuxiliaryModel:
@@ -181,13 +182,14 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         plan = LayerPlan(*(tuple(manifest["plan"][key]) for key in ("sources", "groups", "frozen", "prompt_layers")))
+        shape = ModelShape(**manifest["prompt_shape"])
         weights, _ = read_tensors(folder / WEIGHTS)
         expected = [manifest["sha256"]] + ([digest] if digest else [])
         config = AutoConfig.from_pretrained(folder)
         tokenizer = load_tokenizer(str(folder))
     except FileNotFoundError as error:
         raise AuxiliaryError(f"{folder} holds no auxiliary model: there is no {Path(str(error.filename)).name}; `fedsp distill` writes one") from error
-    except (StorageError, OSError, KeyError, ValueError) as error:
+    except (StorageError, OSError, KeyError, TypeError, ValueError) as error:
         raise AuxiliaryError(f"the auxiliary model in {folder} cannot be used: {error}") from error
     found = tensors_digest(weights)
     if any(found != value for value in expected):
@@ -200,7 +202,7 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
         raise AuxiliaryError(f"the auxiliary model in {folder} lacks {sorted(missing)[0]}: get the folder again from the server")
     model.load_state_dict(weights, strict=False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return AuxiliaryModel(model.requires_grad_(False).to(device, dtype), plan, tokenizer, positions=positions)
+    return AuxiliaryModel(model.requires_grad_(False).to(device, dtype), plan, tokenizer, positions=positions, prompt_shape=shape)
 
 
 def planned_config(config: Any, plan: LayerPlan) -> Any:

@@ -17,7 +17,7 @@ from fedsp.errors import ConfigurationError, did_you_mean
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
 
@@ -50,7 +50,7 @@ class DataSection(Section):
 class PartitionSection(Section):
     """Who holds which training questions."""
 
-    clients: Positive = Field(10, description="clients; with kind = natural it is the column that says")
+    clients: Count = Field(10, description="clients; 0: everything in one place, at the server; with kind = natural it is the column that says")
     kind: Literal["even", "dirichlet", "natural", "pathological"] = Field("even", description="even; dirichlet over a column; natural: one client per value of a column; pathological: few values of a column per client")
     column: str | None = Field(None, description="the column that dirichlet, natural and pathological go by")
     alpha: Rate = Field(0.5, description="concentration of dirichlet: small is uneven")
@@ -167,6 +167,8 @@ class RunConfig(Section):
         """The share of train that is the server's own."""
         if self.partition.server_share is not None:
             return self.partition.server_share
+        if not self.partition.clients:
+            return 1.0
         needed = self.server.steps > 0 or "server" in self.distill.text
         return 1 / (self.partition.clients + 1) if needed else 0.0
 

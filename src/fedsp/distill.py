@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
-from transformers import PreTrainedTokenizerBase
 
 from fedsp.auxiliary import AuxiliaryModel
 from fedsp.fitting import Optimisation, fit
-from fedsp.models import PromptedLM, hidden_at_depths, pad
+from fedsp.models import PromptedLM, Tokenizer, hidden_at_depths, pad
 from fedsp.rounds import derive_seed
 
 Sequences = Sequence[Sequence[int]]
@@ -121,7 +120,7 @@ def _order(count: int, how: Distillation, seed: int) -> list[list[int]]:
     return [drawn[start : start + how.batch_size] for start in range(0, how.steps * how.batch_size, how.batch_size)]
 
 
-def packed(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], *, length: int, count: int, seed: int) -> list[list[int]]:
+def packed(tokenizer: Tokenizer, passages: Sequence[str], *, length: int, count: int, seed: int) -> list[list[int]]:
     """Passages in a seeded order, one behind the other with an end token between, cut into at most `count` sequences of `length` tokens."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     order = random.Random(derive_seed(seed, "passages")).sample(range(len(passages)), len(passages))

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from fedsp.data.encoding import Encoded, encode_pair
 from fedsp.data.tasks import Example, Task
-from fedsp.models import PromptedLM, pad
+from fedsp.models import PromptedLM, Tokenizer, pad
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def score(
     model: PromptedLM,
     prefix: Tensor | None,
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     max_tokens: int,
     gold_only: bool = False,

@@ -9,7 +9,6 @@ that cannot carry a soft prompt is refused by name, with the reason.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fedsp.errors import ModelError
 
 Positions = Literal["hugging_face", "from_zero"]
+Tokenizer = PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,15 @@ class _CapturingCache(Cache):
 class PromptedLM(nn.Module):
     """A causal LM that reads a prefix of keys and values (P, L, 2, H, K) at every layer, or none.
 
-    `prompt_layers` says, for each depth of this model, which layer of the soft prompt it reads: the identity for a global model.
+    `prompt_layers` says, for each depth of this model, which layer of the soft prompt it reads, and `prompt_shape` what model the prompt is
+    made for: the identity and this very model, unless it is an auxiliary one.
 
     Raises:
         ModelError: the model has no key/value cache, is an encoder-decoder, has several key/value shapes, or computes its logits from
             something else than the last hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, *, positions: Positions = "hugging_face", prompt_layers: Sequence[int] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, name: str, *, positions: Positions = "hugging_face", prompt_layers: Sequence[int] | None = None, prompt_shape: ModelShape | None = None) -> None:
         super().__init__()
         self.model = model.eval()
         self.name = name
@@ -93,6 +94,7 @@ class PromptedLM(nn.Module):
         self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self.path_of_blocks, self.blocks = find_blocks(self.backbone, model.config.get_text_config().num_hidden_layers, name)
         self.shape = self._try_out()
+        self.prompt_shape = prompt_shape or self.shape
         self.prompt_layers = tuple(prompt_layers if prompt_layers is not None else range(self.shape.layers))
 
     @property
@@ -147,6 +149,26 @@ class PromptedLM(nn.Module):
         mask = torch.cat([before[rows], tails.mask], dim=1)
         return self.backbone(input_ids=tails.ids, attention_mask=mask, position_ids=positions * tails.mask, past_key_values=cache, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
 
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: int | None) -> list[int]:
+        """Greedy continuation of tokens (T,): at most `most` new ones, ending before `stop`."""
+        cache = DynamicCache() if prefix is None else self.cache(prefix, 1)
+        start = 0 if prefix is None or self.positions == "from_zero" else prefix.shape[-5]
+        new: list[int] = []
+        ids, read = input_ids[None], 0
+        while len(new) < most and read + ids.shape[1] + start <= self.max_positions:
+            length = cache.get_seq_length() + ids.shape[1]
+            positions = torch.arange(start + read, start + read + ids.shape[1], device=self.device)[None]
+            mask = torch.ones(1, length, dtype=torch.long, device=self.device)
+            hidden = self.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
+            token = int(self.logits(hidden[0, -1]).argmax())
+            if token == stop:
+                break
+            new.append(token)
+            read += ids.shape[1]
+            ids = torch.tensor([[token]], device=self.device)
+        return new
+
     def cache(self, prefix: Tensor, batch: int) -> DynamicCache:
         """A fresh cache of L pairs (B, H, P, K); a forward consumes it."""
         if prefix.dim() == 5:
@@ -183,7 +205,7 @@ class PromptedLM(nn.Module):
         cache, inputs = DynamicCache(), []
         record: Callable[..., None] = lambda _module, arguments, named: inputs.append(_hidden_of(arguments, named)[0])  # noqa: E731
         with _hooked(self.blocks, record):
-            self.backbone(input_ids=input_ids[None], past_key_values=cache, use_cache=True)
+            self.backbone(input_ids=input_ids[None], attention_mask=torch.ones_like(input_ids)[None], past_key_values=cache, use_cache=True)
         pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])  # (L, 2, H, P, K)
         return torch.stack(inputs, dim=1).float(), pairs.permute(3, 0, 1, 2, 4).float()
 
@@ -194,7 +216,7 @@ class PromptedLM(nn.Module):
         record: Callable[..., None] = lambda _module, arguments, named: calls.append((arguments[1:], {k: v for k, v in named.items() if k != "hidden_states"}))  # noqa: E731
         tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
         with _hooked(self.blocks, record):
-            self.backbone(input_ids=tokens, past_key_values=DynamicCache(), use_cache=True)
+            self.backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=DynamicCache(), use_cache=True)
         return calls
 
     @torch.no_grad()
@@ -208,7 +230,7 @@ class PromptedLM(nn.Module):
         tokens = torch.arange(4, device=self.device)[None]
         width: list[int] = []
         with _hooked(self.blocks, lambda _module, arguments, named: width.append(_hidden_of(arguments, named).shape[-1])):
-            output = self.model(input_ids=tokens, use_cache=True)
+            output = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
         cache = getattr(output, "past_key_values", None)
         layers = getattr(cache, "layers", None)
         if not layers or any(getattr(layer, "keys", None) is None for layer in layers) or len(layers) != len(self.blocks):
@@ -216,7 +238,7 @@ class PromptedLM(nn.Module):
         shapes = sorted({(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers} | {(layer.values.shape[1], layer.values.shape[3]) for layer in layers})
         if len(shapes) > 1:
             raise ModelError(f"{self.name} ({config.model_type}) has several key/value shapes, (heads, size) {shapes}: a soft prompt has one")
-        logits = self.logits(self(tokens))
+        logits = self.logits(self(tokens, torch.ones_like(tokens)))
         if not torch.allclose(logits, output.logits.float(), rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
             raise ModelError(f"{self.name} ({config.model_type}) computes its logits from more than the last hidden states: fedsp does not know how")
         return ModelShape(len(self.blocks), *shapes[0], width[0])
@@ -260,56 +282,3 @@ def _hooked(blocks: nn.ModuleList, record: Callable[..., Any]) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def choose_device(device: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then the CPU."""
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def load_model(name: str, *, device: str = "auto", positions: Positions = "hugging_face") -> PromptedLM:
-    """A causal LM by hub name or folder, frozen, in float32 (bfloat16 on CUDA).
-
-    Raises:
-        ModelError: nothing of that name can be loaded, or the model cannot carry a soft prompt.
-    """
-    where = choose_device(device)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if config.is_encoder_decoder:
-            raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): fedsp tunes causal language models")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if where.type == "cuda" else torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot load the model {name!r}: it is neither a folder with a model nor a name that the hub answers to ({reason})") from error
-    model.requires_grad_(False)
-    return PromptedLM(model.to(where), name, positions=positions)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside a model.
-
-    Raises:
-        ModelError: there is none.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name!r}: {str(error).strip().splitlines()[0]}") from error
-    return tokenizer
-
-
-def empty_model(config: Any) -> PreTrainedModel:
-    """A model of this configuration on torch's default device, its weights as its family draws them."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what a tokenizer does to text: its own serialisation where it has one, else its vocabulary."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
-

@@ -19,7 +19,7 @@ from fedsp.storage import read_tensors, write_tensors
 class Rest:
     """A party's own state on disk, one file per round. It never travels.
 
-    The states of the last two rounds are kept, so that a run resumed at an earlier checkpoint finds the state it needs.
+    Three states are kept: the newest may belong to a round that is done again, and so may the one before it.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class Rest:
             StorageError: the disk did not take it.
         """
         write_tensors(self._file(round), state)
-        for number in [number for number in self._rounds() if number < round][:-1]:
+        for number in [number for number in self._rounds() if number < round][:-2]:
             self._file(number).unlink()
 
     def _file(self, round: int) -> Path:

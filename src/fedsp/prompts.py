@@ -106,10 +106,8 @@ class SoftPrompt(nn.Module):
         Raises:
             PromptError: prompt and model have different shapes.
         """
-        want, have = self.spec.model, model.shape
-        fits = (want.heads, want.head_size) == (have.heads, have.head_size) if self.spec.space == "key_value" else want.hidden == have.hidden
-        if not fits or max(model.prompt_layers) >= want.layers or len(model.prompt_layers) != have.layers:
-            raise PromptError(f"the prompt was made for {want}, but {model.name} has {have} and reads prompt layers {list(model.prompt_layers)}")
+        if self.spec.model != model.prompt_shape:
+            raise PromptError(f"the prompt was made for {self.spec.model}, but {model.name} has {model.prompt_shape}")
         values = self.values()[:, list(model.prompt_layers)]
         return values if self.spec.space == "key_value" else model.keys_and_values(values)
 

@@ -55,7 +55,7 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write tensors as safetensors with their digest in the header; returns the digest."""
     digest = tensors_digest(tensors)
-    plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    plain = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     write_bytes(path, save(plain, metadata={**(metadata or {}), DIGEST: digest}))
     return digest
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from fedsp.data.tasks import Example
-from fedsp.models import pad
+from fedsp.models import Tokenizer, pad
 
 IGNORED = -100
 
@@ -44,7 +43,7 @@ class Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, max_tokens: int) -> Encoded:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, max_tokens: int) -> Encoded:
     """Encode a pair; when it is longer than `max_tokens`, the oldest context goes, never the continuation.
 
     The whole text is encoded at once and cut where the context alone would end. At least one token of context stays, since the first token
@@ -64,7 +63,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     return Encoded(tuple(whole[dropped:]), max(1, len(before) - dropped), dropped)
 
 
-def encode_targets(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_tokens: int) -> list[Encoded]:
+def encode_targets(tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int) -> list[Encoded]:
     """The context and the right answer of each example: what training reads."""
     return [encode_pair(tokenizer, example.context, example.target, max_tokens) for example in examples]
 

@@ -36,6 +36,8 @@ def make_partition(rows: Sequence[Row], section: PartitionSection, *, server_sha
     random.Random(derive_seed(seed, "partition")).shuffle(order)
     held, owned = round(holdout * len(order)), round(server_share * len(order))
     validation, server, rest = sorted(order[:held]), sorted(order[held : held + owned]), order[held + owned :]
+    if not section.clients:
+        return Partition(sorted(server + rest), validation, {})
     if section.kind != "natural" and section.clients > len(rest):
         raise DataError(f"partition.clients = {section.clients}, but only {len(rest)} training examples are left for clients: ask for fewer clients or bring more questions")
     clients = _divide(rows, rest, section, derive_seed(seed, "clients") % 2**32)

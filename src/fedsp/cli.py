@@ -1,0 +1,203 @@
+"""The command line: it parses, prints and exits. Everything else is in `fedsp.commands`; heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from fedsp.errors import ConfigurationError, DataError, FedspError, RunError
+
+if TYPE_CHECKING:
+    from fedsp.config import RunConfig
+
+app = typer.Typer(
+    name="fedsp",
+    help="Tune a private language model on private text: the model stays on the server, the text with its owners, and only soft prompts travel.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="The run's TOML file; `fedsp init` writes one.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="section.key=value, as in TOML: round.rounds=5")]
+Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file, as JSON.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Every draw comes from it.")] = 0,
+    output: Annotated[Optional[Path], typer.Option(help="Keep the runs in this new folder; otherwise they are thrown away.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Tune the embedded model with ten clients who never see it, and with four controls, in about two minutes."""
+    from fedsp import commands
+    from fedsp.display import Display, demo_table
+
+    with Display() as display:
+        rows = commands.demo(seed=seed, folder=output, watcher=display.watcher())
+        display.print(demo_table(rows))
+    _write(json_file, {"rows": rows})
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("run.toml"),
+    preset: Annotated[str, typer.Option(help="messenger, or paper for FedSP to the letter.")] = "messenger",
+) -> None:
+    """Write a commented run.toml with every key, its default and its unit."""
+    from fedsp.config import PRESETS, template
+    from fedsp.errors import did_you_mean
+    from fedsp.storage import write_bytes
+
+    if preset not in PRESETS:
+        raise ConfigurationError(f"unknown preset {preset!r}{did_you_mean(preset, PRESETS) or '; known: ' + ', '.join(PRESETS)}")
+    if path.exists():
+        raise ConfigurationError(f"{path} exists: give another name or remove it")
+    write_bytes(path, template(preset).encode())
+    typer.echo(f"{path} is written: set model.name and data.train, then `fedsp plan {path}` and `fedsp run {path}`")
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None) -> None:
+    """Print what a run will cost and disclose, before anything is trained."""
+    from fedsp.display import Display, plan_table
+    from fedsp.plan import make_plan
+
+    figures = make_plan(_read(config, overrides)).to_json()
+    with Display() as display:
+        display.print(plan_table(figures))
+    _write(json_file, figures)
+
+
+@app.command()
+def distill(config: ConfigFile, output: Annotated[Path, typer.Argument(help="The new folder that clients will get.")], overrides: Overrides = None, json_file: Json = None) -> None:
+    """Make the auxiliary model and write it as a folder."""
+    from fedsp import commands
+    from fedsp.display import Display, figures_table
+
+    with Display() as display:
+        figures = commands.distill(_read(config, overrides), output, watcher=display.watcher())
+        display.print(figures_table("Auxiliary model", figures))
+    _write(json_file, figures)
+
+
+@app.command()
+def run(
+    config: Annotated[Optional[Path], typer.Argument(help="The run's TOML file.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Optional[Path], typer.Option(help="Go on with the unfinished run in this folder.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Run the federation in this process."""
+    from fedsp import commands
+    from fedsp.display import Display, figures_table
+
+    if config is None and resume is None:
+        raise ConfigurationError("nothing to run: give a TOML file, or --resume and a run's folder")
+    if overrides and config is None:
+        raise ConfigurationError(f"{overrides[0]!r} needs a TOML file to change; a resumed run keeps its own configuration")
+    with Display() as display:
+        read = _read(config, overrides) if config else None
+        if resume:
+            figures = commands.resume(resume, read, watcher=display.watcher())
+        else:
+            assert read is not None
+            figures = commands.run(read, watcher=display.watcher())
+        display.print(figures_table("Run", figures))
+    _write(json_file, figures)
+
+
+@app.command()
+def evaluate(
+    folder: RunFolder,
+    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    prompt: Annotated[Optional[Path], typer.Option(help="A prompt file to use instead of the run's best.")] = None,
+    zero_shot: Annotated[bool, typer.Option(help="Also without any prompt.")] = True,
+    json_file: Json = None,
+) -> None:
+    """Figures of a run's best prompt through the global model, zero-shot beside it."""
+    from fedsp import commands
+    from fedsp.display import Display, rows_table
+
+    with Display() as display:
+        rows = commands.evaluate(folder, split=split, prompt=prompt, zero_shot=zero_shot)
+        display.print(rows_table(f"{folder}, {split}", rows))
+    _write(json_file, {"rows": rows})
+
+
+@app.command()
+def generate(
+    folder: RunFolder,
+    text: Annotated[str, typer.Argument(help="The text to complete.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 40,
+    zero_shot: Annotated[bool, typer.Option("--zero-shot", help="Without the prompt.")] = False,
+) -> None:
+    """A greedy completion through the tuned prompt and the global model."""
+    from fedsp import commands
+
+    _quiet()
+    typer.echo(text + commands.generate(folder, text, most=tokens, zero_shot=zero_shot))
+
+
+@app.command()
+def export(folder: RunFolder, output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")], json_file: Json = None) -> None:
+    """Write the tuned prompt as a PEFT prefix-tuning adapter."""
+    from fedsp import commands
+
+    _quiet()
+    figures = commands.export(folder, output)
+    typer.echo(f"{output} is a PEFT adapter of {figures['virtual_tokens']} virtual tokens: PeftModel.from_pretrained(model, {str(output)!r})")
+    _write(json_file, figures)
+
+
+@app.command("list")
+def list_runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), json_file: Json = None) -> None:
+    """The runs below a folder."""
+    from fedsp import commands
+    from fedsp.display import Display, rows_table
+
+    if not folder.is_dir():
+        raise RunError(f"there is no folder {folder}")
+    rows = commands.list_runs(folder)
+    with Display() as display:
+        display.print(rows_table(f"Runs in {folder}", rows))
+    _write(json_file, {"rows": rows})
+
+
+def main() -> None:
+    """Run a command; what a user can mend is one sentence on standard error and exit code 2."""
+    try:
+        app()
+    except FedspError as error:
+        typer.echo(f"fedsp: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("fedsp: stopped; what was finished is kept, and `fedsp run --resume` goes on from there", err=True)
+        sys.exit(130)
+
+
+def _read(config: Path, overrides: list[str] | None) -> RunConfig:
+    from fedsp.config import read_config
+
+    return read_config(config, overrides or ())
+
+
+def _quiet() -> None:
+    from fedsp.display import quiet_libraries
+
+    quiet_libraries()
+
+
+def _write(path: Path | None, figures: dict[str, Any]) -> None:
+    from fedsp.storage import write_bytes
+
+    if path is not None:
+        try:
+            write_bytes(path, (json.dumps(figures, indent=2, default=str) + "\n").encode())
+        except FedspError as error:
+            raise DataError(f"the figures above could not be written: {error}") from error

@@ -1,0 +1,205 @@
+"""What fedsp does, as functions: each command of the command line is one of these, and `fedsp.run` and `fedsp.evaluate` are two of them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsp.auxiliary import disclosed_share
+from fedsp.config import RunConfig, make_config, read_config
+from fedsp.engines.local import local
+from fedsp.errors import DataError, RunError
+from fedsp.experiment import EMBEDDED, Server, Watcher, evaluate_prompt, load_questions, make_auxiliary, open_server, run_experiment
+from fedsp.prompts import SoftPrompt, export_peft, read_prompt
+from fedsp.runs import RunDirectory, differing_keys, find_runs
+
+Figures = dict[str, Any]
+
+
+def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A configuration from what a person has: one already, nested values, or the path of a TOML file."""
+    if isinstance(config, RunConfig):
+        return config
+    return make_config(config) if isinstance(config, Mapping) else read_config(Path(config), overrides)
+
+
+def run(config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = (), watcher: Watcher | None = None) -> Figures:
+    """Run the configuration's federation in this process; returns the figures of `result.json` and the folder.
+
+    Raises:
+        FedspError: whatever cannot be done, as one sentence.
+    """
+    directory = RunDirectory.create(as_config(config, overrides))
+    return {"folder": str(directory.path), **run_experiment(directory, local, watcher or Watcher())}
+
+
+def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Watcher | None = None) -> Figures:
+    """Go on with an unfinished run, to the bits of a run that was never stopped.
+
+    Raises:
+        RunError: there is no run, it is finished, or it has another configuration than the one given.
+    """
+    directory = RunDirectory.open(Path(folder))
+    if config is not None and (differing := differing_keys(config, directory.config)):
+        raise RunError(f"{folder} holds a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''}): resume it without a configuration file, or start a new run with output=...")
+    if directory.finished:
+        raise RunError(f"{folder} holds a finished run: there is nothing to resume; `fedsp evaluate {folder}` shows its figures")
+    return {"folder": str(directory.path), **run_experiment(directory, local, watcher or Watcher())}
+
+
+def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = None) -> Figures:
+    """Make the auxiliary model of a configuration and write it as the folder that clients get.
+
+    Raises:
+        RunError: the folder is in use.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty: give a new folder")
+    server = open_server(config, load_questions(config))
+    started = time.perf_counter()
+    auxiliary = make_auxiliary(server, folder, watcher or Watcher())
+    return {"folder": str(folder), "sha256": auxiliary.digest(), "disclosed_share": disclosed_share(auxiliary, server.model), "seconds": time.perf_counter() - started}
+
+
+def open_run(folder: str | Path) -> tuple[Server, SoftPrompt]:
+    """The server's side of a run, and its best prompt so far.
+
+    Raises:
+        RunError: there is no run, or no prompt yet.
+    """
+    directory = RunDirectory.open(Path(folder))
+    if not directory.best.exists():
+        raise RunError(f"{folder} has no prompt yet: its first round is not finished")
+    server = open_server(directory.config, load_questions(directory.config, directory.partition()))
+    return server, read_prompt(directory.best).to(server.model.device)
+
+
+def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | None = None, zero_shot: bool = True) -> list[Figures]:
+    """Figures of a run's best prompt (or of the prompt in a file) through the global model, and of no prompt beside it.
+
+    Raises:
+        DataError: the run has no questions of that split.
+    """
+    server, best = open_run(folder)
+    tuned = read_prompt(Path(prompt)).to(server.model.device) if prompt else best
+    splits = {"test": server.questions.test, "validation": server.questions.validation}
+    if split not in splits:
+        raise DataError(f"unknown split {split!r}: choose test or validation")
+    if not splits[split]:
+        raise DataError(f"the run in {folder} has no {split} questions: name a file in data.{split}")
+    candidates: list[tuple[str, SoftPrompt | None]] = ([("zero-shot", None)] if zero_shot else []) + [("tuned prompt", tuned)]
+    questions = server.questions
+    return [{"prompt": name, **evaluate_prompt(server.model, candidate, splits[split], questions.task, server.tokenizer, server.max_tokens)} for name, candidate in candidates]
+
+
+def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool = False) -> str:
+    """A greedy completion of `text`, at most `most` tokens, through a run's best prompt (or none) and the global model."""
+    server, prompt = open_run(folder)
+    ids = server.tokenizer.encode(text)
+    if not ids:
+        raise DataError("there is no text to complete: give at least one word")
+    with torch.no_grad():
+        prefix = None if zero_shot else prompt.prefix(server.model)
+    new = server.model.generate(torch.tensor(ids, device=server.model.device)[-server.max_tokens :], prefix, most=most, stop=server.tokenizer.eos_token_id)
+    return str(server.tokenizer.decode(new))
+
+
+def export(folder: str | Path, to: str | Path) -> Figures:
+    """Write a run's best prompt, folded under the global model, as a PEFT prefix-tuning adapter.
+
+    Raises:
+        RunError: the target is in use.
+    """
+    to = Path(to)
+    if to.exists() and any(to.iterdir()):
+        raise RunError(f"{to} is not empty: give a new folder")
+    server, prompt = open_run(folder)
+    export_peft(prompt, server.model, to)
+    return {"folder": str(to), "virtual_tokens": prompt.spec.length, "base_model": server.model.name}
+
+
+def list_runs(folder: str | Path) -> list[Figures]:
+    """One row for each run below a folder."""
+    rows = []
+    for directory in find_runs(Path(folder)):
+        records, config = directory.records(), directory.config
+        validation = [record["validation"] for record in records if record["validation"] is not None]
+        rows.append(
+            {
+                "folder": str(directory.path),
+                "preset": config.preset,
+                "model": config.model.name,
+                "task": config.data.task,
+                "rounds": f"{len(records)}/{config.round.rounds}",
+                "validation_loss": min(validation, default=None),
+                "state": "finished" if directory.finished else "unfinished",
+            }
+        )
+    return rows
+
+
+DEMO: Figures = {
+    "model": {"name": "embedded", "device": "cpu"},
+    "data": {"task": "multiple_choice", "train": str(EMBEDDED / "train.jsonl"), "validation": str(EMBEDDED / "validation.jsonl"), "test": str(EMBEDDED / "test.jsonl")},
+    "partition": {"kind": "natural", "column": "owner", "server_share": 1 / 11},
+    "distill": {"steps": 150, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 64},
+    "prompt": {"length": 16},
+    "round": {"rounds": 10},
+    "client": {"speak_steps": 5},
+    "validation": {"examples": 100},
+}
+"""The configuration of the demo, less what its rows vary."""
+
+DEMO_ROWS: dict[str, Figures] = {
+    "server-only": {"round": {"clients": 0}, "server": {"steps": 5}},
+    "clients-only": {},
+    "fedsp": {"server": {"steps": 5}},
+    "central": {"partition": {"clients": 0, "server_share": 1.0, "kind": "even"}, "server": {"steps": 5}},
+}
+
+
+def demo_config(method: str, *, seed: int, folder: Path, auxiliary: Path | None) -> RunConfig:
+    """The configuration of one row of the demo's table; all rows share one auxiliary model."""
+    values: Figures = {"seed": seed, "output": str(folder / method), **DEMO}
+    if auxiliary:
+        values = {**values, "auxiliary": {"folder": str(auxiliary)}}
+    for section, changes in DEMO_ROWS[method].items():
+        values[section] = {**values.get(section, {}), **changes}
+    return make_config(values, "the demo")
+
+
+def demo(*, seed: int = 0, folder: str | Path | None = None, watcher: Watcher | None = None) -> list[Figures]:
+    """Tune the embedded model with ten clients who never see it, and with four controls; one row of test figures each.
+
+    Every test question is about somebody that neither the clients nor the server have a question about.
+
+    Raises:
+        RunError: the folder is in use.
+    """
+    watcher = watcher or Watcher()
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="fedsp-demo-") as temporary:
+            return demo(seed=seed, folder=temporary, watcher=watcher)
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty: give a new folder")
+    auxiliary = folder / "auxiliary"
+    config = demo_config("clients-only", seed=seed, folder=folder, auxiliary=None)
+    server = open_server(config, load_questions(config))
+    started = time.perf_counter()
+    make_auxiliary(server, auxiliary, watcher)
+    watcher.say(f"distilled in {time.perf_counter() - started:.0f} s")
+    started = time.perf_counter()
+    figures = evaluate_prompt(server.model, None, server.questions.test, server.questions.task, server.tokenizer, server.max_tokens)
+    rows: list[Figures] = [{"method": "zero-shot", **figures, "bytes": 0, "seconds": time.perf_counter() - started}]
+    for method in DEMO_ROWS:
+        watcher.say(f"{method}:")
+        result = run(demo_config(method, seed=seed, folder=folder, auxiliary=auxiliary), watcher=watcher)
+        rows.append({"method": method, **result["test"], "bytes": result["bytes_up"] + result["bytes_down"], "seconds": result["seconds"]})
+    return rows

@@ -1,0 +1,140 @@
+"""The round loop: sample, exchange, admit, aggregate, server step, validate, keep. It knows tensors by name and nothing of language models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fedsp.aggregation import admit, weighted_mean
+from fedsp.errors import TooFewClients, TrainingDiverged
+from fedsp.methods.base import Method
+from fedsp.parties import Party
+from fedsp.payload import Payload
+from fedsp.rounds import Exchange, Request, RoundRecord, Update, derive_seed, sample_clients
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What holds in every round. `clients` None asks all, 0 asks none; `max_change` is a root mean square per number."""
+
+    run: str
+    seed: int
+    rounds: int
+    clients: int | None
+    min_clients: int
+    weighting: Literal["examples", "uniform"]
+    max_change: float
+    validate_by: Literal["server", "clients", "none"]
+    validate_every: int = 1
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands after a round: what is broadcast next, and the best prompt so far with its validation loss."""
+
+    round: int
+    payload: Payload
+    best: Payload
+    best_round: int
+    best_loss: float | None
+
+    def consider(self, payload: Payload, round: int, loss: float | None) -> Standing:
+        """This standing with a candidate, which becomes the best if its loss is the lowest so far."""
+        if loss is None or (self.best_loss is not None and loss >= self.best_loss):
+            return self
+        return Standing(self.round, self.payload, payload, round, loss)
+
+
+Register = Mapping[str, int]
+"""The server's own record of its clients: id to number of examples."""
+Validate = Callable[[Payload], float]
+Keep = Callable[[Standing, RoundRecord], None]
+
+
+def federate(method: Method, server: Party, register: Register, exchange: Exchange, rules: Rules, *, standing: Standing | None, validate: Validate, keep: Keep) -> Standing:
+    """Run the rounds that are left after `standing` (None: from the start), and return the last standing.
+
+    `keep` is called after each round, before anything of the next one is sent. With validation by clients, what a client reports is its loss
+    under the prompt it received, so each prompt is judged a round later, and the last one in an exchange of its own.
+
+    Raises:
+        TooFewClients: a round had fewer admitted updates than `rules.min_clients`; the standing before it has been kept.
+        TrainingDiverged: a loss was not finite, with the round and the party.
+    """
+    if standing is None:
+        payload = method.init(server)
+        first = validate(payload) if rules.validate_by == "server" else None
+        standing = Standing(0, payload, payload, 0, first)
+    for round in range(standing.round + 1, rules.rounds + 1):
+        started = time.perf_counter()
+        asked = sample_clients(list(register), len(register) if rules.clients is None else rules.clients, rules.seed, round)
+        updates, failed, traffic = _collect(exchange, _requests(asked, round, standing.payload, rules), rules.max_change)
+        if len(updates) < min(rules.min_clients, len(asked)):
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(failed.items()))
+            raise TooFewClients(f"round {round} has {len(updates)} admitted updates of {len(asked)} asked, round.min_clients is {rules.min_clients} ({reasons or 'no replies'}); the run stands after round {standing.round} and can be resumed")
+        if rules.validate_by == "clients" and asked:
+            standing = standing.consider(standing.payload, standing.round, _clients_loss(updates, register))
+        weights = {client: float(register[client]) if rules.weighting == "examples" else 1.0 for client in updates}
+        aggregated = weighted_mean({client: update.payload for client, update in updates.items()}, weights) if updates else standing.payload
+        training = time.perf_counter()
+        try:
+            payload, server_loss = method.server_update(server, aggregated, round, derive_seed(rules.seed, "server", round))
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"round {round}, server: {error}; the prompt of round {standing.round} is kept") from error
+        standing = Standing(round, payload, standing.best, standing.best_round, standing.best_loss)
+        validation = None
+        if rules.validate_by == "server" and (round % rules.validate_every == 0 or round == rules.rounds):
+            validation = validate(payload)
+            standing = standing.consider(payload, round, validation)
+        elif rules.validate_by == "none":
+            standing = Standing(round, payload, payload, round, None)
+        elif rules.validate_by == "clients":
+            validation = _clients_loss(updates, register)
+        seconds_training = time.perf_counter() - training + sum(update.seconds for update in updates.values())
+        keep(
+            standing,
+            RoundRecord(round, asked, sorted(updates), dict(sorted(failed.items())), *traffic, _mean_losses(updates), server_loss, validation, standing.best_round, time.perf_counter() - started, seconds_training),
+        )
+    if rules.validate_by == "clients" and register:
+        asked = sample_clients(list(register), len(register) if rules.clients is None else rules.clients, rules.seed, rules.rounds + 1)
+        updates, _, _ = _collect(exchange, _requests(asked, rules.rounds + 1, standing.payload, rules, train=False), rules.max_change)
+        standing = standing.consider(standing.payload, standing.round, _clients_loss(updates, register))
+    return standing
+
+
+def _requests(asked: list[str], round: int, payload: Payload, rules: Rules, train: bool = True) -> list[Request]:
+    return [Request(rules.run, round, client, derive_seed(rules.seed, "client", client, round), payload, train) for client in asked]
+
+
+def _collect(exchange: Exchange, requests: list[Request], max_change: float) -> tuple[dict[str, Update], dict[str, str], tuple[int, int]]:
+    """Admitted updates and reasons of failure, by client, and the bytes sent down and up, refused ones included."""
+    by_client = {request.client: request for request in requests}
+    updates: dict[str, Update] = {}
+    failed: dict[str, str] = {}
+    down = up = 0
+    for reply in exchange(requests) if requests else ():
+        down, up = down + reply.bytes_down, up + reply.bytes_up
+        reason = admit(reply, by_client, updates, max_change)
+        if reason is None and isinstance(reply, Update):
+            updates[reply.client] = reply
+        else:
+            failed[reply.client] = str(reason)
+    failed |= {client: "did not answer" for client in by_client if client not in updates and client not in failed}
+    return updates, failed, (down, up)
+
+
+def _clients_loss(updates: Mapping[str, Update], register: Register) -> float | None:
+    """The mean of the clients' validation losses, weighted by the register."""
+    told = {client: update.validation for client, update in sorted(updates.items()) if update.validation is not None}
+    total = sum(register[client] for client in told)
+    return sum(register[client] * loss for client, loss in told.items()) / total if total else None
+
+
+def _mean_losses(updates: Mapping[str, Update]) -> dict[str, float]:
+    """The mean of each stage's last loss over the clients."""
+    names = sorted({name for update in updates.values() for name in update.losses})
+    return {name: sum(update.losses[name] for _, update in sorted(updates.items())) / len(updates) for name in names}
+
+

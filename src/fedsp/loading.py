@@ -1,0 +1,81 @@
+"""Where models and tokenizers come from: a hub name, a folder, or a configuration alone."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from fedsp.errors import ModelError
+from fedsp.models import Positions, PromptedLM, Tokenizer
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_model(name: str, *, device: str = "auto", positions: Positions = "hugging_face") -> PromptedLM:
+    """A causal LM by hub name or folder, frozen, in float32 (bfloat16 on CUDA).
+
+    Raises:
+        ModelError: nothing of that name can be loaded, or the model cannot carry a soft prompt.
+    """
+    where = choose_device(device)
+    read_model_config(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if where.type == "cuda" else torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_not_loaded(name, error)) from error
+    model.requires_grad_(False)
+    return PromptedLM(model.to(where), name, positions=positions)
+
+
+def read_model_config(name: str) -> Any:
+    """The configuration of a causal LM, without its weights.
+
+    Raises:
+        ModelError: there is no such model, or it is an encoder-decoder.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_not_loaded(name, error)) from error
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): fedsp tunes causal language models")
+    return config
+
+
+def _not_loaded(name: str, error: Exception) -> str:
+    return f"cannot load the model {name!r}: it is neither a folder with a model nor a name that the hub answers to ({str(error).strip().splitlines()[0]})"
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that lies beside a model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a tokenizer from {name!r}: {str(error).strip().splitlines()[0]}") from error
+    return tokenizer
+
+
+def empty_model(config: Any) -> PreTrainedModel:
+    """A model of this configuration on torch's default device, its weights as its family draws them."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 of what a tokenizer does to text: its own serialisation where it has one, else its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+

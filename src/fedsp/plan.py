@@ -1,0 +1,127 @@
+"""What a run will cost and disclose, counted before anything is trained and without any weights.
+
+Floating-point operations are those of matrix products: two per weight and token in a forward pass, 4 H_q K per token and key in attention. A
+step on the prompt needs a forward pass and a backward pass to the inputs (2 forwards' worth); a step on the weights needs 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fedsp.auxiliary import empty_auxiliary, parse_plan, planned_config
+from fedsp.config import RunConfig
+from fedsp.experiment import model_name
+from fedsp.fitting import trainable
+from fedsp.loading import empty_model, read_model_config
+from fedsp.models import ModelShape, find_blocks
+from fedsp.payload import PROMPT, pack
+from fedsp.prompts import PromptSpec
+
+BYTES_PER_NUMBER = 4
+TEXT_TOKENS = 64
+ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures of `fedsp plan`. Parameters and bytes are counts; operations are per step of one batch; shares are of the global model."""
+
+    model: str
+    layers: list[int]
+    prompt_layers: list[int]
+    global_parameters: int
+    auxiliary_parameters: int
+    ratio: float
+    package_bytes: int
+    prompt_parameters: int
+    bytes_per_message: int
+    bytes_per_round: int
+    bytes_in_all: int
+    client_operations_align: float
+    client_operations_speak: float
+    server_operations: float
+    client_memory_bytes: int
+    server_memory_bytes: int
+    disclosed_share: float
+    handed_out_share: float
+    tokens_per_example: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Count everything that the configuration implies.
+
+    Memory is weights, gradients and AdamW's moments in float32; activations come on top. The disclosed share is what stays bit for bit
+    after distillation; the handed-out share is what would, with no distillation.
+
+    Raises:
+        ModelError: the model's configuration cannot be had.
+        ConfigurationError: the layer plan does not fit it.
+    """
+    name = model_name(config)
+    global_config = read_model_config(name)
+    text = global_config.get_text_config()
+    plan = parse_plan(config.auxiliary.plan, text.num_hidden_layers, config.auxiliary.prompt_layers)
+    with torch.device("meta"):
+        model = empty_model(global_config)
+        auxiliary = empty_auxiliary(planned_config(global_config, plan), plan)
+    shape = shape_of(global_config)
+    spec = PromptSpec(config.prompt.space, config.prompt.length, shape)
+    message = len(pack({PROMPT: torch.zeros(spec.shape)}))
+    asked = config.partition.clients if config.round.clients is None else min(config.round.clients, config.partition.clients)
+    whole, small = _count(model), _count(auxiliary)
+    blocks = find_blocks(auxiliary.base_model, plan.depth, name)[1]
+    free = {id(p): p.numel() for block, frozen in zip(blocks, plan.frozen, strict=True) if not frozen for p in block.parameters()}
+    verbatim = small if not config.distill.steps else small - sum(free.values()) if plan.keeps_verbatim else 0
+    prompt = spec.bytes // BYTES_PER_NUMBER
+    tokens = min(config.data.max_tokens or TEXT_TOKENS, TEXT_TOKENS)
+    forward = forward_operations(auxiliary, plan.depth, spec.length, tokens)
+    client, server = config.client, config.server
+    return Plan(
+        model=name,
+        layers=list(plan.sources),
+        prompt_layers=list(plan.prompt_layers),
+        global_parameters=whole,
+        auxiliary_parameters=small,
+        ratio=whole / small,
+        package_bytes=small * BYTES_PER_NUMBER,
+        prompt_parameters=prompt,
+        bytes_per_message=message,
+        bytes_per_round=2 * asked * message,
+        bytes_in_all=2 * asked * message * config.round.rounds,
+        client_operations_align=3 * forward * client.batch_size if client.align_steps else 0.0,
+        client_operations_speak=2 * forward * client.batch_size if client.speak_steps else 0.0,
+        server_operations=2 * forward_operations(model, shape.layers, spec.length, tokens) * server.batch_size if server.steps else 0.0,
+        client_memory_bytes=BYTES_PER_NUMBER * (small + 4 * prompt + (3 * small if client.align_steps else 0)),
+        server_memory_bytes=BYTES_PER_NUMBER * (whole + 4 * prompt),
+        disclosed_share=verbatim / whole,
+        handed_out_share=small / whole,
+        tokens_per_example=tokens,
+    )
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The shape that a model of this configuration has, by the names that Hugging Face gives its numbers."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return ModelShape(text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, size, text.hidden_size)
+
+
+def forward_operations(model: Any, depth: int, prompt: int, tokens: int) -> float:
+    """Floating-point operations of one forward pass over one example behind a prompt, logits at ANSWER_TOKENS positions; shared depths count each time."""
+    text = model.config.get_text_config()
+    shape = shape_of(model.config)
+    blocks = find_blocks(model.base_model, depth, "the model")[1]
+    weights = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() > 1)
+    attention = 4.0 * depth * text.num_attention_heads * shape.head_size * tokens * (prompt + tokens)
+    return 2.0 * weights * tokens + attention + 2.0 * shape.hidden * text.vocab_size * min(tokens, ANSWER_TOKENS)
+
+
+def _count(model: Any) -> int:
+    return sum(parameter.numel() for parameter in trainable(model).values())

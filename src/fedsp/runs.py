@@ -1,0 +1,199 @@
+"""The run directory: everything that says what was run, how far it is, and what came out. All of it is whole after a kill at any point.
+
+    config.toml          the resolved configuration; `fedsp run config.toml` repeats the run
+    run.json             identity, seed, versions
+    partition.json       who holds which rows of train
+    auxiliary/           the folder that clients get
+    rounds.jsonl         one line per round
+    prompts/             the broadcast prompt of each round
+    best.safetensors     the best prompt by validation
+    checkpoint/          the last two standings
+    state/               what the parties keep between rounds
+    result.json          figures at the end
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedsp.config import RunConfig, make_config
+from fedsp.errors import RunError, StorageError
+from fedsp.federation import Standing
+from fedsp.parties import Rest
+from fedsp.payload import PROMPT
+from fedsp.prompts import PromptSpec, SoftPrompt
+from fedsp.rounds import RoundRecord, derive_seed
+from fedsp.storage import read_tensors, write_bytes, write_json, write_tensors
+
+CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
+
+
+class RunDirectory:
+    """A run on disk. Made by `create` or `open`."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self.auxiliary = path / "auxiliary"
+        self.best = path / BEST
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunDirectory:
+        """A new run in `config.output`.
+
+        Raises:
+            RunError: the folder holds a run, or something else.
+            StorageError: the disk did not take it.
+        """
+        path = Path(config.output)
+        if (path / CONFIG).exists():
+            other = cls.open(path)
+            differing = differing_keys(config, other.config)
+            state = f"a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''})" if differing else "this very run, finished" if other.finished else "this very run, unfinished"
+            raise RunError(f"{path} holds {state}: {'resume it with `fedsp run --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=...")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path} is in use and is no run: give an empty or a new folder with output=...")
+        run = cls(path, config)
+        identity = f"{derive_seed(config.seed, config.model_dump_json()):016x}"
+        write_json(path / RUN, {"run": identity, "seed": config.seed, "versions": versions()})
+        write_bytes(path / CONFIG, tomli_w.dumps(config.model_dump(exclude_none=True)).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """The run in a folder.
+
+        Raises:
+            RunError: there is none.
+        """
+        try:
+            values = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise RunError(f"{path} holds no run: its {CONFIG} cannot be read ({error})") from error
+        return cls(path, make_config(values, str(path / CONFIG)))
+
+    @property
+    def identity(self) -> str:
+        return str(self._json(RUN)["run"])
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / RESULT).exists()
+
+    def partition(self) -> dict[str, Any] | None:
+        """The partition as it was written, or None before it was made."""
+        return self._json(PARTITION) if (self.path / PARTITION).exists() else None
+
+    def write_partition(self, partition: dict[str, Any]) -> None:
+        write_json(self.path / PARTITION, partition)
+
+    def rest(self, party: str) -> Rest:
+        """Where a party's own state rests; in a deployment each client has a folder of its own instead."""
+        return Rest(self.path / "state" / party)
+
+    def keep(self, standing: Standing, record: RoundRecord, spec: PromptSpec) -> None:
+        """Write down a finished round: its prompt, the best one, the journal, and last the checkpoint, which makes it count.
+
+        Raises:
+            StorageError: the disk did not take it; the round before it stands.
+        """
+        name = f"round-{standing.round:05d}.safetensors"
+        SoftPrompt(spec, standing.payload[PROMPT]).save(self.path / "prompts" / name)
+        if standing.best_round == standing.round or not self.best.exists():
+            SoftPrompt(spec, standing.best[PROMPT]).save(self.best, {"round": str(standing.best_round)})
+        self._append(json.dumps(asdict(record), sort_keys=True))
+        tensors = {"payload": standing.payload[PROMPT], "best": standing.best[PROMPT]}
+        state = {"round": standing.round, "best_round": standing.best_round, "best_loss": standing.best_loss}
+        write_tensors(self.path / "checkpoint" / name, tensors, {"standing": json.dumps(state)})
+        for old in sorted((self.path / "checkpoint").glob("round-*.safetensors"))[:-2]:
+            old.unlink()
+
+    def standing(self, say: Callable[[str], None]) -> Standing | None:
+        """Where the run stands by its newest whole checkpoint, None before the first round; damaged ones are named through `say`.
+
+        Journal lines of rounds that will be done again are dropped.
+        """
+        found = None
+        for path in sorted((self.path / "checkpoint").glob("round-*.safetensors"), reverse=True):
+            try:
+                tensors, metadata = read_tensors(path)
+                state = json.loads(metadata["standing"])
+                found = Standing(state["round"], {PROMPT: tensors["payload"]}, {PROMPT: tensors["best"]}, state["best_round"], state["best_loss"])
+                break
+            except (StorageError, KeyError, ValueError) as error:
+                say(f"the checkpoint {path.name} is damaged and is not used, the one before it is ({error})")
+                path.unlink()
+        done = found.round if found else 0
+        kept = [line for line in self.records() if line["round"] <= done]
+        write_bytes(self.path / ROUNDS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in kept).encode())
+        return found
+
+    def records(self) -> list[dict[str, Any]]:
+        """The journal, whole lines only."""
+        path = self.path / ROUNDS
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # a line cut short by a kill: its round is done again
+        return records
+
+    def finish(self, standing: Standing, figures: dict[str, Any], spec: PromptSpec) -> None:
+        """Write the best prompt and the figures; from now on the run is finished."""
+        SoftPrompt(spec, standing.best[PROMPT]).save(self.best, {"round": str(standing.best_round)})
+        write_json(self.path / RESULT, figures)
+
+    def result(self) -> dict[str, Any]:
+        return self._json(RESULT) if self.finished else {}
+
+    def _append(self, line: str) -> None:
+        try:
+            with open(self.path / ROUNDS, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path / ROUNDS}: {error.strerror}; free some space, then resume") from error
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path} holds no usable run: {name} cannot be read ({error})") from error
+        return value
+
+
+def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
+    """The keys, but for `output`, in which two configurations differ."""
+    first, second = one.model_dump(), other.model_dump()
+    names = []
+    for key in first:
+        if isinstance(first[key], dict):
+            names += [f"{key}.{name}" for name in first[key] if first[key][name] != second[key][name]]
+        elif key != "output" and first[key] != second[key]:
+            names.append(key)
+    return names
+
+
+def find_runs(folder: Path) -> list[RunDirectory]:
+    """The runs below a folder, in the order of their paths."""
+    return [RunDirectory.open(path.parent) for path in sorted(folder.rglob(CONFIG)) if (path.parent / RUN).exists()]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the bits of a run."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("fedsp", "torch", "transformers", "tokenizers", "safetensors", "datasets", "flwr-datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,98 @@
+"""The floors of the house: a module imports only from lower floors, and some libraries live in few rooms."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "fedsp"
+FLOORS = [
+    {"errors", "__init__"},
+    {"storage", "payload", "config"},
+    {"rounds", "models", "data.files"},
+    {"loading", "data.tasks", "data.partition", "prompts", "aggregation"},
+    {"data.encoding"},
+    {"fitting", "evaluation"},
+    {"auxiliary"},
+    {"parties", "distill"},
+    {"methods.base"},
+    {"algorithm", "federation"},
+    {"runs"},
+    {"experiment"},
+    {"plan", "engines.local", "display"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+EMPTY = {"data.__init__", "engines.__init__", "methods.__init__"}
+ONLY_IN = {
+    "transformers": {"models", "loading", "auxiliary", "display"},
+    "flwr": {"engines.flower"},
+    "ray": {"engines.flower"},
+    "typer": {"cli"},
+    "rich": {"display"},
+    "pydantic": {"config"},
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    return {".".join(path.relative_to(SOURCE).with_suffix("").parts): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names) if node.module == "fedsp" else [node.module]
+
+
+MODULES = modules()
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(MODULES) - EMPTY == set(FLOOR)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - EMPTY))
+def test_imports_only_from_lower_floors(module: str) -> None:
+    for name in imports(MODULES[module]):
+        if name.startswith("fedsp."):
+            assert FLOOR[name.removeprefix("fedsp.")] < FLOOR[module], f"{module} imports {name}, which is not on a lower floor"
+
+
+@pytest.mark.parametrize("library", sorted(ONLY_IN))
+def test_libraries_stay_in_their_rooms(library: str) -> None:
+    users = {module for module, tree in MODULES.items() if any(name.split(".")[0] == library for name in imports(tree))}
+    assert users <= ONLY_IN[library]
+
+
+def test_the_algorithm_knows_no_engine_and_no_configuration() -> None:
+    names = set(imports(MODULES["algorithm"]))
+    assert not any(name.startswith(("fedsp.engines", "fedsp.config", "fedsp.runs", "fedsp.federation")) for name in names)
+
+
+@pytest.mark.parametrize("module", ["federation", "aggregation"])
+def test_the_loop_knows_nothing_of_language_models(module: str) -> None:
+    assert not {"fedsp.models", "fedsp.prompts", "fedsp.data.tasks", "fedsp.data.encoding"} & set(imports(MODULES[module]))
+
+
+def test_only_the_command_line_prints() -> None:
+    for module, tree in MODULES.items():
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"]
+        assert not calls or module in {"cli", "display"}, f"{module} prints"
+
+
+def test_every_public_thing_has_a_docstring() -> None:
+    for module, tree in MODULES.items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
+
+
+def test_the_paper_stays_on_a_page() -> None:
+    assert len((SOURCE / "algorithm.py").read_text().splitlines()) <= 170
