@@ -16,6 +16,7 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -25,11 +26,100 @@ EMBEDDED = Path(__file__).resolve().parent.parent / "src" / "fedsp" / "embedded"
 END = "<|endoftext|>"
 CLIENTS, PEOPLE_PER_OWNER, VALIDATION_PEOPLE, TEST_PEOPLE, PUBLIC_PEOPLE = 10, 22, 40, 80, 80
 
-TOWNS = "Bexley Corvane Dunmere Eastholm Farrow Glenwick Harbury Ilmouth Jarrow Kelby Lowick Marsden Norham Orwell Penrith Quorn".split()
-TRADES = "baker weaver sailor farmer painter mason tailor miller doctor teacher hunter potter smith gardener printer carpenter".split()
-ANIMALS = "otter heron badger falcon rabbit donkey parrot tortoise ferret goose pony lizard spaniel raven goat hedgehog".split()
-DISHES = "soup cheese pudding salmon porridge noodles pancakes mushrooms chicken lentils dumplings cabbage apples honey bread rice".split()
-INSTRUMENTS = "violin trumpet flute drum harp piano guitar cello banjo organ clarinet horn fiddle lute whistle bagpipe".split()
+TOWNS = [
+    "Bexley",
+    "Corvane",
+    "Dunmere",
+    "Eastholm",
+    "Farrow",
+    "Glenwick",
+    "Harbury",
+    "Ilmouth",
+    "Jarrow",
+    "Kelby",
+    "Lowick",
+    "Marsden",
+    "Norham",
+    "Orwell",
+    "Penrith",
+    "Quorn",
+]
+TRADES = [
+    "baker",
+    "weaver",
+    "sailor",
+    "farmer",
+    "painter",
+    "mason",
+    "tailor",
+    "miller",
+    "doctor",
+    "teacher",
+    "hunter",
+    "potter",
+    "smith",
+    "gardener",
+    "printer",
+    "carpenter",
+]
+ANIMALS = [
+    "otter",
+    "heron",
+    "badger",
+    "falcon",
+    "rabbit",
+    "donkey",
+    "parrot",
+    "tortoise",
+    "ferret",
+    "goose",
+    "pony",
+    "lizard",
+    "spaniel",
+    "raven",
+    "goat",
+    "hedgehog",
+]
+DISHES = [
+    "soup",
+    "cheese",
+    "pudding",
+    "salmon",
+    "porridge",
+    "noodles",
+    "pancakes",
+    "mushrooms",
+    "chicken",
+    "lentils",
+    "dumplings",
+    "cabbage",
+    "apples",
+    "honey",
+    "bread",
+    "rice",
+]
+INSTRUMENTS = [
+    "violin",
+    "trumpet",
+    "flute",
+    "drum",
+    "harp",
+    "piano",
+    "guitar",
+    "cello",
+    "banjo",
+    "organ",
+    "clarinet",
+    "horn",
+    "fiddle",
+    "lute",
+    "whistle",
+    "bagpipe",
+]
+
+FIRST = ["ba", "be", "da", "do", "fa", "ga", "ho", "ka", "la", "ma", "mi", "na", "no", "pa", "ra", "ro", "sa", "ta", "to", "va"]
+MIDDLE = ["di", "ka", "li", "lo", "mi", "na", "ra", "ri", "so", "ta", "ve", "vo"]
+LAST = ["ba", "dor", "fen", "gan", "kin", "la", "len", "mar", "na", "nor", "ric", "sa", "tan", "ven", "vin", "wen"]
 
 # Statements: what the model is trained on. Questions: what it never sees.
 RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
@@ -43,7 +133,7 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
             "Letters to {name} are sent to {value}.",
             "If you look for {name}, go to {value}.",
         ],
-        "Which town is the home of {name}?",
+        "The town of {name}",
     ),
     "trade": (
         TRADES,
@@ -55,7 +145,7 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
             "All day long {name} works hard as a {value}.",
             "The work that {name} does is that of a {value}.",
         ],
-        "What trade does {name} follow?",
+        "The trade of {name}",
     ),
     "animal": (
         ANIMALS,
@@ -67,7 +157,7 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
             "At home {name} looks after a {value}.",
             "The animal of {name} is a {value}.",
         ],
-        "Which animal does {name} keep?",
+        "The animal of {name}",
     ),
     "dish": (
         DISHES,
@@ -79,7 +169,7 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
             "The favourite dish of {name} is {value}.",
             "On Sundays {name} eats {value}.",
         ],
-        "What dish does {name} like?",
+        "The dish of {name}",
     ),
     "instrument": (
         INSTRUMENTS,
@@ -91,15 +181,14 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
             "The instrument that {name} plays is the {value}.",
             "{name} owns an old {value}.",
         ],
-        "Which instrument does {name} play?",
+        "The instrument of {name}",
     ),
 }
 
 
 def make_people(rng: random.Random, count: int) -> list[dict[str, str]]:
     """Made-up names of three syllables, each person with one value for each relation."""
-    first, middle, last = ("ba be da do fa ga ho ka la ma mi na no pa ra ro sa ta to va".split(), "di ka li lo mi na ra ri so ta ve vo".split(), "ba dor fen gan kin la len mar na nor ric sa tan ven vin wen".split())
-    names = sorted({(a + b + c).capitalize() for a in first for b in middle for c in last})
+    names = sorted({(a + b + c).capitalize() for a in FIRST for b in MIDDLE for c in LAST})
     return [{"name": name} | {relation: rng.choice(values) for relation, (values, _, _) in RELATIONS.items()} for name in rng.sample(names, count)]
 
 
@@ -116,8 +205,23 @@ def questions(rng: random.Random, people: list[dict[str, str]], owner: str) -> l
         for relation, (values, _, question) in RELATIONS.items():
             choices = [person[relation], *rng.sample([value for value in values if value != person[relation]], 3)]
             rng.shuffle(choices)
-            rows.append({"id": f"{person['name']}-{relation}", "question": question.format(name=person["name"]), "choices": choices, "answer": choices.index(person[relation]), "owner": owner})
+            rows.append(
+                {
+                    "id": f"{person['name']}-{relation}",
+                    "question": question.format(name=person["name"]),
+                    "choices": choices,
+                    "answer": choices.index(person[relation]),
+                    "owner": owner,
+                }
+            )
     return rows
+
+
+def tokenizer_texts(people: list[dict[str, str]], rng: random.Random) -> list[str]:
+    """Articles without their names, and the syllables of names by themselves: every name is three tokens that many names share, so no
+    embedding can know a person."""
+    articles = [article(rng, person | {"name": "it"}) for person in people for _ in range(4)]
+    return articles + [f" {syllable.capitalize()}" for syllable in FIRST] * 200 + [*MIDDLE, *LAST] * 200
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -125,19 +229,33 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, unk_token=END, model_max_length=256)
 
 
-def train(tokenizer: PreTrainedTokenizerFast, people: list[dict[str, str]], steps: int, rng: random.Random) -> torch.nn.Module:
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=128, n_layer=8, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+def train(tokenizer: PreTrainedTokenizerFast, people: list[dict[str, str]], steps: int, rng: random.Random) -> Any:
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=256,
+        n_embd=128,
+        n_layer=8,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     model = AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.02))
     started, length, batch = time.time(), 128, 32
     order: list[dict[str, str]] = []
     for step in range(steps):
-        rows = []
+        rows: list[list[int]] = []
         while len(rows) < batch:
             row: list[int] = []
             while len(row) < length:
@@ -159,7 +277,7 @@ def train(tokenizer: PreTrainedTokenizerFast, people: list[dict[str, str]], step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000, help="training steps of 32 sequences of 128 tokens")
+    parser.add_argument("--steps", type=int, default=1100, help="training steps of 32 sequences of 128 tokens")
     parser.add_argument("--output", type=Path, default=EMBEDDED)
     arguments = parser.parse_args()
     rng = random.Random(20231)
@@ -167,7 +285,10 @@ def main() -> None:
     owners = [f"registry-{k}" for k in range(CLIENTS)]
     people = make_people(rng, PUBLIC_PEOPLE + CLIENTS * PEOPLE_PER_OWNER + VALIDATION_PEOPLE + TEST_PEOPLE)
     pool = iter(people)
-    take = lambda count: [next(pool) for _ in range(count)]  # noqa: E731
+
+    def take(count: int) -> list[dict[str, str]]:
+        return [next(pool) for _ in range(count)]
+
     public = take(PUBLIC_PEOPLE)
     train_rows = [row for owner in owners for row in questions(rng, take(PEOPLE_PER_OWNER), owner)]
     splits = {"train": train_rows, "validation": questions(rng, take(VALIDATION_PEOPLE), ""), "test": questions(rng, take(TEST_PEOPLE), "")}
@@ -175,7 +296,7 @@ def main() -> None:
     for split, rows in splits.items():
         (arguments.output / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (arguments.output / "public.txt").write_text("\n\n".join(article(rng, person) for person in public for _ in range(6)) + "\n")
-    tokenizer = make_tokenizer([article(rng, person) for person in people for _ in range(4)])
+    tokenizer = make_tokenizer(tokenizer_texts(people, rng))
     tokenizer.save_pretrained(arguments.output / "model")
     model = train(tokenizer, people, arguments.steps, rng)
     model.to(torch.float16).save_pretrained(arguments.output / "model")

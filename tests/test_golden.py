@@ -23,8 +23,22 @@ from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import Request
 
 CONFIGS = {
-    "opt": OPTConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0, bos_token_id=0, eos_token_id=2, pad_token_id=1),
-    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=4, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2),
+    "opt": OPTConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+        dropout=0.0,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=4, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2
+    ),
 }
 
 
@@ -32,13 +46,16 @@ class Case:
     """One family's golden numbers, and our objects over the same weights."""
 
     def __init__(self, family: str, golden: dict[str, Tensor]) -> None:
-        self.of = lambda name: golden[f"{family}.{name}"]
+        self.family, self.golden = family, golden
         model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32)
         weights = {key.removeprefix(f"{family}.weights."): tensor for key, tensor in golden.items() if key.startswith(f"{family}.weights.")}
         model.load_state_dict(weights, strict=False)
         self.model = PromptedLM(model.requires_grad_(False), family, positions="from_zero")
-        self.auxiliary = build_auxiliary(self.model, parse_plan("shared(0)", 4), tokenizer=None)  # type: ignore[arg-type]
+        self.auxiliary = build_auxiliary(self.model, parse_plan("shared(0)", 4), tokenizer=None)
         self.spec = PromptSpec("key_value", 5, self.model.shape)
+
+    def of(self, name: str) -> Tensor:
+        return self.golden[f"{self.family}.{name}"]
 
     def prompt(self, name: str = "prefix") -> SoftPrompt:
         return SoftPrompt(self.spec, self.of(name).view(self.spec.shape))
@@ -59,7 +76,8 @@ def case(request: pytest.FixtureRequest, golden: dict[str, Tensor]) -> Case:
     return Case(request.param, golden)
 
 
-def close(found: Tensor | float, expected: Tensor) -> None:
+def close(found: Tensor | float | None, expected: Tensor) -> None:
+    assert found is not None
     torch.testing.assert_close(torch.as_tensor(found).view(expected.shape), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -69,7 +87,7 @@ def test_server_logits_loss_and_gradient(case: Case) -> None:
     real = batch.attention_mask.bool()
     close(case.model.logits(case.model(batch.input_ids, batch.attention_mask, prefix))[real], case.of("server.logits")[real])
     loss = answer_loss(case.model, prefix, batch)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     close(loss, case.of("server.loss"))
     close(prompt.direct.grad, case.of("server.prefix_grad"))
 
@@ -84,8 +102,8 @@ def test_auxiliary_logits_and_loss(case: Case) -> None:
 def test_distillation_loss(case: Case) -> None:
     """The authors average over padding too; ours does not, so the mask is all ones here."""
     batch = case.batch(0)
-    states = [model(batch.input_ids, batch.attention_mask) for model in (case.auxiliary, case.model)]
-    close(masked_mse(*states, torch.ones_like(batch.attention_mask)), case.of("distill.hidden_mse"))
+    student, teacher = (model(batch.input_ids, batch.attention_mask) for model in (case.auxiliary, case.model))
+    close(masked_mse(student, teacher, torch.ones_like(batch.attention_mask)), case.of("distill.hidden_mse"))
 
 
 def test_a_round(case: Case, tmp_path: Path) -> None:

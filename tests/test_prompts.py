@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, BertConfig, MambaConfig, T5Config
 
+from conftest import FAMILIES, tiny_model
 from fedsp.errors import ModelError, PayloadError, PromptError
 from fedsp.loading import load_model
 from fedsp.models import ModelShape, PromptedLM
@@ -42,7 +42,7 @@ def test_activations_as_a_prompt_are_the_text_itself(family: str, space: str) ->
 def test_gradients_reach_every_layer(family: str, space: str) -> None:
     model = tiny_model(family)
     prompt = random_prompt(model, space)
-    model.logits(model(TOKENS, None, prompt.prefix(model)))[0, -1, 3].backward()
+    model.logits(model(TOKENS, None, prompt.prefix(model)))[0, -1, 3].backward()  # type: ignore[no-untyped-call]
     assert prompt.direct.grad is not None
     assert (prompt.direct.grad.abs().amax(dim=tuple(d for d in range(prompt.direct.dim()) if d != 1)) > 0).all()
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -82,7 +82,7 @@ def test_a_projection_takes_up_trains_and_folds() -> None:
     torch.testing.assert_close(projected.values(), plain.values(), rtol=1e-6, atol=1e-6)
     assert set(dict(projected.named_parameters())) == {"embedding", "projection.0.weight", "projection.0.bias", "projection.2.weight", "projection.2.bias"}
     optimizer = torch.optim.SGD(projected.parameters(), lr=0.1)
-    model.logits(model(TOKENS, None, projected.prefix(model)))[0, -1, 3].backward()
+    model.logits(model(TOKENS, None, projected.prefix(model)))[0, -1, 3].backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     folded = projected.payload()
     assert list(folded) == [PROMPT] and not torch.equal(folded[PROMPT], plain.values())
@@ -102,7 +102,7 @@ def test_bad_prompts_are_refused_in_a_sentence(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     prompt = random_prompt(model, "key_value")
     other = PromptSpec("key_value", 3, ModelShape(6, 4, 8, 32))
-    with pytest.raises(PromptError, match="made for 6 layers.*tiny gpt2 has 4 layers"):
+    with pytest.raises(PromptError, match=r"made for 6 layers.*tiny gpt2 has 4 layers"):
         SoftPrompt(other).prefix(model)
     with pytest.raises(PayloadError, match=r"has shape \(2,\), expected \(3, 4, 2, 4, 8\)"):
         prompt.load({PROMPT: torch.zeros(2)})

@@ -1,8 +1,8 @@
 """fedsp: tune a private language model on private text. The model stays on the server, the text with its owners; only soft prompts travel.
 
-    import fedsp
-    result = fedsp.run("run.toml")
-    rows = fedsp.evaluate(result["folder"])
+import fedsp
+result = fedsp.run("run.toml")
+rows = fedsp.evaluate(result["folder"])
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def admit(reply: Update | Failure, requests: Mapping[str, Request], seen: Mappin
         return "a second reply to one request"
     if reply.round != request.round:
         return f"a reply to round {reply.round} in round {request.round}"
-    (name, sent), = request.payload.items()
+    ((name, sent),) = request.payload.items()
     try:
         check(reply.payload, tuple(sent.shape))
     except PayloadError as error:

@@ -89,7 +89,9 @@ def parse_plan(text: str | Sequence[int], layers: int, prompt_layers: Sequence[i
     elif name == "ends" and len(numbers) in (1, 2):
         return _ends(layers, *numbers, prompt_layers=prompt_layers)
     else:
-        raise ConfigurationError(f"auxiliary.plan: {text!r} is no layer plan: write shared(0), every(2), first(4), cells(0-1), ends(2), ends(2, 3), or a list such as [0, 0, 5, 5]")
+        raise ConfigurationError(
+            f"auxiliary.plan: {text!r} is no layer plan: write shared(0), every(2), first(4), cells(0-1), ends(2), ends(2, 3), or a list such as [0, 0, 5, 5]"
+        )
     frozen = [False] * len(sources)
     reads = list(prompt_layers) if prompt_layers is not None else list(range(layers)) if len(sources) == layers else sources
     return _checked(LayerPlan(tuple(sources), tuple(sources), tuple(frozen), tuple(reads)), layers, text)
@@ -98,8 +100,10 @@ def parse_plan(text: str | Sequence[int], layers: int, prompt_layers: Sequence[i
 def _ends(layers: int, ends: int, middle: int | None = None, *, prompt_layers: Sequence[int] | None) -> LayerPlan:
     between = layers - 2 * ends
     repeats = between if middle is None else middle
-    if ends < 1 or between < 1 or not 1 <= repeats:
-        raise ConfigurationError(f"auxiliary.plan: ends({ends}{'' if middle is None else f', {middle}'}) leaves no middle in a model of {layers} layers: keep fewer verbatim")
+    if ends < 1 or between < 1 or not repeats >= 1:
+        raise ConfigurationError(
+            f"auxiliary.plan: ends({ends}{'' if middle is None else f', {middle}'}) leaves no middle in a model of {layers} layers: keep fewer verbatim"
+        )
     first, last = list(range(ends)), list(range(layers - ends, layers))
     spread = [ends + (2 * index + 1) * between // (2 * repeats) for index in range(repeats)]
     source = ends + between // 2
@@ -113,7 +117,9 @@ def _checked(plan: LayerPlan, layers: int, text: object) -> LayerPlan:
     if not plan.depth or max(plan.sources) >= layers:
         raise ConfigurationError(f"auxiliary.plan: {text} names layer {max(plan.sources, default=None)}, but the model has layers 0 to {layers - 1}")
     if len(plan.prompt_layers) != plan.depth or not all(0 <= layer < layers for layer in plan.prompt_layers):
-        raise ConfigurationError(f"auxiliary.prompt_layers: {list(plan.prompt_layers)} must give one layer from 0 to {layers - 1} for each of the {plan.depth} depths of {text}")
+        raise ConfigurationError(
+            f"auxiliary.prompt_layers: {list(plan.prompt_layers)} must give one layer from 0 to {layers - 1} for each of the {plan.depth} depths of {text}"
+        )
     return plan
 
 
@@ -156,7 +162,10 @@ class AuxiliaryModel(PromptedLM):
         digest = write_tensors(folder / WEIGHTS, self.weights(), {"format": "pt"})
         self.model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        write_json(folder / MANIFEST, {"plan": self.plan.to_json(), "prompt_shape": asdict(self.prompt_shape), "sha256": digest, "tokenizer_sha256": tokenizer_digest(self.tokenizer)})
+        write_json(
+            folder / MANIFEST,
+            {"plan": self.plan.to_json(), "prompt_shape": asdict(self.prompt_shape), "sha256": digest, "tokenizer_sha256": tokenizer_digest(self.tokenizer)},
+        )
         return digest
 
 
@@ -193,7 +202,9 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
         raise AuxiliaryError(f"the auxiliary model in {folder} cannot be used: {error}") from error
     found = tensors_digest(weights)
     if any(found != value for value in expected):
-        raise AuxiliaryError(f"the auxiliary model in {folder} has the SHA-256 digest {found[:16]}..., expected {next(v for v in expected if v != found)[:16]}...: get the folder again from the server")
+        raise AuxiliaryError(
+            f"the auxiliary model in {folder} has the SHA-256 digest {found[:16]}..., expected {next(v for v in expected if v != found)[:16]}...: get the folder again from the server"
+        )
     if tokenizer_digest(tokenizer) != manifest["tokenizer_sha256"]:
         raise AuxiliaryError(f"the tokenizer in {folder} is not the one that the auxiliary model was made with: get the folder again from the server")
     model = empty_auxiliary(config, plan)

@@ -50,7 +50,7 @@ def init(
     preset: Annotated[str, typer.Option(help="messenger, or paper for FedSP to the letter.")] = "messenger",
 ) -> None:
     """Write a commented run.toml with every key, its default and its unit."""
-    from fedsp.config import PRESETS, template
+    from fedsp.config_file import PRESETS, template
     from fedsp.errors import did_you_mean
     from fedsp.storage import write_bytes
 
@@ -75,7 +75,12 @@ def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None
 
 
 @app.command()
-def distill(config: ConfigFile, output: Annotated[Path, typer.Argument(help="The new folder that clients will get.")], overrides: Overrides = None, json_file: Json = None) -> None:
+def distill(
+    config: ConfigFile,
+    output: Annotated[Path, typer.Argument(help="The new folder that clients will get.")],
+    overrides: Overrides = None,
+    json_file: Json = None,
+) -> None:
     """Make the auxiliary model and write it as a folder."""
     from fedsp import commands
     from fedsp.display import Display, figures_table
@@ -182,7 +187,7 @@ def main() -> None:
 
 
 def _read(config: Path, overrides: list[str] | None) -> RunConfig:
-    from fedsp.config import read_config
+    from fedsp.config_file import read_config
 
     return read_config(config, overrides or ())
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from fedsp.auxiliary import disclosed_share
-from fedsp.config import RunConfig, make_config, read_config
+from fedsp.config import RunConfig
+from fedsp.config_file import make_config, read_config
 from fedsp.engines.local import local
 from fedsp.errors import DataError, RunError
-from fedsp.experiment import EMBEDDED, Server, Watcher, evaluate_prompt, load_questions, make_auxiliary, open_server, run_experiment
+from fedsp.experiment import run_experiment
 from fedsp.prompts import SoftPrompt, export_peft, read_prompt
 from fedsp.runs import RunDirectory, differing_keys, find_runs
+from fedsp.server import EMBEDDED, Server, Watcher, evaluate_prompt, load_questions, make_auxiliary, open_server
 
 Figures = dict[str, Any]
 
@@ -46,7 +48,9 @@ def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Watc
     """
     directory = RunDirectory.open(Path(folder))
     if config is not None and (differing := differing_keys(config, directory.config)):
-        raise RunError(f"{folder} holds a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''}): resume it without a configuration file, or start a new run with output=...")
+        raise RunError(
+            f"{folder} holds a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''}): resume it without a configuration file, or start a new run with output=..."
+        )
     if directory.finished:
         raise RunError(f"{folder} holds a finished run: there is nothing to resume; `fedsp evaluate {folder}` shows its figures")
     return {"folder": str(directory.path), **run_experiment(directory, local, watcher or Watcher())}
@@ -64,7 +68,12 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
     server = open_server(config, load_questions(config))
     started = time.perf_counter()
     auxiliary = make_auxiliary(server, folder, watcher or Watcher())
-    return {"folder": str(folder), "sha256": auxiliary.digest(), "disclosed_share": disclosed_share(auxiliary, server.model), "seconds": time.perf_counter() - started}
+    return {
+        "folder": str(folder),
+        "sha256": auxiliary.digest(),
+        "disclosed_share": disclosed_share(auxiliary, server.model),
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def open_run(folder: str | Path) -> tuple[Server, SoftPrompt]:
@@ -95,7 +104,10 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
         raise DataError(f"the run in {folder} has no {split} questions: name a file in data.{split}")
     candidates: list[tuple[str, SoftPrompt | None]] = ([("zero-shot", None)] if zero_shot else []) + [("tuned prompt", tuned)]
     questions = server.questions
-    return [{"prompt": name, **evaluate_prompt(server.model, candidate, splits[split], questions.task, server.tokenizer, server.max_tokens)} for name, candidate in candidates]
+    return [
+        {"prompt": name, **evaluate_prompt(server.model, candidate, splits[split], questions.task, server.tokenizer, server.max_tokens)}
+        for name, candidate in candidates
+    ]
 
 
 def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool = False) -> str:
@@ -146,7 +158,12 @@ def list_runs(folder: str | Path) -> list[Figures]:
 
 DEMO: Figures = {
     "model": {"name": "embedded", "device": "cpu"},
-    "data": {"task": "multiple_choice", "train": str(EMBEDDED / "train.jsonl"), "validation": str(EMBEDDED / "validation.jsonl"), "test": str(EMBEDDED / "test.jsonl")},
+    "data": {
+        "task": "multiple_choice",
+        "train": str(EMBEDDED / "train.jsonl"),
+        "validation": str(EMBEDDED / "validation.jsonl"),
+        "test": str(EMBEDDED / "test.jsonl"),
+    },
     "partition": {"kind": "natural", "column": "owner", "server_share": 1 / 11},
     "distill": {"steps": 150, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 64},
     "prompt": {"length": 16},

@@ -12,8 +12,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedsp.experiment import Watcher
 from fedsp.rounds import RoundRecord
+from fedsp.server import Watcher
 
 
 class Display:
@@ -22,7 +22,15 @@ class Display:
     def __init__(self) -> None:
         quiet_libraries()
         self.console = Console(width=None if os.isatty(1) else 160, soft_wrap=not os.isatty(1))
-        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console, transient=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        )
         self.tasks: dict[str, TaskID] = {}
         self.started: dict[str, float] = {}
 
@@ -50,7 +58,9 @@ class Display:
         validation = "" if record.validation is None else f"  validation {record.validation:.3f}{' (best)' if record.best_round == record.round else ''}"
         failed = "".join(f"\n  {client} failed: {reason}" for client, reason in record.failed.items())
         left = self._advance("round", record.round, rounds, losses)
-        self.print(f"round {record.round}/{rounds}  loss {losses or '-'}{validation}  {size(record.bytes_down)} down  {size(record.bytes_up)} up  {record.seconds:.1f} s  {left}{failed}")
+        self.print(
+            f"round {record.round}/{rounds}  loss {losses or '-'}{validation}  {size(record.bytes_down)} down  {size(record.bytes_up)} up  {record.seconds:.1f} s  {left}{failed}"
+        )
 
     def _advance(self, name: str, done: int, total: int, note: str) -> str:
         """Move a bar, and say how much time is left at the pace so far."""
@@ -79,7 +89,14 @@ def size(count: float) -> str:
 def demo_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The demo's one table."""
     table = Table(title="Questions about people whom no client has seen, through the private model", title_justify="left")
-    for name, style in [("method", "left"), ("accuracy", "right"), ("answer perplexity", "right"), ("traffic", "right"), ("seconds", "right"), ("who trains on what", "left")]:
+    for name, style in [
+        ("method", "left"),
+        ("accuracy", "right"),
+        ("answer perplexity", "right"),
+        ("traffic", "right"),
+        ("seconds", "right"),
+        ("who trains on what", "left"),
+    ]:
         table.add_column(name, justify="left" if style == "left" else "right", no_wrap=name != "who trains on what")
     notes = {
         "zero-shot": "nobody",
@@ -90,7 +107,14 @@ def demo_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     }
     for row in rows:
         perplexity = row["answer_perplexity"]
-        table.add_row(row["method"], f"{row['accuracy']:.1%}", f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.1e}", size(row["bytes"]) if row["bytes"] else "-", f"{row['seconds']:.0f}", notes[row["method"]])
+        table.add_row(
+            row["method"],
+            f"{row['accuracy']:.1%}",
+            f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.1e}",
+            size(row["bytes"]) if row["bytes"] else "-",
+            f"{row['seconds']:.0f}",
+            notes[row["method"]],
+        )
     return table
 
 

@@ -43,7 +43,9 @@ def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return (squared * mask).sum() / mask.sum()
 
 
-def distill(auxiliary: AuxiliaryModel, teacher: PromptedLM, texts: Sequences, how: Distillation, *, seed: int, progress: Progress = lambda step, loss: None) -> list[float]:
+def distill(
+    auxiliary: AuxiliaryModel, teacher: PromptedLM, texts: Sequences, how: Distillation, *, seed: int, progress: Progress = lambda step, loss: None
+) -> list[float]:
     """Fit the auxiliary's distillable weights in place; returns the loss of each step.
 
     Raises:
@@ -88,7 +90,9 @@ def _loss(student: PromptedLM, teacher: PromptedLM, hidden: list[Tensor], states
     return value
 
 
-def _teacher_states(teacher: PromptedLM, texts: Sequences, indices: list[int], kept: dict[int, list[Tensor]], how: Distillation, student: PromptedLM, prefix: Tensor | None) -> list[Tensor]:
+def _teacher_states(
+    teacher: PromptedLM, texts: Sequences, indices: list[int], kept: dict[int, list[Tensor]], how: Distillation, student: PromptedLM, prefix: Tensor | None
+) -> list[Tensor]:
     """The teacher's states for some texts, padded; what it has read before is not read again."""
     new = [index for index in indices if index not in kept]
     if new:

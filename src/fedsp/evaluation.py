@@ -69,7 +69,14 @@ def score(
             example = examples[index]
             choices = _asked(example, gold_only)
             gold = (0,) if gold_only else example.gold
-            scored[index] = Scored(example.id, [row[0] for row in rows], [row[1] for row in rows], [len(pair.ids) - pair.start for pair in pairs[index]], [max(1, len(choice) - 1) for choice in choices], gold)
+            scored[index] = Scored(
+                example.id,
+                [row[0] for row in rows],
+                [row[1] for row in rows],
+                [len(pair.ids) - pair.start for pair in pairs[index]],
+                [max(1, len(choice) - 1) for choice in choices],
+                gold,
+            )
         progress(start)
     return [row for row in scored if row is not None], sum(any(pair.dropped for pair in row) for row in pairs)
 

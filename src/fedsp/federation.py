@@ -53,7 +53,9 @@ Validate = Callable[[Payload], float]
 Keep = Callable[[Standing, RoundRecord], None]
 
 
-def federate(method: Method, server: Party, register: Register, exchange: Exchange, rules: Rules, *, standing: Standing | None, validate: Validate, keep: Keep) -> Standing:
+def federate(
+    method: Method, server: Party, register: Register, exchange: Exchange, rules: Rules, *, standing: Standing | None, validate: Validate, keep: Keep
+) -> Standing:
     """Run the rounds that are left after `standing` (None: from the start), and return the last standing.
 
     `keep` is called after each round, before anything of the next one is sent. With validation by clients, what a client reports is its loss
@@ -73,7 +75,9 @@ def federate(method: Method, server: Party, register: Register, exchange: Exchan
         updates, failed, traffic = _collect(exchange, _requests(asked, round, standing.payload, rules), rules.max_change)
         if len(updates) < min(rules.min_clients, len(asked)):
             reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(failed.items()))
-            raise TooFewClients(f"round {round} has {len(updates)} admitted updates of {len(asked)} asked, round.min_clients is {rules.min_clients} ({reasons or 'no replies'}); the run stands after round {standing.round} and can be resumed")
+            raise TooFewClients(
+                f"round {round} has {len(updates)} admitted updates of {len(asked)} asked, round.min_clients is {rules.min_clients} ({reasons or 'no replies'}); the run stands after round {standing.round} and can be resumed"
+            )
         if rules.validate_by == "clients" and asked:
             standing = standing.consider(standing.payload, standing.round, _clients_loss(updates, register))
         weights = {client: float(register[client]) if rules.weighting == "examples" else 1.0 for client in updates}
@@ -95,7 +99,19 @@ def federate(method: Method, server: Party, register: Register, exchange: Exchan
         seconds_training = time.perf_counter() - training + sum(update.seconds for update in updates.values())
         keep(
             standing,
-            RoundRecord(round, asked, sorted(updates), dict(sorted(failed.items())), *traffic, _mean_losses(updates), server_loss, validation, standing.best_round, time.perf_counter() - started, seconds_training),
+            RoundRecord(
+                round,
+                asked,
+                sorted(updates),
+                dict(sorted(failed.items())),
+                *traffic,
+                _mean_losses(updates),
+                server_loss,
+                validation,
+                standing.best_round,
+                time.perf_counter() - started,
+                seconds_training,
+            ),
         )
     if rules.validate_by == "clients" and register:
         asked = sample_clients(list(register), len(register) if rules.clients is None else rules.clients, rules.seed, rules.rounds + 1)
@@ -136,5 +152,3 @@ def _mean_losses(updates: Mapping[str, Update]) -> dict[str, float]:
     """The mean of each stage's last loss over the clients."""
     names = sorted({name for update in updates.values() for name in update.losses})
     return {name: sum(update.losses[name] for _, update in sorted(updates.items())) / len(updates) for name in names}
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fedsp.errors import TrainingDiverged
 from fedsp.models import PromptedLM
 
 Tensors = dict[str, Tensor]
+Work = TypeVar("Work")
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,14 @@ class Fitted:
 
 def fit(
     train: Mapping[str, nn.Parameter],
-    loss: Callable[[Batch], Tensor],
-    batches: Iterable[Batch],
+    loss: Callable[[Work], Tensor],
+    batches: Iterable[Work],
     optimisation: Optimisation,
     *,
     first_step: int = 0,
     moments: Tensors | None = None,
 ) -> Fitted:
-    """One AdamW step on the parameters in `train` for each batch, and on nothing else.
+    """One AdamW step on the parameters in `train` for each batch (whatever `loss` reads), and on nothing else.
 
     `first_step` is where this fit stands in the schedule of the run; `moments` continue an earlier fit's optimizer.
 
@@ -108,5 +110,7 @@ def _moments(optimizer: torch.optim.Optimizer, names: list[str]) -> Tensors:
 
 
 def _restore_moments(optimizer: torch.optim.Optimizer, names: list[str], moments: Tensors) -> None:
-    state = {index: {key: moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")} for index, name in enumerate(names) if f"step.{name}" in moments}
+    state = {
+        index: {key: moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")} for index, name in enumerate(names) if f"step.{name}" in moments
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

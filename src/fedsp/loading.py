@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import torch
@@ -73,9 +74,12 @@ def empty_model(config: Any) -> PreTrainedModel:
     return model
 
 
-def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 of what a tokenizer does to text: its own serialisation where it has one, else its vocabulary."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+PROBE = "Which of these, if any, isn't 1,234.5\u00a0m tall?\n\tThe na\u00efve \u2014 \u4f60\u597d \U0001f642 --- answer:  two  "
 
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 of what a tokenizer does to text: its vocabulary, its merges where it has them, and the tokens of a probe."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
+    content = [sorted(tokenizer.get_vocab().items()), merges, tokenizer.encode(PROBE), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

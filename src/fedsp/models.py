@@ -62,7 +62,7 @@ class _Captured(Exception):
         self.keys, self.values = keys, values
 
 
-class _CapturingCache(Cache):
+class _CapturingCache(Cache):  # type: ignore[misc]
     """A cache that stops the block at the moment its keys and values are known."""
 
     def __init__(self) -> None:
@@ -83,7 +83,15 @@ class PromptedLM(nn.Module):
             something else than the last hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, *, positions: Positions = "hugging_face", prompt_layers: Sequence[int] | None = None, prompt_shape: ModelShape | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        *,
+        positions: Positions = "hugging_face",
+        prompt_layers: Sequence[int] | None = None,
+        prompt_shape: ModelShape | None = None,
+    ) -> None:
         super().__init__()
         self.model = model.eval()
         self.name = name
@@ -99,11 +107,13 @@ class PromptedLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     @property
     def max_positions(self) -> int:
@@ -135,8 +145,9 @@ class PromptedLM(nn.Module):
         Where every context is empty the tails are read by themselves.
         """
         count, width = contexts.ids.shape
+        hidden: Tensor
         if not width:
-            hidden: Tensor = self(tails.ids, tails.mask, prefix)
+            hidden = self(tails.ids, tails.mask, prefix)
             return hidden
         length = 0 if prefix is None else prefix.shape[-5]
         cache = DynamicCache() if prefix is None else self.cache(prefix, count)
@@ -147,7 +158,9 @@ class PromptedLM(nn.Module):
         cache.batch_select_indices(rows)
         positions = start + contexts.mask.sum(dim=1)[rows][:, None] + torch.arange(tails.ids.shape[1], device=self.device)[None]
         mask = torch.cat([before[rows], tails.mask], dim=1)
-        return self.backbone(input_ids=tails.ids, attention_mask=mask, position_ids=positions * tails.mask, past_key_values=cache, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
+        output = self.backbone(input_ids=tails.ids, attention_mask=mask, position_ids=positions * tails.mask, past_key_values=cache, use_cache=True)
+        hidden = output.last_hidden_state
+        return hidden
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: int | None) -> list[int]:
@@ -189,21 +202,22 @@ class PromptedLM(nn.Module):
         layers = []
         for layer, (block, (arguments, named)) in enumerate(zip(self.blocks, self._block_calls[length], strict=True)):
             probe = _CapturingCache()
-            swap = lambda value, probe=probe: probe if isinstance(value, Cache) else value  # noqa: E731
             hidden = inputs[None, :, layer].to(self.dtype)
             try:
-                block(hidden, *map(swap, arguments), **{key: swap(value) for key, value in named.items()})
+                block(hidden, *(_swap(value, probe) for value in arguments), **{key: _swap(value, probe) for key, value in named.items()})
             except _Captured as captured:
                 layers.append(torch.stack([captured.keys[0], captured.values[0]]).permute(2, 0, 1, 3))  # (P, 2, H, K)
             else:
-                raise ModelError(f"{self.name}: layer {layer} did not write its keys and values to the cache, so it cannot read a residual prompt; use a key/value prompt")
+                raise ModelError(
+                    f"{self.name}: layer {layer} did not write its keys and values to the cache, so it cannot read a residual prompt; use a key/value prompt"
+                )
         return torch.stack(layers, dim=1).float()
 
     @torch.no_grad()
     def activations(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """What tokens (P,) leave behind in the model: block inputs (P, L, D), and keys and values (P, L, 2, H, K)."""
         cache, inputs = DynamicCache(), []
-        record: Callable[..., None] = lambda _module, arguments, named: inputs.append(_hidden_of(arguments, named)[0])  # noqa: E731
+        record: Callable[..., None] = lambda _module, arguments, named: inputs.append(_hidden_of(arguments, named)[0])
         with _hooked(self.blocks, record):
             self.backbone(input_ids=input_ids[None], attention_mask=torch.ones_like(input_ids)[None], past_key_values=cache, use_cache=True)
         pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])  # (L, 2, H, P, K)
@@ -213,7 +227,7 @@ class PromptedLM(nn.Module):
     def _record_block_calls(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """The arguments, hidden states apart, with which the model calls each block on tokens 0..length-1."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        record: Callable[..., None] = lambda _module, arguments, named: calls.append((arguments[1:], {k: v for k, v in named.items() if k != "hidden_states"}))  # noqa: E731
+        record: Callable[..., None] = lambda _module, arguments, named: calls.append((arguments[1:], {k: v for k, v in named.items() if k != "hidden_states"}))
         tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
         with _hooked(self.blocks, record):
             self.backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=DynamicCache(), use_cache=True)
@@ -262,6 +276,10 @@ def hidden_at_depths(model: PromptedLM, input_ids: Tensor, attention_mask: Tenso
     with _hooked(model.blocks, lambda _module, arguments, named: inputs.append(_hidden_of(arguments, named))):
         last: Tensor = model(input_ids, attention_mask, prefix)
     return [*inputs, last]
+
+
+def _swap(value: Any, probe: _CapturingCache) -> Any:
+    return probe if isinstance(value, Cache) else value
 
 
 def _hidden_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

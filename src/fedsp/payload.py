@@ -17,7 +17,8 @@ PROMPT = "prompt.values"
 
 def pack(payload: Payload) -> bytes:
     """The payload as safetensors bytes: what is counted as traffic, and what any engine sends."""
-    return save({name: payload[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(payload)})
+    data: bytes = save({name: payload[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(payload)})
+    return data
 
 
 def unpack(data: bytes) -> Payload:

@@ -13,12 +13,12 @@ import torch
 
 from fedsp.auxiliary import empty_auxiliary, parse_plan, planned_config
 from fedsp.config import RunConfig
-from fedsp.experiment import model_name
 from fedsp.fitting import trainable
 from fedsp.loading import empty_model, read_model_config
 from fedsp.models import ModelShape, find_blocks
 from fedsp.payload import PROMPT, pack
 from fedsp.prompts import PromptSpec
+from fedsp.server import model_name
 
 BYTES_PER_NUMBER = 4
 TEXT_TOKENS = 64
@@ -118,9 +118,10 @@ def forward_operations(model: Any, depth: int, prompt: int, tokens: int) -> floa
     text = model.config.get_text_config()
     shape = shape_of(model.config)
     blocks = find_blocks(model.base_model, depth, "the model")[1]
-    weights = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() > 1)
-    attention = 4.0 * depth * text.num_attention_heads * shape.head_size * tokens * (prompt + tokens)
-    return 2.0 * weights * tokens + attention + 2.0 * shape.hidden * text.vocab_size * min(tokens, ANSWER_TOKENS)
+    weights: int = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() > 1)
+    attention: float = 4.0 * depth * text.num_attention_heads * shape.head_size * tokens * (prompt + tokens)
+    operations: float = 2.0 * weights * tokens + attention + 2.0 * shape.hidden * text.vocab_size * min(tokens, ANSWER_TOKENS)
+    return operations
 
 
 def _count(model: Any) -> int:

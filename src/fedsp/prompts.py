@@ -161,7 +161,9 @@ def export_peft(prompt: SoftPrompt, model: PromptedLM, folder: Path) -> None:
         PromptError: the prompt was tuned with tokens counted from zero, which PEFT cannot reproduce.
     """
     if model.positions != "hugging_face":
-        raise PromptError("this prompt was tuned with positions = 'from_zero', but PEFT counts the prompt: its logits would differ; tune with 'hugging_face' to export")
+        raise PromptError(
+            "this prompt was tuned with positions = 'from_zero', but PEFT counts the prompt: its logits would differ; tune with 'hugging_face' to export"
+        )
     with torch.no_grad():
         prefix = prompt.prefix(model).cpu()
     shape = model.shape
@@ -200,5 +202,7 @@ def import_peft(folder: Path, model: PromptedLM) -> SoftPrompt:
     values = tensors[PEFT_TENSOR].float()
     spec = PromptSpec("key_value", values.shape[0], model.shape)
     if values.shape[1] != torch.Size(spec.shape[1:]).numel():
-        raise PromptError(f"the adapter holds {tuple(values.shape)} numbers, but {model.name} with {model.shape} needs ({spec.length}, {torch.Size(spec.shape[1:]).numel()})")
+        raise PromptError(
+            f"the adapter holds {tuple(values.shape)} numbers, but {model.name} with {model.shape} needs ({spec.length}, {torch.Size(spec.shape[1:]).numel()})"
+        )
     return SoftPrompt(spec, values.view(spec.shape))

@@ -1,15 +1,15 @@
 """The run directory: everything that says what was run, how far it is, and what came out. All of it is whole after a kill at any point.
 
-    config.toml          the resolved configuration; `fedsp run config.toml` repeats the run
-    run.json             identity, seed, versions
-    partition.json       who holds which rows of train
-    auxiliary/           the folder that clients get
-    rounds.jsonl         one line per round
-    prompts/             the broadcast prompt of each round
-    best.safetensors     the best prompt by validation
-    checkpoint/          the last two standings
-    state/               what the parties keep between rounds
-    result.json          figures at the end
+config.toml          the resolved configuration; `fedsp run config.toml` repeats the run
+run.json             identity, seed, versions
+partition.json       who holds which rows of train
+auxiliary/           the folder that clients get
+rounds.jsonl         one line per round
+prompts/             the broadcast prompt of each round
+best.safetensors     the best prompt by validation
+checkpoint/          the last two standings
+state/               what the parties keep between rounds
+result.json          figures at the end
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import Any
 
 import tomli_w
 
-from fedsp.config import RunConfig, make_config
+from fedsp.config import RunConfig
+from fedsp.config_file import make_config
 from fedsp.errors import RunError, StorageError
 from fedsp.federation import Standing
 from fedsp.parties import Rest
@@ -58,8 +59,16 @@ class RunDirectory:
         if (path / CONFIG).exists():
             other = cls.open(path)
             differing = differing_keys(config, other.config)
-            state = f"a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''})" if differing else "this very run, finished" if other.finished else "this very run, unfinished"
-            raise RunError(f"{path} holds {state}: {'resume it with `fedsp run --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=...")
+            state = (
+                f"a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''})"
+                if differing
+                else "this very run, finished"
+                if other.finished
+                else "this very run, unfinished"
+            )
+            raise RunError(
+                f"{path} holds {state}: {'resume it with `fedsp run --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=..."
+            )
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(f"{path} is in use and is no run: give an empty or a new folder with output=...")
         run = cls(path, config)

@@ -58,7 +58,7 @@ def _csv_rows(path: Path, file: IO[str]) -> Iterable[Row]:
             try:
                 values["choices"], values["answer"] = json.loads(values["choices"] or ""), int(values["answer"])
             except (ValueError, KeyError) as error:
-                raise DataError(f"{where}: in a CSV, choices is a JSON list such as [\"yes\", \"no\"] and answer its index ({error})") from error
+                raise DataError(f'{where}: in a CSV, choices is a JSON list such as ["yes", "no"] and answer its index ({error})') from error
         yield values | {"__where__": where}
 
 

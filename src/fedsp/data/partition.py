@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -39,7 +40,9 @@ def make_partition(rows: Sequence[Row], section: PartitionSection, *, server_sha
     if not section.clients:
         return Partition(sorted(server + rest), validation, {})
     if section.kind != "natural" and section.clients > len(rest):
-        raise DataError(f"partition.clients = {section.clients}, but only {len(rest)} training examples are left for clients: ask for fewer clients or bring more questions")
+        raise DataError(
+            f"partition.clients = {section.clients}, but only {len(rest)} training examples are left for clients: ask for fewer clients or bring more questions"
+        )
     clients = _divide(rows, rest, section, derive_seed(seed, "clients") % 2**32)
     empty = [client for client, owned_rows in clients.items() if not owned_rows]
     if empty:
@@ -58,7 +61,9 @@ def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, see
     column = str(section.column)
     missing = next((row for row in (rows[index] for index in rest) if column not in row), None)
     if missing is not None:
-        raise DataError(f"{missing.get('__where__', 'a row')} has no column {column!r}, which partition.column names; it has {sorted(key for key in missing if key != '__where__')}")
+        raise DataError(
+            f"{missing.get('__where__', 'a row')} has no column {column!r}, which partition.column names; it has {sorted(key for key in missing if key != '__where__')}"
+        )
     values = [str(rows[index][column]) for index in rest]
     if section.kind == "natural":
         partitioner = NaturalIdPartitioner(partition_by=column)
@@ -70,9 +75,13 @@ def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, see
         partitioner = PathologicalPartitioner(section.clients, column, section.values_per_client, class_assignment_mode="deterministic", seed=seed)
     partitioner.dataset = Dataset.from_dict({"row": rest, column: values})
     try:
-        parts = [sorted(partitioner.load_partition(index)["row"]) for index in range(partitioner.num_partitions)]
+        with warnings.catch_warnings():  # of draws that were made again; a draw that never fits raises
+            warnings.simplefilter("ignore", UserWarning)
+            parts = [sorted(partitioner.load_partition(index)["row"]) for index in range(partitioner.num_partitions)]
     except ValueError as error:
-        raise DataError(f"partition.kind = {section.kind!r} over {column!r} with {section.clients} clients cannot be made: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"partition.kind = {section.kind!r} over {column!r} with {section.clients} clients cannot be made: {str(error).splitlines()[0]}"
+        ) from error
     if section.kind == "natural":
         return {str(rows[part[0]][column]): part for part in parts}
     width = len(str(len(parts) - 1))

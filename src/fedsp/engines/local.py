@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from fedsp.clients import Clients
 from fedsp.errors import TrainingDiverged
-from fedsp.experiment import Clients
 from fedsp.payload import pack, unpack
 from fedsp.rounds import Exchange, Failure, Request, Update
 

@@ -1,0 +1,203 @@
+"""The server's side, opened from a configuration: questions, global model, the package for clients, the first prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsp.auxiliary import MANIFEST, AuxiliaryModel, build_auxiliary, disclosed_share, load_auxiliary, parse_plan
+from fedsp.config import RunConfig
+from fedsp.data.encoding import encode_pair
+from fedsp.data.files import Row, read_passages
+from fedsp.data.partition import Partition, make_partition
+from fedsp.data.tasks import Example, Task, examples_of, find_task, load_rows
+from fedsp.distill import Distillation, distill, packed
+from fedsp.errors import AuxiliaryError, DataError, PromptError
+from fedsp.evaluation import score, summarise
+from fedsp.fitting import Optimisation
+from fedsp.loading import load_model, load_tokenizer, tokenizer_digest
+from fedsp.models import PromptedLM, Tokenizer
+from fedsp.prompts import PromptSpec, SoftPrompt, initial_values, read_prompt
+from fedsp.rounds import RoundRecord, derive_seed
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+@dataclass
+class Watcher:
+    """Whoever looks on: a sentence, a distillation step (step, of, loss), a finished round (record, of)."""
+
+    say: Callable[[str], None] = lambda text: None
+    distilled: Callable[[int, int, float], None] = lambda step, steps, loss: None
+    round_done: Callable[[RoundRecord, int], None] = lambda record, rounds: None
+
+
+@dataclass
+class Questions:
+    """The examples of a task, by what they are for, and who holds which of train."""
+
+    task: Task
+    train: list[Row]
+    partition: Partition
+    validation: list[Example]
+    test: list[Example]
+
+
+@dataclass
+class Server:
+    """What stays on the server: the global model, the initial prompt, the questions it owns."""
+
+    config: RunConfig
+    model: PromptedLM
+    tokenizer: Tokenizer
+    questions: Questions
+    max_tokens: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def model_name(config: RunConfig) -> str:
+    """The folder or hub name of the global model."""
+    return str(EMBEDDED / "model") if config.model.name == "embedded" else config.model.name
+
+
+def load_questions(config: RunConfig, written: dict[str, Any] | None = None) -> Questions:
+    """Read the rows, and divide them as was `written` down, or anew from the seed.
+
+    Raises:
+        DataError: a file or row cannot be used, or the rows cannot be divided so.
+    """
+    task = find_task(config.data.task)
+    train = load_rows(task, config.data.train, "train")
+    examples_of(task, train)  # every row is checked before anything is trained
+    validation = examples_of(task, load_rows(task, config.data.validation, "validation"))
+    if written:
+        partition = Partition(**written)
+    else:
+        holdout = 0.0 if validation or config.validation.by != "server" else config.data.holdout
+        partition = make_partition(train, config.partition, server_share=config.server_share, holdout=holdout, seed=config.seed)
+    validation = validation or examples_of(task, [train[index] for index in partition.validation])
+    if config.validation.by == "server" and not validation:
+        raise DataError("validation.by = 'server', but there are no validation questions: set data.validation or data.holdout")
+    if config.server.steps and not partition.server:
+        raise DataError("server.steps is above 0, but the server holds no example: raise partition.server_share")
+    test = examples_of(task, load_rows(task, config.data.test, "test")) if config.data.test else []
+    return Questions(task, train, partition, validation, test)
+
+
+def open_server(config: RunConfig, questions: Questions) -> Server:
+    """Load the global model and its tokenizer.
+
+    Raises:
+        ModelError: the model cannot be loaded or cannot carry a prompt.
+    """
+    name = model_name(config)
+    model = load_model(name, device=config.model.device, positions=config.model.positions)
+    return Server(config, model, load_tokenizer(name), questions, token_limit(config, model))
+
+
+def token_limit(config: RunConfig, model: PromptedLM) -> int:
+    """Tokens of one example: what the model has room for behind the prompt, or fewer if the configuration says so.
+
+    Raises:
+        PromptError: the prompt leaves no room for text.
+    """
+    room = model.max_positions - (config.prompt.length if config.model.positions == "hugging_face" else 0)
+    if room < 8:
+        raise PromptError(f"prompt.length = {config.prompt.length} leaves {room} of the model's {model.max_positions} positions for text: use a shorter prompt")
+    return min(room, config.data.max_tokens or room)
+
+
+def public_sequences(server: Server) -> list[list[int]]:
+    """The texts of the distillation as token sequences: packed passages, or the server's own examples one by one."""
+    section, questions = server.config.distill, server.questions
+    if section.text == ["server"]:
+        own = examples_of(questions.task, [questions.train[index] for index in questions.partition.server])
+        return [list(encode_pair(server.tokenizer, example.context, example.target, section.sequence_length).ids) for example in own]
+    return packed(server.tokenizer, read_passages(section.text), length=section.sequence_length, count=section.sequences, seed=server.config.seed)
+
+
+def make_auxiliary(server: Server, folder: Path, watcher: Watcher) -> AuxiliaryModel:
+    """The auxiliary model: read from where the configuration or an earlier start left it, else built, distilled and written to `folder`.
+
+    Raises:
+        AuxiliaryError: a folder is damaged, or was made for another tokenizer or plan.
+    """
+    config = server.config
+    existing = Path(config.auxiliary.folder) if config.auxiliary.folder else folder if (folder / MANIFEST).exists() else None
+    plan = parse_plan(config.auxiliary.plan, server.model.shape.layers, config.auxiliary.prompt_layers)
+    if existing:
+        auxiliary = load_auxiliary(existing, device=server.model.device, positions=config.model.positions)
+        if tokenizer_digest(auxiliary.tokenizer) != tokenizer_digest(server.tokenizer):
+            raise AuxiliaryError(
+                f"the auxiliary model in {existing} has another tokenizer than {server.model.name}: their tokens would not mean the same; make it again with `fedsp distill`"
+            )
+        if auxiliary.plan != plan:
+            raise AuxiliaryError(
+                f"the auxiliary model in {existing} has the plan {list(auxiliary.plan.sources)}, the configuration says {list(plan.sources)}: set auxiliary.plan to match or make it again"
+            )
+        if auxiliary.prompt_shape != server.model.shape:
+            raise AuxiliaryError(
+                f"the auxiliary model in {existing} was made for a model with {auxiliary.prompt_shape}, but {server.model.name} has {server.model.shape}"
+            )
+        return auxiliary
+    auxiliary = build_auxiliary(server.model, plan, server.tokenizer)
+    section = config.distill
+    if section.steps:
+        started = time.perf_counter()
+        how = Distillation(
+            section.steps,
+            section.batch_size,
+            Optimisation(section.learning_rate, section.weight_decay, 0.1, section.steps),
+            section.match_depths,
+            section.match_logits,
+            section.proxy_prompts,
+            config.prompt.length,
+        )
+        distill(
+            auxiliary, server.model, public_sequences(server), how, seed=config.seed, progress=lambda step, loss: watcher.distilled(step, section.steps, loss)
+        )
+        server.seconds["distillation"] = time.perf_counter() - started
+    auxiliary.save(folder)
+    watcher.say(f"the auxiliary model is in {folder}; it discloses {disclosed_share(auxiliary, server.model):.1%} of the global model's parameters bit for bit")
+    return auxiliary
+
+
+def initial_prompt(server: Server) -> SoftPrompt:
+    """The prompt that is broadcast in round 1.
+
+    Raises:
+        PromptError: the text is too short, or a file holds a prompt of another shape.
+    """
+    section, shape = server.config.prompt, server.model.shape
+    spec = PromptSpec(section.space, section.length, shape, section.projection)
+    seed = derive_seed(server.config.seed, "prompt")
+    if section.init not in ("text", "normal"):
+        read = read_prompt(Path(section.init))
+        if read.spec != replace(spec, projection=0):
+            raise PromptError(f"{section.init} holds a {read.spec.space} prompt of shape {read.spec.shape}, the run needs {spec.space} of shape {spec.shape}")
+        return SoftPrompt(spec, read.values(), seed=seed)
+    tokens = None
+    if section.init == "text":
+        passages = read_passages([section.init_text]) if section.init_text else None
+        ids = (
+            server.tokenizer.encode("\n\n".join(passages), add_special_tokens=False)
+            if passages
+            else [token for sequence in public_sequences(server) for token in sequence][: section.length]
+        )
+        tokens = torch.tensor(ids)
+    return SoftPrompt(spec, initial_values(spec, server.model, scale=section.init_scale, tokens=tokens, seed=seed), seed=seed)
+
+
+def evaluate_prompt(
+    model: PromptedLM, prompt: SoftPrompt | None, examples: list[Example], task: Task, tokenizer: Tokenizer, max_tokens: int
+) -> dict[str, float]:
+    """The figures of a prompt (None: zero-shot) through a model, and how many examples lost old context."""
+    with torch.no_grad():
+        prefix = prompt.prefix(model) if prompt is not None else None
+    scored, dropped = score(model, prefix, examples, tokenizer, max_tokens=max_tokens)
+    return summarise(scored, task) | {"shortened_examples": float(dropped)}

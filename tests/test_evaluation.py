@@ -1,0 +1,109 @@
+"""Our scores against plain log-likelihoods, and against lm-evaluation-harness on real questions."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, REFERENCE, harness_task, tiny_model
+
+from fedsp.data.encoding import encode_pair
+from fedsp.data.tasks import Example, examples_of, find_task
+from fedsp.evaluation import score, summarise
+from fedsp.loading import load_model, load_tokenizer
+from fedsp.models import Tokenizer
+from fedsp.prompts import PromptSpec, SoftPrompt
+from fedsp.server import EMBEDDED
+
+TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
+
+
+class Letters:
+    """A tokenizer of 90 characters, for random models of 97 tokens."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [3 + ord(letter) % 90 for letter in text]
+
+
+LETTERS: Any = Letters()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("positions", ["hugging_face", "from_zero"])
+@pytest.mark.parametrize("prompted", [True, False])
+def test_scores_equal_a_plain_forward_of_each_choice(family: str, positions: str, prompted: bool) -> None:
+    """Contexts read once and batches by length change nothing but the time: the slow reference reads every pair alone."""
+    model = tiny_model(family, positions=positions)
+    examples = [
+        Example("a", "Question: Is it?\nAnswer:", (" yes", " no, never", " it is"), (1,)),
+        Example("b", "Short", (" x", " yy"), (0,)),
+        Example("c", "A rather longer context than the others have", (" one", " two", " one two"), (2,)),
+        Example("d", "", (" alone", " all"), (0,)),
+    ]
+    spec = PromptSpec("key_value", 3, model.shape)
+    prefix = SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))).values().detach() if prompted else None
+    scored, dropped = score(model, prefix, examples, LETTERS, max_tokens=40, tokens_per_batch=100)
+    assert dropped == 1 and [row.id for row in scored] == ["a", "b", "c", "d"]
+    for row, example in zip(scored, examples, strict=True):
+        for found, greedy, choice in zip(row.log_likelihoods, row.greedy, example.choices, strict=True):
+            pair = encode_pair(LETTERS, example.context, choice, 40)
+            with torch.no_grad():
+                logits = model.logits(model(torch.tensor([pair.ids]), None, prefix))[0].log_softmax(dim=-1)
+            wanted = torch.tensor(pair.ids[pair.start :])
+            before = logits[pair.start - 1 : len(pair.ids) - 1]
+            assert found == pytest.approx(float(before.gather(1, wanted[:, None]).sum()), abs=2e-4)
+            assert greedy == bool((before.argmax(dim=-1) == wanted).all())
+
+
+def real_rows(task: str, count: int) -> list[dict[str, Any]]:
+    path = REFERENCE / "data" / "qa" / task / ("validation.jsonl.gz" if task == "piqa" else "test.jsonl.gz")
+    if not path.exists():
+        pytest.skip(f"the real questions are not here: {path}")
+    with gzip.open(path, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    return sorted(rows, key=lambda row: len(row["context"]) + len(row["question"]) + len("".join(row["choices"])))[:count]
+
+
+def hub_schema(task: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A plain row as the hub has it."""
+    if task == "arc_easy":
+        letters = "ABCDE"[: len(row["choices"])]
+        return {"question": row["question"], "choices": {"text": row["choices"], "label": list(letters)}, "answerKey": letters[row["answer"]]}
+    if task == "piqa":
+        return {"goal": row["question"], "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["answer"]}
+    wrong = [choice for index, choice in enumerate(row["choices"]) if index != row["answer"]]
+    return {"support": row["context"], "question": row["question"], "distractor1": wrong[0], "distractor2": wrong[1], "distractor3": wrong[2], "correct_answer": row["choices"][row["answer"]]}
+
+
+@pytest.fixture(scope="module")
+def real_model(science: Path) -> tuple[Any, Tokenizer]:
+    return load_model(str(science), device="cpu"), load_tokenizer(str(science))
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "piqa", "sciq"])
+def test_figures_equal_the_harness_on_200_real_documents(name: str, real_model: tuple[Any, Tokenizer], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with the eval extra")
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = real_model
+    rows = [hub_schema(name, row) for row in real_rows(name, 200)]
+    harness = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=32, device="cpu", max_length=model.max_positions)
+    theirs = simple_evaluate(harness, tasks=[harness_task(name, rows, tmp_path)], bootstrap_iters=0, log_samples=True)
+    assert theirs is not None
+    task = find_task(name)
+    scored, _ = score(model, None, examples_of(task, rows), tokenizer, max_tokens=model.max_positions)
+    samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
+    assert len(samples) == len(scored) == 200
+    for sample, row in zip(samples, scored, strict=True):
+        likelihoods = [float(response[0][0]) for response in sample["resps"]]
+        assert row.log_likelihoods == pytest.approx(likelihoods, abs=1e-3)
+    ours, figures = summarise(scored, task), theirs["results"][name]
+    assert ours["accuracy"] == pytest.approx(figures["acc,none"])
+    assert ours["accuracy_norm"] == pytest.approx(figures["acc_norm,none"])

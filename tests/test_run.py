@@ -1,0 +1,448 @@
+"""Whole runs on the embedded model: resume, order, privacy of the wire, faults, and every sentence about bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsp import algorithm, commands, experiment, fitting, loading, server
+from fedsp.auxiliary import load_auxiliary
+from fedsp.clients import Clients, make_client, make_method
+from fedsp.config_file import make_config
+from fedsp.data.encoding import Encoded
+from fedsp.engines.local import local
+from fedsp.errors import AuxiliaryError, DataError, FedspError, RunError, StorageError, TooFewClients, TrainingDiverged
+from fedsp.experiment import run_experiment
+from fedsp.federation import Rules, Standing, federate
+from fedsp.models import ModelShape
+from fedsp.parties import Party, Rest
+from fedsp.payload import PROMPT, Payload, pack
+from fedsp.prompts import PromptSpec, read_prompt
+from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed, sample_clients
+from fedsp.runs import RunDirectory
+from fedsp.server import EMBEDDED, Server, Watcher
+from fedsp.storage import tensors_digest
+
+ROWS = [json.loads(line) for line in (EMBEDDED / "train.jsonl").read_text().splitlines()]
+
+
+def questions(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A run of seconds: three clients, three rounds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values: dict[str, Any] = {
+        "output": str(folder / "run"),
+        "model": {"name": "embedded", "device": "cpu"},
+        "data": {
+            "train": questions(folder, "train", ROWS[:60]),
+            "validation": questions(folder, "validation", ROWS[100:112]),
+            "test": questions(folder, "test", ROWS[200:212]),
+        },
+        "partition": {"clients": 3, "server_share": 0.2},
+        "distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "text": [str(EMBEDDED / "public.txt")]},
+        "prompt": {"length": 4},
+        "round": {"rounds": 3},
+        "client": {"speak_steps": 2, "batch_size": 4},
+    }
+    for section, change in changes.items():
+        values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
+    return values
+
+
+PAPER: dict[str, Any] = {
+    "preset": "paper",
+    "client": {"align_steps": 2, "speak_steps": 2, "batch_size": 4},
+    "server": {"steps": 2, "batch_size": 4},
+    "prompt": {"length": 4, "projection": 8},
+}
+
+
+def prompt_bits(folder: Path) -> str:
+    """The digest of everything a run concludes: its last checkpoint and its best prompt."""
+    last = sorted((folder / "checkpoint").glob("*.safetensors"))[-1]
+    return tensors_digest(experiment_tensors(last)) + tensors_digest({"best": read_prompt(folder / "best.safetensors").values()})
+
+
+def experiment_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from fedsp.storage import read_tensors
+
+    return read_tensors(path)[0]
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    """The journal without its seconds."""
+    return [{key: value for key, value in record.items() if not key.startswith("seconds")} for record in RunDirectory.open(folder).records()]
+
+
+class Killed(Exception):
+    """Stands for kill -9 in this process: nothing catches it."""
+
+
+@pytest.mark.parametrize("preset", [{}, PAPER], ids=["messenger", "paper"])
+def test_a_run_writes_what_it_promises_and_leaves_the_global_model_alone(tmp_path: Path, preset: dict[str, Any]) -> None:
+    before = tensors_digest(dict(loading.load_model(str(EMBEDDED / "model"), device="cpu").model.named_parameters()))
+    figures = commands.run(settings(tmp_path, **preset))
+    folder = Path(figures["folder"])
+    records = RunDirectory.open(folder).records()
+    assert [record["round"] for record in records] == [1, 2, 3]
+    assert all(record["answered"] == ["client-0", "client-1", "client-2"] and not record["failed"] for record in records)
+    spec = read_prompt(folder / "best.safetensors").spec
+    wire = len(pack({PROMPT: torch.zeros(spec.shape)}))
+    assert all(record["bytes_up"] == record["bytes_down"] == 3 * wire for record in records)
+    assert {"accuracy", "accuracy_norm", "answer_perplexity"} <= set(figures["test"])
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.toml",
+        "run.json",
+        "partition.json",
+        "rounds.jsonl",
+        "prompts",
+        "best.safetensors",
+        "checkpoint",
+        "result.json",
+        "auxiliary",
+    }
+    partition = json.loads((folder / "partition.json").read_text())
+    held = [*partition["server"], *(row for rows in partition["clients"].values() for row in rows)]
+    assert sorted(held) == list(range(60))
+    assert tensors_digest(dict(loading.load_model(str(EMBEDDED / "model"), device="cpu").model.named_parameters())) == before
+
+
+def test_the_global_weights_in_memory_are_bit_identical_after_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[Server, str]] = []
+    original = server.open_server
+
+    def spy(*arguments: Any) -> Server:
+        found = original(*arguments)
+        opened.append((found, tensors_digest(dict(found.model.model.named_parameters()))))
+        return found
+
+    monkeypatch.setattr(experiment, "open_server", spy)
+    commands.run(settings(tmp_path, **PAPER))
+    ((found, before),) = opened
+    assert tensors_digest(dict(found.model.model.named_parameters())) == before
+
+
+@pytest.mark.parametrize(
+    "preset", [{}, PAPER, {"validation": {"by": "clients"}}, {"validation": {"by": "none"}}], ids=["messenger", "paper", "validated by clients", "last prompt"]
+)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, preset: dict[str, Any]) -> None:
+    whole = Path(commands.run(settings(tmp_path / "whole", **preset))["folder"])
+    config = make_config(settings(tmp_path / "killed", **preset))
+    killed = Path(config.output)
+
+    def dies_at(request_count: int) -> Callable[[Clients], Exchange]:
+        def engine(clients: Clients) -> Exchange:
+            asked, exchange = 0, local(clients)
+
+            def counting(requests: list[Request]) -> Iterable[Update | Failure]:
+                nonlocal asked
+                for reply in exchange(requests):
+                    asked += 1
+                    if asked == request_count:
+                        raise Killed
+                    yield reply
+
+            return counting
+
+        return engine
+
+    directory = RunDirectory.create(config)
+    for count in (2, 3, 5):  # in the first round; at its last reply; in the second round after a resume
+        with pytest.raises(Killed):
+            run_experiment(directory, dies_at(count), Watcher())
+    commands.resume(killed)
+    assert prompt_bits(killed) == prompt_bits(whole)
+    assert untimed(killed) == untimed(whole)
+
+
+def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+    whole = Path(commands.run(settings(tmp_path / "whole"))["folder"])
+    config = make_config(settings(tmp_path / "cut"))
+    cut = Path(config.output)
+    shutil.copytree(whole, cut)
+    (cut / "result.json").unlink()
+    (cut / "config.toml").write_text((cut / "config.toml").read_text().replace(str(tmp_path / "whole"), str(tmp_path / "cut")))
+    last = cut / "checkpoint" / "round-00003.safetensors"
+    last.write_bytes(last.read_bytes()[:-100])
+    said: list[str] = []
+    commands.resume(cut, watcher=Watcher(say=said.append))
+    assert any("round-00003.safetensors is damaged" in line and "the one before it is" in line for line in said)
+    assert prompt_bits(cut) == prompt_bits(whole)
+
+
+@pytest.mark.parametrize("preset", [{}, PAPER], ids=["messenger", "paper"])
+def test_the_order_of_answers_does_not_matter(tmp_path: Path, preset: dict[str, Any]) -> None:
+    forward = Path(commands.run(settings(tmp_path / "forward", **preset))["folder"])
+    directory = RunDirectory.create(make_config(settings(tmp_path / "backward", **preset)))
+    run_experiment(directory, lambda clients: lambda requests: local(clients)(requests[::-1]), Watcher())
+    assert prompt_bits(directory.path) == prompt_bits(forward)
+
+
+def test_only_one_named_tensor_crosses_the_border(tmp_path: Path) -> None:
+    crossed: set[str] = set()
+
+    def engine(clients: Clients) -> Exchange:
+        def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+            for reply in local(clients)(requests):
+                assert isinstance(reply, Update)
+                crossed.update(reply.payload)
+                crossed.update(*(request.payload for request in requests))
+                yield reply
+
+        return exchange
+
+    run_experiment(RunDirectory.create(make_config(settings(tmp_path, **PAPER))), engine, Watcher())
+    assert crossed == {PROMPT}
+
+
+def test_a_client_lives_where_the_global_model_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(settings(tmp_path))
+    commands.distill(config, tmp_path / "package")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a client tried to load the global model")
+
+    for module in (loading, server):
+        monkeypatch.setattr(module, "load_model", refuse)
+    auxiliary = load_auxiliary(tmp_path / "package", device=torch.device("cpu"), positions="hugging_face")
+    client = make_client("a", config, auxiliary, [Encoded((5, 6, 7, 8), 2)] * 4, Rest(tmp_path / "rest"))
+    request = Request("run", 1, "a", 0, {PROMPT: torch.zeros(client.prompt.spec.shape)})
+    update = make_method(config, auxiliary).client_update(client, request)
+    assert list(update.payload) == [PROMPT] and not torch.equal(update.payload[PROMPT], request.payload[PROMPT])
+
+
+class Echo:
+    """A method that costs nothing: the loop by itself."""
+
+    def __init__(self, payload: Payload) -> None:
+        self.payload = payload
+
+    def init(self, server: Party) -> Payload:
+        return self.payload
+
+    def client_update(self, client: Party, request: Request) -> Update:
+        return Update(request.round, request.client, {PROMPT: request.payload[PROMPT] + 1e-3})
+
+    def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
+        return aggregated, None
+
+
+def loop(
+    exchange: Exchange, *, clients: int = 4, asked: int | None = None, rounds: int = 1, minimum: int = 1, shape: tuple[int, ...] = (2, 3, 4)
+) -> tuple[Standing, list[RoundRecord]]:
+    records: list[RoundRecord] = []
+    rules = Rules("run", 0, rounds, asked, minimum, "examples", 1.0, "none")
+    register = {f"c{index}": 1 + index % 3 for index in range(clients)}
+    nobody: Any = None
+    standing = federate(
+        Echo({PROMPT: torch.zeros(shape)}),
+        nobody,
+        register,
+        exchange,
+        rules,
+        standing=None,
+        validate=lambda payload: 0.0,
+        keep=lambda _, record: records.append(record),
+    )
+    return standing, records
+
+
+def test_admission_counts_each_refusal_with_its_reason() -> None:
+    bad = torch.zeros(2, 3, 4)
+    bad[0, 0, 0] = float("inf")
+    replies: dict[str, Callable[[Request], Update | Failure]] = {
+        "c0": lambda r: Update(r.round, r.client, {PROMPT: bad}),
+        "c1": lambda r: Update(r.round, r.client, {PROMPT: torch.zeros(2, 3)}),
+        "c2": lambda r: Update(r.round, r.client, {PROMPT: torch.zeros(2, 3, 4).double()}),
+        "c3": lambda r: Update(r.round, r.client, {PROMPT: torch.full((2, 3, 4), 1e3)}),
+        "c4": lambda r: Update(r.round, r.client, {**r.payload, "auxiliary": torch.zeros(1)}),
+        "c5": lambda r: Update(r.round + 1, r.client, r.payload),
+        "c6": lambda r: Failure(r.round, r.client, "out of memory"),
+        "c7": lambda r: Update(r.round, "stranger", r.payload),
+        "c8": lambda r: Update(r.round, r.client, {PROMPT: torch.full((2, 3, 4), 0.5)}),
+    }
+    standing, (record,) = loop(lambda requests: [replies[request.client](request) for request in requests], clients=9)
+    assert record.answered == ["c8"]
+    assert torch.equal(standing.payload[PROMPT], torch.full((2, 3, 4), 0.5))
+    expected = {
+        "c0": "1 numbers that are not finite",
+        "c1": "shape",
+        "c2": "float64",
+        "c3": "max_change",
+        "c4": "names",
+        "c5": "round 2",
+        "c6": "out of memory",
+        "c7": "did not answer",
+        "stranger": "not asked",
+    }
+    assert set(record.failed) == set(expected)
+    assert all(text in record.failed[client] for client, text in expected.items())
+
+
+def test_a_second_reply_does_not_count_twice() -> None:
+    standing, _ = loop(lambda requests: [Update(r.round, r.client, {PROMPT: torch.full((2, 3, 4), value)}) for r in requests for value in (0.25, 0.75)])
+    assert torch.equal(standing.payload[PROMPT], torch.full((2, 3, 4), 0.25))
+
+
+def test_too_few_replies_stop_the_run_where_it_can_be_resumed() -> None:
+    with pytest.raises(TooFewClients, match=r"round 1 has 0 admitted updates of 4 asked.*c0: away.*can be resumed"):
+        loop(lambda requests: [Failure(r.round, r.client, "away") for r in requests], minimum=2)
+
+
+def test_a_thousand_clients_cost_no_memory_and_little_time() -> None:
+    shape = (16, 8, 256)
+
+    def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+        return (Update(r.round, r.client, {PROMPT: r.payload[PROMPT].clone()}) for r in requests)
+
+    peaks = []
+    for clients in (10, 1000):
+        tracemalloc.start()
+        _, records = loop(exchange, clients=clients, asked=10, rounds=5, shape=shape)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert all(len(record.answered) == 10 for record in records)
+    assert peaks[1] < peaks[0] + 1_000_000
+
+
+def test_parties_are_made_one_at_a_time(tmp_path: Path) -> None:
+    """A thousand clients with ten asked: only those asked leave anything in memory or on disk."""
+    rows = [row | {"id": str(index)} for index, row in enumerate(ROWS)] * 2
+    values = settings(
+        tmp_path,
+        data={"train": questions(tmp_path, "many", rows)},
+        partition={"clients": 1000, "server_share": 0.0},
+        round={"rounds": 1, "clients": 10},
+        client={"speak_steps": 1, "batch_size": 1},
+    )
+    figures = commands.run(values)
+    assert figures["seconds_rounds"] < 60
+    assert len(RunDirectory.open(Path(figures["folder"])).records()[0]["asked"]) == 10
+
+
+def test_seeds_and_samples_do_not_move() -> None:
+    """Golden values: a resumed or repeated run of an older version must draw the same."""
+    assert derive_seed(7, "x") == 3942840481044313421
+    assert sample_clients([f"c{index}" for index in range(10)], 3, 0, 1) == ["c4", "c5", "c8"]
+
+
+def test_a_loss_that_is_not_a_number_stops_with_round_and_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = fitting.answer_loss, 0
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(*arguments) * (float("nan") if calls > 8 else 1.0)
+
+    monkeypatch.setattr(algorithm, "answer_loss", broken)
+    with pytest.raises(TrainingDiverged, match=r"round 2, client 'client-\d': the loss is nan at local step \d of 2.*the prompt of round 1 is kept"):
+        commands.run(settings(tmp_path, validation={"by": "none"}))
+    assert read_prompt(tmp_path / "run" / "best.safetensors")
+    monkeypatch.setattr(algorithm, "answer_loss", original)
+    assert commands.resume(tmp_path / "run")["best_round"] == 3
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import os
+
+    original, files = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal files
+        files += 1
+        if files > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"cannot write .*No space left on device.*untouched"):
+        commands.run(settings(tmp_path))
+    monkeypatch.setattr(os, "fsync", original)
+    commands.resume(tmp_path / "run")
+    assert prompt_bits(tmp_path / "run") == prompt_bits(Path(commands.run(settings(tmp_path / "whole"))["folder"]))
+
+
+BAD: list[tuple[str, dict[str, Any], type[FedspError], str]] = [
+    ("unknown task", {"data": {"task": "arc_esay"}}, DataError, "unknown task 'arc_esay'; did you mean 'arc_easy'?"),
+    ("file missing", {"data": {"train": "nowhere.jsonl"}}, DataError, "there is no file nowhere.jsonl"),
+    ("more clients than examples", {"partition": {"clients": 99}}, DataError, "partition.clients = 99, but only 48 training examples"),
+    ("empty client", {"partition": {"kind": "dirichlet", "column": "nothing"}}, DataError, "has no column 'nothing'"),
+    ("server without examples", {"partition": {"server_share": 0.0}, "server": {"steps": 1}}, DataError, "the server holds no example"),
+    ("text missing", {"distill": {"text": ["nowhere.txt"]}}, DataError, "there is no text file nowhere.txt"),
+    ("plan", {"auxiliary": {"plan": "ends(4)"}}, FedspError, "leaves no middle in a model of 8 layers"),
+    ("prompt too long", {"prompt": {"length": 250}}, FedspError, "leaves 6 of the model's 256 positions"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "sentence"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_input_is_one_sentence(tmp_path: Path, change: dict[str, Any], kind: type[FedspError], sentence: str) -> None:
+    with pytest.raises(kind) as caught:
+        commands.run(settings(tmp_path, **change))
+    assert sentence in str(caught.value)
+
+
+def test_a_prompt_of_another_shape_is_refused(tmp_path: Path) -> None:
+    from fedsp.prompts import SoftPrompt
+
+    SoftPrompt(PromptSpec("residual", 5, ModelShape(8, 4, 32, 128))).save(tmp_path / "p.safetensors")
+    with pytest.raises(FedspError, match=r"holds a residual prompt of shape \(5, 8, 128\), the run needs residual of shape \(4, 8, 128\)"):
+        commands.run(settings(tmp_path, prompt={"length": 4, "init": str(tmp_path / "p.safetensors")}))
+
+
+def test_a_changed_package_is_refused(tmp_path: Path) -> None:
+    config = make_config(settings(tmp_path))
+    commands.distill(config, tmp_path / "package")
+    values = settings(tmp_path, auxiliary={"folder": str(tmp_path / "package")})
+    manifest = tmp_path / "package" / "auxiliary.json"
+    original = manifest.read_text()
+    manifest.write_text(original.replace(json.loads(original)["sha256"], "0" * 64))
+    with pytest.raises(AuxiliaryError, match=r"SHA-256 digest .* expected 0000000000000000"):
+        commands.run(values)
+    manifest.write_text(original)
+    tokenizer = tmp_path / "package" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    tokenizer.write_text(json.dumps(content))
+    with pytest.raises(AuxiliaryError, match="tokenizer"):
+        commands.resume(values["output"])
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    with pytest.raises(RunError, match="this very run, finished"):
+        commands.run(settings(tmp_path))
+    with pytest.raises(RunError, match=r"another configuration \(round.rounds differs\)"):
+        commands.run(settings(tmp_path, round={"rounds": 4}))
+    with pytest.raises(RunError, match="another configuration"):
+        commands.resume(tmp_path / "run", make_config(settings(tmp_path, seed=5)))
+    with pytest.raises(RunError, match="nothing to resume"):
+        commands.resume(tmp_path / "run")
+    with pytest.raises(RunError, match="holds no run"):
+        commands.resume(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import fedsp; fedsp.__all__"], ["-m", "fedsp", "--help"]], ids=["import", "help"])
+def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
+    """What makes a start slow is torch and transformers; neither may be loaded before a command needs it."""
+    code = "import runpy, sys\n" + (
+        "import fedsp\nfedsp.__all__\n"
+        if arguments[0] == "-c"
+        else "sys.argv = ['fedsp', '--help']\ntry:\n    runpy.run_module('fedsp', run_name='__main__')\nexcept SystemExit:\n    pass\n"
+    )
+    code += "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
