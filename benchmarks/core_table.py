@@ -24,19 +24,19 @@ from fedsp.config_file import make_config
 from fedsp.display import quiet_libraries
 from fedsp.server import evaluate_prompt
 
-TEST_QUESTIONS = 1000
+TEST_QUESTIONS = 600
 PUBLIC = ["openstax-physics.txt.gz", "openstax-chemistry-bundle.txt.gz", "openstax-microbiology.txt.gz"]
-SERVER = {"steps": 5}
-PAPER = {"preset": "paper", "prompt": {"length": 16}, "client": {"align_steps": 5, "speak_steps": 5}}
+SERVER = {"steps": 5, "batch_size": 8}
+PAPER = {"preset": "paper", "prompt": {"length": 16}, "client": {"align_steps": 5, "speak_steps": 5, "learning_rate": 5e-3}}
 FULL = {"auxiliary": {"plan": "every(1)"}, "distill": {"steps": 0}}
 METHODS: dict[str, dict[str, Any]] = {
     "server only": {"round": {"clients": 0}, "server": SERVER, **FULL},
     "clients only, paper": {**PAPER, "server": {"steps": 0}},
-    "FedSP, paper": {**PAPER, "server": SERVER},
+    "FedSP, paper": {**PAPER, "server": {**SERVER, "learning_rate": 5e-3}},
     "clients only, messenger": {},
     "FedSP, messenger": {"server": SERVER},
     "FedPrompt, clients only (ceiling)": FULL,
-    "everything in one place": {"partition": {"clients": 0, "server_share": 1.0}, "server": {"steps": 25}, **FULL},
+    "everything in one place": {"partition": {"clients": 0, "server_share": 1.0}, "server": {"steps": 25, "batch_size": 8}, **FULL},
 }
 
 
@@ -67,14 +67,14 @@ def files_of(qa: Path, task: str, output: Path) -> dict[str, str]:
 
 def values(arguments: argparse.Namespace, method: str, task: str, seed: int) -> dict[str, Any]:
     """The configuration of one cell. Every method has the same partition: the server's share is one eleventh."""
-    base = {
+    base: dict[str, Any] = {
         "seed": seed,
         "model": {"name": str(arguments.model), "device": "cpu"},
         "data": {**files_of(arguments.qa, task, arguments.output), "max_tokens": 160},
         "partition": {"clients": 5, "server_share": 1 / 11},
         "distill": {"steps": arguments.distill_steps, "text": [str(arguments.text / name) for name in PUBLIC]},
         "round": {"rounds": 6},
-        "client": {"speak_steps": 5},
+        "client": {"speak_steps": 5, "batch_size": 8},
     }
     return merged(base, METHODS[method], {"output": str(arguments.output / task / method.replace(" ", "-").replace(",", "") / f"seed-{seed}")})
 

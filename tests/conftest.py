@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test asks a hub
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +16,6 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, GPTNeoXC
 
 from fedsp.models import PromptedLM
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REFERENCE = Path(os.environ.get("FEDSP_REFERENCE", Path(__file__).resolve().parents[2] / "shared"))
 
 _LLAMA: dict[str, Any] = {

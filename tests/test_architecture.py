@@ -36,7 +36,7 @@ ONLY_IN = {
     "ray": {"engines.flower"},
     "typer": {"cli"},
     "rich": {"display"},
-    "pydantic": {"config"},
+    "pydantic": {"config", "config_file"},
 }
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import FAMILIES, tiny_model
 from fedsp.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate

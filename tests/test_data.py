@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import harness_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import harness_task
 from fedsp.config import PartitionSection
 from fedsp.data.encoding import IGNORED, Encoded, collate, encode_pair, training_batches
 from fedsp.data.files import read_passages, read_rows
@@ -26,7 +26,12 @@ TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
 
 HUB_ROWS: dict[str, tuple[dict[str, Any], str, list[str], list[int]]] = {
     "arc_easy": ({"question": "Why?", "choices": {"text": ["a b", "c"], "label": ["1", "2"]}, "answerKey": "2"}, "Question: Why?\nAnswer:", ["a b", "c"], [1]),
-    "openbookqa": ({"question_stem": "Plants need", "choices": {"text": ["sun", "tar"], "label": ["A", "B"]}, "answerKey": " A"}, "Plants need", ["sun", "tar"], [0]),
+    "openbookqa": (
+        {"question_stem": "Plants need", "choices": {"text": ["sun", "tar"], "label": ["A", "B"]}, "answerKey": " A"},
+        "Plants need",
+        ["sun", "tar"],
+        [0],
+    ),
     "piqa": ({"goal": "Boil", "sol1": "heat it", "sol2": "cool it", "label": 0}, "Question: Boil\nAnswer:", ["heat it", "cool it"], [0]),
     "sciq": (
         {"support": " It is.", "question": "What?", "distractor1": "x", "distractor2": "y", "distractor3": "z", "correct_answer": "w"},

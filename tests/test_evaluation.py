@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, REFERENCE, harness_task, tiny_model
 
+from conftest import FAMILIES, REFERENCE, harness_task, tiny_model
 from fedsp.data.encoding import encode_pair
 from fedsp.data.tasks import Example, examples_of, find_task
 from fedsp.evaluation import score, summarise
@@ -78,7 +78,14 @@ def hub_schema(task: str, row: dict[str, Any]) -> dict[str, Any]:
     if task == "piqa":
         return {"goal": row["question"], "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["answer"]}
     wrong = [choice for index, choice in enumerate(row["choices"]) if index != row["answer"]]
-    return {"support": row["context"], "question": row["question"], "distractor1": wrong[0], "distractor2": wrong[1], "distractor3": wrong[2], "correct_answer": row["choices"][row["answer"]]}
+    return {
+        "support": row["context"],
+        "question": row["question"],
+        "distractor1": wrong[0],
+        "distractor2": wrong[1],
+        "distractor3": wrong[2],
+        "correct_answer": row["choices"][row["answer"]],
+    }
 
 
 @pytest.fixture(scope="module")

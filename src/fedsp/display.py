@@ -40,7 +40,8 @@ class Display:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        self.progress.stop()
+        if self.console.is_terminal:
+            self.progress.stop()
 
     def watcher(self) -> Watcher:
         return Watcher(say=self.print, distilled=self._distilled, round_done=self._round_done)

@@ -1,0 +1,101 @@
+"""The command line as a person meets it: what it prints, its exit codes, its files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedsp import cli
+from fedsp.server import EMBEDDED
+
+QUICK = [
+    "round.rounds=2",
+    "partition.clients=3",
+    "client.batch_size=4",
+    "client.speak_steps=1",
+    "distill.steps=2",
+    "distill.sequence_length=32",
+    "prompt.length=4",
+    f"data.train={EMBEDDED / 'validation.jsonl'}",
+    f"data.test={EMBEDDED / 'validation.jsonl'}",
+    f'distill.text=["{EMBEDDED / "public.txt"}"]',
+    "model.name=embedded",
+    "model.device=cpu",
+]
+
+
+@pytest.fixture
+def fedsp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
+    """Run a command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedsp", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config, run = tmp_path / "run.toml", tmp_path / "run"
+    assert fedsp("init", config)[0] == 0
+    code, out, _ = fedsp("plan", config, *QUICK, "--json", tmp_path / "plan.json")
+    assert code == 0 and "global / auxiliary" in out
+    assert json.loads((tmp_path / "plan.json").read_text())["layers"] == [0, 1, 4, 4, 4, 4, 6, 7]
+    code, out, error = fedsp("run", config, *QUICK, f"output={run}", "--json", tmp_path / "run.json")
+    assert (code, error) == (0, "")
+    assert "round 1/2" in out and "round 2/2" in out and "distillation 2/2" in out and "discloses" in out
+    figures = json.loads((tmp_path / "run.json").read_text())
+    assert figures["test"]["examples"] == 200 and figures["bytes_up"] == figures["bytes_down"] > 0
+    code, out, _ = fedsp("evaluate", run, "--json", tmp_path / "e.json")
+    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert code == 0 and [row["prompt"] for row in rows] == ["zero-shot", "tuned prompt"]
+    assert rows[1]["accuracy"] == figures["test"]["accuracy"] and "zero-shot" in out
+    code, out, _ = fedsp("generate", run, "Question: The town of", "--tokens", "3")
+    assert code == 0 and out.startswith("Question: The town of")
+    assert fedsp("export", run, tmp_path / "adapter")[0] == 0
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    code, out, _ = fedsp("list", tmp_path)
+    assert code == 0 and "2/2" in out and "finished" in out
+    assert fedsp("distill", config, tmp_path / "package", *QUICK)[0] == 0
+    assert (tmp_path / "package" / "auxiliary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "nowhere.toml"], "there is no file nowhere.toml; `fedsp init nowhere.toml` writes one"),
+        (["run"], "nothing to run: give a TOML file"),
+        (["run", "--resume", "nowhere"], "nowhere holds no run"),
+        (["evaluate", "nowhere"], "nowhere holds no run"),
+        (["list", "nowhere"], "there is no folder nowhere"),
+        (["init", "x.toml", "--preset", "papr"], "unknown preset 'papr'; did you mean 'paper'?"),
+        (["init", "x.toml", "--preset", "zzz"], "known: paper, messenger"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(fedsp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    code, out, error = fedsp(*arguments)
+    assert code == 2 and out == ""
+    assert error.startswith("fedsp: ") and sentence in error and "Traceback" not in error
+
+
+def test_unknown_models_and_full_folders(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config = tmp_path / "run.toml"
+    fedsp("init", config)
+    code, _, error = fedsp("plan", config, "model.name=no/such-model")
+    assert code == 2 and "distill.text" in error
+    code, _, error = fedsp("plan", config, *QUICK, "model.name=no/such-model")
+    assert code == 2 and "cannot load the model 'no/such-model'" in error
+    code, _, error = fedsp("run", config, *QUICK, f"output={tmp_path}")
+    assert code == 2 and "is in use and is no run" in error
+    code, _, error = fedsp("init", config)
+    assert code == 2 and "exists" in error

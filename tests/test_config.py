@@ -1,0 +1,95 @@
+"""Configurations: presets, overrides, every fault at once."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedsp.config_file import PRESETS, make_config, read_config, template
+from fedsp.errors import ConfigurationError
+
+SMALL = {"model": {"name": "embedded"}, "data": {}, "distill": {"text": ["x.txt"]}}
+
+
+def test_presets_fill_in_and_what_is_written_wins() -> None:
+    paper = make_config({"preset": "paper", "model": {"name": "m"}, "data": {}, "client": {"align_steps": 3}})
+    assert (paper.prompt.space, paper.prompt.length, paper.auxiliary.plan) == ("key_value", 40, "shared(0)")
+    assert (paper.client.align_steps, paper.client.speak_steps, paper.client.keep_optimizer) == (3, 10, True)
+    assert paper.distill.steps == 5000 and paper.distill.text == ["server"] and paper.server_share == pytest.approx(1 / 11)
+    messenger = make_config(SMALL)
+    assert (messenger.prompt.space, messenger.auxiliary.plan, messenger.client.align_steps) == ("residual", "ends(2)", 0)
+    assert messenger.server.steps == 0 and messenger.server_share == 0
+
+
+def test_all_faults_at_once_with_suggestions() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        make_config(
+            {
+                "modle": {},
+                "model": {"nmae": "x"},
+                "data": {"max_tokens": 2},
+                "client": {"batch_size": 0},
+                "prompt": {"space": "keyvalue"},
+                "auxiliary": {"plan": 3},
+            },
+            "run.toml",
+        )
+    message = str(caught.value)
+    assert message.startswith("run.toml has 7 faults:") or message.startswith("run.toml has 8 faults:")
+    for part in [
+        "modle: unknown key; did you mean 'model'?",
+        "model.nmae: unknown key; did you mean 'name'?",
+        "model.name: missing; hub name or folder",
+        "data.max_tokens: Input should be greater than or equal to 8, not 2",
+        "client.batch_size: Input should be greater than or equal to 1, not 0",
+        "prompt.space: Input should be 'key_value' or 'residual', not 'keyvalue'",
+        "auxiliary.plan:",
+    ]:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"model": {"name": "m"}, "data": {}}, "distill.text: distillation needs text"),
+        ({**SMALL, "partition": {"kind": "natural"}}, "partition.column: partition.kind = 'natural' needs the name of a column"),
+        ({"model": {"name": "m"}, "data": {}, "distill": {"steps": 0}}, "prompt.init_text: prompt.init = 'text' needs a text"),
+        ({**SMALL, "preset": "papre"}, "preset: Input should be"),
+        ({**SMALL, "round": 3}, "round: Input should be a valid dictionary"),
+    ],
+)
+def test_what_no_key_can_say_alone(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        make_config(values)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_written_template_is_the_preset(preset: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(template(preset))
+    assert "# hub name or folder" in path.read_text()
+    text = "" if preset == "paper" else 'distill.text=["x.txt"]'
+    read = read_config(path, ["model.name=embedded", *([text] if text else [])])
+    assert read == make_config({"preset": preset, "model": {"name": "embedded"}, "data": {}, **({} if preset == "paper" else {"distill": {"text": ["x.txt"]}})})
+    assert set(tomllib.loads(path.read_text())) >= {"preset", "seed", "data", "round", "client"}
+
+
+def test_overrides_are_toml_and_paths_follow_the_file(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}")
+    path = tmp_path / "run.toml"
+    path.write_text('[model]\nname = "embedded"\n[data]\ntrain = "train.jsonl"\n[distill]\ntext = ["a.txt"]\n')
+    read = read_config(path, ["round.rounds=5", "auxiliary.plan=[0, 0, 3]", "prompt.init=normal", "seed=7"])
+    assert (read.round.rounds, read.auxiliary.plan, read.prompt.init, read.seed) == (5, [0, 0, 3], "normal", 7)
+    assert read.data.train == str(tmp_path / "train.jsonl")
+    with pytest.raises(ConfigurationError, match=r"'rounds' is not an override: write section\.key=value"):
+        read_config(path, ["rounds"])
+    with pytest.raises(ConfigurationError, match="round.ronds: unknown key; did you mean 'rounds'"):
+        read_config(path, ["round.ronds=5"])
+    with pytest.raises(ConfigurationError, match="there is no file .*fedsp init"):
+        read_config(tmp_path / "none.toml")
+    path.write_text("[model\n")
+    with pytest.raises(ConfigurationError, match="is not a TOML file"):
+        read_config(path)
