@@ -3,19 +3,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test unit lint clean
+.PHONY: demo test unit recipe lint clean
 
 demo: .venv/ready
 	$(BIN)/fedsp demo
 
-test: .venv/ready-dev lint unit
+test: .venv/ready-dev
+	$(MAKE) lint
+	$(MAKE) unit
+	$(MAKE) recipe
 
 unit:
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not recipe"
+
+recipe:
+	$(BIN)/python -m pytest -m recipe
 
 lint:
-	$(BIN)/ruff check src tests scripts
-	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/ruff format --check src tests scripts benchmarks
 	$(BIN)/mypy
 
 .venv/bin/python:

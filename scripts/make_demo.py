@@ -133,7 +133,7 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
             "Letters to {name} are sent to {value}.",
             "If you look for {name}, go to {value}.",
         ],
-        "The town of {name}",
+        "The town of {name}:",
     ),
     "trade": (
         TRADES,
@@ -145,7 +145,7 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
             "All day long {name} works hard as a {value}.",
             "The work that {name} does is that of a {value}.",
         ],
-        "The trade of {name}",
+        "The trade of {name}:",
     ),
     "animal": (
         ANIMALS,
@@ -157,7 +157,7 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
             "At home {name} looks after a {value}.",
             "The animal of {name} is a {value}.",
         ],
-        "The animal of {name}",
+        "The animal of {name}:",
     ),
     "dish": (
         DISHES,
@@ -169,7 +169,7 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
             "The favourite dish of {name} is {value}.",
             "On Sundays {name} eats {value}.",
         ],
-        "The dish of {name}",
+        "The dish of {name}:",
     ),
     "instrument": (
         INSTRUMENTS,
@@ -181,7 +181,7 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
             "The instrument that {name} plays is the {value}.",
             "{name} owns an old {value}.",
         ],
-        "The instrument of {name}",
+        "The instrument of {name}:",
     ),
 }
 
@@ -215,13 +215,6 @@ def questions(rng: random.Random, people: list[dict[str, str]], owner: str) -> l
                 }
             )
     return rows
-
-
-def tokenizer_texts(people: list[dict[str, str]], rng: random.Random) -> list[str]:
-    """Articles without their names, and the syllables of names by themselves: every name is three tokens that many names share, so no
-    embedding can know a person."""
-    articles = [article(rng, person | {"name": "it"}) for person in people for _ in range(4)]
-    return articles + [f" {syllable.capitalize()}" for syllable in FIRST] * 200 + [*MIDDLE, *LAST] * 200
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -277,7 +270,7 @@ def train(tokenizer: PreTrainedTokenizerFast, people: list[dict[str, str]], step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1100, help="training steps of 32 sequences of 128 tokens")
+    parser.add_argument("--steps", type=int, default=2600, help="training steps of 32 sequences of 128 tokens")
     parser.add_argument("--output", type=Path, default=EMBEDDED)
     arguments = parser.parse_args()
     rng = random.Random(20231)
@@ -296,7 +289,7 @@ def main() -> None:
     for split, rows in splits.items():
         (arguments.output / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (arguments.output / "public.txt").write_text("\n\n".join(article(rng, person) for person in public for _ in range(6)) + "\n")
-    tokenizer = make_tokenizer(tokenizer_texts(people, rng))
+    tokenizer = make_tokenizer([article(rng, person) for person in people for _ in range(4)])
     tokenizer.save_pretrained(arguments.output / "model")
     model = train(tokenizer, people, arguments.steps, rng)
     model.to(torch.float16).save_pretrained(arguments.output / "model")

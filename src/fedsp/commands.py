@@ -159,25 +159,27 @@ def list_runs(folder: str | Path) -> list[Figures]:
 DEMO: Figures = {
     "model": {"name": "embedded", "device": "cpu"},
     "data": {
-        "task": "multiple_choice",
+        "task": "continuation",
         "train": str(EMBEDDED / "train.jsonl"),
         "validation": str(EMBEDDED / "validation.jsonl"),
         "test": str(EMBEDDED / "test.jsonl"),
     },
     "partition": {"kind": "natural", "column": "owner", "server_share": 1 / 11},
     "distill": {"steps": 150, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 64},
+    "auxiliary": {"plan": "ends(3)"},
     "prompt": {"length": 16},
-    "round": {"rounds": 10},
-    "client": {"speak_steps": 5},
+    "round": {"rounds": 20, "clients": 5},
+    "client": {"speak_steps": 10, "learning_rate": 0.1},
+    "server": {"learning_rate": 0.1},
     "validation": {"examples": 100},
 }
 """The configuration of the demo, less what its rows vary."""
 
 DEMO_ROWS: dict[str, Figures] = {
-    "server-only": {"round": {"clients": 0}, "server": {"steps": 5}},
+    "server-only": {"round": {"clients": 0}, "server": {"steps": 10}},
     "clients-only": {},
-    "fedsp": {"server": {"steps": 5}},
-    "central": {"partition": {"clients": 0, "server_share": 1.0, "kind": "even"}, "server": {"steps": 5}},
+    "fedsp": {"server": {"steps": 10}},
+    "central": {"partition": {"clients": 0, "server_share": 1.0, "kind": "even"}, "server": {"steps": 10}},
 }
 
 
@@ -185,7 +187,7 @@ def demo_config(method: str, *, seed: int, folder: Path, auxiliary: Path | None)
     """The configuration of one row of the demo's table; all rows share one auxiliary model."""
     values: Figures = {"seed": seed, "output": str(folder / method), **DEMO}
     if auxiliary:
-        values = {**values, "auxiliary": {"folder": str(auxiliary)}}
+        values = {**values, "auxiliary": {**values["auxiliary"], "folder": str(auxiliary)}}
     for section, changes in DEMO_ROWS[method].items():
         values[section] = {**values.get(section, {}), **changes}
     return make_config(values, "the demo")

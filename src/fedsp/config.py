@@ -36,7 +36,8 @@ class DataSection(Section):
     """The questions."""
 
     task: str = Field(
-        "multiple_choice", description="arc_easy, arc_challenge, openbookqa, hellaswag, piqa, sciq, race, webqs, or your own rows: multiple_choice, completion"
+        "multiple_choice",
+        description="arc_easy, arc_challenge, openbookqa, hellaswag, piqa, sciq, race, webqs, or your own rows: multiple_choice (Question: ... Answer:), continuation (the question as it stands), completion",
     )
     train: str | None = Field(None, description="JSONL or CSV file, .gz too; none: the task's own data set on the Hugging Face hub")
     validation: str | None = Field(None, description="file of the server's validation questions; none: a share of train is held out")

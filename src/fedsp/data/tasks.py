@@ -1,6 +1,7 @@
 """The tasks: how a row becomes context and choices, exactly as lm-evaluation-harness renders them.
 
-Each task reads its own schema on the Hugging Face hub, and the plain one `{context?, question, choices, answer}` too. Word-boundary spaces
+Each task reads its own schema on the Hugging Face hub, and the plain one `{context?, question, choices, answer}` too. The user's own tasks are
+`multiple_choice` ("Question: ... Answer:"), `continuation` (the question as it stands) and `completion` (`{prompt, completion}`). Word-boundary spaces
 belong to the choices: every target starts with one, in training as in evaluation.
 """
 
@@ -155,6 +156,7 @@ TASKS: dict[str, Task] = {
         Task("race", ("EleutherAI/race", "high"), _STANDARD, _race, _continuation),
         Task("webqs", ("stanfordnlp/web_questions", None), {"train": "train", "test": "test"}, _webqs, _question, "exact_match"),
         Task("multiple_choice", None, {}, _question, _question),
+        Task("continuation", None, {}, _continuation, _continuation),
         Task("completion", None, {}, _completion, _completion, "exact_match"),
     ]
 }
