@@ -381,7 +381,7 @@ BAD: list[tuple[str, dict[str, Any], type[FedspError], str]] = [
     ("unknown task", {"data": {"task": "arc_esay"}}, DataError, "unknown task 'arc_esay'; did you mean 'arc_easy'?"),
     ("file missing", {"data": {"train": "nowhere.jsonl"}}, DataError, "there is no file nowhere.jsonl"),
     ("more clients than examples", {"partition": {"clients": 99}}, DataError, "partition.clients = 99, but only 48 training examples"),
-    ("empty client", {"partition": {"kind": "dirichlet", "column": "nothing"}}, DataError, "has no column 'nothing'"),
+    ("missing column", {"partition": {"kind": "dirichlet", "column": "nothing"}}, DataError, "has no column 'nothing'"),
     ("server without examples", {"partition": {"server_share": 0.0}, "server": {"steps": 1}}, DataError, "the server holds no example"),
     ("text missing", {"distill": {"text": ["nowhere.txt"]}}, DataError, "there is no text file nowhere.txt"),
     ("plan", {"auxiliary": {"plan": "ends(4)"}}, FedspError, "leaves no middle in a model of 8 layers"),
@@ -394,6 +394,53 @@ def test_bad_input_is_one_sentence(tmp_path: Path, change: dict[str, Any], kind:
     with pytest.raises(kind) as caught:
         commands.run(settings(tmp_path, **change))
     assert sentence in str(caught.value)
+
+
+def test_an_empty_client_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedsp.data import partition
+
+    monkeypatch.setattr(partition, "_divide", lambda *_: {"hospital-a": [0], "hospital-b": []})
+    with pytest.raises(DataError, match="client 'hospital-b' would hold no example: use fewer clients"):
+        commands.run(settings(tmp_path))
+
+
+def test_too_long_examples_are_counted(tmp_path: Path) -> None:
+    figures = commands.run(settings(tmp_path, data={**settings(tmp_path)["data"], "max_tokens": 8}))
+    assert figures["shortened_client_examples"] > 0 and figures["test"]["shortened_examples"] > 0
+
+
+KILLED_AT_A_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from fedsp import commands, storage
+
+original, writes = os.fsync, 0
+
+def fsync(descriptor):
+    global writes
+    writes += 1
+    if writes == int(sys.argv[2]):
+        os.ftruncate(descriptor, 100)
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(descriptor)
+
+os.fsync = fsync
+commands.run(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("write", [7, 16, 19])
+def test_kill_9_in_the_middle_of_a_write(tmp_path: Path, write: int) -> None:
+    """A real process, killed while a file is half written: package, prompt or checkpoint."""
+    import tomli_w
+
+    whole = Path(commands.run(settings(tmp_path / "whole", **PAPER))["folder"])
+    values = settings(tmp_path / "killed", **PAPER)
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_A_WRITE, str(tmp_path / "run.toml"), str(write)], capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()
+    commands.resume(values["output"])
+    assert prompt_bits(Path(values["output"])) == prompt_bits(whole)
 
 
 def test_a_prompt_of_another_shape_is_refused(tmp_path: Path) -> None:

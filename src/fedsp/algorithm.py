@@ -85,7 +85,7 @@ class FedSP:
         spoken = self._stage(client, "speak", request.round, request.seed, state)
         self._let_rest(client, request.round, {"align": aligned, "speak": spoken})
         losses = {name: fitted.last for name, fitted in (("align", aligned), ("speak", spoken)) if fitted.last is not None}
-        return Update(request.round, client.id, client.prompt.payload(), losses, validation, time.perf_counter() - started)
+        return Update(request.round, client.id, client.prompt.payload(), losses, validation, time.perf_counter() - started, client.shortened)
 
     def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
         """Steps on the aggregated prompt through the frozen global model. See `Method.server_update`."""

@@ -170,8 +170,11 @@ class AuxiliaryModel(PromptedLM):
 
 
 def build_auxiliary(model: PromptedLM, plan: LayerPlan, tokenizer: Tokenizer) -> AuxiliaryModel:
-    """An auxiliary model with copies of the global model's embeddings, final norm, head and planned layers."""
-    auxiliary = empty_auxiliary(planned_config(model.model.config, plan), plan).to(model.device, model.dtype)
+    """An auxiliary model with copies of the global model's embeddings, final norm, head and planned layers.
+
+    Its weights are float32 on every device, since clients train them.
+    """
+    auxiliary = empty_auxiliary(planned_config(model.model.config, plan), plan).to(model.device)
     outside = f"{model.path_of_blocks}."
     prefix = f"{model.model.base_model_prefix}." if model.backbone is not model.model else ""
     source = {name: tensor for name, tensor in model.model.state_dict().items() if not name.startswith(prefix + outside)}
@@ -212,8 +215,7 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
     if missing:
         raise AuxiliaryError(f"the auxiliary model in {folder} lacks {sorted(missing)[0]}: get the folder again from the server")
     model.load_state_dict(weights, strict=False)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return AuxiliaryModel(model.requires_grad_(False).to(device, dtype), plan, tokenizer, positions=positions, prompt_shape=shape)
+    return AuxiliaryModel(model.requires_grad_(False).to(device), plan, tokenizer, positions=positions, prompt_shape=shape)
 
 
 def planned_config(config: Any, plan: LayerPlan) -> Any:

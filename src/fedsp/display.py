@@ -58,6 +58,8 @@ class Display:
         losses = "  ".join(f"{name} {loss:.3f}" for name, loss in {**record.client_losses, "server": record.server_loss}.items() if loss is not None)
         validation = "" if record.validation is None else f"  validation {record.validation:.3f}{' (best)' if record.best_round == record.round else ''}"
         failed = "".join(f"\n  {client} failed: {reason}" for client, reason in record.failed.items())
+        if record.shortened_examples:
+            failed += f"\n  {record.shortened_examples} of the clients' examples were too long and lost their oldest context"
         left = self._advance("round", record.round, rounds, losses)
         self.print(
             f"round {record.round}/{rounds}  loss {losses or '-'}{validation}  {size(record.bytes_down)} down  {size(record.bytes_up)} up  {record.seconds:.1f} s  {left}{failed}"

@@ -42,7 +42,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     party = Party("server", server.model, prompt, encode_targets(server.tokenizer, own, server.max_tokens), run.rest("server"))
     validation = encode_targets(server.tokenizer, _some(questions.validation, config), server.max_tokens)
     clients = open_clients(config, auxiliary, questions, run, server.max_tokens)
-    dropped = sum(row.dropped > 0 for row in [*party.examples, *validation])
+    dropped = party.shortened + sum(row.dropped > 0 for row in validation)
     if dropped:
         watcher.say(
             f"{dropped} of the server's {len(party.examples) + len(validation)} examples are longer than {server.max_tokens} tokens and lose their oldest context"
@@ -97,6 +97,7 @@ def _figures(run: RunDirectory, server: Server, auxiliary: AuxiliaryModel, final
         "bytes_up": sum(record["bytes_up"] for record in records),
         "prompt_bytes": final.best[PROMPT].numel() * 4,
         "disclosed_share": disclosed_share(auxiliary, server.model),
+        "shortened_client_examples": max((record["shortened_examples"] for record in records), default=0),
         "failures": sum(len(record["failed"]) for record in records),
         "seconds": seconds,
         "seconds_distillation": server.seconds.get("distillation", 0.0),

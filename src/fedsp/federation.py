@@ -109,6 +109,7 @@ def federate(
                 server_loss,
                 validation,
                 standing.best_round,
+                sum(update.shortened for update in updates.values()),
                 time.perf_counter() - started,
                 seconds_training,
             ),

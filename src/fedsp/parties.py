@@ -61,6 +61,11 @@ class Party:
     rest: Rest
     held_out: Sequence[Encoded] = field(default_factory=tuple)
 
+    @property
+    def shortened(self) -> int:
+        """How many of its examples lost old context because they were too long."""
+        return sum(row.dropped > 0 for row in [*self.examples, *self.held_out])
+
     @contextmanager
     def own_weights(self, weights: Tensors | None, package: Tensors) -> Iterator[None]:
         """Put this client's own auxiliary weights into the one model on the device (the package's if it has none yet), and take them

@@ -24,7 +24,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client answers. `validation` is its loss on its own held-out examples under the prompt it *received*."""
+    """What a client answers. `validation` is its loss on its own held-out examples under the prompt it *received*, `shortened` how many of
+    its examples lost old context."""
 
     round: int
     client: str
@@ -32,6 +33,7 @@ class Update:
     losses: dict[str, float] = field(default_factory=dict)
     validation: float | None = None
     seconds: float = 0.0
+    shortened: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -65,6 +67,7 @@ class RoundRecord:
     server_loss: float | None
     validation: float | None
     best_round: int
+    shortened_examples: int
     seconds: float
     seconds_training: float
 
