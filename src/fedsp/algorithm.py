@@ -40,6 +40,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from fedsp.data.encoding import Encoded, collate, training_batches
 from fedsp.fitting import Fitted, Tensors, answer_loss, fit, trainable
@@ -81,8 +82,8 @@ class FedSP:
         validation = validation_loss(client, client.held_out)
         if not request.train:
             return Update(request.round, client.id, request.payload, validation=validation)
-        aligned = self._stage(client, "align", request.round, request.seed, state)
-        spoken = self._stage(client, "speak", request.round, request.seed, state)
+        aligned = self._fit("align", self.align, client, client.model.model, request.round, request.seed, state)
+        spoken = self._fit("speak", self.speak, client, client.prompt, request.round, request.seed, state)
         self._let_rest(client, request.round, {"align": aligned, "speak": spoken})
         losses = {name: fitted.last for name, fitted in (("align", aligned), ("speak", spoken)) if fitted.last is not None}
         return Update(request.round, client.id, client.prompt.payload(), losses, validation, time.perf_counter() - started, client.shortened)
@@ -93,19 +94,16 @@ class FedSP:
             return aggregated, None
         state = server.rest.load(before=round) if self._rests(server.prompt) else {}
         _take_up(server.prompt, aggregated, _part(state, "prompt"))
-        fitted = self._stage(server, "server", round, seed, state)
+        fitted = self._fit("server", self.server, server, server.prompt, round, seed, state)
         self._let_rest(server, round, {"server": fitted})
         return server.prompt.payload(), fitted.last
 
-    def _stage(self, party: Party, name: str, round: int, seed: int, state: Tensors) -> Fitted:
-        """One stage of one party: what is trained is the auxiliary model in `align`, the prompt otherwise."""
-        stage: Stage = getattr(self, name)
-        aligning = name == "align"
-        train = trainable(party.model.model) if aligning and stage.steps else trainable(party.prompt)
-        fixed = party.prompt.prefix(party.model).detach() if aligning else None
+    def _fit(self, name: str, stage: Stage, party: Party, train: nn.Module, round: int, seed: int, state: Tensors) -> Fitted:
+        """One stage of one party: steps on `train`, its prompt or its auxiliary model; the other is frozen."""
+        party.prompt.requires_grad_(train is party.prompt)
         return fit(
-            train,
-            lambda batch: answer_loss(party.model, party.prompt.prefix(party.model) if fixed is None else fixed, batch.to(party.model.device)),
+            trainable(train),
+            lambda batch: answer_loss(party.model, party.prompt.prefix(party.model), batch.to(party.model.device)),
             training_batches(party.examples, steps=stage.steps, batch_size=stage.batch_size, seed=derive_seed(seed, name)),
             stage.optimisation,
             first_step=(round - 1) * stage.steps,

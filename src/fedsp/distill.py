@@ -53,9 +53,6 @@ def distill(
     """
     if not how.steps:
         return []
-    train = auxiliary.distillable()
-    for parameter in train.values():
-        parameter.requires_grad_(True)
     kept: dict[int, list[Tensor]] = {}
     steps = 0
 
@@ -70,12 +67,7 @@ def distill(
         progress(steps, float(value.detach()))
         return value
 
-    try:
-        return fit(train, loss, _order(len(texts), how, seed), how.optimisation).losses
-    finally:
-        for parameter in train.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
+    return fit(auxiliary.distillable(), loss, _order(len(texts), how, seed), how.optimisation).losses
 
 
 def _loss(student: PromptedLM, teacher: PromptedLM, hidden: list[Tensor], states: list[Tensor], mask: Tensor, how: Distillation) -> Tensor:

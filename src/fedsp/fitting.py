@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -84,19 +85,34 @@ def fit(
     if moments:
         _restore_moments(optimizer, names, moments)
     losses: list[Tensor] = []
-    for step, batch in enumerate(batches, start=first_step):
-        for group in optimizer.param_groups:
-            group["lr"] = optimisation.rate(step)
-        optimizer.zero_grad(set_to_none=True)
-        value = loss(batch)
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(value.detach())
+    with _learning(train.values()):
+        for step, batch in enumerate(batches, start=first_step):
+            for group in optimizer.param_groups:
+                group["lr"] = optimisation.rate(step)
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(batch)
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(value.detach())
     values: list[float] = torch.stack(losses).tolist() if losses else []
     bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
     if bad is not None:
         raise TrainingDiverged(f"the loss is {values[bad]} at local step {bad + 1} of {len(values)}: lower the learning rate")
     return Fitted(values, _moments(optimizer, names))
+
+
+@contextmanager
+def _learning(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach these parameters for as long as the context lasts, and leave none behind."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    for parameter, _ in before:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, learned in before:
+            parameter.requires_grad_(learned)
+            parameter.grad = None
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

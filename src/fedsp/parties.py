@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedsp.auxiliary import AuxiliaryModel
 from fedsp.data.encoding import Encoded
-from fedsp.fitting import Tensors, trainable
+from fedsp.fitting import Tensors
 from fedsp.models import PromptedLM
 from fedsp.prompts import SoftPrompt
 from fedsp.storage import read_tensors, write_tensors
@@ -73,13 +73,7 @@ class Party:
         assert isinstance(self.model, AuxiliaryModel)
         if weights:
             self.model.load_weights(weights)
-        parameters = trainable(self.model.model).values()
-        for parameter in parameters:
-            parameter.requires_grad_(True)
         try:
             yield
         finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-                parameter.grad = None
             self.model.load_weights(package)
