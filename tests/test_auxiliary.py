@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,18 @@ def test_plans_say_what_stands_where(text: Any, layers: int, sources: list[int],
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("shared(9)", "names layer 9, but the model has layers 0 to 7"),
+        ("shared(9)", "names layers [9], but the model has layers 0 to 7"),
         ("cells(0-2)", "do not divide the model's 8"),
         ("ends(4)", "leaves no middle"),
         ("sharde(0)", "is no layer plan: write shared"),
         ("every(0)", "is no layer plan"),
-        ([], "names layer None"),
+        ([], "names layers []"),
+        ([-1, 0, 0, -4], "names layers [-4, -1, 0]"),
+        ("shared(-1)", "is no layer plan"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(text: Any, sentence: str) -> None:
-    with pytest.raises(ConfigurationError, match=sentence.replace("(", r"\(")):
+    with pytest.raises(ConfigurationError, match=re.escape(sentence)):
         parse_plan(text, 8)
     with pytest.raises(ConfigurationError, match="must give one layer from 0 to 7 for each of the 4 depths"):
         parse_plan("every(2)", 8, [0, 1])

@@ -396,6 +396,63 @@ def test_bad_input_is_one_sentence(tmp_path: Path, change: dict[str, Any], kind:
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind", "sentence"),
+    [
+        ({"validation": {"by": "clients"}, "round": {"rounds": 1, "clients": 0}}, FedspError, "validation.by: no client is asked"),
+        (
+            {"distill": {"steps": 2, "text": ["server"], "sequence_length": 32}, "partition": {"clients": 3, "server_share": 0.0}},
+            DataError,
+            "there is no text to distil on",
+        ),
+        (
+            {"distill": {"steps": 2, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 300}},
+            DataError,
+            "distill.sequence_length = 300 is more than the 252",
+        ),
+        ({"model": {"name": "embedded", "device": "gpu"}}, FedspError, "model.device = 'gpu' cannot be used on this machine"),
+        ({"partition": {"clients": 3, "server_share": 1.0}}, DataError, "only 0 training examples are left"),
+    ],
+)
+def test_configurations_that_fit_no_data(tmp_path: Path, changes: dict[str, Any], kind: type[FedspError], sentence: str) -> None:
+    with pytest.raises(kind) as caught:
+        commands.run(settings(tmp_path, **changes))
+    assert sentence in str(caught.value)
+    values = settings(tmp_path)
+    assert commands.run(values)["best_round"] >= 0, "a run that could not begin must not keep its folder"
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
+    standing = Standing(0, {}, {}, 0, None)
+    for loss in (float("nan"), float("-inf")):
+        assert standing.consider({}, 1, loss) is standing
+    assert standing.consider({}, 2, 1.0).consider({}, 3, float("nan")).best_round == 2
+
+
+def test_a_run_begun_with_other_rows_is_not_resumed(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    (tmp_path / "run" / "result.json").unlink()
+    questions(tmp_path, "train", ROWS[1:61])
+    with pytest.raises(RunError, match=r"was begun with another data\.train: bring back what it was"):
+        commands.resume(tmp_path / "run")
+
+
+def test_a_peft_adapter_can_be_where_a_run_starts(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path / "first", prompt={"length": 4, "space": "key_value"}))
+    commands.export(tmp_path / "first" / "run", tmp_path / "adapter")
+    figures = commands.run(settings(tmp_path / "second", prompt={"length": 4, "space": "key_value", "init": str(tmp_path / "adapter")}, round={"rounds": 1}))
+    first = read_prompt(tmp_path / "first" / "run" / "best.safetensors").values()
+    second = read_prompt(Path(figures["folder"]) / "best.safetensors").values()
+    assert float((first - second).detach().abs().max()) < 0.2
+
+
+def test_clients_with_any_name_keep_their_state_inside_the_run(tmp_path: Path) -> None:
+    directory = RunDirectory.create(make_config(settings(tmp_path)))
+    for name in ("../server", "..", ".", "a/b", "client %2E"):
+        folder = directory.rest(f"client {name}").folder
+        assert folder.parent == directory.path / "state" and folder.name not in {".", ".."}
+
+
 def test_an_empty_client_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedsp.data import partition
 

@@ -70,9 +70,8 @@ def parse_plan(text: str | Sequence[int], layers: int, prompt_layers: Sequence[i
     Raises:
         ConfigurationError: the plan cannot be read, or does not fit the model.
     """
-    match = re.fullmatch(r"(\w+)\(([\d\s,-]*)\)", text.strip()) if isinstance(text, str) else None
+    match = re.fullmatch(r"(\w+)\((\s*\d+\s*(?:[,-]\s*\d+\s*)?)\)", text.strip()) if isinstance(text, str) else None
     name, numbers = (match[1], [int(number) for number in re.findall(r"\d+", match[2])]) if match else ("list", [])
-    frozen: list[bool] | None = None
     if not isinstance(text, str):
         sources = list(text)
     elif name == "shared" and len(numbers) == 1:
@@ -114,8 +113,8 @@ def _ends(layers: int, ends: int, middle: int | None = None, *, prompt_layers: S
 
 
 def _checked(plan: LayerPlan, layers: int, text: object) -> LayerPlan:
-    if not plan.depth or max(plan.sources) >= layers:
-        raise ConfigurationError(f"auxiliary.plan: {text} names layer {max(plan.sources, default=None)}, but the model has layers 0 to {layers - 1}")
+    if not plan.depth or not all(0 <= source < layers for source in plan.sources):
+        raise ConfigurationError(f"auxiliary.plan: {text} names layers {sorted(set(plan.sources))}, but the model has layers 0 to {layers - 1}")
     if len(plan.prompt_layers) != plan.depth or not all(0 <= layer < layers for layer in plan.prompt_layers):
         raise ConfigurationError(
             f"auxiliary.prompt_layers: {list(plan.prompt_layers)} must give one layer from 0 to {layers - 1} for each of the {plan.depth} depths of {text}"
@@ -158,10 +157,12 @@ class AuxiliaryModel(PromptedLM):
         Raises:
             StorageError: the disk did not take it.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         digest = write_tensors(folder / WEIGHTS, self.weights(), {"format": "pt"})
-        self.model.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        try:
+            self.model.config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise StorageError(f"cannot write the auxiliary model to {folder}: {error.strerror or error}; free some space or choose another folder") from error
         write_json(
             folder / MANIFEST,
             {"plan": self.plan.to_json(), "prompt_shape": asdict(self.prompt_shape), "sha256": digest, "tokenizer_sha256": tokenizer_digest(self.tokenizer)},

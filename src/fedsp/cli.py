@@ -181,9 +181,6 @@ def main() -> None:
     except FedspError as error:
         typer.echo(f"fedsp: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("fedsp: stopped; what was finished is kept, and `fedsp run --resume` goes on from there", err=True)
-        sys.exit(130)
 
 
 def _read(config: Path, overrides: list[str] | None) -> RunConfig:

@@ -27,15 +27,13 @@ HELD_OUT_AT_CLIENTS = 0.1
 class Clients:
     """What the clients' side has, all of them together: the package, the method, and access to each client's own rows."""
 
-    config: RunConfig
-    auxiliary: AuxiliaryModel
     method: FedSP
     register: dict[str, int]
     party: Callable[[str], Party]
 
 
-def make_method(config: RunConfig, auxiliary: AuxiliaryModel) -> FedSP:
-    """FedSP with the configuration's numbers."""
+def make_method(config: RunConfig, auxiliary: AuxiliaryModel | None) -> FedSP:
+    """FedSP with the configuration's numbers; where no client is asked there is no auxiliary model."""
     client, server, rounds = config.client, config.server, config.round.rounds
 
     def stage(steps: int, batch_size: int, rate: float, decay: float) -> Stage:
@@ -46,14 +44,14 @@ def make_method(config: RunConfig, auxiliary: AuxiliaryModel) -> FedSP:
         speak=stage(client.speak_steps, client.batch_size, client.learning_rate, client.weight_decay),
         server=stage(server.steps, server.batch_size, server.learning_rate, server.weight_decay),
         keep_optimizer=client.keep_optimizer,
-        package=auxiliary.weights() if client.align_steps else {},
+        package=auxiliary.weights() if auxiliary and client.align_steps else {},
     )
 
 
 def make_client(client: str, config: RunConfig, auxiliary: AuxiliaryModel, rows: list[Encoded], rest: Rest) -> Party:
     """A client, from its own rows and the package alone: nothing of the global model is needed."""
     spec = PromptSpec(config.prompt.space, config.prompt.length, auxiliary.prompt_shape, config.prompt.projection)
-    held = round(HELD_OUT_AT_CLIENTS * len(rows)) if config.validation.by == "clients" else 0
+    held = max(1, round(HELD_OUT_AT_CLIENTS * len(rows))) if config.validation.by == "clients" and len(rows) > 1 else 0
     order = random.Random(derive_seed(config.seed, "held out", client)).sample(rows, len(rows))
     prompt = SoftPrompt(spec, seed=derive_seed(config.seed, "prompt")).to(auxiliary.device)
     return Party(client, auxiliary, prompt, order[held:], rest, order[:held])
@@ -68,7 +66,7 @@ def open_clients(config: RunConfig, auxiliary: AuxiliaryModel, questions: Questi
         return encode_targets(auxiliary.tokenizer, examples_of(questions.task, rows), max_tokens)
 
     def party(client: str) -> Party:
-        return make_client(client, config, auxiliary, encoded(client), run.rest(f"clients/{client}"))
+        return make_client(client, config, auxiliary, encoded(client), run.rest(f"client {client}"))
 
     register = {client: len(rows) for client, rows in questions.partition.clients.items()}
-    return Clients(config, auxiliary, make_method(config, auxiliary), register, party)
+    return Clients(make_method(config, auxiliary), register, party)

@@ -12,9 +12,9 @@ import torch
 
 from fedsp.auxiliary import disclosed_share
 from fedsp.config import RunConfig
-from fedsp.config_file import make_config, read_config
+from fedsp.config_file import apply_override, make_config, read_config
 from fedsp.engines.local import local
-from fedsp.errors import DataError, RunError
+from fedsp.errors import DataError, FedspError, RunError
 from fedsp.experiment import run_experiment
 from fedsp.prompts import SoftPrompt, export_peft, read_prompt
 from fedsp.runs import RunDirectory, differing_keys, find_runs
@@ -25,9 +25,16 @@ Figures = dict[str, Any]
 
 def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """A configuration from what a person has: one already, nested values, or the path of a TOML file."""
-    if isinstance(config, RunConfig):
-        return config
-    return make_config(config) if isinstance(config, Mapping) else read_config(Path(config), overrides)
+    if isinstance(config, str | Path):
+        return read_config(Path(config), overrides)
+    values: Figures = (
+        config.model_dump(exclude_none=True)
+        if isinstance(config, RunConfig)
+        else {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    )
+    for override in overrides:
+        apply_override(values, override)
+    return make_config(values)
 
 
 def run(config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = (), watcher: Watcher | None = None) -> Figures:
@@ -63,8 +70,8 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
         RunError: the folder is in use.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder} is not empty: give a new folder")
+    _require_new(folder)
+    config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": None})})
     server = open_server(config, load_questions(config))
     started = time.perf_counter()
     auxiliary = make_auxiliary(server, folder, watcher or Watcher())
@@ -74,6 +81,11 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
         "disclosed_share": disclosed_share(auxiliary, server.model),
         "seconds": time.perf_counter() - started,
     }
+
+
+def _require_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is in use: give a new folder")
 
 
 def open_run(folder: str | Path) -> tuple[Server, SoftPrompt]:
@@ -104,9 +116,9 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
         raise DataError(f"the run in {folder} has no {split} questions: name a file in data.{split}")
     candidates: list[tuple[str, SoftPrompt | None]] = ([("zero-shot", None)] if zero_shot else []) + [("tuned prompt", tuned)]
     questions = server.questions
+    room = min(server.max_tokens, server.model.max_positions - tuned.spec.length)
     return [
-        {"prompt": name, **evaluate_prompt(server.model, candidate, splits[split], questions.task, server.tokenizer, server.max_tokens)}
-        for name, candidate in candidates
+        {"prompt": name, **evaluate_prompt(server.model, candidate, splits[split], questions.task, server.tokenizer, room)} for name, candidate in candidates
     ]
 
 
@@ -129,8 +141,7 @@ def export(folder: str | Path, to: str | Path) -> Figures:
         RunError: the target is in use.
     """
     to = Path(to)
-    if to.exists() and any(to.iterdir()):
-        raise RunError(f"{to} is not empty: give a new folder")
+    _require_new(to)
     server, prompt = open_run(folder)
     export_peft(prompt, server.model, to)
     return {"folder": str(to), "virtual_tokens": prompt.spec.length, "base_model": server.model.name}
@@ -139,12 +150,17 @@ def export(folder: str | Path, to: str | Path) -> Figures:
 def list_runs(folder: str | Path) -> list[Figures]:
     """One row for each run below a folder."""
     rows = []
-    for directory in find_runs(Path(folder)):
+    for path in find_runs(Path(folder)):
+        try:
+            directory = RunDirectory.open(path)
+        except FedspError:
+            rows.append({"folder": str(path), "preset": "-", "model": "-", "task": "-", "rounds": "-", "validation_loss": None, "state": "unreadable"})
+            continue
         records, config = directory.records(), directory.config
         validation = [record["validation"] for record in records if record["validation"] is not None]
         rows.append(
             {
-                "folder": str(directory.path),
+                "folder": str(path),
                 "preset": config.preset,
                 "model": config.model.name,
                 "task": config.data.task,
@@ -201,13 +217,13 @@ def demo(*, seed: int = 0, folder: str | Path | None = None, watcher: Watcher | 
     Raises:
         RunError: the folder is in use.
     """
+    torch.set_num_threads(1)  # the model is so small that a second thread costs more than it gives
     watcher = watcher or Watcher()
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="fedsp-demo-") as temporary:
             return demo(seed=seed, folder=temporary, watcher=watcher)
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder} is not empty: give a new folder")
+    _require_new(folder)
     auxiliary = folder / "auxiliary"
     config = demo_config("clients-only", seed=seed, folder=folder, auxiliary=None)
     server = open_server(config, load_questions(config))

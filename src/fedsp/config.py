@@ -75,11 +75,11 @@ class DistillSection(Section):
     """Fitting the auxiliary model to the global one."""
 
     steps: Count = Field(description="optimizer steps; 0: hand out the layers as they are")
-    text: list[str] = Field(description="text files (.gz too), blank lines between passages; 'server' for the server's own examples")
+    text: list[str] = Field(description="text files (.gz too), blank lines between passages; ['server'] alone for the server's own examples")
     learning_rate: Rate = Field(description="of AdamW")
     weight_decay: Decay = Field(0.01, description="of AdamW")
     batch_size: Positive = Field(8, description="sequences per step")
-    sequence_length: Positive = Field(128, description="tokens per sequence")
+    sequence_length: int = Field(128, ge=2, description="tokens per sequence")
     sequences: Positive = Field(512, description="sequences at most; their teacher states are computed once and kept in memory")
     match_depths: Decay = Field(0.0, description="weight of the mean squared error at every depth; 0 is the paper")
     match_logits: Decay = Field(0.0, description="weight of the KL divergence of next-token distributions, nats; 0 is the paper")
@@ -116,8 +116,8 @@ class ClientSection(Section):
     align_learning_rate: Rate = Field(5e-4, description="of AdamW on the auxiliary model")
     weight_decay: Decay = Field(description="of AdamW")
     batch_size: Positive = Field(16, description="examples per step")
-    warmup: Share = Field(0.1, description="share of all steps of all rounds in which the learning rate rises; then it falls linearly to 0")
-    keep_optimizer: bool = Field(description="whether AdamW's moments rest with the client between rounds; false: fresh each round")
+    warmup: Share = Field(0.1, description="share of all steps of all rounds in which the learning rate rises; then it falls linearly to 0; the server's too")
+    keep_optimizer: bool = Field(description="whether AdamW's moments rest with each client, and with the server, between rounds; false: fresh each round")
 
 
 class ServerSection(Section):
@@ -166,6 +166,8 @@ class RunConfig(Section):
             raise ValueError("distill.text: distillation needs text; name public text files, or ['server'] for the server's own examples")
         if self.prompt.init == "text" and not self.prompt.init_text and not self.distill.text:
             raise ValueError("prompt.init_text: prompt.init = 'text' needs a text; name a file, or set distill.text, or prompt.init = 'normal'")
+        if self.validation.by == "clients" and not (self.partition.clients and self.round.clients != 0):
+            raise ValueError("validation.by: no client is asked, so none can validate; use 'server' or 'none'")
         if self.client.keep_optimizer and self.client.align_steps == 0 == self.client.speak_steps:
             raise ValueError("client.keep_optimizer: a client that takes no step has no optimizer to keep")
         return self

@@ -55,7 +55,9 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
 
 
 def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """The configuration in a TOML file; `overrides` are `section.key=value`, values as in TOML. Paths are relative to the file.
+    """The configuration in a TOML file; `overrides` are `section.key=value`, values as in TOML.
+
+    File names that the file gives are taken from its own folder; those of overrides, and `output`, from the working directory.
 
     Raises:
         ConfigurationError: the file is missing or not TOML, or the configuration is at fault.
@@ -66,7 +68,7 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigurationError(f"there is no file {path}; `fedsp init {path}` writes one to start from") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
-    _resolve_paths(values, path.parent)
+    _resolve_paths(values, path.parent.resolve())
     for override in overrides:
         apply_override(values, override)
     return make_config(values, str(path))
@@ -88,6 +90,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     *sections, name = key.strip().split(".")
     for section in sections:
         values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigurationError(f"{override!r} is not an override: {section} is no section")
     values[name] = value
 
 
@@ -95,7 +99,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Make the file names in `values` independent of the working directory: relative ones are taken from the configuration's folder."""
 
     def resolve(name: Any) -> Any:
-        return str(folder / name) if isinstance(name, str) and (folder / name).exists() else name
+        return str(folder / name) if isinstance(name, str) and name not in ("embedded", "server", "text", "normal") and (folder / name).exists() else name
 
     for section, key in [
         ("data", "train"),

@@ -33,6 +33,7 @@ class Display:
         )
         self.tasks: dict[str, TaskID] = {}
         self.started: dict[str, float] = {}
+        self.first: dict[str, int] = {}
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -68,7 +69,7 @@ class Display:
     def _advance(self, name: str, done: int, total: int, note: str) -> str:
         """Move a bar, and say how much time is left at the pace so far."""
         if done == 1 or name not in self.started:
-            self.started[name] = time.perf_counter()
+            self.started[name], self.first[name] = time.perf_counter(), done
             if name in self.tasks:
                 self.progress.remove_task(self.tasks[name])
             self.tasks[name] = self.progress.add_task(name, total=total, note=note, completed=done)
@@ -76,7 +77,7 @@ class Display:
         self.progress.update(self.tasks[name], completed=done, note=note)
         if done >= total:
             self.progress.remove_task(self.tasks.pop(name))
-        seconds = (time.perf_counter() - self.started[name]) / (done - 1) * (total - done) if done > 1 else 0.0
+        seconds = (time.perf_counter() - self.started[name]) / max(1, done - self.first[name]) * (total - done)
         return f"{seconds:.0f} s left" if done < total else ""
 
 

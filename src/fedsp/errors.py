@@ -63,6 +63,11 @@ class TooFewClients(FedspError):
     """A round that ended with fewer admitted updates than the run asks for."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what another library says, or its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'close'?` when something known is close to `word`, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)

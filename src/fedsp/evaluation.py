@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,16 +48,14 @@ def score(
     tokenizer: Tokenizer,
     *,
     max_tokens: int,
-    gold_only: bool = False,
     tokens_per_batch: int = 4096,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Scored], int]:
-    """Score every choice (with `gold_only`, the training target alone) of every example; also how many lost old context.
+    """Score every choice of every example; also how many examples lost old context.
 
     The context, but for its last token, is read once per example with a cache; each choice is then read behind it. Examples of like length
     share a batch; the result is in the order of `examples`.
     """
-    pairs = [[encode_pair(tokenizer, example.context, choice, max_tokens) for choice in _asked(example, gold_only)] for example in examples]
+    pairs = [[encode_pair(tokenizer, example.context, choice, max_tokens) for choice in example.choices] for example in examples]
     order = sorted(range(len(examples)), key=lambda index: -max(len(pair.ids) for pair in pairs[index]))
     scored: list[Scored | None] = [None] * len(examples)
     start = 0
@@ -67,22 +65,15 @@ def score(
         start += len(group)
         for index, rows in zip(group, _score_group(model, prefix, [pairs[index] for index in group]), strict=True):
             example = examples[index]
-            choices = _asked(example, gold_only)
-            gold = (0,) if gold_only else example.gold
             scored[index] = Scored(
                 example.id,
                 [row[0] for row in rows],
                 [row[1] for row in rows],
                 [len(pair.ids) - pair.start for pair in pairs[index]],
-                [max(1, len(choice) - 1) for choice in choices],
-                gold,
+                [max(1, len(choice) - 1) for choice in example.choices],
+                example.gold,
             )
-        progress(start)
     return [row for row in scored if row is not None], sum(any(pair.dropped for pair in row) for row in pairs)
-
-
-def _asked(example: Example, gold_only: bool) -> tuple[str, ...]:
-    return (example.target,) if gold_only else example.choices
 
 
 def _score_group(model: PromptedLM, prefix: Tensor | None, group: list[list[Encoded]]) -> list[list[tuple[float, bool]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedsp.algorithm import validation_loss
 from fedsp.auxiliary import AuxiliaryModel, disclosed_share
-from fedsp.clients import Clients, open_clients
+from fedsp.clients import Clients, make_method, open_clients
 from fedsp.config import RunConfig
 from fedsp.data.encoding import encode_targets
 from fedsp.data.tasks import Example, examples_of
@@ -21,7 +21,7 @@ from fedsp.parties import Party
 from fedsp.payload import PROMPT, Payload
 from fedsp.rounds import Exchange, RoundRecord, derive_seed
 from fedsp.runs import RunDirectory
-from fedsp.server import Server, Watcher, evaluate_prompt, initial_prompt, load_questions, make_auxiliary, open_server
+from fedsp.server import Server, Watcher, evaluate_prompt, initial_prompt, load_questions, make_auxiliary, open_server, rows_digest
 
 
 def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], watcher: Watcher) -> dict[str, Any]:
@@ -33,15 +33,17 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     started = time.perf_counter()
     config = run.config
     questions = load_questions(config, run.partition())
-    run.write_partition(questions.partition.to_json())
     server = open_server(config, questions)
+    asks = bool(questions.partition.clients) and config.round.clients != 0
+    auxiliary = make_auxiliary(server, run.auxiliary, watcher) if asks else None
+    run.pin({"data.train": rows_digest(questions.train), "auxiliary model": auxiliary.digest() if auxiliary else "none"})
+    run.write_partition(questions.partition.to_json())
     standing = run.standing(watcher.say)
-    auxiliary = make_auxiliary(server, run.auxiliary, watcher)
     prompt = initial_prompt(server).to(server.model.device)
     own = examples_of(questions.task, [questions.train[index] for index in questions.partition.server])
     party = Party("server", server.model, prompt, encode_targets(server.tokenizer, own, server.max_tokens), run.rest("server"))
     validation = encode_targets(server.tokenizer, _some(questions.validation, config), server.max_tokens)
-    clients = open_clients(config, auxiliary, questions, run, server.max_tokens)
+    clients = open_clients(config, auxiliary, questions, run, server.max_tokens) if auxiliary else Clients(make_method(config, None), {}, _nobody)
     dropped = party.shortened + sum(row.dropped > 0 for row in validation)
     if dropped:
         watcher.say(
@@ -68,6 +70,10 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     return figures
 
 
+def _nobody(client: str) -> Party:
+    raise AssertionError(f"client {client!r} was asked in a run that asks nobody")
+
+
 def _rules(config: RunConfig, run: RunDirectory) -> Rules:
     section = config.round
     return Rules(
@@ -88,7 +94,7 @@ def _some(validation: list[Example], config: RunConfig) -> list[Example]:
     return random.Random(derive_seed(config.seed, "validation")).sample(validation, count)
 
 
-def _figures(run: RunDirectory, server: Server, auxiliary: AuxiliaryModel, final: Standing, seconds: float) -> dict[str, Any]:
+def _figures(run: RunDirectory, server: Server, auxiliary: AuxiliaryModel | None, final: Standing, seconds: float) -> dict[str, Any]:
     records = run.records()
     return {
         "best_round": final.best_round,
@@ -96,7 +102,7 @@ def _figures(run: RunDirectory, server: Server, auxiliary: AuxiliaryModel, final
         "bytes_down": sum(record["bytes_down"] for record in records),
         "bytes_up": sum(record["bytes_up"] for record in records),
         "prompt_bytes": final.best[PROMPT].numel() * 4,
-        "disclosed_share": disclosed_share(auxiliary, server.model),
+        "disclosed_share": disclosed_share(auxiliary, server.model) if auxiliary else 0.0,
         "shortened_client_examples": max((record["shortened_examples"] for record in records), default=0),
         "failures": sum(len(record["failed"]) for record in records),
         "seconds": seconds,

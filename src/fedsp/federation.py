@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Standing:
 
     def consider(self, payload: Payload, round: int, loss: float | None) -> Standing:
         """This standing with a candidate, which becomes the best if its loss is the lowest so far."""
-        if loss is None or (self.best_loss is not None and loss >= self.best_loss):
+        if loss is None or not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
             return self
         return Standing(self.round, self.payload, payload, round, loss)
 
@@ -143,8 +144,8 @@ def _collect(exchange: Exchange, requests: list[Request], max_change: float) -> 
 
 
 def _clients_loss(updates: Mapping[str, Update], register: Register) -> float | None:
-    """The mean of the clients' validation losses, weighted by the register."""
-    told = {client: update.validation for client, update in sorted(updates.items()) if update.validation is not None}
+    """The mean of the clients' validation losses, weighted by the register; what is not a number is not counted."""
+    told = {client: update.validation for client, update in sorted(updates.items()) if update.validation is not None and math.isfinite(update.validation)}
     total = sum(register[client] for client in told)
     return sum(register[client] * loss for client, loss in told.items()) / total if total else None
 

@@ -7,16 +7,20 @@ import json
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fedsp.errors import ModelError
+from fedsp.errors import ModelError, first_line
 from fedsp.models import Positions, PromptedLM, Tokenizer
 
 
 def choose_device(device: str) -> torch.device:
     """`auto` is CUDA, then MPS, then the CPU."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"model.device = {device!r} cannot be used on this machine ({first_line(error)}): choose auto, cpu, cuda or mps") from error
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -30,7 +34,7 @@ def load_model(name: str, *, device: str = "auto", positions: Positions = "huggi
     read_model_config(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if where.type == "cuda" else torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_not_loaded(name, error)) from error
     model.requires_grad_(False)
     return PromptedLM(model.to(where), name, positions=positions)
@@ -52,7 +56,7 @@ def read_model_config(name: str) -> Any:
 
 
 def _not_loaded(name: str, error: Exception) -> str:
-    return f"cannot load the model {name!r}: it is neither a folder with a model nor a name that the hub answers to ({str(error).strip().splitlines()[0]})"
+    return f"cannot load the model {name!r}: it is neither a folder with a model nor a name that the hub answers to ({first_line(error)})"
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -64,7 +68,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name!r}: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
     return tokenizer
 
 

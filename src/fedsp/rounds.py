@@ -55,7 +55,8 @@ Exchange = Callable[[list[Request]], Iterable[Update | Failure]]
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per answer token."""
+    """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per answer token;
+    `seconds_training` are those spent on gradient steps and validation."""
 
     round: int
     asked: list[str]

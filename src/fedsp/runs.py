@@ -22,6 +22,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import tomli_w
 
@@ -36,6 +37,7 @@ from fedsp.rounds import RoundRecord, derive_seed
 from fedsp.storage import read_tensors, write_bytes, write_json, write_tensors
 
 CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
+INPUTS = "inputs.json"
 
 
 class RunDirectory:
@@ -56,7 +58,7 @@ class RunDirectory:
             StorageError: the disk did not take it.
         """
         path = Path(config.output)
-        if (path / CONFIG).exists():
+        if (path / CONFIG).exists() and {entry.name for entry in path.iterdir()} - {CONFIG, RUN}:
             other = cls.open(path)
             differing = differing_keys(config, other.config)
             state = (
@@ -69,7 +71,7 @@ class RunDirectory:
             raise RunError(
                 f"{path} holds {state}: {'resume it with `fedsp run --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=..."
             )
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN}):
             raise RunError(f"{path} is in use and is no run: give an empty or a new folder with output=...")
         run = cls(path, config)
         identity = f"{derive_seed(config.seed, config.model_dump_json()):016x}"
@@ -106,8 +108,8 @@ class RunDirectory:
         write_json(self.path / PARTITION, partition)
 
     def rest(self, party: str) -> Rest:
-        """Where a party's own state rests; in a deployment each client has a folder of its own instead."""
-        return Rest(self.path / "state" / party)
+        """Where a party's own state rests; in a deployment each client has a folder of its own instead. Any id makes a safe folder name."""
+        return Rest(self.path / "state" / quote(party, safe="").replace(".", "%2E"))
 
     def keep(self, standing: Standing, record: RoundRecord, spec: PromptSpec) -> None:
         """Write down a finished round: its prompt, the best one, the journal, and last the checkpoint, which makes it count.
@@ -117,8 +119,7 @@ class RunDirectory:
         """
         name = f"round-{standing.round:05d}.safetensors"
         SoftPrompt(spec, standing.payload[PROMPT]).save(self.path / "prompts" / name)
-        if standing.best_round == standing.round or not self.best.exists():
-            SoftPrompt(spec, standing.best[PROMPT]).save(self.best, {"round": str(standing.best_round)})
+        SoftPrompt(spec, standing.best[PROMPT]).save(self.best, {"round": str(standing.best_round)})
         self._append(json.dumps(asdict(record), sort_keys=True))
         tensors = {"payload": standing.payload[PROMPT], "best": standing.best[PROMPT]}
         state = {"round": standing.round, "best_round": standing.best_round, "best_loss": standing.best_loss}
@@ -139,7 +140,7 @@ class RunDirectory:
                 found = Standing(state["round"], {PROMPT: tensors["payload"]}, {PROMPT: tensors["best"]}, state["best_round"], state["best_loss"])
                 break
             except (StorageError, KeyError, ValueError) as error:
-                say(f"the checkpoint {path.name} is damaged and is not used, the one before it is ({error})")
+                say(f"the checkpoint {path.name} is damaged and is not used; the one before it is, where there is one ({error})")
                 path.unlink()
         done = found.round if found else 0
         kept = [line for line in self.records() if line["round"] <= done]
@@ -162,8 +163,19 @@ class RunDirectory:
         SoftPrompt(spec, standing.best[PROMPT]).save(self.best, {"round": str(standing.best_round)})
         write_json(self.path / RESULT, figures)
 
-    def result(self) -> dict[str, Any]:
-        return self._json(RESULT) if self.finished else {}
+    def pin(self, inputs: dict[str, str]) -> None:
+        """Write down the digests of what the run was begun with, or hold what is found now against them.
+
+        Raises:
+            RunError: an input is not what it was.
+        """
+        path = self.path / INPUTS
+        if not path.exists():
+            write_json(path, inputs)
+            return
+        changed = [name for name, digest in self._json(INPUTS).items() if inputs.get(name) != digest]
+        if changed:
+            raise RunError(f"{self.path} was begun with another {' and another '.join(changed)}: bring back what it was, or start a new run")
 
     def _append(self, line: str) -> None:
         try:
@@ -192,9 +204,9 @@ def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
     return names
 
 
-def find_runs(folder: Path) -> list[RunDirectory]:
-    """The runs below a folder, in the order of their paths."""
-    return [RunDirectory.open(path.parent) for path in sorted(folder.rglob(CONFIG)) if (path.parent / RUN).exists()]
+def find_runs(folder: Path) -> list[Path]:
+    """The folders of the runs below a folder, sorted."""
+    return [path.parent for path in sorted(folder.rglob(CONFIG)) if (path.parent / RUN).exists()]
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,7 +24,7 @@ from fedsp.evaluation import score, summarise
 from fedsp.fitting import Optimisation
 from fedsp.loading import load_model, load_tokenizer, tokenizer_digest
 from fedsp.models import PromptedLM, Tokenizer
-from fedsp.prompts import PromptSpec, SoftPrompt, initial_values, read_prompt
+from fedsp.prompts import PromptSpec, SoftPrompt, import_peft, initial_values, read_prompt
 from fedsp.rounds import RoundRecord, derive_seed
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -65,6 +67,12 @@ def model_name(config: RunConfig) -> str:
     return str(EMBEDDED / "model") if config.model.name == "embedded" else config.model.name
 
 
+def rows_digest(rows: list[Row]) -> str:
+    """SHA-256 of rows in their order, wherever they lie: what a resumed run must find again."""
+    content = [{key: value for key, value in row.items() if key != "__where__"} for row in rows]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def load_questions(config: RunConfig, written: dict[str, Any] | None = None) -> Questions:
     """Read the rows, and divide them as was `written` down, or anew from the seed.
 
@@ -74,7 +82,8 @@ def load_questions(config: RunConfig, written: dict[str, Any] | None = None) -> 
     task = find_task(config.data.task)
     train = load_rows(task, config.data.train, "train")
     examples_of(task, train)  # every row is checked before anything is trained
-    validation = examples_of(task, load_rows(task, config.data.validation, "validation"))
+    from_hub = config.data.train is None
+    validation = examples_of(task, load_rows(task, config.data.validation, "validation")) if config.data.validation or from_hub else []
     if written:
         partition = Partition(**written)
     else:
@@ -85,7 +94,7 @@ def load_questions(config: RunConfig, written: dict[str, Any] | None = None) -> 
         raise DataError("validation.by = 'server', but there are no validation questions: set data.validation or data.holdout")
     if config.server.steps and not partition.server:
         raise DataError("server.steps is above 0, but the server holds no example: raise partition.server_share")
-    test = examples_of(task, load_rows(task, config.data.test, "test")) if config.data.test else []
+    test = examples_of(task, load_rows(task, config.data.test, "test")) if config.data.test or from_hub else []
     return Questions(task, train, partition, validation, test)
 
 
@@ -113,12 +122,23 @@ def token_limit(config: RunConfig, model: PromptedLM) -> int:
 
 
 def public_sequences(server: Server) -> list[list[int]]:
-    """The texts of the distillation as token sequences: packed passages, or the server's own examples one by one."""
+    """The texts of the distillation as token sequences: packed passages, or the server's own examples one by one.
+
+    Raises:
+        DataError: there are none, or they are longer than the model can read.
+    """
     section, questions = server.config.distill, server.questions
+    room = server.model.max_positions - server.config.prompt.length
+    if section.sequence_length > room:
+        raise DataError(f"distill.sequence_length = {section.sequence_length} is more than the {room} tokens that {server.model.name} reads behind a prompt")
     if section.text == ["server"]:
         own = examples_of(questions.task, [questions.train[index] for index in questions.partition.server])
-        return [list(encode_pair(server.tokenizer, example.context, example.target, section.sequence_length).ids) for example in own]
-    return packed(server.tokenizer, read_passages(section.text), length=section.sequence_length, count=section.sequences, seed=server.config.seed)
+        sequences = [list(encode_pair(server.tokenizer, example.context, example.target, section.sequence_length).ids) for example in own]
+    else:
+        sequences = packed(server.tokenizer, read_passages(section.text), length=section.sequence_length, count=section.sequences, seed=server.config.seed)
+    if not sequences:
+        raise DataError("there is no text to distil on: the server holds no example (partition.server_share), or distill.text is empty")
+    return sequences
 
 
 def make_auxiliary(server: Server, folder: Path, watcher: Watcher) -> AuxiliaryModel:
@@ -177,7 +197,8 @@ def initial_prompt(server: Server) -> SoftPrompt:
     spec = PromptSpec(section.space, section.length, shape, section.projection)
     seed = derive_seed(server.config.seed, "prompt")
     if section.init not in ("text", "normal"):
-        read = read_prompt(Path(section.init))
+        path = Path(section.init)
+        read = import_peft(path, server.model) if path.is_dir() else read_prompt(path)
         if read.spec != replace(spec, projection=0):
             raise PromptError(f"{section.init} holds a {read.spec.space} prompt of shape {read.spec.shape}, the run needs {spec.space} of shape {spec.shape}")
         return SoftPrompt(spec, read.values(), seed=seed)

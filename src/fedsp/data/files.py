@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from fedsp.errors import DataError
+from fedsp.errors import DataError, first_line
 
 Row = dict[str, Any]
 
@@ -29,7 +30,7 @@ def read_rows(path: Path) -> list[Row]:
             rows = list(_csv_rows(path, file) if ".csv" in path.suffixes else _json_rows(path, file))
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error, csv.Error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     if not rows:
         raise DataError(f"{path} holds no rows")
@@ -57,7 +58,7 @@ def _csv_rows(path: Path, file: IO[str]) -> Iterable[Row]:
         if "choices" in values:
             try:
                 values["choices"], values["answer"] = json.loads(values["choices"] or ""), int(values["answer"])
-            except (ValueError, KeyError) as error:
+            except (TypeError, ValueError, KeyError) as error:
                 raise DataError(f'{where}: in a CSV, choices is a JSON list such as ["yes", "no"] and answer its index ({error})') from error
         yield values | {"__where__": where}
 
@@ -73,7 +74,7 @@ def hub_rows(path: str, name: str | None, split: str) -> list[Row]:
     try:
         dataset = load_dataset(path, name, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types
-        raise DataError(f"cannot load {path} ({split}) from the Hugging Face hub: {str(error).splitlines()[0]}; or name local files in [data]") from error
+        raise DataError(f"cannot load {path} ({split}) from the Hugging Face hub: {first_line(error)}; or name local files in [data]") from error
     return [dict(row) | {"__where__": f"{path} {split}, row {number}"} for number, row in enumerate(dataset)]
 
 
@@ -90,7 +91,7 @@ def read_passages(paths: Iterable[str | Path]) -> list[str]:
                 found = [passage.strip() for passage in file.read().replace("\r\n", "\n").split("\n\n") if passage.strip()]
         except FileNotFoundError as error:
             raise DataError(f"there is no text file {path}") from error
-        except (OSError, UnicodeDecodeError, EOFError) as error:
+        except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
             raise DataError(f"cannot read the text file {path}: {error}") from error
         if not found:
             raise DataError(f"the text file {path} holds no text")

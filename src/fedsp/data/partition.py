@@ -14,6 +14,8 @@ from fedsp.data.files import Row
 from fedsp.errors import DataError
 from fedsp.rounds import derive_seed
 
+ROW = "__row__"
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -52,6 +54,8 @@ def make_partition(rows: Sequence[Row], section: PartitionSection, *, server_sha
 
 def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, seed: int) -> dict[str, list[int]]:
     """Rows by client, by the partitioner of flwr-datasets that the section names."""
+    if not rest:
+        raise DataError("no training examples are left for the clients: lower partition.server_share, or set partition.clients = 0")
     if section.kind == "even":  # every (clients)-th of a shuffled list: what its IidPartitioner does, without a table in memory
         width = len(str(section.clients - 1))
         return {f"client-{index:0{width}d}": sorted(rest[index :: section.clients]) for index in range(section.clients)}
@@ -73,15 +77,20 @@ def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, see
         if section.values_per_client > len(Counter(values)):
             raise DataError(f"partition.values_per_client = {section.values_per_client}, but column {column!r} has {len(Counter(values))} values")
         partitioner = PathologicalPartitioner(section.clients, column, section.values_per_client, class_assignment_mode="deterministic", seed=seed)
-    partitioner.dataset = Dataset.from_dict({"row": rest, column: values})
+    partitioner.dataset = Dataset.from_dict({ROW: rest, column: values})
     try:
         with warnings.catch_warnings():  # of draws that were made again; a draw that never fits raises
             warnings.simplefilter("ignore", UserWarning)
-            parts = [sorted(partitioner.load_partition(index)["row"]) for index in range(partitioner.num_partitions)]
+            parts = [sorted(partitioner.load_partition(index)[ROW]) for index in range(partitioner.num_partitions)]
     except ValueError as error:
         raise DataError(
             f"partition.kind = {section.kind!r} over {column!r} with {section.clients} clients cannot be made: {str(error).splitlines()[0]}"
         ) from error
+    left = len(rest) - sum(len(part) for part in parts)
+    if left:
+        raise DataError(
+            f"partition.values_per_client = {section.values_per_client} for {section.clients} clients leaves {left} examples to nobody: raise either"
+        )
     if section.kind == "natural":
         return {str(rows[part[0]][column]): part for part in parts}
     width = len(str(len(parts) - 1))

@@ -54,7 +54,7 @@ class Task:
             DataError: a field is missing or of another type, or the answer is out of range.
         """
         where = row.get("__where__", f"row {number}")
-        plain = self.hub is None or ("choices" in row and not isinstance(row["choices"], dict)) or "completion" in row
+        plain = self.hub is None or isinstance(row.get("choices"), list)
         try:
             context, choices, gold = (self.plain if plain else self.render)(row)
         except KeyError as error:
@@ -76,12 +76,18 @@ _SCHEMA = {
 
 def _question(row: Row) -> tuple[str, list[str], list[int]]:
     context = f"{row['context'].lstrip()}\n" if row.get("context") else ""
-    return f"{context}Question: {row['question']}\nAnswer:", list(row["choices"]), [_index(row["answer"])]
+    return f"{context}Question: {row['question']}\nAnswer:", _list(row["choices"]), [_index(row["answer"])]
 
 
 def _continuation(row: Row) -> tuple[str, list[str], list[int]]:
     context = f"{row['context']}\n" if row.get("context") else ""
-    return f"{context}{row['question']}", list(row["choices"]), [_index(row["answer"])]
+    return f"{context}{row['question']}", _list(row["choices"]), [_index(row["answer"])]
+
+
+def _list(choices: object) -> list[str]:
+    if not isinstance(choices, list):
+        raise TypeError(f"choices is {choices!r}, not a list")
+    return choices
 
 
 def _index(answer: object) -> int:
@@ -123,7 +129,12 @@ def _wikihow(text: str) -> str:
 
 
 def _race(row: Row) -> tuple[str, list[str], list[int]]:
-    """The article, its earlier questions with their answers, and the last question. A blank ends a question in `  _  .`."""
+    """The article, its earlier questions with their answers, and the last question. A blank ends a question in `  _  .`.
+
+    Training rows have one question each (`ehovy/race`: article, question, options, answer).
+    """
+    if "problems" not in row:
+        return f"Article: {row['article']}\n\n{row['question']}", list(row["options"]), ["ABCD".index(row["answer"])]
     problems = ast.literal_eval(row["problems"])
     text = f"Article: {row['article']}\n\n"
     for problem in problems[:-1]:
@@ -153,7 +164,7 @@ TASKS: dict[str, Task] = {
         Task("hellaswag", ("Rowan/hellaswag", None), {"train": "train", "test": "validation"}, _hellaswag, _continuation),
         Task("piqa", ("baber/piqa", None), {"train": "train", "test": "validation"}, _piqa, _question),
         Task("sciq", ("allenai/sciq", None), _STANDARD, _sciq, _question),
-        Task("race", ("EleutherAI/race", "high"), _STANDARD, _race, _continuation),
+        Task("race", ("EleutherAI/race", "high"), {"test": "test"}, _race, _continuation),
         Task("webqs", ("stanfordnlp/web_questions", None), {"train": "train", "test": "test"}, _webqs, _question, "exact_match"),
         Task("multiple_choice", None, {}, _question, _question),
         Task("continuation", None, {}, _continuation, _continuation),
@@ -185,7 +196,11 @@ def load_rows(task: Task, path: str | None, split: str) -> list[Row]:
         if split == "train":
             raise DataError(f"data.train: the task {task.name!r} has no data set of its own, so name a JSONL or CSV file")
         return []
-    return hub_rows(*task.hub, task.splits[split]) if split in task.splits else []
+    if split in task.splits:
+        return hub_rows(*task.hub, task.splits[split])
+    if split == "train":
+        raise DataError(f"data.train: {task.hub[0]} has no train split on the hub: name a JSONL or CSV file")
+    return []
 
 
 def examples_of(task: Task, rows: Iterable[Row]) -> list[Example]:
