@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 from pathlib import Path
@@ -143,8 +142,8 @@ def table(output: Path, tasks: list[str]) -> str:
 
 
 def _spread(numbers: list[float], digits: int = 1) -> str:
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
-    return f"{statistics.fmean(numbers):.{digits}f} ± {deviation:.{digits}f}"
+    mean = f"{statistics.fmean(numbers):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else f"{mean} (one seed)"
 
 
 def main() -> None:
