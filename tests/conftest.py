@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, GPTNeoXC
 
 from fedsp.models import PromptedLM
 
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives, and a busy machine makes it cost much more
 REFERENCE = Path(os.environ.get("FEDSP_REFERENCE", Path(__file__).resolve().parents[2] / "shared"))
 
 _LLAMA: dict[str, Any] = {
