@@ -60,6 +60,7 @@ def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Watc
         )
     if directory.finished:
         raise RunError(f"{folder} holds a finished run: there is nothing to resume; `fedsp evaluate {folder}` shows its figures")
+    torch.set_num_threads(directory.threads)
     return {"folder": str(directory.path), **run_experiment(directory, local, watcher or Watcher())}
 
 

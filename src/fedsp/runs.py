@@ -1,7 +1,7 @@
 """The run directory: everything that says what was run, how far it is, and what came out. All of it is whole after a kill at any point.
 
 config.toml          the resolved configuration; `fedsp run config.toml` repeats the run
-run.json             identity, seed, versions
+run.json             identity, seed, threads, versions
 partition.json       who holds which rows of train
 auxiliary/           the folder that clients get
 rounds.jsonl         one line per round
@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import quote
 
 import tomli_w
+import torch
 
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
@@ -75,7 +76,7 @@ class RunDirectory:
             raise RunError(f"{path} is in use and is no run: give an empty or a new folder with output=...")
         run = cls(path, config)
         identity = f"{derive_seed(config.seed, config.model_dump_json()):016x}"
-        write_json(path / RUN, {"run": identity, "seed": config.seed, "versions": versions()})
+        write_json(path / RUN, {"run": identity, "seed": config.seed, "threads": torch.get_num_threads(), "versions": versions()})
         write_bytes(path / CONFIG, tomli_w.dumps(config.model_dump(exclude_none=True)).encode())
         return run
 
@@ -95,6 +96,11 @@ class RunDirectory:
     @property
     def identity(self) -> str:
         return str(self._json(RUN)["run"])
+
+    @property
+    def threads(self) -> int:
+        """The number of threads that the run was begun with; on a CPU it decides the last bits of every sum."""
+        return int(self._json(RUN)["threads"])
 
     @property
     def finished(self) -> bool:
