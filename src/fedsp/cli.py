@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -176,6 +177,7 @@ def list_runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = P
 
 def main() -> None:
     """Run a command; what a user can mend is one sentence on standard error and exit code 2."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: the bars of the libraries underneath are not ours
     try:
         app()
     except FedspError as error:

@@ -190,7 +190,6 @@ def _text(value: Any) -> str:
 def quiet_libraries() -> None:
     """Keep the progress bars and advice of the libraries underneath out of what fedsp shows; their errors still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     import datasets
     import transformers
 
