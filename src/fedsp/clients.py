@@ -11,7 +11,6 @@ from fedsp.algorithm import FedSP
 from fedsp.auxiliary import AuxiliaryModel
 from fedsp.config import RunConfig
 from fedsp.data.encoding import Encoded, encode_targets
-from fedsp.data.tasks import examples_of
 from fedsp.fitting import Optimisation
 from fedsp.methods.base import Stage
 from fedsp.parties import Party, Rest
@@ -62,8 +61,7 @@ def open_clients(config: RunConfig, auxiliary: AuxiliaryModel, questions: Questi
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:
-        rows = [questions.train[index] for index in questions.partition.clients[client]]
-        return encode_targets(auxiliary.tokenizer, examples_of(questions.task, rows), max_tokens)
+        return encode_targets(auxiliary.tokenizer, questions.held(questions.partition.clients[client]), max_tokens)
 
     def party(client: str) -> Party:
         return make_client(client, config, auxiliary, encoded(client), run.rest(f"client {client}"))

@@ -15,7 +15,7 @@ from fedsp.auxiliary import AuxiliaryModel, disclosed_share
 from fedsp.clients import Clients, make_method, open_clients
 from fedsp.config import RunConfig
 from fedsp.data.encoding import encode_targets
-from fedsp.data.tasks import Example, examples_of
+from fedsp.data.tasks import Example
 from fedsp.federation import Rules, Standing, federate
 from fedsp.parties import Party
 from fedsp.payload import PROMPT, Payload
@@ -40,7 +40,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     run.write_partition(questions.partition.to_json())
     standing = run.standing(watcher.say)
     prompt = initial_prompt(server).to(server.model.device)
-    own = examples_of(questions.task, [questions.train[index] for index in questions.partition.server])
+    own = questions.held(questions.partition.server)
     party = Party("server", server.model, prompt, encode_targets(server.tokenizer, own, server.max_tokens), run.rest("server"))
     validation = encode_targets(server.tokenizer, _some(questions.validation, config), server.max_tokens)
     clients = open_clients(config, auxiliary, questions, run, server.max_tokens) if auxiliary else Clients(make_method(config, None), {}, _nobody)

@@ -3,6 +3,7 @@
 config.toml          the resolved configuration; `fedsp run config.toml` repeats the run
 run.json             identity, seed, threads, versions
 partition.json       who holds which rows of train
+inputs.json          digests of the training rows and of the auxiliary model
 auxiliary/           the folder that clients get
 rounds.jsonl         one line per round
 prompts/             the broadcast prompt of each round

@@ -14,7 +14,7 @@ import torch
 
 from fedsp.auxiliary import MANIFEST, AuxiliaryModel, build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.config import RunConfig
-from fedsp.data.encoding import encode_pair
+from fedsp.data.encoding import encode_targets
 from fedsp.data.files import Row, read_passages
 from fedsp.data.partition import Partition, make_partition
 from fedsp.data.tasks import Example, Task, examples_of, find_task, load_rows
@@ -48,6 +48,10 @@ class Questions:
     partition: Partition
     validation: list[Example]
     test: list[Example]
+
+    def held(self, rows: list[int]) -> list[Example]:
+        """The training examples in these rows of train."""
+        return examples_of(self.task, [self.train[index] for index in rows])
 
 
 @dataclass
@@ -132,8 +136,8 @@ def public_sequences(server: Server) -> list[list[int]]:
     if section.sequence_length > room:
         raise DataError(f"distill.sequence_length = {section.sequence_length} is more than the {room} tokens that {server.model.name} reads behind a prompt")
     if section.text == ["server"]:
-        own = examples_of(questions.task, [questions.train[index] for index in questions.partition.server])
-        sequences = [list(encode_pair(server.tokenizer, example.context, example.target, section.sequence_length).ids) for example in own]
+        own = questions.held(questions.partition.server)
+        sequences = [list(row.ids) for row in encode_targets(server.tokenizer, own, section.sequence_length)]
     else:
         sequences = packed(server.tokenizer, read_passages(section.text), length=section.sequence_length, count=section.sequences, seed=server.config.seed)
     if not sequences:
