@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test unit recipe lint clean
+.PHONY: demo test unit recipe deployment lint clean
 
 demo: .venv/ready
 	$(BIN)/fedsp demo
@@ -12,12 +12,16 @@ test: .venv/ready-dev
 	$(MAKE) lint
 	$(MAKE) unit
 	$(MAKE) recipe
+	$(MAKE) deployment
 
 unit:
-	$(BIN)/python -m pytest -m "not recipe"
+	$(BIN)/python -m pytest -m "not recipe and not deployment"
 
 recipe:
 	$(BIN)/python -m pytest -m recipe
+
+deployment:
+	$(BIN)/python -m pytest -m deployment
 
 lint:
 	$(BIN)/ruff check src tests scripts benchmarks

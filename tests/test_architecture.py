@@ -10,21 +10,22 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "fedsp"
 FLOORS = [
-    {"errors", "__init__"},
-    {"storage", "payload", "config"},
-    {"config_file", "rounds", "models", "data.files"},
-    {"loading", "data.tasks", "data.partition", "prompts", "aggregation"},
-    {"data.encoding"},
+    {"errors", "frames", "engines.leash", "__init__"},
+    {"storage", "payload", "config", "engines.channel"},
+    {"config_file", "rounds", "models", "data.files", "credentials", "engines.flower"},
+    {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate"},
+    {"data.encoding", "engines.remote"},
     {"fitting", "evaluation"},
     {"auxiliary"},
-    {"parties", "distill"},
+    {"parties", "distill", "package"},
     {"methods.base"},
-    {"algorithm", "federation"},
+    {"algorithm", "federation", "engines.answering"},
     {"runs"},
     {"server"},
     {"clients"},
     {"experiment", "plan", "engines.local", "display"},
-    {"commands"},
+    {"engines.simulation", "engines.deployment"},
+    {"commands", "engines.app.messenger"},
     {"cli"},
     {"__main__"},
 ]
@@ -32,8 +33,10 @@ FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in mod
 EMPTY = {"data.__init__", "engines.__init__", "methods.__init__"}
 ONLY_IN = {
     "transformers": {"models", "loading", "auxiliary", "display"},
-    "flwr": {"engines.flower"},
-    "ray": {"engines.flower"},
+    "flwr": {"engines.flower", "engines.simulation", "engines.app.messenger"},
+    "ray": {"engines.simulation"},
+    "cryptography": {"credentials"},
+    "uvicorn": {"engines.gate"},
     "typer": {"cli"},
     "rich": {"display"},
     "pydantic": {"config", "config_file"},

@@ -16,7 +16,7 @@ import torch
 
 from fedsp import algorithm, commands, experiment, fitting, loading, server
 from fedsp.auxiliary import load_auxiliary
-from fedsp.clients import Clients, make_client, make_method
+from fedsp.clients import Clients, agreement_of, make_client, make_method
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded
 from fedsp.engines.local import local
@@ -219,9 +219,10 @@ def test_a_client_lives_where_the_global_model_cannot_be_loaded(tmp_path: Path, 
     for module in (loading, server):
         monkeypatch.setattr(module, "load_model", refuse)
     auxiliary = load_auxiliary(tmp_path / "package", device=torch.device("cpu"), positions="hugging_face")
-    client = make_client("a", config, auxiliary, [Encoded((5, 6, 7, 8), 2)] * 4, Rest(tmp_path / "rest"))
+    agreement = agreement_of(config, 64)
+    client = make_client("a", agreement, auxiliary, [Encoded((5, 6, 7, 8), 2)] * 4, Rest(tmp_path / "rest"))
     request = Request("run", 1, "a", 0, {PROMPT: torch.zeros(client.prompt.spec.shape)})
-    update = make_method(config, auxiliary).client_update(client, request)
+    update = make_method(agreement, auxiliary).client_update(client, request)
     assert list(update.payload) == [PROMPT] and not torch.equal(update.payload[PROMPT], request.payload[PROMPT])
 
 

@@ -97,9 +97,16 @@ def run(
     config: Annotated[Optional[Path], typer.Argument(help="The run's TOML file.")] = None,
     overrides: Overrides = None,
     resume: Annotated[Optional[Path], typer.Option(help="Go on with the unfinished run in this folder.")] = None,
+    engine: Annotated[str, typer.Option(help="local: in this process; flower: a Flower simulation, clients in processes of their own. Same bits.")] = "local",
     json_file: Json = None,
 ) -> None:
-    """Run the federation in this process."""
+    """Run the federation with simulated clients."""
+    if engine not in ("local", "flower"):
+        raise ConfigurationError(f"unknown engine {engine!r}: local or flower; `fedsp serve` is for clients on machines of their own")
+    _run(config, overrides, resume, engine, json_file)
+
+
+def _run(config: Path | None, overrides: list[str] | None, resume: Path | None, engine: str, json_file: Path | None) -> None:
     from fedsp import commands
     from fedsp.display import Display, figures_table
 
@@ -110,12 +117,69 @@ def run(
     with Display() as display:
         read = _read(config, overrides) if config else None
         if resume:
-            figures = commands.resume(resume, read, watcher=display.watcher())
+            figures = commands.resume(resume, read, watcher=display.watcher(), engine=engine)
         else:
             assert read is not None
-            figures = commands.run(read, watcher=display.watcher())
+            figures = commands.run(read, watcher=display.watcher(), engine=engine)
         display.print(figures_table("Run", figures))
     _write(json_file, figures)
+
+
+@app.command()
+def serve(
+    config: Annotated[Optional[Path], typer.Argument(help="The run's TOML file, with a [federation] section.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Optional[Path], typer.Option(help="Go on with the unfinished run in this folder.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Run the federation with clients on machines of their own, over TLS. Exit code 0: the run is finished; 2: it is not, and can be resumed."""
+    _run(config, overrides, resume, "deployment", json_file)
+
+
+@app.command()
+def join(party: Annotated[Path, typer.Argument(help="This client's TOML file; `fedsp federation init` writes one.")] = Path("party.toml")) -> None:
+    """Take part in a federation with the text on this machine, until the server says that the run is finished."""
+    from fedsp import commands
+    from fedsp.display import Display
+
+    with Display() as display:
+        answered = commands.join(party, watcher=display.watcher())
+        display.print(f"the run is finished; {answered} requests were answered")
+
+
+federation = typer.Typer(name="federation", help="Prepare a deployment.", no_args_is_help=True)
+app.add_typer(federation)
+
+
+@federation.command("init")
+def federation_init(
+    folder: Annotated[Path, typer.Argument(help="The new folder; it will hold one folder per party.")],
+    clients: Annotated[str, typer.Option(help="The clients' names, separated by commas.")],
+    address: Annotated[str, typer.Option(help="host:port at which clients reach the server.")] = "localhost:8000",
+) -> None:
+    """Write keys, certificates, the register of clients and a commented configuration for each party."""
+    from fedsp import commands
+
+    commands.init_federation(folder, [name.strip() for name in clients.split(",")], address)
+    typer.echo(
+        f"{folder}/server is the server's, {folder}/NAME goes to the client of that name by a way that nobody else can read; keep {folder}/ca.key offline"
+    )
+
+
+audit = typer.Typer(name="audit", help="Measure what a finished run gave away.", no_args_is_help=True)
+app.add_typer(audit)
+
+
+@audit.command()
+def traffic(folder: RunFolder, json_file: Json = None) -> None:
+    """What crossed the wire in a run, by name and byte."""
+    from fedsp import commands
+    from fedsp.display import Display, rows_table
+
+    rows = commands.traffic(folder)
+    with Display() as display:
+        display.print(rows_table(f"What crossed the wire in {folder}", rows))
+    _write(json_file, {"rows": rows})
 
 
 @app.command()

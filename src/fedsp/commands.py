@@ -5,16 +5,18 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedsp.auxiliary import disclosed_share
+from fedsp.clients import agreement_of
 from fedsp.config import RunConfig
-from fedsp.config_file import apply_override, make_config, read_config
+from fedsp.config_file import apply_override, make_config, read_config, read_party
 from fedsp.engines.local import local
-from fedsp.errors import DataError, FedspError, RunError
+from fedsp.errors import ConfigurationError, DataError, FedspError, RunError
 from fedsp.experiment import run_experiment
 from fedsp.prompts import SoftPrompt, export_peft, read_prompt
 from fedsp.runs import RunDirectory, differing_keys, find_runs
@@ -37,17 +39,51 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Seq
     return make_config(values)
 
 
-def run(config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = (), watcher: Watcher | None = None) -> Figures:
-    """Run the configuration's federation in this process; returns the figures of `result.json` and the folder.
+def _local(directory: RunDirectory, watcher: Watcher) -> Figures:
+    return run_experiment(directory, local, watcher)
+
+
+def _flower(directory: RunDirectory, watcher: Watcher) -> Figures:
+    _require_flower()
+    from fedsp.engines.simulation import simulate
+
+    return simulate(directory, watcher)
+
+
+def _deployed(directory: RunDirectory, watcher: Watcher) -> Figures:
+    _require_flower()
+    from fedsp.engines.deployment import serve
+
+    return serve(directory, watcher)
+
+
+ENGINES = {"local": _local, "flower": _flower, "deployment": _deployed}
+"""How a run reaches its clients: in this process, in a Flower simulation, or on machines of their own."""
+
+
+def _require_flower() -> None:
+    missing = [name for name in ("flwr", "cryptography") if find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(f"{missing[0]} is not installed: simulations and deployments need `pip install 'fedsp[flower]'`")
+
+
+def run(config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = (), watcher: Watcher | None = None, engine: str = "local") -> Figures:
+    """Run the configuration's federation; returns the figures of `result.json` and the folder. Every engine gives the same bits.
 
     Raises:
         FedspError: whatever cannot be done, as one sentence.
     """
-    directory = RunDirectory.create(as_config(config, overrides))
-    return {"folder": str(directory.path), **run_experiment(directory, local, watcher or Watcher())}
+    directory = RunDirectory.create(_suited(as_config(config, overrides), engine))
+    return {"folder": str(directory.path), **ENGINES[engine](directory, watcher or Watcher())}
 
 
-def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Watcher | None = None) -> Figures:
+def _suited(config: RunConfig, engine: str) -> RunConfig:
+    if config.federation and engine != "deployment":
+        raise ConfigurationError("the configuration has a [federation] section, so its clients are on machines of their own: run it with `fedsp serve`")
+    return config
+
+
+def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Watcher | None = None, engine: str = "local") -> Figures:
     """Go on with an unfinished run, to the bits of a run that was never stopped.
 
     Raises:
@@ -61,11 +97,36 @@ def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Watc
     if directory.finished:
         raise RunError(f"{folder} holds a finished run: there is nothing to resume; `fedsp evaluate {folder}` shows its figures")
     torch.set_num_threads(directory.threads)
-    return {"folder": str(directory.path), **run_experiment(directory, local, watcher or Watcher())}
+    _suited(directory.config, engine)
+    return {"folder": str(directory.path), **ENGINES[engine](directory, watcher or Watcher())}
+
+
+def join(path: str | Path, *, watcher: Watcher | None = None) -> int:
+    """Take part in a deployment as the client of a `party.toml`, until the run is finished; returns the requests answered.
+
+    Raises:
+        FedspError: whatever cannot be done, as one sentence.
+    """
+    _require_flower()
+    from fedsp.engines.deployment import join as join_deployment
+
+    return join_deployment(read_party(Path(path)), watcher or Watcher())
+
+
+def init_federation(folder: str | Path, clients: Sequence[str], address: str) -> None:
+    """Write a folder of keys and configuration for each party of a deployment.
+
+    Raises:
+        FedspError: whatever cannot be done, as one sentence.
+    """
+    _require_flower()
+    from fedsp.engines.deployment import init_federation as init
+
+    init(Path(folder), list(clients), address)
 
 
 def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = None) -> Figures:
-    """Make the auxiliary model of a configuration and write it as the folder that clients get.
+    """Make the auxiliary model of a configuration and write it as the folder that clients get; for a deployment, with the agreement and signed.
 
     Raises:
         RunError: the folder is in use.
@@ -73,12 +134,20 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
     folder = Path(folder)
     _require_new(folder)
     config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": None})})
+    if config.federation:
+        _require_flower()
     server = open_server(config, load_questions(config))
     started = time.perf_counter()
     auxiliary = make_auxiliary(server, folder, watcher or Watcher())
+    digest = auxiliary.digest()
+    if config.federation:
+        from fedsp.credentials import SIGNING
+        from fedsp.package import seal_package
+
+        digest = seal_package(folder, agreement_of(config, server.max_tokens), Path(config.federation.folder) / SIGNING)
     return {
         "folder": str(folder),
-        "sha256": auxiliary.digest(),
+        "sha256": digest,
         "disclosed_share": disclosed_share(auxiliary, server.model),
         "seconds": time.perf_counter() - started,
     }
@@ -148,6 +217,23 @@ def export(folder: str | Path, to: str | Path) -> Figures:
     return {"folder": str(to), "virtual_tokens": prompt.spec.length, "base_model": server.model.name}
 
 
+def traffic(folder: str | Path) -> list[Figures]:
+    """What crossed the wire in a run: messages and bytes by client, direction and name.
+
+    Raises:
+        RunError: there is no run, or it never crossed a wire.
+    """
+    messages = RunDirectory.open(Path(folder)).traffic()
+    if not messages:
+        raise RunError(f"nothing of the run in {folder} crossed a wire: it ran in one process; rounds.jsonl has the bytes as serialised")
+    sums: dict[tuple[str, str, str], list[int]] = {}
+    for message in messages:
+        for name, size in message["bytes"].items():
+            entry = sums.setdefault((message["client"], message["direction"], name), [0, 0])
+            entry[0], entry[1] = entry[0] + 1, entry[1] + size
+    return [{"client": client, "direction": way, "name": name, "messages": count, "bytes": size} for (client, way, name), (count, size) in sorted(sums.items())]
+
+
 def list_runs(folder: str | Path) -> list[Figures]:
     """One row for each run below a folder."""
     rows = []
@@ -183,7 +269,7 @@ DEMO: Figures = {
     },
     "partition": {"kind": "natural", "column": "owner", "server_share": 1 / 11},
     "distill": {"steps": 300, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 64},
-    "auxiliary": {"plan": "ends(2)"},
+    "auxiliary": {"plan": "ends(1)"},
     "prompt": {"length": 16},
     "round": {"rounds": 20, "clients": 5},
     "client": {"speak_steps": 10, "learning_rate": 0.1},

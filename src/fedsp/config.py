@@ -1,4 +1,4 @@
-"""The configuration of a run: its sections and keys, every unit in its description, and what no key can say alone.
+"""The configuration of a run and of a client: sections and keys, every unit in its description, and what no key can say alone.
 
 How it is read from a file, with presets underneath, is in `fedsp.config_file`.
 """
@@ -14,6 +14,8 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What the name of a client in a deployment may be."""
 
 
 class Section(BaseModel):
@@ -140,6 +142,15 @@ class ValidationSection(Section):
     every: Positive = Field(1, description="rounds between validations by the server")
 
 
+class FederationSection(Section):
+    """A deployment: clients on machines of their own. Without this section the clients are simulated from data.train."""
+
+    folder: str = Field(description="certificates, keys and register of clients, as `fedsp federation init` wrote them")
+    listen: str = Field("0.0.0.0:8000", description="host:port on which clients reach this machine")
+    wait_seconds: Rate = Field(600.0, description="seconds that a round waits for asked clients that are not connected; then it goes on without them")
+    reply_seconds: Rate = Field(3600.0, description="seconds that a round waits for replies; later ones are not counted")
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -156,6 +167,7 @@ class RunConfig(Section):
     client: ClientSection
     server: ServerSection
     validation: ValidationSection
+    federation: FederationSection | None = None
 
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
@@ -166,7 +178,7 @@ class RunConfig(Section):
             raise ValueError("distill.text: distillation needs text; name public text files, or ['server'] for the server's own examples")
         if self.prompt.init == "text" and not self.prompt.init_text and not self.distill.text:
             raise ValueError("prompt.init_text: prompt.init = 'text' needs a text; name a file, or set distill.text, or prompt.init = 'normal'")
-        if self.validation.by == "clients" and not (self.partition.clients and self.round.clients != 0):
+        if self.validation.by == "clients" and not ((self.partition.clients or self.federation) and self.round.clients != 0):
             raise ValueError("validation.by: no client is asked, so none can validate; use 'server' or 'none'")
         if self.client.keep_optimizer and self.client.align_steps == 0 == self.client.speak_steps:
             raise ValueError("client.keep_optimizer: a client that takes no step has no optimizer to keep")
@@ -175,9 +187,62 @@ class RunConfig(Section):
     @property
     def server_share(self) -> float:
         """The share of train that is the server's own."""
+        if self.federation:
+            return 1.0  # what the clients hold is with the clients
         if self.partition.server_share is not None:
             return self.partition.server_share
         if not self.partition.clients:
             return 1.0
         needed = self.server.steps > 0 or "server" in self.distill.text
         return 1 / (self.partition.clients + 1) if needed else 0.0
+
+
+class Agreement(Section):
+    """What the owner of the model asks of every client in a run. It is signed with the auxiliary model, so no round can ask for more."""
+
+    method: str = Field("fedsp", description="fedsp")
+    differential_privacy: bool = Field(False, description="whether clients train with differential privacy")
+    seed: Count = Field(description="what a client holds out and how it starts a projection come from it")
+    rounds: Positive = Field(description="rounds")
+    max_tokens: Positive = Field(description="tokens of one example; longer ones lose their oldest context")
+    positions: Literal["hugging_face", "from_zero"] = Field(description="of tokens behind the prompt")
+    prompt: PromptSection
+    client: ClientSection
+    clients_validate: bool = Field(description="whether clients hold out a tenth of their examples and report their loss on it")
+
+
+class PackageSection(Section):
+    """The auxiliary model, as the owner of the model has handed it over."""
+
+    folder: str = Field("package", description="the folder")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="the digest of the folder, which the owner of the model tells you by another way than the folder")
+
+
+class PartyDataSection(Section):
+    """Your text. It is read on this machine and nowhere else."""
+
+    task: str = Field("multiple_choice", description="as the owner of the model names it: multiple_choice, continuation, completion, arc_easy, ...")
+    train: str = Field(description="JSONL or CSV file, .gz too")
+
+
+class PolicySection(Section):
+    """Your own floor: a request outside it is refused."""
+
+    max_rounds: Positive = Field(1000, description="rounds that this client answers in one run, at most")
+    min_examples: Positive = Field(1, description="with fewer examples than this the client does not take part: few examples are easier to guess from a prompt")
+    methods: list[str] = Field(["fedsp"], description="methods that may be asked for")
+    plans: list[str] = Field([], description='layer plans of auxiliary models that are accepted, such as ["ends(2)"]; none: any')
+    require_differential_privacy: bool = Field(False, description="take part only in runs with differential privacy at the client")
+
+
+class PartyConfig(Section):
+    """A client of a deployment: `party.toml`."""
+
+    name: str = Field(pattern=NAME, description="this client's name in the server's register")
+    server: str = Field(description="host:port of the server")
+    keys: str = Field(".", description="folder with ca.crt, server.pub and this client's client.key")
+    state: str = Field("state", description="folder for what this client keeps between rounds; it never travels")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    data: PartyDataSection
+    package: PackageSection
+    policy: PolicySection = PolicySection()

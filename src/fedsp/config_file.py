@@ -1,4 +1,4 @@
-"""Reading and writing a configuration: one TOML file, checked all at once, with a preset underneath.
+"""Reading and writing a configuration: one TOML file, checked all at once; that of a run has a preset underneath.
 
 A preset fills in what the file leaves out: `paper` is the paper and its authors' settings, `messenger` is our default. Both are the same
 program with other numbers.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from fedsp.config import RunConfig, Section
+from fedsp.config import PartyConfig, RunConfig, Section
 from fedsp.errors import ConfigurationError, did_you_mean
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -47,10 +47,22 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
     for section, defaults in preset.items():
         if isinstance(filled[section], Mapping):
             filled[section] = {**defaults, **filled[section]}
+    return validated(RunConfig, filled, source)
+
+
+Root = TypeVar("Root", bound=Section)
+
+
+def validated(root: type[Root], values: Mapping[str, Any], source: str) -> Root:
+    """A checked configuration of any kind.
+
+    Raises:
+        ConfigurationError: every fault at once, one line each, with a suggestion for each unknown key.
+    """
     try:
-        return RunConfig.model_validate(filled)
+        return root.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_fault(dict(fault))}" for fault in error.errors()]
+        lines = [f"  {_fault(root, dict(fault))}" for fault in error.errors()]
         raise ConfigurationError(f"{source} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n" + "\n".join(lines)) from error
 
 
@@ -62,16 +74,38 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigurationError: the file is missing or not TOML, or the configuration is at fault.
     """
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigurationError(f"there is no file {path}; `fedsp init {path}` writes one to start from") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
+    values = _read_toml(path, f"`fedsp init {path}` writes one to start from")
     _resolve_paths(values, path.parent.resolve())
     for override in overrides:
         apply_override(values, override)
     return make_config(values, str(path))
+
+
+def read_party(path: Path) -> PartyConfig:
+    """The configuration of a client in a deployment; its file names are taken from the file's own folder.
+
+    Raises:
+        ConfigurationError: the file is missing or not TOML, or the configuration is at fault.
+    """
+    party = validated(PartyConfig, _read_toml(path, "`fedsp federation init` writes one for each client"), str(path))
+    folder = path.parent.resolve()
+    return party.model_copy(
+        update={
+            "keys": str(folder / party.keys),
+            "state": str(folder / party.state),
+            "data": party.data.model_copy(update={"train": str(folder / party.data.train)}),
+            "package": party.package.model_copy(update={"folder": str(folder / party.package.folder)}),
+        }
+    )
+
+
+def _read_toml(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"there is no file {path}; {remedy}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -107,6 +141,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         ("data", "test"),
         ("model", "name"),
         ("auxiliary", "folder"),
+        ("federation", "folder"),
         ("prompt", "init"),
         ("prompt", "init_text"),
     ]:
@@ -118,39 +153,48 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         table["text"] = [resolve(name) for name in table["text"]]
 
 
-def _fault(fault: dict[str, Any]) -> str:
+def _fault(root: type[Section], fault: dict[str, Any]) -> str:
     where = [part for part in fault["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "list")))]
     key = ".".join(str(part) for part in where)
     if fault["type"] == "extra_forbidden":
-        section: Any = RunConfig
-        for part in where[:-1]:
-            section = section.model_fields[part].annotation
-        return f"{key}: unknown key{did_you_mean(str(where[-1]), section.model_fields) or '; known here: ' + ', '.join(section.model_fields)}"
+        known = _section(root, where[:-1]).model_fields
+        return f"{key}: unknown key{did_you_mean(str(where[-1]), known) or '; known here: ' + ', '.join(known)}"
     if fault["type"] == "missing":
-        return f"{key}: missing; {_description(where)}"
+        field = _section(root, where[:-1]).model_fields[where[-1]]
+        return f"{key}: missing; {field.description or 'a section of the file'}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{key}: {message}, not {fault['input']!r}" if key else message
 
 
-def _description(where: list[Any]) -> str:
-    section: Any = RunConfig
-    for part in where[:-1]:
-        section = section.model_fields[part].annotation
-    return str(section.model_fields[where[-1]].description)
+def _section(root: type[Section], path: list[Any]) -> type[Section]:
+    """The section that a path of keys leads to; an optional one counts as the section it may be."""
+    for part in path:
+        annotation: Any = root.model_fields[part].annotation
+        root = next((choice for choice in get_args(annotation) if choice is not type(None)), annotation)
+    return root
 
 
 def template(preset: str) -> str:
-    """A commented `run.toml` with every key, its default under the preset, and its description."""
-    lines = ["# A fedsp run. Every key with its default; what is commented out has none.", ""]
-    for name, field in RunConfig.model_fields.items():
-        section: Any = field.annotation
+    """A commented `run.toml` with every key of a run in one place, its default under the preset, and its description."""
+    return template_of(RunConfig, {"preset": preset, **PRESETS[preset]}, "A fedsp run. Every key with its default; what is commented out has none.")
+
+
+def template_of(root: type[Section], values: Mapping[str, Any], title: str) -> str:
+    """A commented TOML file with every key of a configuration: `values` where given, else the defaults. Optional sections appear where `values` has them."""
+    lines = [f"# {title}", ""]
+    for name, field in root.model_fields.items():
+        section: Any = _section(root, [name])
         if not (isinstance(section, type) and issubclass(section, Section)):
-            lines.append(_template_line(name, preset if name == "preset" else field.default, field.description))
+            lines.append(_template_line(name, values.get(name, None if field.is_required() else field.default), field.description))
+            continue
+        if field.default is None and name not in values:
             continue
         lines += ["", f"[{name}]  # {(section.__doc__ or '').strip()}"]
-        for key, inner in section.model_fields.items():
-            default = PRESETS[preset].get(name, {}).get(key, None if inner.is_required() else inner.default)
-            lines.append(_template_line(key, default, inner.description))
+        given = values.get(name, {})
+        lines += [
+            _template_line(key, given.get(key, None if inner.is_required() else inner.default), inner.description)
+            for key, inner in section.model_fields.items()
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -6,6 +6,9 @@ FedspError
 ├── ModelError           a language model that cannot carry a soft prompt
 ├── PromptError          a soft prompt of another shape, or a file that is none
 ├── AuxiliaryError       an auxiliary model that is not what it says it is
+├── CredentialError      a key, certificate or signature that does not hold
+├── PolicyError          a request that a client's own policy refuses
+├── DeploymentError      a process of a deployment that cannot be started or has ended
 ├── PayloadError         bytes or tensors that may not travel
 ├── RunError             a run directory that cannot be used
 ├── StorageError         the disk did not take what was written
@@ -41,6 +44,18 @@ class PromptError(FedspError):
 
 class AuxiliaryError(FedspError):
     """An auxiliary model that is not what it says it is."""
+
+
+class CredentialError(FedspError):
+    """A key, certificate or signature that does not hold."""
+
+
+class PolicyError(FedspError):
+    """A request that a client's own policy refuses."""
+
+
+class DeploymentError(FedspError):
+    """A process of a deployment that cannot be started or has ended."""
 
 
 class PayloadError(FedspError):

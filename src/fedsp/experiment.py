@@ -12,7 +12,7 @@ from typing import Any
 
 from fedsp.algorithm import validation_loss
 from fedsp.auxiliary import AuxiliaryModel, disclosed_share
-from fedsp.clients import Clients, make_method, open_clients
+from fedsp.clients import Clients, absent_clients, open_clients
 from fedsp.config import RunConfig
 from fedsp.data.encoding import encode_targets
 from fedsp.data.tasks import Example
@@ -24,8 +24,10 @@ from fedsp.runs import RunDirectory
 from fedsp.server import Server, Watcher, evaluate_prompt, initial_prompt, load_questions, make_auxiliary, open_server, rows_digest
 
 
-def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], watcher: Watcher) -> dict[str, Any]:
+def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], watcher: Watcher, register: dict[str, int] | None = None) -> dict[str, Any]:
     """Run, or go on with, everything a run directory asks for; returns the figures that are also in `result.json`.
+
+    With a `register` (clients elsewhere, and the examples of each) the clients' text is not read here.
 
     Raises:
         FedspError: whatever cannot be done, as one sentence; what was done before stands.
@@ -34,7 +36,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     config = run.config
     questions = load_questions(config, run.partition())
     server = open_server(config, questions)
-    asks = bool(questions.partition.clients) and config.round.clients != 0
+    asks = bool(questions.partition.clients if register is None else register) and config.round.clients != 0
     auxiliary = make_auxiliary(server, run.auxiliary, watcher) if asks else None
     run.pin({"data.train": rows_digest(questions.train), "auxiliary model": auxiliary.digest() if auxiliary else "none"})
     run.write_partition(questions.partition.to_json())
@@ -43,7 +45,10 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     own = questions.held(questions.partition.server)
     party = Party("server", server.model, prompt, encode_targets(server.tokenizer, own, server.max_tokens), run.rest("server"))
     validation = encode_targets(server.tokenizer, _some(questions.validation, config), server.max_tokens)
-    clients = open_clients(config, auxiliary, questions, run, server.max_tokens) if auxiliary else Clients(make_method(config, None), {}, _nobody)
+    if auxiliary and register is None:
+        clients = open_clients(config, auxiliary, questions, run)
+    else:
+        clients = absent_clients(config, auxiliary, register or {}, server.max_tokens)
     dropped = party.shortened + sum(row.dropped > 0 for row in validation)
     if dropped:
         watcher.say(
@@ -68,10 +73,6 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     figures["peak_memory_bytes"] = peak_memory()
     run.finish(final, figures, replace(prompt.spec, projection=0))
     return figures
-
-
-def _nobody(client: str) -> Party:
-    raise AssertionError(f"client {client!r} was asked in a run that asks nobody")
 
 
 def _rules(config: RunConfig, run: RunDirectory) -> Rules:

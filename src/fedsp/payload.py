@@ -8,11 +8,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedsp.errors import PayloadError
+from fedsp.frames import PAYLOAD
 
 Payload = dict[str, Tensor]
 """Flat, on the CPU, float32, names sorted. All that ever travels is {PROMPT: (P, L, 2, H, K) or (P, L, D)}."""
 
-PROMPT = "prompt.values"
+PROMPT = PAYLOAD
 
 
 def pack(payload: Payload) -> bytes:
@@ -29,7 +30,7 @@ def unpack(data: bytes) -> Payload:
     """
     try:
         return dict(sorted(load(data).items()))
-    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         raise PayloadError(f"the {len(data)} bytes received are no payload: {error}") from error
 
 

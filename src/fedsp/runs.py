@@ -6,6 +6,7 @@ partition.json       who holds which rows of train
 inputs.json          digests of the training rows and of the auxiliary model
 auxiliary/           the folder that clients get
 rounds.jsonl         one line per round
+traffic.jsonl        one line per message that crossed a wire, where one did
 prompts/             the broadcast prompt of each round
 best.safetensors     the best prompt by validation
 checkpoint/          the last two standings
@@ -39,7 +40,7 @@ from fedsp.rounds import RoundRecord, derive_seed
 from fedsp.storage import read_tensors, write_bytes, write_json, write_tensors
 
 CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
-INPUTS = "inputs.json"
+INPUTS, TRAFFIC = "inputs.json", "traffic.jsonl"
 
 
 class RunDirectory:
@@ -127,7 +128,7 @@ class RunDirectory:
         name = f"round-{standing.round:05d}.safetensors"
         SoftPrompt(spec, standing.payload[PROMPT]).save(self.path / "prompts" / name)
         SoftPrompt(spec, standing.best[PROMPT]).save(self.best, {"round": str(standing.best_round)})
-        self._append(json.dumps(asdict(record), sort_keys=True))
+        self._append(ROUNDS, json.dumps(asdict(record), sort_keys=True))
         tensors = {"payload": standing.payload[PROMPT], "best": standing.best[PROMPT]}
         state = {"round": standing.round, "best_round": standing.best_round, "best_loss": standing.best_loss}
         write_tensors(self.path / "checkpoint" / name, tensors, {"standing": json.dumps(state)})
@@ -156,14 +157,7 @@ class RunDirectory:
 
     def records(self) -> list[dict[str, Any]]:
         """The journal, whole lines only."""
-        path = self.path / ROUNDS
-        records = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # a line cut short by a kill: its round is done again
-        return records
+        return self._lines(ROUNDS)  # a line cut short by a kill: its round is done again
 
     def finish(self, standing: Standing, figures: dict[str, Any], spec: PromptSpec) -> None:
         """Write the best prompt and the figures; from now on the run is finished."""
@@ -184,12 +178,30 @@ class RunDirectory:
         if changed:
             raise RunError(f"{self.path} was begun with another {' and another '.join(changed)}: bring back what it was, or start a new run")
 
-    def _append(self, line: str) -> None:
+    def log_traffic(self, round: int, client: str, direction: str, sizes: dict[str, int]) -> None:
+        """Write down a message that crossed the wire: bytes by name. What was sent before a kill was sent, so nothing is ever taken back."""
+        self._append(TRAFFIC, json.dumps({"round": round, "client": client, "direction": direction, "bytes": sizes}))
+
+    def traffic(self) -> list[dict[str, Any]]:
+        """The messages that crossed the wire, whole lines only."""
+        return self._lines(TRAFFIC)
+
+    def _append(self, name: str, line: str) -> None:
         try:
-            with open(self.path / ROUNDS, "a", encoding="utf-8") as file:
+            with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise StorageError(f"cannot write {self.path / ROUNDS}: {error.strerror}; free some space, then resume") from error
+            raise StorageError(f"cannot write {self.path / name}: {error.strerror}; free some space, then resume") from error
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # cut short by a kill
+        return lines
 
     def _json(self, name: str) -> dict[str, Any]:
         try:

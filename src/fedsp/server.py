@@ -84,15 +84,17 @@ def load_questions(config: RunConfig, written: dict[str, Any] | None = None) -> 
         DataError: a file or row cannot be used, or the rows cannot be divided so.
     """
     task = find_task(config.data.task)
-    train = load_rows(task, config.data.train, "train")
+    absent = config.federation is not None and config.data.train is None  # a server without questions of its own
+    train = [] if absent else load_rows(task, config.data.train, "train")
     examples_of(task, train)  # every row is checked before anything is trained
-    from_hub = config.data.train is None
+    from_hub = config.data.train is None and not absent
     validation = examples_of(task, load_rows(task, config.data.validation, "validation")) if config.data.validation or from_hub else []
     if written:
         partition = Partition(**written)
     else:
         holdout = 0.0 if validation or config.validation.by != "server" else config.data.holdout
-        partition = make_partition(train, config.partition, server_share=config.server_share, holdout=holdout, seed=config.seed)
+        section = config.partition.model_copy(update={"clients": 0}) if config.federation else config.partition
+        partition = make_partition(train, section, server_share=config.server_share, holdout=holdout, seed=config.seed)
     validation = validation or examples_of(task, [train[index] for index in partition.validation])
     if config.validation.by == "server" and not validation:
         raise DataError("validation.by = 'server', but there are no validation questions: set data.validation or data.holdout")

@@ -1,0 +1,204 @@
+"""The keys of a deployment: who may speak to whom, and what the owner of the model has signed.
+
+A federation's folder has one folder per party. What is secret stays in the folder of the party it belongs to:
+
+ca.key                      signs the server's certificate; keep it offline
+server/ca.crt               the certificate authority's certificate
+server/server.crt, .key     the server's TLS certificate and key (ECDSA P-384)
+server/signing.key          signs the auxiliary model (Ed25519)
+server/register.toml        the clients: public key and number of examples of each
+server/clients/NAME.pub     public keys, in OpenSSH form
+server/run.toml             the run
+NAME/client.key             the client's key (ECDSA P-384): it signs every request to the server
+NAME/ca.crt, server.pub     what it checks the server's certificate and package against
+NAME/party.toml             the client's configuration
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedsp.errors import ConfigurationError, CredentialError
+from fedsp.storage import write_bytes
+
+DAYS = 825
+CA, CERTIFICATE, KEY, SIGNING, REGISTER = "ca.crt", "server.crt", "server.key", "signing.key", "register.toml"
+CLIENT_KEY, SERVER_PUBLIC = "client.key", "server.pub"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client in the server's register: its public key, and the number of its examples, by which its prompts weigh in the mean."""
+
+    public_key: Path
+    examples: int
+
+
+def make_server_credentials(folder: Path, host: str) -> None:
+    """A certificate authority, the server's certificate for `host` and this machine, and the key that signs packages.
+
+    Raises:
+        StorageError: the disk did not take it.
+    """
+    authority, key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedsp certificate authority")])
+    names = dict.fromkeys([host, "localhost", "127.0.0.1"])
+    root = (
+        _certificate(issuer, issuer, authority)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(sign_certificates=True), critical=True)
+        .sign(authority, hashes.SHA384())
+    )
+    certificate = (
+        _certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])]), issuer, key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(sign_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
+        .sign(authority, hashes.SHA384())
+    )
+    _write_private(folder.parent / "ca.key", authority)
+    write_bytes(folder / CA, root.public_bytes(serialization.Encoding.PEM))
+    write_bytes(folder / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
+    _write_private(folder / KEY, key)
+    _write_private(folder / SIGNING, Ed25519PrivateKey.generate())
+
+
+def make_client_credentials(folder: Path, server: Path, name: str) -> None:
+    """A client's key in its own folder, its public key on the server's side, and what it checks the server by.
+
+    Raises:
+        StorageError: the disk did not take it.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    _write_private(folder / CLIENT_KEY, key, serialization.PrivateFormat.OpenSSH)
+    write_bytes(server / "clients" / f"{name}.pub", _ssh(key.public_key()))
+    write_bytes(folder / CA, (server / CA).read_bytes())
+    write_bytes(folder / SERVER_PUBLIC, _ssh(_signing_key(server / SIGNING).public_key()))
+
+
+def read_register(folder: Path) -> dict[str, Member]:
+    """The clients that a server knows, by name.
+
+    Raises:
+        ConfigurationError: the register is missing, or an entry has no public key or no number of examples.
+    """
+    path = folder / REGISTER
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8")).get("clients", {})
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"federation.folder: there is no register {path}; `fedsp federation init` writes one") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
+    register: dict[str, Member] = {}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or set(entry) != {"public_key", "examples"}:
+            raise ConfigurationError(f"{path}, client {name!r}: expected exactly public_key and examples")
+        if not isinstance(entry["examples"], int) or entry["examples"] < 1:
+            raise ConfigurationError(f"{path}, client {name!r}: examples is {entry['examples']!r}, expected a whole number of at least 1")
+        if not (folder / str(entry["public_key"])).is_file():
+            raise ConfigurationError(f"{path}, client {name!r}: there is no public key {folder / str(entry['public_key'])}")
+        register[name] = Member(folder / entry["public_key"], entry["examples"])
+    if not register:
+        raise ConfigurationError(f"{path} names no client: add a [clients.NAME] table with public_key and examples")
+    return register
+
+
+def sign(statement: bytes, key: Path) -> str:
+    """The Ed25519 signature of a statement, in hexadecimal.
+
+    Raises:
+        CredentialError: the key cannot be used.
+    """
+    return _signing_key(key).sign(statement).hex()
+
+
+def verify(statement: bytes, signature: str, public: Path) -> None:
+    """Hold a signature against the statement and the server's public key.
+
+    Raises:
+        CredentialError: the key cannot be read, or the signature is not of this statement and key.
+    """
+    try:
+        key = serialization.load_ssh_public_key(public.read_bytes())
+        if not isinstance(key, Ed25519PublicKey):
+            raise CredentialError(f"{public} is no Ed25519 key: get server.pub again from the owner of the model")
+        key.verify(bytes.fromhex(signature), statement)
+    except (OSError, UnsupportedAlgorithm) as error:
+        raise CredentialError(f"cannot read the server's public key {public}: {error}") from error
+    except (InvalidSignature, ValueError) as error:
+        raise CredentialError(f"the signature is not that of {public}") from error
+
+
+def _signing_key(path: Path) -> Ed25519PrivateKey:
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CredentialError(f"cannot read the signing key {path}: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise CredentialError(f"{path} is no Ed25519 key; `fedsp federation init` makes one")
+    return key
+
+
+def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=DAYS))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not sign_certificates,
+        key_cert_sign=sign_certificates,
+        crl_sign=sign_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _alternative(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _ssh(key: ec.EllipticCurvePublicKey | Ed25519PublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b"\n"
+
+
+def _write_private(
+    path: Path, key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey, form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8
+) -> None:
+    """A private key that only its owner can read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    previous = os.umask(0o077)
+    try:
+        write_bytes(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    finally:
+        os.umask(previous)

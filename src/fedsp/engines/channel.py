@@ -1,0 +1,137 @@
+"""A socket on this machine, between a process of fedsp's that holds a model or text and one of Flower's that carries messages. Nothing
+that is received is ever executed or unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from fedsp.errors import DeploymentError
+from fedsp.frames import Answer, Frame
+
+SOCKET = "FEDSP_SOCKET"
+"""The environment variable that tells Flower's side where the socket is."""
+
+LARGEST = 1 << 30
+
+
+class Channel:
+    """One connection: values as JSON, frames as bytes behind them."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        self._connection = Connection(connection.detach())
+
+    def send(self, value: Any, frames: list[Frame] | None = None) -> None:
+        """Send a JSON value and frames."""
+        frames = frames or []
+        self._connection.send_bytes(json.dumps({"value": value, "headers": [frame.header for frame in frames]}).encode())
+        for frame in frames:
+            self._connection.send_bytes(frame.payload)
+
+    def receive(self) -> tuple[Any, list[Frame]]:
+        """The next value and its frames.
+
+        Raises:
+            DeploymentError: the other side has gone.
+        """
+        try:
+            message = json.loads(self._connection.recv_bytes(LARGEST))
+            return message["value"], [Frame(header, self._connection.recv_bytes(LARGEST)) for header in message["headers"]]
+        except (EOFError, OSError, ValueError, KeyError, TypeError) as error:
+            raise DeploymentError("the process on the other side of the local socket has gone") from error
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
+
+
+class Socket:
+    """A listening socket in a folder that only this user can enter."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="fedsp-")  # short: a socket's path has room for about 100 characters
+        self.path = str(Path(self._folder) / "socket")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(self.path)
+        self._socket.listen(8)
+
+    def accept(self, check: Callable[[], None], every: float = 0.5) -> Channel:
+        """The next connection; `check` is called while none comes, and may raise."""
+        self._socket.settimeout(every)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return Channel(self._socket.accept()[0])
+            check()
+
+    def close(self) -> None:
+        """Stop listening and remove the folder."""
+        self._socket.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def connect(path: str) -> Channel:
+    """A connection to the socket at `path`.
+
+    Raises:
+        DeploymentError: nobody listens there.
+    """
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(path)
+    except OSError as error:
+        raise DeploymentError(f"nobody listens at {path}: start `fedsp serve` or `fedsp join` first ({error.strerror})") from error
+    return Channel(connection)
+
+
+class DistantWire:
+    """A wire whose other end is in another process of this machine, behind a channel; see `carry`."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def nodes(self) -> set[int]:
+        """See `Wire.nodes`."""
+        return set(self._call(["nodes"])[0])
+
+    def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:
+        """See `Wire.push`."""
+        messages: list[str] = self._call(["push", [node for node, _ in sends], group, seconds], [frame for _, frame in sends])[0]
+        return messages
+
+    def pull(self, messages: list[str]) -> list[Answer]:
+        """See `Wire.pull`."""
+        found, frames = self._call(["pull", messages])
+        bodies = iter(frames)
+        return [Answer(message, node, next(bodies) if answered else None, fault) for message, node, answered, fault in found]
+
+    def _call(self, value: Any, frames: list[Frame] | None = None) -> tuple[Any, list[Frame]]:
+        self._channel.send(value, frames)
+        return self._channel.receive()
+
+
+def carry(wire: Any, channel: Channel) -> None:
+    """The other end of a DistantWire: do on `wire` what is asked through the channel, until it closes."""
+    while True:
+        try:
+            (name, *arguments), frames = channel.receive()
+        except DeploymentError:
+            return
+        if name == "nodes":
+            channel.send(sorted(wire.nodes()))
+        elif name == "push":
+            nodes, group, seconds = arguments
+            channel.send(wire.push(list(zip(nodes, frames, strict=True)), group, seconds))
+        else:
+            answers = wire.pull(*arguments)
+            channel.send(
+                [[answer.message, answer.node, answer.frame is not None, answer.fault] for answer in answers],
+                [answer.frame for answer in answers if answer.frame],
+            )

@@ -1,0 +1,115 @@
+"""A run as a Flower simulation: the server in one process, clients in Ray's workers, one core each. The clients' processes never load the global model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedsp.auxiliary import load_auxiliary
+from fedsp.clients import Clients, open_clients
+from fedsp.config_file import read_config
+from fedsp.engines.answering import answer
+from fedsp.engines.flower import GridWire, make_client_app
+from fedsp.engines.remote import Patience, remote
+from fedsp.errors import DeploymentError
+from fedsp.experiment import run_experiment
+from fedsp.frames import Frame
+from fedsp.loading import choose_device
+from fedsp.rounds import Exchange
+from fedsp.runs import RunDirectory
+from fedsp.server import Watcher, load_questions
+
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 starves the clients on a machine that does anything else
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def simulate(run: RunDirectory, watcher: Watcher) -> dict[str, Any]:
+    """The whole of a run, or what is left of it; returns the figures of `result.json`.
+
+    Raises:
+        FedspError: whatever cannot be done.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    from flwr.simulation import run_simulation
+
+    clients = len(load_questions(run.config, run.partition()).partition.clients)
+    figures: dict[str, Any] = {}
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        torch.set_num_threads(run.threads)
+        figures.update(run_experiment(run, partial(over_grid, grid, run), watcher))
+
+    folder = str(run.path.resolve())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of run_simulation, which Flower has marked as going away
+        run_simulation(
+            app,
+            make_client_app(lambda frame, _: simulated(folder, frame)),
+            max(1, clients),
+            backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"logging_level": "error", "log_to_driver": False}},
+        )
+    if not figures:
+        raise DeploymentError(f"the simulation ended before the run did; what was done is in {run.path} and can be resumed")
+    return figures
+
+
+def over_grid(grid: Grid, run: RunDirectory, clients: Clients) -> Exchange:
+    """An exchange with simulated clients: Flower's nodes, sorted, stand for the clients, sorted.
+
+    Raises:
+        DeploymentError: there are fewer nodes than clients.
+    """
+    nodes = sorted(grid.get_node_ids())
+    if len(nodes) < len(clients.register):
+        raise DeploymentError(f"the simulation has {len(nodes)} nodes for {len(clients.register)} clients: give Flower {len(clients.register)} of them")
+    node_of = dict(zip(sorted(clients.register), nodes, strict=False))
+    return remote(GridWire(grid), node_of, Patience(look=0.02), run.log_traffic, lambda text: None)
+
+
+def simulated(folder: str, frame: Frame) -> Frame:
+    """The answer of a simulated client. A worker process opens the clients' side of a run once."""
+    clients = _opened(folder)
+    return answer(frame, clients.method, clients.party)
+
+
+def lead(grid: Grid, context: Context) -> None:
+    """The ServerApp of a simulation that was started by `flwr run`; a run that is there already goes on."""
+    settings = read_config(Path(str(context.run_config["config"])))
+    started = (Path(settings.output) / "config.toml").exists()
+    run = RunDirectory.open(Path(settings.output)) if started else RunDirectory.create(settings)
+    torch.set_num_threads(run.threads)
+    run_experiment(run, partial(over_grid, grid, run), Watcher(say=logging.getLogger("flwr").info))
+
+
+def follow(frame: Frame, context: Context) -> Frame:
+    """The ClientApp of a simulation that was started by `flwr run`."""
+    settings = read_config(Path(str(context.run_config["config"])))
+    return simulated(str(Path(settings.output).resolve()), frame)
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: str) -> Clients:
+    run = RunDirectory.open(Path(folder))
+    torch.set_num_threads(run.threads)
+    config = run.config
+    device = choose_device(config.model.device)
+    auxiliary = load_auxiliary(Path(config.auxiliary.folder or run.auxiliary), device=device, positions=config.model.positions)
+    return open_clients(config, auxiliary, load_questions(config, run.partition()), run)

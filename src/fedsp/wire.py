@@ -1,0 +1,136 @@
+"""A request and a reply as they cross a wire: a header of a few JSON fields, and the prompt's bytes. Whatever comes back is read as if
+it were hostile: by size first, then by digest, then by name, type and range."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+from fedsp.errors import PayloadError
+from fedsp.frames import Frame
+from fedsp.payload import Payload, pack, unpack
+from fedsp.rounds import Failure, Request, Update
+
+VERSION = 1
+LONGEST_HEADER = 4096
+ROOM = 1024
+"""Bytes by which a reply's payload may be longer than what was sent: names and padding, never another tensor."""
+
+REFUSALS = {
+    "policy": "the client's own policy does not allow this request",
+    "request": "the request that reached the client could not be used",
+    "diverged": "a loss of the client's training was not finite",
+    "failed": "the client could not finish this request; its own log says why",
+}
+"""All that a client ever says of a fault: a code, and this sentence, which the server looks up. Text of the client's errors never travels."""
+
+
+END = Frame(json.dumps({"fedsp": VERSION, "kind": "end"}))
+"""Said to every client when a run is finished; there is nothing to answer."""
+
+
+def write_request(request: Request) -> Frame:
+    """A request as it travels."""
+    kind = "train" if request.train else "validate"
+    return _frame({"kind": kind, "run": request.run, "round": request.round, "client": request.client, "seed": request.seed}, pack(request.payload))
+
+
+def read_request(frame: Frame) -> Request:
+    """The request in a frame.
+
+    Raises:
+        PayloadError: it is damaged, or no request.
+    """
+    fields = _fields(frame, {"kind": str, "run": str, "round": int, "client": str, "seed": int})
+    if fields["kind"] not in ("train", "validate"):
+        raise PayloadError("the message is no request")
+    return Request(fields["run"], fields["round"], fields["client"], fields["seed"], _payload(frame, fields), fields["kind"] == "train")
+
+
+def write_update(update: Update, *, train: bool) -> Frame:
+    """A client's answer as it travels: the prompt where it was asked to train, and five figures."""
+    header = {
+        "kind": "update",
+        "round": update.round,
+        "client": update.client,
+        "losses": update.losses,
+        "validation": update.validation,
+        "seconds": round(update.seconds, 3),
+        "shortened": update.shortened,
+    }
+    return _frame(header, pack(update.payload) if train else b"")
+
+
+def write_refusal(request: Request, code: str) -> Frame:
+    """A client's fault as it travels: one of the codes of REFUSALS."""
+    return _frame({"kind": "refusal", "round": request.round, "client": request.client, "code": code}, b"")
+
+
+def read_reply(frame: Frame, request: Request, bytes_down: int) -> Update | Failure:
+    """What a client answered to a request, or why that cannot be used; `bytes_down` is the size of the payload that was sent.
+
+    Raises nothing, whatever the bytes are: a client that sends nonsense has failed, and the round goes on.
+    """
+    try:
+        reply = _read_reply(frame, request, bytes_down)
+    except PayloadError as error:
+        reply = Failure(request.round, request.client, str(error))
+    return replace(reply, bytes_up=len(frame.payload), bytes_down=bytes_down)
+
+
+def _read_reply(frame: Frame, request: Request, bytes_down: int) -> Update | Failure:
+    if len(frame.payload) > bytes_down + ROOM:
+        raise PayloadError(f"the reply has {len(frame.payload)} bytes where {bytes_down} were sent")
+    fields = _fields(frame, {"kind": str, "round": int, "client": str})
+    if fields["client"] != request.client:
+        raise PayloadError("the reply speaks for another client")
+    if fields["kind"] == "refusal":
+        return Failure(request.round, request.client, REFUSALS.get(str(fields.get("code")), "the client refused and gave no known reason"))
+    if fields["kind"] != "update":
+        raise PayloadError("the reply is neither an update nor a refusal")
+    losses, validation, seconds, shortened = (fields.get(key) for key in ("losses", "validation", "seconds", "shortened"))
+    if not isinstance(losses, dict) or len(losses) > 8 or not all(re.fullmatch(r"[a-z_]{1,20}", name) and _is_finite(value) for name, value in losses.items()):
+        raise PayloadError("the reply's losses are not a few finite numbers by name")
+    if validation is not None and not isinstance(validation, int | float):
+        raise PayloadError("the reply's validation loss is no number")
+    if not isinstance(seconds, int | float) or not _is_finite(seconds) or not isinstance(shortened, int) or isinstance(shortened, bool):
+        raise PayloadError("the reply's seconds or count of shortened examples is no number")
+    payload = _payload(frame, fields) if request.train else request.payload
+    return Update(fields["round"], request.client, payload, losses, validation, max(0.0, float(seconds)), max(0, shortened))
+
+
+def _frame(fields: dict[str, Any], payload: bytes) -> Frame:
+    return Frame(json.dumps({"fedsp": VERSION, **fields, "sha256": hashlib.sha256(payload).hexdigest()}), payload)
+
+
+def _fields(frame: Frame, expected: dict[str, type]) -> dict[str, Any]:
+    """The header's fields, those expected among them and of their type."""
+    if len(frame.header) > LONGEST_HEADER:
+        raise PayloadError(f"the message's header has {len(frame.header)} characters, more than {LONGEST_HEADER}")
+    try:
+        fields = json.loads(frame.header)
+    except (ValueError, RecursionError) as error:
+        raise PayloadError("the message's header is not JSON") from error
+    if not isinstance(fields, dict) or fields.get("fedsp") != VERSION:
+        raise PayloadError(f"the message is not one of fedsp's, version {VERSION}")
+    wrong = [name for name, kind in expected.items() if type(fields.get(name)) is not kind]
+    if wrong:
+        raise PayloadError(f"the message's header has no usable {wrong[0]}")
+    return fields
+
+
+def _payload(frame: Frame, fields: dict[str, Any]) -> Payload:
+    if hashlib.sha256(frame.payload).hexdigest() != fields.get("sha256"):
+        raise PayloadError("the payload is not what its SHA-256 digest says: it was changed on its way")
+    return unpack(frame.payload)
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
