@@ -148,6 +148,7 @@ class FederationSection(Section):
     folder: str = Field(description="certificates, keys and register of clients, as `fedsp federation init` wrote them")
     listen: str = Field("0.0.0.0:8000", description="host:port on which clients reach this machine")
     wait_seconds: Rate = Field(600.0, description="seconds that a round waits for asked clients that are not connected; then it goes on without them")
+    again_seconds: Rate = Field(120.0, description="seconds after which a client that has not replied is asked once more, then twice as many; it answers once")
     reply_seconds: Rate = Field(3600.0, description="seconds that a round waits for replies; later ones are not counted")
 
 

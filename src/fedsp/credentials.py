@@ -40,10 +40,12 @@ CLIENT_KEY, SERVER_PUBLIC = "client.key", "server.pub"
 
 @dataclass(frozen=True)
 class Member:
-    """A client in the server's register: its public key, and the number of its examples, by which its prompts weigh in the mean."""
+    """A client in the server's register: its public key, the number of its examples, by which its prompts weigh in the mean, and, for those who
+    run a SuperLink of their own, the node that they have registered the key as."""
 
     public_key: Path
     examples: int
+    node: int | None = None
 
 
 def make_server_credentials(folder: Path, host: str) -> None:
@@ -105,13 +107,13 @@ def read_register(folder: Path) -> dict[str, Member]:
         raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
     register: dict[str, Member] = {}
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or set(entry) != {"public_key", "examples"}:
+        if not isinstance(entry, dict) or set(entry) - {"node"} != {"public_key", "examples"}:
             raise ConfigurationError(f"{path}, client {name!r}: expected exactly public_key and examples")
         if not isinstance(entry["examples"], int) or entry["examples"] < 1:
             raise ConfigurationError(f"{path}, client {name!r}: examples is {entry['examples']!r}, expected a whole number of at least 1")
         if not (folder / str(entry["public_key"])).is_file():
             raise ConfigurationError(f"{path}, client {name!r}: there is no public key {folder / str(entry['public_key'])}")
-        register[name] = Member(folder / entry["public_key"], entry["examples"])
+        register[name] = Member(folder / entry["public_key"], entry["examples"], entry.get("node"))
     if not register:
         raise ConfigurationError(f"{path} names no client: add a [clients.NAME] table with public_key and examples")
     return register

@@ -7,6 +7,7 @@ inputs.json          digests of the training rows and of the auxiliary model
 auxiliary/           the folder that clients get
 rounds.jsonl         one line per round
 traffic.jsonl        one line per message that crossed a wire, where one did
+flower/              what Flower's processes wrote, in a deployment
 prompts/             the broadcast prompt of each round
 best.safetensors     the best prompt by validation
 checkpoint/          the last two standings
@@ -40,7 +41,7 @@ from fedsp.rounds import RoundRecord, derive_seed
 from fedsp.storage import read_tensors, write_bytes, write_json, write_tensors
 
 CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
-INPUTS, TRAFFIC = "inputs.json", "traffic.jsonl"
+INPUTS, TRAFFIC, GATE_COUNTS = "inputs.json", "traffic.jsonl", "gate.jsonl"
 
 
 class RunDirectory:
@@ -185,6 +186,10 @@ class RunDirectory:
     def traffic(self) -> list[dict[str, Any]]:
         """The messages that crossed the wire, whole lines only."""
         return self._lines(TRAFFIC)
+
+    def gate_counts(self) -> list[dict[str, list[int]]]:
+        """Of each time a deployment's gate was open: requests, bytes up and bytes down by Flower's name of the call."""
+        return self._lines(f"flower/{GATE_COUNTS}")
 
     def _append(self, name: str, line: str) -> None:
         try:

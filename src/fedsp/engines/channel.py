@@ -54,13 +54,21 @@ class Channel:
 
 
 class Socket:
-    """A listening socket in a folder that only this user can enter."""
+    """A listening socket at `path`, or, without one, in a new folder that only this user can enter.
 
-    def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="fedsp-")  # short: a socket's path has room for about 100 characters
-        self.path = str(Path(self._folder) / "socket")
+    Raises:
+        DeploymentError: nobody can listen there.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self._folder = None if path else tempfile.mkdtemp(prefix="fedsp-")  # short: a socket's path has room for about 100 characters
+        self.path = path or f"{self._folder}/socket"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.bind(self.path)
+        try:
+            self._socket.bind(self.path)
+            Path(self.path).chmod(0o600)
+        except OSError as error:
+            raise DeploymentError(f"cannot listen at {self.path} ({error.strerror}): remove what is there, or set {SOCKET} to another path") from error
         self._socket.listen(8)
 
     def accept(self, check: Callable[[], None], every: float = 0.5) -> Channel:
@@ -72,9 +80,11 @@ class Socket:
             check()
 
     def close(self) -> None:
-        """Stop listening and remove the folder."""
+        """Stop listening and leave nothing behind."""
         self._socket.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        Path(self.path).unlink(missing_ok=True)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def connect(path: str) -> Channel:

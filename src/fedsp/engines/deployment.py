@@ -42,6 +42,7 @@ from fedsp.data.files import read_rows
 from fedsp.data.tasks import examples_of, find_task
 from fedsp.engines.answering import answer
 from fedsp.engines.channel import SOCKET, DistantWire, Socket
+from fedsp.engines.flower import require_pinning
 from fedsp.engines.remote import Patience, remote
 from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, PayloadError, PolicyError, first_line
 from fedsp.experiment import run_experiment
@@ -52,7 +53,7 @@ from fedsp.parties import Party, Rest
 from fedsp.payload import check
 from fedsp.prompts import PromptSpec
 from fedsp.rounds import Exchange, Request
-from fedsp.runs import RunDirectory
+from fedsp.runs import GATE_COUNTS, RunDirectory
 from fedsp.server import Watcher
 from fedsp.storage import write_bytes, write_json
 from fedsp.wire import END
@@ -82,10 +83,13 @@ class Processes:
         self._logs = logs
         self.environment = {**os.environ, **FLOWER, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", **environment}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._since: dict[str, int] = {}
 
     def start(self, name: str, *command: str) -> None:
         """Start a command; it ends when this process does, however that ends."""
-        with open(self._logs / f"{name}.log", "ab") as log:
+        path = self._logs / f"{name}.log"
+        self._since[name] = path.stat().st_size if path.exists() else 0
+        with open(path, "ab") as log:
             leash = [sys.executable, "-m", "fedsp.engines.leash", *command]
             self._running[name] = subprocess.Popen(leash, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment)
 
@@ -101,16 +105,27 @@ class Processes:
         return done.stdout
 
     def check(self) -> None:
-        """Raises:
-        DeploymentError: a process has ended, with the last line of its log.
+        """See that every process is running.
+
+        Raises:
+            CredentialError: a client's has ended since the server does not know its key.
+            DeploymentError: one has ended for any other reason.
         """
-        for name, process in self._running.items():
-            code = process.poll()
-            if code is not None:
-                path = self._logs / f"{name}.log"
-                lines = path.read_text(encoding="utf-8", errors="replace")[-4000:].splitlines()
-                said = next((line for line in reversed(lines) if "ERROR" in line or "rror:" in line), "it does not say why")
-                raise DeploymentError(f"Flower's {name} has ended with code {code} ({said.split('ERROR')[-1].strip(' :[]0m')}); its log is {path}")
+        for name in filter(self.ended, self._running):
+            log = self._logs / f"{name}.log"
+            if "Failed to activate SuperNode" in self.said(name):
+                raise CredentialError("the server refuses this client: its key is not in the server's register; ask the owner of the model")
+            raise DeploymentError(f"Flower's {name} has ended with code {self._running[name].returncode}; its log, {log}, says why")
+
+    def ended(self, name: str) -> bool:
+        """Whether a process was started and has ended."""
+        return name in self._running and self._running[name].poll() is not None
+
+    def said(self, name: str) -> str:
+        """What a process has written to its log since it was started last."""
+        with open(self._logs / f"{name}.log", "rb") as log:
+            log.seek(self._since[name])
+            return log.read().decode(errors="replace")
 
     def stop(self) -> None:
         """End them all and wait until they are gone."""
@@ -127,23 +142,30 @@ class Processes:
 def serve(run: RunDirectory, watcher: Watcher) -> dict[str, Any]:
     """Run, or go on with, a run whose clients are elsewhere; returns the figures of `result.json`.
 
+    With FEDSP_SOCKET set, no process of Flower's is started: a SuperLink of one's own runs the app with the same variable.
+
     Raises:
         FedspError: whatever cannot be done; what was done before stands and can be resumed.
     """
-    section, register = _server_section(run.config), read_register(Path(_server_section(run.config).folder))
+    section = _server_section(run.config)
+    register = read_register(Path(section.folder))
     torch.set_num_threads(run.threads)
     with ExitStack() as stack:
-        listening = Socket()
+        listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
         processes = Processes(run.path / "flower", {"FLWR_HOME": str((run.path / "flower" / "home").resolve()), SOCKET: listening.path})
         stack.callback(processes.stop)
-        node_of = _start_superlink(section, register, run.path / "flower", processes, watcher)
+        if SOCKET in os.environ:
+            node_of = _registered_elsewhere(register)
+            watcher.say(f"waiting at {listening.path} for the app that `flwr run {APP}` starts")
+        else:
+            node_of = _start_superlink(section, register, run.path / "flower", processes, watcher)
         channel = listening.accept(processes.check)
         stack.callback(channel.close)
         wire = DistantWire(channel)
 
         def engine(clients: Clients) -> Exchange:
-            return remote(wire, node_of, Patience(section.wait_seconds, section.reply_seconds), run.log_traffic, watcher.say)
+            return remote(wire, node_of, Patience(section.wait_seconds, section.reply_seconds, section.again_seconds), run.log_traffic, watcher.say)
 
         figures = run_experiment(run, engine, watcher, {name: member.examples for name, member in register.items()})
         _say_goodbye(wire, node_of)
@@ -175,6 +197,16 @@ def _server_section(config: RunConfig) -> FederationSection:
     return config.federation
 
 
+def _registered_elsewhere(register: Mapping[str, Member]) -> dict[str, int]:
+    nodes = {name: member.node for name, member in register.items()}
+    unknown = sorted(name for name, node in nodes.items() if not isinstance(node, int))
+    if unknown:
+        raise ConfigurationError(
+            f"register.toml, client {unknown[0]!r}: with a SuperLink of your own each client needs `node = ...`, which `flwr supernode register` prints"
+        )
+    return {name: node for name, node in nodes.items() if node is not None}
+
+
 def _start_superlink(section: FederationSection, register: dict[str, Member], place: Path, processes: Processes, watcher: Watcher) -> dict[str, int]:
     """Start the SuperLink and the gate before it, register the clients' keys, submit the app; returns each client's node."""
     folder = Path(section.folder)
@@ -186,7 +218,7 @@ def _start_superlink(section: FederationSection, register: dict[str, Member], pl
     write_bytes(home / "config.toml", link.encode())
     _wait_for_port(inner, "superlink", processes)
     node_of = {name: _register(processes, member.public_key) for name, member in register.items()}
-    processes.start("gate", *gate_command(host, port, inner, folder))  # only now: a key that is not registered yet is turned away for good
+    processes.start("gate", *gate_command(host, port, inner, folder, place / GATE_COUNTS))  # only now: a key that is not registered yet is turned away for good
     _wait_for_port(port, "gate", processes)
     bundle = place / "app"
     shutil.rmtree(bundle, ignore_errors=True)
@@ -202,9 +234,9 @@ def superlink_command(folder: Path, port: int) -> list[str]:
     return ["flower-superlink", "--host", "127.0.0.1", "--port", str(port), *tls, "--enable-supernode-auth", "--disable-runtime-dependency-installation"]
 
 
-def gate_command(host: str, port: int, superlink: int, folder: Path) -> list[str]:
+def gate_command(host: str, port: int, superlink: int, folder: Path, counts: Path) -> list[str]:
     """The command of the gate between clients and the SuperLink."""
-    return [sys.executable, "-m", "fedsp.engines.gate", host, str(port), str(superlink), str(folder)]
+    return [sys.executable, "-m", "fedsp.engines.gate", host, str(port), str(superlink), str(folder), str(counts.resolve())]
 
 
 def supernode_command(party: PartyConfig, port: int) -> list[str]:
@@ -317,12 +349,18 @@ class Client:
         self._method = make_method(self.agreement, self.auxiliary)
         self._state = Path(party.state) / party.package.sha256[:16]
         self._last: tuple[Frame, Frame] | None = None
+        self.answered = 0
 
     def respond(self, frame: Frame) -> Frame:
-        """The answer to a frame; the same frame again gets the same answer again, without training again."""
+        """The answer to a frame; the same frame again gets the same answer again, without training again. What is no request gets an empty frame."""
         if self._last is None or self._last[0] != frame:
-            reply = answer(frame, self._method, partial(self._open, frame), allow=self._allow, log=self._log)
+            try:
+                reply = answer(frame, self._method, partial(self._open, frame), allow=self._allow, log=self._log)
+            except PayloadError as error:
+                self._say(f"received {_amount(frame)} that are no request: {error}")
+                return Frame("")
             self._last = frame, reply
+            self.answered += 1
         reply = self._last[1]
         said = json.loads(reply.header)
         what = said.get("losses") or said.get("code") or ""
@@ -362,6 +400,8 @@ class Client:
 def join(party: PartyConfig, watcher: Watcher) -> int:
     """Answer the server's requests until it says that the run is finished; returns the number of requests answered.
 
+    With FEDSP_SOCKET set, no process of Flower's is started: a SuperNode of one's own runs with the same variable.
+
     Raises:
         FedspError: the client cannot take part, or Flower's process on this machine has ended.
     """
@@ -370,33 +410,35 @@ def join(party: PartyConfig, watcher: Watcher) -> int:
     for name in (CA, CLIENT_KEY, SERVER_PUBLIC):
         if not (Path(party.keys) / name).is_file():
             raise ConfigurationError(f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp federation init` made for this client")
-    answered = 0
+    require_pinning()
     with ExitStack() as stack:
-        listening = Socket()
+        listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
         place = Path(party.state) / "flower"
         own = _own_client_app(place)
         processes = Processes(place, {"FLWR_HOME": str((place / "home").resolve()), SOCKET: listening.path})
         processes.environment["PATH"] = f"{own}{os.pathsep}{processes.environment['PATH']}"
         stack.callback(processes.stop)
-        processes.start("supernode", *supernode_command(party, free_port()))
+        start = partial(processes.start, "supernode", *supernode_command(party, free_port()))
+        if SOCKET not in os.environ:
+            start()
         watcher.say(f"{party.name} joins {party.server} with {len(client.rows)} examples; Flower's log is {place / 'supernode.log'}")
         look = Lookout(host, port, Path(party.keys) / CA, watcher)
 
         def check() -> None:
-            processes.check()
             look.out()
+            if processes.ended("supernode") and "SuperNode ID" in processes.said("supernode"):
+                start()  # it was in, and the server that knew it is gone: the one that comes after will know it anew
+            processes.check()
 
         while True:
             channel = listening.accept(check)
             with contextlib.suppress(DeploymentError, OSError):
                 _, (frame,) = channel.receive()
-                finished = frame == END
-                channel.send(None, [END if finished else client.respond(frame)])
-                answered += not finished
-                if finished:
-                    time.sleep(GOODBYE)  # Flower's node hands the answer over
-                    return answered
+                channel.send(None, [END if frame == END else client.respond(frame)])
+                if frame == END:
+                    time.sleep(GOODBYE)
+                    return client.answered
             channel.close()
 
 

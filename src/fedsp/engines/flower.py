@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedsp.engines.channel import SOCKET, carry, connect
+from fedsp.errors import DeploymentError
 from fedsp.frames import HEADER, PAYLOAD, Answer, Frame
 
 KIND = "train"
@@ -99,17 +100,29 @@ def follow(frame: Frame, context: Context) -> Frame:
     return reply
 
 
+def require_pinning() -> None:
+    """See that this release of Flower can be kept from running code that the server sends.
+
+    Raises:
+        DeploymentError: it is built in another way, so this client would have to trust the server with its machine.
+    """
+    from flwr.supernode.runtime import run_clientapp
+
+    if not all(hasattr(run_clientapp, name) for name in PINNED):
+        raise DeploymentError("this release of Flower cannot be kept from running code that the server sends: install flwr 1.41")
+
+
 def run_pinned_client_app() -> None:
     """Flower's `flwr-clientapp` with this module's app in place of whatever bundle came from the server: a client runs no code of the server's.
 
     Raises:
-        AttributeError: this release of Flower is built in another way; nothing is run.
+        DeploymentError: this release of Flower is built in another way; nothing is run.
     """
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp
 
+    require_pinning()
     replacements = (lambda *_, **__: None, lambda *_, **__: Path(), lambda **_: lambda *__: make_client_app(follow))
     for name, replacement in zip(PINNED, replacements, strict=True):
-        getattr(run_clientapp, name)
         setattr(run_clientapp, name, replacement)
     flwr_clientapp()

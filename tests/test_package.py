@@ -1,0 +1,366 @@
+"""The folder that a client gets, its signature, and the client's own floor. No process is started here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import ssl
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from cryptography import x509
+
+from fedsp import commands
+from fedsp.cli import main
+from fedsp.config import PartyConfig
+from fedsp.config_file import make_config, read_config, read_party
+from fedsp.credentials import read_register, sign, verify
+from fedsp.engines import flower
+from fedsp.engines.deployment import Client, Lookout, gate_command, init_federation, superlink_command, supernode_command
+from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
+from fedsp.frames import Frame
+from fedsp.payload import PROMPT, pack
+from fedsp.prompts import read_prompt
+from fedsp.rounds import Request, Update, derive_seed
+from fedsp.runs import RunDirectory
+from fedsp.server import Watcher
+from fedsp.wire import END, REFUSALS, read_reply, write_request
+from test_run import ROWS, questions, settings
+
+
+def make_federation(folder: Path, port: int = 8000, **changes: Any) -> tuple[RunDirectory, Path]:
+    """A run in one place, and a federation whose parties hold on disk what they hold in that run, ready to be started."""
+    changes = {"server": {"steps": 2, "batch_size": 4}, **changes}
+    commands.run(make_config(settings(folder / "local", **changes)))
+    local = RunDirectory.open(folder / "local" / "run")
+    partition = local.partition()
+    assert partition
+    place = folder / "federation"
+    init_federation(place, sorted(partition["clients"]), f"localhost:{port}")
+    server, rows = place / "server", ROWS[:60]
+    questions(server, "train", [rows[index] for index in partition["server"]])
+    register = (server / "register.toml").read_text()
+    for client, owned in partition["clients"].items():
+        questions(place / client, "questions", [rows[index] for index in owned])
+        register = register.replace(f'"clients/{client}.pub"\nexamples = 1\n', f'"clients/{client}.pub"\nexamples = {len(owned)}\n')
+    (server / "register.toml").write_text(register)
+    values = settings(folder / "files", **changes)
+    del values["partition"]
+    values["data"]["train"] = "train.jsonl"
+    values |= {
+        "output": str(server / "run"),
+        "auxiliary": {"folder": "package"},
+        "federation": {"folder": ".", "listen": f"127.0.0.1:{port}", "wait_seconds": 60.0, "again_seconds": 5.0},
+    }
+    (server / "run.toml").write_text(tomli_w.dumps(values))
+    made = commands.distill(read_config(server / "run.toml"), server / "package")
+    for client in partition["clients"]:
+        shutil.copytree(server / "package", place / client / "package")
+        party = (place / client / "party.toml").read_text()
+        (place / client / "party.toml").write_text(party.replace("the digest that the owner of the model tells you", made["sha256"]))
+    return local, place
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Path]:
+    torch.set_num_threads(1)
+    return make_federation(tmp_path_factory.mktemp("federation"))
+
+
+@pytest.fixture()
+def place(federation: tuple[RunDirectory, Path], tmp_path: Path) -> Path:
+    """A copy of the federation to spoil."""
+    return Path(shutil.copytree(federation[1], tmp_path / "federation"))
+
+
+def party_of(place: Path, client: str = "client-0", **changes: Any) -> PartyConfig:
+    party = read_party(place / client / "party.toml")
+    return party.model_copy(
+        update={name: getattr(party, name).model_copy(update=value) if isinstance(value, dict) else value for name, value in changes.items()}
+    )
+
+
+def test_each_party_has_what_it_needs_and_no_more(federation: tuple[RunDirectory, Path]) -> None:
+    place = federation[1]
+    assert {path.name for path in place.iterdir()} == {"ca.key", "server", "client-0", "client-1", "client-2"}
+    for client in ("client-0", "client-1", "client-2"):
+        assert {path.name for path in (place / client).iterdir()} >= {"ca.crt", "client.key", "server.pub", "party.toml"}
+        assert not list((place / client).rglob("*signing*")) and not list((place / client).rglob("server.key"))
+    assert not list((place / "server").rglob("client.key"))
+    private = [place / "ca.key", place / "server" / "server.key", place / "server" / "signing.key", place / "client-0" / "client.key"]
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
+    keys = {(place / client / "client.key").read_bytes() for client in ("client-0", "client-1", "client-2")}
+    assert len(keys) == 3
+
+
+def test_the_certificate_is_for_the_server_s_name_and_chains_to_the_authority(federation: tuple[RunDirectory, Path], tmp_path: Path) -> None:
+    server = federation[1] / "server"
+    certificate = x509.load_pem_x509_certificate((server / "server.crt").read_bytes())
+    authority = x509.load_pem_x509_certificate((server / "ca.crt").read_bytes())
+    certificate.verify_directly_issued_by(authority)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost"]
+    ssl.create_default_context(cafile=str(server / "ca.crt")).set_ciphers("DEFAULT")
+    init_federation(tmp_path / "by-number", ["a"], "192.0.2.7:8000")
+    numbered = x509.load_pem_x509_certificate((tmp_path / "by-number" / "server" / "server.crt").read_bytes())
+    addresses = numbered.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.IPAddress)
+    assert [str(address) for address in addresses] == ["192.0.2.7", "127.0.0.1"]
+
+
+def test_the_server_s_template_is_a_configuration_once_it_names_a_model(tmp_path: Path) -> None:
+    init_federation(tmp_path / "new", ["a", "b"], "localhost:8000")
+    read = read_config(tmp_path / "new" / "server" / "run.toml", ["model.name=embedded", f"distill.text=['{tmp_path}']"])
+    assert read.federation and read.auxiliary.folder == "package" and read.server_share == 1.0
+    assert sorted(read_register(tmp_path / "new" / "server")) == ["a", "b"]
+
+
+def test_flower_s_own_commands_are_the_documented_ones(place: Path) -> None:
+    assert "--enable-supernode-auth" in superlink_command(place, 1) and "127.0.0.1" in superlink_command(place, 1)
+    assert "--insecure" not in [*superlink_command(place, 1), *supernode_command(party_of(place), 1), *gate_command("h", 1, 2, place, place)]
+
+
+def test_the_package_holds_no_file_name_of_the_server_s(federation: tuple[RunDirectory, Path]) -> None:
+    text = (federation[1] / "server" / "package" / "agreement.json").read_text()
+    assert str(federation[1]) not in text and "public.txt" not in text
+
+
+def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(federation: tuple[RunDirectory, Path]) -> None:
+    local, place = federation
+    said: list[str] = []
+    client = Client(party_of(place), Watcher(say=said.append))
+    first = read_prompt(local.path / "prompts" / "round-00001.safetensors").values()
+    request = Request("ab", 2, "client-0", derive_seed(0, "client", "client-0", 2), {PROMPT: first})
+    frame = write_request(request)
+    reply = read_reply(client.respond(frame), request, len(pack(request.payload)))
+    assert isinstance(reply, Update), reply
+    assert client.respond(frame) == client.respond(frame), "asked again, it says the same"
+    assert json.loads((place / "client-0" / "state" / client.party.package.sha256[:16] / "rounds.json").read_text()) == ["ab 2"]
+    assert len(said) == 3 and "received 16,6" in said[0] and "speak loss" in said[0]
+    assert not any(word in line for line in said for word in ("town of", "trade of", "animal of"))
+
+
+def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
+    """The sentence at the server, and what was said at the client, for a request that differs in something."""
+    values: dict[str, Any] = {"run": "ab", "round": 1, "client": "client-0", "seed": 1, "payload": {PROMPT: torch.zeros(4, 8, 128)}} | changes
+    request = Request(**values)
+    said: list[str] = []
+    client._say = said.append
+    reply = read_reply(client.respond(write_request(request)), request, len(pack(request.payload)))
+    return getattr(reply, "reason", "answered"), said
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "here"),
+    [
+        ({"client": "client-1"}, "policy", "for another client"),
+        ({"run": "../../etc"}, "policy", "no usable identity"),
+        ({"round": 0}, "policy", "round 0 is not one of the 3"),
+        ({"round": 4}, "policy", "round 4 is not one of the 3"),
+        ({"payload": {PROMPT: torch.zeros(4, 8, 127)}}, "request", "expected"),
+        ({"payload": {PROMPT: torch.full((4, 8, 128), float("nan"))}}, "request", "not finite"),
+    ],
+)
+def test_a_request_outside_the_agreement_is_refused_and_says_so(place: Path, changes: dict[str, Any], code: str, here: str) -> None:
+    reason, said = respond(Client(party_of(place), Watcher()), **changes)
+    assert reason == REFUSALS[code] and here in said[0]
+
+
+def test_the_client_counts_rounds_over_restarts_and_stops_at_its_own_limit(place: Path) -> None:
+    party = party_of(place, policy={"max_rounds": 3})
+    for round in (1, 2, 2):
+        assert respond(Client(party, Watcher()), round=round)[0] == "answered"
+    assert respond(Client(party, Watcher()), run="cd", round=1)[0] == "answered"
+    reason, said = respond(Client(party, Watcher()), run="cd", round=2)
+    assert reason == REFUSALS["policy"] and "3 rounds were answered" in said[0]
+
+
+def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place: Path) -> None:
+    said: list[str] = []
+    client = Client(party_of(place), Watcher(say=said.append))
+    for frame in (
+        Frame(""),
+        Frame("{}"),
+        Frame(END.header + " "),
+        Frame(write_request(Request("ab", 1, "client-0", 1, {PROMPT: torch.zeros(2)})).header, b"pickle"),
+    ):
+        assert client.respond(frame) == Frame("")
+    assert client.answered == 0 and all("no request" in line for line in said)
+    assert respond(client)[0] == "answered"
+
+
+def test_a_bundle_that_the_server_sends_is_never_installed_or_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's client runner keeps the three doors that `run_pinned_client_app` shuts, and they are shut when it runs."""
+    command = importlib.import_module("flwr.supernode.cli.flwr_clientapp")
+    run_clientapp = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    for name in flower.PINNED:
+        monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))
+    seen: list[Any] = []
+
+    def runner() -> None:
+        seen.append(run_clientapp.install_from_fab(b"hostile", skip_prompt=True))
+        seen.append(run_clientapp.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)("id", "1", "hash"))
+
+    monkeypatch.setattr(command, "flwr_clientapp", runner)
+    flower.run_pinned_client_app()
+    assert seen[0] is None and type(seen[1]).__name__ == "ClientApp"
+    monkeypatch.delattr(run_clientapp, "install_from_fab")
+    with pytest.raises(DeploymentError, match="cannot be kept from running code"):
+        flower.run_pinned_client_app()
+
+
+@pytest.mark.parametrize(
+    ("policy", "sentence"),
+    [
+        ({"max_rounds": 2}, "the run has 3 rounds, policy.max_rounds allows 2"),
+        ({"min_examples": 500}, "policy.min_examples asks for 500"),
+        ({"methods": ["other"]}, "the run's method is 'fedsp', policy.methods allows"),
+        ({"plans": ["shared(0)", "every(2)"]}, "policy.plans allows"),
+        ({"require_differential_privacy": True}, "no differential privacy"),
+    ],
+)
+def test_a_client_does_not_join_what_its_policy_forbids(place: Path, policy: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(PolicyError, match=sentence.replace("(", r"\(")):
+        Client(party_of(place, policy=policy), Watcher())
+
+
+def test_a_client_joins_what_its_policy_allows(place: Path) -> None:
+    Client(party_of(place, policy={"plans": ["shared(0)", "ends(2)"], "min_examples": 16, "max_rounds": 3}), Watcher())
+
+
+def spoil_weights(package: Path) -> None:
+    path = package / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+SPOILED: dict[str, tuple[Any, type[FedspError], str]] = {
+    "weights": (spoil_weights, AuxiliaryError, "package.sha256 says"),
+    "agreement": (lambda package: (package / "agreement.json").write_text("{}"), AuxiliaryError, "package.sha256 says"),
+    "one file more": (lambda package: (package / "code.py").write_text(""), AuxiliaryError, "package.sha256 says"),
+    "a link": (lambda package: (package / "link").symlink_to("/etc/passwd"), AuxiliaryError, "link, which is no plain file"),
+    "no signature": (lambda package: (package / "signature").unlink(), CredentialError, "is not signed"),
+    "another signature": (lambda package: (package / "signature").write_text("00" * 64), CredentialError, "is refused"),
+    "no hexadecimal": (lambda package: (package / "signature").write_text("zz"), CredentialError, "is refused"),
+    "gone": (shutil.rmtree, AuxiliaryError, "there is no package"),
+}
+
+
+@pytest.mark.parametrize("how", sorted(SPOILED))
+def test_any_other_package_is_refused(how: str, place: Path) -> None:
+    spoil, kind, sentence = SPOILED[how]
+    spoil(place / "client-0" / "package")
+    with pytest.raises(kind, match=sentence):
+        Client(party_of(place), Watcher())
+
+
+def test_a_package_of_another_owner_is_refused(place: Path, tmp_path: Path) -> None:
+    init_federation(tmp_path / "other", ["x"], "localhost:8000")
+    shutil.copy(tmp_path / "other" / "x" / "server.pub", place / "client-0" / "server.pub")
+    with pytest.raises(CredentialError, match="is refused: the signature is not that of"):
+        Client(party_of(place), Watcher())
+    shutil.copy(place / "server" / "clients" / "client-1.pub", place / "client-0" / "server.pub")
+    with pytest.raises(CredentialError, match="no Ed25519 key"):
+        Client(party_of(place), Watcher())
+
+
+def test_a_signature_is_of_one_statement_and_one_key(place: Path) -> None:
+    signature = sign(b"statement", place / "server" / "signing.key")
+    verify(b"statement", signature, place / "client-0" / "server.pub")
+    with pytest.raises(CredentialError):
+        verify(b"another", signature, place / "client-0" / "server.pub")
+    with pytest.raises(CredentialError, match="cannot read the signing key"):
+        sign(b"statement", place / "nothing.key")
+
+
+REGISTERS = {
+    "[clients.a]\nexamples = 3\n": "client 'a': expected exactly public_key and examples",
+    '[clients.a]\npublic_key = "clients/client-0.pub"\nexamples = 0\n': "examples is 0, expected a whole number of at least 1",
+    '[clients.a]\npublic_key = "clients/a.pub"\nexamples = 1\n': "there is no public key",
+    "": "names no client",
+    "[clients": "is not a TOML file",
+}
+
+
+@pytest.mark.parametrize("text", list(REGISTERS))
+def test_a_register_that_cannot_be_used_says_where(place: Path, text: str) -> None:
+    (place / "server" / "register.toml").write_text(text)
+    with pytest.raises(ConfigurationError, match=REGISTERS[text]):
+        read_register(place / "server")
+
+
+WRONG: dict[str, tuple[list[str], Any, str]] = {
+    "no section": (
+        ["serve", "run.toml"],
+        lambda server: (server / "run.toml").write_text('model.name = "embedded"\n[distill]\ntext = ["run.toml"]\n'),
+        "has no [federation] section",
+    ),
+    "run in one place": (["run", "run.toml"], lambda server: None, "run it with `fedsp serve`"),
+    "a key is gone": (["serve", "run.toml"], lambda server: (server / "server.key").unlink(), "server.key; `fedsp federation init` makes it"),
+    "another agreement": (["serve", "run.toml", "client.speak_steps=9"], lambda server: None, "signed for another agreement (client)"),
+    "a bare auxiliary": (["serve", "run.toml"], lambda server: (server / "package" / "agreement.json").unlink(), "is no package for clients"),
+    "an address": (["serve", "run.toml", "federation.listen=nowhere"], lambda server: None, "'nowhere' is no host:port"),
+    "an engine": (["run", "run.toml", "--engine", "cloud"], lambda server: None, "unknown engine 'cloud'"),
+    "federation again": (["federation", "init", "..", "--clients", "a"], lambda server: None, "is in use: give a new folder; keys are never written over"),
+    "a client's name": (["federation", "init", "new", "--clients", "a,../b"], lambda server: None, "'../b' is no name for a client"),
+    "a client twice": (["federation", "init", "new", "--clients", "a,a"], lambda server: None, "give each client once"),
+    "no party": (["join", "nothing.toml"], lambda server: None, "there is no file nothing.toml; `fedsp federation init` writes one"),
+    "a party's key": (
+        ["join", "../client-0/party.toml"],
+        lambda server: (server.parent / "client-0" / "client.key").unlink(),
+        "client.key; it comes with the folder",
+    ),
+    "a party's digest": (
+        ["join", "../client-0/party.toml"],
+        lambda server: (server.parent / "client-0" / "party.toml").write_text(
+            (server.parent / "client-0" / "party.toml").read_text().replace("sha256 = ", "sha265 = ")
+        ),
+        "package.sha265: unknown key; did you mean 'sha256'?",
+    ),
+    "a party's text": (["join", "../client-0/party.toml"], lambda server: (server.parent / "client-0" / "questions.jsonl").unlink(), "there is no file"),
+    "no traffic": (["audit", "traffic", "../../local"], lambda server: None, "holds no run"),
+}
+
+
+@pytest.mark.parametrize("what", sorted(WRONG))
+def test_wrong_input_gets_one_sentence_and_code_2(what: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, spoil, sentence = WRONG[what]
+    spoil(place / "server")
+    monkeypatch.chdir(place / "server")
+    monkeypatch.setattr(sys, "argv", ["fedsp", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in said, said
+    assert said.startswith("fedsp: ") and not (place / "server" / "run" / "rounds.jsonl").exists()
+
+
+def test_an_impostor_at_the_server_s_address_is_named(place: Path) -> None:
+    """Something else answers there, with a certificate of its own."""
+    import socket
+    import threading
+
+    init_federation(place.parent / "other", ["x"], "localhost:8000")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(place.parent / "other" / "server" / "server.crt", place.parent / "other" / "server" / "server.key")
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        try:
+            context.wrap_socket(connection, server_side=True)
+        except OSError:
+            connection.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with pytest.raises(CredentialError, match="is not the server that ca.crt vouches for"):
+        Lookout("localhost", listening.getsockname()[1], place / "client-0" / "ca.crt", Watcher()).out()
+    thread.join(10)
+    listening.close()

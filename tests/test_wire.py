@@ -1,0 +1,218 @@
+"""What crosses a wire: requests and replies survive the way, and nothing that was changed, cut, forged or inflated is ever accepted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import tracemalloc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from fedsp.aggregation import admit
+from fedsp.errors import PayloadError, TrainingDiverged
+from fedsp.frames import Frame
+from fedsp.payload import PROMPT, pack
+from fedsp.rounds import Failure, Request, Update
+from fedsp.wire import REFUSALS, read_reply, read_request, write_refusal, write_request, write_update
+
+PROMPT_SENT = {PROMPT: torch.linspace(-1, 1, 4 * 8 * 16).reshape(4, 8, 16)}
+REQUEST = Request("0123456789abcdef", 3, "hospital-a", 12345678901234567, PROMPT_SENT)
+REPLY = Update(3, "hospital-a", {PROMPT: PROMPT_SENT[PROMPT] + 0.01}, {"speak": 2.5}, 1.25, 0.5, 2)
+DOWN = len(pack(PROMPT_SENT))
+GOOD = write_update(REPLY, train=True)
+
+
+def verdict(frame: Frame) -> str | None:
+    """Why a reply is not aggregated, from the bytes on; None if it is."""
+    return admit(read_reply(frame, REQUEST, DOWN), {"hospital-a": REQUEST}, {}, max_change=1.0)
+
+
+def forged(payload: bytes, **fields: Any) -> Frame:
+    """A reply whose digest fits its payload, as a malicious client makes it."""
+    header = json.loads(GOOD.header) | {"sha256": hashlib.sha256(payload).hexdigest()} | fields
+    return Frame(json.dumps(header), payload)
+
+
+def test_requests_and_replies_survive_the_way() -> None:
+    read = read_request(write_request(REQUEST))
+    assert torch.equal(read.payload[PROMPT], PROMPT_SENT[PROMPT]) and replace(read, payload=PROMPT_SENT) == replace(REQUEST, payload=PROMPT_SENT)
+    reply = read_reply(GOOD, REQUEST, DOWN)
+    assert isinstance(reply, Update) and torch.equal(reply.payload[PROMPT], REPLY.payload[PROMPT])
+    assert (reply.losses, reply.validation, reply.shortened, reply.bytes_up, reply.bytes_down) == ({"speak": 2.5}, 1.25, 2, len(GOOD.payload), DOWN)
+    assert verdict(GOOD) is None
+
+
+def test_a_validation_reply_carries_no_prompt() -> None:
+    frame = write_update(REPLY, train=False)
+    reply = read_reply(frame, replace(REQUEST, train=False), DOWN)
+    assert frame.payload == b"" and isinstance(reply, Update) and reply.validation == 1.25
+
+
+@pytest.mark.parametrize("code", sorted(REFUSALS))
+def test_a_refusal_is_a_code_and_the_servers_own_sentence(code: str) -> None:
+    frame = write_refusal(REQUEST, code)
+    assert set(json.loads(frame.header)) == {"fedsp", "kind", "round", "client", "code", "sha256"} and not frame.payload
+    reply = read_reply(frame, REQUEST, DOWN)
+    assert isinstance(reply, Failure) and reply.reason == REFUSALS[code]
+
+
+def test_no_text_of_a_client_s_error_leaves() -> None:
+    from fedsp.engines.answering import answer
+
+    class Broken:
+        def client_update(self, client: object, request: Request) -> Update:
+            raise ValueError("the patient Jane Doe was born in Penrith")
+
+    class Diverged:
+        def client_update(self, client: object, request: Request) -> Update:
+            raise TrainingDiverged("the loss of Jane Doe is nan")
+
+    nobody: Any = lambda client: None
+    methods: list[tuple[Any, str]] = [(Broken(), "failed"), (Diverged(), "diverged")]
+    for method, code in methods:
+        logged: list[str] = []
+
+        def log(request: Request, error: Exception, here: list[str] = logged) -> None:
+            here.append(str(error))
+
+        frame = answer(write_request(REQUEST), method, nobody, log=log)
+        assert "Jane" not in frame.header and json.loads(frame.header)["code"] == code and "Jane" in logged[0]
+
+
+def flipped(data: bytes, positions: list[int]) -> bytes:
+    body = bytearray(data)
+    for position in positions:
+        body[position // 8 % len(body)] ^= 1 << position % 8
+    return bytes(body)
+
+
+payloads = st.one_of(
+    st.lists(st.integers(0, 8 * len(GOOD.payload) - 1), min_size=1, max_size=6, unique=True).map(lambda flips: flipped(GOOD.payload, flips)),
+    st.integers(0, len(GOOD.payload) - 1).map(lambda length: GOOD.payload[:length]),
+    st.binary(min_size=1, max_size=64).map(lambda more: GOOD.payload + more),
+    st.binary(max_size=4096),
+)
+
+
+@settings(max_examples=5000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(payload=payloads)
+def test_a_payload_changed_on_its_way_is_never_accepted(payload: bytes) -> None:
+    assert payload == GOOD.payload or verdict(Frame(GOOD.header, payload)) is not None
+
+
+def layouts(header: dict[str, Any], body: bytes) -> bytes:
+    """safetensors bytes by hand, for what its own writer would not write."""
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+BODY = PROMPT_SENT[PROMPT].numpy().tobytes()
+DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool]
+shapes = st.lists(st.integers(0, 9), max_size=4).filter(lambda shape: shape != [4, 8, 16])
+forgeries = st.one_of(
+    st.sampled_from(DTYPES).map(lambda dtype: save({PROMPT: PROMPT_SENT[PROMPT].to(dtype)})),
+    shapes.map(lambda shape: save({PROMPT: torch.zeros(shape)})),
+    st.tuples(st.integers(0, 511), st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e38, -1e38])).map(
+        lambda place: save({PROMPT: PROMPT_SENT[PROMPT].flatten().index_fill(0, torch.tensor([place[0]]), place[1]).reshape(4, 8, 16)})
+    ),
+    st.sampled_from(["prompt", "prompt.value", "weights", "", "../prompt.values"]).map(lambda name: save({name: PROMPT_SENT[PROMPT]})),
+    st.just(save({PROMPT: PROMPT_SENT[PROMPT], "more": torch.zeros(2)})),
+    st.just(pickle.dumps(PROMPT_SENT)),
+    st.binary(max_size=512).map(lambda more: pickle.dumps(more)),
+    st.tuples(st.integers(0, 2**63), st.integers(0, 2**63))
+    .map(lambda offsets: layouts({PROMPT: {"dtype": "F32", "shape": [4, 8, 16], "data_offsets": list(offsets)}}, BODY))
+    .filter(lambda data: b"[0, 2048]" not in data),
+    st.sampled_from(["F99", "F4", "BF16", "F8_E4M3", "C64", "", "f32"]).map(
+        lambda dtype: layouts({PROMPT: {"dtype": dtype, "shape": [4, 8, 16], "data_offsets": [0, 2048]}}, BODY)
+    ),
+    st.lists(st.integers(-(2**62), 2**62), max_size=4)
+    .filter(lambda shape: shape != [4, 8, 16])
+    .map(lambda shape: layouts({PROMPT: {"dtype": "F32", "shape": shape, "data_offsets": [0, 2048]}}, BODY)),
+    st.integers(0, 2**64 - 1).map(lambda length: length.to_bytes(8, "little") + GOOD.payload[8:]).filter(lambda data: data != GOOD.payload),
+)
+
+
+@settings(max_examples=3000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(payload=forgeries)
+def test_a_forged_payload_is_never_accepted_though_its_digest_fits(payload: bytes) -> None:
+    assert verdict(forged(payload)) is not None
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+)
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    field=st.sampled_from(sorted(json.loads(GOOD.header))),
+    value=json_values,
+    cut=st.integers(0, len(GOOD.header)),
+    junk=st.text(max_size=40),
+    how=st.integers(0, 3),
+)
+def test_no_header_breaks_the_server_or_passes_for_another(field: str, value: object, cut: int, junk: str, how: int) -> None:
+    changed = json.dumps(json.loads(GOOD.header) | {field: value})
+    header = [changed, GOOD.header[:cut], GOOD.header[:cut] + junk + GOOD.header[cut:], "[" * cut + junk][how]
+    reply = read_reply(Frame(header, GOOD.payload), REQUEST, DOWN)
+    if verdict(Frame(header, GOOD.payload)) is None:  # then it says what the good one says, but for figures about the client itself
+        assert isinstance(reply, Update) and (reply.round, reply.client) == (3, "hospital-a") and torch.equal(reply.payload[PROMPT], REPLY.payload[PROMPT])
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        (forged(GOOD.payload, client="hospital-b"), "speaks for another client"),
+        (forged(GOOD.payload, round=2), "a reply to round 2 in round 3"),
+        (forged(GOOD.payload, round=True), "no usable round"),
+        (forged(GOOD.payload, fedsp=2), "not one of fedsp's"),
+        (forged(GOOD.payload, kind="train"), "neither an update nor a refusal"),
+        (forged(GOOD.payload, losses={"speak": float("nan")}), "losses are not"),
+        (forged(GOOD.payload, losses={"speak": 10**400}), "losses are not"),
+        (forged(GOOD.payload, losses={"Jane Doe": 1.0}), "losses are not"),
+        (forged(GOOD.payload, validation="low"), "validation loss is no number"),
+        (forged(GOOD.payload, seconds=None), "seconds"),
+        (Frame("{" + " " * 5000), "more than 4096"),
+        (Frame("", GOOD.payload), "not JSON"),
+        (forged(b""), "no payload"),
+        (forged(GOOD.payload + bytes(10_000)), "bytes where"),
+    ],
+)
+def test_each_fault_has_its_sentence(frame: Frame, reason: str) -> None:
+    assert reason in str(verdict(frame))
+
+
+def test_a_damaged_request_is_not_trained_on() -> None:
+    frame = write_request(REQUEST)
+    with pytest.raises(PayloadError, match="changed on its way"):
+        read_request(Frame(frame.header, frame.payload[:-1] + b"\x00"))
+
+
+@pytest.mark.parametrize("kind", ["good", "not finite", "another dtype", "cut", "header too long"])
+def test_judging_a_reply_takes_less_than_twice_its_size(kind: str) -> None:
+    large = torch.zeros(16, 48, 4096)  # 12 MB
+    if kind == "not finite":
+        large[3, 5, 7] = float("nan")
+    sent = {PROMPT: torch.zeros(16, 48, 4096)}
+    data = {
+        "another dtype": lambda: save({PROMPT: large.to(torch.bfloat16)}),
+        "cut": lambda: save({PROMPT: large})[:-100],
+        "header too long": lambda: (1 << 40).to_bytes(8, "little") + save({PROMPT: large})[8:],
+    }.get(kind, lambda: save({PROMPT: large}))()
+    request, frame, down = replace(REQUEST, payload=sent), forged(data), len(pack(sent))
+    tracemalloc.start()
+    try:
+        reason = admit(read_reply(frame, request, down), {"hospital-a": request}, {}, 1.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (reason is None) == (kind == "good")
+    assert peak + len(data) < 2.1 * len(data), f"{peak} bytes beside the payload's {len(data)}"
