@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from fedsp import commands
 from fedsp.config_file import make_config, read_config
 from fedsp.display import quiet_libraries
-from fedsp.engines.deployment import free_port, init_federation
+from fedsp.engines.deployment import init_federation
+from fedsp.engines.processes import free_port
 from fedsp.runs import RunDirectory
 from fedsp.server import EMBEDDED
 

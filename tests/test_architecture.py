@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "fedsp"
 FLOORS = [
     {"errors", "frames", "engines.leash", "__init__"},
-    {"storage", "payload", "config", "engines.channel"},
+    {"storage", "payload", "config", "engines.channel", "engines.processes"},
     {"config_file", "rounds", "models", "data.files", "credentials", "engines.flower"},
     {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate"},
     {"data.encoding", "engines.remote"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"server"},
     {"clients"},
     {"experiment", "plan", "engines.local", "display"},
-    {"engines.simulation", "engines.deployment"},
+    {"engines.simulation", "engines.deployment", "engines.joining"},
     {"commands", "engines.app.messenger"},
     {"cli"},
     {"__main__"},

@@ -24,7 +24,8 @@ from fedsp import commands
 from fedsp.auxiliary import load_auxiliary
 from fedsp.config_file import make_config
 from fedsp.credentials import CA, make_client_credentials
-from fedsp.engines.deployment import free_port, init_federation
+from fedsp.engines.deployment import init_federation
+from fedsp.engines.processes import free_port
 from fedsp.fitting import trainable
 from fedsp.loading import load_model
 from fedsp.runs import RunDirectory
@@ -265,12 +266,13 @@ def test_three_of_ten_clients_killed_in_one_round_and_it_completes(tmp_path: Pat
         server = deployment.serve("run.toml", "federation.wait_seconds=15", "round.min_clients=7")
         clients = {f"client-{number}": deployment.join(f"client-{number}") for number in range(10)}
         doomed = ("client-1", "client-4", "client-8")
-        until(lambda: all("round 1: received" in deployment.said(client) for client in doomed), 300)
+        until(lambda: (deployment.run / "checkpoint" / "round-00001.safetensors").exists(), 300)
         for client in doomed:
             clients[client].kill()
         assert exited(server, 500) == 0, deployment.said("server")
         records = RunDirectory.open(deployment.run).records()
-        assert [len(record["answered"]) for record in records] in ([10, 7, 7], [10, 10, 7])
+        answered = [len(record["answered"]) for record in records]
+        assert len(records) == 3 and answered[0] == 10 and answered[2] == 7 and answered[1] >= 7, answered
         assert sorted(records[-1]["failed"]) == sorted(doomed)
     finally:
         deployment.stop()

@@ -22,7 +22,8 @@ from fedsp.config import PartyConfig
 from fedsp.config_file import make_config, read_config, read_party
 from fedsp.credentials import read_register, sign, verify
 from fedsp.engines import flower
-from fedsp.engines.deployment import Client, Lookout, gate_command, init_federation, superlink_command, supernode_command
+from fedsp.engines.deployment import gate_command, init_federation, superlink_command
+from fedsp.engines.joining import Client, Lookout, supernode_command
 from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
 from fedsp.frames import Frame
 from fedsp.payload import PROMPT, pack
@@ -76,7 +77,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, 
 @pytest.fixture()
 def place(federation: tuple[RunDirectory, Path], tmp_path: Path) -> Path:
     """A copy of the federation to spoil."""
-    return Path(shutil.copytree(federation[1], tmp_path / "federation"))
+    return Path(shutil.copytree(federation[1], tmp_path / "federation", ignore=shutil.ignore_patterns("state")))
 
 
 def party_of(place: Path, client: str = "client-0", **changes: Any) -> PartyConfig:
@@ -140,8 +141,8 @@ def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(federa
     reply = read_reply(client.respond(frame), request, len(pack(request.payload)))
     assert isinstance(reply, Update), reply
     assert client.respond(frame) == client.respond(frame), "asked again, it says the same"
-    assert json.loads((place / "client-0" / "state" / client.party.package.sha256[:16] / "rounds.json").read_text()) == ["ab 2"]
-    assert len(said) == 3 and "received 16,6" in said[0] and "speak loss" in said[0]
+    assert json.loads((place / "client-0" / "state" / client.party.package.sha256[:16] / "rounds.json").read_text()).keys() == {"ab 2"}
+    assert len(said) == 3 and "received 16,6" in said[0] and "speak loss" in said[0] and said[1] == "round 2: asked again, sent the same"
     assert not any(word in line for line in said for word in ("town of", "trade of", "animal of"))
 
 
@@ -178,6 +179,15 @@ def test_the_client_counts_rounds_over_restarts_and_stops_at_its_own_limit(place
     assert respond(Client(party, Watcher()), run="cd", round=1)[0] == "answered"
     reason, said = respond(Client(party, Watcher()), run="cd", round=2)
     assert reason == REFUSALS["policy"] and "3 rounds were answered" in said[0]
+
+
+def test_a_round_is_answered_once_and_again_only_to_the_very_same_request(place: Path) -> None:
+    """Else a server could ask for as many prompts as it likes under one round's name."""
+    party = party_of(place)
+    assert [respond(Client(party, Watcher()), round=1)[0] for _ in range(2)] == ["answered", "answered"]
+    for other in ({"seed": 2}, {"payload": {PROMPT: torch.ones(4, 8, 128)}}):
+        reason, said = respond(Client(party, Watcher()), round=1, **other)
+        assert reason == REFUSALS["policy"] and "answered already, to another request" in said[0]
 
 
 def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place: Path) -> None:

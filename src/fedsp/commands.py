@@ -108,7 +108,7 @@ def join(path: str | Path, *, watcher: Watcher | None = None) -> int:
         FedspError: whatever cannot be done, as one sentence.
     """
     _require_flower()
-    from fedsp.engines.deployment import join as join_deployment
+    from fedsp.engines.joining import join as join_deployment
 
     return join_deployment(read_party(Path(path)), watcher or Watcher())
 

@@ -102,13 +102,14 @@ def connect(path: str) -> Channel:
 
 
 class DistantWire:
-    """A wire whose other end is in another process of this machine, behind a channel; see `carry`."""
+    """A wire whose other end is in another process of this machine, behind a channel; see `carry`. `check` is called at each look, and may raise."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, check: Callable[[], None] = lambda: None) -> None:
+        self._channel, self._check = channel, check
 
     def nodes(self) -> set[int]:
         """See `Wire.nodes`."""
+        self._check()
         return set(self._call(["nodes"])[0])
 
     def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:

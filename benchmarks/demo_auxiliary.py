@@ -1,0 +1,34 @@
+"""What the demo's auxiliary model can answer by itself, with the prompts that the demo tuned: the table of docs/results/core.md.
+
+fedsp demo --seed 0 --output DEMO
+python benchmarks/demo_auxiliary.py DEMO
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from fedsp.auxiliary import load_auxiliary
+from fedsp.commands import DEMO_ROWS, open_run
+from fedsp.display import quiet_libraries
+from fedsp.server import evaluate_prompt
+
+
+def main(folder: Path) -> None:
+    """Accuracy of each row's best prompt on the test questions, through the global model and through the auxiliary one."""
+    quiet_libraries()
+    torch.set_num_threads(1)
+    auxiliary = load_auxiliary(folder / "auxiliary", device=torch.device("cpu"), positions="hugging_face")
+    print("| prompt of | global model | auxiliary model |\n|---|---|---|")
+    for method in DEMO_ROWS:
+        server, prompt = open_run(folder / method)
+        questions = server.questions
+        through = [evaluate_prompt(model, prompt, questions.test, questions.task, server.tokenizer, server.max_tokens) for model in (server.model, auxiliary)]
+        print(f"| {method} | {through[0]['accuracy']:.1%} | {through[1]['accuracy']:.1%} |")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

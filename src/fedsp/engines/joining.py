@@ -1,0 +1,217 @@
+"""A deployment, at an owner of text: `fedsp join`. The text is in this process alone; Flower's, which carry messages, stand beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import socket
+import ssl
+import sys
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from fedsp.clients import make_client, make_method
+from fedsp.config import PartyConfig
+from fedsp.credentials import CA, CLIENT_KEY, SERVER_PUBLIC
+from fedsp.data.encoding import encode_targets
+from fedsp.data.files import read_rows
+from fedsp.data.tasks import examples_of, find_task
+from fedsp.engines.answering import answer
+from fedsp.engines.channel import SOCKET, Socket
+from fedsp.engines.flower import require_pinning
+from fedsp.engines.processes import Processes, free_port, host_and_port
+from fedsp.errors import ConfigurationError, CredentialError, DeploymentError, PayloadError, PolicyError, first_line
+from fedsp.frames import Frame
+from fedsp.loading import choose_device
+from fedsp.package import hold_against_policy, open_package
+from fedsp.parties import Party, Rest
+from fedsp.payload import check
+from fedsp.prompts import PromptSpec
+from fedsp.rounds import Request
+from fedsp.server import Watcher
+from fedsp.storage import write_bytes, write_json
+from fedsp.wire import END, ROOM
+
+GOODBYE = 4.0
+"""Seconds in which Flower's node hands the last answer over."""
+
+
+class Client:
+    """An owner of text: its rows, the package it was given, its policy, and what it remembers of what it has answered.
+
+    Raises:
+        FedspError: the data, the package or its signature cannot be used, or the policy refuses what the package asks.
+    """
+
+    def __init__(self, party: PartyConfig, watcher: Watcher) -> None:
+        self.party = party
+        self._say = watcher.say
+        examples = examples_of(find_task(party.data.task), read_rows(Path(party.data.train)))
+        device = choose_device(party.device)
+        self.auxiliary, self.agreement = open_package(party.package, Path(party.keys) / SERVER_PUBLIC, device)
+        hold_against_policy(party.policy, self.agreement, self.auxiliary, len(examples))
+        self.rows = encode_targets(self.auxiliary.tokenizer, examples, self.agreement.max_tokens)
+        self._method = make_method(self.agreement, self.auxiliary)
+        self._state = Path(party.state) / party.package.sha256[:16]
+        self._shape = PromptSpec(self.agreement.prompt.space, self.agreement.prompt.length, self.auxiliary.prompt_shape).shape
+        self._last: tuple[Frame, Frame] | None = None
+        self.answered = 0
+
+    def respond(self, frame: Frame) -> Frame:
+        """The answer to a frame; the same frame again gets the same answer again, without training again. What is no request gets an empty frame."""
+        if self._last and self._last[0] == frame:
+            self._say(f"round {json.loads(frame.header)['round']}: asked again, sent the same")
+            return self._last[1]
+        try:
+            if len(frame.payload) > 4 * math.prod(self._shape) + ROOM:
+                raise PayloadError("they are more than a prompt has")
+            reply = answer(frame, self._method, partial(self._open, frame), allow=partial(self._allow, frame), log=self._log)
+        except PayloadError as error:
+            self._say(f"received {_amount(frame)} that are no request: {error}")
+            return Frame("")
+        self._last = frame, reply
+        self.answered += 1
+        said = json.loads(reply.header)
+        what = said.get("losses") or said.get("code") or ""
+        self._say(
+            f"round {said['round']}: received {_amount(frame)}, sent {_amount(reply)}: {said['kind']} {what if isinstance(what, str) else _figures(what)}"
+        )
+        return reply
+
+    def _open(self, frame: Frame, client: str) -> Party:
+        rest = Rest(self._state / str(json.loads(frame.header)["run"]))
+        return make_client(client, self.agreement, self.auxiliary, self.rows, rest)
+
+    def _allow(self, frame: Frame, request: Request) -> None:
+        """Raises PolicyError or PayloadError for a request outside the package's agreement or the client's own floor.
+
+        A round is answered once: again only to the very same request, as a server that was killed and resumed sends it.
+        """
+        if request.client != self.party.name:
+            raise PolicyError("the request is for another client")
+        if not re.fullmatch(r"[0-9a-f]{1,32}", request.run):
+            raise PolicyError("the request's run has no usable identity")
+        if not 1 <= request.round <= self.agreement.rounds + (not request.train):
+            raise PolicyError(f"round {request.round} is not one of the {self.agreement.rounds} that the package speaks of")
+        check(request.payload, self._shape)
+        path = self._state / "rounds.json"
+        answered: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        this, digest = f"{request.run} {request.round}", hashlib.sha256(frame.header.encode()).hexdigest()
+        if answered.get(this, digest) != digest:
+            raise PolicyError(f"round {request.round} was answered already, to another request")
+        if this not in answered and len(answered) >= self.party.policy.max_rounds:
+            raise PolicyError(f"{len(answered)} rounds were answered under this package, policy.max_rounds allows no more")
+        write_json(path, {**answered, this: digest})
+
+    def _log(self, request: Request, error: Exception) -> None:
+        """What is said of a fault on this machine: whole sentences of fedsp's, and of anything else only its kind, since its text may hold yours."""
+        what = first_line(error) if isinstance(error, PolicyError | PayloadError) else type(error).__name__
+        self._say(f"round {request.round}: not done: {what}")
+
+
+def join(party: PartyConfig, watcher: Watcher) -> int:
+    """Answer the server's requests until it says that the run is finished; returns the number of requests answered.
+
+    With FEDSP_SOCKET set, no process of Flower's is started: a SuperNode of one's own runs with the same variable.
+
+    Raises:
+        FedspError: the client cannot take part, or Flower's process on this machine has ended.
+    """
+    client = Client(party, watcher)
+    host, port = host_and_port(party.server, "server")
+    for name in (CA, CLIENT_KEY, SERVER_PUBLIC):
+        if not (Path(party.keys) / name).is_file():
+            raise ConfigurationError(f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp federation init` made for this client")
+    require_pinning()
+    with ExitStack() as stack:
+        listening = Socket(os.environ.get(SOCKET))
+        stack.callback(listening.close)
+        place = Path(party.state) / "flower"
+        own = _own_client_app(place)
+        processes = Processes(place, {"FLWR_HOME": str((place / "home").resolve()), SOCKET: listening.path})
+        processes.environment["PATH"] = f"{own}{os.pathsep}{processes.environment['PATH']}"
+        stack.callback(processes.stop)
+        start = partial(processes.start, "supernode", *supernode_command(party, free_port()))
+        if SOCKET not in os.environ:
+            start()
+        watcher.say(f"{party.name} joins {party.server} with {len(client.rows)} examples; Flower's log is {place / 'supernode.log'}")
+        look = Lookout(host, port, Path(party.keys) / CA, watcher)
+
+        def check() -> None:
+            look.out()
+            if processes.ended("supernode") and "SuperNode ID" in processes.said("supernode"):
+                start()  # it was in, and the server that knew it is gone: the one that comes after will know it anew
+            processes.check()
+
+        finished = False
+        while not finished:
+            channel = listening.accept(check)
+            with contextlib.suppress(DeploymentError, OSError, ValueError):  # whoever asked has gone, or was nobody of ours
+                _, (frame,) = channel.receive()
+                finished = frame == END
+                channel.send(None, [END if finished else client.respond(frame)])
+            channel.close()
+        time.sleep(GOODBYE)
+    return client.answered
+
+
+class Lookout:
+    """Looks now and then whether the server can be reached, and says so when that changes."""
+
+    def __init__(self, host: str, port: int, authority: Path, watcher: Watcher, every: float = 5.0) -> None:
+        self._address, self._every, self._say = (host, port), every, watcher.say
+        self._context = ssl.create_default_context(cafile=str(authority))
+        self._next, self._reached = 0.0, True
+
+    def out(self) -> None:
+        """Look, if it is time to.
+
+        Raises:
+            CredentialError: what answers there is not the server that `ca.crt` vouches for.
+        """
+        if time.monotonic() < self._next:
+            return
+        try:
+            with socket.create_connection(self._address, 2) as plain, self._context.wrap_socket(plain, server_hostname=self._address[0]):
+                reached = True
+        except ssl.SSLCertVerificationError as error:
+            raise CredentialError(
+                f"what answers at {self._address[0]}:{self._address[1]} is not the server that ca.crt vouches for ({error.verify_message}): check `server` and `keys`, and ask the owner of the model"
+            ) from error
+        except OSError:
+            reached = False
+        if reached != self._reached:
+            self._say(
+                "the server answers again" if reached else f"the server does not answer at {self._address[0]}:{self._address[1]}; this client keeps trying"
+            )
+        self._reached, self._next = reached, time.monotonic() + self._every
+
+
+def supernode_command(party: PartyConfig, port: int) -> list[str]:
+    """Flower's own command for a client's SuperNode."""
+    keys = Path(party.keys)
+    tls = ["--root-certificates", str(keys / CA), "--auth-supernode-private-key", str(keys / CLIENT_KEY)]
+    return ["flower-supernode", "--superlink", party.server, *tls, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def _own_client_app(place: Path) -> Path:
+    """A folder with our own `flwr-clientapp`, which runs this installation's app and never the bundle that the server sends."""
+    folder = place / "bin"
+    script = folder / "flwr-clientapp"
+    write_bytes(script, f"#!{sys.executable}\nfrom fedsp.engines.flower import run_pinned_client_app\n\nrun_pinned_client_app()\n".encode())
+    script.chmod(0o700)
+    return folder.resolve()
+
+
+def _amount(frame: Frame) -> str:
+    return f"{sum(frame.sizes().values()):,} bytes"
+
+
+def _figures(losses: dict[str, float]) -> str:
+    return ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items())

@@ -1,0 +1,139 @@
+"""Flower's processes of one party: started on a leash, watched, and ended with the party's own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedsp.errors import ConfigurationError, CredentialError, DeploymentError
+
+START = 120.0
+"""Seconds that Flower's processes may take to start."""
+
+FLOWER = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+    "OMP_NUM_THREADS": "1",
+    "NO_COLOR": "1",
+}
+
+
+class Processes:
+    """Flower's processes of one party, each on a leash and with a log of its own."""
+
+    def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = logs
+        self.environment = {**os.environ, **FLOWER, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", **environment}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._since: dict[str, int] = {}
+
+    def start(self, name: str, *command: str) -> None:
+        """Start a command; it ends when this process does, however that ends."""
+        path = self._logs / f"{name}.log"
+        self._since[name] = path.stat().st_size if path.exists() else 0
+        with open(path, "ab") as log:
+            leash = [sys.executable, "-m", "fedsp.engines.leash", *command]
+            self._running[name] = subprocess.Popen(leash, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment)
+
+    def once(self, *command: str) -> str:
+        """Run a command to its end; returns what it printed.
+
+        Raises:
+            DeploymentError: it failed.
+        """
+        try:
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=START, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise DeploymentError(f"`{' '.join(command[:3])} ...` failed: {error}") from error
+        if done.returncode:
+            raise DeploymentError(f"`{' '.join(command[:3])} ...` failed: {(done.stdout + done.stderr).strip()[-300:]}")
+        return done.stdout
+
+    def check(self) -> None:
+        """See that every process is running.
+
+        Raises:
+            CredentialError: a client's has ended since the server does not know its key.
+            DeploymentError: one has ended for any other reason.
+        """
+        for name in filter(self.ended, self._running):
+            log = self._logs / f"{name}.log"
+            if "Failed to activate SuperNode" in self.said(name):
+                raise CredentialError("the server refuses this client: its key is not in the server's register; ask the owner of the model")
+            raise DeploymentError(f"Flower's {name} has ended with code {self._running[name].returncode}; its log, {log}, says why")
+
+    def ended(self, name: str) -> bool:
+        """Whether a process was started and has ended."""
+        return name in self._running and self._running[name].poll() is not None
+
+    def said(self, name: str) -> str:
+        """What a process has written to its log since it was started last."""
+        with open(self._logs / f"{name}.log", "rb") as log:
+            log.seek(self._since[name])
+            return log.read().decode(errors="replace")
+
+    def stop(self) -> None:
+        """End them all and wait until they are gone."""
+        for process in self._running.values():
+            assert process.stdin
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        for process in self._running.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+        self._running.clear()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def host_and_port(text: str, key: str) -> tuple[str, int]:
+    """The two parts of host:port.
+
+    Raises:
+        ConfigurationError: it is none; `key` says where it stands.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigurationError(f"{key}: {text!r} is no host:port, such as 0.0.0.0:8000")
+    return host, int(port)
+
+
+def require_free(host: str, port: int, key: str) -> None:
+    """See that nobody listens there.
+
+    Raises:
+        ConfigurationError: somebody does, or this machine has no such address.
+    """
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise ConfigurationError(f"{key}: cannot listen on {host}:{port} ({error.strerror}): end what listens there, or choose another") from error
+
+
+def wait_for_port(host: str, port: int, name: str, processes: Processes) -> None:
+    """Wait until a started process listens.
+
+    Raises:
+        DeploymentError: it has ended, or does not listen in time.
+    """
+    until = time.monotonic() + START
+    while time.monotonic() < until:
+        processes.check()
+        with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
+            return
+        time.sleep(0.1)
+    raise DeploymentError(f"Flower's {name} does not listen on port {port} after {START:g} s")
