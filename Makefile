@@ -15,10 +15,10 @@ test: .venv/ready-dev
 	$(MAKE) deployment
 
 unit:
-	$(BIN)/python -m pytest -m "not recipe and not deployment"
+	$(BIN)/python -m pytest -n auto -m "not recipe and not harness and not deployment"
 
 recipe:
-	$(BIN)/python -m pytest -m recipe
+	$(BIN)/python -m pytest -n auto -m "recipe or harness"
 
 deployment:
 	$(BIN)/python -m pytest -m deployment

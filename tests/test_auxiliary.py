@@ -185,7 +185,7 @@ def test_the_paper_s_sizes(tmp_path: Path) -> None:
     from transformers import GPT2Config
 
     GPT2Config(n_embd=1600, n_layer=48, n_head=25).save_pretrained(tmp_path)
-    plan = make_plan(make_config({"preset": "paper", "model": {"name": str(tmp_path)}, "data": {}}))
+    plan = make_plan(make_config({"preset": "paper", "model": {"name": str(tmp_path)}, "data": {}}), clients=10)
     assert plan.global_parameters == 1_557_611_200
     assert plan.auxiliary_parameters == 112_793_600
     assert plan.prompt_parameters == 6_144_000
@@ -195,7 +195,7 @@ def test_the_paper_s_sizes(tmp_path: Path) -> None:
 
 def test_the_plan_agrees_with_what_is_built_and_what_torch_counts() -> None:
     model = load_model(str(EMBEDDED / "model"), device="cpu")
-    plan = make_plan(config("ends(2)", "embedded", prompt={"length": 16}, client={"align_steps": 1}))
+    plan = make_plan(config("ends(2)", "embedded", prompt={"length": 16}, client={"align_steps": 1}), clients=10)
     auxiliary = build_auxiliary(model, parse_plan("ends(2)", 8), TOKENIZER)
     auxiliary.model.set_attn_implementation("eager")  # torch's counter does not know the fused kernel of the CPU
     assert plan.global_parameters == sum(p.numel() for p in trainable(model.model).values())

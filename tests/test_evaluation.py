@@ -93,6 +93,7 @@ def real_model(science: Path) -> tuple[Any, Tokenizer]:
     return load_model(str(science), device="cpu"), load_tokenizer(str(science))
 
 
+@pytest.mark.harness
 @pytest.mark.parametrize("name", ["arc_easy", "piqa", "sciq"])
 def test_figures_equal_the_harness_on_200_real_documents(name: str, real_model: tuple[Any, Tokenizer], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with the eval extra")

@@ -66,10 +66,10 @@ def init(
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None) -> None:
     """Print what a run will cost and disclose, before anything is trained."""
+    from fedsp import commands
     from fedsp.display import Display, plan_table
-    from fedsp.plan import make_plan
 
-    figures = make_plan(_read(config, overrides)).to_json()
+    figures = commands.plan(_read(config, overrides))
     with Display() as display:
         display.print(plan_table(figures))
     _write(json_file, figures)

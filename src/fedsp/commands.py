@@ -18,6 +18,7 @@ from fedsp.config_file import apply_override, make_config, read_config, read_par
 from fedsp.engines.local import local
 from fedsp.errors import ConfigurationError, DataError, FedspError, RunError
 from fedsp.experiment import run_experiment
+from fedsp.plan import make_plan
 from fedsp.prompts import SoftPrompt, export_peft, read_prompt
 from fedsp.runs import RunDirectory, differing_keys, find_runs
 from fedsp.server import EMBEDDED, Server, Watcher, evaluate_prompt, load_questions, make_auxiliary, open_server
@@ -123,6 +124,22 @@ def init_federation(folder: str | Path, clients: Sequence[str], address: str) ->
     from fedsp.engines.deployment import init_federation as init
 
     init(Path(folder), list(clients), address)
+
+
+def plan(config: RunConfig) -> Figures:
+    """What a run will cost and disclose, before anything is trained.
+
+    Raises:
+        FedspError: whatever cannot be done, as one sentence.
+    """
+    natural = config.partition.kind == "natural"
+    clients = len(load_questions(config).partition.clients) if natural and not config.federation else config.partition.clients
+    if config.federation:
+        _require_flower()
+        from fedsp.credentials import read_register
+
+        clients = len(read_register(Path(config.federation.folder)))
+    return make_plan(config, clients).to_json()
 
 
 def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = None) -> Figures:

@@ -53,8 +53,8 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: RunConfig) -> Plan:
-    """Count everything that the configuration implies.
+def make_plan(config: RunConfig, clients: int) -> Plan:
+    """Count everything that the configuration implies for a run with so many clients.
 
     Memory is weights, gradients and AdamW's moments in float32; activations come on top. The disclosed share is what stays bit for bit
     after distillation; the handed-out share is what would, with no distillation.
@@ -73,7 +73,7 @@ def make_plan(config: RunConfig) -> Plan:
     shape = shape_of(global_config)
     spec = PromptSpec(config.prompt.space, config.prompt.length, shape)
     message = len(pack({PROMPT: torch.zeros(spec.shape)}))
-    asked = config.partition.clients if config.round.clients is None else min(config.round.clients, config.partition.clients)
+    asked = clients if config.round.clients is None else min(config.round.clients, clients)
     whole, small = _count(model), _count(auxiliary)
     blocks = find_blocks(auxiliary.base_model, plan.depth, name)[1]
     free = {id(p): p.numel() for block, frozen in zip(blocks, plan.frozen, strict=True) if not frozen for p in block.parameters()}
