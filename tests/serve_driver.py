@@ -38,11 +38,11 @@ def arm(boundary: str, round: int) -> None:
     elif boundary == "after-one-reply":
         read, counted = getattr(remote, "read_reply"), [0]
 
-        def dying_read(frame: Any, request: Any, down: int) -> Any:
+        def dying_read(frame: Any, request: Any) -> Any:
             counted[0] += request.round == round
             if counted[0] == 2:
                 die()
-            return read(frame, request, down)
+            return read(frame, request)
 
         setattr(remote, "read_reply", dying_read)
     elif boundary == "after-aggregation":

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "frames", "engines.leash", "__init__"},
     {"storage", "payload", "config", "engines.channel", "engines.processes"},
     {"config_file", "rounds", "models", "data.files", "credentials", "engines.flower"},
-    {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate"},
+    {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate", "engines.pinned"},
     {"data.encoding", "engines.remote"},
     {"fitting", "evaluation"},
     {"auxiliary"},

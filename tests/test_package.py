@@ -7,6 +7,7 @@ import json
 import shutil
 import ssl
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from fedsp.cli import main
 from fedsp.config import PartyConfig
 from fedsp.config_file import make_config, read_config, read_party
 from fedsp.credentials import read_register, sign, verify
-from fedsp.engines import flower
+from fedsp.engines import pinned
 from fedsp.engines.deployment import gate_command, init_federation, superlink_command
 from fedsp.engines.joining import Client, Lookout, supernode_command
 from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
 from fedsp.frames import Frame
-from fedsp.payload import PROMPT, pack
+from fedsp.payload import PROMPT
 from fedsp.prompts import read_prompt
 from fedsp.rounds import Request, Update, derive_seed
 from fedsp.runs import RunDirectory
@@ -123,7 +124,7 @@ def test_the_server_s_template_is_a_configuration_once_it_names_a_model(tmp_path
 
 def test_flower_s_own_commands_are_the_documented_ones(place: Path) -> None:
     assert "--enable-supernode-auth" in superlink_command(place, 1) and "127.0.0.1" in superlink_command(place, 1)
-    assert "--insecure" not in [*superlink_command(place, 1), *supernode_command(party_of(place), 1), *gate_command("h", 1, 2, place, place)]
+    assert "--insecure" not in [*superlink_command(place, 1), *supernode_command(party_of(place), 1, place), *gate_command("h", 1, 2, place, place)]
 
 
 def test_the_package_holds_no_file_name_of_the_server_s(federation: tuple[RunDirectory, Path]) -> None:
@@ -137,12 +138,12 @@ def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(federa
     client = Client(party_of(place), Watcher(say=said.append))
     first = read_prompt(local.path / "prompts" / "round-00001.safetensors").values()
     request = Request("ab", 2, "client-0", derive_seed(0, "client", "client-0", 2), {PROMPT: first})
-    frame = write_request(request)
-    reply = read_reply(client.respond(frame), request, len(pack(request.payload)))
+    frame = write_request(request, client.party.package.sha256)
+    reply = read_reply(client.respond(frame), request)
     assert isinstance(reply, Update), reply
     assert client.respond(frame) == client.respond(frame), "asked again, it says the same"
     assert json.loads((place / "client-0" / "state" / client.party.package.sha256[:16] / "rounds.json").read_text()).keys() == {"ab 2"}
-    assert len(said) == 3 and "received 16,6" in said[0] and "speak loss" in said[0] and said[1] == "round 2: asked again, sent the same"
+    assert len(said) == 3 and "received 16,7" in said[0] and "speak loss" in said[0] and said[1] == "round 2: asked again, sent the same"
     assert not any(word in line for line in said for word in ("town of", "trade of", "animal of"))
 
 
@@ -152,7 +153,7 @@ def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
     request = Request(**values)
     said: list[str] = []
     client._say = said.append
-    reply = read_reply(client.respond(write_request(request)), request, len(pack(request.payload)))
+    reply = read_reply(client.respond(write_request(request, client.party.package.sha256)), request)
     return getattr(reply, "reason", "answered"), said
 
 
@@ -204,24 +205,52 @@ def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place:
     assert respond(client)[0] == "answered"
 
 
-def test_a_bundle_that_the_server_sends_is_never_installed_or_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower's client runner keeps the three doors that `run_pinned_client_app` shuts, and they are shut when it runs."""
-    command = importlib.import_module("flwr.supernode.cli.flwr_clientapp")
-    run_clientapp = importlib.import_module("flwr.supernode.runtime.run_clientapp")
-    for name in flower.PINNED:
-        monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))
-    seen: list[Any] = []
+@pytest.fixture()
+def unpinned(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Flower's modules as they are; what a test pins is put back."""
+    for module, names in pinned.REPLACED.items():
+        for name in names:
+            monkeypatch.setattr(importlib.import_module(module), name, getattr(importlib.import_module(module), name))
+    plugin = importlib.import_module("flwr.supercore.superexec.run_superexec").AutoExecPlugin
+    monkeypatch.setattr(plugin, "supported_task_types", plugin.supported_task_types)
+    return monkeypatch
 
-    def runner() -> None:
-        seen.append(run_clientapp.install_from_fab(b"hostile", skip_prompt=True))
-        seen.append(run_clientapp.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)("id", "1", "hash"))
 
-    monkeypatch.setattr(command, "flwr_clientapp", runner)
-    flower.run_pinned_client_app()
-    assert seen[0] is None and type(seen[1]).__name__ == "ClientApp"
-    monkeypatch.delattr(run_clientapp, "install_from_fab")
+def test_a_bundle_that_the_server_sends_is_never_installed_or_loaded(unpinned: Any) -> None:
+    pinned.pin_client_app()
+    runner: Any = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    assert runner.install_from_fab(b"hostile", skip_prompt=True) is None
+    assert type(runner.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)("id", "1", "hash")).__name__ == "ClientApp"
+
+
+def test_no_kind_of_task_but_our_client_app_is_ever_started(unpinned: Any) -> None:
+    """Flower can run agents, models and more at a client, each of which would install what the server sends."""
+    started: list[list[str]] = []
+    unpinned.setattr(subprocess, "Popen", started.append)
+    pinned.pin_executor()
+    module: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
+    kinds = list(importlib.import_module("flwr.supercore.constant").TaskType)
+    specification = importlib.import_module("flwr.supercore.superexec.executor").ExecutionSpec
+    executor = module.get_executor("subprocess")
+    assert executor.get_eligible_capacity(set(kinds)) == ({"flwr-clientapp"}, set()) and module.AutoExecPlugin.supported_task_types == {"flwr-clientapp"}
+    for kind in kinds:
+        result = executor.launch(specification(kind, "127.0.0.1:1", "token", True, None, False, 1, False, 7, None))
+        assert (result.status == "accepted") == (kind == "flwr-clientapp")
+    assert [command[:4] for command in started] == [[sys.executable, "-m", "fedsp.engines.pinned", "clientapp"]]
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in pinned.REPLACED.items() for name in names])
+def test_a_flower_that_cannot_be_pinned_is_refused(unpinned: Any, module: str, name: str) -> None:
+    unpinned.delattr(importlib.import_module(module), name)
     with pytest.raises(DeploymentError, match="cannot be kept from running code"):
-        flower.run_pinned_client_app()
+        pinned.require_pinning()
+
+
+def test_a_request_about_another_package_is_refused(place: Path) -> None:
+    client = Client(party_of(place), Watcher())
+    request = Request("ab", 1, "client-0", 1, {PROMPT: torch.zeros(4, 8, 128)})
+    reply = read_reply(client.respond(write_request(request, "0" * 64)), request)
+    assert getattr(reply, "reason", "") == REFUSALS["policy"]
 
 
 @pytest.mark.parametrize(
@@ -294,6 +323,8 @@ REGISTERS = {
     '[clients.a]\npublic_key = "clients/client-0.pub"\nexamples = 0\n': "examples is 0, expected a whole number of at least 1",
     '[clients.a]\npublic_key = "clients/a.pub"\nexamples = 1\n': "there is no public key",
     "": "names no client",
+    "clients = 3": "clients is no table",
+    "[[clients]]": "clients is no table",
     "[clients": "is not a TOML file",
 }
 
@@ -319,6 +350,14 @@ WRONG: dict[str, tuple[list[str], Any, str]] = {
     "an engine": (["run", "run.toml", "--engine", "cloud"], lambda server: None, "unknown engine 'cloud'"),
     "federation again": (["federation", "init", "..", "--clients", "a"], lambda server: None, "is in use: give a new folder; keys are never written over"),
     "a client's name": (["federation", "init", "new", "--clients", "a,../b"], lambda server: None, "'../b' is no name for a client"),
+    "a reserved name": (["federation", "init", "new", "--clients", "ca.key"], lambda server: None, "'ca.key' is no name for a client"),
+    "a name in no ASCII": (
+        ["federation", "init", "new", "--clients", "a", "--address", "münchen.de:8000"],
+        lambda server: None,
+        "has letters that a certificate cannot",
+    ),
+    "a port in no ASCII": (["federation", "init", "new", "--clients", "a", "--address", "localhost:²"], lambda server: None, "is no host:port"),
+    "a certificate": (["join", "../client-0/party.toml"], lambda server: (server.parent / "client-0" / "ca.crt").write_text("no"), "is no certificate"),
     "a client twice": (["federation", "init", "new", "--clients", "a,a"], lambda server: None, "give each client once"),
     "no party": (["join", "nothing.toml"], lambda server: None, "there is no file nothing.toml; `fedsp federation init` writes one"),
     "a party's key": (

@@ -99,7 +99,7 @@ def test_everybody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_client_that_comes_late_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     said: list[str] = []
-    wire = ListWire(good, lambda: ALL if clock.now > 30 else {11, 22})
+    wire = ListWire(lambda node, frame: good(node, frame) if node != 33 or clock.now > 32 else None, lambda: ALL if clock.now > 30 else {11, 22})
     replies = list(remote(wire, NODES, Patience(wait=60), QUIET, said.append)(REQUESTS))
     assert all(isinstance(reply, Update) for reply in replies)
     assert said == ["round 1: waiting for c to connect", "round 1: every asked client is connected"]
@@ -130,7 +130,16 @@ def test_a_network_cut_of_a_minute_is_bridged(monkeypatch: pytest.MonkeyPatch) -
 
     wire = ListWire(respond, lambda: {11, 22} if cut() else ALL)
     assert outcome(wire, wait=120.0) == {"a": "ok", "b": "ok", "c": "ok"}
-    assert [node for node, _ in wire.sent].count(33) == 2 and wire.sent[2] == wire.sent[3], "asked again, with the very same request"
+    asked = [frame for node, frame in wire.sent if node == 33]
+    assert len(asked) == 2 and asked[0] == asked[1], "asked again, with the very same request"
+
+
+def test_a_client_that_is_lost_again_and_again_fails_in_its_time_and_is_not_asked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in place of a reply, each time at once: by Flower, when a message has expired, or by a client that means it."""
+    clock = Clock(monkeypatch)
+    wire = ListWire(lambda node, frame: "lost" if node == 22 else good(node, frame), lambda: ALL)
+    assert outcome(wire, reply=100.0) == {"a": "ok", "b": "no reply within 100 s", "c": "ok"}
+    assert clock.now < 101 and [node for node, _ in wire.sent].count(22) <= 21
 
 
 def test_a_client_that_was_restarted_is_asked_again_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +191,17 @@ def test_over_a_wire_a_run_has_the_bits_of_a_run_in_one_place(tmp_path: Path, mo
     run = RunDirectory.create(make_config(settings(tmp_path / "wire", **changes)))
     run_experiment(run, engine_over(answering, numbered), Watcher())
     assert prompt_bits(tmp_path / "local" / "run") == prompt_bits(tmp_path / "wire" / "run")
+
+
+def without_losses(request: Request) -> Frame:
+    return write_update(Update(request.round, request.client, request.payload, {}), train=True)
+
+
+def test_a_client_that_tells_no_losses_does_not_stop_the_round(tmp_path: Path) -> None:
+    run = RunDirectory.create(make_config(settings(tmp_path)))
+    spoil = lambda node, request, reply: without_losses(request) if node == 101 else reply
+    run_experiment(run, engine_over(lambda clients: answering(clients, spoil), numbered), Watcher())
+    assert [len(record["answered"]) for record in run.records()] == [3, 3, 3] and all("speak" in record["client_losses"] for record in run.records())
 
 
 BAD: dict[str, Callable[[Request], Frame]] = {

@@ -198,7 +198,7 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
         shape = ModelShape(**manifest["prompt_shape"])
         weights, _ = read_tensors(folder / WEIGHTS)
         expected = [manifest["sha256"]] + ([digest] if digest else [])
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = load_tokenizer(str(folder))
     except FileNotFoundError as error:
         raise AuxiliaryError(f"{folder} holds no auxiliary model: there is no {Path(str(error.filename)).name}; `fedsp distill` writes one") from error

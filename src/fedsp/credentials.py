@@ -105,6 +105,8 @@ def read_register(folder: Path) -> dict[str, Member]:
         raise ConfigurationError(f"federation.folder: there is no register {path}; `fedsp federation init` writes one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
+    if not isinstance(entries, dict):
+        raise ConfigurationError(f"{path}: clients is no table; write one [clients.NAME] table for each client")
     register: dict[str, Member] = {}
     for name, entry in entries.items():
         if not isinstance(entry, dict) or set(entry) - {"node"} != {"public_key", "examples"}:

@@ -151,6 +151,7 @@ def _clients_loss(updates: Mapping[str, Update], register: Register) -> float | 
 
 
 def _mean_losses(updates: Mapping[str, Update]) -> dict[str, float]:
-    """The mean of each stage's last loss over the clients."""
+    """The mean of each stage's last loss over the clients that tell it."""
     names = sorted({name for update in updates.values() for name in update.losses})
-    return {name: sum(update.losses[name] for _, update in sorted(updates.items())) / len(updates) for name in names}
+    told = {name: [update.losses[name] for _, update in sorted(updates.items()) if name in update.losses] for name in names}
+    return {name: sum(losses) / len(losses) for name, losses in told.items()}

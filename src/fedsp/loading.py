@@ -33,7 +33,7 @@ def load_model(name: str, *, device: str = "auto", positions: Positions = "huggi
     where = choose_device(device)
     read_model_config(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if where.type == "cuda" else torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if where.type == "cuda" else torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_not_loaded(name, error)) from error
     model.requires_grad_(False)
@@ -47,7 +47,7 @@ def read_model_config(name: str) -> Any:
         ModelError: there is no such model, or it is an encoder-decoder.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_not_loaded(name, error)) from error
     if config.is_encoder_decoder:
@@ -66,7 +66,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         ModelError: there is none.
     """
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
     return tokenizer

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import platform
+import secrets
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -37,7 +38,7 @@ from fedsp.federation import Standing
 from fedsp.parties import Rest
 from fedsp.payload import PROMPT
 from fedsp.prompts import PromptSpec, SoftPrompt
-from fedsp.rounds import RoundRecord, derive_seed
+from fedsp.rounds import RoundRecord
 from fedsp.storage import read_tensors, write_bytes, write_json, write_tensors
 
 CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
@@ -73,12 +74,12 @@ class RunDirectory:
                 else "this very run, unfinished"
             )
             raise RunError(
-                f"{path} holds {state}: {'resume it with `fedsp run --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=..."
+                f"{path} holds {state}: {'resume it with `fedsp ' + ('serve' if config.federation else 'run') + ' --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=..."
             )
         if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN}):
             raise RunError(f"{path} is in use and is no run: give an empty or a new folder with output=...")
         run = cls(path, config)
-        identity = f"{derive_seed(config.seed, config.model_dump_json()):016x}"
+        identity = secrets.token_hex(8)  # no draw comes from it; a run that is done anew is another run to its clients
         write_json(path / RUN, {"run": identity, "seed": config.seed, "threads": torch.get_num_threads(), "versions": versions()})
         write_bytes(path / CONFIG, tomli_w.dumps(config.model_dump(exclude_none=True)).encode())
         return run
@@ -205,7 +206,7 @@ class RunDirectory:
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
-                break  # cut short by a kill
+                continue  # cut short by a kill or a full disk
         return lines
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
     first, second = one.model_dump(), other.model_dump()
     names = []
     for key in first:
-        if isinstance(first[key], dict):
+        if isinstance(first[key], dict) and isinstance(second[key], dict):
             names += [f"{key}.{name}" for name in first[key] if first[key][name] != second[key][name]]
         elif key != "output" and first[key] != second[key]:
             names.append(key)

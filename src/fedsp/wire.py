@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from fedsp.rounds import Failure, Request, Update
 VERSION = 1
 LONGEST_HEADER = 4096
 ROOM = 1024
-"""Bytes by which a reply's payload may be longer than what was sent: names and padding, never another tensor."""
+"""Bytes by which a payload may be longer than its numbers: names and padding, never another tensor."""
 
 REFUSALS = {
     "policy": "the client's own policy does not allow this request",
@@ -33,10 +32,12 @@ END = Frame(json.dumps({"fedsp": VERSION, "kind": "end"}))
 """Said to every client when a run is finished; there is nothing to answer."""
 
 
-def write_request(request: Request) -> Frame:
-    """A request as it travels."""
+def write_request(request: Request, package: str = "") -> Frame:
+    """A request as it travels, with the digest of the package that it is about."""
     kind = "train" if request.train else "validate"
-    return _frame({"kind": kind, "run": request.run, "round": request.round, "client": request.client, "seed": request.seed}, pack(request.payload))
+    return _frame(
+        {"kind": kind, "package": package, "run": request.run, "round": request.round, "client": request.client, "seed": request.seed}, pack(request.payload)
+    )
 
 
 def read_request(frame: Frame) -> Request:
@@ -70,21 +71,22 @@ def write_refusal(request: Request, code: str) -> Frame:
     return _frame({"kind": "refusal", "round": request.round, "client": request.client, "code": code}, b"")
 
 
-def read_reply(frame: Frame, request: Request, bytes_down: int) -> Update | Failure:
-    """What a client answered to a request, or why that cannot be used; `bytes_down` is the size of the payload that was sent.
+def read_reply(frame: Frame, request: Request) -> Update | Failure:
+    """What a client answered to a request, or why that cannot be used.
 
     Raises nothing, whatever the bytes are: a client that sends nonsense has failed, and the round goes on.
     """
     try:
-        reply = _read_reply(frame, request, bytes_down)
+        reply = _read_reply(frame, request)
     except PayloadError as error:
         reply = Failure(request.round, request.client, str(error))
-    return replace(reply, bytes_up=len(frame.payload), bytes_down=bytes_down)
+    return replace(reply, bytes_up=len(frame.payload))
 
 
-def _read_reply(frame: Frame, request: Request, bytes_down: int) -> Update | Failure:
-    if len(frame.payload) > bytes_down + ROOM:
-        raise PayloadError(f"the reply has {len(frame.payload)} bytes where {bytes_down} were sent")
+def _read_reply(frame: Frame, request: Request) -> Update | Failure:
+    most = 4 * sum(tensor.numel() for tensor in request.payload.values()) + ROOM
+    if len(frame.payload) > most:
+        raise PayloadError(f"the reply has {len(frame.payload)} bytes, more than the {most} that a prompt can have")
     fields = _fields(frame, {"kind": str, "round": int, "client": str})
     if fields["client"] != request.client:
         raise PayloadError("the reply speaks for another client")
@@ -93,14 +95,20 @@ def _read_reply(frame: Frame, request: Request, bytes_down: int) -> Update | Fai
     if fields["kind"] != "update":
         raise PayloadError("the reply is neither an update nor a refusal")
     losses, validation, seconds, shortened = (fields.get(key) for key in ("losses", "validation", "seconds", "shortened"))
-    if not isinstance(losses, dict) or len(losses) > 8 or not all(re.fullmatch(r"[a-z_]{1,20}", name) and _is_finite(value) for name, value in losses.items()):
-        raise PayloadError("the reply's losses are not a few finite numbers by name")
-    if validation is not None and not isinstance(validation, int | float):
-        raise PayloadError("the reply's validation loss is no number")
-    if not isinstance(seconds, int | float) or not _is_finite(seconds) or not isinstance(shortened, int) or isinstance(shortened, bool):
-        raise PayloadError("the reply's seconds or count of shortened examples is no number")
+    if not isinstance(losses, dict) or len(losses) > 8 or not all(re.fullmatch(r"[a-z_]{1,20}", name) for name in losses):
+        raise PayloadError("the reply's losses are not a few numbers by name")
+    told = {name: _figure(value, f"loss {name!r}", 1e4) for name, value in losses.items()}
+    validated = None if validation is None else _figure(validation, "validation loss", 1e4)
     payload = _payload(frame, fields) if request.train else request.payload
-    return Update(fields["round"], request.client, payload, losses, validation, max(0.0, float(seconds)), max(0, shortened))
+    return Update(
+        fields["round"],
+        request.client,
+        payload,
+        told,
+        validated,
+        _figure(seconds, "seconds", 1e9),
+        int(_figure(shortened, "count of shortened examples", 1e12)),
+    )
 
 
 def _frame(fields: dict[str, Any], payload: bytes) -> Frame:
@@ -129,8 +137,8 @@ def _payload(frame: Frame, fields: dict[str, Any]) -> Payload:
     return unpack(frame.payload)
 
 
-def _is_finite(value: object) -> bool:
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond any float
-        return False
+def _figure(value: object, name: str, most: float) -> float:
+    """A figure that a client tells of itself: a number from 0 to `most`, so that no client's word can carry a mean away."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise PayloadError(f"the reply's {name} is no number from 0 to {most:g}")
+    return float(value)

@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -71,13 +72,19 @@ class Socket:
             raise DeploymentError(f"cannot listen at {self.path} ({error.strerror}): remove what is there, or set {SOCKET} to another path") from error
         self._socket.listen(8)
 
-    def accept(self, check: Callable[[], None], every: float = 0.5) -> Channel:
-        """The next connection; `check` is called while none comes, and may raise."""
-        self._socket.settimeout(every)
-        while True:
+    def accept(self, check: Callable[[], None], seconds: float | None = None) -> Channel:
+        """The next connection; `check` is called while none comes, and may raise.
+
+        Raises:
+            DeploymentError: none has come in so many seconds.
+        """
+        self._socket.settimeout(0.5)
+        started = time.monotonic()
+        while seconds is None or time.monotonic() - started < seconds:
             with contextlib.suppress(TimeoutError):
                 return Channel(self._socket.accept()[0])
             check()
+        raise DeploymentError(f"Flower's app has not connected in {seconds:g} s; the logs in the run's folder say why")
 
     def close(self) -> None:
         """Stop listening and leave nothing behind."""

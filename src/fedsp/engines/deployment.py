@@ -3,6 +3,7 @@ carry messages, stand beside it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,11 +22,11 @@ from fedsp.config import NAME, FederationSection, PartyConfig, RunConfig
 from fedsp.config_file import PRESETS, template_of
 from fedsp.credentials import CA, CERTIFICATE, KEY, REGISTER, SIGNING, Member, make_client_credentials, make_server_credentials, read_register
 from fedsp.engines.channel import SOCKET, DistantWire, Socket
-from fedsp.engines.processes import Processes, free_port, host_and_port, require_free, wait_for_port
+from fedsp.engines.processes import START, Processes, free_port, host_and_port, require_free, wait_for_port
 from fedsp.engines.remote import Patience, remote
 from fedsp.errors import AuxiliaryError, ConfigurationError, DeploymentError
 from fedsp.experiment import run_experiment
-from fedsp.package import read_agreement
+from fedsp.package import package_digest, read_agreement
 from fedsp.rounds import Exchange
 from fedsp.runs import GATE_COUNTS, RunDirectory
 from fedsp.server import Watcher
@@ -58,15 +59,18 @@ def serve(run: RunDirectory, watcher: Watcher) -> dict[str, Any]:
             watcher.say(f"waiting at {listening.path} for the app that `flwr run {APP}` starts")
         else:
             node_of = _start_superlink(section, register, run.path / "flower", processes, watcher)
-        channel = listening.accept(processes.check)
+        channel = listening.accept(processes.check, None if SOCKET in os.environ else START)
         stack.callback(channel.close)
         wire = DistantWire(channel, processes.check)
 
+        package = package_digest(Path(str(run.config.auxiliary.folder)))
+
         def engine(clients: Clients) -> Exchange:
-            return remote(wire, node_of, Patience(section.wait_seconds, section.reply_seconds, section.again_seconds), run.log_traffic, watcher.say)
+            return remote(wire, node_of, Patience(section.wait_seconds, section.reply_seconds, section.again_seconds), run.log_traffic, watcher.say, package)
 
         figures = run_experiment(run, engine, watcher, {name: member.examples for name, member in register.items()})
-        _say_goodbye(wire, node_of)
+        with contextlib.suppress(DeploymentError):  # the run is finished, whether its clients hear of it or not
+            _say_goodbye(wire, node_of)
     return figures
 
 
@@ -165,12 +169,14 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
         StorageError: the disk did not take it.
     """
     host, port = host_and_port(address, "--address")
+    if not host.isascii():
+        raise ConfigurationError(f"--address: {host!r} has letters that a certificate cannot: write the name in its ASCII form, xn--...")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigurationError(f"{folder} is in use: give a new folder; keys are never written over")
     for name in clients:
-        if not re.fullmatch(NAME, name) or name == "server":
+        if not re.fullmatch(NAME, name) or name in ("server", "ca.key"):
             raise ConfigurationError(
-                f"--clients: {name!r} is no name for a client: use up to 64 letters, digits, dots, dashes and underscores, and not 'server'"
+                f"--clients: {name!r} is no name for a client: use up to 64 letters, digits, dots, dashes and underscores, and not 'server' or 'ca.key'"
             )
     if len(set(clients)) != len(clients) or not clients:
         raise ConfigurationError("--clients: give each client once, separated by commas")

@@ -7,16 +7,17 @@ heavy is imported here. In a simulation the apps compute themselves; see `fedsp.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedsp.engines.channel import SOCKET, carry, connect
-from fedsp.errors import DeploymentError
 from fedsp.frames import HEADER, PAYLOAD, Answer, Frame
 
 KIND = "train"
@@ -25,8 +26,11 @@ KIND = "train"
 LOST = (3, 4, 5)
 """Flower's error codes of a message, a reply or a node that is not there any more; the others are of an app that raised or crashed."""
 
-PINNED = ("install_from_fab", "get_project_dir", "get_load_client_app_fn")
-"""What of Flower's client runner is put out of service by `run_pinned_client_app`."""
+SPARE = 4096
+"""Bytes by which a reply may be longer than what was asked; how long it may be exactly, its reader decides."""
+
+MEMORY = 8 << 30
+"""Bytes of address space that a process which only carries may take: what is sent to it may unfold to any size."""
 
 
 def to_record(frame: Frame) -> RecordDict:
@@ -47,10 +51,17 @@ def from_record(record: RecordDict) -> Frame:
 
 
 class GridWire:
-    """A wire over Flower's Grid. See `fedsp.engines.remote.Wire`."""
+    """A wire over Flower's Grid. See `fedsp.engines.remote.Wire`.
 
-    def __init__(self, grid: Grid) -> None:
+    Each message is fetched by itself, by one of `workers` threads: a reply that Flower cannot read, or one whose upload stalls, holds up no
+    other. No reply is longer than the longest frame that was sent, and some room.
+    """
+
+    def __init__(self, grid: Grid, workers: int = 16) -> None:
         self._grid = grid
+        self._workers = ThreadPoolExecutor(workers)
+        self._fetching: dict[str, Future[list[Answer]]] = {}
+        self._longest = 0
 
     def nodes(self) -> set[int]:
         """See `Wire.nodes`."""
@@ -58,6 +69,7 @@ class GridWire:
 
     def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:
         """See `Wire.push`."""
+        self._longest = max([self._longest, *(len(frame.payload) for _, frame in sends)])
         return [
             next(iter(self._grid.push_messages([Message(content=to_record(frame), dst_node_id=node, message_type=KIND, group_id=group, ttl=seconds)])))
             for node, frame in sends
@@ -65,15 +77,26 @@ class GridWire:
 
     def pull(self, messages: list[str]) -> list[Answer]:
         """See `Wire.pull`. Flower's own error messages are answers without a frame; what they say of the client is not read."""
-        return [_answer(message) for message in self._grid.pull_messages(messages)]
+        for message in messages:
+            if message not in self._fetching:
+                self._fetching[message] = self._workers.submit(self._fetch, message)
+        wait(self._fetching.values(), timeout=0.1)
+        done = [message for message, fetched in self._fetching.items() if fetched.done()]
+        return [answer for message in done for answer in self._fetching.pop(message).result()]
 
+    def _fetch(self, message: str) -> list[Answer]:
+        try:
+            return [self._answer(reply) for reply in self._grid.pull_messages([message])]
+        except Exception:  # whatever a client has sent instead of a message; it is asked again, until its time is over
+            return []
 
-def _answer(message: Message) -> Answer:
-    metadata = message.metadata
-    if message.has_content():
-        return Answer(metadata.reply_to_message_id, metadata.src_node_id, from_record(message.content))
-    fault = "" if message.error.code in LOST else "the client's process ended before it answered"
-    return Answer(metadata.reply_to_message_id, metadata.src_node_id, None, fault)
+    def _answer(self, message: Message) -> Answer:
+        metadata = message.metadata
+        if not message.has_content():
+            fault = "" if message.error.code in LOST else "the client's process ended before it answered"
+            return Answer(metadata.reply_to_message_id, metadata.src_node_id, None, fault)
+        frame = from_record(message.content)
+        return Answer(metadata.reply_to_message_id, metadata.src_node_id, frame if len(frame.payload) <= self._longest + SPARE else Frame(""))
 
 
 def make_client_app(respond: Callable[[Frame, Context], Frame]) -> ClientApp:
@@ -89,6 +112,7 @@ def make_client_app(respond: Callable[[Frame, Context], Frame]) -> ClientApp:
 
 def lead(grid: Grid, context: Context) -> None:
     """The ServerApp of a deployment: carry for the `fedsp serve` that listens on this machine."""
+    limit_memory()
     carry(GridWire(grid), connect(os.environ[SOCKET]))
 
 
@@ -100,29 +124,7 @@ def follow(frame: Frame, context: Context) -> Frame:
     return reply
 
 
-def require_pinning() -> None:
-    """See that this release of Flower can be kept from running code that the server sends.
-
-    Raises:
-        DeploymentError: it is built in another way, so this client would have to trust the server with its machine.
-    """
-    from flwr.supernode.runtime import run_clientapp
-
-    if not all(hasattr(run_clientapp, name) for name in PINNED):
-        raise DeploymentError("this release of Flower cannot be kept from running code that the server sends: install flwr 1.41")
-
-
-def run_pinned_client_app() -> None:
-    """Flower's `flwr-clientapp` with this module's app in place of whatever bundle came from the server: a client runs no code of the server's.
-
-    Raises:
-        DeploymentError: this release of Flower is built in another way; nothing is run.
-    """
-    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-    from flwr.supernode.runtime import run_clientapp
-
-    require_pinning()
-    replacements = (lambda *_, **__: None, lambda *_, **__: Path(), lambda **_: lambda *__: make_client_app(follow))
-    for name, replacement in zip(PINNED, replacements, strict=True):
-        setattr(run_clientapp, name, replacement)
-    flwr_clientapp()
+def limit_memory() -> None:
+    """Keep this process from taking the machine's memory, whatever it is sent."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -10,6 +10,7 @@ When it is stopped it adds one line to the file COUNTS: requests, bytes up and b
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
 import sys
@@ -23,8 +24,11 @@ import uvicorn
 from fedsp.credentials import CA, CERTIFICATE, KEY
 
 PASSED = "/v1/fleet/"
-LARGEST = 64 << 20
-"""Bytes of one request's body: Flower cuts what is larger into pieces of 5 MB."""
+LARGEST = 8 << 20
+"""Bytes of one request's body: Flower cuts what is larger into pieces of 5 MB at most."""
+
+AT_ONCE, SLOWEST = 256, 60.0
+"""Requests that are dealt with at once, and seconds that the next piece of a body may take: nobody has been authenticated yet."""
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -57,7 +61,10 @@ class Gate:
             return 404, [], b"", 0
         body, more = bytearray(), True
         while more:
-            event = await receive()
+            try:
+                event = await asyncio.wait_for(receive(), SLOWEST)
+            except TimeoutError:
+                return 408, [], b"", 0
             if event["type"] == "http.disconnect":
                 return 400, [], b"", 0
             body += event.get("body", b"")
@@ -89,7 +96,17 @@ HOP = {b"host", b"connection", b"keep-alive", b"transfer-encoding", b"content-le
 def main(host: str, port: int, superlink: int, folder: Path, counts: Path, kind: type[Gate] = Gate) -> None:
     """Serve until stopped; TLS 1.2 or later with the server's certificate."""
     gate = kind(superlink, folder / CA, counts)
-    uvicorn.run(gate, host=host, port=port, ssl_certfile=folder / CERTIFICATE, ssl_keyfile=folder / KEY, log_level="warning", access_log=False)
+    uvicorn.run(
+        gate,
+        host=host,
+        port=port,
+        ssl_certfile=folder / CERTIFICATE,
+        ssl_keyfile=folder / KEY,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=AT_ONCE,
+        timeout_graceful_shutdown=3,
+    )
 
 
 if __name__ == "__main__":

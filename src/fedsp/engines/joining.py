@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import secrets
 import socket
 import ssl
 import sys
@@ -24,7 +25,7 @@ from fedsp.data.files import read_rows
 from fedsp.data.tasks import examples_of, find_task
 from fedsp.engines.answering import answer
 from fedsp.engines.channel import SOCKET, Socket
-from fedsp.engines.flower import require_pinning
+from fedsp.engines.pinned import require_pinning
 from fedsp.engines.processes import Processes, free_port, host_and_port
 from fedsp.errors import ConfigurationError, CredentialError, DeploymentError, PayloadError, PolicyError, first_line
 from fedsp.frames import Frame
@@ -35,11 +36,18 @@ from fedsp.payload import check
 from fedsp.prompts import PromptSpec
 from fedsp.rounds import Request
 from fedsp.server import Watcher
-from fedsp.storage import write_bytes, write_json
+from fedsp.storage import write_json
 from fedsp.wire import END, ROOM
 
 GOODBYE = 4.0
 """Seconds in which Flower's node hands the last answer over."""
+
+PAUSE = 3.0
+"""Seconds from one start of Flower's node to the next."""
+
+REFUSED, REFUSED_FOR = "Failed to activate SuperNode", 90.0
+"""What a node says that the server does not let in, and the seconds after which that is believed: for 60 a server takes a node that has
+vanished for one that is still connected, and says the same."""
 
 
 class Client:
@@ -93,6 +101,8 @@ class Client:
 
         A round is answered once: again only to the very same request, as a server that was killed and resumed sends it.
         """
+        if json.loads(frame.header).get("package") != self.party.package.sha256:
+            raise PolicyError("the request is about another package than this client's: get the new one from the owner of the model")
         if request.client != self.party.name:
             raise PolicyError("the request is for another client")
         if not re.fullmatch(r"[0-9a-f]{1,32}", request.run):
@@ -105,9 +115,10 @@ class Client:
         this, digest = f"{request.run} {request.round}", hashlib.sha256(frame.header.encode()).hexdigest()
         if answered.get(this, digest) != digest:
             raise PolicyError(f"round {request.round} was answered already, to another request")
-        if this not in answered and len(answered) >= self.party.policy.max_rounds:
+        if request.train and this not in answered and len(answered) >= self.party.policy.max_rounds:
             raise PolicyError(f"{len(answered)} rounds were answered under this package, policy.max_rounds allows no more")
-        write_json(path, {**answered, this: digest})
+        if request.train:
+            write_json(path, {**answered, this: digest})
 
     def _log(self, request: Request, error: Exception) -> None:
         """What is said of a fault on this machine: whole sentences of fedsp's, and of anything else only its kind, since its text may hold yours."""
@@ -133,21 +144,16 @@ def join(party: PartyConfig, watcher: Watcher) -> int:
         listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
         place = Path(party.state) / "flower"
-        own = _own_client_app(place)
         processes = Processes(place, {"FLWR_HOME": str((place / "home").resolve()), SOCKET: listening.path})
-        processes.environment["PATH"] = f"{own}{os.pathsep}{processes.environment['PATH']}"
         stack.callback(processes.stop)
-        start = partial(processes.start, "supernode", *supernode_command(party, free_port()))
-        if SOCKET not in os.environ:
-            start()
+        node = Node(party, place, processes, watcher)
         watcher.say(f"{party.name} joins {party.server} with {len(client.rows)} examples; Flower's log is {place / 'supernode.log'}")
         look = Lookout(host, port, Path(party.keys) / CA, watcher)
 
         def check() -> None:
             look.out()
-            if processes.ended("supernode") and "SuperNode ID" in processes.said("supernode"):
-                start()  # it was in, and the server that knew it is gone: the one that comes after will know it anew
-            processes.check()
+            if SOCKET not in os.environ:
+                node.keep_running()
 
         finished = False
         while not finished:
@@ -161,19 +167,61 @@ def join(party: PartyConfig, watcher: Watcher) -> int:
     return client.answered
 
 
+class Node:
+    """Flower's SuperNode of this client and the pinned executor beside it, started again whenever they end: a node ends when the server that
+    knew it is gone, when a connection breaks off at the wrong moment, and when it is refused."""
+
+    def __init__(self, party: PartyConfig, place: Path, processes: Processes, watcher: Watcher) -> None:
+        self._party, self._place, self._processes, self._say = party, place, processes, watcher.say
+        self._started, self._refused = -PAUSE, 0.0
+
+    def keep_running(self) -> None:
+        """Start what is not running, after a pause.
+
+        Raises:
+            CredentialError: the server has refused this client's key for as long as it could take the client for one that is still connected.
+        """
+        ended = self._processes.ended("supernode") or self._processes.ended("executor")
+        if self._started > 0 and not ended:
+            return
+        now = time.monotonic()
+        if self._started > 0:
+            if REFUSED not in self._processes.said("supernode"):
+                self._refused = 0.0
+            elif not self._refused:
+                self._refused = now
+            if self._refused and now - self._refused > REFUSED_FOR:
+                raise CredentialError(
+                    "the server refuses this client: its key is not in the server's register, or its name belongs to another that is connected; ask the owner of the model"
+                )
+            if now - self._started < PAUSE:
+                return
+            self._processes.stop()
+        port, secret = free_port(), self._place / "executor.secret"
+        secret.unlink(missing_ok=True)
+        secret.touch(0o600)
+        secret.write_bytes(secrets.token_bytes(32))
+        self._processes.start("supernode", *supernode_command(self._party, port, secret))
+        self._processes.start("executor", *executor_command(port, secret))
+        self._started = now
+
+
 class Lookout:
     """Looks now and then whether the server can be reached, and says so when that changes."""
 
     def __init__(self, host: str, port: int, authority: Path, watcher: Watcher, every: float = 5.0) -> None:
         self._address, self._every, self._say = (host, port), every, watcher.say
-        self._context = ssl.create_default_context(cafile=str(authority))
-        self._next, self._reached = 0.0, True
+        try:
+            self._context = ssl.create_default_context(cafile=str(authority))
+        except (OSError, ssl.SSLError) as error:
+            raise CredentialError(f"{authority} is no certificate: get it again from the owner of the model") from error
+        self._next, self._reached, self._once = 0.0, True, False
 
     def out(self) -> None:
         """Look, if it is time to.
 
         Raises:
-            CredentialError: what answers there is not the server that `ca.crt` vouches for.
+            CredentialError: what answers there, the first time, is not the server that `ca.crt` vouches for.
         """
         if time.monotonic() < self._next:
             return
@@ -181,11 +229,19 @@ class Lookout:
             with socket.create_connection(self._address, 2) as plain, self._context.wrap_socket(plain, server_hostname=self._address[0]):
                 reached = True
         except ssl.SSLCertVerificationError as error:
-            raise CredentialError(
-                f"what answers at {self._address[0]}:{self._address[1]} is not the server that ca.crt vouches for ({error.verify_message}): check `server` and `keys`, and ask the owner of the model"
-            ) from error
+            reached, wrong = (
+                False,
+                (
+                    f"what answers at {self._address[0]}:{self._address[1]} is not the server that ca.crt vouches for ({error.verify_message}): check `server` and `keys`, and ask the owner of the model"
+                ),
+            )
+            if not self._once:
+                raise CredentialError(wrong) from error
+            if self._reached:
+                self._say(wrong)
         except OSError:
             reached = False
+        self._once = self._once or reached
         if reached != self._reached:
             self._say(
                 "the server answers again" if reached else f"the server does not answer at {self._address[0]}:{self._address[1]}; this client keeps trying"
@@ -193,20 +249,18 @@ class Lookout:
         self._reached, self._next = reached, time.monotonic() + self._every
 
 
-def supernode_command(party: PartyConfig, port: int) -> list[str]:
-    """Flower's own command for a client's SuperNode."""
+def supernode_command(party: PartyConfig, port: int, secret: Path) -> list[str]:
+    """Flower's own command for a client's SuperNode, which starts nothing by itself."""
     keys = Path(party.keys)
+    alone = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
     tls = ["--root-certificates", str(keys / CA), "--auth-supernode-private-key", str(keys / CLIENT_KEY)]
-    return ["flower-supernode", "--superlink", party.server, *tls, "--host", "127.0.0.1", "--port", str(port)]
+    return ["flower-supernode", "--superlink", party.server, *tls, "--host", "127.0.0.1", "--port", str(port), *alone]
 
 
-def _own_client_app(place: Path) -> Path:
-    """A folder with our own `flwr-clientapp`, which runs this installation's app and never the bundle that the server sends."""
-    folder = place / "bin"
-    script = folder / "flwr-clientapp"
-    write_bytes(script, f"#!{sys.executable}\nfrom fedsp.engines.flower import run_pinned_client_app\n\nrun_pinned_client_app()\n".encode())
-    script.chmod(0o700)
-    return folder.resolve()
+def executor_command(port: int, secret: Path) -> list[str]:
+    """The pinned executor beside a SuperNode."""
+    address = ["--runtime-api-address", f"127.0.0.1:{port}", "--insecure"]
+    return [sys.executable, "-m", "fedsp.engines.pinned", "superexec", *address, "--superexec-auth-secret-file", str(secret)]
 
 
 def _amount(frame: Frame) -> str:

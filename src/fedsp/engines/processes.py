@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedsp.errors import ConfigurationError, CredentialError, DeploymentError
+from fedsp.errors import ConfigurationError, DeploymentError
 
 START = 120.0
 """Seconds that Flower's processes may take to start."""
@@ -62,14 +62,10 @@ class Processes:
         """See that every process is running.
 
         Raises:
-            CredentialError: a client's has ended since the server does not know its key.
-            DeploymentError: one has ended for any other reason.
+            DeploymentError: one has ended.
         """
         for name in filter(self.ended, self._running):
-            log = self._logs / f"{name}.log"
-            if "Failed to activate SuperNode" in self.said(name):
-                raise CredentialError("the server refuses this client: its key is not in the server's register; ask the owner of the model")
-            raise DeploymentError(f"Flower's {name} has ended with code {self._running[name].returncode}; its log, {log}, says why")
+            raise DeploymentError(f"Flower's {name} has ended with code {self._running[name].returncode}; its log, {self._logs / f'{name}.log'}, says why")
 
     def ended(self, name: str) -> bool:
         """Whether a process was started and has ended."""
@@ -107,7 +103,7 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
         ConfigurationError: it is none; `key` says where it stands.
     """
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
         raise ConfigurationError(f"{key}: {text!r} is no host:port, such as 0.0.0.0:8000")
     return host, int(port)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedsp.frames import Answer, Frame
@@ -29,11 +29,13 @@ class Wire(Protocol):
 @dataclass(frozen=True)
 class Patience:
     """Seconds: that a round waits for a client to be connected, and for its reply once it was asked; after which it is asked once more, twice as
-    many later again, and so on (a client that was restarted has forgotten that it was asked); between two looks."""
+    many later again, and so on (a client that was restarted has forgotten that it was asked); before one that was lost is asked again, and is
+    called away; between two looks."""
 
     wait: float = 600.0
     reply: float = 3600.0
     again: float = 120.0
+    lost: float = 5.0
     look: float = 0.2
 
 
@@ -43,76 +45,82 @@ Traffic = Callable[[int, str, str, dict[str, int]], None]
 
 @dataclass
 class _Asked:
-    """A client that has been sent its request: when first, when it will be sent again, under which names of messages."""
+    """A client of this round: when it was last seen connected, when it was first asked, when it may be asked again, and what it was sent."""
 
     request: Request
-    first: float
-    again: float
-    interval: float
+    seen: float
+    first: float | None = None
+    again: float = 0.0
+    interval: float = 0.0
     down: int = 0
 
+    def fails(self, now: float, patience: Patience) -> str | None:
+        """Why the round goes on without it, or None while it may still answer."""
+        if self.first is not None and now - self.first > patience.reply:
+            return f"no reply within {patience.reply:g} s"
+        return f"not connected for {patience.wait:g} s" if now - self.seen > patience.wait else None
 
-def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: Traffic, say: Callable[[str], None]) -> Exchange:
-    """An exchange over a wire. `node_of` says which node is whose; a reply counts only from the node that was asked, and only once."""
+
+def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: Traffic, say: Callable[[str], None], package: str = "") -> Exchange:
+    """An exchange over a wire. `node_of` says which node is whose; a reply counts only from the node that was asked, and only once.
+
+    `package` is the digest of the package that the clients must have; it goes with each request.
+    """
 
     def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
         started = time.monotonic()
-        away = {request.client: (request, started) for request in requests}
-        asked: dict[str, _Asked] = {}
+        open = {request.client: _Asked(request, started) for request in requests}
         client_of: dict[str, str] = {}
         named: list[str] = []
 
-        def ask(clients: list[str]) -> None:
-            frames = [(node_of[client], write_request(asked[client].request)) for client in clients]
-            for client, (_, frame), message in zip(clients, frames, wire.push(frames, str(requests[0].round), patience.reply), strict=True):
-                asked[client].down += len(frame.payload)
+        def ask(clients: list[str], now: float) -> None:
+            frames = [(node_of[client], write_request(open[client].request, package)) for client in clients]
+            for client, (_, frame), message in zip(clients, frames, wire.push(frames, str(requests[0].round), 2 * patience.reply), strict=True):
+                one = open[client]
+                one.first = now if one.first is None else one.first
+                one.interval = 2 * one.interval or patience.again
+                one.again, one.down = now + one.interval, one.down + len(frame.payload)
                 client_of[message] = client
                 traffic(requests[0].round, client, "down", frame.sizes())
 
         def fate(answer: Answer, client: str, one: _Asked) -> Update | Failure:
             if answer.frame is None:
-                return Failure(one.request.round, client, answer.fault, bytes_down=one.down)
+                return Failure(one.request.round, client, answer.fault)
             traffic(one.request.round, client, "up", answer.frame.sizes())
             if answer.node != node_of[client]:
-                return Failure(one.request.round, client, "the reply came from another node", len(answer.frame.payload), one.down)
-            return read_reply(answer.frame, one.request, one.down)
+                return Failure(one.request.round, client, "the reply came from another node", len(answer.frame.payload))
+            return read_reply(answer.frame, one.request)
 
-        while away or asked:
-            connected = wire.nodes() if away or asked else set()
-            now = time.monotonic()
-            here = [client for client in away if node_of[client] in connected]
+        while open:
+            connected, now = wire.nodes(), time.monotonic()
+            here = [client for client in open if node_of[client] in connected]
             for client in here:
-                asked[client] = _Asked(away.pop(client)[0], now, now + patience.again, patience.again)
-            late = [client for client, one in asked.items() if now > one.again and node_of[client] in connected]
-            for client in late:
-                asked[client].interval *= 2
-                asked[client].again = now + asked[client].interval
-            if here or late:
-                ask(here + late)
-            for answer in wire.pull([message for message, client in client_of.items() if client in asked]):
+                open[client].seen = now
+            if due := [client for client in here if now >= open[client].again]:
+                ask(due, now)
+            for answer in wire.pull([message for message, client in client_of.items() if client in open]):
                 client = client_of.pop(answer.message, "")
-                if client not in asked:
+                if client not in open:
                     continue
-                if answer.frame is None and not answer.fault:  # lost on the way: wait for the client, and ask again
-                    away[client] = asked.pop(client).request, time.monotonic()
+                if answer.frame is None and not answer.fault:
+                    open[client].again = min(open[client].again, now + patience.lost)
                 else:
-                    yield fate(answer, client, asked.pop(client))
+                    one = open.pop(client)
+                    yield replace(fate(answer, client, one), bytes_down=one.down)
             now = time.monotonic()
-            for client, one in list(asked.items()):
-                if now - one.first > patience.reply:
-                    yield Failure(one.request.round, client, f"no reply within {patience.reply:g} s", bytes_down=asked.pop(client).down)
-            for client, (request, since) in list(away.items()):
-                if now - since > patience.wait:
-                    del away[client]
-                    yield Failure(request.round, client, f"not connected for {patience.wait:g} s")
-            if sorted(away) != named and now - started > 2:
-                named = sorted(away)
+            for client, one in list(open.items()):
+                if reason := one.fails(now, patience):
+                    del open[client]
+                    yield Failure(one.request.round, client, reason, bytes_down=one.down)
+            away = sorted(client for client, one in open.items() if one.seen < now - patience.lost)
+            if away != named and now - started > 2:
+                named = away
                 say(
                     f"round {requests[0].round}: waiting for {', '.join(named)} to connect"
                     if named
                     else f"round {requests[0].round}: every asked client is connected"
                 )
-            if away or asked:
+            if open:
                 time.sleep(patience.look)
 
     return exchange
