@@ -71,7 +71,7 @@ def values(arguments: argparse.Namespace, method: str, task: str, seed: int) -> 
         "model": {"name": str(arguments.model), "device": "cpu"},
         "data": {**files_of(arguments.qa, task, arguments.output), "max_tokens": 160},
         "partition": {"clients": 5, "server_share": 1 / 11},
-        "distill": {"steps": arguments.distill_steps, "text": [str(arguments.text / name) for name in PUBLIC]},
+        "distill": {"steps": 200, "text": [str(arguments.text / name) for name in PUBLIC], **json.loads(arguments.distill)},
         "round": {"rounds": 6},
         "client": {"speak_steps": 5, "batch_size": 8},
     }
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["arc_easy", "sciq", "piqa"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--distill-steps", type=int, default=200)
+    parser.add_argument("--distill", default="{}", help='keys of [distill] as JSON, such as {"steps": 1000}; give it an OUTPUT of its own')
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true", help="print the table of what is finished, and run nothing")
     arguments = parser.parse_args()

@@ -390,6 +390,21 @@ def test_wrong_input_gets_one_sentence_and_code_2(what: str, place: Path, monkey
     assert said.startswith("fedsp: ") and not (place / "server" / "run" / "rounds.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments", [["run", "run.toml", "--engine", "flower"], ["serve", "run.toml"], ["join"], ["federation", "init", "x", "--clients", "a"]]
+)
+def test_without_the_extra_there_is_a_sentence(arguments: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = place / "server" / "run.toml"
+    if arguments[0] == "run":
+        path.write_text(path.read_text().split("[federation]")[0])
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    monkeypatch.chdir(place / "server")
+    monkeypatch.setattr(sys, "argv", ["fedsp", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "need `pip install 'fedsp[flower]'`" in capsys.readouterr().err
+
+
 def test_an_impostor_at_the_server_s_address_is_named(place: Path) -> None:
     """Something else answers there, with a certificate of its own."""
     import socket
