@@ -89,6 +89,7 @@ def distill(
     with Display() as display:
         figures = commands.distill(_read(config, overrides), output, watcher=display.watcher())
         display.print(figures_table("Auxiliary model", figures))
+    typer.echo(f"SHA-256 digest of {output}:\n{figures['sha256']}")
     _write(json_file, figures)
 
 
