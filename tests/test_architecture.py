@@ -26,7 +26,7 @@ FLOORS = [
     {"experiment", "plan", "engines.local", "display"},
     {"engines.simulation", "engines.deployment", "engines.joining"},
     {"commands", "engines.app.messenger"},
-    {"cli"},
+    {"cli", "harness"},
     {"__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
@@ -35,6 +35,7 @@ ONLY_IN = {
     "transformers": {"models", "loading", "auxiliary", "display"},
     "flwr": {"engines.flower", "engines.simulation", "engines.app.messenger"},
     "ray": {"engines.simulation"},
+    "lm_eval": {"harness"},
     "cryptography": {"credentials"},
     "uvicorn": {"engines.gate"},
     "typer": {"cli"},
