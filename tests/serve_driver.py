@@ -73,7 +73,7 @@ def record(file: str) -> None:
     from fedsp.engines import deployment
 
     usual = deployment.gate_command
-    setattr(deployment, "gate_command", lambda *arguments: [sys.executable, __file__, "gate", file, *usual(*arguments)[3:]])
+    setattr(deployment, "gate_command", lambda *arguments: [sys.executable, __file__, "gate", file, *usual(*arguments)[4:]])
 
 
 def recording_gate(file: str, host: str, port: str, superlink: str, folder: str, counts: str) -> None:
@@ -99,6 +99,10 @@ if __name__ == "__main__":
         arm(kill.split(":")[0], int(kill.split(":")[1]))
     if copy != "nothing":
         record(copy)
+    if os.environ.get("HOSTILE"):
+        from fedsp.engines import deployment
+
+        setattr(deployment, "APP", Path(os.environ["HOSTILE"]))
     from fedsp.cli import main
 
     sys.argv = ["fedsp", *command]

@@ -25,7 +25,7 @@ from fedsp import commands
 from fedsp.auxiliary import load_auxiliary
 from fedsp.config_file import make_config
 from fedsp.credentials import CA, make_client_credentials
-from fedsp.engines.deployment import init_federation
+from fedsp.engines.deployment import APP, init_federation
 from fedsp.engines.processes import free_port
 from fedsp.fitting import trainable
 from fedsp.loading import load_model
@@ -47,10 +47,10 @@ class Deployment:
         self.place, self.port, self.run = place, port, place / "server" / "run"
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, folder: Path, log: str, *command: str) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    def start(self, folder: Path, log: str, *command: str, hostile: str = "") -> subprocess.Popen[bytes]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HOSTILE": hostile}
         with open(folder / log, "ab") as file:
-            process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=file, stderr=file, env=environment)
+            process = subprocess.Popen([sys.executable, "-P", *command], cwd=folder, stdout=file, stderr=file, env=environment)
         self._started.append(process)
         return process
 
@@ -59,8 +59,8 @@ class Deployment:
         code = f"import sys; {patience}; sys.argv = ['fedsp', 'join', 'party.toml']; from fedsp.cli import main; main()"
         return self.start(self.place / client, "join.log", "-c", code)
 
-    def serve(self, *arguments: str, kill: str = "nothing", record: str = "nothing") -> subprocess.Popen[bytes]:
-        return self.start(self.place / "server", "serve.log", str(DRIVER), kill, record, "serve", *(arguments or ("run.toml",)))
+    def serve(self, *arguments: str, kill: str = "nothing", record: str = "nothing", hostile: str = "") -> subprocess.Popen[bytes]:
+        return self.start(self.place / "server", "serve.log", str(DRIVER), kill, record, "serve", *(arguments or ("run.toml",)), hostile=hostile)
 
     def said(self, party: str) -> str:
         return (self.place / party / ("serve.log" if party == "server" else "join.log")).read_text()
@@ -135,11 +135,19 @@ def seen_in(data: bytes, pieces: dict[bytes, str]) -> set[str]:
 
 def test_three_clients_over_tls_give_the_bits_of_a_run_in_one_place_and_send_nothing_else(deployment: Deployment, made: Any, tmp_path: Path) -> None:
     record = tmp_path / "sent"
-    server = deployment.serve("run.toml", "federation.again_seconds=300", record=str(record))
+    bundle = shutil.copytree(APP, tmp_path / "bundle")
+    code = (bundle / "messenger.py").read_text()
+    marker = f"import sys\nimport pathlib\npathlib.Path({str(tmp_path)!r}, 'ran-in-' + pathlib.Path(sys.argv[0]).name).touch()\n"
+    (bundle / "messenger.py").write_text(code.replace("import os\n", "import os\n" + marker, 1))
+    for name in ("httpx.py", "flwr.py", "fedsp.py"):  # nor what lies in the folder that the server's owner handed over
+        (deployment.place / "client-0" / name).write_text(f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'ran-{name}').touch(); raise SystemExit(9)")
+    server = deployment.serve("run.toml", "federation.again_seconds=300", record=str(record), hostile=str(bundle))
     clients = [deployment.join(client) for client in CLIENTS]
     assert exited(server) == 0, deployment.said("server")
     assert [exited(client, 60) for client in clients] == [0, 0, 0]
     assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
+
+    assert {path.name for path in tmp_path.glob("ran-*")} == {"ran-in-flwr-serverapp"}, "the server's bundle runs at the server alone"
 
     rows = [row for row in commands.traffic(deployment.run) if row["client"] in CLIENTS]
     calls = {(row["name"], row["direction"]): row["bytes"] for row in commands.traffic(deployment.run) if row["client"] not in CLIENTS}

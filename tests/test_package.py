@@ -124,6 +124,8 @@ def test_the_server_s_template_is_a_configuration_once_it_names_a_model(tmp_path
 
 def test_flower_s_own_commands_are_the_documented_ones(place: Path) -> None:
     assert "--enable-supernode-auth" in superlink_command(place, 1) and "127.0.0.1" in superlink_command(place, 1)
+    node = supernode_command(party_of(place), 1, place)
+    assert node[node.index("--isolation") + 1] == "process", "else the node would run what the server sends"
     assert "--insecure" not in [*superlink_command(place, 1), *supernode_command(party_of(place), 1, place), *gate_command("h", 1, 2, place, place)]
 
 
@@ -164,6 +166,8 @@ def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
         ({"run": "../../etc"}, "policy", "no usable identity"),
         ({"round": 0}, "policy", "round 0 is not one of the 3"),
         ({"round": 4}, "policy", "round 4 is not one of the 3"),
+        ({"round": 2, "train": False}, "policy", "round 2 is not one of the 3"),
+        ({"round": 4, "train": False}, "policy", "round 4 is not one of the 3"),
         ({"payload": {PROMPT: torch.zeros(4, 8, 127)}}, "request", "expected"),
         ({"payload": {PROMPT: torch.full((4, 8, 128), float("nan"))}}, "request", "not finite"),
     ],
@@ -236,7 +240,7 @@ def test_no_kind_of_task_but_our_client_app_is_ever_started(unpinned: Any) -> No
     for kind in kinds:
         result = executor.launch(specification(kind, "127.0.0.1:1", "token", True, None, False, 1, False, 7, None))
         assert (result.status == "accepted") == (kind == "flwr-clientapp")
-    assert [command[:4] for command in started] == [[sys.executable, "-m", "fedsp.engines.pinned", "clientapp"]]
+    assert [command[:5] for command in started] == [[sys.executable, "-P", "-m", "fedsp.engines.pinned", "clientapp"]]
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in pinned.REPLACED.items() for name in names])

@@ -31,11 +31,18 @@ class Channel:
         self._connection = Connection(connection.detach())
 
     def send(self, value: Any, frames: list[Frame] | None = None) -> None:
-        """Send a JSON value and frames."""
+        """Send a JSON value and frames.
+
+        Raises:
+            DeploymentError: the other side has gone.
+        """
         frames = frames or []
-        self._connection.send_bytes(json.dumps({"value": value, "headers": [frame.header for frame in frames]}).encode())
-        for frame in frames:
-            self._connection.send_bytes(frame.payload)
+        try:
+            self._connection.send_bytes(json.dumps({"value": value, "headers": [frame.header for frame in frames]}).encode())
+            for frame in frames:
+                self._connection.send_bytes(frame.payload)
+        except OSError as error:
+            raise DeploymentError("the process on the other side of the local socket has gone") from error
 
     def receive(self) -> tuple[Any, list[Frame]]:
         """The next value and its frames.

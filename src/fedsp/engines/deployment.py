@@ -139,7 +139,7 @@ def superlink_command(folder: Path, port: int) -> list[str]:
 
 def gate_command(host: str, port: int, superlink: int, folder: Path, counts: Path) -> list[str]:
     """The command of the gate between clients and the SuperLink."""
-    return [sys.executable, "-m", "fedsp.engines.gate", host, str(port), str(superlink), str(folder), str(counts.resolve())]
+    return [sys.executable, "-P", "-m", "fedsp.engines.gate", host, str(port), str(superlink), str(folder), str(counts.resolve())]
 
 
 def _register(processes: Processes, public_key: Path) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -18,6 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedsp.engines.channel import SOCKET, carry, connect
+from fedsp.errors import DeploymentError
 from fedsp.frames import HEADER, PAYLOAD, Answer, Frame
 
 KIND = "train"
@@ -27,7 +29,7 @@ LOST = (3, 4, 5)
 """Flower's error codes of a message, a reply or a node that is not there any more; the others are of an app that raised or crashed."""
 
 SPARE = 4096
-"""Bytes by which a reply may be longer than what was asked; how long it may be exactly, its reader decides."""
+"""Bytes by which a reply's payload may be longer than what was asked, and of its header; how long they may be exactly, their reader decides."""
 
 MEMORY = 8 << 30
 """Bytes of address space that a process which only carries may take: what is sent to it may unfold to any size."""
@@ -53,14 +55,15 @@ def from_record(record: RecordDict) -> Frame:
 class GridWire:
     """A wire over Flower's Grid. See `fedsp.engines.remote.Wire`.
 
-    Each message is fetched by itself, by one of `workers` threads: a reply that Flower cannot read, or one whose upload stalls, holds up no
-    other. No reply is longer than the longest frame that was sent, and some room.
+    What a node answers is fetched by a thread for that node, one at a time: a reply that Flower cannot read, or one whose upload stalls, holds
+    up no other's. No reply is longer than the longest frame that was sent, and some room.
     """
 
-    def __init__(self, grid: Grid, workers: int = 16) -> None:
+    def __init__(self, grid: Grid, workers: int = 256) -> None:
         self._grid = grid
         self._workers = ThreadPoolExecutor(workers)
-        self._fetching: dict[str, Future[list[Answer]]] = {}
+        self._fetching: dict[int, Future[list[Answer]]] = {}
+        self._node_of: dict[str, int] = {}
         self._longest = 0
 
     def nodes(self) -> set[int]:
@@ -70,24 +73,29 @@ class GridWire:
     def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:
         """See `Wire.push`."""
         self._longest = max([self._longest, *(len(frame.payload) for _, frame in sends)])
-        return [
-            next(iter(self._grid.push_messages([Message(content=to_record(frame), dst_node_id=node, message_type=KIND, group_id=group, ttl=seconds)])))
-            for node, frame in sends
-        ]
+        names = []
+        for node, frame in sends:
+            message = Message(content=to_record(frame), dst_node_id=node, message_type=KIND, group_id=group, ttl=seconds)
+            names.append(next(iter(self._grid.push_messages([message]))))
+            self._node_of[names[-1]] = node
+        return names
 
     def pull(self, messages: list[str]) -> list[Answer]:
         """See `Wire.pull`. Flower's own error messages are answers without a frame; what they say of the client is not read."""
+        wanted: dict[int, list[str]] = {}
         for message in messages:
-            if message not in self._fetching:
-                self._fetching[message] = self._workers.submit(self._fetch, message)
-        wait(self._fetching.values(), timeout=0.1)
-        done = [message for message, fetched in self._fetching.items() if fetched.done()]
-        return [answer for message in done for answer in self._fetching.pop(message).result()]
+            wanted.setdefault(self._node_of[message], []).append(message)
+        for node, names in wanted.items():
+            if node not in self._fetching:
+                self._fetching[node] = self._workers.submit(self._fetch, names)
+        wait([self._fetching[node] for node in wanted], timeout=0.1)
+        done = [node for node, fetched in self._fetching.items() if fetched.done()]
+        return [answer for node in done for answer in self._fetching.pop(node).result()]
 
-    def _fetch(self, message: str) -> list[Answer]:
+    def _fetch(self, messages: list[str]) -> list[Answer]:
         try:
-            return [self._answer(reply) for reply in self._grid.pull_messages([message])]
-        except Exception:  # whatever a client has sent instead of a message; it is asked again, until its time is over
+            return [self._answer(reply) for reply in self._grid.pull_messages(messages)]
+        except Exception:  # whatever a client has sent instead of a message; Flower calls it lost from now on
             return []
 
     def _answer(self, message: Message) -> Answer:
@@ -96,7 +104,8 @@ class GridWire:
             fault = "" if message.error.code in LOST else "the client's process ended before it answered"
             return Answer(metadata.reply_to_message_id, metadata.src_node_id, None, fault)
         frame = from_record(message.content)
-        return Answer(metadata.reply_to_message_id, metadata.src_node_id, frame if len(frame.payload) <= self._longest + SPARE else Frame(""))
+        fits = len(frame.payload) <= self._longest + SPARE and len(frame.header) <= SPARE
+        return Answer(metadata.reply_to_message_id, metadata.src_node_id, frame if fits else Frame(""))
 
 
 def make_client_app(respond: Callable[[Frame, Context], Frame]) -> ClientApp:
@@ -117,11 +126,19 @@ def lead(grid: Grid, context: Context) -> None:
 
 
 def follow(frame: Frame, context: Context) -> Frame:
-    """The ClientApp of a deployment: ask the `fedsp join` that listens on this machine."""
-    channel = connect(os.environ[SOCKET])
-    channel.send(None, [frame])
-    _, (reply,) = channel.receive()
-    return reply
+    """The ClientApp of a deployment: ask the `fedsp join` that listens on this machine, and wait for one that is being started again.
+
+    Raises:
+        RuntimeError: there is none. Flower sends the text of what is raised here to the server, so it says nothing else.
+    """
+    for _ in range(60):
+        with contextlib.suppress(DeploymentError, ValueError):
+            channel = connect(os.environ[SOCKET])
+            channel.send(None, [frame])
+            _, (reply,) = channel.receive()
+            return reply
+        time.sleep(1.0)
+    raise RuntimeError("no fedsp join is running at this client")
 
 
 def limit_memory() -> None:

@@ -39,6 +39,7 @@ class Gate:
 
     def __init__(self, port: int, authority: Path, counts: Path) -> None:
         self._counts: dict[str, list[int]] = {}
+        self._turns = asyncio.Semaphore(AT_ONCE)
         self._file = counts
         self._url = f"https://127.0.0.1:{port}"
         context = ssl.create_default_context(cafile=str(authority))
@@ -48,7 +49,8 @@ class Gate:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
-            status, headers, body, received = await self._answer(scope, receive)
+            async with self._turns:
+                status, headers, body, received = await self._answer(scope, receive)
             if status < 400:
                 entry = self._counts.setdefault(str(scope["path"]).removeprefix(PASSED), [0, 0, 0])
                 entry[:] = entry[0] + 1, entry[1] + received, entry[2] + len(body)
@@ -104,7 +106,6 @@ def main(host: str, port: int, superlink: int, folder: Path, counts: Path, kind:
         ssl_keyfile=folder / KEY,
         log_level="warning",
         access_log=False,
-        limit_concurrency=AT_ONCE,
         timeout_graceful_shutdown=3,
     )
 

@@ -13,6 +13,7 @@ import socket
 import ssl
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -107,18 +108,20 @@ class Client:
             raise PolicyError("the request is for another client")
         if not re.fullmatch(r"[0-9a-f]{1,32}", request.run):
             raise PolicyError("the request's run has no usable identity")
-        if not 1 <= request.round <= self.agreement.rounds + (not request.train):
-            raise PolicyError(f"round {request.round} is not one of the {self.agreement.rounds} that the package speaks of")
+        rounds = self.agreement.rounds
+        known = request.round <= rounds if request.train else request.round == rounds + 1 and self.agreement.clients_validate
+        if not (known and request.round >= 1):
+            raise PolicyError(f"round {request.round} is not one of the {rounds} that the package speaks of")
         check(request.payload, self._shape)
         path = self._state / "rounds.json"
         answered: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         this, digest = f"{request.run} {request.round}", hashlib.sha256(frame.header.encode()).hexdigest()
         if answered.get(this, digest) != digest:
             raise PolicyError(f"round {request.round} was answered already, to another request")
-        if request.train and this not in answered and len(answered) >= self.party.policy.max_rounds:
-            raise PolicyError(f"{len(answered)} rounds were answered under this package, policy.max_rounds allows no more")
-        if request.train:
-            write_json(path, {**answered, this: digest})
+        alike = [key for key in answered if (int(key.split()[1]) <= rounds) == request.train]  # the last validation has a count of its own
+        if this not in answered and len(alike) >= self.party.policy.max_rounds:
+            raise PolicyError(f"{len(alike)} rounds were answered under this package, policy.max_rounds allows no more")
+        write_json(path, {**answered, this: digest})
 
     def _log(self, request: Request, error: Exception) -> None:
         """What is said of a fault on this machine: whole sentences of fedsp's, and of anything else only its kind, since its text may hold yours."""
@@ -155,13 +158,18 @@ def join(party: PartyConfig, watcher: Watcher) -> int:
             if SOCKET not in os.environ:
                 node.keep_running()
 
+        worker = stack.enter_context(ThreadPoolExecutor(1))
         finished = False
         while not finished:
             channel = listening.accept(check)
             with contextlib.suppress(DeploymentError, OSError, ValueError):  # whoever asked has gone, or was nobody of ours
                 _, (frame,) = channel.receive()
                 finished = frame == END
-                channel.send(None, [END if finished else client.respond(frame)])
+                working = worker.submit(client.respond, frame) if not finished else None
+                while working and not working.done():
+                    wait([working], timeout=0.5)
+                    check()
+                channel.send(None, [working.result() if working else END])
             channel.close()
         time.sleep(GOODBYE)
     return client.answered
@@ -173,7 +181,7 @@ class Node:
 
     def __init__(self, party: PartyConfig, place: Path, processes: Processes, watcher: Watcher) -> None:
         self._party, self._place, self._processes, self._say = party, place, processes, watcher.say
-        self._started, self._refused = -PAUSE, 0.0
+        self._started, self._refused, self._short = -PAUSE, 0.0, 0
 
     def keep_running(self) -> None:
         """Start what is not running, after a pause.
@@ -190,6 +198,9 @@ class Node:
                 self._refused = 0.0
             elif not self._refused:
                 self._refused = now
+            self._short = self._short + 1 if now - self._started < REFUSED_FOR / 3 else 0
+            if self._short == 5:
+                self._say("Flower's node ends again and again: is this machine's clock right? Its log says what happens")
             if self._refused and now - self._refused > REFUSED_FOR:
                 raise CredentialError(
                     "the server refuses this client: its key is not in the server's register, or its name belongs to another that is connected; ask the owner of the model"
@@ -260,7 +271,7 @@ def supernode_command(party: PartyConfig, port: int, secret: Path) -> list[str]:
 def executor_command(port: int, secret: Path) -> list[str]:
     """The pinned executor beside a SuperNode."""
     address = ["--runtime-api-address", f"127.0.0.1:{port}", "--insecure"]
-    return [sys.executable, "-m", "fedsp.engines.pinned", "superexec", *address, "--superexec-auth-secret-file", str(secret)]
+    return [sys.executable, "-P", "-m", "fedsp.engines.pinned", "superexec", *address, "--superexec-auth-secret-file", str(secret)]
 
 
 def _amount(frame: Frame) -> str:

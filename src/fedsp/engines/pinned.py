@@ -4,8 +4,8 @@ A SuperNode runs, with the rights of whoever started it, the app bundle that the
 is started with `--isolation process`, where it starts nothing by itself, and beside it this module's executor, which starts one kind of task
 alone, and that by itself, with the app of this installation:
 
-    python -m fedsp.engines.pinned superexec ...     Flower's `flower-superexec`
-    python -m fedsp.engines.pinned clientapp ...     Flower's `flwr-clientapp`
+    python -P -m fedsp.engines.pinned superexec ...     Flower's `flower-superexec`
+    python -P -m fedsp.engines.pinned clientapp ...     Flower's `flwr-clientapp`
 
 What of Flower is replaced is looked for first; a release that is built in another way is refused.
 """
@@ -61,7 +61,7 @@ class OnlyOurApp:
         """Start our ClientApp for a task of that kind; start nothing for any other."""
         if spec.task_type != self._client_app:
             return self._refused("only fedsp's own ClientApp is run here")
-        command = [sys.executable, "-m", "fedsp.engines.pinned", "clientapp", "--runtime-api-address", spec.runtime_api_address, "--token", spec.token]
+        command = [sys.executable, "-P", "-m", "fedsp.engines.pinned", "clientapp", "--runtime-api-address", spec.runtime_api_address, "--token", spec.token]
         command += ["--insecure"] if spec.insecure else ["--root-certificates", str(spec.root_certificates_path)]
         subprocess.Popen([*command, *(["--parent-pid", str(spec.parent_pid)] if spec.parent_pid else [])])
         return self._accepted()

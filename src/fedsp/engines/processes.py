@@ -23,6 +23,7 @@ FLOWER = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
     "OMP_NUM_THREADS": "1",
     "NO_COLOR": "1",
+    "PYTHONSAFEPATH": "1",  # else Python would look for modules in the working directory first, which another may have written
 }
 
 
@@ -41,7 +42,7 @@ class Processes:
         path = self._logs / f"{name}.log"
         self._since[name] = path.stat().st_size if path.exists() else 0
         with open(path, "ab") as log:
-            leash = [sys.executable, "-m", "fedsp.engines.leash", *command]
+            leash = [sys.executable, "-P", "-m", "fedsp.engines.leash", *command]
             self._running[name] = subprocess.Popen(leash, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment)
 
     def once(self, *command: str) -> str:

@@ -39,6 +39,9 @@ class Patience:
     look: float = 0.2
 
 
+LOST_AT_MOST, AT_ONCE = 10, 16
+"""Replies of one client that may be lost in a round; clients that are sent their request at a time, so that few copies of it are in memory."""
+
 Traffic = Callable[[int, str, str, dict[str, int]], None]
 """Told of each frame: round, client, direction ("down" or "up"), bytes by name."""
 
@@ -53,11 +56,14 @@ class _Asked:
     again: float = 0.0
     interval: float = 0.0
     down: int = 0
+    lost: int = 0
 
     def fails(self, now: float, patience: Patience) -> str | None:
         """Why the round goes on without it, or None while it may still answer."""
         if self.first is not None and now - self.first > patience.reply:
             return f"no reply within {patience.reply:g} s"
+        if self.lost > LOST_AT_MOST:
+            return f"its replies were lost {self.lost} times"
         return f"not connected for {patience.wait:g} s" if now - self.seen > patience.wait else None
 
 
@@ -96,13 +102,15 @@ def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: 
             here = [client for client in open if node_of[client] in connected]
             for client in here:
                 open[client].seen = now
-            if due := [client for client in here if now >= open[client].again]:
-                ask(due, now)
+            due = [client for client in here if now >= open[client].again]
+            for start in range(0, len(due), AT_ONCE):
+                ask(due[start : start + AT_ONCE], now)
             for answer in wire.pull([message for message, client in client_of.items() if client in open]):
                 client = client_of.pop(answer.message, "")
                 if client not in open:
                     continue
                 if answer.frame is None and not answer.fault:
+                    open[client].lost += 1
                     open[client].again = min(open[client].again, now + patience.lost)
                 else:
                     one = open.pop(client)
