@@ -24,7 +24,7 @@ from fedsp.config_file import make_config, read_config, read_party
 from fedsp.credentials import read_register, sign, verify
 from fedsp.engines import pinned
 from fedsp.engines.deployment import gate_command, init_federation, superlink_command
-from fedsp.engines.joining import Client, Lookout, supernode_command
+from fedsp.engines.joining import Client, Lookout, Node, supernode_command
 from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
 from fedsp.frames import Frame
 from fedsp.payload import PROMPT
@@ -33,6 +33,7 @@ from fedsp.rounds import Request, Update, derive_seed
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
 from fedsp.wire import END, REFUSALS, read_reply, write_request
+from test_remote import Clock
 from test_run import ROWS, questions, settings
 
 
@@ -432,3 +433,60 @@ def test_an_impostor_at_the_server_s_address_is_named(place: Path) -> None:
         Lookout("localhost", listening.getsockname()[1], place / "client-0" / "ca.crt", Watcher()).out()
     thread.join(10)
     listening.close()
+
+
+class StandIn:
+    """Processes that are never started."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.down: set[str] = set()
+        self.log = ""
+
+    def start(self, name: str, *command: str) -> None:
+        self.started.append(name)
+        self.down.discard(name)
+
+    def ended(self, name: str) -> bool:
+        return name in self.down
+
+    def said(self, name: str) -> str:
+        return self.log
+
+    def stop(self) -> None:
+        self.down.clear()
+
+
+def node_of(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Node, StandIn, list[str], Clock]:
+    (place / "flower").mkdir()
+    processes, said = StandIn(), list[str]()
+    clock = Clock(monkeypatch)
+    clock.now = 1000.0
+    return Node(party_of(place), place / "flower", processes, Watcher(say=said.append)), processes, said, clock  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["supernode", "executor"])
+def test_a_node_or_its_executor_that_ends_alone_is_started_again_with_the_other_after_a_pause(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node, processes, _, clock = node_of(place, monkeypatch)
+    for _ in range(3):
+        node.keep_running()
+    assert processes.started == ["supernode", "executor"] and stat.S_IMODE((place / "flower" / "executor.secret").stat().st_mode) == 0o600
+    processes.down = {name}
+    clock.now += 1
+    node.keep_running()
+    assert len(processes.started) == 2, "not at once"
+    clock.now += 3
+    node.keep_running()
+    assert processes.started == ["supernode", "executor"] * 2
+
+
+def test_a_refusal_is_believed_after_a_minute_and_a_half_and_a_node_that_keeps_ending_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node, processes, said, clock = node_of(place, monkeypatch)
+    node.keep_running()
+    processes.log = "Failed to activate SuperNode."
+    with pytest.raises(CredentialError, match="its key is not in the server's register"):
+        for _ in range(200):
+            processes.down = {"supernode"}
+            clock.now += 0.5
+            node.keep_running()
+    assert 90 <= clock.now - 1000 <= 93 and len(said) == 1 and "clock" in said[0]

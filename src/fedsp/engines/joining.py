@@ -198,15 +198,15 @@ class Node:
                 self._refused = 0.0
             elif not self._refused:
                 self._refused = now
-            self._short = self._short + 1 if now - self._started < REFUSED_FOR / 3 else 0
-            if self._short == 5:
-                self._say("Flower's node ends again and again: is this machine's clock right? Its log says what happens")
             if self._refused and now - self._refused > REFUSED_FOR:
                 raise CredentialError(
                     "the server refuses this client: its key is not in the server's register, or its name belongs to another that is connected; ask the owner of the model"
                 )
             if now - self._started < PAUSE:
                 return
+            self._short = self._short + 1 if now - self._started < REFUSED_FOR / 3 else 0
+            if self._short == 5:
+                self._say("Flower's node ends again and again: is this machine's clock right? Its log says what happens")
             self._processes.stop()
         port, secret = free_port(), self._place / "executor.secret"
         secret.unlink(missing_ok=True)
@@ -240,12 +240,8 @@ class Lookout:
             with socket.create_connection(self._address, 2) as plain, self._context.wrap_socket(plain, server_hostname=self._address[0]):
                 reached = True
         except ssl.SSLCertVerificationError as error:
-            reached, wrong = (
-                False,
-                (
-                    f"what answers at {self._address[0]}:{self._address[1]} is not the server that ca.crt vouches for ({error.verify_message}): check `server` and `keys`, and ask the owner of the model"
-                ),
-            )
+            reached = False
+            wrong = f"what answers at {self._address[0]}:{self._address[1]} is not the server that ca.crt vouches for ({error.verify_message}): check `server` and `keys`, and ask the owner of the model"
             if not self._once:
                 raise CredentialError(wrong) from error
             if self._reached:
