@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from fedsp.auxiliary import load_auxiliary
-from fedsp.commands import DEMO_ROWS, open_run
+from fedsp.commands import open_run
+from fedsp.demo import DEMO_ROWS
 from fedsp.display import quiet_libraries
 from fedsp.server import evaluate_prompt
 

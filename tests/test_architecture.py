@@ -26,7 +26,8 @@ FLOORS = [
     {"experiment", "plan", "engines.local", "display"},
     {"engines.simulation", "engines.deployment", "engines.joining"},
     {"commands", "engines.app.messenger"},
-    {"cli", "harness"},
+    {"demo", "harness"},
+    {"cli"},
     {"__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedsp import commands
-from fedsp.commands import DEMO_ROWS, demo_config
+from fedsp.demo import DEMO_ROWS, demo_config
 from fedsp.server import EMBEDDED, Watcher, evaluate_prompt, load_questions, make_auxiliary, open_server
 
 

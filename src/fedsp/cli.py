@@ -36,11 +36,11 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """Tune the embedded model with ten clients who never see it, and with four controls, in about two minutes."""
-    from fedsp import commands
+    from fedsp.demo import demo as run_demo
     from fedsp.display import Display, demo_table
 
     with Display() as display:
-        rows = commands.demo(seed=seed, folder=output, watcher=display.watcher())
+        rows = run_demo(seed=seed, folder=output, watcher=display.watcher())
         display.print(demo_table(rows))
     _write(json_file, {"rows": rows})
 

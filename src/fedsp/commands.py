@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -21,7 +20,7 @@ from fedsp.experiment import run_experiment
 from fedsp.plan import make_plan
 from fedsp.prompts import SoftPrompt, export_peft, read_prompt
 from fedsp.runs import RunDirectory, differing_keys, find_runs
-from fedsp.server import EMBEDDED, Server, Watcher, evaluate_prompt, load_questions, make_auxiliary, open_server
+from fedsp.server import Server, Watcher, evaluate_prompt, load_questions, make_auxiliary, open_server
 
 Figures = dict[str, Any]
 
@@ -149,7 +148,7 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
         RunError: the folder is in use.
     """
     folder = Path(folder)
-    _require_new(folder)
+    require_new(folder)
     config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": None})})
     if config.federation:
         _require_flower()
@@ -170,7 +169,12 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
     }
 
 
-def _require_new(folder: Path) -> None:
+def require_new(folder: Path) -> None:
+    """See that nothing would be written over.
+
+    Raises:
+        RunError: the folder is in use.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} is in use: give a new folder")
 
@@ -228,7 +232,7 @@ def export(folder: str | Path, to: str | Path) -> Figures:
         RunError: the target is in use.
     """
     to = Path(to)
-    _require_new(to)
+    require_new(to)
     server, prompt = open_run(folder)
     export_peft(prompt, server.model, to)
     return {"folder": str(to), "virtual_tokens": prompt.spec.length, "base_model": server.model.name}
@@ -281,72 +285,4 @@ def list_runs(folder: str | Path) -> list[Figures]:
                 "state": "finished" if directory.finished else "unfinished",
             }
         )
-    return rows
-
-
-DEMO: Figures = {
-    "model": {"name": "embedded", "device": "cpu"},
-    "data": {
-        "task": "continuation",
-        "train": str(EMBEDDED / "train.jsonl"),
-        "validation": str(EMBEDDED / "validation.jsonl"),
-        "test": str(EMBEDDED / "test.jsonl"),
-    },
-    "partition": {"kind": "natural", "column": "owner", "server_share": 1 / 11},
-    "distill": {"steps": 300, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 64},
-    "auxiliary": {"plan": "ends(1)"},
-    "prompt": {"length": 16},
-    "round": {"rounds": 20, "clients": 5},
-    "client": {"speak_steps": 10, "learning_rate": 0.1},
-    "server": {"learning_rate": 0.1},
-    "validation": {"examples": 100},
-}
-"""The configuration of the demo, less what its rows vary."""
-
-DEMO_ROWS: dict[str, Figures] = {
-    "server-only": {"round": {"clients": 0}, "server": {"steps": 10}},
-    "clients-only": {},
-    "fedsp": {"server": {"steps": 10}},
-    "central": {"partition": {"clients": 0, "server_share": 1.0, "kind": "even"}, "server": {"steps": 10}},
-}
-
-
-def demo_config(method: str, *, seed: int, folder: Path, auxiliary: Path | None) -> RunConfig:
-    """The configuration of one row of the demo's table; all rows share one auxiliary model."""
-    values: Figures = {"seed": seed, "output": str(folder / method), **DEMO}
-    if auxiliary:
-        values = {**values, "auxiliary": {**values["auxiliary"], "folder": str(auxiliary)}}
-    for section, changes in DEMO_ROWS[method].items():
-        values[section] = {**values.get(section, {}), **changes}
-    return make_config(values, "the demo")
-
-
-def demo(*, seed: int = 0, folder: str | Path | None = None, watcher: Watcher | None = None) -> list[Figures]:
-    """Tune the embedded model with ten clients who never see it, and with four controls; one row of test figures each.
-
-    Every test question is about somebody that neither the clients nor the server have a question about.
-
-    Raises:
-        RunError: the folder is in use.
-    """
-    torch.set_num_threads(1)  # the model is so small that a second thread costs more than it gives
-    watcher = watcher or Watcher()
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="fedsp-demo-") as temporary:
-            return demo(seed=seed, folder=temporary, watcher=watcher)
-    folder = Path(folder)
-    _require_new(folder)
-    auxiliary = folder / "auxiliary"
-    config = demo_config("clients-only", seed=seed, folder=folder, auxiliary=None)
-    server = open_server(config, load_questions(config))
-    started = time.perf_counter()
-    make_auxiliary(server, auxiliary, watcher)
-    watcher.say(f"distilled in {time.perf_counter() - started:.0f} s")
-    started = time.perf_counter()
-    figures = evaluate_prompt(server.model, None, server.questions.test, server.questions.task, server.tokenizer, server.max_tokens)
-    rows: list[Figures] = [{"method": "zero-shot", **figures, "bytes": 0, "seconds": time.perf_counter() - started}]
-    for method in DEMO_ROWS:
-        watcher.say(f"{method}:")
-        result = run(demo_config(method, seed=seed, folder=folder, auxiliary=auxiliary), watcher=watcher)
-        rows.append({"method": method, **result["test"], "bytes": result["bytes_up"] + result["bytes_down"], "seconds": result["seconds"]})
     return rows

@@ -229,7 +229,7 @@ class PartyDataSection(Section):
 class PolicySection(Section):
     """Your own floor: a request outside it is refused."""
 
-    max_rounds: Positive = Field(1000, description="rounds that this client answers in one run, at most")
+    max_rounds: Positive = Field(1000, description="rounds that this client answers under one package, all runs together, at most")
     min_examples: Positive = Field(1, description="with fewer examples than this the client does not take part: few examples are easier to guess from a prompt")
     methods: list[str] = Field(["fedsp"], description="methods that may be asked for")
     plans: list[str] = Field([], description='layer plans of auxiliary models that are accepted, such as ["ends(2)"]; none: any')

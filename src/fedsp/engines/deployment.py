@@ -90,8 +90,8 @@ def _server_section(config: RunConfig) -> FederationSection:
             "auxiliary.folder: a deployment needs the package that its clients have: make it with `fedsp distill`, hand it to them, and name it here"
         )
     agreed = read_agreement(Path(config.auxiliary.folder))
-    now = agreement_of(config, agreed.max_tokens)
-    differing = [name for name, value in agreed.model_dump().items() if now.model_dump()[name] != value]
+    now = agreement_of(config, agreed.max_tokens).model_dump()
+    differing = [name for name, value in agreed.model_dump().items() if now[name] != value]
     if differing:
         raise AuxiliaryError(
             f"the package {config.auxiliary.folder} was signed for another agreement ({', '.join(differing)}): clients will do what it says, so bring the configuration back or make a new package"

@@ -16,12 +16,12 @@ from fedsp.errors import ConfigurationError, DeploymentError
 START = 120.0
 """Seconds that Flower's processes may take to start."""
 
-FLOWER = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+"""Environment of every process of Flower's: it tells nobody of itself, and leaves the cores to those that compute."""
+
+FLOWER = QUIET | {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
-    "OMP_NUM_THREADS": "1",
     "NO_COLOR": "1",
     "PYTHONSAFEPATH": "1",  # else Python would look for modules in the working directory first, which another may have written
 }

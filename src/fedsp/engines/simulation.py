@@ -18,6 +18,7 @@ from fedsp.clients import Clients, open_clients
 from fedsp.config_file import read_config
 from fedsp.engines.answering import answer
 from fedsp.engines.flower import GridWire, make_client_app
+from fedsp.engines.processes import QUIET
 from fedsp.engines.remote import Patience, remote
 from fedsp.errors import DeploymentError
 from fedsp.experiment import run_experiment
@@ -27,13 +28,10 @@ from fedsp.rounds import Exchange
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher, load_questions
 
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
+ENVIRONMENT = QUIET | {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",  # Ray's 15 starves the clients on a machine that does anything else
-    "OMP_NUM_THREADS": "1",
 }
 
 
