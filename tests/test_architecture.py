@@ -11,22 +11,35 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "fedsp"
 FLOORS = [
     {"errors", "frames", "engines.leash", "__init__"},
-    {"storage", "payload", "config", "engines.channel", "engines.processes"},
+    {"storage", "payload", "config", "engines.channel", "engines.processes", "data.topics"},
     {"config_file", "rounds", "models", "data.files", "credentials", "engines.flower"},
-    {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate", "engines.pinned"},
+    {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate", "engines.pinned", "weights"},
     {"data.encoding", "engines.remote"},
     {"fitting", "evaluation"},
-    {"auxiliary"},
+    {"auxiliary", "adaptation"},
     {"parties", "distill", "package"},
     {"methods.base"},
-    {"algorithm", "federation", "engines.answering"},
+    {
+        "algorithm",
+        "methods.zero_shot",
+        "methods.finetune",
+        "methods.prefix_tuning",
+        "methods.fedprompt",
+        "methods.fedprompt_single",
+        "methods.lora",
+        "methods.offsite_tuning",
+        "federation",
+        "engines.answering",
+        "cost",
+    },
     {"runs"},
     {"server"},
-    {"clients"},
+    {"clients", "redistillation"},
+    {"sides"},
     {"experiment", "plan", "engines.local", "display"},
     {"engines.simulation", "engines.deployment", "engines.joining"},
     {"commands", "engines.app.messenger"},
-    {"demo", "harness"},
+    {"demo", "harness", "study"},
     {"cli"},
     {"__main__"},
 ]
@@ -37,11 +50,13 @@ ONLY_IN = {
     "flwr": {"engines.flower", "engines.simulation", "engines.app.messenger"},
     "ray": {"engines.simulation"},
     "lm_eval": {"harness"},
+    "peft": {"methods.lora"},
+    "sklearn": {"data.topics"},
     "cryptography": {"credentials"},
     "uvicorn": {"engines.gate"},
     "typer": {"cli"},
     "rich": {"display"},
-    "pydantic": {"config", "config_file"},
+    "pydantic": {"config", "config_file", "study"},
 }
 
 
@@ -77,9 +92,10 @@ def test_libraries_stay_in_their_rooms(library: str) -> None:
     assert users <= ONLY_IN[library]
 
 
-def test_the_algorithm_knows_no_engine_and_no_configuration() -> None:
-    names = set(imports(MODULES["algorithm"]))
-    assert not any(name.startswith(("fedsp.engines", "fedsp.config", "fedsp.runs", "fedsp.federation")) for name in names)
+@pytest.mark.parametrize("module", ["algorithm", *sorted(module for module in set(MODULES) - EMPTY if module.startswith("methods."))])
+def test_a_method_knows_no_engine_no_configuration_and_no_other_method(module: str) -> None:
+    names = set(imports(MODULES[module])) - {"fedsp.methods.base"}
+    assert not any(name.startswith(("fedsp.engines", "fedsp.config", "fedsp.runs", "fedsp.federation", "fedsp.methods", "fedsp.algorithm")) for name in names)
 
 
 @pytest.mark.parametrize("module", ["federation", "aggregation"])

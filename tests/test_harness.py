@@ -11,7 +11,7 @@ from conftest import harness_task
 from fedsp import commands
 from fedsp.data.tasks import examples_of, find_task
 from fedsp.errors import RunError
-from fedsp.server import evaluate_prompt
+from fedsp.server import score_test
 from test_evaluation import hub_schema, real_rows
 from test_run import settings
 
@@ -34,9 +34,9 @@ def test_the_harness_gives_the_figures_of_our_own_evaluation(name: str, run: Pat
     rows = [hub_schema(name, row) for row in real_rows(name, 60)]
     theirs = simple_evaluate("fedsp", model_args={"run": str(run)}, tasks=[harness_task(name, rows, tmp_path)], bootstrap_iters=0)
     assert theirs is not None
-    server, prompt = commands.open_run(run)
-    task = find_task(name)
-    ours = evaluate_prompt(server.model, prompt, examples_of(task, rows), task, server.tokenizer, server.max_tokens)
+    opened = commands.open_run(run)
+    task, server = find_task(name), opened.server
+    ours, _ = score_test(opened.model, opened.prefix(), examples_of(task, rows), task, server.tokenizer, server.max_tokens)
     assert theirs["results"][name]["acc,none"] == pytest.approx(ours["accuracy"])
     assert theirs["results"][name]["acc_norm,none"] == pytest.approx(ours["accuracy_norm"])
 

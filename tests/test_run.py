@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsp import algorithm, commands, experiment, fitting, loading, server
+from fedsp import commands, experiment, fitting, loading, server
 from fedsp.auxiliary import load_auxiliary
 from fedsp.clients import Clients, agreement_of, make_client, make_method
 from fedsp.config_file import make_config
@@ -24,6 +24,8 @@ from fedsp.errors import AuxiliaryError, DataError, FedspError, RunError, Storag
 from fedsp.experiment import run_experiment
 from fedsp.federation import Rules, Standing, federate
 from fedsp.models import ModelShape
+from fedsp.methods import base
+from fedsp.methods.base import Side, Work
 from fedsp.parties import Party, Rest
 from fedsp.payload import PROMPT, Payload, pack
 from fedsp.prompts import PromptSpec, read_prompt
@@ -241,6 +243,9 @@ class Echo:
     def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
         return aggregated, None
 
+    def work(self, party: Party, side: Side) -> list[Work]:
+        return []
+
 
 def loop(
     exchange: Exchange, *, clients: int = 4, asked: int | None = None, rounds: int = 1, minimum: int = 1, shape: tuple[int, ...] = (2, 3, 4)
@@ -349,11 +354,11 @@ def test_a_loss_that_is_not_a_number_stops_with_round_and_client(tmp_path: Path,
         calls += 1
         return original(*arguments) * (float("nan") if calls > 8 else 1.0)
 
-    monkeypatch.setattr(algorithm, "answer_loss", broken)
+    monkeypatch.setattr(base, "answer_loss", broken)
     with pytest.raises(TrainingDiverged, match=r"round 2, client 'client-\d': the loss is nan at local step \d of 2.*the prompt of round 1 is kept"):
         commands.run(settings(tmp_path, validation={"by": "none"}))
     assert read_prompt(tmp_path / "run" / "best.safetensors")
-    monkeypatch.setattr(algorithm, "answer_loss", original)
+    monkeypatch.setattr(base, "answer_loss", original)
     assert commands.resume(tmp_path / "run")["best_round"] == 3
 
 

@@ -220,7 +220,7 @@ if kind == "not finite":
     large[3, 5, 7] = float("nan")
 data = save({PROMPT: large.to(torch.bfloat16) if kind == "another dtype" else large})
 data = data[:-100] if kind == "cut" else (1 << 40).to_bytes(8, "little") + data[8:] if kind == "header too long" else data
-header = {"fedsp": 1, "kind": "update", "round": 1, "client": "a", "losses": {}, "validation": None, "seconds": 1.0, "shortened": 0}
+header = {"fedsp": 1, "kind": "update", "round": 1, "client": "a", "losses": {}, "validation": None, "seconds": 1.0, "shortened": 0, "spikes": 0}
 frame = Frame(json.dumps(header | {"sha256": hashlib.sha256(data).hexdigest()}), data)
 del large
 first = Request("ab", 1, "a", 1, {PROMPT: torch.zeros(300, 1000)})

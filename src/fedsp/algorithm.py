@@ -36,19 +36,18 @@ Deviations from the authors' released code, each a choice (`preset = "paper"` ke
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-from torch import nn
-
-from fedsp.data.encoding import Encoded, collate, training_batches
-from fedsp.fitting import Fitted, Tensors, answer_loss, fit, trainable
-from fedsp.methods.base import Stage
+from fedsp.fitting import Fitted, Tensors, trainable
+from fedsp.methods.base import Side, Stage, Work, part, take_steps, validation_loss
 from fedsp.parties import Party
 from fedsp.payload import Payload
 from fedsp.prompts import SoftPrompt
-from fedsp.rounds import Request, Update, derive_seed
+from fedsp.rounds import Request, Update
+
+Adapt = Callable[[SoftPrompt, int, int], None]
+"""What the server may do to the aggregated prompt without labels, in place: prompt, round, seed (`fedsp.adaptation`)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class FedSP:
     server: Stage
     keep_optimizer: bool = False
     package: Tensors = field(default_factory=dict, repr=False)
+    adapt: Adapt | None = field(default=None, repr=False)
 
     def init(self, server: Party) -> Payload:
         """One prompt for all."""
@@ -72,43 +72,47 @@ class FedSP:
         """Align, then speak; answer with the prompt. See `Method.client_update`."""
         started = time.perf_counter()
         state = client.rest.load(before=request.round) if self._rests(client.prompt) else {}
-        _take_up(client.prompt, request.payload, _part(state, "prompt"))
+        client.prompt.take_up(request.payload, part(state, "prompt"))
         if not self.align.steps:
             return self._speak(client, request, state, started)
-        with client.own_weights(_part(state, "auxiliary"), self.package):
+        with client.own_weights(part(state, "auxiliary"), self.package):
             return self._speak(client, request, state, started)
 
     def _speak(self, client: Party, request: Request, state: Tensors, started: float) -> Update:
         validation = validation_loss(client, client.held_out)
         if not request.train:
             return Update(request.round, client.id, request.payload, validation=validation)
-        aligned = self._fit("align", self.align, client, client.model.model, request.round, request.seed, state)
-        spoken = self._fit("speak", self.speak, client, client.prompt, request.round, request.seed, state)
-        self._let_rest(client, request.round, {"align": aligned, "speak": spoken})
-        losses = {name: fitted.last for name, fitted in (("align", aligned), ("speak", spoken)) if fitted.last is not None}
-        return Update(request.round, client.id, client.prompt.payload(), losses, validation, time.perf_counter() - started, client.shortened)
+        fits = {work.name: self._fit(client, work, request.payload, request.round, request.seed, state) for work in self.work(client, "client")}
+        self._let_rest(client, request.round, fits)
+        losses = {name: fitted.last for name, fitted in fits.items() if fitted.last is not None}
+        spikes = sum(fitted.spikes for fitted in fits.values())
+        return Update(request.round, client.id, client.prompt.payload(), losses, validation, time.perf_counter() - started, client.shortened, spikes)
 
     def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
         """Steps on the aggregated prompt through the frozen global model. See `Method.server_update`."""
-        if not self.server.steps:
+        if not self.server.steps and self.adapt is None:
             return aggregated, None
         state = server.rest.load(before=round) if self._rests(server.prompt) else {}
-        _take_up(server.prompt, aggregated, _part(state, "prompt"))
-        fitted = self._fit("server", self.server, server, server.prompt, round, seed, state)
-        self._let_rest(server, round, {"server": fitted})
-        return server.prompt.payload(), fitted.last
+        server.prompt.take_up(aggregated, part(state, "prompt"))
+        if self.adapt is not None:
+            self.adapt(server.prompt, round, seed)
+        fits = {work.name: self._fit(server, work, aggregated, round, seed, state) for work in self.work(server, "server")}
+        self._let_rest(server, round, fits)
+        return server.prompt.payload(), fits["server"].last if fits else None
 
-    def _fit(self, name: str, stage: Stage, party: Party, train: nn.Module, round: int, seed: int, state: Tensors) -> Fitted:
-        """One stage of one party: steps on `train`, its prompt or its auxiliary model; the other is frozen."""
-        party.prompt.requires_grad_(train is party.prompt)
-        return fit(
-            trainable(train),
-            lambda batch: answer_loss(party.model, party.prompt.prefix(party.model), batch.to(party.model.device)),
-            training_batches(party.examples, steps=stage.steps, batch_size=stage.batch_size, seed=derive_seed(seed, name)),
-            stage.optimisation,
-            first_step=(round - 1) * stage.steps,
-            moments=_part(state, name) if self.keep_optimizer else None,
-        )
+    def work(self, party: Party, side: Side) -> list[Work]:
+        """Align and speak at a client, the server step at the server. See `Method.work`."""
+        prompt = party.prompt.trained()
+        if side == "server":
+            stages = [Work("server", self.server, prompt)]
+        else:
+            stages = [Work("align", self.align, trainable(party.model.model)), Work("speak", self.speak, prompt)]
+        return [work for work in stages if work.stage.steps]
+
+    def _fit(self, party: Party, work: Work, received: Payload, round: int, seed: int, state: Tensors) -> Fitted:
+        """One stage of one party: steps on its prompt or its auxiliary model; the other is frozen."""
+        party.prompt.requires_grad_(work.name != "align")
+        return take_steps(party, work, received, round, seed, part(state, work.name) if self.keep_optimizer else None)
 
     def _rests(self, prompt: SoftPrompt) -> bool:
         """Whether a party has anything to keep from one round to the next."""
@@ -117,35 +121,9 @@ class FedSP:
     def _let_rest(self, party: Party, round: int, fits: dict[str, Fitted]) -> None:
         if not self._rests(party.prompt):
             return
-        state: Tensors = {f"prompt/{name}": tensor for name, tensor in party.prompt.state_dict().items() if party.prompt.spec.projection}
-        if "align" in fits and self.align.steps:
+        state: Tensors = {f"prompt/{name}": tensor for name, tensor in party.prompt.own_state().items()}
+        if "align" in fits:
             state |= {f"auxiliary/{name}": parameter for name, parameter in trainable(party.model.model).items()}
         if self.keep_optimizer:
             state |= {f"{name}/{key}": tensor for name, fitted in fits.items() for key, tensor in fitted.moments.items()}
         party.rest.save(round, state)
-
-
-@torch.no_grad()
-def validation_loss(party: Party, rows: Sequence[Encoded], batch_size: int = 32) -> float | None:
-    """Mean loss, nats per answer token, of a party's prompt through its model on rows that nothing was trained on."""
-    if not rows:
-        return None
-    prefix, total, count = party.prompt.prefix(party.model), 0.0, 0
-    ordered = sorted(rows, key=lambda row: len(row.ids))
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        tokens = sum(len(row.ids) - row.start for row in batch)
-        total += tokens * float(answer_loss(party.model, prefix, collate(batch).to(party.model.device)))
-        count += tokens
-    return total / count
-
-
-def _take_up(prompt: SoftPrompt, payload: Payload, projection: Tensors) -> None:
-    """Load a received prompt, through the party's own projection if it has one from an earlier round."""
-    if projection:
-        prompt.load_state_dict(projection, strict=False)
-    prompt.load(payload)
-
-
-def _part(state: Tensors, name: str) -> Tensors:
-    return {key.removeprefix(f"{name}/"): tensor for key, tensor in state.items() if key.startswith(f"{name}/")}

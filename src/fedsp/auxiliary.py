@@ -62,7 +62,8 @@ def parse_plan(text: str | Sequence[int], layers: int, prompt_layers: Sequence[i
 
     `shared(i)`: layer i at every depth. `every(k)`: layers 0, k, 2k, ... `first(n)`: layers 0 to n - 1. `cells(a-b)`: layers a to b over and over.
     `ends(n, m)`: the first and last n verbatim and frozen, one shared layer m times between (all the depths between, if m is left out).
-    A list gives the layer at each depth; equal numbers share.
+    `emulator(n, m)`: the same with m layers between, each its own, spread evenly over those dropped. `copies(i)`: layer i at every depth, each a
+    copy of its own. A list gives the layer at each depth; equal numbers share.
 
     When depths are as many as layers, each depth reads its own prompt layer; otherwise it reads that of its source, and the shared middle of
     `ends` reads layers spread evenly over those it stands for.
@@ -85,31 +86,37 @@ def parse_plan(text: str | Sequence[int], layers: int, prompt_layers: Sequence[i
         if layers % len(cell):
             raise ConfigurationError(f"auxiliary.plan: {text} repeats {len(cell)} layers, which do not divide the model's {layers}")
         sources = list(cell) * (layers // len(cell))
+    elif name == "copies" and len(numbers) == 1:
+        sources = numbers * layers
     elif name == "ends" and len(numbers) in (1, 2):
         return _ends(layers, *numbers, prompt_layers=prompt_layers)
+    elif name == "emulator" and len(numbers) == 2:
+        return _ends(layers, *numbers, prompt_layers=prompt_layers, shared=False)
     else:
         raise ConfigurationError(
-            f"auxiliary.plan: {text!r} is no layer plan: write shared(0), every(2), first(4), cells(0-1), ends(2), ends(2, 3), or a list such as [0, 0, 5, 5]"
+            f"auxiliary.plan: {text!r} is no layer plan: write shared(0), copies(0), every(2), first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), or a list such as [0, 0, 5, 5]"
         )
-    frozen = [False] * len(sources)
+    frozen, groups = [False] * len(sources), range(layers) if name == "copies" else sources
     reads = list(prompt_layers) if prompt_layers is not None else list(range(layers)) if len(sources) == layers else sources
-    return _checked(LayerPlan(tuple(sources), tuple(sources), tuple(frozen), tuple(reads)), layers, text)
+    return _checked(LayerPlan(tuple(sources), tuple(groups), tuple(frozen), tuple(reads)), layers, text)
 
 
-def _ends(layers: int, ends: int, middle: int | None = None, *, prompt_layers: Sequence[int] | None) -> LayerPlan:
+def _ends(layers: int, ends: int, middle: int | None = None, *, prompt_layers: Sequence[int] | None, shared: bool = True) -> LayerPlan:
+    name = "ends" if shared else "emulator"
     between = layers - 2 * ends
     repeats = between if middle is None else middle
-    if ends < 1 or between < 1 or not repeats >= 1:
+    if ends < 1 or between < 1 or repeats < 1 or (repeats > between and not shared):
         raise ConfigurationError(
-            f"auxiliary.plan: ends({ends}{'' if middle is None else f', {middle}'}) leaves no middle in a model of {layers} layers: keep fewer verbatim"
+            f"auxiliary.plan: {name}({ends}{'' if middle is None else f', {middle}'}) leaves no middle in a model of {layers} layers: keep fewer verbatim"
         )
     first, last = list(range(ends)), list(range(layers - ends, layers))
     spread = [ends + (2 * index + 1) * between // (2 * repeats) for index in range(repeats)]
     source = ends + between // 2
+    stand, groups = ([source] * repeats, [layers] * repeats) if shared else (spread, spread)
     reads = list(prompt_layers) if prompt_layers is not None else [*first, *spread, *last]
     frozen = [True] * ends + [False] * repeats + [True] * ends
-    plan = LayerPlan((*first, *[source] * repeats, *last), (*first, *[layers] * repeats, *last), tuple(frozen), tuple(reads))
-    return _checked(plan, layers, f"ends({ends}, {repeats})")
+    plan = LayerPlan((*first, *stand, *last), (*first, *groups, *last), tuple(frozen), tuple(reads))
+    return _checked(plan, layers, f"{name}({ends}, {repeats})")
 
 
 def _checked(plan: LayerPlan, layers: int, text: object) -> LayerPlan:
@@ -129,6 +136,11 @@ class AuxiliaryModel(PromptedLM):
         super().__init__(model, "the auxiliary model", positions=positions, prompt_layers=plan.prompt_layers, prompt_shape=prompt_shape)
         self.plan = plan
         self.tokenizer = tokenizer
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights as they are handed out, float32, each once."""
+        return 4 * sum(parameter.numel() for parameter in trainable(self.model).values())
 
     def weights(self) -> Tensors:
         """Every parameter once, on the CPU."""

@@ -226,6 +226,31 @@ def export(folder: RunFolder, output: Annotated[Path, typer.Argument(help="The n
     _write(json_file, figures)
 
 
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="The study's TOML file: models, tasks, partitions, methods, grids.")],
+    root: Annotated[Optional[Path], typer.Option(help="Folder that the file names in the study are taken from; otherwise that of the study file.")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch; 1 is best where several processes share the study.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Run a grid of methods x tasks x models x partitions x seeds. Start it again to go on, or twice to share it between processes."""
+    from fedsp.display import Display, figures_table
+    from fedsp.study import run_study
+
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    with Display() as display:
+        figures = run_study(file, root=root, watcher=display.study_watcher())
+        display.print(figures_table("Study", figures))
+    _write(json_file, figures)
+    if figures["failed"]:
+        raise RunError(
+            f"{figures['failed']} of {figures['cells']} cells failed; each says why in its folder's failure.json, which you may remove to try it again"
+        )
+
+
 @app.command("list")
 def list_runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), json_file: Json = None) -> None:
     """The runs below a folder."""

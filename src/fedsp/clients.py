@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
-from fedsp.algorithm import FedSP
-from fedsp.auxiliary import AuxiliaryModel
-from fedsp.config import Agreement, RunConfig, ServerSection
+from fedsp.algorithm import Adapt, FedSP
+from fedsp.auxiliary import AuxiliaryModel, LayerPlan
+from fedsp.config import Agreement, ClientSection, PromptSection, RunConfig, ServerSection
 from fedsp.data.encoding import Encoded, encode_targets
+from fedsp.errors import ConfigurationError
 from fedsp.fitting import Optimisation
-from fedsp.methods.base import Stage
-from fedsp.parties import Party, Rest
+from fedsp.methods.base import Method, Stage
+from fedsp.models import PromptedLM, Tokenizer
+from fedsp.parties import Party, Rest, Tunable
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import derive_seed
 from fedsp.runs import RunDirectory
@@ -24,9 +26,9 @@ HELD_OUT_AT_CLIENTS = 0.1
 
 @dataclass
 class Clients:
-    """What the clients' side has, all of them together: the package, the method, and access to each client's own rows."""
+    """What the clients' side has, all of them together: the method, and access to each client's own rows."""
 
-    method: FedSP
+    method: Method
     register: dict[str, int]
     party: Callable[[str], Party]
 
@@ -44,48 +46,86 @@ def agreement_of(config: RunConfig, max_tokens: int) -> Agreement:
     )
 
 
-def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: ServerSection | None = None) -> FedSP:
-    """FedSP with the agreement's numbers. Where no client is asked there is no auxiliary model; a client knows nothing of the server's steps."""
-    client, rounds = agreement.client, agreement.rounds
+def stages(client: ClientSection, server: ServerSection | None, rounds: int) -> dict[str, Stage]:
+    """The stages `align`, `speak` and `server` with a configuration's numbers; a client knows nothing of the server's steps."""
 
-    def stage(steps: int, batch_size: int, rate: float, decay: float) -> Stage:
-        return Stage(steps, batch_size, Optimisation(rate, decay, client.warmup, rounds * steps))
+    def stage(steps: int, batch_size: int, rate: float, decay: float, proximal: float = 0.0) -> Stage:
+        return Stage(steps, batch_size, Optimisation(rate, decay, client.warmup, rounds * steps), proximal)
 
-    speak = stage(client.speak_steps, client.batch_size, client.learning_rate, client.weight_decay)
+    speak = stage(client.speak_steps, client.batch_size, client.learning_rate, client.weight_decay, client.proximal)
+    return {
+        "align": stage(client.align_steps, client.batch_size, client.align_learning_rate, client.weight_decay),
+        "speak": speak,
+        "server": stage(server.steps, server.batch_size, server.learning_rate, server.weight_decay) if server else replace(speak, steps=0),
+    }
+
+
+def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: ServerSection | None = None, adapt: Adapt | None = None) -> FedSP:
+    """FedSP with the agreement's numbers. Where no client is asked there is no auxiliary model."""
     return FedSP(
-        align=stage(client.align_steps, client.batch_size, client.align_learning_rate, client.weight_decay),
-        speak=speak,
-        server=stage(server.steps, server.batch_size, server.learning_rate, server.weight_decay) if server else replace(speak, steps=0),
-        keep_optimizer=client.keep_optimizer,
-        package=auxiliary.weights() if auxiliary and client.align_steps else {},
+        **stages(agreement.client, server, agreement.rounds),
+        keep_optimizer=agreement.client.keep_optimizer,
+        package=auxiliary.weights() if auxiliary and agreement.client.align_steps else {},
+        adapt=adapt,
     )
 
 
 def make_client(client: str, agreement: Agreement, auxiliary: AuxiliaryModel, rows: list[Encoded], rest: Rest) -> Party:
-    """A client, from its own rows and the package alone: nothing of the global model is needed."""
-    spec = PromptSpec(agreement.prompt.space, agreement.prompt.length, auxiliary.prompt_shape, agreement.prompt.projection)
+    """A client of FedSP, from its own rows and the package alone: nothing of the global model is needed."""
+    return make_party(client, agreement, auxiliary, client_prompt(agreement, auxiliary), rows, rest)
+
+
+def client_prompt(agreement: Agreement, auxiliary: AuxiliaryModel) -> SoftPrompt:
+    """The prompt that a client loads what it receives into."""
+    section = agreement.prompt
+    spec = PromptSpec(section.space, section.length, auxiliary.prompt_shape, section.projection)
+    prompt = SoftPrompt(spec, seed=derive_seed(agreement.seed, "prompt"), layers=tuned_layers(section, auxiliary.plan))
+    return prompt.to(auxiliary.device)
+
+
+def tuned_layers(section: PromptSection, plan: LayerPlan) -> list[int] | None:
+    """The prompt layers that are tuned; None for all.
+
+    Raises:
+        ConfigurationError: only verbatim layers are wanted, and the plan has none.
+    """
+    if section.tuned_at == "all":
+        return None
+    if not plan.keeps_verbatim:
+        raise ConfigurationError("prompt.tuned_at = 'verbatim', but auxiliary.plan keeps no layer verbatim: use ends(n, m) or emulator(n, m)")
+    return sorted(layer for layer, frozen in zip(plan.prompt_layers, plan.frozen, strict=True) if frozen)
+
+
+def make_party(client: str, agreement: Agreement, model: PromptedLM, tuned: Tunable, rows: list[Encoded], rest: Rest) -> Party:
+    """A client of any method. Where clients validate, a tenth of its rows is held out."""
     held = max(1, round(HELD_OUT_AT_CLIENTS * len(rows))) if agreement.clients_validate and len(rows) > 1 else 0
     order = random.Random(derive_seed(agreement.seed, "held out", client)).sample(rows, len(rows))
-    prompt = SoftPrompt(spec, seed=derive_seed(agreement.seed, "prompt")).to(auxiliary.device)
-    return Party(client, auxiliary, prompt, order[held:], rest, order[:held])
+    return Party(client, model, tuned, order[held:], rest, order[:held])
 
 
 def open_clients(config: RunConfig, auxiliary: AuxiliaryModel, questions: Questions, run: RunDirectory) -> Clients:
-    """Every client of a run in one process. Parties are made when asked for, from rows and what rests on disk; few stay in memory."""
+    """Every client of a run of FedSP in one process."""
     agreement = agreement_of(config, token_limit(config, auxiliary))
+    method = make_method(agreement, auxiliary, config.server)
+    return clients_here(method, agreement, auxiliary, auxiliary.tokenizer, partial(client_prompt, agreement, auxiliary), questions, run)
+
+
+def clients_here(
+    method: Method, agreement: Agreement, model: PromptedLM, tokenizer: Tokenizer, tuned: Callable[[], Tunable], questions: Questions, run: RunDirectory
+) -> Clients:
+    """Clients in this process. Parties are made when asked for, from rows and what rests on disk; few stay in memory."""
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:
-        return encode_targets(auxiliary.tokenizer, questions.held(questions.partition.clients[client]), agreement.max_tokens)
+        return encode_targets(tokenizer, questions.held(questions.partition.clients[client]), agreement.max_tokens)
 
     def party(client: str) -> Party:
-        return make_client(client, agreement, auxiliary, encoded(client), run.rest(f"client {client}"))
+        return make_party(client, agreement, model, tuned(), encoded(client), run.rest(f"client {client}"))
 
-    register = {client: len(rows) for client, rows in questions.partition.clients.items()}
-    return Clients(make_method(agreement, auxiliary, config.server), register, party)
+    return Clients(method, {client: len(rows) for client, rows in questions.partition.clients.items()}, party)
 
 
-def absent_clients(config: RunConfig, auxiliary: AuxiliaryModel | None, register: dict[str, int], max_tokens: int) -> Clients:
+def absent_clients(method: Method, register: dict[str, int]) -> Clients:
     """Clients whose text is elsewhere, or that there are none of: they can be asked, never opened.
 
     `register` gives the examples of each, as the server has been told them out of band.
@@ -94,4 +134,4 @@ def absent_clients(config: RunConfig, auxiliary: AuxiliaryModel | None, register
     def nobody(client: str) -> Party:
         raise AssertionError(f"client {client!r} was opened in a process that does not hold its text")
 
-    return Clients(make_method(agreement_of(config, max_tokens), auxiliary, config.server), register, nobody)
+    return Clients(method, register, nobody)

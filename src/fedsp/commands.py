@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,14 @@ from fedsp.engines.local import local
 from fedsp.errors import ConfigurationError, DataError, FedspError, RunError
 from fedsp.experiment import run_experiment
 from fedsp.plan import make_plan
+from fedsp.models import PromptedLM
+from fedsp.parties import Tunable
+from fedsp.payload import Payload
 from fedsp.prompts import SoftPrompt, export_peft, read_prompt
 from fedsp.runs import RunDirectory, differing_keys, find_runs
-from fedsp.server import Server, Watcher, evaluate_prompt, load_questions, make_auxiliary, open_server
+from fedsp.server import Server, Watcher, load_questions, make_auxiliary, open_server, score_test
+from fedsp.sides import server_side
+from fedsp.storage import read_tensors
 
 Figures = dict[str, Any]
 
@@ -80,6 +86,9 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequen
 def _suited(config: RunConfig, engine: str) -> RunConfig:
     if config.federation and engine != "deployment":
         raise ConfigurationError("the configuration has a [federation] section, so its clients are on machines of their own: run it with `fedsp serve`")
+    if engine == "flower" and (config.method != "fedsp" or config.distill.again_every):
+        what = f"method = {config.method!r}" if config.method != "fedsp" else "distill.again_every"
+        raise ConfigurationError(f"{what} is for measuring and runs in one process: use engine local")
     return config
 
 
@@ -179,49 +188,76 @@ def require_new(folder: Path) -> None:
         raise RunError(f"{folder} is in use: give a new folder")
 
 
-def open_run(folder: str | Path) -> tuple[Server, SoftPrompt]:
-    """The server's side of a run, and its best prompt so far.
+@dataclass
+class OpenRun:
+    """The server's side of a run: the global model, as the run's method reads it, and the best that was tuned."""
+
+    server: Server
+    model: PromptedLM
+    tuned: Tunable
+    best: Payload
+    start: Payload
+
+    def prefix(self, *, zero_shot: bool = False) -> torch.Tensor | None:
+        """Put the best in place, or with `zero_shot` what was there before any tuning; returns the keys and values in front of every text, if any."""
+        if zero_shot and isinstance(self.tuned, SoftPrompt):
+            return None
+        self.tuned.load(self.start if zero_shot else self.best)
+        with torch.no_grad():
+            return self.tuned.prefix(self.model)
+
+
+def open_run(folder: str | Path) -> OpenRun:
+    """The server's side of a run, with the best of its rounds so far.
 
     Raises:
-        RunError: there is no run, or no prompt yet.
+        RunError: there is no run, or no round of it is finished.
     """
     directory = RunDirectory.open(Path(folder))
     if not directory.best.exists():
         raise RunError(f"{folder} has no prompt yet: its first round is not finished")
     server = open_server(directory.config, load_questions(directory.config, directory.partition()))
-    return server, read_prompt(directory.best).to(server.model.device)
+    model, tuned = server_side(server)
+    if isinstance(tuned, SoftPrompt):
+        prompt = read_prompt(directory.best).to(server.model.device)
+        return OpenRun(server, model, prompt, prompt.payload(), {})
+    return OpenRun(server, model, tuned, read_tensors(directory.best)[0], tuned.payload())
 
 
 def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | None = None, zero_shot: bool = True) -> list[Figures]:
-    """Figures of a run's best prompt (or of the prompt in a file) through the global model, and of no prompt beside it.
+    """Figures of a run's best (or of the prompt in a file) through the global model, and of no tuning beside it.
 
     Raises:
         DataError: the run has no questions of that split.
     """
-    server, best = open_run(folder)
-    tuned = read_prompt(Path(prompt)).to(server.model.device) if prompt else best
-    splits = {"test": server.questions.test, "validation": server.questions.validation}
+    run = open_run(folder)
+    if prompt:
+        other = read_prompt(Path(prompt)).to(run.server.model.device)
+        run = replace(run, tuned=other, best=other.payload())
+    server, questions = run.server, run.server.questions
+    splits = {"test": questions.test, "validation": questions.validation}
     if split not in splits:
         raise DataError(f"unknown split {split!r}: choose test or validation")
     if not splits[split]:
         raise DataError(f"the run in {folder} has no {split} questions: name a file in data.{split}")
-    candidates: list[tuple[str, SoftPrompt | None]] = ([("zero-shot", None)] if zero_shot else []) + [("tuned prompt", tuned)]
-    questions = server.questions
-    room = min(server.max_tokens, server.model.max_positions - tuned.spec.length)
-    return [
-        {"prompt": name, **evaluate_prompt(server.model, candidate, splits[split], questions.task, server.tokenizer, room)} for name, candidate in candidates
-    ]
+    rows = []
+    for bare in (True, False) if zero_shot else (False,):
+        prefix = run.prefix(zero_shot=bare)
+        room = min(server.max_tokens, server.model.max_positions - (0 if prefix is None else prefix.shape[0]))
+        figures, _ = score_test(run.model, prefix, splits[split], questions.task, server.tokenizer, room)
+        rows.append({"prompt": "zero-shot" if bare else "tuned prompt" if isinstance(run.tuned, SoftPrompt) else "tuned weights", **figures})
+    return rows
 
 
 def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool = False) -> str:
     """A greedy completion of `text`, at most `most` tokens, through a run's best prompt (or none) and the global model."""
-    server, prompt = open_run(folder)
+    run = open_run(folder)
+    server = run.server
     ids = server.tokenizer.encode(text)
     if not ids:
         raise DataError("there is no text to complete: give at least one word")
-    with torch.no_grad():
-        prefix = None if zero_shot else prompt.prefix(server.model)
-    new = server.model.generate(torch.tensor(ids, device=server.model.device)[-server.max_tokens :], prefix, most=most, stop=server.tokenizer.eos_token_id)
+    prefix = run.prefix(zero_shot=zero_shot)
+    new = run.model.generate(torch.tensor(ids, device=server.model.device)[-server.max_tokens :], prefix, most=most, stop=server.tokenizer.eos_token_id)
     return str(server.tokenizer.decode(new))
 
 
@@ -229,13 +265,15 @@ def export(folder: str | Path, to: str | Path) -> Figures:
     """Write a run's best prompt, folded under the global model, as a PEFT prefix-tuning adapter.
 
     Raises:
-        RunError: the target is in use.
+        RunError: the target is in use, or the run tuned no prompt.
     """
     to = Path(to)
     require_new(to)
-    server, prompt = open_run(folder)
-    export_peft(prompt, server.model, to)
-    return {"folder": str(to), "virtual_tokens": prompt.spec.length, "base_model": server.model.name}
+    run = open_run(folder)
+    if not isinstance(run.tuned, SoftPrompt):
+        raise RunError(f"the run in {folder} tuned weights, not a prompt: there is no prefix to export")
+    export_peft(run.tuned, run.model, to)
+    return {"folder": str(to), "virtual_tokens": run.tuned.spec.length, "base_model": run.model.name}
 
 
 def traffic(folder: str | Path) -> list[Figures]:

@@ -18,6 +18,9 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What the name of a client in a deployment may be."""
 
 
+MethodName = Literal["fedsp", "zero_shot", "finetune", "prefix_tuning", "fedprompt", "fedprompt_single", "lora", "offsite_tuning"]
+
+
 class Section(BaseModel):
     """A table of the file: unknown keys are refused, values never change."""
 
@@ -44,6 +47,7 @@ class DataSection(Section):
     train: str | None = Field(None, description="JSONL or CSV file, .gz too; none: the task's own data set on the Hugging Face hub")
     validation: str | None = Field(None, description="file of the server's validation questions; none: a share of train is held out")
     test: str | None = Field(None, description="file of test questions, for `fedsp evaluate` and the end of a run")
+    test_examples: int | None = Field(None, ge=1, description="test questions at most, drawn alike for every seed; none: all")
     holdout: Share = Field(0.1, description="share of train held out for validation, when there is no validation file")
     max_tokens: int | None = Field(None, ge=8, description="tokens; longer examples lose their oldest context; none: what the model allows")
 
@@ -52,10 +56,12 @@ class PartitionSection(Section):
     """Who holds which training questions."""
 
     clients: Count = Field(10, description="clients; 0: everything in one place, at the server; with kind = natural it is the column that says")
-    kind: Literal["even", "dirichlet", "natural", "pathological"] = Field(
-        "even", description="even; dirichlet over a column; natural: one client per value of a column; pathological: few values of a column per client"
+    kind: Literal["even", "linear", "exponential", "dirichlet", "natural", "pathological"] = Field(
+        "even",
+        description="even; linear, exponential: unequal sizes; dirichlet over a column; natural: one client per value of a column; pathological: few values of a column per client",
     )
-    column: str | None = Field(None, description="the column that dirichlet, natural and pathological go by")
+    column: str | None = Field(None, description="the column that dirichlet, natural and pathological go by, and by which figures per client are weighted")
+    topics: Count = Field(0, description="instead of a column: so many topics, found by clustering the questions (needs scikit-learn); 0: none")
     alpha: Rate = Field(0.5, description="concentration of dirichlet: small is uneven")
     values_per_client: Positive = Field(2, description="values of the column per client, for pathological")
     server_share: Share | None = Field(
@@ -67,7 +73,7 @@ class AuxiliarySection(Section):
     """The small model that clients get, once."""
 
     plan: str | list[int] = Field(
-        description="the global layer at each depth: shared(0), every(k), first(n), cells(0-1), ends(n, m), or a list such as [0, 0, 5, 5]"
+        description="the global layer at each depth: shared(0), copies(0), every(k), first(n), cells(0-1), ends(n, m), emulator(n, m), or a list such as [0, 0, 5, 5]"
     )
     prompt_layers: list[int] | None = Field(None, description="the prompt layer that each depth reads; none: the plan's own map, printed by `fedsp plan`")
     folder: str | None = Field(None, description="an auxiliary model already made by `fedsp distill`; none: it is made at the start of the run")
@@ -86,6 +92,9 @@ class DistillSection(Section):
     match_depths: Decay = Field(0.0, description="weight of the mean squared error at every depth; 0 is the paper")
     match_logits: Decay = Field(0.0, description="weight of the KL divergence of next-token distributions, nats; 0 is the paper")
     proxy_prompts: Decay = Field(0.0, description="scale of a random prompt put on both sides at each step; 0 is the paper; teacher states cannot be kept then")
+    again_every: Count = Field(
+        0, description="rounds after which the package is distilled again, around the prompt as it stands, and handed out again; 0: never"
+    )
 
 
 class PromptSection(Section):
@@ -97,6 +106,12 @@ class PromptSection(Section):
     init_text: str | None = Field(None, description="file whose first tokens give the activations; none: the distillation text")
     init_scale: Rate = Field(0.02, description="standard deviation of init = normal")
     projection: Count = Field(0, description="hidden size of the projection MLP (the authors use 512); 0: none")
+    tuned_at: Literal["all", "verbatim"] = Field(
+        "all", description="all: at every depth; verbatim: only where clients hold the very layer of the global model; elsewhere the first prompt stays"
+    )
+    translate: bool = Field(
+        False, description="key_value prompts only: the server reads them through one linear map per layer, fitted on the distillation text"
+    )
 
 
 class RoundSection(Section):
@@ -107,6 +122,11 @@ class RoundSection(Section):
     min_clients: Count = Field(1, description="admitted updates that a round needs; with fewer the run stops and can be resumed")
     weighting: Literal["examples", "uniform"] = Field("examples", description="weights of the mean, from the server's register of examples")
     max_change: Rate = Field(1.0, description="root mean square by which a reply may differ from the broadcast prompt, per number")
+    optimizer: Literal["none", "momentum", "adam"] = Field(
+        "none", description="what the server makes of the mean: none takes it, momentum and adam take its change as a gradient (FedAvgM, FedAdam)"
+    )
+    learning_rate: Rate = Field(1.0, description="of momentum and adam at the server")
+    momentum: Share = Field(0.9, description="of momentum at the server; adam's beta_1")
 
 
 class ClientSection(Section):
@@ -119,6 +139,7 @@ class ClientSection(Section):
     weight_decay: Decay = Field(description="of AdamW")
     batch_size: Positive = Field(16, description="examples per step")
     warmup: Share = Field(0.1, description="share of all steps of all rounds in which the learning rate rises; then it falls linearly to 0; the server's too")
+    proximal: Decay = Field(0.0, description="FedProx's mu: half of it times the squared distance from what was received is added to the loss; 0: none")
     keep_optimizer: bool = Field(description="whether AdamW's moments rest with each client, and with the server, between rounds; false: fresh each round")
 
 
@@ -129,6 +150,24 @@ class ServerSection(Section):
     learning_rate: Rate = Field(description="of AdamW on the prompt")
     weight_decay: Decay = Field(description="of AdamW")
     batch_size: Positive = Field(16, description="examples per step")
+    public_steps: Count = Field(
+        0, description="steps on the distillation text, without labels, before the others: towards what the auxiliary model says under the same prompt; 0: none"
+    )
+    public_learning_rate: Rate = Field(1e-2, description="of AdamW in those steps")
+
+
+class LoraSection(Section):
+    """Low-rank adapters, for method = "lora"."""
+
+    rank: Positive = Field(8, description="rank of each adapter")
+    alpha: Rate = Field(16.0, description="adapters are scaled by alpha / rank")
+    targets: list[str] = Field([], description="names of linear modules, such as c_attn; none: those that PEFT names for the model's family")
+
+
+class TrackingSection(Section):
+    """Where figures and artefacts go besides the run's folder."""
+
+    mlflow: str | None = Field(None, description="tracking URI of an MLflow server, or a folder; none: nothing is logged there")
 
 
 class ValidationSection(Section):
@@ -156,6 +195,9 @@ class RunConfig(Section):
     """A whole run."""
 
     preset: Literal["messenger", "paper"] = Field("messenger", description="messenger: fedsp's default; paper: FedSP to the letter")
+    method: MethodName = Field(
+        "fedsp", description="fedsp, or a baseline: zero_shot, finetune, prefix_tuning, fedprompt, fedprompt_single, lora, offsite_tuning"
+    )
     seed: Count = Field(0, description="every draw of the run comes from it")
     output: str = Field("runs/latest", description="folder of the run")
     model: ModelSection
@@ -168,13 +210,25 @@ class RunConfig(Section):
     client: ClientSection
     server: ServerSection
     validation: ValidationSection
+    lora: LoraSection = LoraSection()
+    tracking: TrackingSection = TrackingSection()
     federation: FederationSection | None = None
 
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
         """What no section can see alone."""
-        if self.partition.kind != "even" and not self.partition.column:
-            raise ValueError(f"partition.column: partition.kind = {self.partition.kind!r} needs the name of a column")
+        if self.partition.kind in ("dirichlet", "natural", "pathological") and not (self.partition.column or self.partition.topics):
+            raise ValueError(f"partition.column: partition.kind = {self.partition.kind!r} needs the name of a column, or partition.topics")
+        if self.partition.column and self.partition.topics:
+            raise ValueError("partition.topics: a partition goes by a column or by topics; set one of them")
+        if self.method != "fedsp":
+            self._baseline()
+        if self.prompt.translate and self.prompt.space != "key_value":
+            raise ValueError("prompt.translate: only key_value prompts are translated; a residual prompt is read by each side's own layers")
+        if self.server.public_steps and (self.distill.text in ([], ["server"]) or self.round.clients == 0):
+            raise ValueError("server.public_steps: they need distill.text, public, and clients whose prompts are adapted")
+        if self.distill.again_every and (self.federation or self.client.align_steps or not self.distill.steps):
+            raise ValueError("distill.again_every: only where clients are simulated, do not align, and distill.steps is above 0")
         if self.distill.steps and not self.distill.text and not self.auxiliary.folder:
             raise ValueError("distill.text: distillation needs text; name public text files, or ['server'] for the server's own examples")
         if self.prompt.init == "text" and not self.prompt.init_text and not self.distill.text:
@@ -184,6 +238,22 @@ class RunConfig(Section):
         if self.client.keep_optimizer and self.client.align_steps == 0 == self.client.speak_steps:
             raise ValueError("client.keep_optimizer: a client that takes no step has no optimizer to keep")
         return self
+
+    def _baseline(self) -> None:
+        """What a baseline cannot do."""
+        fedsp_only = {
+            "federation": self.federation is not None,
+            "client.align_steps": self.client.align_steps > 0,
+            "prompt.translate": self.prompt.translate,
+            "prompt.tuned_at": self.prompt.tuned_at != "all",
+            "server.public_steps": self.server.public_steps > 0,
+            "distill.again_every": self.distill.again_every > 0,
+        }
+        wrong = next((key for key, given in fedsp_only.items() if given), None)
+        if wrong:
+            raise ValueError(f"{wrong}: that is a part of FedSP, and method is {self.method!r}")
+        if self.method == "prefix_tuning" and self.partition.clients and self.round.clients != 0:
+            raise ValueError("partition.clients: prefix_tuning has all text in one place; set it to 0, or use method = 'fedprompt'")
 
     @property
     def server_share(self) -> float:

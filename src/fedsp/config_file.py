@@ -74,8 +74,8 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigurationError: the file is missing or not TOML, or the configuration is at fault.
     """
-    values = _read_toml(path, f"`fedsp init {path}` writes one to start from")
-    _resolve_paths(values, path.parent.resolve())
+    values = read_toml(path, f"`fedsp init {path}` writes one to start from")
+    resolve_paths(values, path.parent.resolve())
     for override in overrides:
         apply_override(values, override)
     return make_config(values, str(path))
@@ -87,7 +87,7 @@ def read_party(path: Path) -> PartyConfig:
     Raises:
         ConfigurationError: the file is missing or not TOML, or the configuration is at fault.
     """
-    party = validated(PartyConfig, _read_toml(path, "`fedsp federation init` writes one for each client"), str(path))
+    party = validated(PartyConfig, read_toml(path, "`fedsp federation init` writes one for each client"), str(path))
     folder = path.parent.resolve()
     return party.model_copy(
         update={
@@ -99,7 +99,12 @@ def read_party(path: Path) -> PartyConfig:
     )
 
 
-def _read_toml(path: Path, remedy: str) -> dict[str, Any]:
+def read_toml(path: Path, remedy: str) -> dict[str, Any]:
+    """The values in a TOML file; `remedy` says what to do where there is none.
+
+    Raises:
+        ConfigurationError: the file is missing or not TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -129,11 +134,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     values[name] = value
 
 
-def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+def resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Make the file names in `values` independent of the working directory: relative ones are taken from the configuration's folder."""
 
     def resolve(name: Any) -> Any:
-        return str(folder / name) if isinstance(name, str) and name not in ("embedded", "server", "text", "normal") and (folder / name).exists() else name
+        return str(folder / name) if isinstance(name, str) and name not in ("embedded", "server", "text", "normal", "") and (folder / name).exists() else name
 
     for section, key in [
         ("data", "train"),

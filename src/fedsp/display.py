@@ -45,7 +45,14 @@ class Display:
             self.progress.stop()
 
     def watcher(self) -> Watcher:
-        return Watcher(say=self.print, distilled=self._distilled, round_done=self._round_done)
+        return Watcher(say=self.print, distilled=self._distilled, round_done=self._round_done, part_done=self._part_done)
+
+    def study_watcher(self) -> Watcher:
+        """For many runs: bars on a terminal for the study and the run in it; elsewhere one line for each run."""
+        watcher = self.watcher()
+        if self.console.is_terminal:
+            return watcher
+        return Watcher(part_done=watcher.part_done)
 
     def print(self, what: RenderableType) -> None:
         self.console.print(what, highlight=False, markup=False)
@@ -65,6 +72,10 @@ class Display:
         self.print(
             f"round {record.round}/{rounds}  loss {losses or '-'}{validation}  {size(record.bytes_down)} down  {size(record.bytes_up)} up  {record.seconds:.1f} s  {left}{failed}"
         )
+
+    def _part_done(self, part: int, parts: int, name: str, seconds: float) -> None:
+        left = self._advance("study", part, parts, "")
+        self.print(f"{part}/{parts}  {name}  {seconds:.0f} s  {left}")
 
     def _advance(self, name: str, done: int, total: int, note: str) -> str:
         """Move a bar, and say how much time is left at the pace so far."""

@@ -17,6 +17,7 @@ from torch.nn.functional import kl_div
 from fedsp.auxiliary import AuxiliaryModel
 from fedsp.fitting import Optimisation, fit
 from fedsp.models import PromptedLM, Tokenizer, hidden_at_depths, pad
+from fedsp.prompts import SoftPrompt
 from fedsp.rounds import derive_seed
 
 Sequences = Sequence[Sequence[int]]
@@ -44,9 +45,17 @@ def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def distill(
-    auxiliary: AuxiliaryModel, teacher: PromptedLM, texts: Sequences, how: Distillation, *, seed: int, progress: Progress = lambda step, loss: None
+    auxiliary: AuxiliaryModel,
+    teacher: PromptedLM,
+    texts: Sequences,
+    how: Distillation,
+    *,
+    seed: int,
+    progress: Progress = lambda step, loss: None,
+    around: SoftPrompt | None = None,
 ) -> list[float]:
-    """Fit the auxiliary's distillable weights in place; returns the loss of each step.
+    """Fit the auxiliary's distillable weights in place; returns the loss of each step. `around` is a prompt that stands in front of every text, on
+    both sides.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -59,10 +68,12 @@ def distill(
     def loss(indices: list[int]) -> Tensor:
         nonlocal steps
         steps += 1
-        prefixes = _proxy_prompts(auxiliary, teacher, how, derive_seed(seed, "proxy", steps)) if how.proxy_prompts else (None, None)
+        prefixes = _prefixes(auxiliary, teacher, how, derive_seed(seed, "proxy", steps), around)
         batch = pad([texts[index] for index in indices], auxiliary.device)
         with torch.no_grad():
             states = _teacher_states(teacher, texts, indices, kept, how, auxiliary, prefixes[1])
+            if how.proxy_prompts:
+                kept.clear()
         value = _loss(auxiliary, teacher, hidden_at_depths(auxiliary, batch.ids, batch.mask, prefixes[0]), states, batch.mask, how)
         progress(steps, float(value.detach()))
         return value
@@ -94,13 +105,17 @@ def _teacher_states(
         for row, index in enumerate(new):
             kept[index] = [state[row, : len(texts[index])].float().cpu() for state in wanted]
     rows = [kept[index] for index in indices]
-    if prefix is not None:
-        kept.clear()
     return [torch.nn.utils.rnn.pad_sequence([row[depth] for row in rows], batch_first=True).to(student.device) for depth in range(len(rows[0]))]
 
 
-def _proxy_prompts(student: PromptedLM, teacher: PromptedLM, how: Distillation, seed: int) -> tuple[Tensor, Tensor]:
-    """One random key/value prompt, as each side reads it."""
+def _prefixes(student: PromptedLM, teacher: PromptedLM, how: Distillation, seed: int, around: SoftPrompt | None) -> tuple[Tensor | None, Tensor | None]:
+    """What each side reads in front of a text: nothing, one prompt for all steps, or one random key/value prompt."""
+    if around is not None:
+        with torch.no_grad():
+            fixed = around.prefix(teacher)
+        return around.prefix(student), fixed
+    if not how.proxy_prompts:
+        return None, None
     shape = teacher.shape
     values = torch.randn(how.proxy_length, shape.layers, 2, shape.heads, shape.head_size, generator=torch.Generator().manual_seed(seed)) * how.proxy_prompts
     values = values.to(teacher.device)

@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +49,15 @@ def score(
     tokenizer: Tokenizer,
     *,
     max_tokens: int,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int | None = None,
 ) -> tuple[list[Scored], int]:
     """Score every choice of every example; also how many examples lost old context.
 
     The context, but for its last token, is read once per example with a cache; each choice is then read behind it. Examples of like length
-    share a batch; the result is in the order of `examples`.
+    share a batch; the result is in the order of `examples`. A batch is `tokens_per_batch` context tokens: by default 512 on a CPU, whose cache
+    holds no more, and 4096 elsewhere.
     """
+    tokens_per_batch = tokens_per_batch or (512 if model.device.type == "cpu" else 4096)
     pairs = [[encode_pair(tokenizer, example.context, choice, max_tokens) for choice in example.choices] for example in examples]
     order = sorted(range(len(examples)), key=lambda index: -max(len(pair.ids) for pair in pairs[index]))
     scored: list[Scored | None] = [None] * len(examples)
@@ -123,3 +126,25 @@ def summarise(scored: Sequence[Scored], task: Task) -> dict[str, float]:
         "accuracy": sum(row.choice in row.gold for row in scored) / count,
         "accuracy_norm": sum(row.choice_norm in row.gold for row in scored) / count,
     }
+
+
+def by_client(scored: Sequence[Scored], kinds: Sequence[str], held: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+    """What each client would find on questions like its own: accuracy and answer loss on the test questions of each kind, weighted by the kinds of
+    its training questions (`held`). Kinds without a test question do not count; a client with no other is left out.
+    """
+    groups: dict[str, list[Scored]] = {}
+    for row, kind in zip(scored, kinds, strict=True):
+        groups.setdefault(kind, []).append(row)
+    right = {kind: sum(row.choice in row.gold for row in rows) / len(rows) for kind, rows in groups.items()}
+    loss = {kind: -sum(row.log_likelihoods[row.gold[0]] / row.tokens[row.gold[0]] for row in rows) / len(rows) for kind, rows in groups.items()}
+    figures = {}
+    for client, own in held.items():
+        counts = {kind: count for kind, count in Counter(own).items() if kind in groups}
+        total = sum(counts.values())
+        if total:
+            figures[client] = {
+                "examples": float(len(own)),
+                "accuracy": sum(count * right[kind] for kind, count in counts.items()) / total,
+                "answer_loss": sum(count * loss[kind] for kind, count in counts.items()) / total,
+            }
+    return figures

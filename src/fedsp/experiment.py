@@ -10,18 +10,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fedsp.algorithm import validation_loss
-from fedsp.auxiliary import AuxiliaryModel, disclosed_share
-from fedsp.clients import Clients, absent_clients, open_clients
+import torch
+
+from fedsp.aggregation import ServerOptimizer
+from fedsp.clients import Clients
 from fedsp.config import RunConfig
+from fedsp.cost import measure
 from fedsp.data.encoding import encode_targets
 from fedsp.data.tasks import Example
+from fedsp.evaluation import Scored, by_client
 from fedsp.federation import Rules, Standing, federate
+from fedsp.methods.base import validation_loss
 from fedsp.parties import Party
-from fedsp.payload import PROMPT, Payload
+from fedsp.payload import Payload
+from fedsp.prompts import SoftPrompt
+from fedsp.redistillation import redistilling
 from fedsp.rounds import Exchange, RoundRecord, derive_seed
 from fedsp.runs import RunDirectory
-from fedsp.server import Server, Watcher, evaluate_prompt, initial_prompt, load_questions, make_auxiliary, open_server, rows_digest
+from fedsp.server import Questions, Server, Watcher, load_questions, open_server, rows_digest, score_test
+from fedsp.sides import Sides, open_sides
 
 
 def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], watcher: Watcher, register: dict[str, int] | None = None) -> dict[str, Any]:
@@ -36,19 +43,15 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     config = run.config
     questions = load_questions(config, run.partition())
     server = open_server(config, questions)
-    asks = bool(questions.partition.clients if register is None else register) and config.round.clients != 0
-    auxiliary = make_auxiliary(server, run.auxiliary, watcher) if asks else None
+    sides = open_sides(server, run, watcher, register)
+    auxiliary = sides.auxiliary
     run.pin({"data.train": rows_digest(questions.train), "auxiliary model": auxiliary.digest() if auxiliary else "none"})
     run.write_partition(questions.partition.to_json())
     standing = run.standing(watcher.say)
-    prompt = initial_prompt(server).to(server.model.device)
     own = questions.held(questions.partition.server)
-    party = Party("server", server.model, prompt, encode_targets(server.tokenizer, own, server.max_tokens), run.rest("server"))
+    party = Party("server", sides.model, sides.tuned, encode_targets(server.tokenizer, own, server.max_tokens), run.rest("server"))
     validation = encode_targets(server.tokenizer, _some(questions.validation, config), server.max_tokens)
-    if auxiliary and register is None:
-        clients = open_clients(config, auxiliary, questions, run)
-    else:
-        clients = absent_clients(config, auxiliary, register or {}, server.max_tokens)
+    spec = replace(sides.tuned.spec, projection=0) if isinstance(sides.tuned, SoftPrompt) else None
     dropped = party.shortened + sum(row.dropped > 0 for row in validation)
     if dropped:
         watcher.say(
@@ -56,23 +59,67 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
         )
 
     def validate(payload: Payload) -> float:
-        party.prompt.load(payload)
+        party.tuned.load(payload)
         loss = validation_loss(party, validation)
         assert loss is not None
         return loss
 
     def keep(now: Standing, record: RoundRecord) -> None:
-        run.keep(now, record, replace(prompt.spec, projection=0))
+        run.keep(now, record, sides.fold(now.best), spec)
         watcher.round_done(record, config.round.rounds)
 
-    final = federate(clients.method, party, clients.register, engine(clients), _rules(config, run), standing=standing, validate=validate, keep=keep)
-    figures = _figures(run, server, auxiliary, final, time.perf_counter() - started)
+    exchange = engine(sides.clients)
+    if config.distill.again_every and auxiliary:
+        exchange = redistilling(exchange, server, auxiliary, run, watcher.say)
+    final = federate(sides.clients.method, party, sides.clients.register, exchange, _rules(config, run), standing=standing, validate=validate, keep=keep)
+    figures = _figures(run, server, sides, final, time.perf_counter() - started)
+    figures["cost"] = _cost(sides, party, final, config.seed)
     if questions.test:
-        prompt.load(final.best)
-        figures["test"] = evaluate_prompt(server.model, prompt, questions.test, questions.task, server.tokenizer, server.max_tokens)
+        party.tuned.load(final.best)
+        figures |= _test(run, server, party, questions)
     figures["peak_memory_bytes"] = peak_memory()
-    run.finish(final, figures, replace(prompt.spec, projection=0))
+    run.finish(sides.fold(final.best), final.best_round, figures, spec)
     return figures
+
+
+def _test(run: RunDirectory, server: Server, party: Party, questions: Questions) -> dict[str, Any]:
+    """Figures of what is in place on the test questions, and by client where something divides the questions."""
+    with torch.no_grad():
+        prefix = party.tuned.prefix(party.model)
+    figures, scored = score_test(party.model, prefix, questions.test, questions.task, server.tokenizer, server.max_tokens)
+    run.write_scores(_score_row(row) for row in scored)
+    kinds, held = questions.kinds, questions.partition.clients
+    if kinds is None or not held:
+        return {"test": figures}
+    own = {client: [kinds.train[index] for index in rows] for client, rows in held.items()}
+    return {"test": figures, "clients": by_client(scored, kinds.test, own)}
+
+
+def _score_row(row: Scored) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "gold": list(row.gold),
+        "log_likelihoods": [round(value, 5) for value in row.log_likelihoods],
+        "tokens": row.tokens,
+        "characters": row.characters,
+        "greedy": row.greedy,
+    }
+
+
+def _cost(sides: Sides, party: Party, final: Standing, seed: int) -> dict[str, dict[str, float]]:
+    """The measured cost of one round of the server, and of the first client where its text is here."""
+    costs = {}
+    method = sides.clients.method
+    party.tuned.load(final.best)
+    costs["server"] = measure(method, party, "server", derive_seed(seed, "server", 1))
+    try:
+        name = min(sides.clients.register)
+        client = sides.clients.party(name)
+    except (ValueError, AssertionError):  # there is none, or its text is elsewhere
+        return costs
+    client.tuned.load(final.payload)
+    costs["client"] = measure(method, client, "client", derive_seed(seed, "client", name, 1))
+    return costs
 
 
 def _rules(config: RunConfig, run: RunDirectory) -> Rules:
@@ -80,13 +127,14 @@ def _rules(config: RunConfig, run: RunDirectory) -> Rules:
     return Rules(
         run.identity,
         config.seed,
-        section.rounds,
+        section.rounds if config.method != "zero_shot" else 0,
         section.clients,
         section.min_clients,
         section.weighting,
         section.max_change,
         config.validation.by,
         config.validation.every,
+        ServerOptimizer(section.optimizer, section.learning_rate, section.momentum),
     )
 
 
@@ -95,17 +143,19 @@ def _some(validation: list[Example], config: RunConfig) -> list[Example]:
     return random.Random(derive_seed(config.seed, "validation")).sample(validation, count)
 
 
-def _figures(run: RunDirectory, server: Server, auxiliary: AuxiliaryModel | None, final: Standing, seconds: float) -> dict[str, Any]:
+def _figures(run: RunDirectory, server: Server, sides: Sides, final: Standing, seconds: float) -> dict[str, Any]:
     records = run.records()
     return {
         "best_round": final.best_round,
         "validation_loss": final.best_loss,
         "bytes_down": sum(record["bytes_down"] for record in records),
         "bytes_up": sum(record["bytes_up"] for record in records),
-        "prompt_bytes": final.best[PROMPT].numel() * 4,
-        "disclosed_share": disclosed_share(auxiliary, server.model) if auxiliary else 0.0,
+        "message_bytes": sum(tensor.numel() * 4 for tensor in final.best.values()),
+        "package_bytes": sides.auxiliary.bytes if sides.auxiliary else 0,
+        "disclosed_share": sides.handed_out,
         "shortened_client_examples": max((record["shortened_examples"] for record in records), default=0),
         "failures": sum(len(record["failed"]) for record in records),
+        "updates": sum(len(record["answered"]) for record in records),
         "seconds": seconds,
         "seconds_distillation": server.seconds.get("distillation", 0.0),
         "seconds_rounds": sum(record["seconds"] for record in records),

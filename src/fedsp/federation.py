@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fedsp.aggregation import admit, weighted_mean
+from fedsp.aggregation import ServerOptimizer, admit, update_cosine, weighted_mean
 from fedsp.errors import TooFewClients, TrainingDiverged
 from fedsp.methods.base import Method
 from fedsp.parties import Party
@@ -29,23 +29,25 @@ class Rules:
     max_change: float
     validate_by: Literal["server", "clients", "none"]
     validate_every: int = 1
+    optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands after a round: what is broadcast next, and the best prompt so far with its validation loss."""
+    """Where a run stands after a round: what is broadcast next, the best payload so far with its validation loss, and the server optimizer's state."""
 
     round: int
     payload: Payload
     best: Payload
     best_round: int
     best_loss: float | None
+    optimizer: Payload = field(default_factory=dict)
 
     def consider(self, payload: Payload, round: int, loss: float | None) -> Standing:
         """This standing with a candidate, which becomes the best if its loss is the lowest so far."""
         if loss is None or not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
             return self
-        return Standing(self.round, self.payload, payload, round, loss)
+        return replace(self, best=payload, best_round=round, best_loss=loss)
 
 
 Register = Mapping[str, int]
@@ -82,19 +84,20 @@ def federate(
         if rules.validate_by == "clients" and asked:
             standing = standing.consider(standing.payload, standing.round, _clients_loss(updates, register))
         weights = {client: float(register[client]) if rules.weighting == "examples" else 1.0 for client in updates}
-        aggregated = weighted_mean({client: update.payload for client, update in updates.items()}, weights) if updates else standing.payload
+        sent, told = standing.payload, {client: update.payload for client, update in updates.items()}
+        aggregated, optimizer = rules.optimizer.step(sent, weighted_mean(told, weights), standing.optimizer) if told else (sent, standing.optimizer)
         training = time.perf_counter()
         try:
             payload, server_loss = method.server_update(server, aggregated, round, derive_seed(rules.seed, "server", round))
         except TrainingDiverged as error:
             raise TrainingDiverged(f"round {round}, server: {error}; the prompt of round {standing.round} is kept") from error
-        standing = Standing(round, payload, standing.best, standing.best_round, standing.best_loss)
+        standing = replace(standing, round=round, payload=payload, optimizer=optimizer)
         validation = None
         if rules.validate_by == "server" and (round % rules.validate_every == 0 or round == rules.rounds):
             validation = validate(payload)
             standing = standing.consider(payload, round, validation)
         elif rules.validate_by == "none":
-            standing = Standing(round, payload, payload, round, None)
+            standing = replace(standing, best=payload, best_round=round)
         elif rules.validate_by == "clients":
             validation = _clients_loss(updates, register)
         seconds_training = time.perf_counter() - training + sum(update.seconds for update in updates.values())
@@ -113,6 +116,8 @@ def federate(
                 sum(update.shortened for update in updates.values()),
                 time.perf_counter() - started,
                 seconds_training,
+                update_cosine(told, sent),
+                sum(update.spikes for update in updates.values()),
             ),
         )
     if rules.validate_by == "clients" and register:

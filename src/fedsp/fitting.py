@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class Fitted:
     def last(self) -> float | None:
         return self.losses[-1] if self.losses else None
 
+    @property
+    def spikes(self) -> int:
+        """Steps whose loss is more than half above the median of this fit's."""
+        return sum(loss > 1.5 * statistics.median(self.losses) for loss in self.losses)
+
 
 def fit(
     train: Mapping[str, nn.Parameter],
@@ -85,7 +91,7 @@ def fit(
     if moments:
         _restore_moments(optimizer, names, moments)
     losses: list[Tensor] = []
-    with _learning(train.values()):
+    with learning(train.values()):
         for step, batch in enumerate(batches, start=first_step):
             for group in optimizer.param_groups:
                 group["lr"] = optimisation.rate(step)
@@ -102,7 +108,7 @@ def fit(
 
 
 @contextmanager
-def _learning(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def learning(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let gradients reach these parameters for as long as the context lasts, and leave none behind."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter, _ in before:

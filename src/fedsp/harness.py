@@ -38,10 +38,9 @@ class TunedPrompt(LM):  # type: ignore[misc]
         super().__init__()
         if not Path(run).is_dir():
             raise RunError(f"run={run}: there is no such folder")
-        server, prompt = open_run(run)
-        self._model, self._tokenizer, self._max_tokens = server.model, server.tokenizer, server.max_tokens
-        with torch.no_grad():
-            self._prefix = None if str(zero_shot).lower() == "true" else prompt.prefix(server.model)
+        opened = open_run(run)
+        self._model, self._tokenizer, self._max_tokens = opened.model, opened.server.tokenizer, opened.server.max_tokens
+        self._prefix = opened.prefix(zero_shot=str(zero_shot).lower() == "true")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): its log-likelihood, nats, and whether greedy decoding would give it."""

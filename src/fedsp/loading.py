@@ -24,8 +24,8 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_model(name: str, *, device: str = "auto", positions: Positions = "hugging_face") -> PromptedLM:
-    """A causal LM by hub name or folder, frozen, in float32 (bfloat16 on CUDA).
+def load_model(name: str, *, device: str = "auto", positions: Positions = "hugging_face", full_precision: bool = False) -> PromptedLM:
+    """A causal LM by hub name or folder, frozen, in float32 (bfloat16 on CUDA, unless its weights are to be tuned in `full_precision`).
 
     Raises:
         ModelError: nothing of that name can be loaded, or the model cannot carry a soft prompt.
@@ -33,7 +33,9 @@ def load_model(name: str, *, device: str = "auto", positions: Positions = "huggi
     where = choose_device(device)
     read_model_config(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if where.type == "cuda" else torch.float32, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.bfloat16 if where.type == "cuda" and not full_precision else torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_not_loaded(name, error)) from error
     model.requires_grad_(False)

@@ -1,16 +1,20 @@
-"""The parties: a client or the server, its model, its prompt, its examples, and where its own state rests between rounds."""
+"""The parties: a client or the server, its model, what it tunes, its examples, and where its own state rests between rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
 
 from fedsp.auxiliary import AuxiliaryModel
 from fedsp.data.encoding import Encoded
 from fedsp.fitting import Tensors
 from fedsp.models import PromptedLM
+from fedsp.payload import Payload
 from fedsp.prompts import SoftPrompt
 from fedsp.storage import read_tensors, write_tensors
 
@@ -50,16 +54,47 @@ class Rest:
         return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.safetensors"))
 
 
+class Tunable(Protocol):
+    """What a method tunes and sends: a soft prompt (`fedsp.prompts`), or weights of the model (`fedsp.weights`)."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What an optimizer trains, by name."""
+
+    def payload(self) -> Payload:
+        """What travels."""
+
+    def load(self, payload: Payload) -> None:
+        """Put received numbers in place. Raises PayloadError for any others than these names and shapes."""
+
+    def own_state(self) -> Tensors:
+        """What must rest with the party, since it does not travel."""
+
+    def take_up(self, payload: Payload, own: Mapping[str, Tensor]) -> None:
+        """Load received numbers, with the party's own state of an earlier round."""
+
+    def distance(self, payload: Payload) -> Tensor:
+        """The squared distance from a payload's numbers, with gradients."""
+
+    def prefix(self, model: PromptedLM) -> Tensor | None:
+        """The keys and values that the model reads in front of every text; None for none."""
+
+
 @dataclass
 class Party:
     """One side of the federation. `held_out` is what a client validates on; it is never trained on."""
 
     id: str
     model: PromptedLM
-    prompt: SoftPrompt
+    tuned: Tunable
     examples: Sequence[Encoded]
     rest: Rest
     held_out: Sequence[Encoded] = field(default_factory=tuple)
+
+    @property
+    def prompt(self) -> SoftPrompt:
+        """What FedSP tunes."""
+        assert isinstance(self.tuned, SoftPrompt)
+        return self.tuned
 
     @property
     def shortened(self) -> int:

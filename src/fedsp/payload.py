@@ -1,6 +1,8 @@
-"""What travels: one named float32 tensor, and its bytes. This is an allow-list, and it has one entry."""
+"""What travels: named float32 tensors, and their bytes. This is an allow-list: in FedSP it has one entry, the soft prompt."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from safetensors import SafetensorError
@@ -11,7 +13,9 @@ from fedsp.errors import PayloadError
 from fedsp.frames import PAYLOAD
 
 Payload = dict[str, Tensor]
-"""Flat, on the CPU, float32, names sorted. All that ever travels is {PROMPT: (P, L, 2, H, K) or (P, L, D)}."""
+"""Flat, on the CPU, float32, names sorted. In FedSP all that ever travels is {PROMPT: (P, L, 2, H, K) or (P, L, D)}; baselines send what they tune."""
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 PROMPT = PAYLOAD
 
@@ -34,19 +38,28 @@ def unpack(data: bytes) -> Payload:
         raise PayloadError(f"the {len(data)} bytes received are no payload: {error}") from error
 
 
-def check(payload: Payload, shape: tuple[int, ...]) -> None:
-    """Hold a payload against what may travel: exactly one tensor, PROMPT, of this shape, float32, every number finite.
+def shapes_of(payload: Payload) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a payload."""
+    return {name: tuple(tensor.shape) for name, tensor in payload.items()}
+
+
+def check(payload: Payload, shapes: Shapes) -> None:
+    """Hold a payload against what may travel: exactly these names, each of its shape, float32, every number finite.
 
     Raises:
         PayloadError: anything else, with what was found and what was expected.
     """
-    if list(payload) != [PROMPT]:
-        raise PayloadError(f"the payload names {sorted(payload)}, expected exactly [{PROMPT!r}]")
-    values = payload[PROMPT]
-    if tuple(values.shape) != shape:
-        raise PayloadError(f"{PROMPT} has shape {tuple(values.shape)}, expected {shape}")
-    if values.dtype != torch.float32:
-        raise PayloadError(f"{PROMPT} is {values.dtype}, expected torch.float32")
-    wrong = sum(int((~torch.isfinite(part)).sum()) for part in torch.split(values.flatten(), 1 << 16))  # in parts: it may be large and may lie
-    if wrong:
-        raise PayloadError(f"{PROMPT} holds {wrong} numbers that are not finite")
+    if sorted(payload) != sorted(shapes):
+        raise PayloadError(f"the payload names {_few(sorted(payload))}, expected exactly {_few(sorted(shapes))}")
+    for name, values in payload.items():
+        if tuple(values.shape) != tuple(shapes[name]):
+            raise PayloadError(f"{name} has shape {tuple(values.shape)}, expected {tuple(shapes[name])}")
+        if values.dtype != torch.float32:
+            raise PayloadError(f"{name} is {values.dtype}, expected torch.float32")
+        wrong = sum(int((~torch.isfinite(part)).sum()) for part in torch.split(values.flatten(), 1 << 16))  # in parts: it may be large and may lie
+        if wrong:
+            raise PayloadError(f"{name} holds {wrong} numbers that are not finite")
+
+
+def _few(names: list[str]) -> str:
+    return str(names) if len(names) <= 4 else f"{names[:4]} and {len(names) - 4} more"

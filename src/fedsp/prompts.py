@@ -14,7 +14,7 @@ up exactly, trained through the MLP, and folded: only values ever travel.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,13 +54,24 @@ class PromptSpec:
 
 
 class SoftPrompt(nn.Module):
-    """A tunable soft prompt. Its parameters are what the optimizer trains; `values()` is what they amount to."""
+    """A tunable soft prompt. Its parameters are what the optimizer trains; `values()` is what they amount to.
+
+    With `layers`, only the values of these prompt layers are tuned; the others stay as they were received.
+    """
 
     origin: Tensor
+    received: Tensor
+    tuned: Tensor
 
-    def __init__(self, spec: PromptSpec, values: Tensor | None = None, *, seed: int = 0) -> None:
+    def __init__(self, spec: PromptSpec, values: Tensor | None = None, *, seed: int = 0, layers: Sequence[int] | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.partly = layers is not None
+        if layers is not None:
+            where = torch.zeros(spec.model.layers, dtype=torch.bool)
+            where[list(layers)] = True
+            self.register_buffer("tuned", where.view(1, -1, *[1] * (len(spec.shape) - 2)), persistent=False)
+            self.register_buffer("received", torch.zeros(spec.shape), persistent=False)
         start = torch.zeros(spec.shape) if values is None else values.detach().float().clone()
         if tuple(start.shape) != spec.shape:
             raise PromptError(f"a {spec.space} prompt of {spec.length} tokens for {spec.model} has shape {spec.shape}, not {tuple(start.shape)}")
@@ -72,16 +83,23 @@ class SoftPrompt(nn.Module):
                     nn.Linear(spec.model.hidden, spec.projection), nn.Tanh(), nn.Linear(spec.projection, torch.Size(spec.shape[1:]).numel())
                 )
             self.register_buffer("origin", torch.zeros(spec.shape), persistent=False)
-            self.load({PROMPT: start})
         else:
             self.direct = nn.Parameter(start)
+        self.load({PROMPT: start})
 
     def values(self) -> Tensor:
         """The prompt's numbers, float32, of the spec's shape, with gradients to the parameters."""
-        if self.spec.projection:
-            projected: Tensor = self.projection(self.embedding)
-            return self.origin + projected.view(self.spec.shape)
-        return self.direct
+        values = self.origin + self.projection(self.embedding).view(self.spec.shape) if self.spec.projection else self.direct
+        return torch.where(self.tuned, values, self.received) if self.partly else values
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What an optimizer trains, by name."""
+        return dict(self.named_parameters())
+
+    def distance(self, payload: Payload) -> Tensor:
+        """The squared distance of these values from a payload's, with gradients."""
+        values = self.values()
+        return (values - payload[PROMPT].to(values.device)).square().sum()
 
     def payload(self) -> Payload:
         """What may travel: the folded values, on the CPU."""
@@ -94,11 +112,23 @@ class SoftPrompt(nn.Module):
         Raises:
             PayloadError: the payload is not one finite float32 tensor of this prompt's shape.
         """
-        check(payload, self.spec.shape)
+        check(payload, {PROMPT: self.spec.shape})
+        if self.partly:
+            self.received.copy_(payload[PROMPT])
         if self.spec.projection:
             self.origin.copy_(payload[PROMPT].to(self.origin.device) - self.projection(self.embedding).view(self.spec.shape))
         else:
             self.direct.copy_(payload[PROMPT])
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What must rest with the party, since it does not travel: the projection."""
+        return self.state_dict() if self.spec.projection else {}
+
+    def take_up(self, payload: Payload, own: Mapping[str, Tensor]) -> None:
+        """Load received values, through the party's own projection if it has one from an earlier round."""
+        if own:
+            self.load_state_dict(dict(own), strict=False)
+        self.load(payload)
 
     def prefix(self, model: PromptedLM) -> Tensor:
         """Keys and values (P, depths, 2, H, K) for each depth of `model`, which reads the layers its `prompt_layers` name.

@@ -25,7 +25,7 @@ class Request:
 @dataclass(frozen=True)
 class Update:
     """What a client answers. `validation` is its loss on its own held-out examples under the prompt it *received*, `shortened` how many of
-    its examples lost old context."""
+    its examples lost old context, `spikes` at how many of its steps the loss was more than half above the median of its stage."""
 
     round: int
     client: str
@@ -34,6 +34,7 @@ class Update:
     validation: float | None = None
     seconds: float = 0.0
     shortened: int = 0
+    spikes: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -56,7 +57,7 @@ Exchange = Callable[[list[Request]], Iterable[Update | Failure]]
 @dataclass(frozen=True)
 class RoundRecord:
     """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per answer token;
-    `seconds_training` are those spent on gradient steps and validation."""
+    `seconds_training` are those spent on gradient steps and validation; `update_cosine` is the mean cosine between two clients' changes."""
 
     round: int
     asked: list[str]
@@ -71,6 +72,8 @@ class RoundRecord:
     shortened_examples: int
     seconds: float
     seconds_training: float
+    update_cosine: float | None = None
+    spikes: int = 0
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:

@@ -8,11 +8,12 @@ auxiliary/           the folder that clients get
 rounds.jsonl         one line per round
 traffic.jsonl        one line per message that crossed a wire, where one did
 flower/              what Flower's processes wrote, in a deployment
-prompts/             the broadcast prompt of each round
-best.safetensors     the best prompt by validation
+prompts/             the prompt that stood after each round
+best.safetensors     the best prompt by validation, as the global model reads it (weights, where a baseline tunes those)
 checkpoint/          the last two standings
 state/               what the parties keep between rounds
 result.json          figures at the end
+scores.jsonl         what each test question got
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from __future__ import annotations
 import json
 import platform
 import secrets
+import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,13 +38,13 @@ from fedsp.config_file import make_config
 from fedsp.errors import RunError, StorageError
 from fedsp.federation import Standing
 from fedsp.parties import Rest
-from fedsp.payload import PROMPT
+from fedsp.payload import PROMPT, Payload
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import RoundRecord
 from fedsp.storage import read_tensors, write_bytes, write_json, write_tensors
 
 CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
-INPUTS, TRAFFIC, GATE_COUNTS = "inputs.json", "traffic.jsonl", "gate.jsonl"
+INPUTS, TRAFFIC, GATE_COUNTS, SCORES = "inputs.json", "traffic.jsonl", "gate.jsonl", "scores.jsonl"
 
 
 class RunDirectory:
@@ -121,17 +123,20 @@ class RunDirectory:
         """Where a party's own state rests; in a deployment each client has a folder of its own instead. Any id makes a safe folder name."""
         return Rest(self.path / "state" / quote(party, safe="").replace(".", "%2E"))
 
-    def keep(self, standing: Standing, record: RoundRecord, spec: PromptSpec) -> None:
-        """Write down a finished round: its prompt, the best one, the journal, and last the checkpoint, which makes it count.
+    def keep(self, standing: Standing, record: RoundRecord, best: Payload, spec: PromptSpec | None) -> None:
+        """Write down a finished round: the broadcast prompt, the `best` payload as the global model reads it, the journal, and last the checkpoint,
+        which makes the round count. Without a `spec` the payload is no prompt.
 
         Raises:
             StorageError: the disk did not take it; the round before it stands.
         """
         name = f"round-{standing.round:05d}.safetensors"
-        SoftPrompt(spec, standing.payload[PROMPT]).save(self.path / "prompts" / name)
-        SoftPrompt(spec, standing.best[PROMPT]).save(self.best, {"round": str(standing.best_round)})
+        if spec:
+            SoftPrompt(spec, standing.payload[PROMPT]).save(self.path / "prompts" / name)
+        self._write_best(best, standing.best_round, spec)
         self._append(ROUNDS, json.dumps(asdict(record), sort_keys=True))
-        tensors = {"payload": standing.payload[PROMPT], "best": standing.best[PROMPT]}
+        parts = {"payload": standing.payload, "best": standing.best, "optimizer": standing.optimizer}
+        tensors = {f"{part}/{name}": tensor for part, payload in parts.items() for name, tensor in payload.items()}
         state = {"round": standing.round, "best_round": standing.best_round, "best_loss": standing.best_loss}
         write_tensors(self.path / "checkpoint" / name, tensors, {"standing": json.dumps(state)})
         for old in sorted((self.path / "checkpoint").glob("round-*.safetensors"))[:-2]:
@@ -147,7 +152,8 @@ class RunDirectory:
             try:
                 tensors, metadata = read_tensors(path)
                 state = json.loads(metadata["standing"])
-                found = Standing(state["round"], {PROMPT: tensors["payload"]}, {PROMPT: tensors["best"]}, state["best_round"], state["best_loss"])
+                payload, best, optimizer = (_below(tensors, part) for part in ("payload", "best", "optimizer"))
+                found = Standing(state["round"], payload, best, state["best_round"], state["best_loss"], optimizer)
                 break
             except (StorageError, KeyError, ValueError) as error:
                 say(f"the checkpoint {path.name} is damaged and is not used; the one before it is, where there is one ({error})")
@@ -161,10 +167,42 @@ class RunDirectory:
         """The journal, whole lines only."""
         return self._lines(ROUNDS)  # a line cut short by a kill: its round is done again
 
-    def finish(self, standing: Standing, figures: dict[str, Any], spec: PromptSpec) -> None:
-        """Write the best prompt and the figures; from now on the run is finished."""
-        SoftPrompt(spec, standing.best[PROMPT]).save(self.best, {"round": str(standing.best_round)})
+    def finish(self, best: Payload, round: int, figures: dict[str, Any], spec: PromptSpec | None) -> None:
+        """Write the best payload, as the global model reads it, and the figures; from now on the run is finished.
+
+        Checkpoints of weights, which are as large as the model, are removed.
+        """
+        self._write_best(best, round, spec)
         write_json(self.path / RESULT, figures)
+        for checkpoint in [] if spec else (self.path / "checkpoint").glob("round-*.safetensors"):
+            checkpoint.unlink()
+
+    def _write_best(self, best: Payload, round: int, spec: PromptSpec | None) -> None:
+        metadata = {"round": str(round)}
+        if spec:
+            SoftPrompt(spec, best[PROMPT]).save(self.best, metadata)
+        else:
+            write_tensors(self.best, best, metadata)
+
+    def write_scores(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write down what each test question got."""
+        write_bytes(self.path / SCORES, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def scores(self) -> list[dict[str, Any]]:
+        """What each test question got: id, log-likelihoods of the choices (nats), tokens, gold."""
+        return self._lines(SCORES)
+
+    def result(self) -> dict[str, Any]:
+        """The figures of a finished run.
+
+        Raises:
+            RunError: it is not finished.
+        """
+        return self._json(RESULT)
+
+    def about(self) -> dict[str, Any]:
+        """Identity, seed, threads, versions and the commit that the run was made with."""
+        return self._json(RUN)
 
     def pin(self, inputs: dict[str, str]) -> None:
         """Write down the digests of what the run was begun with, or hold what is found now against them.
@@ -217,6 +255,10 @@ class RunDirectory:
         return value
 
 
+def _below(tensors: dict[str, torch.Tensor], part: str) -> Payload:
+    return {name.removeprefix(f"{part}/"): tensor for name, tensor in sorted(tensors.items()) if name.startswith(f"{part}/")}
+
+
 def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
     """The keys, but for `output`, in which two configurations differ."""
     first, second = one.model_dump(), other.model_dump()
@@ -236,10 +278,24 @@ def find_runs(folder: Path) -> list[Path]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide the bits of a run."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"python": platform.python_version(), "platform": platform.platform(), "commit": source_commit()}
     for name in ("fedsp", "torch", "transformers", "tokenizers", "safetensors", "datasets", "flwr-datasets"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def source_commit() -> str:
+    """The commit of the checkout that fedsp runs from, with a + where files differ from it; `released` where there is no checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "released"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,25 +19,39 @@ from fedsp.data.encoding import encode_targets
 from fedsp.data.files import Row, read_passages
 from fedsp.data.partition import Partition, make_partition
 from fedsp.data.tasks import Example, Task, examples_of, find_task, load_rows
-from fedsp.distill import Distillation, distill, packed
+from fedsp.data.topics import find_topics
+from fedsp.distill import Distillation, Progress, distill, packed
 from fedsp.errors import AuxiliaryError, DataError, PromptError
-from fedsp.evaluation import score, summarise
+from fedsp.evaluation import Scored, score, summarise
 from fedsp.fitting import Optimisation
 from fedsp.loading import load_model, load_tokenizer, tokenizer_digest
 from fedsp.models import PromptedLM, Tokenizer
 from fedsp.prompts import PromptSpec, SoftPrompt, import_peft, initial_values, read_prompt
 from fedsp.rounds import RoundRecord, derive_seed
 
+TOPIC = "topic"
+"""The column under which topics divide rows."""
+
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
 @dataclass
 class Watcher:
-    """Whoever looks on: a sentence, a distillation step (step, of, loss), a finished round (record, of)."""
+    """Whoever looks on: a sentence, a distillation step (step, of, loss), a finished round (record, of), a finished part of a
+    study (part, of, name, seconds)."""
 
     say: Callable[[str], None] = lambda text: None
     distilled: Callable[[int, int, float], None] = lambda step, steps, loss: None
     round_done: Callable[[RoundRecord, int], None] = lambda record, rounds: None
+    part_done: Callable[[int, int, str, float], None] = lambda part, parts, name, seconds: None
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The value of the partition's column, or the topic, of each training and each test question."""
+
+    train: list[str]
+    test: list[str]
 
 
 @dataclass
@@ -48,6 +63,7 @@ class Questions:
     partition: Partition
     validation: list[Example]
     test: list[Example]
+    kinds: Kinds | None = None
 
     def held(self, rows: list[int]) -> list[Example]:
         """The training examples in these rows of train."""
@@ -86,22 +102,39 @@ def load_questions(config: RunConfig, written: dict[str, Any] | None = None) -> 
     task = find_task(config.data.task)
     absent = config.federation is not None and config.data.train is None  # a server without questions of its own
     train = [] if absent else load_rows(task, config.data.train, "train")
-    examples_of(task, train)  # every row is checked before anything is trained
+    examples = examples_of(task, train)  # every row is checked before anything is trained
     from_hub = config.data.train is None and not absent
     validation = examples_of(task, load_rows(task, config.data.validation, "validation")) if config.data.validation or from_hub else []
+    test_rows = load_rows(task, config.data.test, "test") if config.data.test or from_hub else []
+    if config.data.test_examples and config.data.test_examples < len(test_rows):
+        test_rows = random.Random(derive_seed(0, "test")).sample(test_rows, config.data.test_examples)  # the same for every seed, so that runs can be paired
+    test = examples_of(task, test_rows)
+    kinds = _kinds(config, train, test_rows, [example.context for example in examples], [example.context for example in test])
     if written:
         partition = Partition(**written)
     else:
+        labelled = [row | {TOPIC: topic} for row, topic in zip(train, kinds.train, strict=True)] if kinds and config.partition.topics else train
         holdout = 0.0 if validation or config.validation.by != "server" else config.data.holdout
-        section = config.partition.model_copy(update={"clients": 0}) if config.federation else config.partition
-        partition = make_partition(train, section, server_share=config.server_share, holdout=holdout, seed=config.seed)
+        column = TOPIC if config.partition.topics else config.partition.column
+        section = config.partition.model_copy(update={"column": column} | ({"clients": 0} if config.federation else {}))
+        partition = make_partition(labelled, section, server_share=config.server_share, holdout=holdout, seed=config.seed)
     validation = validation or examples_of(task, [train[index] for index in partition.validation])
     if config.validation.by == "server" and not validation:
         raise DataError("validation.by = 'server', but there are no validation questions: set data.validation or data.holdout")
     if config.server.steps and not partition.server:
         raise DataError("server.steps is above 0, but the server holds no example: raise partition.server_share")
-    test = examples_of(task, load_rows(task, config.data.test, "test")) if config.data.test or from_hub else []
-    return Questions(task, train, partition, validation, test)
+    return Questions(task, train, partition, validation, test, kinds)
+
+
+def _kinds(config: RunConfig, train: list[Row], test: list[Row], questions: list[str], test_questions: list[str]) -> Kinds | None:
+    """What divides the questions: topics, or a column that training and test rows both have; None for neither."""
+    column = config.partition.column
+    if config.partition.topics and not config.federation:
+        seed = derive_seed(config.seed, "topics") % 2**32
+        return Kinds(*find_topics(questions, test_questions, count=config.partition.topics, seed=seed))
+    if column and all(column in row for row in [*train, *test]):
+        return Kinds([str(row[column]) for row in train], [str(row[column]) for row in test])
+    return None
 
 
 def open_server(config: RunConfig, questions: Questions) -> Server:
@@ -111,7 +144,8 @@ def open_server(config: RunConfig, questions: Questions) -> Server:
         ModelError: the model cannot be loaded or cannot carry a prompt.
     """
     name = model_name(config)
-    model = load_model(name, device=config.model.device, positions=config.model.positions)
+    tunes_weights = config.method in ("finetune", "lora", "offsite_tuning")
+    model = load_model(name, device=config.model.device, positions=config.model.positions, full_precision=tunes_weights)
     return Server(config, model, load_tokenizer(name), questions, token_limit(config, model))
 
 
@@ -172,42 +206,55 @@ def make_auxiliary(server: Server, folder: Path, watcher: Watcher) -> AuxiliaryM
             )
         return auxiliary
     auxiliary = build_auxiliary(server.model, plan, server.tokenizer)
-    section = config.distill
-    if section.steps:
+    if config.distill.steps:
         started = time.perf_counter()
-        how = Distillation(
-            section.steps,
-            section.batch_size,
-            Optimisation(section.learning_rate, section.weight_decay, 0.1, section.steps),
-            section.match_depths,
-            section.match_logits,
-            section.proxy_prompts,
-            config.prompt.length,
-        )
-        distill(
-            auxiliary, server.model, public_sequences(server), how, seed=config.seed, progress=lambda step, loss: watcher.distilled(step, section.steps, loss)
-        )
+        steps = config.distill.steps
+        fit_auxiliary(server, auxiliary, progress=lambda step, loss: watcher.distilled(step, steps, loss))
         server.seconds["distillation"] = time.perf_counter() - started
     auxiliary.save(folder)
     watcher.say(f"the auxiliary model is in {folder}; it discloses {disclosed_share(auxiliary, server.model):.1%} of the global model's parameters bit for bit")
     return auxiliary
 
 
-def initial_prompt(server: Server) -> SoftPrompt:
-    """The prompt that is broadcast in round 1.
+def fit_auxiliary(server: Server, auxiliary: AuxiliaryModel, *, progress: Progress = lambda step, loss: None, around: SoftPrompt | None = None) -> None:
+    """Distil the global model into the auxiliary one as the configuration says, in place.
+
+    Raises:
+        TrainingDiverged: a loss is not finite.
+    """
+    section = server.config.distill
+    how = Distillation(
+        section.steps,
+        section.batch_size,
+        Optimisation(section.learning_rate, section.weight_decay, 0.1, section.steps),
+        section.match_depths,
+        section.match_logits,
+        section.proxy_prompts,
+        server.config.prompt.length,
+    )
+    distill(auxiliary, server.model, public_sequences(server), how, seed=server.config.seed, progress=progress, around=around)
+
+
+def initial_prompt(server: Server, layers: list[int] | None = None) -> SoftPrompt:
+    """The prompt that is broadcast in round 1; with `layers`, only these layers of it are tuned.
 
     Raises:
         PromptError: the text is too short, or a file holds a prompt of another shape.
     """
-    section, shape = server.config.prompt, server.model.shape
-    spec = PromptSpec(section.space, section.length, shape, section.projection)
+    section = server.config.prompt
+    spec = PromptSpec(section.space, section.length, server.model.shape, section.projection)
     seed = derive_seed(server.config.seed, "prompt")
+    return SoftPrompt(spec, _first_values(server, spec, seed), seed=seed, layers=layers).to(server.model.device)
+
+
+def _first_values(server: Server, spec: PromptSpec, seed: int) -> torch.Tensor:
+    section = server.config.prompt
     if section.init not in ("text", "normal"):
         path = Path(section.init)
         read = import_peft(path, server.model) if path.is_dir() else read_prompt(path)
         if read.spec != replace(spec, projection=0):
             raise PromptError(f"{section.init} holds a {read.spec.space} prompt of shape {read.spec.shape}, the run needs {spec.space} of shape {spec.shape}")
-        return SoftPrompt(spec, read.values(), seed=seed)
+        return read.values()
     tokens = None
     if section.init == "text":
         passages = read_passages([section.init_text]) if section.init_text else None
@@ -217,7 +264,15 @@ def initial_prompt(server: Server) -> SoftPrompt:
             else [token for sequence in public_sequences(server) for token in sequence][: section.length]
         )
         tokens = torch.tensor(ids)
-    return SoftPrompt(spec, initial_values(spec, server.model, scale=section.init_scale, tokens=tokens, seed=seed), seed=seed)
+    return initial_values(spec, server.model, scale=section.init_scale, tokens=tokens, seed=seed)
+
+
+def score_test(
+    model: PromptedLM, prefix: torch.Tensor | None, examples: list[Example], task: Task, tokenizer: Tokenizer, max_tokens: int
+) -> tuple[dict[str, float], list[Scored]]:
+    """The figures of keys and values (None: none) in front of questions, with how many lost old context, and what each question got."""
+    scored, dropped = score(model, prefix, examples, tokenizer, max_tokens=max_tokens)
+    return summarise(scored, task) | {"shortened_examples": float(dropped)}, scored
 
 
 def evaluate_prompt(
@@ -226,5 +281,4 @@ def evaluate_prompt(
     """The figures of a prompt (None: zero-shot) through a model, and how many examples lost old context."""
     with torch.no_grad():
         prefix = prompt.prefix(model) if prompt is not None else None
-    scored, dropped = score(model, prefix, examples, tokenizer, max_tokens=max_tokens)
-    return summarise(scored, task) | {"shortened_examples": float(dropped)}
+    return score_test(model, prefix, examples, task, tokenizer, max_tokens)[0]

@@ -53,7 +53,7 @@ def read_request(frame: Frame) -> Request:
 
 
 def write_update(update: Update, *, train: bool) -> Frame:
-    """A client's answer as it travels: the prompt where it was asked to train, and five figures."""
+    """A client's answer as it travels: the prompt where it was asked to train, and six figures."""
     header = {
         "kind": "update",
         "round": update.round,
@@ -62,6 +62,7 @@ def write_update(update: Update, *, train: bool) -> Frame:
         "validation": update.validation,
         "seconds": round(update.seconds, 3),
         "shortened": update.shortened,
+        "spikes": update.spikes,
     }
     return _frame(header, pack(update.payload) if train else b"")
 
@@ -94,7 +95,7 @@ def _read_reply(frame: Frame, request: Request) -> Update | Failure:
         return Failure(request.round, request.client, REFUSALS.get(str(fields.get("code")), "the client refused and gave no known reason"))
     if fields["kind"] != "update":
         raise PayloadError("the reply is neither an update nor a refusal")
-    losses, validation, seconds, shortened = (fields.get(key) for key in ("losses", "validation", "seconds", "shortened"))
+    losses, validation, seconds, shortened, spikes = (fields.get(key) for key in ("losses", "validation", "seconds", "shortened", "spikes"))
     if not isinstance(losses, dict) or len(losses) > 8 or not all(re.fullmatch(r"[a-z_]{1,20}", name) for name in losses):
         raise PayloadError("the reply's losses are not a few numbers by name")
     told = {name: _figure(value, f"loss {name!r}", 1e4) for name, value in losses.items()}
@@ -108,6 +109,7 @@ def _read_reply(frame: Frame, request: Request) -> Update | Failure:
         validated,
         _figure(seconds, "seconds", 1e9),
         int(_figure(shortened, "count of shortened examples", 1e12)),
+        int(_figure(spikes, "count of spikes", 1e12)),
     )
 
 

@@ -59,9 +59,11 @@ def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, see
     if section.kind == "even":  # every (clients)-th of a shuffled list: what its IidPartitioner does, without a table in memory
         width = len(str(section.clients - 1))
         return {f"client-{index:0{width}d}": sorted(rest[index :: section.clients]) for index in range(section.clients)}
-    from datasets import Dataset
-    from flwr_datasets.partitioner import DirichletPartitioner, NaturalIdPartitioner, PathologicalPartitioner
+    from flwr_datasets.partitioner import DirichletPartitioner, ExponentialPartitioner, LinearPartitioner, NaturalIdPartitioner, PathologicalPartitioner
 
+    if section.kind in ("linear", "exponential"):
+        sizes = LinearPartitioner if section.kind == "linear" else ExponentialPartitioner
+        return _parts(sizes(section.clients), {ROW: rest}, section)
     column = str(section.column)
     missing = next((row for row in (rows[index] for index in rest) if column not in row), None)
     if missing is not None:
@@ -77,21 +79,26 @@ def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, see
         if section.values_per_client > len(Counter(values)):
             raise DataError(f"partition.values_per_client = {section.values_per_client}, but column {column!r} has {len(Counter(values))} values")
         partitioner = PathologicalPartitioner(section.clients, column, section.values_per_client, class_assignment_mode="deterministic", seed=seed)
-    partitioner.dataset = Dataset.from_dict({ROW: rest, column: values})
+    clients = _parts(partitioner, {ROW: rest, column: values}, section)
+    left = len(rest) - sum(len(part) for part in clients.values())
+    if left:
+        raise DataError(
+            f"partition.values_per_client = {section.values_per_client} for {section.clients} clients leaves {left} examples to nobody: raise either"
+        )
+    return {str(rows[part[0]][column]): part for part in clients.values()} if section.kind == "natural" else clients
+
+
+def _parts(partitioner: Any, columns: dict[str, list[Any]], section: PartitionSection) -> dict[str, list[int]]:
+    """Rows by client, as a partitioner of flwr-datasets divides a table of these columns."""
+    from datasets import Dataset
+
+    partitioner.dataset = Dataset.from_dict(columns)
     try:
         with warnings.catch_warnings():  # of draws that were made again; a draw that never fits raises
             warnings.simplefilter("ignore", UserWarning)
             parts = [sorted(partitioner.load_partition(index)[ROW]) for index in range(partitioner.num_partitions)]
     except ValueError as error:
-        raise DataError(
-            f"partition.kind = {section.kind!r} over {column!r} with {section.clients} clients cannot be made: {str(error).splitlines()[0]}"
-        ) from error
-    left = len(rest) - sum(len(part) for part in parts)
-    if left:
-        raise DataError(
-            f"partition.values_per_client = {section.values_per_client} for {section.clients} clients leaves {left} examples to nobody: raise either"
-        )
-    if section.kind == "natural":
-        return {str(rows[part[0]][column]): part for part in parts}
+        by = f" over {section.column!r}" if section.column else ""
+        raise DataError(f"partition.kind = {section.kind!r}{by} with {section.clients} clients cannot be made: {str(error).splitlines()[0]}") from error
     width = len(str(len(parts) - 1))
     return {f"client-{index:0{width}d}": part for index, part in enumerate(parts)}

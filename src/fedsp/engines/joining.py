@@ -33,7 +33,7 @@ from fedsp.frames import Frame
 from fedsp.loading import choose_device
 from fedsp.package import hold_against_policy, open_package
 from fedsp.parties import Party, Rest
-from fedsp.payload import check
+from fedsp.payload import PROMPT, check
 from fedsp.prompts import PromptSpec
 from fedsp.rounds import Request
 from fedsp.server import Watcher
@@ -112,7 +112,7 @@ class Client:
         known = request.round <= rounds if request.train else request.round == rounds + 1 and self.agreement.clients_validate
         if not (known and request.round >= 1):
             raise PolicyError(f"round {request.round} is not one of the {rounds} that the package speaks of")
-        check(request.payload, self._shape)
+        check(request.payload, {PROMPT: self._shape})
         path = self._state / "rounds.json"
         answered: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         this, digest = f"{request.run} {request.round}", hashlib.sha256(frame.header.encode()).hexdigest()

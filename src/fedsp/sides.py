@@ -1,0 +1,190 @@
+"""Both sides of a method, opened from a configuration: what the server reads through and tunes, and its clients. FedSP, and every baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from fedsp.adaptation import TranslatedPrompt, adapt_prompt, fit_translation
+from fedsp.algorithm import Adapt
+from fedsp.auxiliary import AuxiliaryModel, build_auxiliary, disclosed_share, parse_plan
+from fedsp.clients import Clients, absent_clients, agreement_of, clients_here, make_method, open_clients, stages, tuned_layers
+from fedsp.config import RunConfig
+from fedsp.fitting import Optimisation
+from fedsp.methods.base import Averaging, Method
+from fedsp.methods.fedprompt import FedPrompt
+from fedsp.methods.fedprompt_single import FedPromptSingle, reading_one_layer
+from fedsp.methods.finetune import Finetune, all_weights
+from fedsp.methods.offsite_tuning import OffsiteTuning, outer_layers
+from fedsp.methods.prefix_tuning import PrefixTuning
+from fedsp.methods.zero_shot import ZeroShot
+from fedsp.models import PromptedLM
+from fedsp.parties import Tunable
+from fedsp.payload import Payload
+from fedsp.prompts import PromptSpec, SoftPrompt
+from fedsp.rounds import derive_seed
+from fedsp.runs import RunDirectory
+from fedsp.server import Server, Watcher, initial_prompt, make_auxiliary, public_sequences
+from fedsp.weights import Weights
+
+
+@dataclass(frozen=True)
+class About:
+    """A method for people: its name, its paper, and what its clients hold of the global model."""
+
+    title: str
+    paper: str
+    clients_hold: str
+
+
+METHODS: dict[str, About] = {
+    "fedsp": About("FedSP", "Dong et al., Findings of EMNLP 2023", "the auxiliary model"),
+    "zero_shot": About("zero-shot", "Brown et al., NeurIPS 2020", "nothing"),
+    "finetune": About("finetune", "McMahan et al., AISTATS 2017 (federated averaging)", "the whole model"),
+    "prefix_tuning": About("prefix-tuning", "Li and Liang, ACL 2021", "nothing"),
+    "fedprompt": About("FedPrompt", "Zhao et al., ICASSP 2023", "the whole model"),
+    "fedprompt_single": About("FedPrompt-single", "baseline of Dong et al., Findings of EMNLP 2023", "embeddings and one layer"),
+    "lora": About("federated LoRA", "Hu et al., ICLR 2022; Zhang et al., ICASSP 2024", "the whole model"),
+    "offsite_tuning": About("offsite-tuning", "Xiao, Lin and Han, 2023; FATE-LLM, 2023", "first and last layers, a compressed middle"),
+}
+
+
+@dataclass
+class Sides:
+    """A method and its parties. `fold` gives a payload as the global model reads it; `handed_out` is the share of the global model's numbers that
+    clients hold bit for bit."""
+
+    method: Method
+    model: PromptedLM
+    tuned: Tunable
+    clients: Clients
+    auxiliary: AuxiliaryModel | None = None
+    handed_out: float = 0.0
+    fold: Callable[[Payload], Payload] = lambda payload: payload
+
+
+def server_side(server: Server) -> tuple[PromptedLM, Tunable]:
+    """The global model as a method's server reads it, and what is tuned of it or in front of it, as it is in round 1.
+
+    Raises:
+        FedspError: the configuration does not fit the model.
+    """
+    config, model = server.config, server.model
+    plan = parse_plan(config.auxiliary.plan, model.shape.layers, config.auxiliary.prompt_layers)
+    if config.method == "zero_shot":
+        return model, Weights({})
+    if config.method == "finetune":
+        return model, all_weights(model)
+    if config.method == "lora":
+        from fedsp.methods.lora import low_rank_adapters
+
+        section = config.lora
+        seed = derive_seed(config.seed, "lora")
+        return model, low_rank_adapters(model, rank=section.rank, alpha=section.alpha, targets=section.targets, seed=seed)
+    if config.method == "offsite_tuning":
+        outer = [source for source, frozen in zip(plan.sources, plan.frozen, strict=True) if frozen]
+        return model, outer_layers(model, outer, outer)
+    prompt = initial_prompt(server, tuned_layers(config.prompt, plan) if config.method == "fedsp" else None)
+    if config.method == "fedprompt_single":
+        one = reading_one_layer(model)
+        return one, _prompt_like(prompt, one, config)
+    return model, prompt
+
+
+def _prompt_like(prompt: SoftPrompt, model: PromptedLM, config: RunConfig) -> SoftPrompt:
+    """A prompt with the first layers of another's values, as many as `model` reads."""
+    spec = PromptSpec(prompt.spec.space, prompt.spec.length, model.prompt_shape, prompt.spec.projection)
+    return SoftPrompt(spec, prompt.values()[:, : model.prompt_shape.layers], seed=derive_seed(config.seed, "prompt")).to(model.device)
+
+
+def open_sides(server: Server, run: RunDirectory, watcher: Watcher, register: dict[str, int] | None) -> Sides:
+    """Both sides of the run's method. With a `register` the clients' text is elsewhere.
+
+    Raises:
+        FedspError: whatever cannot be opened.
+    """
+    asks = bool(server.questions.partition.clients if register is None else register) and server.config.round.clients != 0
+    if server.config.method == "fedsp":
+        return _fedsp(server, run, watcher, register, asks)
+    return _baseline(server, run, watcher, asks)
+
+
+def _fedsp(server: Server, run: RunDirectory, watcher: Watcher, register: dict[str, int] | None, asks: bool) -> Sides:
+    config = server.config
+    auxiliary = make_auxiliary(server, run.auxiliary, watcher) if asks else None
+    model, tuned = server_side(server)
+    assert isinstance(tuned, SoftPrompt)
+    fold: Callable[[Payload], Payload] = lambda payload: payload
+    if config.prompt.translate and auxiliary:
+        maps, offsets = fit_translation(model, auxiliary, public_sequences(server))
+        translated = TranslatedPrompt(tuned.spec, tuned.values(), maps=maps, offsets=offsets, seed=derive_seed(config.seed, "prompt")).to(model.device)
+        tuned, fold = translated, lambda payload: translated.translated(payload, model)
+    agreement = agreement_of(config, server.max_tokens)
+    adapt = _adapt(server, auxiliary) if config.server.public_steps and auxiliary else None
+    method = make_method(agreement, auxiliary, config.server, adapt)
+    if auxiliary and register is None:
+        clients = replace(open_clients(config, auxiliary, server.questions, run), method=method)
+    else:
+        clients = absent_clients(method, register or {})
+    return Sides(method, model, tuned, clients, auxiliary, disclosed_share(auxiliary, model) if auxiliary else 0.0, fold)
+
+
+def _adapt(server: Server, auxiliary: AuxiliaryModel) -> Adapt:
+    section, texts = server.config.server, public_sequences(server)
+    how = Optimisation(section.public_learning_rate, 0.0, 0.0)
+
+    def adapt(prompt: SoftPrompt, round: int, seed: int) -> None:
+        adapt_prompt(
+            prompt, server.model, auxiliary, texts, steps=section.public_steps, batch_size=section.batch_size, optimisation=how, seed=derive_seed(seed, round)
+        )
+
+    return adapt
+
+
+AVERAGING: dict[str, type[Averaging]] = {
+    "finetune": Finetune,
+    "prefix_tuning": PrefixTuning,
+    "fedprompt": FedPrompt,
+    "fedprompt_single": FedPromptSingle,
+    "offsite_tuning": OffsiteTuning,
+}
+
+
+def make_averaging(config: RunConfig) -> Method:
+    """The baseline that a configuration names, with its numbers."""
+    if config.method == "zero_shot":
+        return ZeroShot()
+    if config.method == "lora":
+        from fedsp.methods.lora import FederatedLoRA
+
+        kind: type[Averaging] = FederatedLoRA
+    else:
+        kind = AVERAGING[config.method]
+    steps = stages(config.client, config.server, config.round.rounds)
+    return kind(client=steps["speak"], server=steps["server"], keep_optimizer=config.client.keep_optimizer)
+
+
+def _baseline(server: Server, run: RunDirectory, watcher: Watcher, asks: bool) -> Sides:
+    config, questions = server.config, server.questions
+    model, tuned = server_side(server)
+    method = make_averaging(config)
+    if not asks or config.method == "zero_shot":
+        return Sides(method, model, tuned, absent_clients(method, {}))
+    reads, auxiliary, handed_out = model, None, 1.0
+    own: Callable[[], Tunable] = lambda: tuned  # one model in this process: each party loads what it received before it does anything
+    if config.method == "fedprompt_single":
+        auxiliary = build_auxiliary(server.model, parse_plan([0], server.model.shape.layers), server.tokenizer)
+        auxiliary.prompt_shape = model.prompt_shape
+    elif config.method == "offsite_tuning":
+        auxiliary = make_auxiliary(server, run.auxiliary, watcher)
+        plan = auxiliary.plan
+        depths = [depth for depth, frozen in enumerate(plan.frozen) if frozen]
+        outer = outer_layers(auxiliary, depths, [plan.sources[depth] for depth in depths])
+        own = lambda: outer
+    if auxiliary:
+        reads, handed_out = auxiliary, disclosed_share(auxiliary, server.model)
+    if isinstance(tuned, SoftPrompt):
+        own = partial(_prompt_like, tuned, reads, config)
+    clients = clients_here(method, agreement_of(config, server.max_tokens), reads, server.tokenizer, own, questions, run)
+    return Sides(method, model, tuned, clients, auxiliary, handed_out)
