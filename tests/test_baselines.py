@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from conftest import tiny_model
 from fedsp.aggregation import weighted_mean
 from fedsp.auxiliary import build_auxiliary, parse_plan
 from fedsp.data.encoding import Encoded
@@ -136,7 +136,7 @@ def prompt_step(model: nn.Module, start: Tensor, examples: list[Encoded], expand
 def test_fedprompt_single_tunes_one_layer_that_every_layer_of_the_global_model_reads(tmp_path: Path) -> None:
     whole = tiny_model("gpt2")
     one = reading_one_layer(whole)
-    small = build_auxiliary(whole, parse_plan([0], 4), None)  # type: ignore[arg-type]
+    small = build_auxiliary(whole, parse_plan([0], 4), None)
     small.prompt_shape = one.prompt_shape
     prompt = random_prompt(one, LENGTH)
     start = prompt.values().detach().clone()
@@ -213,7 +213,7 @@ def test_offsite_tuning_tunes_the_outer_layers_through_an_emulator_and_plugs_the
     whole = tiny_model("gpt2")
     plan = parse_plan("emulator(1, 1)", 4)
     assert plan.sources == (0, 2, 3) and plan.frozen == (True, False, True)
-    emulator = build_auxiliary(whole, plan, None)  # type: ignore[arg-type]
+    emulator = build_auxiliary(whole, plan, None)
     config = copy.deepcopy(whole.model.config)
     config.n_layer = 3
     names = {source: depth for depth, source in enumerate(plan.sources)}

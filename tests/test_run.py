@@ -23,9 +23,9 @@ from fedsp.engines.local import local
 from fedsp.errors import AuxiliaryError, DataError, FedspError, RunError, StorageError, TooFewClients, TrainingDiverged
 from fedsp.experiment import run_experiment
 from fedsp.federation import Rules, Standing, federate
-from fedsp.models import ModelShape
 from fedsp.methods import base
 from fedsp.methods.base import Side, Work
+from fedsp.models import ModelShape
 from fedsp.parties import Party, Rest
 from fedsp.payload import PROMPT, Payload, pack
 from fedsp.prompts import PromptSpec, read_prompt

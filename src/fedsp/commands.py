@@ -18,10 +18,10 @@ from fedsp.config_file import apply_override, make_config, read_config, read_par
 from fedsp.engines.local import local
 from fedsp.errors import ConfigurationError, DataError, FedspError, RunError
 from fedsp.experiment import run_experiment
-from fedsp.plan import make_plan
 from fedsp.models import PromptedLM
 from fedsp.parties import Tunable
 from fedsp.payload import Payload
+from fedsp.plan import make_plan
 from fedsp.prompts import SoftPrompt, export_peft, read_prompt
 from fedsp.runs import RunDirectory, differing_keys, find_runs
 from fedsp.server import Server, Watcher, load_questions, make_auxiliary, open_server, score_test

@@ -247,6 +247,19 @@ class RunDirectory:
                 continue  # cut short by a kill or a full disk
         return lines
 
+    @staticmethod
+    def read_json(path: Path) -> dict[str, Any]:
+        """A JSON object in a file.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        try:
+            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read ({error})") from error
+        return value
+
     def _json(self, name: str) -> dict[str, Any]:
         try:
             value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))

@@ -1,0 +1,72 @@
+"""Paired comparison of two methods on the same questions and seeds: difference, confidence interval, and a p-value corrected for many comparisons.
+
+The bootstrap resamples questions and seeds together (two levels), so both kinds of chance are in the interval; with few seeds the second is known
+badly, and intervals are rather too narrow than too wide. Correction: S. Holm, *A Simple Sequentially Rejective Multiple Test Procedure*,
+Scandinavian Journal of Statistics 6, 1979.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = NDArray[np.float64]
+"""One number per seed and question, (S, Q)."""
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference, its 95 % confidence interval, and the two-sided p-value of no difference."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_difference(pairs: Sequence[tuple[Scores, Scores]], *, seed: int = 0) -> Difference:
+    """The first of each pair less the second, averaged over pairs (tasks); each pair has the same seeds and questions on both sides.
+
+    Raises:
+        ValueError: a pair has two shapes, or there is none.
+    """
+    if not pairs or any(one.shape != other.shape or one.ndim != 2 for one, other in pairs):
+        raise ValueError(f"paired scores have one shape (seeds, questions): {[(one.shape, other.shape) for one, other in pairs]}")
+    rng = np.random.default_rng(seed)
+    means = np.zeros(RESAMPLES)
+    for one, other in pairs:
+        means += _resampled_means(one - other, rng) / len(pairs)
+    mean = float(np.mean([np.mean(one - other) for one, other in pairs]))
+    low, high = np.quantile(means, [0.025, 0.975])
+    smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    return Difference(mean, float(low), float(high), min(1.0, 2 * (smaller + 1) / (RESAMPLES + 1)))
+
+
+def _resampled_means(differences: Scores, rng: np.random.Generator) -> Scores:
+    seeds, questions = differences.shape
+    weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds  # (R, S)
+    means = np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, 1000):  # in parts: (R, Q) is large
+        part = slice(start, start + 1000)
+        counts = rng.multinomial(questions, np.full(questions, 1 / questions), size=1000) / questions
+        means[part] = ((weights[part] @ differences) * counts).sum(axis=1)
+    return means
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Each p-value, adjusted so that the chance of even one false finding among all is held.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
