@@ -251,6 +251,27 @@ def study(
         )
 
 
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of studies, or of runs.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.html and the tables as Markdown, CSV and LaTeX.")] = Path("report"),
+    json_file: Json = None,
+) -> None:
+    """One page about finished runs: tables with spreads and paired comparisons, learning curves, costs; every number leads to its run."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(f"{missing[0]} is not installed: reports need `pip install 'fedsp[study]'`")
+    from fedsp.display import Display, figures_table
+    from fedsp.report import write_report
+
+    with Display() as display:
+        figures = write_report(folders, output)
+        display.print(figures_table("Report", figures))
+    _write(json_file, figures)
+
+
 @app.command("list")
 def list_runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), json_file: Json = None) -> None:
     """The runs below a folder."""

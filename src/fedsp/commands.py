@@ -27,6 +27,7 @@ from fedsp.runs import RunDirectory, differing_keys, find_runs
 from fedsp.server import Server, Watcher, load_questions, make_auxiliary, open_server, score_test
 from fedsp.sides import server_side
 from fedsp.storage import read_tensors
+from fedsp.tracking import tracked
 
 Figures = dict[str, Any]
 
@@ -80,7 +81,7 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequen
         FedspError: whatever cannot be done, as one sentence.
     """
     directory = RunDirectory.create(_suited(as_config(config, overrides), engine))
-    return {"folder": str(directory.path), **ENGINES[engine](directory, watcher or Watcher())}
+    return {"folder": str(directory.path), **tracked(directory, watcher or Watcher(), lambda watcher: ENGINES[engine](directory, watcher))}
 
 
 def _suited(config: RunConfig, engine: str) -> RunConfig:
@@ -107,7 +108,7 @@ def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Watc
         raise RunError(f"{folder} holds a finished run: there is nothing to resume; `fedsp evaluate {folder}` shows its figures")
     torch.set_num_threads(directory.threads)
     _suited(directory.config, engine)
-    return {"folder": str(directory.path), **ENGINES[engine](directory, watcher or Watcher())}
+    return {"folder": str(directory.path), **tracked(directory, watcher or Watcher(), lambda watcher: ENGINES[engine](directory, watcher))}
 
 
 def join(path: str | Path, *, watcher: Watcher | None = None) -> int:

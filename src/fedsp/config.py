@@ -167,7 +167,7 @@ class LoraSection(Section):
 class TrackingSection(Section):
     """Where figures and artefacts go besides the run's folder."""
 
-    mlflow: str | None = Field(None, description="tracking URI of an MLflow server, or a folder; none: nothing is logged there")
+    mlflow: str | None = Field(None, description="tracking URI of MLflow, such as http://host:5000 or sqlite:///mlflow.db; none: nothing is logged there")
 
 
 class ValidationSection(Section):

@@ -37,6 +37,11 @@ class Run:
     about: dict[str, Any]
 
     @property
+    def cell(self) -> tuple[str, ...]:
+        """Where it stands in its study, but for the seed."""
+        return (self.method, self.task, self.model, self.partition, self.choice)
+
+    @property
     def clients_hold(self) -> str:
         asks = self.config.partition.clients and self.config.round.clients != 0
         return METHODS[self.config.method].clients_hold if asks else "nothing"
@@ -361,7 +366,7 @@ def cost_table(section: Section) -> Table:
             mean(client, "tokens_per_second"),
             statistics.fmean(run.figures["seconds_rounds"] for run in runs) or None,
         ]
-        texts = [f"{number:.3g}" if number is not None and number < 1e4 else "-" if number is None else f"{number:.2e}" for number in numbers]
+        texts = ["-" if number is None else _si(number) for number in numbers]
         rows.append([Entry(line.label), *(Entry(text, number, keys) for text, number in zip(texts, numbers, strict=True))])
     columns = [
         "method",
@@ -377,6 +382,14 @@ def cost_table(section: Section) -> Table:
     ]
     note = "Measured on the first client's first round; operations by torch's counter, forward and backward; memory is weights, gradients, AdamW's moments and the activations kept. Means over tasks and seeds."
     return Table("cost", "Cost", columns, rows, note)
+
+
+def _si(number: float) -> str:
+    """Three digits and a prefix: 8.68 M."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {prefix}"
+    return f"{number:.3g}"
 
 
 def heterogeneity_table(section: Section) -> Table | None:

@@ -1,0 +1,220 @@
+"""`fedsp report`: one self-contained page, and the same tables as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from fedsp.errors import RunError
+from fedsp.figures import against, bars, clients, learning_curves
+from fedsp.results import (
+    Entry,
+    Results,
+    Run,
+    Section,
+    Table,
+    comparison_table,
+    cost_table,
+    heterogeneity_table,
+    read_results,
+    score_table,
+    stability_table,
+)
+from fedsp.storage import write_bytes
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing and its heading."""
+
+    title: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table as the page shows it: which entries are the best of their column, and which are words."""
+
+    table: Table
+    best: frozenset[int]
+    hints: dict[str, str]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.table, name)
+
+    def kind(self, entry: Entry) -> str:
+        """The entry's class on the page."""
+        return "best" if id(entry) in self.best else "words" if entry.value is None and len(entry.text) > 3 and not entry.runs else ""
+
+    def hint(self, entry: Entry) -> str:
+        """What the entry says when pointed at: its runs."""
+        named = [self.hints[key] for key in entry.runs[:3]]
+        return f"{len(entry.runs)} run{'s' if len(entry.runs) > 1 else ''}: " + "; ".join(named) + ("; ..." if len(entry.runs) > 3 else "")
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
+    """Read the finished runs of studies, or below any folders, and write the report; returns the files and what is missing.
+
+    Raises:
+        RunError: there is no finished run, or the output is a file.
+        StorageError: the disk did not take it.
+    """
+    output = Path(output)
+    if output.is_file():
+        raise RunError(f"{output} is a file: give a folder")
+    results = read_results([Path(folder) for folder in folders])
+    tables = [section_tables(section, results) for section in results.sections]
+    write_bytes(output / PAGE, page(results, tables).encode())
+    write_bytes(output / "report.md", _markdown(results, tables).encode())
+    write_bytes(output / "report.tex", _latex(results, tables).encode())
+    for number, shown in enumerate(tables, start=1):
+        for table in shown:
+            write_bytes(output / "csv" / f"{number}-{table.name}.csv", _csv(table).encode())
+    return {
+        "page": str(output / PAGE),
+        "runs": len(results.runs),
+        "sections": len(results.sections),
+        "missing": sum(len(section.missing) for section in results.sections),
+        "failed": len(results.failures),
+    }
+
+
+def section_tables(section: Section, results: Results) -> list[Table]:
+    """All tables of a section, in the order in which they are read."""
+    tables = [score_table(section, "accuracy"), score_table(section, "answer_loss"), comparison_table(section), cost_table(section)]
+    return [table for table in [*tables, heterogeneity_table(section), stability_table(section, results.failures)] if table is not None]
+
+
+def _pictures(section: Section) -> list[Picture]:
+    drawn = [
+        ("Answer loss, mean over tasks", bars(section)),
+        ("Learning curves", learning_curves(section)),
+        ("Answer loss against bytes sent", against(section, lambda run: float(run.bytes), "bytes, all messages and packages")),
+        ("Answer loss against the clients' computing", against(section, lambda run: run.client_operations, "operations of all clients")),
+        ("Accuracy by client", clients(section)),
+    ]
+    return [Picture(title, Markup(svg)) for title, svg in drawn if svg]  # noqa: S704 (our own drawing; names in it are escaped by matplotlib)
+
+
+def page(results: Results, tables: Sequence[Sequence[Table]]) -> str:
+    """The page: no script but one line, no font, no image from elsewhere."""
+    environment = Environment(loader=PackageLoader("fedsp"), autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
+    hints = {key: _name(run) for key, run in results.runs.items()}
+    commits = sorted({run.about["versions"].get("commit", "unknown")[:12] for run in results.runs.values()})
+    return environment.get_template("report.html").render(
+        title=f"Study: {results.name}",
+        commits=f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}",
+        sections=[
+            {
+                "title": section.title,
+                "text": section.text,
+                "missing": len(section.missing),
+                "tables": [Shown(table, _best(table), hints) for table in shown],
+                "pictures": _pictures(section),
+            }
+            for section, shown in zip(results.sections, tables, strict=True)
+        ],
+        failures=results.failures,
+        runs=[_run(run, results) for run in results.runs.values()],
+    )
+
+
+def _best(table: Table) -> frozenset[int]:
+    """The best entry of each column of a table of scores."""
+    if table.name not in ("accuracy", "answer_loss"):
+        return frozenset()
+    best = max if table.name == "accuracy" else min
+    found = set()
+    for place, column in enumerate(table.columns):
+        entries = [row[place] for row in table.rows if row[place].value is not None]
+        if len(entries) > 1 and column != "of the model, bit for bit":
+            found.add(id(best(entries, key=lambda entry: entry.value or 0.0)))
+    return frozenset(found)
+
+
+def _name(run: Run) -> str:
+    return ", ".join(part for part in (run.method, run.choice, run.task, run.partition, f"seed {run.seed}") if part)
+
+
+def _run(run: Run, results: Results) -> dict[str, Any]:
+    figures = run.figures
+    versions = dict(run.about["versions"])
+    return {
+        "key": run.key,
+        "name": _name(run),
+        "folder": run.folder.name,
+        "seed": run.seed,
+        "commit": versions.pop("commit", "unknown"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "figures": [
+            *((f"test: {name}", f"{value:.5g}") for name, value in figures["test"].items()),
+            ("validation loss", figures["validation_loss"]),
+            ("best round", figures["best_round"]),
+            ("bytes, down and up", f"{figures['bytes_down']:,}, {figures['bytes_up']:,}"),
+            ("seconds", f"{figures['seconds']:.1f}"),
+        ],
+        "others": [(other.key, other.seed) for other in results.runs.values() if other is not run and other.cell == run.cell],
+        "toml": tomli_w.dumps(run.config.model_dump(exclude_none=True)),
+    }
+
+
+def _markdown(results: Results, tables: Sequence[Sequence[Table]]) -> str:
+    lines = [f"# Study: {results.name}", ""]
+    for section, shown in zip(results.sections, tables, strict=True):
+        lines += [f"## {section.title}", "", *([section.text, ""] if section.text else [])]
+        if section.missing:
+            lines += [f"{len(section.missing)} cells have no finished run yet.", ""]
+        for table in shown:
+            lines += [f"### {table.title}", "", "| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
+            lines += ["| " + " | ".join(entry.text.replace("|", "\\|") for entry in row) + " |" for row in table.rows]
+            lines += ["", *([table.note, ""] if table.note else [])]
+    return "\n".join(lines)
+
+
+def _csv(table: Table) -> str:
+    """Every column twice: as it is shown, and its number."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([name for column in table.columns for name in (column, f"{column.strip()}, number")] + ["runs"])
+    for row in table.rows:
+        keys = dict.fromkeys(key for entry in row for key in entry.runs)
+        writer.writerow([value for entry in row for value in (entry.text, "" if entry.value is None else repr(entry.value))] + [" ".join(keys)])
+    return buffer.getvalue()
+
+
+_TEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "±": r"$\pm$", "<": "$<$", ">": "$>$"}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(letter, letter) for letter in text)
+
+
+def _latex(results: Results, tables: Sequence[Sequence[Table]]) -> str:
+    """Tables for `booktabs`."""
+    lines = ["% \\usepackage{booktabs}"]
+    for section, shown in zip(results.sections, tables, strict=True):
+        for table in shown:
+            lines += [
+                "\\begin{table}",
+                f"\\caption{{{_tex(section.title)}: {_tex(table.title)}. {_tex(table.note)}}}",
+                f"\\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
+                "\\toprule",
+                " & ".join(_tex(column) for column in table.columns) + r" \\",
+                "\\midrule",
+                *(" & ".join(_tex(entry.text) for entry in row) + r" \\" for row in table.rows),
+                "\\bottomrule",
+                "\\end{tabular}",
+                "\\end{table}",
+                "",
+            ]
+    return "\n".join(lines)
