@@ -35,7 +35,7 @@ FLOORS = [
     {"runs"},
     {"server"},
     {"clients", "redistillation", "tracking"},
-    {"sides"},
+    {"sides", "depths"},
     {"experiment", "plan", "engines.local", "display"},
     {"engines.simulation", "engines.deployment", "engines.joining"},
     {"commands", "engines.app.messenger"},

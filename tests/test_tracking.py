@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_run import settings
 
 from fedsp import commands
 from fedsp.errors import RunError
+from test_run import settings
 
 pytest.importorskip("mlflow", reason="MLflow comes with the mlflow extra")
 

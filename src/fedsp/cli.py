@@ -183,6 +183,18 @@ def traffic(folder: RunFolder, json_file: Json = None) -> None:
     _write(json_file, {"rows": rows})
 
 
+@audit.command()
+def depths(folder: RunFolder, json_file: Json = None) -> None:
+    """How hidden states and gradients grow or fade along the depths of a run's auxiliary model; `fedsp report` shows them."""
+    from fedsp.depths import measure_depths
+    from fedsp.display import Display, rows_table
+
+    rows = measure_depths(folder)
+    with Display() as display:
+        display.print(rows_table(f"Depths of the auxiliary model of {folder}", rows))
+    _write(json_file, {"rows": rows})
+
+
 @app.command()
 def evaluate(
     folder: RunFolder,

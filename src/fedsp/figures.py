@@ -81,7 +81,17 @@ def bars(section: Section) -> str:
         by_seed = _by_seed(line)
         error = statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0
         own = line.method == section.reference
-        axes.barh(place, statistics.fmean(by_seed), xerr=error, color=COLOURS[0] if own else COLOURS[5], hatch="" if own else "//", edgecolor=INK, linewidth=0.5, height=0.7, ecolor=INK)
+        axes.barh(
+            place,
+            statistics.fmean(by_seed),
+            xerr=error,
+            color=COLOURS[0] if own else COLOURS[5],
+            hatch="" if own else "//",
+            edgecolor=INK,
+            linewidth=0.5,
+            height=0.7,
+            ecolor=INK,
+        )
         if own:
             axes.axvline(statistics.fmean(by_seed), color=INK, linestyle=":", linewidth=1)
     values = [value for line in lines for value in _by_seed(line)]
@@ -119,9 +129,30 @@ def clients(section: Section) -> str | None:
     return _svg(figure, [axes], legend=False)
 
 
+def depths(section: Section) -> str | None:
+    """Hidden-state scale and gradient norm by depth of the auxiliary model, the mean over runs; dashed: weights as handed out, solid: after the last round."""
+    if not any(run.depths for line in section.lines for run in line.all):
+        return None
+    figure, panels = _panels(["scale of hidden states", "norm of gradients"], "depth")
+    for axes, (name, title) in zip(panels, [("hidden_scale", "scale of hidden states"), ("gradient_norm", "norm of gradients")], strict=True):
+        for style, line in zip(_styles(), section.lines, strict=False):
+            for weights, dashes in (("client", "-"), ("package", "--")):
+                curves = [[row[name] for row in run.depths if row["weights"] == weights] for run in line.all if run.depths]
+                if curves:
+                    means = [statistics.fmean(column) for column in zip(*curves, strict=True)]
+                    axes.plot(means, label=f"{line.label}, {weights}", **{**style, "linestyle": dashes})
+        axes.set_title(title, fontsize=10)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _svg(figure, panels)
+
+
 def _styles() -> list[dict[str, Any]]:
     colours = cycle(COLOURS)
-    return [{"color": next(colours), "marker": MARKERS[place % len(MARKERS)], "linestyle": DASHES[(place // len(COLOURS)) % 4], "markersize": 4, "linewidth": 1.3} for place in range(100)]
+    return [
+        {"color": next(colours), "marker": MARKERS[place % len(MARKERS)], "linestyle": DASHES[(place // len(COLOURS)) % 4], "markersize": 4, "linewidth": 1.3}
+        for place in range(100)
+    ]
 
 
 def _panels(tasks: Sequence[str], label: str) -> tuple[Figure, list[Axes]]:

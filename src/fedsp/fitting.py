@@ -48,7 +48,11 @@ def answer_loss(model: PromptedLM, prefix: Tensor | None, batch: Batch) -> Tenso
 
     `prefix` is (P, depths, 2, H, K), or one per example.
     """
-    hidden = model(batch.input_ids, batch.attention_mask, prefix)  # (B, T, D)
+    return states_loss(model, model(batch.input_ids, batch.attention_mask, prefix), batch)
+
+
+def states_loss(model: PromptedLM, hidden: Tensor, batch: Batch) -> Tensor:
+    """The same, from last hidden states (B, T, D)."""
     asked = batch.labels[:, 1:] != IGNORED  # (B, T - 1)
     return cross_entropy(model.logits(hidden[:, :-1][asked]), batch.labels[:, 1:][asked])
 

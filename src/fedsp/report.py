@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from fedsp.errors import RunError
-from fedsp.figures import against, bars, clients, learning_curves
+from fedsp.figures import against, bars, clients, depths, learning_curves
 from fedsp.results import (
     Entry,
     Results,
@@ -102,8 +102,9 @@ def _pictures(section: Section) -> list[Picture]:
         ("Answer loss against bytes sent", against(section, lambda run: float(run.bytes), "bytes, all messages and packages")),
         ("Answer loss against the clients' computing", against(section, lambda run: run.client_operations, "operations of all clients")),
         ("Accuracy by client", clients(section)),
+        ("Signals along the auxiliary model's depths", depths(section)),
     ]
-    return [Picture(title, Markup(svg)) for title, svg in drawn if svg]  # noqa: S704 (our own drawing; names in it are escaped by matplotlib)
+    return [Picture(title, Markup(svg)) for title, svg in drawn if svg]
 
 
 def page(results: Results, tables: Sequence[Sequence[Table]]) -> str:
@@ -192,7 +193,21 @@ def _csv(table: Table) -> str:
     return buffer.getvalue()
 
 
-_TEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "±": r"$\pm$", "<": "$<$", ">": "$>$"}
+_TEX = {
+    "&": r"\&",
+    "%": r"\%",
+    "_": r"\_",
+    "#": r"\#",
+    "$": r"\$",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "<": "$<$",
+    ">": "$>$",
+}
 
 
 def _tex(text: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedsp.comparison import Difference, Scores, holm, paired_difference
 from fedsp.config import RunConfig
+from fedsp.depths import DEPTHS
 from fedsp.errors import RunError
 from fedsp.runs import RunDirectory, find_runs
 from fedsp.sides import METHODS
@@ -35,6 +36,7 @@ class Run:
     figures: dict[str, Any]
     records: list[dict[str, Any]]
     about: dict[str, Any]
+    depths: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def cell(self) -> tuple[str, ...]:
@@ -182,7 +184,17 @@ def _open(folder: Path, key: str, **where: Any) -> Run | None:
     if not directory.finished or "test" not in directory.result():
         return None
     about = {"seed": directory.config.seed} | where
-    return Run(key=key, folder=folder, config=directory.config, figures=directory.result(), records=directory.records(), about=directory.about(), **about)
+    depths = RunDirectory.read_json(folder / DEPTHS)["rows"] if (folder / DEPTHS).exists() else []
+    return Run(
+        key=key,
+        depths=depths,
+        folder=folder,
+        config=directory.config,
+        figures=directory.result(),
+        records=directory.records(),
+        about=directory.about(),
+        **about,
+    )
 
 
 def _read_study(folder: Path, results: Results) -> None:
