@@ -173,6 +173,16 @@ def test_a_wrong_study_is_refused_before_anything_is_run(tmp_path: Path, changes
     assert not (tmp_path / "studies").exists()
 
 
+SHIPPED = Path(__file__).resolve().parents[1] / "configs" / "studies"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_studies_that_come_with_fedsp_can_be_read(path: Path) -> None:
+    shipped, cells = study.read_study(path)
+    assert cells and len({cell.folder for cell in cells}) == len(cells)
+    assert all(any(number in cell.grids for cell in cells) for number in range(len(shipped.grids)))
+
+
 class Tables(HTMLParser):
     """The tables of a page by (section, name): rows of (text, link)."""
 

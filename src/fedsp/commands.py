@@ -141,6 +141,8 @@ def plan(config: RunConfig) -> Figures:
     Raises:
         FedspError: whatever cannot be done, as one sentence.
     """
+    if config.method != "fedsp":
+        raise ConfigurationError(f"method = {config.method!r}: a plan counts FedSP; what a baseline costs is measured in its run and shown by `fedsp report`")
     natural = config.partition.kind == "natural"
     clients = len(load_questions(config).partition.clients) if natural and not config.federation else config.partition.clients
     if config.federation:
@@ -309,14 +311,14 @@ def list_runs(folder: str | Path) -> list[Figures]:
         try:
             directory = RunDirectory.open(path)
         except FedspError:
-            rows.append({"folder": str(path), "preset": "-", "model": "-", "task": "-", "rounds": "-", "validation_loss": None, "state": "unreadable"})
+            rows.append({"folder": str(path), "method": "-", "model": "-", "task": "-", "rounds": "-", "validation_loss": None, "state": "unreadable"})
             continue
         records, config = directory.records(), directory.config
         validation = [record["validation"] for record in records if record["validation"] is not None]
         rows.append(
             {
                 "folder": str(path),
-                "preset": config.preset,
+                "method": f"fedsp, {config.preset}" if config.method == "fedsp" else config.method,
                 "model": config.model.name,
                 "task": config.data.task,
                 "rounds": f"{len(records)}/{config.round.rounds}",

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from fedsp.errors import RunError
 from fedsp.figures import against, bars, clients, depths, learning_curves
 from fedsp.results import (
+    PRIVACY,
     Entry,
     Results,
     Run,
@@ -138,7 +139,7 @@ def _best(table: Table) -> frozenset[int]:
     found = set()
     for place, column in enumerate(table.columns):
         entries = [row[place] for row in table.rows if row[place].value is not None]
-        if len(entries) > 1 and column != "of the model, bit for bit":
+        if len(entries) > 1 and column not in PRIVACY:
             found.add(id(best(entries, key=lambda entry: entry.value or 0.0)))
     return frozenset(found)
 

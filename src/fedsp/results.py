@@ -272,6 +272,16 @@ def _entry(runs: Sequence[Run], figure: Callable[[Run], float], digits: int, sca
     return Entry(spread(numbers, digits), statistics.fmean(numbers), tuple(run.key for run in runs))
 
 
+PRIVACY = ["given of the model", "clients hold", "the text"]
+"""Columns of every table: the share of the global model's parameters that clients hold bit for bit, what that is, and what becomes of the text."""
+
+
+def _privacy(line: Line) -> list[Entry]:
+    first = line.all[0]
+    share = first.figures["disclosed_share"]
+    return [Entry(f"{100 * share:.0f} %", share, tuple(run.key for run in line.all)), Entry(first.clients_hold), Entry(first.text_is)]
+
+
 def score_table(section: Section, figure: str) -> Table:
     """Accuracy (%) or answer loss (nats) by line and task, and what privacy each method gives."""
     accuracy = figure == "accuracy"
@@ -289,12 +299,10 @@ def score_table(section: Section, figure: str) -> Table:
                 Entry(line.label + (f" ({'; '.join(chosen)})" if chosen else "")),
                 *cells,
                 *([mean] if len(section.tasks) > 1 else []),
-                Entry(f"{100 * line.all[0].figures['disclosed_share']:.0f} %", line.all[0].figures["disclosed_share"], tuple(run.key for run in line.all)),
-                Entry(line.all[0].clients_hold),
-                Entry(line.all[0].text_is),
+                *_privacy(line),
             ]
         )
-    columns = ["method", *section.tasks, *(["mean"] if len(section.tasks) > 1 else []), "of the model, bit for bit", "clients hold", "the text"]
+    columns = ["method", *section.tasks, *(["mean"] if len(section.tasks) > 1 else []), *PRIVACY]
     title = "Accuracy, %" if accuracy else "Answer loss, nats per token"
     seeds = sorted({len(runs) for line in section.lines for runs in line.runs.values()})
     note = f"Mean ± standard deviation over seeds ({', '.join(map(str, seeds))} each) on the test questions, through the global model; {'higher' if accuracy else 'lower'} is better."
@@ -344,10 +352,11 @@ def comparison_table(section: Section) -> Table | None:
                 Entry(_p(adjusted["answer_loss"][place]), adjusted["answer_loss"][place], keys),
                 Entry(f"{100 * accuracy.mean:+.1f} [{100 * accuracy.low:+.1f}, {100 * accuracy.high:+.1f}]", 100 * accuracy.mean, keys),
                 Entry(_p(adjusted["accuracy"][place]), adjusted["accuracy"][place], keys),
+                *_privacy(line),
             ]
         )
     note = "Paired on questions and seeds, mean over tasks; 95 % intervals of a bootstrap over both; p-values corrected for all comparisons of this table (Holm). A negative difference in loss is better."
-    return Table("comparison", f"Difference from {section.reference}", ["method", "answer loss, nats", "p (Holm)", "accuracy, points", "p (Holm) "], rows, note)
+    return Table("comparison", f"Difference from {section.reference}", ["method", "answer loss, nats", "p (Holm)", "accuracy, points", "p (Holm) ", *PRIVACY], rows, note)
 
 
 def _p(value: float) -> str:
@@ -367,8 +376,10 @@ def cost_table(section: Section) -> Table:
             known = [row[name] for row in figures if name in row]
             return statistics.fmean(known) if known else None
 
+        held = mean(client, "parameters_held")
         numbers = [
-            mean(client, "parameters_held"),
+            held,
+            statistics.fmean(row["parameters_held"] for row in server) / held if held else None,
             mean(client, "parameters_trained"),
             mean(client, "parameters_sent"),
             statistics.fmean(run.bytes for run in runs) or None,
@@ -379,10 +390,11 @@ def cost_table(section: Section) -> Table:
             statistics.fmean(run.figures["seconds_rounds"] for run in runs) or None,
         ]
         texts = ["-" if number is None else _si(number) for number in numbers]
-        rows.append([Entry(line.label), *(Entry(text, number, keys) for text, number in zip(texts, numbers, strict=True))])
+        rows.append([Entry(line.label), *(Entry(text, number, keys) for text, number in zip(texts, numbers, strict=True)), *_privacy(line)])
     columns = [
         "method",
         "client: parameters held",
+        "server's / client's",
         "trained",
         "sent",
         "bytes, all messages and packages",
@@ -391,8 +403,9 @@ def cost_table(section: Section) -> Table:
         "client: memory, bytes",
         "client: tokens a second",
         "seconds, all rounds",
+        *PRIVACY,
     ]
-    note = "Measured on the first client's first round; operations by torch's counter, forward and backward; memory is weights, gradients, AdamW's moments and the activations kept. Means over tasks and seeds."
+    note = "Parameters held: the model and what is tuned, those that depths or ends share counted once; their ratio is the paper's all / auxiliary. Measured on the first client's first round; operations by torch's counter, forward and backward; memory is weights, gradients, AdamW's moments and the activations kept. Means over tasks and seeds."
     return Table("cost", "Cost", columns, rows, note)
 
 
@@ -420,9 +433,10 @@ def heterogeneity_table(section: Section) -> Table | None:
                 _entry(runs, lambda run: statistics.pstdev(run.of_clients("accuracy", 100)), 1),
                 _entry([run for run in runs if run.cosines], lambda run: statistics.fmean(run.cosines), 2),
                 _entry(runs, lambda run: max(run.of_clients("examples")) / max(1, min(run.of_clients("examples"))), 1),
+                *_privacy(line),
             ]
         )
-    columns = ["method", "clients' mean accuracy, %", "worst client, %", "spread over clients, points", "cosine of updates", "largest / smallest client"]
+    columns = ["method", "clients' mean accuracy, %", "worst client, %", "spread over clients, points", "cosine of updates", "largest / smallest client", *PRIVACY]
     note = "A client's accuracy is that on the test questions, each topic weighted by its share of the client's own questions. Cosine: mean over pairs of clients and rounds; 1 is one direction, 0 is none in common."
     return Table("clients", "Clients", columns, rows, note)
 
@@ -442,10 +456,11 @@ def stability_table(section: Section, failures: Sequence[tuple[str, str, bool]])
                 ),
                 _entry(runs, lambda run: float(run.figures["test"]["answer_loss"]), 3),
                 Entry(f"{max(losses) - min(losses):.3f}", max(losses) - min(losses), tuple(run.key for run in runs)),
+                *_privacy(line),
             ]
         )
     diverged = sum(diverged for _, _, diverged in failures)
-    columns = ["method", "finished runs", "steps with a loss spike, %", "answer loss, nats", "range over runs, nats"]
+    columns = ["method", "finished runs", "steps with a loss spike, %", "answer loss, nats", "range over runs, nats", *PRIVACY]
     return Table(
         "stability",
         "Stability",
