@@ -15,6 +15,7 @@ from fedsp.auxiliary import load_auxiliary
 from fedsp.commands import open_run
 from fedsp.demo import DEMO_ROWS
 from fedsp.display import quiet_libraries
+from fedsp.prompts import SoftPrompt
 from fedsp.server import evaluate_prompt
 
 
@@ -25,9 +26,10 @@ def main(folder: Path) -> None:
     auxiliary = load_auxiliary(folder / "auxiliary", device=torch.device("cpu"), positions="hugging_face")
     print("| prompt of | global model | auxiliary model |\n|---|---|---|")
     for method in DEMO_ROWS:
-        server, prompt = open_run(folder / method)
-        questions = server.questions
-        through = [evaluate_prompt(model, prompt, questions.test, questions.task, server.tokenizer, server.max_tokens) for model in (server.model, auxiliary)]
+        run = open_run(folder / method)
+        assert isinstance(run.tuned, SoftPrompt)
+        server, questions = run.server, run.server.questions
+        through = [evaluate_prompt(model, run.tuned, questions.test, questions.task, server.tokenizer, server.max_tokens) for model in (run.model, auxiliary)]
         print(f"| {method} | {through[0]['accuracy']:.1%} | {through[1]['accuracy']:.1%} |")
 
 

@@ -21,6 +21,8 @@ _PUBLIC = {
     "read_prompt": "fedsp.prompts",
     "resume": "fedsp.commands",
     "run": "fedsp.commands",
+    "run_study": "fedsp.study",
+    "write_report": "fedsp.report",
 }
 __all__ = sorted(_PUBLIC)
 
