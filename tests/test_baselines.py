@@ -111,12 +111,23 @@ def test_finetune_takes_torchs_step_on_all_weights_and_averages_them(family: str
     assert not torch.equal(answers[0]["lm_head.weight" if family == "llama" else "transformer.wte.weight"], start.get_output_embeddings().weight)
 
 
-@pytest.mark.parametrize("space", ["key_value"])
+@pytest.mark.parametrize("space", ["key_value", "residual"])
 def test_fedprompt_tunes_the_prompt_through_the_frozen_model(space: Any, tmp_path: Path) -> None:
     model = tiny_model("gpt2")
-    prompt = random_prompt(model, LENGTH)
+    spec = PromptSpec(space, LENGTH, model.shape)
+    prompt = SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(5)) * 0.3)
+
+    def keys_and_values(inputs: Tensor) -> Tensor:
+        """GPT-2's own norm and projection of each block's input (P, L, D)."""
+        layers = []
+        for layer, block in enumerate(model.model.transformer.h):
+            _, keys, values = block.attn.c_attn(block.ln_1(inputs[:, layer])).split(32, dim=-1)
+            layers.append(torch.stack([keys, values], dim=1).view(LENGTH, 2, 4, 8))
+        return torch.stack(layers, dim=1)
+
     start, before = prompt.values().detach().clone(), copy.deepcopy(model.model.state_dict())
-    expected = [prompt_step(model.model, start, rows(index)) for index in range(2)]
+    expand: Callable[[Tensor], Tensor] = keys_and_values if space == "residual" else lambda values: values
+    expected = [prompt_step(model.model, start, rows(index), expand) for index in range(2)]
     mean, answers = one_round(FedPrompt(ONE_STEP, NOTHING), model, prompt, tmp_path)
     close(answers[1], {PROMPT: expected[1]})
     close(mean, {PROMPT: 0.25 * expected[0] + 0.75 * expected[1]})

@@ -21,12 +21,12 @@ from typer.testing import CliRunner
 from fedsp import commands, runs, study
 from fedsp.cli import app
 from fedsp.comparison import holm, paired_difference
-from fedsp.errors import ConfigurationError, RunError
+from fedsp.errors import ConfigurationError, RunError, TrainingDiverged
 from fedsp.prompts import read_prompt
 from fedsp.report import write_report
 from fedsp.results import read_results
 from fedsp.server import Watcher
-from test_run import settings
+from test_run import ROWS, questions, settings
 
 pytest.importorskip("matplotlib", reason="matplotlib comes with the study extra")
 
@@ -264,6 +264,9 @@ def test_every_number_leads_to_its_run_with_seed_commit_and_configuration(finish
     tables.feed(text)
     links = [link for rows in tables.found.values() for row in rows[1:] for shown, link in row[1:] if re.match(r"[+-]?\d", shown)]
     assert links and all(link.removeprefix("#") in tables.ids for link in links)
+    assert len(re.findall(r'<a href="#run-\d+">people, seed [01]</a>', text)) == 2 * 3 + 2 * 2  # each line's list: all of its runs
+    with open(page / "csv" / "runs.csv") as file:
+        assert {row["folder"] for row in csv.DictReader(file)} == {path.parent.name for path in finished.glob("*/result.json")}
     for path in finished.glob("*-seed-*"):
         if path.is_dir():
             assert path.name in text
@@ -292,9 +295,35 @@ def test_the_report_shows_no_error_in_chromium(page: Path) -> None:
 def test_plain_runs_make_a_report_too(tmp_path: Path) -> None:
     commands.run(settings(tmp_path))
     figures = write_report([tmp_path], tmp_path / "report")
-    assert figures["runs"] == 1 and "FedSP, messenger" in (tmp_path / "report" / "report.md").read_text()
-    with pytest.raises(RunError, match="there is no finished run in"):
+    assert figures["runs"] == 1 and "FedSP, messenger (run)" in (tmp_path / "report" / "report.md").read_text()
+    with pytest.raises(RunError, match="there is no finished run with test questions in"):
         write_report([tmp_path / "nothing"], tmp_path / "other")
+
+
+def test_a_task_without_choices_is_reported_by_its_exact_match(tmp_path: Path) -> None:
+    rows = [{"prompt": row["question"], "completion": row["choices"][row["answer"]]} for row in ROWS[:40]]
+    names = {split: questions(tmp_path, f"{split}-completions", rows[start : start + 20]) for split, start in (("train", 0), ("validation", 20), ("test", 20))}
+    figures = commands.run(settings(tmp_path, data={"task": "completion", **names}))
+    write_report([tmp_path], tmp_path / "report")
+    with open(tmp_path / "report" / "csv" / "1-accuracy.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["completion, number"]) == pytest.approx(100 * figures["test"]["exact_match"])
+    assert "exact match" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_what_diverged_stays_in_the_table_of_stability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: Any, **__: Any) -> Any:
+        raise TrainingDiverged("the loss is nan")
+
+    methods = {"zero-shot": {"method": "zero_shot"}, "FedPrompt": {"method": "fedprompt"}}
+    path = study_file(tmp_path, methods=methods, reference="zero-shot", seeds=[0], grids=[{"title": "One", "methods": list(methods)}])
+    original = study.run
+    monkeypatch.setattr(study, "run", lambda config, **rest: diverge() if config.method == "fedprompt" else original(config, **rest))
+    assert study.run_study(path)["failed"] == 1
+    monkeypatch.setattr(study, "run", diverge)
+    assert study.run_study(path)["failed"] == 1  # what diverged is not tried again
+    write_report([tmp_path / "studies" / "small"], tmp_path / "report")
+    assert "| FedPrompt | 1 of 1 |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_paired_differences_find_what_is_there_and_not_what_is_not() -> None:

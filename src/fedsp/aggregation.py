@@ -86,7 +86,7 @@ class ServerOptimizer:
     """What the server does with the mean: takes it (`none`), or takes its difference from the broadcast as a gradient.
 
     `momentum`: FedAvgM (Hsu, Qi and Brown, https://arxiv.org/abs/1909.06335). `adam`: FedAdam (Reddi et al., ICLR 2021,
-    https://arxiv.org/abs/2003.00295, algorithm 2, beta_2 = 0.99, tau = 0.001).
+    https://arxiv.org/abs/2003.00295, algorithm 2, beta_2 = 0.99, tau = 0.001, v_0 = tau^2).
     """
 
     kind: Literal["none", "momentum", "adam"] = "none"
@@ -104,7 +104,7 @@ class ServerOptimizer:
             if self.kind == "momentum":
                 first = direction = self.momentum * first + change
             else:
-                second = state.get(f"second.{name}", torch.zeros_like(start)).double()
+                second = state.get(f"second.{name}", torch.full_like(start, 1e-6)).double()
                 first, second = self.momentum * first + (1 - self.momentum) * change, 0.99 * second + 0.01 * change.square()
                 direction = first / (second.sqrt() + 1e-3)
                 kept[f"second.{name}"] = second.float()

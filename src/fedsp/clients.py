@@ -26,11 +26,12 @@ HELD_OUT_AT_CLIENTS = 0.1
 
 @dataclass
 class Clients:
-    """What the clients' side has, all of them together: the method, and access to each client's own rows."""
+    """What the clients' side has, all of them together: the method, and, where they are `here`, access to each client's own rows."""
 
     method: Method
     register: dict[str, int]
     party: Callable[[str], Party]
+    here: bool = True
 
 
 def agreement_of(config: RunConfig, max_tokens: int) -> Agreement:
@@ -134,4 +135,4 @@ def absent_clients(method: Method, register: dict[str, int]) -> Clients:
     def nobody(client: str) -> Party:
         raise AssertionError(f"client {client!r} was opened in a process that does not hold its text")
 
-    return Clients(method, register, nobody)
+    return Clients(method, register, nobody, here=False)

@@ -39,17 +39,18 @@ def paired_difference(pairs: Sequence[tuple[Scores, Scores]], *, seed: int = 0) 
         raise ValueError(f"paired scores have one shape (seeds, questions): {[(one.shape, other.shape) for one, other in pairs]}")
     rng = np.random.default_rng(seed)
     means = np.zeros(RESAMPLES)
-    for one, other in pairs:
-        means += _resampled_means(one - other, rng) / len(pairs)
+    drawn = {seeds: rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds for seeds in sorted({len(one) for one, _ in pairs})}
+    for one, other in pairs:  # one draw of seeds for all tasks, which share what a seed made
+        means += _resampled_means(one - other, drawn[len(one)], rng) / len(pairs)
     mean = float(np.mean([np.mean(one - other) for one, other in pairs]))
     low, high = np.quantile(means, [0.025, 0.975])
     smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
     return Difference(mean, float(low), float(high), min(1.0, 2 * (smaller + 1) / (RESAMPLES + 1)))
 
 
-def _resampled_means(differences: Scores, rng: np.random.Generator) -> Scores:
-    seeds, questions = differences.shape
-    weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds  # (R, S)
+def _resampled_means(differences: Scores, weights: Scores, rng: np.random.Generator) -> Scores:
+    """Means of differences (S, Q), their seeds weighted as in `weights` (R, S), their questions drawn anew; (R,)."""
+    questions = differences.shape[1]
     means = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, 1000):  # in parts: (R, Q) is large
         part = slice(start, start + 1000)

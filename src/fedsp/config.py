@@ -225,6 +225,8 @@ class RunConfig(Section):
             self._baseline()
         if self.prompt.translate and self.prompt.space != "key_value":
             raise ValueError("prompt.translate: only key_value prompts are translated; a residual prompt is read by each side's own layers")
+        if self.prompt.translate and (self.prompt.tuned_at != "all" or self.distill.again_every):
+            raise ValueError("prompt.translate: it goes with prompt.tuned_at = 'all' and distill.again_every = 0")
         if self.server.public_steps and (self.distill.text in ([], ["server"]) or self.round.clients == 0):
             raise ValueError("server.public_steps: they need distill.text, public, and clients whose prompts are adapted")
         if self.distill.again_every and (self.federation or self.client.align_steps or not self.distill.steps):

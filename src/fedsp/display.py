@@ -34,6 +34,7 @@ class Display:
         self.tasks: dict[str, TaskID] = {}
         self.started: dict[str, float] = {}
         self.first: dict[str, int] = {}
+        self.paces: list[float] = []
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -74,7 +75,11 @@ class Display:
         )
 
     def _part_done(self, part: int, parts: int, name: str, seconds: float) -> None:
-        left = self._advance("study", part, parts, "")
+        if seconds > 0.5:  # what was finished before, or is done elsewhere, says nothing of the pace
+            self.paces.append(seconds)
+        left = f"{sum(self.paces) / len(self.paces) * (parts - part) / 60:.0f} min left at most" if self.paces and part < parts else ""
+        if self.console.is_terminal:
+            self._advance("study", part, parts, "")
         self.print(f"{part}/{parts}  {name}  {seconds:.0f} s  {left}")
 
     def _advance(self, name: str, done: int, total: int, note: str) -> str:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ from fedsp.models import PromptedLM, Tokenizer, pad
 
 @dataclass(frozen=True)
 class Scored:
-    """One example: log-likelihood (nats), greediness and token count of each choice, and which are right."""
+    """One example: log-likelihood (nats), greediness and token count of each choice, and which are right. `question` is a digest of context and
+    choices, by which the same question is known again."""
 
     id: str
     log_likelihoods: list[float]
@@ -31,6 +33,11 @@ class Scored:
     tokens: list[int]
     characters: list[int]
     gold: tuple[int, ...]
+    question: str = ""
+
+    def right(self, task: Task) -> bool:
+        """Whether it counts, by what is measured in the task."""
+        return any(self.greedy[index] for index in self.gold) if task.metric == "exact_match" else self.choice in self.gold
 
     @property
     def choice(self) -> int:
@@ -75,6 +82,7 @@ def score(
                 [len(pair.ids) - pair.start for pair in pairs[index]],
                 [max(1, len(choice) - 1) for choice in example.choices],
                 example.gold,
+                hashlib.sha256("\0".join([example.context, *example.choices]).encode()).hexdigest()[:16],
             )
     return [row for row in scored if row is not None], sum(any(pair.dropped for pair in row) for row in pairs)
 
@@ -121,21 +129,21 @@ def summarise(scored: Sequence[Scored], task: Task) -> dict[str, float]:
     loss = -sum(row.log_likelihoods[row.gold[0]] for row in scored) / right_tokens
     figures = {"examples": float(count), "answer_loss": loss, "answer_perplexity": math.exp(min(loss, 700.0))}
     if task.metric == "exact_match":
-        return figures | {"exact_match": sum(any(row.greedy[index] for index in row.gold) for row in scored) / count}
+        return figures | {"exact_match": sum(row.right(task) for row in scored) / count}
     return figures | {
-        "accuracy": sum(row.choice in row.gold for row in scored) / count,
+        "accuracy": sum(row.right(task) for row in scored) / count,
         "accuracy_norm": sum(row.choice_norm in row.gold for row in scored) / count,
     }
 
 
-def by_client(scored: Sequence[Scored], kinds: Sequence[str], held: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
-    """What each client would find on questions like its own: accuracy and answer loss on the test questions of each kind, weighted by the kinds of
+def by_client(scored: Sequence[Scored], task: Task, kinds: Sequence[str], held: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+    """What each client would find on questions like its own: accuracy (or exact match) and answer loss on the test questions of each kind, weighted by the kinds of
     its training questions (`held`). Kinds without a test question do not count; a client with no other is left out.
     """
     groups: dict[str, list[Scored]] = {}
     for row, kind in zip(scored, kinds, strict=True):
         groups.setdefault(kind, []).append(row)
-    right = {kind: sum(row.choice in row.gold for row in rows) / len(rows) for kind, rows in groups.items()}
+    right = {kind: sum(row.right(task) for row in rows) / len(rows) for kind, rows in groups.items()}
     loss = {kind: -sum(row.log_likelihoods[row.gold[0]] / row.tokens[row.gold[0]] for row in rows) / len(rows) for kind, rows in groups.items()}
     figures = {}
     for client, own in held.items():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from fedsp.clients import Clients
 from fedsp.config import RunConfig
 from fedsp.cost import measure
 from fedsp.data.encoding import encode_targets
-from fedsp.data.tasks import Example
+from fedsp.data.tasks import Example, Task
 from fedsp.evaluation import Scored, by_client
 from fedsp.federation import Rules, Standing, federate
 from fedsp.methods.base import validation_loss
@@ -40,6 +43,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
         FedspError: whatever cannot be done, as one sentence; what was done before stands.
     """
     started = time.perf_counter()
+    forget_peak_memory()
     config = run.config
     questions = load_questions(config, run.partition())
     server = open_server(config, questions)
@@ -87,17 +91,19 @@ def _test(run: RunDirectory, server: Server, party: Party, questions: Questions)
     with torch.no_grad():
         prefix = party.tuned.prefix(party.model)
     figures, scored = score_test(party.model, prefix, questions.test, questions.task, server.tokenizer, server.max_tokens)
-    run.write_scores(_score_row(row) for row in scored)
+    run.write_scores(_score_row(row, questions.task) for row in scored)
     kinds, held = questions.kinds, questions.partition.clients
     if kinds is None or not held:
         return {"test": figures}
     own = {client: [kinds.train[index] for index in rows] for client, rows in held.items()}
-    return {"test": figures, "clients": by_client(scored, kinds.test, own)}
+    return {"test": figures, "clients": by_client(scored, questions.task, kinds.test, own)}
 
 
-def _score_row(row: Scored) -> dict[str, Any]:
+def _score_row(row: Scored, task: Task) -> dict[str, Any]:
     return {
         "id": row.id,
+        "question": row.question,
+        "right": row.right(task),
         "gold": list(row.gold),
         "log_likelihoods": [round(value, 5) for value in row.log_likelihoods],
         "tokens": row.tokens,
@@ -111,12 +117,13 @@ def _cost(sides: Sides, party: Party, final: Standing, seed: int) -> dict[str, d
     costs = {}
     method = sides.clients.method
     party.tuned.load(final.best)
-    costs["server"] = measure(method, party, "server", derive_seed(seed, "server", 1))
-    try:
-        name = min(sides.clients.register)
-        client = sides.clients.party(name)
-    except (ValueError, AssertionError):  # there is none, or its text is elsewhere
+    besides = partial(sides.adapt, party.prompt, 1, derive_seed(seed, "server", 1)) if sides.adapt else None
+    costs["server"] = measure(method, party, "server", derive_seed(seed, "server", 1), besides=besides)
+    party.tuned.load(final.best)
+    if not sides.clients.here:
         return costs
+    name = min(sides.clients.register)
+    client = sides.clients.party(name)
     client.tuned.load(final.payload)
     costs["client"] = measure(method, client, "client", derive_seed(seed, "client", name, 1))
     return costs
@@ -163,7 +170,16 @@ def _figures(run: RunDirectory, server: Server, sides: Sides, final: Standing, s
     }
 
 
+def forget_peak_memory() -> None:
+    """Let the peak count from here on, where the system can do that; else it stays that of the whole process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory() -> int:
-    """Peak resident memory of this process, bytes."""
+    """Peak resident memory of this process, bytes: since it was last forgotten, on Linux."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedsp.results import Line, Run, Section
+from fedsp.results import Run, Section
 
 INK = "#123456"
 """Stands for the page's own colour of text, which replaces it in the SVG."""
@@ -38,7 +38,7 @@ def learning_curves(section: Section) -> str | None:
             curves = [_curve(run) for run in line.runs.get(task, [])]
             rounds = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
             if len(rounds) > 1:
-                axes.plot(rounds, [statistics.fmean(curve[round] for curve in curves) for round in rounds], label=line.label, **style)
+                axes.plot(rounds, [statistics.fmean(curve[round] for curve in curves) for round in rounds], label=_plain(line.label), **style)
         axes.set_title(task, fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("validation loss, nats")
@@ -49,8 +49,8 @@ def _curve(run: Run) -> dict[int, float]:
     return {int(record["round"]): float(record["validation"]) for record in run.records if record["validation"] is not None}
 
 
-def against(section: Section, figure: Callable[[Run], float], label: str) -> str | None:
-    """Answer loss against what a run costs (a logarithmic scale), one panel for each task; runs that cost nothing are a line."""
+def against(section: Section, figure: Callable[[Run], float], label: str, score: Callable[[Run], float], name: str) -> str | None:
+    """A score against what a run costs (a logarithmic scale), one panel for each task; runs that cost nothing are a line."""
     if not any(figure(run) > 0 for line in section.lines for run in line.all):
         return None
     drawing, panels = _panels(section.tasks, label)
@@ -59,26 +59,28 @@ def against(section: Section, figure: Callable[[Run], float], label: str) -> str
             runs = line.runs.get(task, [])
             if not runs:
                 continue
-            losses = [float(run.figures["test"]["answer_loss"]) for run in runs]
+            scores = [score(run) for run in runs]
             cost = statistics.fmean(figure(run) for run in runs)
             if cost > 0:
-                error = statistics.stdev(losses) if len(losses) > 1 else 0.0
-                axes.errorbar(cost, statistics.fmean(losses), yerr=error, color=style["color"], marker=style["marker"], label=line.label, linestyle="none")
+                error = statistics.stdev(scores) if len(scores) > 1 else 0.0
+                axes.errorbar(
+                    cost, statistics.fmean(scores), yerr=error, color=style["color"], marker=style["marker"], label=_plain(line.label), linestyle="none"
+                )
             else:
-                axes.axhline(statistics.fmean(losses), color=style["color"], linestyle=style["linestyle"], linewidth=1, label=f"{line.label} (none)")
+                axes.axhline(statistics.fmean(scores), color=style["color"], linestyle=style["linestyle"], linewidth=1, label=_plain(f"{line.label} (none)"))
         axes.set_xscale("log")
         axes.set_title(task, fontsize=10)
-    panels[0].set_ylabel("answer loss, nats")
+    panels[0].set_ylabel(name)
     return _svg(drawing, panels)
 
 
 def bars(section: Section) -> str:
     """Answer loss of every line, mean over tasks, with the spread over seeds; the line at the reference."""
-    lines = [line for line in section.lines if set(line.runs) >= set(section.tasks)] or section.lines
+    lines = [line for line in section.lines if set(line.runs) >= set(section.tasks)] or [line for line in section.lines if line.runs]
     figure = Figure(figsize=(7.2, 0.6 + 0.3 * len(lines)))
     axes = figure.subplots()
     for place, line in enumerate(lines):
-        by_seed = _by_seed(line)
+        by_seed = line.by_seed(lambda run: run.loss)
         error = statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0
         own = line.method == section.reference
         axes.barh(
@@ -94,20 +96,13 @@ def bars(section: Section) -> str:
         )
         if own:
             axes.axvline(statistics.fmean(by_seed), color=INK, linestyle=":", linewidth=1)
-    values = [value for line in lines for value in _by_seed(line)]
+    values = [value for line in lines for value in line.by_seed(lambda run: run.loss)]
     margin = 0.15 * (max(values) - min(values) or 1.0)
     axes.set_xlim(min(values) - margin, max(values) + margin)
-    axes.set_yticks(range(len(lines)), [line.label for line in lines])
+    axes.set_yticks(range(len(lines)), [_plain(line.label) for line in lines])
     axes.invert_yaxis()
     axes.set_xlabel("answer loss, nats (shorter is better; the axis does not start at 0)")
     return _svg(figure, [axes], legend=False)
-
-
-def _by_seed(line: Line) -> list[float]:
-    """The mean over tasks of each seed that all tasks have."""
-    seeds = set.intersection(*({run.seed for run in runs} for runs in line.runs.values()))
-    losses = [[float(run.figures["test"]["answer_loss"]) for run in runs if run.seed in seeds] for runs in line.runs.values()]
-    return [statistics.fmean(column) for column in zip(*losses, strict=True)]
 
 
 def clients(section: Section) -> str | None:
@@ -123,7 +118,7 @@ def clients(section: Section) -> str | None:
         values = [value for run in line.all if run.figures.get("clients") for value in run.of_clients("accuracy", 100)]
         axes.plot(values, [place] * len(values), marker=style["marker"], color=style["color"], linestyle="none", alpha=0.6, markersize=4)
         axes.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=INK, linewidth=1.5)
-    axes.set_yticks(range(len(lines)), [line.label for line in lines])
+    axes.set_yticks(range(len(lines)), [_plain(line.label) for line in lines])
     axes.invert_yaxis()
     axes.set_xlabel("accuracy on questions like the client's own, %")
     return _svg(figure, [axes], legend=False)
@@ -140,7 +135,7 @@ def depths(section: Section) -> str | None:
                 curves = [[row[name] for row in run.depths if row["weights"] == weights] for run in line.all if run.depths]
                 if curves:
                     means = [statistics.fmean(column) for column in zip(*curves, strict=True)]
-                    axes.plot(means, label=f"{line.label}, {weights}", **{**style, "linestyle": dashes})
+                    axes.plot(means, label=_plain(f"{line.label}, {weights}"), **{**style, "linestyle": dashes})
         axes.set_title(title, fontsize=10)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -153,6 +148,11 @@ def _styles() -> list[dict[str, Any]]:
         {"color": next(colours), "marker": MARKERS[place % len(MARKERS)], "linestyle": DASHES[(place // len(COLOURS)) % 4], "markersize": 4, "linewidth": 1.3}
         for place in range(100)
     ]
+
+
+def _plain(text: str) -> str:
+    """A label as it stands; matplotlib takes a dollar for the start of mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _panels(tasks: Sequence[str], label: str) -> tuple[Figure, list[Axes]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fedsp.figures import against, bars, clients, depths, learning_curves
 from fedsp.results import (
     PRIVACY,
     Entry,
+    Line,
     Results,
     Run,
     Section,
@@ -29,6 +30,7 @@ from fedsp.results import (
     score_table,
     stability_table,
 )
+from fedsp.sides import METHODS
 from fedsp.storage import write_bytes
 
 PAGE = "report.html"
@@ -49,6 +51,7 @@ class Shown:
     table: Table
     best: frozenset[int]
     hints: dict[str, str]
+    anchor: str
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.table, name)
@@ -56,6 +59,12 @@ class Shown:
     def kind(self, entry: Entry) -> str:
         """The entry's class on the page."""
         return "best" if id(entry) in self.best else "words" if entry.value is None and len(entry.text) > 3 and not entry.runs else ""
+
+    def link(self, entry: Entry, row: int, lines: Sequence[Mapping[str, Any]]) -> str:
+        """Where an entry leads: to its run, or to the list of the runs of its line."""
+        if len(entry.runs) == 1:
+            return f"#{entry.runs[0]}"
+        return next(f"#{line['anchor']}" for line in lines if line["label"] == self.table.lines[row])
 
     def hint(self, entry: Entry) -> str:
         """What the entry says when pointed at: its runs."""
@@ -78,6 +87,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> dict[str,
     write_bytes(output / PAGE, page(results, tables).encode())
     write_bytes(output / "report.md", _markdown(results, tables).encode())
     write_bytes(output / "report.tex", _latex(results, tables).encode())
+    for old in (output / "csv").glob("*.csv"):
+        old.unlink()
+    write_bytes(output / "csv" / "runs.csv", _runs_csv(results).encode())
     for number, shown in enumerate(tables, start=1):
         for table in shown:
             write_bytes(output / "csv" / f"{number}-{table.name}.csv", _csv(table).encode())
@@ -93,15 +105,19 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> dict[str,
 def section_tables(section: Section, results: Results) -> list[Table]:
     """All tables of a section, in the order in which they are read."""
     tables = [score_table(section, "accuracy"), score_table(section, "answer_loss"), comparison_table(section), cost_table(section)]
-    return [table for table in [*tables, heterogeneity_table(section), stability_table(section, results.failures)] if table is not None]
+    return [table for table in [*tables, heterogeneity_table(section), stability_table(section)] if table is not None]
 
 
 def _pictures(section: Section) -> list[Picture]:
+    loss, accuracy = (lambda run: run.loss, "answer loss, nats"), (lambda run: 100 * run.score, "accuracy, %")
+    sent, computed = (lambda run: run.bytes, "bytes, all messages and packages"), (lambda run: run.client_operations, "operations of all clients")
     drawn = [
         ("Answer loss, mean over tasks", bars(section)),
         ("Learning curves", learning_curves(section)),
-        ("Answer loss against bytes sent", against(section, lambda run: float(run.bytes), "bytes, all messages and packages")),
-        ("Answer loss against the clients' computing", against(section, lambda run: run.client_operations, "operations of all clients")),
+        ("Accuracy against bytes sent", against(section, *sent, *accuracy)),
+        ("Answer loss against bytes sent", against(section, *sent, *loss)),
+        ("Accuracy against the clients' computing", against(section, *computed, *accuracy)),
+        ("Answer loss against the clients' computing", against(section, *computed, *loss)),
         ("Accuracy by client", clients(section)),
         ("Signals along the auxiliary model's depths", depths(section)),
     ]
@@ -111,8 +127,8 @@ def _pictures(section: Section) -> list[Picture]:
 def page(results: Results, tables: Sequence[Sequence[Table]]) -> str:
     """The page: no script but one line, no font, no image from elsewhere."""
     environment = Environment(loader=PackageLoader("fedsp"), autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
-    hints = {key: _name(run) for key, run in results.runs.items()}
-    commits = sorted({run.about["versions"].get("commit", "unknown")[:12] for run in results.runs.values()})
+    hints = {key: run.name for key, run in results.runs.items()}
+    commits = sorted({_short(run.about["versions"].get("commit", "unknown")) for run in results.runs.values()})
     return environment.get_template("report.html").render(
         title=f"Study: {results.name}",
         commits=f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}",
@@ -121,10 +137,11 @@ def page(results: Results, tables: Sequence[Sequence[Table]]) -> str:
                 "title": section.title,
                 "text": section.text,
                 "missing": len(section.missing),
-                "tables": [Shown(table, _best(table), hints) for table in shown],
+                "tables": [Shown(table, _best(table), hints, f"section-{number}-line-") for table in shown],
+                "lines": [_line(line, f"section-{number}-line-{place}") for place, line in enumerate(section.lines)],
                 "pictures": _pictures(section),
             }
-            for section, shown in zip(results.sections, tables, strict=True)
+            for number, (section, shown) in enumerate(zip(results.sections, tables, strict=True), start=1)
         ],
         failures=results.failures,
         runs=[_run(run, results) for run in results.runs.values()],
@@ -144,8 +161,16 @@ def _best(table: Table) -> frozenset[int]:
     return frozenset(found)
 
 
-def _name(run: Run) -> str:
-    return ", ".join(part for part in (run.method, run.choice, run.task, run.partition, f"seed {run.seed}") if part)
+def _line(line: Line, anchor: str) -> dict[str, Any]:
+    """The runs of a line, for the list that its numbers lead to."""
+    paper = METHODS[line.all[0].config.method] if line.all else None
+    runs = [(run.key, f"{run.task}, seed {run.seed}") for run in line.all]
+    return {"anchor": anchor, "label": line.label, "paper": f"{paper.title}: {paper.paper}" if paper else "", "runs": runs}
+
+
+def _short(commit: str) -> str:
+    """A commit as people write it; the + of a changed checkout stays."""
+    return commit[:12] + ("+" if commit.endswith("+") else "")
 
 
 def _run(run: Run, results: Results) -> dict[str, Any]:
@@ -153,7 +178,7 @@ def _run(run: Run, results: Results) -> dict[str, Any]:
     versions = dict(run.about["versions"])
     return {
         "key": run.key,
-        "name": _name(run),
+        "name": run.name,
         "folder": run.folder.name,
         "seed": run.seed,
         "commit": versions.pop("commit", "unknown"),
@@ -166,7 +191,7 @@ def _run(run: Run, results: Results) -> dict[str, Any]:
             ("seconds", f"{figures['seconds']:.1f}"),
         ],
         "others": [(other.key, other.seed) for other in results.runs.values() if other is not run and other.cell == run.cell],
-        "toml": tomli_w.dumps(run.config.model_dump(exclude_none=True)),
+        "toml": tomli_w.dumps(run.config.model_dump(exclude_none=True, exclude={"tracking"})),  # its address may hold a password
     }
 
 
@@ -191,6 +216,17 @@ def _csv(table: Table) -> str:
     for row in table.rows:
         keys = dict.fromkeys(key for entry in row for key in entry.runs)
         writer.writerow([value for entry in row for value in (entry.text, "" if entry.value is None else repr(entry.value))] + [" ".join(keys)])
+    return buffer.getvalue()
+
+
+def _runs_csv(results: Results) -> str:
+    """What each key of the other files stands for."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["run", "folder", "method", "choice", "task", "model", "partition", "seed", "commit"])
+    for run in results.runs.values():
+        where = [run.method, run.choice, run.task, run.model, run.partition, run.seed]
+        writer.writerow([run.key, run.folder.name, *where, run.about["versions"].get("commit", "unknown")])
     return buffer.getvalue()
 
 

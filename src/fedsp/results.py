@@ -25,6 +25,7 @@ class Run:
     """A finished run and where it stands in its study."""
 
     key: str
+    study: str
     method: str
     task: str
     model: str
@@ -41,7 +42,12 @@ class Run:
     @property
     def cell(self) -> tuple[str, ...]:
         """Where it stands in its study, but for the seed."""
-        return (self.method, self.task, self.model, self.partition, self.choice)
+        return (self.study, self.method, self.task, self.model, self.partition, self.choice)
+
+    @property
+    def name(self) -> str:
+        """The same and the seed, for people."""
+        return ", ".join(part for part in (self.method, self.choice, self.task, self.partition, f"seed {self.seed}") if part)
 
     @property
     def clients_hold(self) -> str:
@@ -58,9 +64,44 @@ class Run:
         return "gathered at one owner" if self.config.partition.clients == 1 else "stays with its owners"
 
     @property
-    def bytes(self) -> int:
-        """Bytes of all messages, both ways, as serialised, and of the package for each client."""
-        return int(self.figures["bytes_up"] + self.figures["bytes_down"] + self.figures["package_bytes"] * self.config.partition.clients)
+    def model_parameters(self) -> float:
+        """What the model has at a client without what was added to it, those that depths or ends share once; 0 where there is no client."""
+        cost = self.figures["cost"].get("client", {})
+        added = 0 if self.config.method in ("finetune", "offsite_tuning", "zero_shot") else cost.get("parameters_sent", 0)
+        return float(cost.get("model_parameters", cost.get("parameters_held", 0) - added))
+
+    @property
+    def package(self) -> float:
+        """Bytes of what a client is handed before the first round, float32; with finetune the first broadcast is the model."""
+        whole = self.config.method in ("fedprompt", "lora")
+        return 4 * self.model_parameters if whole else float(self.figures["package_bytes"])
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of all messages, both ways, as serialised, and of the package for each client that was asked."""
+        clients = len({client for record in self.records for client in record["asked"]})
+        return float(self.figures["bytes_up"] + self.figures["bytes_down"] + self.package * clients)
+
+    @property
+    def distillation_seconds(self) -> float:
+        """Seconds in which the package was made, once for all cells of a study that share it."""
+        if not self.config.auxiliary.folder:
+            return float(self.figures["seconds_distillation"])
+        made = Path(self.config.auxiliary.folder).with_suffix(".json")
+        here = self.folder.parent / "packages" / made.name  # where the study has been moved
+        path = next((path for path in (here, made) if path.exists()), None)
+        return float(RunDirectory.read_json(path)["seconds"]) if path else 0.0
+
+    @property
+    def score(self) -> float:
+        """The share of test questions that are right: accuracy, or exact match where the task has that."""
+        test = self.figures["test"]
+        return float(test["accuracy"] if "accuracy" in test else test["exact_match"])
+
+    @property
+    def loss(self) -> float:
+        """Answer loss on the test questions, nats per token."""
+        return float(self.figures["test"]["answer_loss"])
 
     @property
     def client_operations(self) -> float:
@@ -87,7 +128,8 @@ class Run:
         scores = {}
         for row in rows:
             choice = max(range(len(row["log_likelihoods"])), key=lambda index: row["log_likelihoods"][index])
-            scores[row["id"]] = (-row["log_likelihoods"][row["gold"][0]], row["tokens"][row["gold"][0]], float(choice in row["gold"]))
+            right = row["right"] if "right" in row else choice in row["gold"]
+            scores[row.get("question", row["id"])] = (-row["log_likelihoods"][row["gold"][0]], row["tokens"][row["gold"][0]], float(right))
         return scores
 
     def losses(self, questions: Sequence[str]) -> list[float]:
@@ -96,7 +138,7 @@ class Run:
         return [self._scores[question][0] / tokens for question in questions]
 
     def right(self, questions: Sequence[str]) -> list[float]:
-        """1 for each question whose most likely choice is right, else 0."""
+        """1 for each question that counts as right, else 0."""
         return [self._scores[question][2] for question in questions]
 
     @property
@@ -115,13 +157,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of entries below column names; `note` says how to read it."""
+    """Rows of entries below column names; `note` says how to read it, `lines` which line of its section each row is about."""
 
     name: str
     title: str
     columns: list[str]
     rows: list[list[Entry]]
     note: str = ""
+    lines: tuple[str, ...] = ()
 
 
 @dataclass
@@ -134,10 +177,22 @@ class Line:
     runs: dict[str, list[Run]] = field(default_factory=dict)
     choices: dict[str, str] = field(default_factory=dict)
     label: str = ""
+    begun: int = 0
+    diverged: int = 0
 
     @property
     def all(self) -> list[Run]:
         return [run for runs in self.runs.values() for run in runs]
+
+    def by_seed(self, figure: Callable[[Run], float | None]) -> list[float]:
+        """For each seed that all its tasks have, the mean of a figure over tasks; where they share none, over all its runs at once."""
+        tasks = [{run.seed: value for run in runs if (value := figure(run)) is not None} for runs in self.runs.values()]
+        tasks = [task for task in tasks if task]
+        if not tasks:
+            return []
+        seeds = sorted(set.intersection(*(set(task) for task in tasks)))
+        values = [statistics.fmean(task[seed] for task in tasks) for seed in seeds]
+        return values or [statistics.fmean(value for task in tasks for value in task.values())]
 
 
 @dataclass
@@ -166,7 +221,7 @@ def read_results(folders: Iterable[Path]) -> Results:
     """Gather finished runs. A folder is a study's, or one with runs somewhere below it, which make one section.
 
     Raises:
-        RunError: a folder holds no finished run.
+        RunError: no folder holds a finished run with test questions.
     """
     results = Results("", [], {}, [])
     for folder in folders:
@@ -175,11 +230,12 @@ def read_results(folders: Iterable[Path]) -> Results:
         else:
             _read_runs(folder, results)
     if not results.runs:
-        raise RunError(f"there is no finished run in {', '.join(map(str, folders))}: run one, or wait for the study")
+        raise RunError(f"there is no finished run with test questions in {', '.join(map(str, folders))}: run one, or wait for the study")
     return results
 
 
 def _open(folder: Path, key: str, **where: Any) -> Run | None:
+    """The run in a folder; None if it is not finished, or had no test questions."""
     directory = RunDirectory.open(folder)
     if not directory.finished or "test" not in directory.result():
         return None
@@ -201,22 +257,27 @@ def _read_study(folder: Path, results: Results) -> None:
     index = read_index(folder)
     results.name = ", ".join(filter(None, [results.name, index["name"]]))
     found: dict[str, Run] = {}
+    diverged: set[str] = set()
     axes = ("method", "task", "model", "partition", "choice", "seed")
     for cell in index["cells"]:
         path = folder / cell["folder"]
-        run = _open(path, f"run-{len(results.runs) + 1}", **{axis: cell[axis] for axis in axes}) if (path / "config.toml").exists() else None
+        where = {axis: cell[axis] for axis in axes}
+        run = _open(path, f"run-{len(results.runs) + 1}", study=str(folder), **where) if (path / "config.toml").exists() else None
         if run:
             results.runs[run.key] = found[cell["folder"]] = run
         elif (path / FAILURE).exists():
             failure = RunDirectory.read_json(path / FAILURE)
             results.failures.append((path.name, failure["reason"], failure["diverged"]))
+            diverged.update([cell["folder"]] if failure["diverged"] else [])
     for number, grid in enumerate(index["grids"]):
         cells = [cell for cell in index["cells"] if number in cell["grids"]]
         present = [found[cell["folder"]] for cell in cells if cell["folder"] in found]
         missing = [cell["folder"] for cell in cells if cell["folder"] not in found]
-        reference = index["reference"] if index["reference"] in grid["methods"] else grid["methods"][0]
+        wanted = grid.get("reference") or index["reference"]
+        reference = wanted if wanted in grid["methods"] else grid["methods"][0]
         order = {method: place for place, method in enumerate(grid["methods"])}
         lines = _lines(sorted(present, key=lambda run: order[run.method]))
+        _count_diverged(lines, [cell for cell in cells if cell["folder"] in diverged], order)
         if lines:
             tasks = list(dict.fromkeys(cell["task"] for cell in cells if any(cell["task"] in line.runs for line in lines)))
             results.sections.append(Section(grid["title"], grid["text"], tasks, lines, reference, missing))
@@ -228,8 +289,9 @@ def _read_runs(folder: Path, results: Results) -> None:
     for path in find_runs(folder) or []:
         config = RunDirectory.open(path).config
         title = f"{METHODS[config.method].title}, {config.preset}" if config.method == "fedsp" else METHODS[config.method].title
-        where = {"method": f"{title} ({path.name})" if path != folder else title, "task": config.data.task, "model": Path(config.model.name).name}
-        run = _open(path, f"run-{len(results.runs) + 1}", partition=config.partition.kind, choice="", **where)
+        label = f"{title} ({path.relative_to(folder)})" if path != folder else title
+        where = {"method": label, "task": config.data.task, "model": Path(config.model.name).name, "partition": config.partition.kind}
+        run = _open(path, f"run-{len(results.runs) + 1}", study=str(folder), choice="", **where)
         if run:
             results.runs[run.key] = run
             runs.append(run)
@@ -246,12 +308,27 @@ def _lines(runs: Sequence[Run]) -> list[Line]:
         groups.setdefault((run.method, run.model, run.partition, run.task), {}).setdefault(run.choice, []).append(run)
     for (method, model, partition, task), choices in groups.items():
         line = lines.setdefault((method, model, partition), Line(method, model, partition))
-        best = min(choices, key=lambda choice: _validation(choices[choice]))
+        shared = set.intersection(*({run.seed for run in alternatives} for alternatives in choices.values()))
+        best = min(choices, key=lambda choice: _validation([run for run in choices[choice] if run.seed in shared or not shared]))
         line.runs[task], line.choices[task] = sorted(choices[best], key=lambda run: run.seed), best
     several = {axis: len({getattr(line, axis) for line in lines.values()}) > 1 for axis in ("model", "partition")}
     for line in lines.values():
         line.label = ", ".join([line.method, *(getattr(line, axis) for axis, many in several.items() if many)])
     return list(lines.values())
+
+
+def _count_diverged(lines: list[Line], cells: Sequence[dict[str, Any]], order: dict[str, int]) -> None:
+    """Put diverged cells beside the runs that finished; a method of which none finished gets a line of its own."""
+    for line in lines:
+        line.begun = len(line.all)
+    for cell in cells:
+        axes = (cell["method"], cell["model"], cell["partition"])
+        found = next((line for line in lines if (line.method, line.model, line.partition) == axes), None)
+        line = found or Line(*axes, label=cell["method"])
+        if found is None:
+            lines.append(line)
+        line.begun, line.diverged = line.begun + 1, line.diverged + 1
+    lines.sort(key=lambda line: order[line.method])
 
 
 def _validation(runs: Sequence[Run]) -> float:
@@ -277,6 +354,8 @@ PRIVACY = ["given of the model", "clients hold", "the text"]
 
 
 def _privacy(line: Line) -> list[Entry]:
+    if not line.all:
+        return [Entry("-"), Entry("-"), Entry("-")]
     first = line.all[0]
     share = first.figures["disclosed_share"]
     return [Entry(f"{100 * share:.0f} %", share, tuple(run.key for run in line.all)), Entry(first.clients_hold), Entry(first.text_is)]
@@ -285,28 +364,40 @@ def _privacy(line: Line) -> list[Entry]:
 def score_table(section: Section, figure: str) -> Table:
     """Accuracy (%) or answer loss (nats) by line and task, and what privacy each method gives."""
     accuracy = figure == "accuracy"
+    digits, scale = (1, 100.0) if accuracy else (3, 1.0)
+    several = len(section.tasks) > 1
     rows = []
     for line in section.lines:
-        cells = [
-            _entry(line.runs.get(task, []), lambda run: float(run.figures["test"][figure]), 1 if accuracy else 3, 100 if accuracy else 1)
-            for task in section.tasks
-        ]
-        known = [cell.value for cell in cells if cell.value is not None]
-        mean = Entry(f"{statistics.fmean(known):.{1 if accuracy else 3}f}" if len(known) == len(cells) else "-", None, tuple(run.key for run in line.all))
+        cells = [_entry(line.runs.get(task, []), _score if accuracy else _loss, digits, scale) for task in section.tasks]
+        whole = line if set(line.runs) >= set(section.tasks) else Line("", "", "")
+        mean = _line_entry(whole, _score if accuracy else _loss, digits, scale)
         chosen = sorted({choice for choice in line.choices.values() if choice})
-        rows.append(
-            [
-                Entry(line.label + (f" ({'; '.join(chosen)})" if chosen else "")),
-                *cells,
-                *([mean] if len(section.tasks) > 1 else []),
-                *_privacy(line),
-            ]
-        )
-    columns = ["method", *section.tasks, *(["mean"] if len(section.tasks) > 1 else []), *PRIVACY]
+        rows.append([Entry(line.label + (f" ({'; '.join(chosen)})" if chosen else "")), *cells, *([mean] if several else []), *_privacy(line)])
+    columns = ["method", *section.tasks, *(["mean"] if several else []), *PRIVACY]
     title = "Accuracy, %" if accuracy else "Answer loss, nats per token"
     seeds = sorted({len(runs) for line in section.lines for runs in line.runs.values()})
     note = f"Mean ± standard deviation over seeds ({', '.join(map(str, seeds))} each) on the test questions, through the global model; {'higher' if accuracy else 'lower'} is better."
-    return Table(figure, title, columns, rows, note)
+    if accuracy and any("exact_match" in run.figures["test"] for line in section.lines for run in line.all):
+        note += " Where a task has no choices it is the exact match."
+    return Table(figure, title, columns, rows, note, _labels(section.lines))
+
+
+def _score(run: Run) -> float:
+    return run.score
+
+
+def _loss(run: Run) -> float:
+    return run.loss
+
+
+def _labels(lines: Iterable[Line]) -> tuple[str, ...]:
+    return tuple(line.label for line in lines)
+
+
+def _line_entry(line: Line, figure: Callable[[Run], float | None], digits: int, scale: float = 1.0) -> Entry:
+    """A figure of a line: mean and spread over seeds of its mean over tasks."""
+    numbers = [scale * number for number in line.by_seed(figure)]
+    return Entry(spread(numbers, digits), statistics.fmean(numbers), tuple(run.key for run in line.all)) if numbers else Entry("-")
 
 
 def paired_scores(one: Sequence[Run], other: Sequence[Run], figure: str) -> tuple[Scores, Scores] | None:
@@ -340,23 +431,19 @@ def comparison_table(section: Section) -> Table | None:
             compared.append((line, reference, differences))
     if not compared:
         return None
-    adjusted = {figure: holm([differences[figure].p for _, _, differences in compared]) for figure in ("answer_loss", "accuracy")}
+    adjusted = iter(holm([differences[figure].p for _, _, differences in compared for figure in ("answer_loss", "accuracy")]))
     rows = []
-    for place, (line, reference, differences) in enumerate(compared):
+    for line, reference, differences in compared:
         keys = tuple(run.key for run in [*line.all, *reference.all])
-        loss, accuracy = differences["answer_loss"], differences["accuracy"]
-        rows.append(
-            [
-                Entry(line.label),
-                Entry(f"{loss.mean:+.3f} [{loss.low:+.3f}, {loss.high:+.3f}]", loss.mean, keys),
-                Entry(_p(adjusted["answer_loss"][place]), adjusted["answer_loss"][place], keys),
-                Entry(f"{100 * accuracy.mean:+.1f} [{100 * accuracy.low:+.1f}, {100 * accuracy.high:+.1f}]", 100 * accuracy.mean, keys),
-                Entry(_p(adjusted["accuracy"][place]), adjusted["accuracy"][place], keys),
-                *_privacy(line),
-            ]
-        )
-    note = "Paired on questions and seeds, mean over tasks; 95 % intervals of a bootstrap over both; p-values corrected for all comparisons of this table (Holm). A negative difference in loss is better."
-    return Table("comparison", f"Difference from {section.reference}", ["method", "answer loss, nats", "p (Holm)", "accuracy, points", "p (Holm) ", *PRIVACY], rows, note)
+        cells = []
+        for figure, digits, scale in (("answer_loss", 3, 1), ("accuracy", 1, 100)):
+            found, p = differences[figure], next(adjusted)
+            mean, low, high = (f"{scale * value:+.{digits}f}" for value in (found.mean, found.low, found.high))
+            cells += [Entry(f"{mean} [{low}, {high}]", scale * found.mean, keys), Entry(_p(p), p, keys)]
+        rows.append([Entry(line.label), *cells, *_privacy(line)])
+    note = "Paired on questions and seeds, mean over tasks; 95 % intervals of a bootstrap over both; p-values corrected for all comparisons of this table, both figures together (Holm). A negative difference in loss is better."
+    columns = ["method", "answer loss, nats", "p (Holm)", "accuracy, points", "p (Holm) ", *PRIVACY]
+    return Table("comparison", f"Difference from {section.reference}", columns, rows, note, _labels(line for line, _, _ in compared))
 
 
 def _p(value: float) -> str:
@@ -368,45 +455,49 @@ def cost_table(section: Section) -> Table:
     rows = []
     for line in section.lines:
         runs = line.all
-        keys = tuple(run.key for run in runs)
-        client = [run.figures["cost"].get("client", {}) for run in runs]
-        server = [run.figures["cost"]["server"] for run in runs]
 
-        def mean(figures: list[dict[str, float]], name: str) -> float | None:
-            known = [row[name] for row in figures if name in row]
+        def of(side: str, name: str, runs: list[Run] = runs) -> float | None:
+            known = [run.figures["cost"][side][name] for run in runs if run.figures["cost"].get(side, {}).get(name)]
             return statistics.fmean(known) if known else None
 
-        held = mean(client, "parameters_held")
+        model = statistics.fmean(run.model_parameters for run in runs) if runs else 0.0
+        whole = of("server", "model_parameters") or (of("server", "parameters_held") or 0.0) - (of("server", "parameters_sent") or 0.0)
         numbers = [
-            held,
-            statistics.fmean(row["parameters_held"] for row in server) / held if held else None,
-            mean(client, "parameters_trained"),
-            mean(client, "parameters_sent"),
-            statistics.fmean(run.bytes for run in runs) or None,
-            mean(client, "operations"),
-            mean(server, "operations") or None,
-            mean(client, "memory_bytes"),
-            mean(client, "tokens_per_second"),
-            statistics.fmean(run.figures["seconds_rounds"] for run in runs) or None,
+            model or None,
+            whole / model if model else None,
+            of("client", "parameters_trained"),
+            of("client", "parameters_sent"),
+            of("client", "operations"),
+            of("client", "memory_bytes"),
+            of("client", "tokens_per_second"),
+            of("server", "parameters_trained"),
+            of("server", "operations"),
+            of("server", "memory_bytes"),
+            statistics.fmean(run.bytes for run in runs) or None if runs else None,
+            statistics.fmean(run.figures["seconds_rounds"] for run in runs) or None if runs else None,
+            statistics.fmean(run.distillation_seconds for run in runs) or None if runs else None,
         ]
-        texts = ["-" if number is None else _si(number) for number in numbers]
-        rows.append([Entry(line.label), *(Entry(text, number, keys) for text, number in zip(texts, numbers, strict=True)), *_privacy(line)])
+        keys = tuple(run.key for run in runs)
+        rows.append([Entry(line.label), *(Entry("-" if number is None else _si(number), number, keys) for number in numbers), *_privacy(line)])
     columns = [
         "method",
-        "client: parameters held",
-        "server's / client's",
-        "trained",
+        "client: parameters of its model",
+        "global / client's model",
+        "client: trained",
         "sent",
-        "bytes, all messages and packages",
         "client: operations a round",
-        "server: operations a round",
         "client: memory, bytes",
         "client: tokens a second",
+        "server: trained",
+        "server: operations a round",
+        "server: memory, bytes",
+        "bytes, all messages and packages",
         "seconds, all rounds",
+        "seconds, distillation, once",
         *PRIVACY,
     ]
-    note = "Parameters held: the model and what is tuned, those that depths or ends share counted once; their ratio is the paper's all / auxiliary. Measured on the first client's first round; operations by torch's counter, forward and backward; memory is weights, gradients, AdamW's moments and the activations kept. Means over tasks and seeds."
-    return Table("cost", "Cost", columns, rows, note)
+    note = "Measured on the first batches of the server and of the first client; operations by torch's counter, forward and backward, attention included; memory is weights, gradients, AdamW's moments and the activations kept. Parameters that depths or ends share count once; global / client's model is the paper's all / auxiliary. Means over tasks and seeds."
+    return Table("cost", "Cost", columns, rows, note, _labels(section.lines))
 
 
 def _si(number: float) -> str:
@@ -419,52 +510,61 @@ def _si(number: float) -> str:
 
 def heterogeneity_table(section: Section) -> Table | None:
     """Accuracy by client, its spread, and how far clients pull apart, where the questions were divided by kind."""
-    lines = [line for line in section.lines if any("clients" in run.figures for run in line.all)]
+    lines = [line for line in section.lines if any(run.figures.get("clients") for run in line.all)]
     if not lines:
         return None
+    figures: list[tuple[str, Callable[[list[float]], float], str, int]] = [
+        ("clients' mean accuracy, %", statistics.fmean, "accuracy", 1),
+        ("worst client, %", min, "accuracy", 1),
+        ("spread over clients, points", statistics.pstdev, "accuracy", 1),
+        ("largest / smallest client", lambda sizes: max(sizes) / max(1.0, min(sizes)), "examples", 1),
+    ]
+
+    def over_clients(run: Run, name: str, fold: Callable[[list[float]], float]) -> float | None:
+        return fold(run.of_clients(name, 100 if name == "accuracy" else 1)) if run.figures.get("clients") else None
+
     rows = []
     for line in lines:
-        runs = [run for run in line.all if run.figures.get("clients")]
-        rows.append(
-            [
-                Entry(line.label),
-                _entry(runs, lambda run: statistics.fmean(run.of_clients("accuracy", 100)), 1),
-                _entry(runs, lambda run: min(run.of_clients("accuracy", 100)), 1),
-                _entry(runs, lambda run: statistics.pstdev(run.of_clients("accuracy", 100)), 1),
-                _entry([run for run in runs if run.cosines], lambda run: statistics.fmean(run.cosines), 2),
-                _entry(runs, lambda run: max(run.of_clients("examples")) / max(1, min(run.of_clients("examples"))), 1),
-                *_privacy(line),
-            ]
-        )
-    columns = ["method", "clients' mean accuracy, %", "worst client, %", "spread over clients, points", "cosine of updates", "largest / smallest client", *PRIVACY]
-    note = "A client's accuracy is that on the test questions, each topic weighted by its share of the client's own questions. Cosine: mean over pairs of clients and rounds; 1 is one direction, 0 is none in common."
-    return Table("clients", "Clients", columns, rows, note)
+        cells = [_line_entry(line, lambda run, name=name, fold=fold: over_clients(run, name, fold), digits) for _, fold, name, digits in figures]  # type: ignore[misc]
+        cosine = _line_entry(line, lambda run: statistics.fmean(run.cosines) if run.cosines else None, 2)
+        rows.append([Entry(line.label), *cells, cosine, *_privacy(line)])
+    note = "A client's accuracy is that on the test questions, each topic weighted by its share of the client's own questions. Cosine: mean over pairs of clients and rounds; 1 is one direction, 0 is none in common. Mean ± standard deviation over seeds, of means over tasks."
+    return Table("clients", "Clients", ["method", *(name for name, _, _, _ in figures), "cosine of updates", *PRIVACY], rows, note, _labels(lines))
 
 
-def stability_table(section: Section, failures: Sequence[tuple[str, str, bool]]) -> Table:
-    """Loss spikes, and the spread over seeds."""
+def stability_table(section: Section) -> Table:
+    """Divergence, loss spikes, the spread over seeds, and, where it was measured, how signals grow or fade along the auxiliary model."""
     rows = []
+    measured = any(run.depths for line in section.lines for run in line.all)
     for line in section.lines:
-        runs = line.all
-        losses = [run.figures["test"]["answer_loss"] for run in runs]
+        keys = tuple(run.key for run in line.all)
+        losses = line.by_seed(_loss)
+        spread_of = max(losses) - min(losses) if losses else None
+        spikes = _line_entry(line, lambda run: 100 * sum(record.get("spikes", 0) for record in run.records) / run.client_steps if run.client_steps else None, 2)
         rows.append(
             [
                 Entry(line.label),
-                Entry(str(len(runs)), float(len(runs)), tuple(run.key for run in runs)),
-                _entry(
-                    [run for run in runs if run.client_steps], lambda run: 100 * sum(record.get("spikes", 0) for record in run.records) / run.client_steps, 2
+                Entry(f"{line.diverged} of {line.begun or len(line.all)}", float(line.diverged), keys),
+                spikes,
+                _line_entry(line, _loss, 3),
+                Entry("-" if spread_of is None else f"{spread_of:.3f}", spread_of, keys),
+                *(
+                    [_line_entry(line, lambda run: _growth(run, "hidden_scale"), 2), _line_entry(line, lambda run: _growth(run, "gradient_norm"), 2)]
+                    if measured
+                    else []
                 ),
-                _entry(runs, lambda run: float(run.figures["test"]["answer_loss"]), 3),
-                Entry(f"{max(losses) - min(losses):.3f}", max(losses) - min(losses), tuple(run.key for run in runs)),
                 *_privacy(line),
             ]
         )
-    diverged = sum(diverged for _, _, diverged in failures)
-    columns = ["method", "finished runs", "steps with a loss spike, %", "answer loss, nats", "range over runs, nats", *PRIVACY]
-    return Table(
-        "stability",
-        "Stability",
-        columns,
-        rows,
-        f"A spike is a step whose loss is more than half above the median of its stage. Runs of the whole study that diverged: {diverged}.",
-    )
+    growth = ["hidden states, last / first block", "gradients, last / first block"] if measured else []
+    columns = ["method", "diverged", "steps with a loss spike, %", "answer loss, nats", "range over seeds, nats", *growth, *PRIVACY]
+    note = "A spike is a client's step whose loss is more than half above the median of its stage. Losses are means over tasks, their spread is over seeds."
+    if measured:
+        note += " Last / first block: the scale of the last block's input to that of the second's, and the same of the loss's gradient, at the first client after the last round (`fedsp audit depths`)."
+    return Table("stability", "Stability", columns, rows, note, _labels(section.lines))
+
+
+def _growth(run: Run, name: str) -> float | None:
+    """The figure at the input of the last block over that of the second, whose input is the first that a block has made."""
+    values = [row[name] for row in run.depths if row["weights"] == "client"]
+    return values[-2] / values[1] if len(values) > 3 else None

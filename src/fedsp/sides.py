@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 
 from fedsp.adaptation import TranslatedPrompt, adapt_prompt, fit_translation
 from fedsp.algorithm import Adapt
 from fedsp.auxiliary import AuxiliaryModel, build_auxiliary, disclosed_share, parse_plan
 from fedsp.clients import Clients, absent_clients, agreement_of, clients_here, make_method, open_clients, stages, tuned_layers
 from fedsp.config import RunConfig
+from fedsp.errors import ConfigurationError
 from fedsp.fitting import Optimisation
 from fedsp.methods.base import Averaging, Method
 from fedsp.methods.fedprompt import FedPrompt
@@ -62,6 +64,7 @@ class Sides:
     auxiliary: AuxiliaryModel | None = None
     handed_out: float = 0.0
     fold: Callable[[Payload], Payload] = lambda payload: payload
+    adapt: Adapt | None = None
 
 
 def server_side(server: Server) -> tuple[PromptedLM, Tunable]:
@@ -77,6 +80,7 @@ def server_side(server: Server) -> tuple[PromptedLM, Tunable]:
     if config.method == "finetune":
         return model, all_weights(model)
     if config.method == "lora":
+        _require_peft()
         from fedsp.methods.lora import low_rank_adapters
 
         section = config.lora
@@ -90,6 +94,11 @@ def server_side(server: Server) -> tuple[PromptedLM, Tunable]:
         one = reading_one_layer(model)
         return one, _prompt_like(prompt, one, config)
     return model, prompt
+
+
+def _require_peft() -> None:
+    if find_spec("peft") is None:
+        raise ConfigurationError("peft is not installed: method = 'lora' needs `pip install 'fedsp[study]'`")
 
 
 def _prompt_like(prompt: SoftPrompt, model: PromptedLM, config: RunConfig) -> SoftPrompt:
@@ -127,7 +136,7 @@ def _fedsp(server: Server, run: RunDirectory, watcher: Watcher, register: dict[s
         clients = replace(open_clients(config, auxiliary, server.questions, run), method=method)
     else:
         clients = absent_clients(method, register or {})
-    return Sides(method, model, tuned, clients, auxiliary, disclosed_share(auxiliary, model) if auxiliary else 0.0, fold)
+    return Sides(method, model, tuned, clients, auxiliary, disclosed_share(auxiliary, model) if auxiliary else 0.0, fold, adapt)
 
 
 def _adapt(server: Server, auxiliary: AuxiliaryModel) -> Adapt:

@@ -40,13 +40,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, field_validator
 
 from fedsp.commands import distill, resume, run
-from fedsp.config import Count, RunConfig, Section
+from fedsp.config import Count, RunConfig, Section, TrackingSection
 from fedsp.config_file import apply_override, make_config, read_toml, resolve_paths, validated
-from fedsp.errors import ConfigurationError, FedspError, RunError, TrainingDiverged, did_you_mean
-from fedsp.runs import CONFIG, RESULT
+from fedsp.errors import ConfigurationError, FedspError, RunError, StorageError, TrainingDiverged, did_you_mean, first_line
+from fedsp.runs import CONFIG, RESULT, RunDirectory
 from fedsp.server import Watcher
 from fedsp.storage import write_json
 
@@ -65,6 +66,7 @@ class Grid(Section):
     partitions: list[str] = Field([], description="names of [partitions]; none: the first")
     seeds: list[Count] = Field([], description="seeds; none: those of the study")
     text: str = Field("", description="a paragraph below the heading")
+    reference: str | None = Field(None, description="the method that the others are compared with; none: that of the study")
 
 
 class Study(Section):
@@ -126,8 +128,9 @@ def read_study(path: Path, *, root: Path | None = None) -> tuple[Study, list[Cel
             for name in getattr(grid, axis):
                 if name not in names:
                     raise ConfigurationError(f"{path}: the grid {grid.title!r} names {name!r}, which is not in [{axis}]{did_you_mean(name, names)}")
-    if study.reference and study.reference not in study.methods:
-        raise ConfigurationError(f"{path}: reference = {study.reference!r} is not in [methods]{did_you_mean(study.reference, study.methods)}")
+    for reference in [study.reference, *(grid.reference for grid in study.grids)]:
+        if reference and reference not in study.methods:
+            raise ConfigurationError(f"{path}: reference = {reference!r} is not in [methods]{did_you_mean(reference, study.methods)}")
     return study, list(_cells(study, (root or path.parent).resolve(), str(path)))
 
 
@@ -152,7 +155,8 @@ def _cells(study: Study, root: Path, source: str) -> Iterator[Cell]:
             resolve_paths(merged, root)
             name = ", ".join(part for part in (model, task, partition, method, choice) if part)
             config = make_config(merged, f"{source}, the cell {name!r},")
-            folder = Path(study.output) / study.name / f"{_slug(name)}-seed-{seed}-{_digest(config.model_dump(exclude={'output'}))}"
+            plain = config.model_copy(update={"tracking": TrackingSection()})  # where figures go changes none of them
+            folder = Path(study.output) / study.name / f"{_slug(name)}-seed-{seed}-{_digest(plain.model_dump(exclude={'output'}))}"
             yield Cell(method, task, model, partition, choice, seed, tuple(numbers), config.model_copy(update={"output": str(folder)}))
 
 
@@ -200,22 +204,33 @@ def run_study(path: str | Path, *, root: str | Path | None = None, watcher: Watc
 
 
 def _run_cell(cell: Cell, study: Path, watcher: Watcher) -> tuple[str, str]:
-    """Run or go on with a cell; "finished", "failed", or "elsewhere" where another process has it, and what there is to say of it."""
+    """Run or go on with a cell; "finished", "failed", or "elsewhere" where another process has it, and what there is to say of it.
+
+    A cell whose training diverged is not tried again; one that failed for another reason is, when the study is started again.
+    """
     with _locked(study / ".locks" / cell.folder.name, wait=False) as mine:
         if not mine:
             return "elsewhere", ""
         if (cell.folder / RESULT).exists():
             return "finished", " before"
-        if (cell.folder / FAILURE).exists():
+        failure = cell.folder / FAILURE
+        if failure.exists() and RunDirectory.read_json(failure)["diverged"]:
             return "failed", " before"
+        threads = torch.get_num_threads()
         try:
             if (cell.folder / CONFIG).exists():
                 resume(cell.folder, watcher=watcher)
             else:
                 run(_with_package(cell.config, study, watcher), watcher=watcher)
-        except FedspError as error:
-            write_json(cell.folder / FAILURE, {"diverged": isinstance(error, TrainingDiverged), "reason": str(error)})
-            return "failed", f", {error}"
+        except StorageError:
+            raise  # the disk is full, and would be for every other cell
+        except Exception as error:  # whatever it is, the other cells may be done
+            reason = str(error) if isinstance(error, FedspError) else f"{type(error).__name__}: {first_line(error)}"
+            write_json(failure, {"diverged": isinstance(error, TrainingDiverged), "reason": reason})
+            return "failed", f", {reason}"
+        finally:
+            torch.set_num_threads(threads)  # a resumed run takes those that it was begun with
+        failure.unlink(missing_ok=True)
     return "finished", ""
 
 
@@ -223,7 +238,7 @@ def _with_package(config: RunConfig, study: Path, watcher: Watcher) -> RunConfig
     """The configuration with the folder of its auxiliary model, which cells that ask for the same one share. It is made if it is not there."""
     if config.method not in ("fedsp", "offsite_tuning") or config.auxiliary.folder or not config.partition.clients or config.round.clients == 0:
         return config
-    about = {
+    about: dict[str, Any] = {
         "model": config.model.model_dump(),
         "auxiliary": config.auxiliary.model_dump(),
         "distill": config.distill.model_dump(exclude={"again_every"}),
@@ -231,7 +246,11 @@ def _with_package(config: RunConfig, study: Path, watcher: Watcher) -> RunConfig
         "seed": config.seed,
         "data": [config.data.model_dump(), config.partition.model_dump(), config.server_share] if config.distill.text == ["server"] else None,
     }
-    package = study / "packages" / _digest(about)
+    if config.distill.text == ["server"]:
+        about["validation"] = config.validation.by
+    if config.model.device != "cpu" and config.method != "fedsp":
+        about["precision"] = "full"  # of the model that it is distilled from
+    package = (study / "packages" / _digest(about)).resolve()
     with _locked(study / ".locks" / f"package-{package.name}", wait=True):
         made = package.with_suffix(".json")
         if not made.exists():

@@ -1,13 +1,15 @@
 """A run's figures and artefacts in MLflow (https://mlflow.org/docs/latest/ml/tracking/), by the one line `tracking.mlflow = URI`.
 
 Losses of every round as metrics by step, the configuration as parameters, the figures at the end, and `config.toml`, `rounds.jsonl`, `result.json` and the
-tuned prompt as artefacts. A resumed run goes on in its MLflow run. Training never waits for what MLflow cannot take: it is said, and the run goes on.
+tuned prompt as artefacts. A resumed run goes on in its MLflow run. What MLflow cannot take is said, and the run goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -71,21 +73,27 @@ class MlflowLog:
             if mark.exists():
                 self._id = str(RunDirectory.read_json(mark)["run_id"])
                 self._client.update_run(self._id, status="RUNNING")
-                known = {metric.step for metric in self._client.get_metric_history(self._id, "bytes up")}
-                for line in run.records():  # a round that was kept, but not told before the run was stopped
-                    if line["round"] not in known:
-                        self.round(RoundRecord(**line))
                 return
-            found = self._client.get_experiment_by_name(EXPERIMENT)
-            experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, artifact_location=_artefacts(uri))
+            experiment = self._experiment(uri)
             about = run.about()
             tags = {"fedsp.run": run.identity, "fedsp.folder": str(run.path.resolve()), "fedsp.commit": str(about["versions"].get("commit", "unknown"))}
             self._id = str(self._client.create_run(experiment, run_name=run.path.name, tags=tags).info.run_id)
             for name, value in _flat(run.config.model_dump()).items():
-                self._client.log_param(self._id, name, str(value)[:500])
+                if name != "tracking.mlflow":  # it may hold a password
+                    self._client.log_param(self._id, name, str(value)[:500])
         except (MlflowException, OSError, ValueError, KeyError) as error:
             raise RunError(f"tracking.mlflow = {uri!r} cannot be used ({first_line(error)}): start that MLflow server, or remove the line") from error
         write_json(mark, {"uri": uri, "run_id": self._id})
+
+    def _experiment(self, uri: str) -> str:
+        """The experiment of all runs; another process may make it at the same moment."""
+        for _ in range(2):
+            found = self._client.get_experiment_by_name(EXPERIMENT)
+            if found:
+                return str(found.experiment_id)
+            with contextlib.suppress(self._refusal):
+                return str(self._client.create_experiment(EXPERIMENT, artifact_location=_artefacts(uri)))
+        raise ValueError(f"the experiment {EXPERIMENT!r} can neither be found nor made")
 
     def round(self, record: RoundRecord) -> None:
         """The figures of a round, at its number."""
@@ -95,7 +103,12 @@ class MlflowLog:
         self._metrics({**figures, **more}, record.round)
 
     def finish(self, figures: Mapping[str, Any]) -> None:
-        """The figures of the end, and the artefacts."""
+        """The figures of the end, rounds that were kept but not told before the run was stopped, and the artefacts."""
+        with contextlib.suppress(self._refusal, OSError):
+            known = {metric.step for metric in self._client.get_metric_history(self._id, "bytes up")}
+            for line in self._run.records():
+                if line["round"] not in known:
+                    self.round(RoundRecord(**line))
         numbers = {name: value for name, value in _flat(figures).items() if isinstance(value, int | float) and not isinstance(value, bool)}
         self._metrics(numbers, 0)
         for name in (CONFIG, ROUNDS, RESULT, BEST):
@@ -108,9 +121,11 @@ class MlflowLog:
         self._try(lambda: self._client.set_terminated(self._id, status=status))
 
     def _metrics(self, figures: Mapping[str, float | None], step: int) -> None:
-        for name, value in figures.items():
-            if value is not None:
-                self._try(lambda name=name, value=value: self._client.log_metric(self._id, _name(name), float(value), step=step))  # type: ignore[misc]
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        metrics = [Metric(_name(name), float(value), now, step) for name, value in figures.items() if value is not None]
+        self._try(lambda: self._client.log_batch(self._id, metrics=metrics))
 
     def _try(self, log: Callable[[], object]) -> None:
         try:

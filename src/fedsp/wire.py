@@ -109,7 +109,7 @@ def _read_reply(frame: Frame, request: Request) -> Update | Failure:
         validated,
         _figure(seconds, "seconds", 1e9),
         int(_figure(shortened, "count of shortened examples", 1e12)),
-        int(_figure(spikes, "count of spikes", 1e12)),
+        int(_figure(0 if spikes is None else spikes, "count of spikes", 1e12)),  # clients of an earlier version do not tell it
     )
 
 

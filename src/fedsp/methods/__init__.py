@@ -1,1 +1,1 @@
-"""The paper lives in `fedsp.algorithm`; each baseline will be one file here, of the one shape in `base`."""
+"""Every method of a federation but FedSP itself: the shape they share, and one file for each baseline."""
