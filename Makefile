@@ -15,10 +15,10 @@ test: .venv/ready-dev
 	$(MAKE) deployment
 
 unit:
-	$(BIN)/python -m pytest -n auto -m "not recipe and not harness and not deployment"
+	$(BIN)/python -m pytest -n auto -m "not recipe and not harness and not study and not deployment"
 
 recipe:
-	$(BIN)/python -m pytest -n auto -m "recipe or harness"
+	$(BIN)/python -m pytest -n auto -m "recipe or harness or study"
 
 deployment:
 	$(BIN)/python -m pytest -m deployment

@@ -84,6 +84,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_own_figures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = commands.run(settings(tmp_path / "whole", **OPTIONS[name]))

@@ -28,6 +28,7 @@ from fedsp.results import read_results
 from fedsp.server import Watcher
 from test_run import ROWS, questions, settings
 
+pytestmark = pytest.mark.study
 pytest.importorskip("matplotlib", reason="matplotlib comes with the study extra")
 
 
@@ -317,7 +318,7 @@ def test_what_diverged_stays_in_the_table_of_stability(tmp_path: Path, monkeypat
 
     methods = {"zero-shot": {"method": "zero_shot"}, "FedPrompt": {"method": "fedprompt"}}
     path = study_file(tmp_path, methods=methods, reference="zero-shot", seeds=[0], grids=[{"title": "One", "methods": list(methods)}])
-    original = study.run
+    original = commands.run
     monkeypatch.setattr(study, "run", lambda config, **rest: diverge() if config.method == "fedprompt" else original(config, **rest))
     assert study.run_study(path)["failed"] == 1
     monkeypatch.setattr(study, "run", diverge)

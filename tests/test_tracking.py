@@ -10,6 +10,7 @@ from fedsp import commands
 from fedsp.errors import RunError
 from test_run import settings
 
+pytestmark = pytest.mark.study
 pytest.importorskip("mlflow", reason="MLflow comes with the mlflow extra")
 
 

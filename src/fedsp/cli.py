@@ -184,15 +184,16 @@ def traffic(folder: RunFolder, json_file: Json = None) -> None:
 
 
 @audit.command()
-def depths(folder: RunFolder, json_file: Json = None) -> None:
-    """How hidden states and gradients grow or fade along the depths of a run's auxiliary model; `fedsp report` shows them."""
+def depths(folders: Annotated[list[Path], typer.Argument(help="Folders of runs.")], json_file: Json = None) -> None:
+    """How hidden states and gradients grow or fade along the depths of each run's auxiliary model; `fedsp report` shows them."""
     from fedsp.depths import measure_depths
     from fedsp.display import Display, rows_table
 
-    rows = measure_depths(folder)
     with Display() as display:
-        display.print(rows_table(f"Depths of the auxiliary model of {folder}", rows))
-    _write(json_file, {"rows": rows})
+        found = {str(folder): measure_depths(folder) for folder in folders}
+        for name, rows in found.items():
+            display.print(rows_table(f"Depths of the auxiliary model of {name}", rows))
+    _write(json_file, found)
 
 
 @app.command()

@@ -15,7 +15,7 @@ matplotlib.use("svg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedsp.results import Run, Section
 
@@ -69,6 +69,9 @@ def against(section: Section, figure: Callable[[Run], float], label: str, score:
             else:
                 axes.axhline(statistics.fmean(scores), color=style["color"], linestyle=style["linestyle"], linewidth=1, label=_plain(f"{line.label} (none)"))
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(task, fontsize=10)
     panels[0].set_ylabel(name)
     return _svg(drawing, panels)
@@ -156,11 +159,15 @@ def _plain(text: str) -> str:
 
 
 def _panels(tasks: Sequence[str], label: str) -> tuple[Figure, list[Axes]]:
-    """A panel for each task, side by side, with one label below them all."""
-    figure = Figure(figsize=(max(5.0, 2.6 * len(tasks)), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)
+    """A panel for each task, at most three side by side, with one label below them all."""
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(max(5.0, 3.0 * columns), 2.9 * rows + 0.3), layout="constrained")
+    axes = [panel for row in figure.subplots(rows, columns, squeeze=False) for panel in row]
+    for empty in axes[len(tasks) :]:
+        empty.remove()
     figure.supxlabel(label, color=INK, fontsize=9)
-    return figure, list(axes[0])
+    return figure, axes[: len(tasks)]
 
 
 def _svg(figure: Figure, panels: Sequence[Axes], *, legend: bool = True) -> str:

@@ -191,7 +191,7 @@ def _run(run: Run, results: Results) -> dict[str, Any]:
             ("seconds", f"{figures['seconds']:.1f}"),
         ],
         "others": [(other.key, other.seed) for other in results.runs.values() if other is not run and other.cell == run.cell],
-        "toml": tomli_w.dumps(run.config.model_dump(exclude_none=True, exclude={"tracking"})),  # its address may hold a password
+        "toml": tomli_w.dumps(run.config.model_dump(exclude_none=True, exclude_defaults=True, exclude={"tracking"})),  # its address may hold a password
     }
 
 

@@ -65,8 +65,17 @@ class Run:
 
     @property
     def model_parameters(self) -> float:
-        """What the model has at a client without what was added to it, those that depths or ends share once; 0 where there is no client."""
-        cost = self.figures["cost"].get("client", {})
+        """Parameters of the model at a client, those that depths or ends share once; 0 where there is no client."""
+        return self._model("client")
+
+    @property
+    def global_parameters(self) -> float:
+        """The same of the global model."""
+        return self._model("server")
+
+    def _model(self, side: str) -> float:
+        """Without what was put in front of the model or into it, which earlier results count with it."""
+        cost = self.figures["cost"].get(side, {})
         added = 0 if self.config.method in ("finetune", "offsite_tuning", "zero_shot") else cost.get("parameters_sent", 0)
         return float(cost.get("model_parameters", cost.get("parameters_held", 0) - added))
 
@@ -461,7 +470,7 @@ def cost_table(section: Section) -> Table:
             return statistics.fmean(known) if known else None
 
         model = statistics.fmean(run.model_parameters for run in runs) if runs else 0.0
-        whole = of("server", "model_parameters") or (of("server", "parameters_held") or 0.0) - (of("server", "parameters_sent") or 0.0)
+        whole = statistics.fmean(run.global_parameters for run in runs) if runs else 0.0
         numbers = [
             model or None,
             whole / model if model else None,
