@@ -255,16 +255,18 @@ def _first_values(server: Server, spec: PromptSpec, seed: int) -> torch.Tensor:
         if read.spec != replace(spec, projection=0):
             raise PromptError(f"{section.init} holds a {read.spec.space} prompt of shape {read.spec.shape}, the run needs {spec.space} of shape {spec.shape}")
         return read.values()
-    tokens = None
-    if section.init == "text":
-        passages = read_passages([section.init_text]) if section.init_text else None
-        ids = (
-            server.tokenizer.encode("\n\n".join(passages), add_special_tokens=False)
-            if passages
-            else [token for sequence in public_sequences(server) for token in sequence][: section.length]
-        )
-        tokens = torch.tensor(ids)
-    return initial_values(spec, server.model, scale=section.init_scale, tokens=tokens, seed=seed)
+    return initial_values(spec, server.model, scale=section.init_scale, tokens=first_tokens(server), seed=seed)
+
+
+def first_tokens(server: Server) -> torch.Tensor | None:
+    """The tokens whose activations a prompt starts from; None where it starts from something else."""
+    section = server.config.prompt
+    if section.init != "text":
+        return None
+    passages = read_passages([section.init_text]) if section.init_text else None
+    if passages:
+        return torch.tensor(server.tokenizer.encode("\n\n".join(passages), add_special_tokens=False))
+    return torch.tensor([token for sequence in public_sequences(server) for token in sequence][: section.length])
 
 
 def score_test(

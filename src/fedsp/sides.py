@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
+from torch import Tensor
+
 from fedsp.adaptation import TranslatedPrompt, adapt_prompt, fit_translation
 from fedsp.algorithm import Adapt
 from fedsp.auxiliary import AuxiliaryModel, build_auxiliary, disclosed_share, parse_plan
@@ -27,7 +29,7 @@ from fedsp.payload import Payload
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import derive_seed
 from fedsp.runs import RunDirectory
-from fedsp.server import Server, Watcher, initial_prompt, make_auxiliary, public_sequences
+from fedsp.server import Server, Watcher, first_tokens, initial_prompt, make_auxiliary, public_sequences
 from fedsp.weights import Weights
 
 
@@ -127,7 +129,8 @@ def _fedsp(server: Server, run: RunDirectory, watcher: Watcher, register: dict[s
     fold: Callable[[Payload], Payload] = lambda payload: payload
     if config.prompt.translate and auxiliary:
         maps, offsets = fit_translation(model, auxiliary, public_sequences(server))
-        translated = TranslatedPrompt(tuned.spec, tuned.values(), maps=maps, offsets=offsets, seed=derive_seed(config.seed, "prompt")).to(model.device)
+        values = _in_the_auxiliary_space(tuned.values().detach().clone(), auxiliary, first_tokens(server))
+        translated = TranslatedPrompt(tuned.spec, values, maps=maps, offsets=offsets, seed=derive_seed(config.seed, "prompt")).to(model.device)
         tuned, fold = translated, lambda payload: translated.translated(payload, model)
     agreement = agreement_of(config, server.max_tokens)
     adapt = _adapt(server, auxiliary) if config.server.public_steps and auxiliary else None
@@ -137,6 +140,15 @@ def _fedsp(server: Server, run: RunDirectory, watcher: Watcher, register: dict[s
     else:
         clients = absent_clients(method, register or {})
     return Sides(method, model, tuned, clients, auxiliary, disclosed_share(auxiliary, model) if auxiliary else 0.0, fold, adapt)
+
+
+def _in_the_auxiliary_space(values: Tensor, auxiliary: AuxiliaryModel, tokens: Tensor | None) -> Tensor:
+    """A first prompt (P, L, 2, H, K) of a text's activations, as the auxiliary model itself has them, where it reads a layer."""
+    if tokens is not None:
+        pairs = auxiliary.activations(tokens[: len(values)].to(auxiliary.device))[1]
+        for depth, layer in reversed(list(enumerate(auxiliary.prompt_layers))):  # of several depths that read a layer, the first, as for the maps
+            values[:, layer] = pairs[:, depth]
+    return values
 
 
 def _adapt(server: Server, auxiliary: AuxiliaryModel) -> Adapt:

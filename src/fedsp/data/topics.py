@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from fedsp.errors import DataError
 
 
 def find_topics(train: Sequence[str], test: Sequence[str], *, count: int, seed: int) -> tuple[list[str], list[str]]:
     """The topic of each training question and of each test question: k-means on the leading components of TF-IDF (latent semantic analysis).
+    What was found is kept, since the runs of a study ask for the same again and again.
 
     Both are as scikit-learn documents them for the clustering of text, fitted on the training questions alone.
 
     Raises:
         DataError: scikit-learn is not installed, or there are fewer different questions than topics.
     """
+    return _find(tuple(train), tuple(test), count, seed)
+
+
+@lru_cache(maxsize=8)
+def _find(train: tuple[str, ...], test: tuple[str, ...], count: int, seed: int) -> tuple[list[str], list[str]]:
     try:
         from sklearn.cluster import KMeans
         from sklearn.decomposition import TruncatedSVD
