@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import os
 import re
 import shutil
 import statistics
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,19 @@ def tomli(path: Path) -> dict[str, Any]:
     import tomllib
 
     return tomllib.loads(path.read_text())
+
+
+def test_two_processes_share_a_study(tmp_path: Path) -> None:
+    path = study_file(tmp_path)
+    command = [sys.executable, "-m", "fedsp", "study", str(path), "--threads", "1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=180)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    folders = [folder.parent for folder in (tmp_path / "studies" / "small").glob("*/result.json")]
+    assert len(folders) == 4 and len(list((tmp_path / "studies" / "small" / "packages").glob("*.json"))) == 2
+    assert all(len((folder / "rounds.jsonl").read_text().splitlines()) == (3 if "FedSP" in folder.name else 0) for folder in folders)
+    assert sum(line.count(": finished  ") for text in said for line in text.splitlines()) == 4  # each by one of them, once
 
 
 def test_a_cell_that_another_process_has_is_left_to_it(tmp_path: Path) -> None:
