@@ -35,7 +35,7 @@ FLOORS = [
     {"runs"},
     {"server"},
     {"clients", "redistillation", "tracking"},
-    {"sides", "depths"},
+    {"sides", "depths", "disclosure"},
     {"experiment", "plan", "engines.local", "display"},
     {"engines.simulation", "engines.deployment", "engines.joining"},
     {"commands", "engines.app.messenger"},

@@ -15,7 +15,7 @@ from conftest import tiny_model
 from fedsp import commands, runs
 from fedsp.adaptation import TranslatedPrompt, adapt_prompt, fit_translation
 from fedsp.aggregation import ServerOptimizer, update_cosine
-from fedsp.auxiliary import build_auxiliary, load_auxiliary, parse_plan
+from fedsp.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, nearly_disclosed_share, parse_plan
 from fedsp.config import PartitionSection
 from fedsp.config_file import make_config
 from fedsp.cost import measure
@@ -24,6 +24,7 @@ from fedsp.data.partition import make_partition
 from fedsp.data.tasks import find_task
 from fedsp.data.topics import find_topics
 from fedsp.depths import measure_depths
+from fedsp.disclosure import measure_disclosure
 from fedsp.distill import Distillation, distill
 from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.evaluation import Scored, by_client
@@ -281,6 +282,22 @@ def test_measuring_changes_nothing(tmp_path: Path) -> None:
 
 def test_spikes_are_steps_far_above_the_median() -> None:
     assert Fitted([1.0, 1.1, 0.9, 2.0, 1.0], {}).spikes == 1 and Fitted([], {}).spikes == 0
+
+
+def test_what_is_nearly_disclosed_is_found(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    auxiliary = build_auxiliary(model, parse_plan("every(2)", 4), None)
+    whole = disclosed_share(auxiliary, model)
+    with torch.no_grad():
+        for parameter in auxiliary.model.parameters():
+            parameter.mul_(1.02)
+    assert disclosed_share(auxiliary, model) < 0.05 < whole  # biases of zero stay what they were
+    assert nearly_disclosed_share(auxiliary, model, 0.1) == pytest.approx(whole, abs=1e-9) and nearly_disclosed_share(auxiliary, model, 0.01) < 0.05
+    commands.run(settings(tmp_path, **PAPER))
+    figures = measure_disclosure(tmp_path / "run")
+    assert figures["disclosed_share"] < 0.01 and 0.2 < figures["nearly_disclosed_share"] < 0.5  # embeddings and one layer, a little moved
+    write = commands.run(settings(tmp_path / "whole", method="fedprompt"))
+    assert measure_disclosure(tmp_path / "whole" / "run")["nearly_disclosed_share"] == write["disclosed_share"] == 1
 
 
 def test_depths_of_a_shared_auxiliary_model(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -267,9 +267,23 @@ def _share(source: nn.Module, target: nn.Module) -> None:
 
 def disclosed_share(auxiliary: PromptedLM, model: PromptedLM) -> float:
     """The share of the global model's parameters that stand bit for bit in the auxiliary, each global tensor compared with each of its shape."""
+    return _share_of(auxiliary, model, lambda tensor, other: int((tensor == other).sum()))
+
+
+def nearly_disclosed_share(auxiliary: PromptedLM, model: PromptedLM, tolerance: float) -> float:
+    """The share of the global model's parameters in tensors that a tensor of the auxiliary comes near: their distance is at most `tolerance` times the
+    length of the global one."""
+
+    def near(tensor: torch.Tensor, other: torch.Tensor) -> int:
+        return tensor.numel() if float((tensor - other).norm()) <= tolerance * float(tensor.norm()) else int((tensor == other).sum())
+
+    return _share_of(auxiliary, model, near)
+
+
+def _share_of(auxiliary: PromptedLM, model: PromptedLM, count: Callable[[torch.Tensor, torch.Tensor], int]) -> float:
     held: dict[tuple[int, ...], list[torch.Tensor]] = {}
     for parameter in trainable(auxiliary.model).values():
-        held.setdefault(tuple(parameter.shape), []).append(parameter)
+        held.setdefault(tuple(parameter.shape), []).append(parameter.detach())
     parameters = trainable(model.model)
-    disclosed = sum(max((int((tensor == other).sum()) for other in held.get(tuple(tensor.shape), [])), default=0) for tensor in parameters.values())
+    disclosed = sum(max((count(tensor.detach(), other) for other in held.get(tuple(tensor.shape), [])), default=0) for tensor in parameters.values())
     return disclosed / sum(tensor.numel() for tensor in parameters.values())

@@ -184,6 +184,18 @@ def traffic(folder: RunFolder, json_file: Json = None) -> None:
 
 
 @audit.command()
+def disclosure(folders: Annotated[list[Path], typer.Argument(help="Folders of runs.")], json_file: Json = None) -> None:
+    """What clients hold of the global model, bit for bit and nearly; `fedsp report` shows it."""
+    from fedsp.disclosure import measure_disclosure
+    from fedsp.display import Display, rows_table
+
+    with Display() as display:
+        rows = [{"folder": str(folder), **measure_disclosure(folder)} for folder in folders]
+        display.print(rows_table("Shares of the global model's parameters that clients hold", rows))
+    _write(json_file, {"rows": rows})
+
+
+@audit.command()
 def depths(folders: Annotated[list[Path], typer.Argument(help="Folders of runs.")], json_file: Json = None) -> None:
     """How hidden states and gradients grow or fade along the depths of each run's auxiliary model; `fedsp report` shows them."""
     from fedsp.depths import measure_depths

@@ -14,6 +14,7 @@ import numpy as np
 from fedsp.comparison import Difference, Scores, holm, paired_difference
 from fedsp.config import RunConfig
 from fedsp.depths import DEPTHS
+from fedsp.disclosure import DISCLOSURE
 from fedsp.errors import RunError
 from fedsp.runs import RunDirectory, find_runs
 from fedsp.sides import METHODS
@@ -38,6 +39,7 @@ class Run:
     records: list[dict[str, Any]]
     about: dict[str, Any]
     depths: list[dict[str, Any]] = field(default_factory=list)
+    disclosure: dict[str, float] = field(default_factory=dict)
 
     @property
     def cell(self) -> tuple[str, ...]:
@@ -250,8 +252,10 @@ def _open(folder: Path, key: str, **where: Any) -> Run | None:
         return None
     about = {"seed": directory.config.seed} | where
     depths = RunDirectory.read_json(folder / DEPTHS)["rows"] if (folder / DEPTHS).exists() else []
+    disclosure = RunDirectory.read_json(folder / DISCLOSURE) if (folder / DISCLOSURE).exists() else {}
     return Run(
         key=key,
+        disclosure=disclosure,
         depths=depths,
         folder=folder,
         config=directory.config,
@@ -359,15 +363,17 @@ def _entry(runs: Sequence[Run], figure: Callable[[Run], float], digits: int, sca
 
 
 PRIVACY = ["given of the model", "clients hold", "the text"]
-"""Columns of every table: the share of the global model's parameters that clients hold bit for bit, what that is, and what becomes of the text."""
+"""Columns of every table: the share of the global model's parameters that clients hold bit for bit (and nearly, where `fedsp audit disclosure` has measured
+that), what they hold, and what becomes of the text."""
 
 
 def _privacy(line: Line) -> list[Entry]:
     if not line.all:
         return [Entry("-"), Entry("-"), Entry("-")]
     first = line.all[0]
-    share = first.figures["disclosed_share"]
-    return [Entry(f"{100 * share:.0f} %", share, tuple(run.key for run in line.all)), Entry(first.clients_hold), Entry(first.text_is)]
+    share, near = first.figures["disclosed_share"], first.disclosure.get("nearly_disclosed_share")
+    text = f"{100 * share:.0f} %" + ("" if near is None or near - share < 0.005 else f" (nearly {100 * near:.0f} %)")
+    return [Entry(text, share, tuple(run.key for run in line.all)), Entry(first.clients_hold), Entry(first.text_is)]
 
 
 def score_table(section: Section, figure: str) -> Table:

@@ -14,6 +14,7 @@ checkpoint/          the last two standings
 state/               what the parties keep between rounds
 result.json          figures at the end
 scores.jsonl         what each test question got
+depths.json          what `fedsp audit depths` measured, and disclosure.json, `fedsp audit disclosure`
 """
 
 from __future__ import annotations

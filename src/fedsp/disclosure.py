@@ -1,0 +1,51 @@
+"""What clients hold of the global model: bit for bit, and nearly. Distillation changes every number a little, so the first alone says too little."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from fedsp.auxiliary import disclosed_share, load_auxiliary, nearly_disclosed_share
+from fedsp.errors import RunError
+from fedsp.loading import choose_device, load_model
+from fedsp.models import PromptedLM
+from fedsp.runs import RunDirectory
+from fedsp.server import model_name
+from fedsp.storage import write_json
+
+DISCLOSURE = "disclosure.json"
+NEAR = 0.1
+"""Relative distance of a tensor up to which it counts as nearly disclosed."""
+
+
+def measure_disclosure(folder: Path) -> dict[str, float]:
+    """The shares of the global model's parameters that the clients of a finished run hold: `disclosed_share` bit for bit, and `nearly_disclosed_share` in
+    tensors whose relative distance from the global one is at most NEAR. Also written to the run's `disclosure.json`.
+
+    Raises:
+        RunError: there is no finished run.
+    """
+    run = RunDirectory.open(folder)
+    if not run.finished:
+        raise RunError(f"{folder} holds no finished run: finish it first")
+    config, share = run.config, float(run.result()["disclosed_share"])
+    package = Path(config.auxiliary.folder or run.auxiliary)
+    if config.auxiliary.folder and not package.exists():
+        package = folder.resolve().parent / "packages" / package.name  # a study that has been moved
+    figures = {"disclosed_share": share, "nearly_disclosed_share": share}  # where clients hold nothing, the whole model, or its own layers
+    if config.method in ("fedsp", "offsite_tuning") and config.partition.clients and config.round.clients != 0:
+        figures = dict(_of_package(package.resolve(), model_name(config), config.model.device))
+    write_json(run.path / DISCLOSURE, figures)
+    return figures
+
+
+@lru_cache(maxsize=256)
+def _of_package(package: Path, name: str, device: str) -> tuple[tuple[str, float], ...]:
+    model = _model(name, device)
+    auxiliary = load_auxiliary(package, device=choose_device(device), positions="hugging_face")
+    return (("disclosed_share", disclosed_share(auxiliary, model)), ("nearly_disclosed_share", nearly_disclosed_share(auxiliary, model, NEAR)))
+
+
+@lru_cache(maxsize=1)
+def _model(name: str, device: str) -> PromptedLM:
+    return load_model(name, device=device, full_precision=True)
