@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fedsp.results import Run, Section
+from fedsp.finished_run import Run
+from fedsp.results import Section
 
 INK = "#123456"
 """Stands for the page's own colour of text, which replaces it in the SVG."""

@@ -15,23 +15,11 @@ from markupsafe import Markup
 
 from fedsp.errors import RunError
 from fedsp.figures import against, bars, clients, depths, learning_curves
-from fedsp.results import (
-    PRIVACY,
-    Entry,
-    Line,
-    Results,
-    Run,
-    Section,
-    Table,
-    comparison_table,
-    cost_table,
-    heterogeneity_table,
-    read_results,
-    score_table,
-    stability_table,
-)
+from fedsp.finished_run import Run
+from fedsp.results import Line, Results, Section, read_results
 from fedsp.sides import METHODS
 from fedsp.storage import write_bytes
+from fedsp.tables import PRIVACY, Entry, Table, comparison_table, cost_table, heterogeneity_table, score_table, stability_table
 
 PAGE = "report.html"
 
