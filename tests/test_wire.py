@@ -213,7 +213,7 @@ from fedsp.wire import read_reply
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 
-shape, kind = (16, 48, 4096), sys.argv[1]
+shape, kind = (64, 48, 4096), sys.argv[1]
 request = Request("ab", 1, "a", 1, {PROMPT: torch.zeros(shape)})
 large = torch.zeros(shape)
 if kind == "not finite":
