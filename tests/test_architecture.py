@@ -11,12 +11,12 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "fedsp"
 FLOORS = [
     {"errors", "frames", "engines.leash", "__init__"},
-    {"storage", "payload", "config", "comparison", "engines.channel", "engines.processes", "data.topics"},
-    {"config_file", "rounds", "models", "data.files", "credentials", "engines.flower"},
-    {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate", "engines.pinned", "weights"},
-    {"data.encoding", "engines.remote"},
-    {"fitting", "evaluation"},
-    {"auxiliary", "adaptation"},
+    {"storage", "payload", "config", "comparison", "engines.channel", "engines.processes", "data.topics", "audit.epsilon", "audit.tables"},
+    {"config_file", "rounds", "models", "data.files", "credentials", "engines.flower", "privacy", "robust", "audit.statistics"},
+    {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate", "engines.pinned", "weights", "queries"},
+    {"data.encoding", "engines.remote", "attacks"},
+    {"fitting", "evaluation", "per_example"},
+    {"auxiliary", "adaptation", "private_fitting", "audit.inversion"},
     {"parties", "distill", "package"},
     {"methods.base"},
     {
@@ -28,6 +28,7 @@ FLOORS = [
         "methods.fedprompt_single",
         "methods.lora",
         "methods.offsite_tuning",
+        "methods.private",
         "federation",
         "engines.answering",
         "cost",
@@ -35,11 +36,11 @@ FLOORS = [
     {"runs"},
     {"server"},
     {"clients", "redistillation", "tracking"},
-    {"sides", "depths", "disclosure"},
+    {"sides", "audit.depths", "audit.disclosure", "statement"},
     {"experiment", "plan", "engines.local", "display"},
-    {"engines.simulation", "engines.deployment", "engines.joining"},
-    {"commands", "engines.app.messenger"},
-    {"demo", "harness", "study", "finished_run"},
+    {"engines.simulation", "engines.deployment", "engines.joining", "audit.shadows"},
+    {"commands", "engines.app.messenger", "audit.membership", "audit.inverting", "audit.model", "audit.promise"},
+    {"demo", "harness", "study", "finished_run", "audit.auditing"},
     {"results"},
     {"figures", "tables"},
     {"report"},
@@ -47,14 +48,15 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-EMPTY = {"data.__init__", "engines.__init__", "methods.__init__"}
+EMPTY = {"audit.__init__", "data.__init__", "engines.__init__", "methods.__init__"}
 ONLY_IN = {
-    "transformers": {"models", "loading", "auxiliary", "display"},
+    "transformers": {"models", "loading", "auxiliary", "display", "queries"},
+    "dp_accounting": {"privacy"},
     "flwr": {"engines.flower", "engines.simulation", "engines.app.messenger"},
     "ray": {"engines.simulation"},
     "lm_eval": {"harness"},
     "peft": {"methods.lora"},
-    "sklearn": {"data.topics"},
+    "sklearn": {"data.topics", "audit.membership"},
     "jinja2": {"report"},
     "matplotlib": {"figures"},
     "mlflow": {"tracking"},
@@ -104,7 +106,7 @@ def test_a_method_knows_no_engine_no_configuration_and_no_other_method(module: s
     assert not any(name.startswith(("fedsp.engines", "fedsp.config", "fedsp.runs", "fedsp.federation", "fedsp.methods", "fedsp.algorithm")) for name in names)
 
 
-@pytest.mark.parametrize("module", ["federation", "aggregation"])
+@pytest.mark.parametrize("module", ["federation", "aggregation", "privacy", "robust"])
 def test_the_loop_knows_nothing_of_language_models(module: str) -> None:
     assert not {"fedsp.models", "fedsp.prompts", "fedsp.data.tasks", "fedsp.data.encoding"} & set(imports(MODULES[module]))
 
@@ -113,6 +115,23 @@ def test_only_the_command_line_prints() -> None:
     for module, tree in MODULES.items():
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"]
         assert not calls or module in {"cli", "display"}, f"{module} prints"
+
+
+FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - EMPTY))
+def test_nothing_that_is_read_is_ever_executed(module: str) -> None:
+    """No pickle in any dress, no torch.load, no eval or exec, and no numpy or YAML loader that would unpickle."""
+    assert not FORBIDDEN & {name.split(".")[0] for name in imports(MODULES[module])}
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"eval", "exec", "compile", "__import__"}, module
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+            assert (owner, node.func.attr) not in {("torch", "load"), ("np", "load"), ("numpy", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}, module
+        if isinstance(node, ast.keyword) and node.arg in {"allow_pickle", "trust_remote_code"}:
+            assert isinstance(node.value, ast.Constant) and node.value.value is False, module
 
 
 def test_every_public_thing_has_a_docstring() -> None:

@@ -15,6 +15,8 @@ from conftest import tiny_model
 from fedsp import commands, runs
 from fedsp.adaptation import TranslatedPrompt, adapt_prompt, fit_translation
 from fedsp.aggregation import ServerOptimizer, update_cosine
+from fedsp.audit.depths import measure_depths
+from fedsp.audit.disclosure import measure_disclosure
 from fedsp.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, nearly_disclosed_share, parse_plan
 from fedsp.config import PartitionSection
 from fedsp.config_file import make_config
@@ -23,8 +25,6 @@ from fedsp.data.encoding import Encoded
 from fedsp.data.partition import make_partition
 from fedsp.data.tasks import find_task
 from fedsp.data.topics import find_topics
-from fedsp.depths import measure_depths
-from fedsp.disclosure import measure_disclosure
 from fedsp.distill import Distillation, distill
 from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.evaluation import Scored, by_client

@@ -28,6 +28,7 @@ from fedsp.engines.joining import Client, Lookout, Node, supernode_command
 from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
 from fedsp.frames import Frame
 from fedsp.payload import PROMPT
+from fedsp.privacy import LEDGER, Ledger
 from fedsp.prompts import read_prompt
 from fedsp.rounds import Request, Update, derive_seed
 from fedsp.runs import RunDirectory
@@ -194,6 +195,31 @@ def test_a_round_is_answered_once_and_again_only_to_the_very_same_request(place:
     for other in ({"seed": 2}, {"payload": {PROMPT: torch.ones(4, 8, 128)}}):
         reason, said = respond(Client(party, Watcher()), round=1, **other)
         assert reason == REFUSALS["policy"] and "answered already, to another request" in said[0]
+
+
+def test_a_private_client_keeps_its_own_ledger_and_its_own_limit(tmp_path: Path) -> None:
+    _, place = make_federation(tmp_path, privacy={"unit": "example", "epsilon": 6.0})
+    party = party_of(place, policy={"require_differential_privacy": True, "max_epsilon": 6.0})
+    for run, round in (("ab", 1), ("ab", 1), ("ab", 2), ("ab", 3)):
+        client = Client(party, Watcher())
+        request = Request(run, round, "client-0", 1, {PROMPT: torch.zeros(4, 8, 128)})
+        said = json.loads(client.respond(write_request(request, party.package.sha256)).header)
+        assert (said["kind"], said["losses"], said["seconds"], said["shortened"]) == ("update", {}, 0.0, 0)
+    ledger = Ledger(Path(party.state) / LEDGER)
+    assert sum(release.count for release in ledger.releases()) == 6 and 5 < ledger.epsilon(1e-5) <= 6.0
+    reason, here = respond(Client(party, Watcher()), run="cd", round=1)
+    assert reason == REFUSALS["policy"] and "more than this client's budget of epsilon = 6 " in here[0]
+    for policy, sentence in (
+        ({"max_epsilon": 3.0}, "the run may cost epsilon = 6, policy.max_epsilon allows 3"),
+        ({"max_delta": 1e-6}, "at delta = 1e-05, policy.max_delta allows 1e-06"),
+    ):
+        with pytest.raises(PolicyError, match=sentence):
+            Client(party_of(place, policy=policy), Watcher())
+
+
+def test_a_limit_on_epsilon_needs_a_promise(place: Path) -> None:
+    with pytest.raises(PolicyError, match="so no epsilon holds, and policy.max_epsilon = 3 asks for one"):
+        Client(party_of(place, policy={"max_epsilon": 3.0}), Watcher())
 
 
 def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place: Path) -> None:

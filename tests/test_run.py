@@ -28,6 +28,7 @@ from fedsp.methods.base import Side, Work
 from fedsp.models import ModelShape
 from fedsp.parties import Party, Rest
 from fedsp.payload import PROMPT, Payload, pack
+from fedsp.privacy import Ledger
 from fedsp.prompts import PromptSpec, read_prompt
 from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed, sample_clients
 from fedsp.runs import RunDirectory
@@ -222,7 +223,7 @@ def test_a_client_lives_where_the_global_model_cannot_be_loaded(tmp_path: Path, 
         monkeypatch.setattr(module, "load_model", refuse)
     auxiliary = load_auxiliary(tmp_path / "package", device=torch.device("cpu"), positions="hugging_face")
     agreement = agreement_of(config, 64)
-    client = make_client("a", agreement, auxiliary, [Encoded((5, 6, 7, 8), 2)] * 4, Rest(tmp_path / "rest"))
+    client = make_client("a", agreement, auxiliary, [Encoded((5, 6, 7, 8), 2)] * 4, Rest(tmp_path / "rest"), Ledger(tmp_path / "privacy.jsonl"), 1.0)
     request = Request("run", 1, "a", 0, {PROMPT: torch.zeros(client.prompt.spec.shape)})
     update = make_method(agreement, auxiliary).client_update(client, request)
     assert list(update.payload) == [PROMPT] and not torch.equal(update.payload[PROMPT], request.payload[PROMPT])

@@ -60,11 +60,11 @@ class TranslatedPrompt(SoftPrompt):
         self.register_buffer("maps", maps, persistent=False)  # (L, 2, H K, H K)
         self.register_buffer("offsets", offsets, persistent=False)  # (L, 2, H K)
 
-    def prefix(self, model: PromptedLM) -> Tensor:
+    def read(self, values: Tensor, model: PromptedLM) -> Tensor:
         """The translated keys and values (P, L, 2, H, K), with gradients to those that travel."""
-        values = super().prefix(model)
-        flat = values.flatten(start_dim=3)  # (P, L, 2, H K)
-        return (torch.einsum("plkh,lkhj->plkj", flat, self.maps) + self.offsets).view_as(values)
+        pairs = super().read(values, model)
+        flat = pairs.flatten(start_dim=-2)  # (P, L, 2, H K)
+        return (torch.einsum("...plkh,lkhj->...plkj", flat, self.maps) + self.offsets).view_as(pairs)
 
     @torch.no_grad()
     def translated(self, payload: Payload, model: PromptedLM) -> Payload:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,31 @@ def weighted_mean(payloads: Mapping[str, Payload], weights: Mapping[str, float])
             share = tensor.double() * (weights[client] / total)
             mean[name] = share if name not in mean else mean[name] + share
     return {name: tensor.to(torch.float32) for name, tensor in sorted(mean.items())}
+
+
+class Combine(Protocol):
+    """How one payload is made of many. `weights` come from the server's register, `asked` is how many were asked; `reference` is what the server's own step
+    made of what was sent, where `by_reference` asks for it. With `always` a round without replies is combined too."""
+
+    @property
+    def by_reference(self) -> bool: ...
+
+    @property
+    def always(self) -> bool: ...
+
+    def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
+        """The aggregate, before the server optimizer and the server step."""
+
+
+@dataclass(frozen=True)
+class WeightedMean:
+    """The mean of what clients sent, weighted."""
+
+    by_reference: bool = False
+    always: bool = False
+
+    def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
+        return weighted_mean(replies, weights)
 
 
 def update_cosine(payloads: Mapping[str, Payload], sent: Payload) -> float | None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from fedsp.models import ModelShape, Positions, PromptedLM, Tokenizer, find_bloc
 from fedsp.storage import read_tensors, tensors_digest, write_json, write_tensors
 
 MANIFEST = "auxiliary.json"
+Embeddings = Literal["verbatim", "low_rank", "fresh"]
 WEIGHTS = "model.safetensors"
 
 
@@ -132,9 +133,12 @@ def _checked(plan: LayerPlan, layers: int, text: object) -> LayerPlan:
 class AuxiliaryModel(PromptedLM):
     """A PromptedLM that knows its plan, and the shape of the global model, whose prompt it reads."""
 
-    def __init__(self, model: Any, plan: LayerPlan, tokenizer: Tokenizer, *, positions: Positions, prompt_shape: ModelShape) -> None:
+    def __init__(
+        self, model: Any, plan: LayerPlan, tokenizer: Tokenizer, *, positions: Positions, prompt_shape: ModelShape, embeddings: Embeddings = "verbatim"
+    ) -> None:
         super().__init__(model, "the auxiliary model", positions=positions, prompt_layers=plan.prompt_layers, prompt_shape=prompt_shape)
         self.plan = plan
+        self.embeddings: Embeddings = embeddings
         self.tokenizer = tokenizer
 
     @property
@@ -153,10 +157,12 @@ class AuxiliaryModel(PromptedLM):
             parameter.copy_(weights[name])
 
     def distillable(self) -> dict[str, nn.Parameter]:
-        """What distillation trains: everything, or, where a plan keeps layers verbatim, only the depths that are not."""
+        """What distillation trains: everything, or, where a plan keeps layers verbatim, only the depths that are not, and embeddings that are not."""
         if not self.plan.keeps_verbatim:
             return trainable(self.model)
         free = {id(parameter) for block, frozen in zip(self.blocks, self.plan.frozen, strict=True) if not frozen for parameter in block.parameters()}
+        if self.embeddings != "verbatim":
+            free |= {id(parameter) for parameter in embedding_parameters(self).values()}
         return {name: parameter for name, parameter in trainable(self.model).items() if id(parameter) in free}
 
     def digest(self) -> str:
@@ -177,13 +183,22 @@ class AuxiliaryModel(PromptedLM):
             raise StorageError(f"cannot write the auxiliary model to {folder}: {error.strerror or error}; free some space or choose another folder") from error
         write_json(
             folder / MANIFEST,
-            {"plan": self.plan.to_json(), "prompt_shape": asdict(self.prompt_shape), "sha256": digest, "tokenizer_sha256": tokenizer_digest(self.tokenizer)},
+            {
+                "plan": self.plan.to_json(),
+                "embeddings": self.embeddings,
+                "prompt_shape": asdict(self.prompt_shape),
+                "sha256": digest,
+                "tokenizer_sha256": tokenizer_digest(self.tokenizer),
+            },
         )
         return digest
 
 
-def build_auxiliary(model: PromptedLM, plan: LayerPlan, tokenizer: Tokenizer) -> AuxiliaryModel:
-    """An auxiliary model with copies of the global model's embeddings, final norm, head and planned layers.
+def build_auxiliary(
+    model: PromptedLM, plan: LayerPlan, tokenizer: Tokenizer, *, embeddings: Embeddings = "verbatim", rank: int = 32, seed: int = 0
+) -> AuxiliaryModel:
+    """An auxiliary model with copies of the global model's final norm and planned layers, and its embeddings and head as they are, of a lower rank, or
+    drawn afresh at their scale.
 
     Its weights are float32 on every device, since clients train them.
     """
@@ -195,7 +210,33 @@ def build_auxiliary(model: PromptedLM, plan: LayerPlan, tokenizer: Tokenizer) ->
     blocks = _blocks(auxiliary, plan, model.name)
     for depth, layer in enumerate(plan.sources):
         blocks[depth].load_state_dict(model.blocks[layer].state_dict())
-    return AuxiliaryModel(auxiliary.requires_grad_(False), plan, tokenizer, positions=model.positions, prompt_shape=model.shape)
+    built = AuxiliaryModel(auxiliary.requires_grad_(False), plan, tokenizer, positions=model.positions, prompt_shape=model.shape, embeddings=embeddings)
+    if embeddings != "verbatim":
+        _reduce_embeddings(built, rank if embeddings == "low_rank" else 0, seed)
+    return built
+
+
+def embedding_parameters(model: PromptedLM) -> dict[str, nn.Parameter]:
+    """The parameters of the embeddings of tokens and positions and of the head, each once, by name."""
+    modules = [module for module in model.backbone.modules() if isinstance(module, nn.Embedding)] + [model.head]
+    wanted = {id(parameter) for module in modules for parameter in module.parameters()}
+    return {name: parameter for name, parameter in trainable(model.model).items() if id(parameter) in wanted}
+
+
+@torch.no_grad()
+def _reduce_embeddings(model: PromptedLM, rank: int, seed: int) -> None:
+    """Every embedding replaced in place: by its first singular directions and its mean, or, with rank 0, by normal numbers of its mean scale."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in embedding_parameters(model).values():
+        if parameter.dim() < 2:
+            continue
+        numbers = parameter.cpu()
+        if rank:
+            mean = numbers.mean(dim=0)
+            left, sizes, right = torch.linalg.svd(numbers - mean, full_matrices=False)
+            parameter.copy_((left[:, :rank] * sizes[:rank]) @ right[:rank] + mean)
+        else:
+            parameter.copy_(torch.randn(numbers.shape, generator=generator) * numbers.std())
 
 
 def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, digest: str | None = None) -> AuxiliaryModel:
@@ -228,7 +269,8 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
     if missing:
         raise AuxiliaryError(f"the auxiliary model in {folder} lacks {sorted(missing)[0]}: get the folder again from the server")
     model.load_state_dict(weights, strict=False)
-    return AuxiliaryModel(model.requires_grad_(False).to(device), plan, tokenizer, positions=positions, prompt_shape=shape)
+    kept: Embeddings = manifest.get("embeddings", "verbatim")
+    return AuxiliaryModel(model.requires_grad_(False).to(device), plan, tokenizer, positions=positions, prompt_shape=shape, embeddings=kept)
 
 
 def planned_config(config: Any, plan: LayerPlan) -> Any:

@@ -167,44 +167,27 @@ def federation_init(
     )
 
 
-audit = typer.Typer(name="audit", help="Measure what a finished run gave away.", no_args_is_help=True)
-app.add_typer(audit)
-
-
-@audit.command()
-def traffic(folder: RunFolder, json_file: Json = None) -> None:
-    """What crossed the wire in a run, by name and byte."""
-    from fedsp import commands
-    from fedsp.display import Display, rows_table
-
-    rows = commands.traffic(folder)
-    with Display() as display:
-        display.print(rows_table(f"What crossed the wire in {folder}", rows))
-    _write(json_file, {"rows": rows})
-
-
-@audit.command()
-def disclosure(folders: Annotated[list[Path], typer.Argument(help="Folders of runs.")], json_file: Json = None) -> None:
-    """What clients hold of the global model, bit for bit and nearly; `fedsp report` shows it."""
-    from fedsp.disclosure import measure_disclosure
+@app.command()
+def audit(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    only: Annotated[Optional[str], typer.Option(help="Some of them, with commas: traffic, disclosure, depths, model, membership, inversion, epsilon.")] = None,
+    shadows: Annotated[int, typer.Option(help="Shadow runs of the membership audit.")] = 16,
+    records: Annotated[
+        Optional[int], typer.Option(min=20, help="The clients' examples that the membership audit looks at, at most; all of them if not given.")
+    ] = None,
+    texts: Annotated[int, typer.Option(min=2, help="Single texts that the inversion audit tries to read back.")] = 20,
+    json_file: Json = None,
+) -> None:
+    """Measure what finished runs gave away: of the model to clients, of the text to the server and to others. `fedsp report` shows what was measured."""
+    from fedsp.audit.auditing import audit as run_audits
     from fedsp.display import Display, rows_table
 
     with Display() as display:
-        rows = [{"folder": str(folder), **measure_disclosure(folder)} for folder in folders]
-        display.print(rows_table("Shares of the global model's parameters that clients hold", rows))
-    _write(json_file, {"rows": rows})
-
-
-@audit.command()
-def depths(folders: Annotated[list[Path], typer.Argument(help="Folders of runs.")], json_file: Json = None) -> None:
-    """How hidden states and gradients grow or fade along the depths of each run's auxiliary model; `fedsp report` shows them."""
-    from fedsp.depths import measure_depths
-    from fedsp.display import Display, rows_table
-
-    with Display() as display:
-        found = {str(folder): measure_depths(folder) for folder in folders}
-        for name, rows in found.items():
-            display.print(rows_table(f"Depths of the auxiliary model of {name}", rows))
+        found = {str(folder): run_audits(folder, only=only, shadows=shadows, records=records, texts=texts, watcher=display.watcher()) for folder in folders}
+        for name, audits in found.items():
+            for kind, tables in audits.items():
+                for title, rows in tables.items():
+                    display.print(rows_table(f"{name}, {kind}: {title}", rows))
     _write(json_file, found)
 
 

@@ -14,8 +14,11 @@ from fedsp.data.encoding import Encoded, encode_targets
 from fedsp.errors import ConfigurationError
 from fedsp.fitting import Optimisation
 from fedsp.methods.base import Method, Stage
+from fedsp.methods.private import PrivateAnswers
 from fedsp.models import PromptedLM, Tokenizer
 from fedsp.parties import Party, Rest, Tunable
+from fedsp.privacy import LEDGER, Ledger
+from fedsp.private_fitting import ExamplePrivacy
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import derive_seed
 from fedsp.runs import RunDirectory
@@ -44,6 +47,7 @@ def agreement_of(config: RunConfig, max_tokens: int) -> Agreement:
         prompt=config.prompt.model_copy(update={"init": "broadcast", "init_text": None}),
         client=config.client,
         clients_validate=config.validation.by == "clients",
+        privacy=config.privacy,
     )
 
 
@@ -61,19 +65,32 @@ def stages(client: ClientSection, server: ServerSection | None, rounds: int) -> 
     }
 
 
-def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: ServerSection | None = None, adapt: Adapt | None = None) -> FedSP:
+def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: ServerSection | None = None, adapt: Adapt | None = None) -> Method:
     """FedSP with the agreement's numbers. Where no client is asked there is no auxiliary model."""
-    return FedSP(
-        **stages(agreement.client, server, agreement.rounds),
+    steps, privacy = stages(agreement.client, server, agreement.rounds), example_privacy(agreement)
+    if privacy:
+        steps["speak"] = replace(steps["speak"], privacy=privacy)
+    method = FedSP(
+        **steps,
         keep_optimizer=agreement.client.keep_optimizer,
         package=auxiliary.weights() if auxiliary and agreement.client.align_steps else {},
         adapt=adapt,
     )
+    return PrivateAnswers(method, privacy) if privacy else method
 
 
-def make_client(client: str, agreement: Agreement, auxiliary: AuxiliaryModel, rows: list[Encoded], rest: Rest) -> Party:
-    """A client of FedSP, from its own rows and the package alone: nothing of the global model is needed."""
-    return make_party(client, agreement, auxiliary, client_prompt(agreement, auxiliary), rows, rest)
+def example_privacy(agreement: Agreement) -> ExamplePrivacy | None:
+    """What every client promises of each of its examples; None where nothing is."""
+    section = agreement.privacy
+    if section.unit != "example":
+        return None
+    return ExamplePrivacy(section.clip, section.delta, agreement.rounds, section.epsilon, section.noise_multiplier)
+
+
+def make_client(client: str, agreement: Agreement, auxiliary: AuxiliaryModel, rows: list[Encoded], rest: Rest, ledger: Ledger, most: float) -> Party:
+    """A client of FedSP, from its own rows and the package alone: nothing of the global model is needed. `most` is the epsilon that everything in its
+    ledger may come to."""
+    return replace(make_party(client, agreement, auxiliary, client_prompt(agreement, auxiliary), rows, rest), ledger=ledger, most=most)
 
 
 def client_prompt(agreement: Agreement, auxiliary: AuxiliaryModel) -> SoftPrompt:
@@ -118,10 +135,12 @@ def clients_here(
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:
-        return encode_targets(tokenizer, questions.held(questions.partition.clients[client]), agreement.max_tokens)
+        return encode_targets(tokenizer, questions.held_by(client), agreement.max_tokens)
 
     def party(client: str) -> Party:
-        return make_party(client, agreement, model, tuned(), encoded(client), run.rest(f"client {client}"))
+        rest = run.rest(f"client {client}")
+        made = make_party(client, agreement, model, tuned(), encoded(client), rest)
+        return replace(made, ledger=Ledger(rest.folder / LEDGER)) if agreement.privacy.unit == "example" else made
 
     return Clients(method, {client: len(rows) for client, rows in questions.partition.clients.items()}, party)
 

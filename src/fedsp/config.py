@@ -20,6 +20,24 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 MethodName = Literal["fedsp", "zero_shot", "finetune", "prefix_tuning", "fedprompt", "fedprompt_single", "lora", "offsite_tuning"]
 
+AttackName = Literal[
+    "none",
+    "sign_flip",
+    "gaussian",
+    "little_is_enough",
+    "inner_product",
+    "mimic",
+    "scaling",
+    "free_rider",
+    "stale",
+    "duplicate",
+    "not_finite",
+    "huge",
+    "out_of_shape",
+    "label_flip",
+    "backdoor",
+]
+
 
 class Section(BaseModel):
     """A table of the file: unknown keys are refused, values never change."""
@@ -76,6 +94,11 @@ class AuxiliarySection(Section):
         description="the global layer at each depth: shared(0), copies(0), every(k), first(n), cells(0-1), ends(n, m), emulator(n, m), or a list such as [0, 0, 5, 5]"
     )
     prompt_layers: list[int] | None = Field(None, description="the prompt layer that each depth reads; none: the plan's own map, printed by `fedsp plan`")
+    embeddings: Literal["verbatim", "low_rank", "fresh"] = Field(
+        "verbatim",
+        description="verbatim: those of the global model; low_rank: what embedding_rank of their directions say; fresh: random; the last two are then distilled with the rest",
+    )
+    embedding_rank: Positive = Field(32, description="rank of low_rank")
     folder: str | None = Field(None, description="an auxiliary model already made by `fedsp distill`; none: it is made at the start of the run")
 
 
@@ -156,6 +179,50 @@ class ServerSection(Section):
     public_learning_rate: Rate = Field(1e-2, description="of AdamW in those steps")
 
 
+class AggregationSection(Section):
+    """How the server makes one prompt of many, and what it does not believe."""
+
+    rule: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "centred_clipping", "trust"] = Field(
+        "mean", description="mean, or a rule that some clients' lies cannot carry away; trust: by agreement with the server's own step (FLTrust)"
+    )
+    malicious: Share = Field(
+        0.2,
+        description="share of the asked clients that may lie: what a rule other than mean must bear, rounded down; with too few clients for it a round is refused",
+    )
+    mixing: bool = Field(False, description="nearest-neighbour mixing before the rule")
+    norm_bound: Decay = Field(0.0, description="a change is cut to this many times the median length of all changes; 0: none is cut")
+    max_loss_rise: Decay | None = Field(
+        None,
+        description="acceptance gate: the aggregate is tried on the server's validation questions, and thrown away if the loss rises by more than this share; none: no gate",
+    )
+
+
+class AttackSection(Section):
+    """Malicious clients, for simulation."""
+
+    kind: AttackName = Field(
+        "none",
+        description="none; on updates: sign_flip, gaussian, little_is_enough, inner_product, mimic, scaling, free_rider; on the protocol: stale, duplicate, not_finite, huge, out_of_shape; on data: label_flip, backdoor",
+    )
+    share: Share = Field(0.2, description="share of the clients that lie, rounded down")
+    strength: Rate | None = Field(None, description="how strong: a factor of the change that is sent; none: the usual one of each kind")
+
+
+class PrivacySection(Section):
+    """Differential privacy of the clients' text."""
+
+    unit: Literal["none", "example", "client"] = Field(
+        "none",
+        description="what neighbouring data sets differ by: example: each client adds noise to its own steps, nobody is trusted with text; client: the server, trusted, adds it to the sum",
+    )
+    epsilon: Rate | None = Field(None, description="what the whole run may cost; the noise is chosen for it")
+    noise_multiplier: Rate | None = Field(None, description="instead of epsilon: standard deviation of the noise, in units of clip")
+    delta: float = Field(1e-5, gt=0, lt=1, description="the chance that the promise of epsilon does not hold; well below one in as many units as there are")
+    clip: Rate = Field(
+        1.0, description="bound on the Euclidean length of an example's gradient, or of a client's whole change; set it on public text, never on private"
+    )
+
+
 class LoraSection(Section):
     """Low-rank adapters, for method = "lora"."""
 
@@ -195,6 +262,10 @@ class RunConfig(Section):
     """A whole run."""
 
     preset: Literal["messenger", "paper"] = Field("messenger", description="messenger: fedsp's default; paper: FedSP to the letter")
+    profile: Literal["plain", "robust", "dp-example", "dp-client"] = Field(
+        "plain",
+        description="what is promised against whom: plain; robust: against lying clients; dp-example, dp-client: differential privacy (docs/security.md)",
+    )
     method: MethodName = Field(
         "fedsp", description="fedsp, or a baseline: zero_shot, finetune, prefix_tuning, fedprompt, fedprompt_single, lora, offsite_tuning"
     )
@@ -210,6 +281,9 @@ class RunConfig(Section):
     client: ClientSection
     server: ServerSection
     validation: ValidationSection
+    aggregation: AggregationSection = AggregationSection()
+    privacy: PrivacySection = PrivacySection()
+    attack: AttackSection = AttackSection()
     lora: LoraSection = LoraSection()
     tracking: TrackingSection = TrackingSection()
     federation: FederationSection | None = None
@@ -223,6 +297,17 @@ class RunConfig(Section):
             raise ValueError("partition.topics: a partition goes by a column or by topics; set one of them")
         if self.method != "fedsp":
             self._baseline()
+        if self.attack.kind != "none" and self.federation:
+            raise ValueError("attack.kind: attacks are simulated, and the clients of a [federation] are real; set it to 'none'")
+        if self.aggregation.max_loss_rise is not None and self.validation.by != "server":
+            raise ValueError("aggregation.max_loss_rise: the gate needs validation.by = 'server'")
+        robust = self.aggregation.rule != "mean" or self.aggregation.mixing or self.aggregation.norm_bound > 0
+        if robust and self.round.weighting != "uniform":
+            raise ValueError("round.weighting: rules for lying clients weigh nobody, and neither do mixing and norm_bound; set it to 'uniform'")
+        if self.aggregation.rule == "trust" and not self.server.steps:
+            raise ValueError("aggregation.rule: trust goes by the server's own step; set server.steps above 0")
+        if self.privacy.unit != "none":
+            self._private()
         if self.prompt.translate and self.prompt.space != "key_value":
             raise ValueError("prompt.translate: only key_value prompts are translated; a residual prompt is read by each side's own layers")
         if self.prompt.translate and (self.prompt.tuned_at != "all" or self.distill.again_every):
@@ -241,6 +326,30 @@ class RunConfig(Section):
             raise ValueError("client.keep_optimizer: a client that takes no step has no optimizer to keep")
         return self
 
+    def _private(self) -> None:
+        """What would break the promise."""
+        if (self.privacy.epsilon is None) == (self.privacy.noise_multiplier is None):
+            raise ValueError("privacy.epsilon: set it, or privacy.noise_multiplier, and not both")
+        if self.validation.by == "clients":
+            raise ValueError("validation.by: what clients say of their own examples is not covered by the promise; use 'server' or 'none'")
+        if self.privacy.unit == "example":
+            if self.client.align_steps:
+                raise ValueError(
+                    "client.align_steps: alternating training lets every example into the auxiliary model without noise, and from there into every later gradient; set it to 0"
+                )
+            wrong = {"client.proximal": self.client.proximal > 0, "prompt.projection": self.prompt.projection > 0}
+            if key := next((key for key, given in wrong.items() if given), None):
+                raise ValueError(f"{key}: private steps are taken on the prompt's own numbers alone; set it to 0")
+            return
+        if self.aggregation.rule != "mean" or self.aggregation.mixing or self.aggregation.norm_bound:
+            raise ValueError(
+                "aggregation.rule: with privacy.unit = 'client' the sum is clipped and noised, and no other rule has a bounded sensitivity; set it to 'mean' without mixing and norm_bound"
+            )
+        if self.round.weighting != "uniform":
+            raise ValueError("round.weighting: with privacy.unit = 'client' no client counts more than another; set it to 'uniform'")
+        if self.round.min_clients:
+            raise ValueError("round.min_clients: with privacy.unit = 'client' a round releases noise however few answer; set it to 0")
+
     def _baseline(self) -> None:
         """What a baseline cannot do."""
         fedsp_only = {
@@ -250,6 +359,7 @@ class RunConfig(Section):
             "prompt.tuned_at": self.prompt.tuned_at != "all",
             "server.public_steps": self.server.public_steps > 0,
             "distill.again_every": self.distill.again_every > 0,
+            "privacy.unit": self.privacy.unit == "example",
         }
         wrong = next((key for key, given in fedsp_only.items() if given), None)
         if wrong:
@@ -274,7 +384,7 @@ class Agreement(Section):
     """What the owner of the model asks of every client in a run. It is signed with the auxiliary model, so no round can ask for more."""
 
     method: str = Field("fedsp", description="fedsp")
-    differential_privacy: bool = Field(False, description="whether clients train with differential privacy")
+    privacy: PrivacySection = PrivacySection()
     seed: Count = Field(description="what a client holds out and how it starts a projection come from it")
     rounds: Positive = Field(description="rounds")
     max_tokens: Positive = Field(description="tokens of one example; longer ones lose their oldest context")
@@ -305,7 +415,9 @@ class PolicySection(Section):
     min_examples: Positive = Field(1, description="with fewer examples than this the client does not take part: few examples are easier to guess from a prompt")
     methods: list[str] = Field(["fedsp"], description="methods that may be asked for")
     plans: list[str] = Field([], description='layer plans of auxiliary models that are accepted, such as ["ends(2)"]; none: any')
-    require_differential_privacy: bool = Field(False, description="take part only in runs with differential privacy at the client")
+    require_differential_privacy: bool = Field(False, description="take part only in runs with differential privacy at the client, example level")
+    max_epsilon: Rate | None = Field(None, description="what all runs together may cost this client's examples, by its own ledger; none: no bound")
+    max_delta: float = Field(1e-5, gt=0, lt=1, description="the largest delta at which an epsilon is taken for a promise")
 
 
 class PartyConfig(Section):

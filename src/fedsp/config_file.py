@@ -36,17 +36,39 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+PROFILES: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "robust": {
+        "aggregation": {"rule": "trimmed_mean", "malicious": 0.2, "mixing": True, "norm_bound": 2.0, "max_loss_rise": 0.05},
+        "round": {"weighting": "uniform"},
+    },
+    "dp-example": {
+        "privacy": {"unit": "example", "epsilon": 8.0},
+        "client": {"align_steps": 0, "batch_size": 32},
+        "round": {"weighting": "uniform"},
+    },
+    "dp-client": {
+        "privacy": {"unit": "client", "epsilon": 8.0},
+        "round": {"weighting": "uniform", "min_clients": 0},
+    },
+}
+"""What a deployment promises against whom, as numbers: `docs/security.md` says what each gives and cannot give."""
+
+
 def make_config(values: Mapping[str, Any], source: str = "the configuration") -> RunConfig:
-    """A checked configuration from nested values, the preset filled in underneath.
+    """A checked configuration from nested values, the profile filled in underneath, and the preset below that.
 
     Raises:
         ConfigurationError: every fault at once, one line each, with a suggestion for each unknown key.
     """
-    preset = PRESETS.get(str(values.get("preset", "messenger")), {})
+    preset, profile = PRESETS.get(str(values.get("preset", "messenger")), {}), PROFILES.get(str(values.get("profile", "plain")), {})
     filled: dict[str, Any] = {**{name: {} for name, field in RunConfig.model_fields.items() if field.is_required()}, **values}
-    for section, defaults in preset.items():
-        if isinstance(filled[section], Mapping):
-            filled[section] = {**defaults, **filled[section]}
+    for section in {**preset, **profile}:
+        given = filled.get(section, {})
+        if isinstance(given, Mapping):
+            filled[section] = {**preset.get(section, {}), **profile.get(section, {}), **given}
+            if "noise_multiplier" in given and "epsilon" not in given:
+                filled[section].pop("epsilon", None)
     return validated(RunConfig, filled, source)
 
 

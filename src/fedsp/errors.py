@@ -8,6 +8,7 @@ FedspError
 ├── AuxiliaryError       an auxiliary model that is not what it says it is
 ├── CredentialError      a key, certificate or signature that does not hold
 ├── PolicyError          a request that a client's own policy refuses
+├── PrivacyError         a promise of differential privacy that cannot be kept
 ├── DeploymentError      a process of a deployment that cannot be started or has ended
 ├── PayloadError         bytes or tensors that may not travel
 ├── RunError             a run directory that cannot be used
@@ -52,6 +53,10 @@ class CredentialError(FedspError):
 
 class PolicyError(FedspError):
     """A request that a client's own policy refuses."""
+
+
+class PrivacyError(FedspError):
+    """A promise of differential privacy that cannot be kept, or a budget that is spent."""
 
 
 class DeploymentError(FedspError):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fedsp.aggregation import ServerOptimizer
+from fedsp.attacks import triggered
 from fedsp.clients import Clients
 from fedsp.config import RunConfig
 from fedsp.cost import measure
@@ -26,12 +27,16 @@ from fedsp.federation import Rules, Standing, federate
 from fedsp.methods.base import validation_loss
 from fedsp.parties import Party
 from fedsp.payload import Payload
+from fedsp.privacy import LEDGER, Ledger, PrivateMean, noise_for
 from fedsp.prompts import SoftPrompt
 from fedsp.redistillation import redistilling
+from fedsp.robust import Robust
 from fedsp.rounds import Exchange, RoundRecord, derive_seed
 from fedsp.runs import RunDirectory
 from fedsp.server import Questions, Server, Watcher, load_questions, open_server, rows_digest, score_test
 from fedsp.sides import Sides, open_sides
+from fedsp.statement import STATEMENT, privacy_statement
+from fedsp.storage import write_json
 
 
 def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], watcher: Watcher, register: dict[str, int] | None = None) -> dict[str, Any]:
@@ -70,12 +75,25 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
 
     def keep(now: Standing, record: RoundRecord) -> None:
         run.keep(now, record, sides.fold(now.best), spec)
+        if statement := privacy_statement(run, sides.clients.register, server.max_tokens):
+            write_json(run.path / STATEMENT, statement)
         watcher.round_done(record, config.round.rounds)
 
     exchange = engine(sides.clients)
+    if questions.attack:
+        exchange = questions.attack.exchange(exchange)
     if config.distill.again_every and auxiliary:
         exchange = redistilling(exchange, server, auxiliary, run, watcher.say)
-    final = federate(sides.clients.method, party, sides.clients.register, exchange, _rules(config, run), standing=standing, validate=validate, keep=keep)
+    final = federate(
+        sides.clients.method,
+        party,
+        sides.clients.register,
+        exchange,
+        rules_of(config, run, len(sides.clients.register)),
+        standing=standing,
+        validate=validate,
+        keep=keep,
+    )
     figures = _figures(run, server, sides, final, time.perf_counter() - started)
     figures["cost"] = _cost(sides, party, final, config.seed)
     if questions.test:
@@ -93,6 +111,9 @@ def _test(run: RunDirectory, server: Server, party: Party, questions: Questions)
     figures, scored = score_test(party.model, prefix, questions.test, questions.task, server.tokenizer, server.max_tokens)
     run.write_scores(_score_row(row, questions.task) for row in scored)
     kinds, held = questions.kinds, questions.partition.clients
+    if questions.attack and questions.attack.kind == "backdoor":
+        waited = [triggered(example) for example in questions.test]
+        figures["attack_success"] = score_test(party.model, prefix, waited, questions.task, server.tokenizer, server.max_tokens)[0]["accuracy"]
     if kinds is None or not held:
         return {"test": figures}
     own = {client: [kinds.train[index] for index in rows] for client, rows in held.items()}
@@ -129,7 +150,12 @@ def _cost(sides: Sides, party: Party, final: Standing, seed: int) -> dict[str, d
     return costs
 
 
-def _rules(config: RunConfig, run: RunDirectory) -> Rules:
+def rules_of(config: RunConfig, run: RunDirectory, clients: int) -> Rules:
+    """What holds in every round of a run with so many clients.
+
+    Raises:
+        PrivacyError: no noise is enough for the promise.
+    """
     section = config.round
     return Rules(
         run.identity,
@@ -142,7 +168,27 @@ def _rules(config: RunConfig, run: RunDirectory) -> Rules:
         config.validation.by,
         config.validation.every,
         ServerOptimizer(section.optimizer, section.learning_rate, section.momentum),
+        **_combining(config, run, clients),
+        max_loss_rise=config.aggregation.max_loss_rise,
     )
+
+
+def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, Any]:
+    """How many payloads become one: the weighted mean, a robust rule, or the private mean with its own way of asking clients.
+
+    Raises:
+        PrivacyError: no noise is enough.
+    """
+    section, privacy, rounds = config.aggregation, config.privacy, config.round.rounds
+    if privacy.unit == "client" and clients:
+        expected = clients if config.round.clients is None else min(config.round.clients, clients)
+        rate = expected / clients
+        noise = privacy.noise_multiplier or noise_for(privacy.epsilon or 0.0, privacy.delta, rate, rounds)
+        ledger = Ledger(run.path / LEDGER)
+        return {"combine": PrivateMean(privacy.clip, noise, rate, expected, privacy.delta, privacy.epsilon, ledger), "sampling_rate": rate}
+    if section.rule == "mean" and not section.mixing and not section.norm_bound:
+        return {}
+    return {"combine": Robust(section.rule, section.malicious, section.mixing, section.norm_bound)}
 
 
 def _some(validation: list[Example], config: RunConfig) -> list[Example]:

@@ -8,17 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fedsp.aggregation import ServerOptimizer, admit, update_cosine, weighted_mean
+from fedsp.aggregation import Combine, ServerOptimizer, WeightedMean, admit, update_cosine
 from fedsp.errors import TooFewClients, TrainingDiverged
 from fedsp.methods.base import Method
 from fedsp.parties import Party
 from fedsp.payload import Payload
+from fedsp.privacy import poisson_sample
 from fedsp.rounds import Exchange, Request, RoundRecord, Update, derive_seed, sample_clients
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds in every round. `clients` None asks all, 0 asks none; `max_change` is a root mean square per number."""
+    """What holds in every round. `clients` None asks all, 0 asks none; `max_change` is a root mean square per number. With `sampling_rate` each client is
+    asked with that probability, and not by the seed; `max_loss_rise` is the bound of the acceptance gate, a share of the loss before."""
 
     run: str
     seed: int
@@ -30,6 +32,9 @@ class Rules:
     validate_by: Literal["server", "clients", "none"]
     validate_every: int = 1
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
+    combine: Combine = field(default_factory=WeightedMean)
+    sampling_rate: float | None = None
+    max_loss_rise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def federate(
         standing = Standing(0, payload, payload, 0, first)
     for round in range(standing.round + 1, rules.rounds + 1):
         started = time.perf_counter()
-        asked = sample_clients(list(register), len(register) if rules.clients is None else rules.clients, rules.seed, round)
+        asked = _asked(register, rules, round)
         updates, failed, traffic = _collect(exchange, _requests(asked, round, standing.payload, rules), rules.max_change)
         if len(updates) < min(rules.min_clients, len(asked)):
             reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(failed.items()))
@@ -85,10 +90,18 @@ def federate(
             standing = standing.consider(standing.payload, standing.round, _clients_loss(updates, register))
         weights = {client: float(register[client]) if rules.weighting == "examples" else 1.0 for client in updates}
         sent, told = standing.payload, {client: update.payload for client, update in updates.items()}
-        aggregated, optimizer = rules.optimizer.step(sent, weighted_mean(told, weights), standing.optimizer) if told else (sent, standing.optimizer)
         training = time.perf_counter()
+        own_seed = derive_seed(rules.seed, "server", round)
         try:
-            payload, server_loss = method.server_update(server, aggregated, round, derive_seed(rules.seed, "server", round))
+            reference = method.server_update(server, sent, round, own_seed)[0] if rules.combine.by_reference else None
+            aggregated, optimizer = sent, standing.optimizer
+            if told or rules.combine.always:
+                mean = rules.combine(sent, told, weights, len(asked), reference)
+                aggregated, optimizer = rules.optimizer.step(sent, mean, standing.optimizer)
+            gate = _gate(sent, aggregated, validate, rules.max_loss_rise)
+            if not gate.passed:
+                aggregated, optimizer = sent, standing.optimizer
+            payload, server_loss = method.server_update(server, aggregated, round, own_seed)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"round {round}, server: {error}; the prompt of round {standing.round} is kept") from error
         standing = replace(standing, round=round, payload=payload, optimizer=optimizer)
@@ -118,6 +131,8 @@ def federate(
                 seconds_training,
                 update_cosine(told, sent),
                 sum(update.spikes for update in updates.values()),
+                gate.loss,
+                gate.passed,
             ),
         )
     if rules.validate_by == "clients" and register:
@@ -125,6 +140,28 @@ def federate(
         updates, _, _ = _collect(exchange, _requests(asked, rules.rounds + 1, standing.payload, rules, train=False), rules.max_change)
         standing = standing.consider(standing.payload, standing.round, _clients_loss(updates, register))
     return standing
+
+
+def _asked(register: Register, rules: Rules, round: int) -> list[str]:
+    """Those asked in a round: drawn from the seed, or, where privacy counts on the draw, by nobody who can be known."""
+    ordered = sorted(register)
+    if rules.sampling_rate is not None:
+        return [ordered[index] for index in poisson_sample(len(ordered), rules.sampling_rate)]
+    return sample_clients(ordered, len(ordered) if rules.clients is None else rules.clients, rules.seed, round)
+
+
+@dataclass(frozen=True)
+class _Gate:
+    loss: float | None = None
+    passed: bool = True
+
+
+def _gate(sent: Payload, aggregated: Payload, validate: Validate, max_loss_rise: float | None) -> _Gate:
+    """The aggregate tried on the server's validation questions, against what was broadcast; a loss that is not finite does not pass."""
+    if max_loss_rise is None or aggregated is sent:
+        return _Gate()
+    before, loss = validate(sent), validate(aggregated)
+    return _Gate(loss, loss <= before * (1 + max_loss_rise))
 
 
 def _requests(asked: list[str], round: int, payload: Payload, rules: Rules, train: bool = True) -> list[Request]:

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedsp.audit.depths import DEPTHS
+from fedsp.audit.disclosure import DISCLOSURE
 from fedsp.config import RunConfig
-from fedsp.depths import DEPTHS
-from fedsp.disclosure import DISCLOSURE
 from fedsp.runs import RunDirectory
 from fedsp.sides import METHODS
 

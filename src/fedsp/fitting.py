@@ -90,6 +90,29 @@ def fit(
     Raises:
         TrainingDiverged: a loss is not finite.
     """
+
+    def gradients(batch: Work) -> Tensor:
+        value = loss(batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value.detach()
+
+    fitted = descend(train, gradients, batches, optimisation, first_step=first_step, moments=moments)
+    bad = next((index for index, value in enumerate(fitted.losses) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise TrainingDiverged(f"the loss is {fitted.losses[bad]} at local step {bad + 1} of {len(fitted.losses)}: lower the learning rate")
+    return fitted
+
+
+def descend(
+    train: Mapping[str, nn.Parameter],
+    gradients: Callable[[Work], Tensor | None],
+    batches: Iterable[Work],
+    optimisation: Optimisation,
+    *,
+    first_step: int = 0,
+    moments: Tensors | None = None,
+) -> Fitted:
+    """The same with gradients from anywhere: `gradients` leaves them on the parameters, and returns the loss, or None where that may not be told."""
     names = list(train)
     optimizer = torch.optim.AdamW([train[name] for name in names], lr=optimisation.rate(first_step), weight_decay=optimisation.weight_decay)
     if moments:
@@ -100,15 +123,11 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = optimisation.rate(step)
             optimizer.zero_grad(set_to_none=True)
-            value = loss(batch)
-            value.backward()  # type: ignore[no-untyped-call]
+            value = gradients(batch)
             optimizer.step()
-            losses.append(value.detach())
-    values: list[float] = torch.stack(losses).tolist() if losses else []
-    bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
-    if bad is not None:
-        raise TrainingDiverged(f"the loss is {values[bad]} at local step {bad + 1} of {len(values)}: lower the learning rate")
-    return Fitted(values, _moments(optimizer, names))
+            if value is not None:
+                losses.append(value)
+    return Fitted(torch.stack(losses).tolist() if losses else [], _moments(optimizer, names))
 
 
 @contextmanager

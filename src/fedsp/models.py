@@ -195,23 +195,26 @@ class PromptedLM(nn.Module):
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def keys_and_values(self, inputs: Tensor) -> Tensor:
-        """What each block makes of its residual inputs (P, L, D) as tokens 0..P-1: keys and values (P, L, 2, H, K), with gradients."""
-        length = inputs.shape[0]
+        """What each block makes of its residual inputs (P, L, D) as tokens 0..P-1: keys and values (P, L, 2, H, K), with gradients; or of one prompt per
+        example, (B, P, L, D), and then (B, P, L, 2, H, K)."""
+        batch = inputs if inputs.dim() == 4 else inputs[None]
+        length = batch.shape[1]
         if length not in self._block_calls:
             self._block_calls[length] = self._record_block_calls(length)
         layers = []
         for layer, (block, (arguments, named)) in enumerate(zip(self.blocks, self._block_calls[length], strict=True)):
             probe = _CapturingCache()
-            hidden = inputs[None, :, layer].to(self.dtype)
+            hidden = batch[:, :, layer].to(self.dtype)
             try:
                 block(hidden, *(_swap(value, probe) for value in arguments), **{key: _swap(value, probe) for key, value in named.items()})
             except _Captured as captured:
-                layers.append(torch.stack([captured.keys[0], captured.values[0]]).permute(2, 0, 1, 3))  # (P, 2, H, K)
+                layers.append(torch.stack([captured.keys, captured.values]).permute(1, 3, 0, 2, 4))  # (B, P, 2, H, K)
             else:
                 raise ModelError(
                     f"{self.name}: layer {layer} did not write its keys and values to the cache, so it cannot read a residual prompt; use a key/value prompt"
                 )
-        return torch.stack(layers, dim=1).float()
+        pairs = torch.stack(layers, dim=2).float()
+        return pairs if inputs.dim() == 4 else pairs[0]
 
     @torch.no_grad()
     def activations(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,8 +101,17 @@ def hold_against_policy(policy: PolicySection, agreement: Agreement, auxiliary: 
         raise PolicyError(f"the run has {agreement.rounds} rounds, policy.max_rounds allows {policy.max_rounds}")
     if examples < policy.min_examples:
         raise PolicyError(f"data.train holds {examples} examples, policy.min_examples asks for {policy.min_examples} before anything is trained on them")
-    if policy.require_differential_privacy and not agreement.differential_privacy:
+    private = agreement.privacy.unit == "example"
+    if policy.require_differential_privacy and not private:
         raise PolicyError("the run has no differential privacy at the client, policy.require_differential_privacy asks for it")
+    if policy.max_epsilon is not None and not private:
+        raise PolicyError(
+            f"the run has no differential privacy at the client, so no epsilon holds, and policy.max_epsilon = {policy.max_epsilon:g} asks for one"
+        )
+    if policy.max_epsilon is not None and agreement.privacy.epsilon is not None and agreement.privacy.epsilon > policy.max_epsilon:
+        raise PolicyError(f"the run may cost epsilon = {agreement.privacy.epsilon:g}, policy.max_epsilon allows {policy.max_epsilon:g}")
+    if private and agreement.privacy.delta > policy.max_delta:
+        raise PolicyError(f"the run promises its epsilon at delta = {agreement.privacy.delta:g}, policy.max_delta allows {policy.max_delta:g}")
     if policy.plans and auxiliary.plan not in [parse_plan(plan, auxiliary.prompt_shape.layers) for plan in policy.plans]:
         raise PolicyError(f"the auxiliary model has the layer plan {list(auxiliary.plan.sources)}, policy.plans allows {policy.plans}")
 

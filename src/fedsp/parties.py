@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from fedsp.data.encoding import Encoded
 from fedsp.fitting import Tensors
 from fedsp.models import PromptedLM
 from fedsp.payload import Payload
+from fedsp.privacy import Ledger
 from fedsp.prompts import SoftPrompt
 from fedsp.storage import read_tensors, write_tensors
 
@@ -36,6 +38,14 @@ class Rest:
         """
         rounds = [number for number in self._rounds() if number < before]
         return read_tensors(self._file(rounds[-1]))[0] if rounds else {}
+
+    def at(self, round: int) -> Tensors:
+        """The state written in this very round; empty if there is none.
+
+        Raises:
+            StorageError: that state is damaged.
+        """
+        return read_tensors(self._file(round))[0] if round in self._rounds() else {}
 
     def save(self, round: int, state: Tensors) -> None:
         """Keep the state that the party has after a round; states that nothing can ask for any more are removed.
@@ -81,7 +91,8 @@ class Tunable(Protocol):
 
 @dataclass
 class Party:
-    """One side of the federation. `held_out` is what a client validates on; it is never trained on."""
+    """One side of the federation. `held_out` is what a client validates on; it is never trained on. `ledger` holds what was released of its examples,
+    where that is counted, and `most` the epsilon that all of it may come to."""
 
     id: str
     model: PromptedLM
@@ -89,6 +100,8 @@ class Party:
     examples: Sequence[Encoded]
     rest: Rest
     held_out: Sequence[Encoded] = field(default_factory=tuple)
+    ledger: Ledger | None = None
+    most: float = math.inf
 
     @property
     def prompt(self) -> SoftPrompt:

@@ -63,3 +63,15 @@ def check(payload: Payload, shapes: Shapes) -> None:
 
 def _few(names: list[str]) -> str:
     return str(names) if len(names) <= 4 else f"{names[:4]} and {len(names) - 4} more"
+
+
+def as_row(payload: Payload) -> Tensor:
+    """All numbers of a payload (N,), float64, in the order of the names."""
+    return torch.cat([payload[name].flatten().double() for name in sorted(payload)])
+
+
+def from_row(row: Tensor, like: Payload) -> Payload:
+    """The payload of these names and shapes with the numbers (N,) of a row."""
+    names = sorted(like)
+    parts = torch.split(row, [like[name].numel() for name in names])
+    return {name: part.view_as(like[name]).float() for name, part in zip(names, parts, strict=True)}

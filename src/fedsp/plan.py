@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedsp.auxiliary import empty_auxiliary, parse_plan, planned_config
 from fedsp.config import RunConfig
@@ -57,7 +58,7 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
     """Count everything that the configuration implies for a run with so many clients.
 
     Memory is weights, gradients and AdamW's moments in float32; activations come on top. The disclosed share is what stays bit for bit
-    after distillation; the handed-out share is what would, with no distillation.
+    after distillation; the handed-out share is what would, with no distillation. Embeddings that are not handed out verbatim count in neither.
 
     Raises:
         ModelError: the model's configuration cannot be had.
@@ -78,6 +79,10 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
     blocks = find_blocks(auxiliary.base_model, plan.depth, name)[1]
     free = {id(p): p.numel() for block, frozen in zip(blocks, plan.frozen, strict=True) if not frozen for p in block.parameters()}
     verbatim = small if not config.distill.steps else small - sum(free.values()) if plan.keeps_verbatim else 0
+    handed = small
+    if config.auxiliary.embeddings != "verbatim":
+        embeddings = _count_embeddings(auxiliary)
+        handed, verbatim = small - embeddings, max(0, verbatim - embeddings)
     prompt = spec.bytes // BYTES_PER_NUMBER
     tokens = min(config.data.max_tokens or TEXT_TOKENS, TEXT_TOKENS)
     forward = forward_operations(auxiliary, plan.depth, spec.length, tokens)
@@ -100,7 +105,7 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
         client_memory_bytes=BYTES_PER_NUMBER * (small + 4 * prompt + (3 * small if client.align_steps else 0)),
         server_memory_bytes=BYTES_PER_NUMBER * (whole + 4 * prompt),
         disclosed_share=verbatim / whole,
-        handed_out_share=small / whole,
+        handed_out_share=handed / whole,
         tokens_per_example=tokens,
     )
 
@@ -126,3 +131,10 @@ def forward_operations(model: Any, depth: int, prompt: int, tokens: int) -> floa
 
 def _count(model: Any) -> int:
     return sum(parameter.numel() for parameter in trainable(model).values())
+
+
+def _count_embeddings(model: Any) -> int:
+    """The numbers of the embeddings of tokens and positions and of the head, each once."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)] + [model.get_output_embeddings()]
+    wanted = {id(parameter) for module in modules for parameter in module.parameters()}
+    return sum(parameter.numel() for parameter in trainable(model).values() if id(parameter) in wanted)

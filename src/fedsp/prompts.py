@@ -136,9 +136,18 @@ class SoftPrompt(nn.Module):
         Raises:
             PromptError: prompt and model have different shapes.
         """
+        return self.read(self.values(), model)
+
+    def read(self, values: Tensor, model: PromptedLM) -> Tensor:
+        """The same for other values in this prompt's place, or for one set of values per example, with the batch in front.
+
+        Raises:
+            PromptError: prompt and model have different shapes.
+        """
         if self.spec.model != model.prompt_shape:
             raise PromptError(f"the prompt was made for {self.spec.model}, but {model.name} has {model.prompt_shape}")
-        values = self.values()[:, list(model.prompt_layers)]
+        layers = values.dim() - len(self.spec.shape) + 1
+        values = values.index_select(layers, torch.tensor(model.prompt_layers, device=values.device))
         return values if self.spec.space == "key_value" else model.keys_and_values(values)
 
     def save(self, path: Path, extra: Mapping[str, str] | None = None) -> None:

@@ -13,11 +13,14 @@ import tomli_w
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from fedsp.audit.tables import found_tables
 from fedsp.errors import RunError
 from fedsp.figures import against, bars, clients, depths, learning_curves
 from fedsp.finished_run import Run
 from fedsp.results import Line, Results, Section, read_results
+from fedsp.runs import RunDirectory
 from fedsp.sides import METHODS
+from fedsp.statement import STATEMENT
 from fedsp.storage import write_bytes
 from fedsp.tables import PRIVACY, Entry, Table, comparison_table, cost_table, heterogeneity_table, score_table, stability_table
 
@@ -131,9 +134,26 @@ def page(results: Results, tables: Sequence[Sequence[Table]]) -> str:
             }
             for number, (section, shown) in enumerate(zip(results.sections, tables, strict=True), start=1)
         ],
+        audits=audited_runs(results),
         failures=results.failures,
         runs=[_run(run, results) for run in results.runs.values()],
     )
+
+
+def audited_runs(results: Results) -> list[dict[str, Any]]:
+    """What audits found in the runs that were audited, and what private runs promise: by run, tables of words."""
+    audited = []
+    for run in results.runs.values():
+        statement = run.folder / STATEMENT
+        sentence = str(RunDirectory.read_json(statement)["sentence"]) if statement.exists() else ""
+        tables = [
+            (f"{kind}: {title}", list(rows[0]), [list(row.values()) for row in rows])
+            for kind, some in found_tables(run.folder).items()
+            for title, rows in some.items()
+        ]
+        if sentence or tables:
+            audited.append({"key": run.key, "name": run.name, "sentence": sentence, "tables": tables})
+    return audited
 
 
 def _best(table: Table) -> frozenset[int]:
@@ -193,6 +213,11 @@ def _markdown(results: Results, tables: Sequence[Sequence[Table]]) -> str:
             lines += [f"### {table.title}", "", "| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
             lines += ["| " + " | ".join(entry.text.replace("|", "\\|") for entry in row) + " |" for row in table.rows]
             lines += ["", *([table.note, ""] if table.note else [])]
+    for audited in audited_runs(results):
+        lines += [f"## Audits: {audited['name']}", "", *([audited["sentence"], ""] if audited["sentence"] else [])]
+        for title, columns, rows in audited["tables"]:
+            lines += [f"### {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+            lines += [*("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |" for row in rows), ""]
     return "\n".join(lines)
 
 

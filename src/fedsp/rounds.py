@@ -57,7 +57,8 @@ Exchange = Callable[[list[Request]], Iterable[Update | Failure]]
 @dataclass(frozen=True)
 class RoundRecord:
     """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per answer token;
-    `seconds_training` are those spent on gradient steps and validation; `update_cosine` is the mean cosine between two clients' changes."""
+    `seconds_training` are those spent on gradient steps and validation; `update_cosine` is the mean cosine between two clients' changes;
+    `gate_loss` the validation loss of the aggregate where a gate tried it, and `accepted` whether it passed."""
 
     round: int
     asked: list[str]
@@ -74,6 +75,8 @@ class RoundRecord:
     seconds_training: float
     update_cosine: float | None = None
     spikes: int = 0
+    gate_loss: float | None = None
+    accepted: bool = True
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:

@@ -12,9 +12,11 @@ prompts/             the prompt that stood after each round
 best.safetensors     the best prompt by validation, as the global model reads it (weights, where a baseline tunes those)
 checkpoint/          the last two standings
 state/               what the parties keep between rounds
+privacy.jsonl        what was paid for client-level privacy, before each release
+privacy_statement.json   what is promised, of what, to whom, and what is not
 result.json          figures at the end
 scores.jsonl         what each test question got
-depths.json          what `fedsp audit depths` measured, and disclosure.json, `fedsp audit disclosure`
+depths.json          what `fedsp audit --only depths` measured, and disclosure.json, `fedsp audit --only disclosure`
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fedsp.attacks import Attack, liars
 from fedsp.auxiliary import MANIFEST, AuxiliaryModel, build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.config import RunConfig
 from fedsp.data.encoding import encode_targets
@@ -64,6 +65,12 @@ class Questions:
     validation: list[Example]
     test: list[Example]
     kinds: Kinds | None = None
+    attack: Attack | None = None
+
+    def held_by(self, client: str) -> list[Example]:
+        """What a client trains on: its own examples, unless it lies about them."""
+        examples = self.held(self.partition.clients[client])
+        return self.attack.train_on(client, examples) if self.attack else examples
 
     def held(self, rows: list[int]) -> list[Example]:
         """The training examples in these rows of train."""
@@ -123,7 +130,12 @@ def load_questions(config: RunConfig, written: dict[str, Any] | None = None) -> 
         raise DataError("validation.by = 'server', but there are no validation questions: set data.validation or data.holdout")
     if config.server.steps and not partition.server:
         raise DataError("server.steps is above 0, but the server holds no example: raise partition.server_share")
-    return Questions(task, train, partition, validation, test, kinds)
+    return Questions(task, train, partition, validation, test, kinds, _attack(config, list(partition.clients)))
+
+
+def _attack(config: RunConfig, clients: list[str]) -> Attack | None:
+    section = config.attack
+    return None if section.kind == "none" else Attack(section.kind, liars(clients, section.share, config.seed), config.seed, section.strength)
 
 
 def _kinds(config: RunConfig, train: list[Row], test: list[Row], questions: list[str], test_questions: list[str]) -> Kinds | None:
@@ -200,12 +212,19 @@ def make_auxiliary(server: Server, folder: Path, watcher: Watcher) -> AuxiliaryM
             raise AuxiliaryError(
                 f"the auxiliary model in {existing} has the plan {list(auxiliary.plan.sources)}, the configuration says {list(plan.sources)}: set auxiliary.plan to match or make it again"
             )
+        if auxiliary.embeddings != config.auxiliary.embeddings:
+            raise AuxiliaryError(
+                f"the auxiliary model in {existing} has {auxiliary.embeddings} embeddings, the configuration says {config.auxiliary.embeddings}: set auxiliary.embeddings to match or make it again"
+            )
         if auxiliary.prompt_shape != server.model.shape:
             raise AuxiliaryError(
                 f"the auxiliary model in {existing} was made for a model with {auxiliary.prompt_shape}, but {server.model.name} has {server.model.shape}"
             )
         return auxiliary
-    auxiliary = build_auxiliary(server.model, plan, server.tokenizer)
+    section = config.auxiliary
+    auxiliary = build_auxiliary(
+        server.model, plan, server.tokenizer, embeddings=section.embeddings, rank=section.embedding_rank, seed=derive_seed(config.seed, "embeddings")
+    )
     if config.distill.steps:
         started = time.perf_counter()
         steps = config.distill.steps

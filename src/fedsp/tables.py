@@ -48,7 +48,7 @@ def _entry(runs: Sequence[Run], figure: Callable[[Run], float], digits: int, sca
 
 
 PRIVACY = ["given of the model", "clients hold", "the text"]
-"""Columns of every table: the share of the global model's parameters that clients hold bit for bit (and nearly, where `fedsp audit disclosure` has measured
+"""Columns of every table: the share of the global model's parameters that clients hold bit for bit (and nearly, where `fedsp audit --only disclosure` has measured
 that), what they hold, and what becomes of the text."""
 
 
@@ -260,7 +260,7 @@ def stability_table(section: Section) -> Table:
     columns = ["method", "diverged", "steps with a loss spike, %", "answer loss, nats", "range over seeds, nats", *growth, *PRIVACY]
     note = "A spike is a client's step whose loss is more than half above the median of its stage. Losses are means over tasks, their spread is over seeds."
     if measured:
-        note += " Last / first block: the scale of the last block's input to that of the second's, and the same of the loss's gradient, at the first client after the last round (`fedsp audit depths`)."
+        note += " Last / first block: the scale of the last block's input to that of the second's, and the same of the loss's gradient, at the first client after the last round (`fedsp audit --only depths`)."
     return Table("stability", "Stability", columns, rows, note, _labels(section.lines))
 
 

@@ -34,6 +34,7 @@ from fedsp.loading import choose_device
 from fedsp.package import hold_against_policy, open_package
 from fedsp.parties import Party, Rest
 from fedsp.payload import PROMPT, check
+from fedsp.privacy import LEDGER, Ledger
 from fedsp.prompts import PromptSpec
 from fedsp.rounds import Request
 from fedsp.server import Watcher
@@ -95,7 +96,8 @@ class Client:
 
     def _open(self, frame: Frame, client: str) -> Party:
         rest = Rest(self._state / str(json.loads(frame.header)["run"]))
-        return make_client(client, self.agreement, self.auxiliary, self.rows, rest)
+        ledger = Ledger(Path(self.party.state) / LEDGER)  # one for all packages and runs: the text is the same
+        return make_client(client, self.agreement, self.auxiliary, self.rows, rest, ledger, self.party.policy.max_epsilon or math.inf)
 
     def _allow(self, frame: Frame, request: Request) -> None:
         """Raises PolicyError or PayloadError for a request outside the package's agreement or the client's own floor.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from fedsp.clients import Clients
-from fedsp.errors import TrainingDiverged
+from fedsp.errors import PolicyError, TrainingDiverged
 from fedsp.payload import pack, unpack
 from fedsp.rounds import Exchange, Failure, Request, Update
 
@@ -25,6 +25,9 @@ def local(clients: Clients) -> Exchange:
                 update = clients.method.client_update(clients.party(request.client), replace(request, payload=unpack(down)))
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"round {request.round}, client {request.client!r}: {error}; the prompt of round {request.round - 1} is kept") from error
+            except PolicyError as error:
+                yield Failure(request.round, request.client, str(error), bytes_down=len(down))
+                continue
             up = pack(update.payload) if request.train else b""
             yield replace(update, payload=unpack(up) if up else request.payload, bytes_down=len(down), bytes_up=len(up))
 

@@ -14,6 +14,7 @@ from fedsp.data.encoding import Batch, Encoded, collate, training_batches
 from fedsp.fitting import Fitted, Optimisation, Tensors, answer_loss, fit
 from fedsp.parties import Party
 from fedsp.payload import Payload
+from fedsp.private_fitting import ExamplePrivacy, fit_privately
 from fedsp.rounds import Request, Update, derive_seed
 
 Side = Literal["client", "server"]
@@ -23,7 +24,8 @@ Side = Literal["client", "server"]
 class Stage:
     """So many steps of so many examples, with this optimisation. No steps, no stage.
 
-    `proximal` is mu of FedProx (Li et al., MLSys 2020, https://arxiv.org/abs/1812.06127): mu / 2 times the squared distance from what was
+    With `privacy` each example's gradient is clipped, the lots are Poisson samples with `batch_size` examples expected, and noise is added; nothing else
+    of the examples is told. `proximal` is mu of FedProx (Li et al., MLSys 2020, https://arxiv.org/abs/1812.06127): mu / 2 times the squared distance from what was
     received is added to the loss.
     """
 
@@ -31,6 +33,7 @@ class Stage:
     batch_size: int
     optimisation: Optimisation
     proximal: float = 0.0
+    privacy: ExamplePrivacy | None = None
 
 
 @dataclass(frozen=True)
@@ -130,13 +133,17 @@ def take_steps(party: Party, work: Work, received: Payload, round: int, seed: in
         TrainingDiverged: a loss is not finite.
     """
     stage = work.stage
+    first_step = (round - 1) * stage.steps
+    if stage.privacy:
+        private = stage.privacy.steps(len(party.examples), stage.batch_size, stage.steps)
+        return fit_privately(party.model, party.prompt, party.examples, private, stage.optimisation, first_step=first_step, moments=moments)
 
     def loss(batch: Batch) -> Tensor:
         value = answer_loss(party.model, party.tuned.prefix(party.model), batch.to(party.model.device))
         return value + stage.proximal / 2 * party.tuned.distance(received) if stage.proximal else value
 
     batches = training_batches(party.examples, steps=stage.steps, batch_size=stage.batch_size, seed=derive_seed(seed, work.name))
-    return fit(work.train, loss, batches, stage.optimisation, first_step=(round - 1) * stage.steps, moments=moments)
+    return fit(work.train, loss, batches, stage.optimisation, first_step=first_step, moments=moments)
 
 
 @torch.no_grad()

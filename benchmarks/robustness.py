@@ -1,0 +1,234 @@
+"""What malicious clients do to the global model, by attack and defence: the tables of docs/results/robustness.md.
+
+    python benchmarks/robustness.py REFERENCE OUTPUT [--part 0/2]      # resumable; REFERENCE holds models/ and data/
+    python benchmarks/robustness.py REFERENCE OUTPUT --tables
+
+Ten clients on ARC-Easy, clients only, three rounds of three steps of eight examples. A cell is one (seed, partition, defence, attack, share of liars), through
+the same code as `fedsp run`; what an honest client answers to a broadcast is computed once for all cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsp.attacks import Attack, liars, triggered
+from fedsp.config import RunConfig
+from fedsp.config_file import make_config
+from fedsp.data.encoding import encode_targets
+from fedsp.display import quiet_libraries
+from fedsp.engines.local import local
+from fedsp.errors import TooFewClients
+from fedsp.experiment import rules_of
+from fedsp.federation import federate
+from fedsp.methods.base import validation_loss
+from fedsp.parties import Party
+from fedsp.payload import Payload
+from fedsp.rounds import Exchange, Failure, Request, Update
+from fedsp.runs import RunDirectory
+from fedsp.server import Questions, Server, Watcher, load_questions, open_server, score_test
+from fedsp.sides import Sides, open_sides
+
+SEEDS = (0, 1, 2)
+SHARES = (0.1, 0.2, 0.3, 0.4)
+ATTACKS = ("sign_flip", "gaussian", "little_is_enough", "inner_product", "mimic", "scaling", "free_rider", "label_flip", "backdoor")
+PARTITIONS: dict[str, dict[str, Any]] = {"even": {"kind": "even"}, "Dirichlet 0.1": {"kind": "dirichlet", "topics": 10, "alpha": 0.1}}
+DEFENCES: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "mean, cut to 2 x median": {"norm_bound": 2.0},
+    "median": {"rule": "median"},
+    "trimmed mean": {"rule": "trimmed_mean"},
+    "geometric median": {"rule": "geometric_median"},
+    "multi-Krum": {"rule": "multi_krum"},
+    "centred clipping": {"rule": "centred_clipping"},
+    "mixing + trimmed mean": {"rule": "trimmed_mean", "mixing": True},
+    "robust profile": {"rule": "trimmed_mean", "mixing": True, "norm_bound": 2.0, "max_loss_rise": 0.05},
+}
+TEST, VALIDATION = 200, 60
+
+
+def settings(reference: Path, folder: str, seed: int, partition: str) -> dict[str, Any]:
+    data = reference / "data" / "qa" / "arc_easy"
+    books = ("openstax-physics", "openstax-chemistry-bundle", "openstax-microbiology")
+    return {
+        "seed": seed,
+        "output": folder,
+        "model": {"name": str(reference / "models" / "tiny-science"), "device": "cpu"},
+        "data": {
+            "task": "arc_easy",
+            "max_tokens": 128,
+            "test_examples": TEST,
+            **{split: str(data / f"{split}.jsonl.gz") for split in ("train", "validation", "test")},
+        },
+        "partition": {"clients": 10, "server_share": 0.0, **PARTITIONS[partition]},
+        "distill": {"steps": 120, "sequence_length": 64, "text": [str(reference / "data" / "text" / f"{book}.txt.gz") for book in books]},
+        "round": {"rounds": 3, "weighting": "uniform", "max_change": 1e6},
+        "client": {"speak_steps": 3, "batch_size": 8},
+        "validation": {"examples": VALIDATION},
+    }
+
+
+class World:
+    """One seed and partition: everything that cells share."""
+
+    def __init__(self, reference: Path, output: Path, seed: int, partition: str) -> None:
+        self.values = settings(reference, str(output / f"world-{seed}-{partition.replace(' ', '-')}"), seed, partition)
+        self.values["auxiliary"] = {"folder": str(output / f"package-{seed}")} if (output / f"package-{seed}").exists() else {}
+        config = make_config(self.values)
+        self.questions: Questions = load_questions(config)
+        self.server: Server = open_server(config, self.questions)
+        with tempfile.TemporaryDirectory() as temporary:
+            run = RunDirectory.create(config.model_copy(update={"output": temporary}))
+            self.sides: Sides = open_sides(self.server, run, Watcher(), None)
+            if not config.auxiliary.folder:
+                shutil.copytree(Path(temporary) / "auxiliary", output / f"package-{seed}")
+                self.values["auxiliary"] = {"folder": str(output / f"package-{seed}")}
+        held, asked = self.questions.validation[:VALIDATION], self.questions.test
+        self.validation, self.test = (encode_targets(self.server.tokenizer, some, self.server.max_tokens) for some in (held, asked))
+        self.answers: dict[tuple[str, ...], Update] = {}
+
+    def cell(self, defence: str, attack: str, share: float) -> dict[str, float]:
+        """Answer loss (nats per token) and accuracy on the test questions through the global model; attack success for a backdoor.
+
+        Raises:
+            TooFewClients: the defence is not defined for so many liars.
+        """
+        aggregation = {**DEFENCES[defence], "malicious": share}
+        config: RunConfig = make_config({**self.values, "aggregation": aggregation, "attack": {"kind": attack, "share": share}})
+        kind = Attack(attack, liars(list(self.questions.partition.clients), share, config.seed), config.seed) if attack != "none" else None
+        questions = replace(self.questions, attack=kind)
+        with tempfile.TemporaryDirectory() as temporary:
+            run = RunDirectory.create(config.model_copy(update={"output": temporary}))
+            sides = open_sides(replace(self.server, questions=questions, config=config), run, Watcher(), None)
+            exchange = self._remembered(local(sides.clients), kind)
+            exchange = kind.exchange(exchange) if kind else exchange
+            party = Party("server", sides.model, sides.tuned, [], run.rest("server"))
+
+            def validate(payload: Payload) -> float:
+                party.tuned.load(payload)
+                loss = validation_loss(party, self.validation)
+                assert loss is not None
+                return loss
+
+            final = federate(
+                sides.clients.method, party, sides.clients.register, exchange, rules_of(config, run, 10), standing=None, validate=validate, keep=lambda *_: None
+            )
+        party.tuned.load(final.payload)  # the last prompt: choosing the best by validation would hide what an attack does
+        with torch.no_grad():
+            prefix = party.tuned.prefix(party.model)
+        loss = validation_loss(party, self.test)
+        assert loss is not None
+        figures, _ = score_test(party.model, prefix, self.questions.test[:100], self.questions.task, self.server.tokenizer, self.server.max_tokens)
+        found = {"loss": loss, "accuracy": figures["accuracy"]}
+        if attack == "backdoor":
+            waited = [triggered(example) for example in self.questions.test[:100]]
+            found["success"] = score_test(party.model, prefix, waited, self.questions.task, self.server.tokenizer, self.server.max_tokens)[0]["accuracy"]
+        return found
+
+    def _remembered(self, honest: Exchange, attack: Attack | None) -> Exchange:
+        """Honest work is done once for each broadcast and client; that of a client which lies about its data apart."""
+
+        def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+            for request in requests:
+                tampered = attack.kind if attack and request.client in attack.liars and attack.kind in ("label_flip", "backdoor") else ""
+                digest = hashlib.sha256(b"".join(request.payload[name].numpy().tobytes() for name in sorted(request.payload))).hexdigest()
+                key = (request.client, str(request.round), digest, tampered)
+                if key not in self.answers:
+                    (reply,) = honest([request])
+                    assert isinstance(reply, Update)
+                    self.answers[key] = reply
+                yield self.answers[key]
+
+        return exchange
+
+
+def cells() -> Iterator[tuple[int, str, str, str, float]]:
+    for seed, partition, defence in itertools.product(SEEDS, PARTITIONS, DEFENCES):
+        yield seed, partition, defence, "none", 0.0
+        for share, attack in itertools.product(SHARES if partition == "even" else (0.2, 0.4), ATTACKS):
+            yield seed, partition, defence, attack, share
+
+
+def measure(reference: Path, output: Path, part: int, parts: int) -> None:
+    """Every cell of this part that is not done yet, a line each."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"cells-{part}.jsonl"
+    done = {tuple(json.loads(line)["cell"]) for some in output.glob("cells-*.jsonl") for line in some.read_text().splitlines()}
+    worlds = list(itertools.product(SEEDS, PARTITIONS))
+    world, open_world = None, None
+    for cell in cells():
+        if worlds.index(cell[:2]) % parts != part or cell in done:
+            continue
+        if cell[:2] != open_world:
+            world, open_world = World(reference, output, *cell[:2]), cell[:2]
+        assert world is not None
+        try:
+            found: dict[str, float] | None = world.cell(*cell[2:])
+        except TooFewClients:
+            found = None
+        with open(path, "a") as file:
+            file.write(json.dumps({"cell": cell, "found": found}) + "\n")
+        print(cell, found, flush=True)
+
+
+def tables(output: Path) -> str:
+    """Answer loss by defence and attack, worst case last, a table for each partition and share of liars; n/a where a rule is not defined."""
+    found: dict[tuple[str, str, str, float], list[dict[str, float] | None]] = {}
+    for path in sorted(output.glob("cells-*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            found.setdefault(tuple(row["cell"][1:]), []).append(row["found"])
+    parts = []
+    for partition, share in sorted({(key[0], key[3]) for key in found if key[3]}):
+        parts.append(
+            f"### {partition}, {share:.0%} of the clients lie\n\n| defence | nobody lies | "
+            + " | ".join(ATTACKS)
+            + " | backdoor succeeds | worst |\n"
+            + "|---" * (len(ATTACKS) + 4)
+            + "|"
+        )
+        for defence in DEFENCES:
+            entries = [found.get((partition, defence, "none", 0.0), [])] + [found.get((partition, defence, attack, share), []) for attack in ATTACKS]
+            means = [_mean(entry, "loss") for entry in entries]
+            known = [mean for mean, _ in means[1:] if mean is not None]
+            worst = f"{max(known):.3f}" if len(known) == len(ATTACKS) else "n/a"
+            success, spread = _mean(entries[-1], "success")
+            said = "n/a" if success is None else f"{success:.0%} ± {spread:.0%}"
+            parts.append(
+                f"| {defence} | " + " | ".join("n/a" if mean is None else f"{mean:.3f} ± {spread:.3f}" for mean, spread in means) + f" | {said} | {worst} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _mean(entry: list[dict[str, float] | None], figure: str) -> tuple[float | None, float]:
+    numbers = [one[figure] for one in entry if one is not None]
+    if not numbers or len(numbers) < len(entry):
+        return None, 0.0
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--part", default="0/1", help="which of how many processes share the work: 0/2 and 1/2")
+    parser.add_argument("--tables", action="store_true", help="print the tables of what is measured")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    if arguments.tables:
+        print(tables(arguments.output))
+    else:
+        measure(arguments.reference, arguments.output, *map(int, arguments.part.split("/")))

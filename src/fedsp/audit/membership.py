@@ -1,0 +1,200 @@
+"""Membership: how well can somebody tell whether an example was trained on? For each who sees something, with each attack that what they see allows.
+
+observer          sees
+server            each client's update, round by round
+server, sums      only the sum of the updates
+client            the broadcasts, and the auxiliary model
+outsider          the answers of the global model behind the last prompt
+
+attack            score, high for a member
+loss              minus the loss (Yeom et al. 2018, https://arxiv.org/abs/1709.01604)
+calibrated        how far the loss fell from what it was before any tuning (Watson et al. 2022, https://arxiv.org/abs/2111.08440)
+LiRA              likelihood ratio of the calibrated loss, normals fitted to the shadows with and without it (Carlini et al. 2022)
+RMIA              the share of the population whose likelihood rose less (Zarifzadeh et al. 2024, https://arxiv.org/abs/2312.03262)
+cosine            how far the update points the way the example pulls
+cosine, others    the same against the updates of the clients that do not hold it (FedMIA, https://arxiv.org/abs/2402.06289)
+cosine, LiRA      the likelihood ratio of the cosine
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, losses_under, open_audited, train_shadow
+from fedsp.audit.statistics import Marks, Numbers, Told, auc_ceiling, ceiling, told
+from fedsp.audit.tables import MEMBERSHIP
+from fedsp.data.encoding import Encoded
+from fedsp.errors import ConfigurationError
+from fedsp.payload import Payload, as_row
+from fedsp.prompts import SoftPrompt
+from fedsp.server import Watcher
+from fedsp.statement import STATEMENT
+from fedsp.storage import write_json
+
+ROUNDS = 4
+
+
+def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None, watcher: Watcher | None = None) -> dict[str, Any]:
+    """The audit of a finished run, also written to its `membership.json`: a row for each observer and attack, and the controls.
+
+    Raises:
+        RunError: there is no finished run of FedSP with simulated clients.
+        ConfigurationError: fewer than four shadows, or scikit-learn is not there.
+    """
+    if shadows < 4:
+        raise ConfigurationError(f"--shadows {shadows}: the likelihoods of members and others need at least 4")
+    if find_spec("sklearn") is None:
+        raise ConfigurationError("scikit-learn is not installed: the blind control of the membership audit needs `pip install 'fedsp[study]'`")
+    watcher = watcher or Watcher()
+    opened = open_audited(folder, watcher, most)
+    rows = encoded_rows(opened)
+    seen: dict[str, list[Numbers]] = {}
+    members: list[Marks] = []
+    before: dict[str, Numbers] = {}
+    for index in range(shadows):
+        shadow = train_shadow(opened, index)
+        members.append(shadow.included.numpy())
+        before = before or _before(opened, shadow, rows)  # the first broadcast is the same in all
+        for name, values in (before | _seen(opened, shadow, rows)).items():
+            seen.setdefault(name, []).append(values)
+        watcher.say(f"shadow {index + 1} of {shadows} is trained and looked at")
+    epsilon, delta = _promised(opened)
+    table = [
+        {
+            "observer": observer,
+            "attack": attack,
+            **_row(told(scores, members)),
+            "auc_ceiling": auc_ceiling(epsilon, delta),
+            "hits_at_1_ceiling": ceiling(epsilon, delta, 0.01),
+        }
+        for (observer, attack), scores in _scores(seen, members).items()
+    ]
+    figures = {
+        "shadows": shadows,
+        "records": len(rows),
+        "epsilon": None if np.isinf(epsilon) else epsilon,
+        "delta": delta,
+        "rows": table,
+        "controls": {
+            "bag of words, blind": _row(told(*_blind(rows, members))),
+            "before any tuning": _row(told([-seen["outsider before"][0]] * shadows, members)),
+        },
+    }
+    write_json(opened.run.path / MEMBERSHIP, figures)
+    return figures
+
+
+def _promised(opened: Opened) -> tuple[float, float]:
+    path = opened.run.path / STATEMENT
+    statement = opened.run.read_json(path) if path.exists() else {}
+    private = statement.get("unit") == "example"
+    return (float(statement["epsilon"]) if private else float("inf")), float(statement.get("delta", 0.0))
+
+
+def _before(opened: Opened, shadow: Shadow, rows: list[Encoded]) -> dict[str, Numbers]:
+    """The losses of each row (N,) before any tuning."""
+    return {f"{name} before": _losses(opened, name, shadow.broadcasts[0], rows) for name in ("outsider", "client")}
+
+
+def _losses(opened: Opened, observer: str, payload: Payload, rows: list[Encoded]) -> Numbers:
+    client = opened.sides.clients.party(opened.holders[0]).prompt
+    model, prompt = (opened.sides.model, opened.sides.tuned) if observer == "outsider" else (opened.auxiliary, client)
+    assert isinstance(prompt, SoftPrompt)
+    return losses_under(model, prompt, payload, rows).double().numpy()
+
+
+def _seen(opened: Opened, shadow: Shadow, rows: list[Encoded]) -> dict[str, Numbers]:
+    """What the observers see of each row (N,) in one shadow: losses after the last round, and cosines, means over at most ROUNDS rounds, first and last among them."""
+    clients = sorted(set(opened.holders))
+    prompt = opened.sides.clients.party(clients[0]).prompt
+    count = len(shadow.updates)
+    looked_at = sorted({round(place * (count - 1) / max(1, min(ROUNDS, count) - 1)) for place in range(min(ROUNDS, count))})
+    holder = torch.tensor([clients.index(client) for client in opened.holders])
+    single, sums = [], []
+    for number in looked_at:
+        total = as_row(shadow.broadcasts[number + 1]) - as_row(shadow.broadcasts[number])
+        changes = torch.cat([changes_of(shadow, number, clients), total[None]])
+        cosines = alignment(opened.auxiliary, prompt, shadow.broadcasts[number], changes, rows)
+        single.append(cosines[:, :-1])
+        sums.append(cosines[:, -1])
+    each = torch.stack(single).mean(dim=0)  # (N, C)
+    own = each.gather(1, holder[:, None])[:, 0]
+    found = {"server": own.double().numpy(), "server, sums": torch.stack(sums).mean(dim=0).double().numpy()}
+    for observer in ("outsider", "client"):
+        found[observer] = _losses(opened, observer, shadow.broadcasts[-1], rows)
+    if len(clients) > 2:
+        others = each.scatter(1, holder[:, None], torch.nan)
+        mean = others.nanmean(dim=1)
+        spread = ((others - mean[:, None]) ** 2).nanmean(dim=1).sqrt()
+        found["server against others"] = ((own - mean) / spread.clamp_min(1e-12)).double().numpy()
+    return found
+
+
+def _scores(seen: dict[str, list[Numbers]], members: list[Marks]) -> dict[tuple[str, str], list[Numbers]]:
+    """The scores of each attack (K of N)."""
+    scores: dict[tuple[str, str], list[Numbers]] = {}
+    for observer in ("outsider", "client"):
+        fell = [before - after for before, after in zip(seen[f"{observer} before"], seen[observer], strict=True)]
+        scores[observer, "loss"] = [-after for after in seen[observer]]
+        scores[observer, "calibrated"] = fell
+        scores[observer, "LiRA"] = likelihood_ratios(fell, members)
+        scores[observer, "RMIA"] = relative_ratios(seen[observer], members)
+    for observer in ("server", "server, sums"):
+        scores[observer, "cosine"] = seen[observer]
+        scores[observer, "cosine, LiRA"] = likelihood_ratios(seen[observer], members)
+    if "server against others" in seen:
+        scores["server", "cosine, others"] = seen["server against others"]
+    return scores
+
+
+def likelihood_ratios(values: list[Numbers], members: list[Marks]) -> list[Numbers]:
+    """LiRA, online, each shadow the target once: log of how much likelier a value is with the record than without, by the other shadows. With so few shadows
+    the variance is one for all records."""
+    table, marks = np.stack(values), np.stack(members)
+    scores = []
+    for target in range(len(table)):
+        rest = np.arange(len(table)) != target
+        inside, outside = (np.where(marks[rest] == side, table[rest], np.nan) for side in (True, False))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a record that is in all of the others, or in none
+            means = [np.nanmean(some, axis=0) for some in (inside, outside)]
+        means = [np.where(np.isnan(mean), np.nanmean(some), mean) for mean, some in zip(means, (inside, outside), strict=True)]
+        variances = [float(np.nanmean((some - mean) ** 2)) + 1e-12 for mean, some in zip(means, (inside, outside), strict=True)]
+        normals = [-((table[target] - mean) ** 2) / (2 * variance) - np.log(variance) / 2 for mean, variance in zip(means, variances, strict=True)]
+        scores.append(normals[0] - normals[1])
+    return scores
+
+
+def relative_ratios(losses: list[Numbers], members: list[Marks]) -> list[Numbers]:
+    """RMIA, online: how likely a record is under the target, against its mean over the other shadows, ranked among all records."""
+    table = np.exp(-np.stack(losses))
+    scores = []
+    for target in range(len(table)):
+        rest = np.arange(len(table)) != target
+        ratio = table[target] / table[rest].mean(axis=0)
+        scores.append(ratio.argsort(kind="stable").argsort(kind="stable") / len(ratio))
+    return scores
+
+
+def _blind(rows: list[Encoded], members: list[Marks], folds: int = 5) -> tuple[list[Numbers], list[Marks]]:
+    """Scores of a classifier that sees words alone, never a model: where it can tell, the halves were not alike and the audit says nothing."""
+    from sklearn.feature_extraction import DictVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+
+    words = DictVectorizer().fit_transform([{str(token): count for token, count in Counter(row.ids).items()} for row in rows])
+    few = members[:4]
+    folds = min(folds, *(min(int(marks.sum()), int((~marks).sum())) for marks in few))
+    return [cross_val_predict(LogisticRegression(C=0.1, max_iter=200), words, marks, cv=folds, method="decision_function") for marks in few], few
+
+
+def _row(found: Told) -> dict[str, Any]:
+    return asdict(found)

@@ -1,0 +1,159 @@
+"""Shadow runs: the finished run's configuration, trained anew through the same code on independent random halves of the clients' text.
+
+Each shadow is the target once and the others then know what members and non-members look like (Carlini et al., S&P 2022,
+https://arxiv.org/abs/2112.03570). Only prompts are trained, so a shadow costs as little as a run without its tests.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedsp.clients import open_clients
+from fedsp.data.encoding import Encoded, collate, encode_targets
+from fedsp.data.partition import Partition
+from fedsp.engines.local import local
+from fedsp.errors import RunError
+from fedsp.experiment import rules_of
+from fedsp.federation import Standing, federate
+from fedsp.models import PromptedLM
+from fedsp.parties import Party
+from fedsp.payload import Payload, as_row
+from fedsp.per_example import example_gradients, example_losses
+from fedsp.prompts import SoftPrompt
+from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed
+from fedsp.runs import RunDirectory
+from fedsp.server import Server, Watcher, load_questions, open_server
+from fedsp.sides import Sides, open_sides
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A finished run of FedSP with everything needed to run it again, and the rows that its clients hold, each with its holder."""
+
+    run: RunDirectory
+    server: Server
+    sides: Sides
+    rows: list[int]
+    holders: list[str]
+
+    @property
+    def auxiliary(self) -> PromptedLM:
+        assert self.sides.auxiliary is not None
+        return self.sides.auxiliary
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """What a shadow run leaves: who is in (N,), the broadcast of each round and the last prompt, and each client's update by round."""
+
+    included: Tensor
+    broadcasts: list[Payload]
+    updates: list[dict[str, Payload]]
+
+
+def open_audited(folder: Path, watcher: Watcher, most: int | None = None) -> Opened:
+    """A finished run, opened again; with `most`, only so many of the clients' rows are looked at, drawn from the seed.
+
+    Raises:
+        RunError: there is no finished run of FedSP with clients in the folder whose text is here.
+    """
+    run = RunDirectory.open(folder)
+    config = run.config
+    if not run.finished or config.method != "fedsp" or not config.partition.clients or config.round.clients == 0 or config.federation:
+        raise RunError(f"{folder} is no finished run of FedSP with simulated clients: there is nobody whose text could be told")
+    server = open_server(config, load_questions(config, run.partition()))
+    sides = open_sides(server, run, watcher, None)
+    held = [(row, client) for client, rows in sorted(server.questions.partition.clients.items()) for row in rows]
+    if most is not None and most < len(held):
+        held = sorted(random.Random(derive_seed(config.seed, "audited")).sample(held, most))
+    return Opened(run, server, sides, [row for row, _ in held], [client for _, client in held])
+
+
+def train_shadow(opened: Opened, index: int) -> Shadow:
+    """One shadow: each row is in with one half, drawn from the run's seed and the shadow's number; everything else is the run's own."""
+    config, server = opened.run.config, opened.server
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "shadow", index))
+    included = torch.rand(len(opened.rows), generator=generator) < 0.5
+    members: dict[str, list[int]] = {client: [] for client in sorted(set(opened.holders))}
+    for row, client, there in zip(opened.rows, opened.holders, included.tolist(), strict=True):
+        if there:
+            members[client].append(row)
+    questions = replace(server.questions, partition=Partition(server.questions.partition.server, [], {k: v for k, v in members.items() if v}))
+    broadcasts: list[Payload] = []
+    updates: list[dict[str, Payload]] = []
+    with tempfile.TemporaryDirectory(prefix="fedsp-shadow-") as temporary:
+        changes = {
+            "seed": derive_seed(config.seed, "shadow", index, "run"),
+            "output": temporary,
+            "validation": config.validation.model_copy(update={"by": "none"}),
+            "aggregation": config.aggregation.model_copy(update={"max_loss_rise": None}),
+        }
+        seeded = config.model_copy(update=changes)
+        run = RunDirectory.create(seeded)
+        clients = open_clients(config, opened.sides.auxiliary, questions, run)  # type: ignore[arg-type]
+        inner = local(replace(clients, method=opened.sides.clients.method))
+
+        def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+            replies = list(inner(requests))
+            broadcasts.append(requests[0].payload if requests else {})
+            updates.append({reply.client: reply.payload for reply in replies if isinstance(reply, Update)})
+            return replies
+
+        own = encode_targets(server.tokenizer, questions.held(questions.partition.server), server.max_tokens)
+        party = Party("server", opened.sides.model, opened.sides.tuned, own, run.rest("server"))
+        observed: Exchange = exchange
+        rules = rules_of(seeded, run, len(clients.register))
+        keep: Callable[[Standing, RoundRecord], None] = lambda standing, record: None
+        final = federate(opened.sides.clients.method, party, clients.register, observed, rules, standing=None, validate=lambda payload: 0.0, keep=keep)
+    return Shadow(included, [*broadcasts, final.payload], updates)
+
+
+def encoded_rows(opened: Opened) -> list[Encoded]:
+    """The audited rows as tokens."""
+    return encode_targets(opened.server.tokenizer, opened.server.questions.held(opened.rows), opened.server.max_tokens)
+
+
+@torch.no_grad()
+def losses_under(model: PromptedLM, prompt: SoftPrompt, payload: Payload, rows: Sequence[Encoded], at_once: int = 64) -> Tensor:
+    """The loss of each row (N,), nats per answer token, with a payload in front."""
+    prompt.load(payload)
+    prefix = prompt.prefix(model)
+    return _by_length(rows, at_once, lambda some: example_losses(model, prefix, collate(some).to(model.device)))
+
+
+def alignment(model: PromptedLM, prompt: SoftPrompt, at: Payload, changes: Tensor, rows: Sequence[Encoded], at_once: int = 32) -> Tensor:
+    """The cosine (N, C) of each row's descent direction at a payload with each of some changes (C, numbers)."""
+    prompt.load(at)
+    directions = (changes / changes.norm(dim=1, keepdim=True).clamp_min(1e-300)).float().to(model.device)
+
+    def cosines(some: Sequence[Encoded]) -> Tensor:
+        gradients = -example_gradients(model, prompt, collate(some))[1].flatten(start_dim=1)
+        unit: Tensor = gradients / gradients.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        found: Tensor = unit @ directions.T
+        return found
+
+    return _by_length(rows, at_once, cosines)
+
+
+def changes_of(shadow: Shadow, round: int, clients: Sequence[str]) -> Tensor:
+    """How each client's prompt differs from the broadcast of a round (C, numbers); zero for a client that did not answer."""
+    sent = as_row(shadow.broadcasts[round])
+    said = shadow.updates[round]
+    return torch.stack([as_row(said[client]) - sent if client in said else torch.zeros_like(sent) for client in clients])
+
+
+def _by_length(rows: Sequence[Encoded], at_once: int, measure: Callable[[Sequence[Encoded]], Tensor]) -> Tensor:
+    """What is measured of each row, in their order, rows of like length together."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    parts = [measure([rows[index] for index in order[start : start + at_once]]).cpu() for start in range(0, len(order), at_once)]
+    found = torch.cat(parts)
+    placed: Tensor = torch.empty_like(found)
+    placed[torch.tensor(order)] = found
+    return placed

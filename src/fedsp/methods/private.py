@@ -1,0 +1,67 @@
+"""Any method whose clients answer with example-level differential privacy: each answer is paid for, given once, and says nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedsp.errors import PolicyError
+from fedsp.methods.base import Method, Side, Work, part
+from fedsp.parties import Party, Rest
+from fedsp.payload import Payload
+from fedsp.private_fitting import ExamplePrivacy
+from fedsp.rounds import Request, Update
+
+
+@dataclass(frozen=True)
+class PrivateAnswers:
+    """A method, and what its clients promise. The server's side is the method's own: what it makes of private answers is post-processing.
+
+    Losses, times and counts depend on the examples, so none of them leaves. A request that comes again gets the answer that was given: a second one
+    would be a second release.
+    """
+
+    method: Method
+    privacy: ExamplePrivacy
+
+    def init(self, server: Party) -> Payload:
+        return self.method.init(server)
+
+    def client_update(self, client: Party, request: Request) -> Update:
+        """See `Method.client_update`.
+
+        Raises:
+            PolicyError: what is asked cannot be answered privately, or the client's budget is spent.
+        """
+        assert client.ledger is not None
+        if not request.train:
+            raise PolicyError("validation by clients is not covered by differential privacy")
+        answers = Rest(client.rest.folder / "answers")
+        given = answers.at(request.round)
+        if given and _same(part(given, "asked"), request.payload):
+            return Update(request.round, client.id, part(given, "answer"))
+        for work in self.method.work(client, "client"):
+            release = self.privacy.steps(len(client.examples), work.stage.batch_size, work.stage.steps).release
+            for budget, run in ((self.privacy.epsilon or math.inf, request.run), (client.most, None)):
+                if math.isfinite(budget) and client.ledger.epsilon(self.privacy.delta, release, run=run) > budget:
+                    whose = "the run's" if run else "this client's"
+                    raise PolicyError(f"another round would take more than {whose} budget of epsilon = {budget:g} at delta = {self.privacy.delta:g}")
+            client.ledger.spend(release, run=request.run, round=request.round, stage=work.name)
+        update = self.method.client_update(client, request)
+        answers.save(
+            request.round,
+            {f"asked/{name}": tensor for name, tensor in request.payload.items()} | {f"answer/{name}": tensor for name, tensor in update.payload.items()},
+        )
+        return Update(request.round, client.id, update.payload)
+
+    def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
+        return self.method.server_update(server, aggregated, round, seed)
+
+    def work(self, party: Party, side: Side) -> list[Work]:
+        return self.method.work(party, side)
+
+
+def _same(one: Payload, other: Payload) -> bool:
+    return sorted(one) == sorted(other) and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,233 @@
+"""Differential privacy: randomness, clipping, noise, what has been spent, and what is promised. Tensors by name; nothing here knows of language models.
+
+Two units. *Example level* (Abadi et al., CCS 2016, https://arxiv.org/abs/1607.00133): each client clips the gradient of each of its examples and adds
+noise before anything leaves it. *Client level* (McMahan et al., ICLR 2018, https://arxiv.org/abs/1710.06963): the server, which is trusted, clips the
+whole update of each client and adds noise to their sum. In both, neighbours differ by one unit added or removed, and the accountant is Google's
+dp-accounting with privacy loss distributions.
+
+Nothing private is ever drawn from the seed of a run, which others know: neither noise nor who is sampled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from random import SystemRandom
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsp.errors import PrivacyError, StorageError
+from fedsp.payload import Payload, as_row, from_row
+
+LEDGER = "privacy.jsonl"
+_system = SystemRandom()
+
+
+def gaussian(shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers, float64, from the operating system's random source.
+
+    Each is half the sum of four Box-Muller draws, so that the gaps of floating-point numbers tell less of what was added to it (Holohan and
+    Braghin 2021, https://arxiv.org/abs/2107.10138).
+    """
+    count = math.prod(shape)
+    return torch.stack([_box_muller(count) for _ in range(4)]).sum(dim=0).div_(2).view(tuple(shape))
+
+
+def _box_muller(count: int) -> Tensor:
+    pairs = (count + 1) // 2
+    bits = torch.frombuffer(bytearray(os.urandom(16 * pairs)), dtype=torch.int64) if pairs else torch.empty(0, dtype=torch.int64)
+    uniform = ((bits & ((1 << 53) - 1)).double() + 1) * 2.0**-53  # in (0, 1]
+    radius, angle = (-2 * uniform[:pairs].log()).sqrt(), 2 * math.pi * uniform[pairs:]
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
+
+
+def poisson_sample(count: int, rate: float) -> list[int]:
+    """Each of `count` indices with probability `rate`, independently, from the operating system's random source."""
+    return [index for index in range(count) if _system.random() < rate]
+
+
+def clipped_sum(rows: Tensor, bound: float) -> Tensor:
+    """The sum (N,), float64, of rows (B, N) that are each scaled down to Euclidean length `bound` at most; a row that is not finite counts as zero.
+
+    So one row more or less changes the sum by `bound` at most.
+    """
+    rows = rows.double()
+    lengths = rows.norm(dim=1, keepdim=True)
+    usable = torch.isfinite(lengths)
+    return torch.where(usable, rows * (bound / lengths.clamp_min(1e-300)).clamp(max=1.0), 0.0).sum(dim=0)
+
+
+def noised_mean(total: Tensor, *, bound: float, noise_multiplier: float, expected: float) -> Tensor:
+    """A sum of clipped rows with noise of standard deviation `noise_multiplier` x `bound`, divided by how many rows were expected, never by how many
+    there were; float64."""
+    return (total.double() + noise_multiplier * bound * gaussian(total.shape)) / expected
+
+
+def private_mean(sent: Payload, replies: Mapping[str, Payload], *, bound: float, noise_multiplier: float, expected: float) -> Payload:
+    """What was broadcast plus the noised mean of the clients' whole changes, each clipped over all tensors together, none weighted."""
+    start = as_row(sent)
+    total = torch.zeros_like(start)
+    for client in sorted(replies):
+        total += clipped_sum((as_row(replies[client]) - start)[None], bound)
+    return from_row(start + noised_mean(total, bound=bound, noise_multiplier=noise_multiplier, expected=expected), sent)
+
+
+@dataclass(frozen=True)
+class PrivateMean:
+    """Client-level privacy: the clipped, noised mean of a round, paid for in the ledger before it is made. See `fedsp.aggregation.Combine`.
+
+    `expected` is the number of clients that a round asks on average; each is asked with probability `sampling_rate`, drawn by nobody who can be known.
+    """
+
+    bound: float
+    noise_multiplier: float
+    sampling_rate: float
+    expected: float
+    delta: float
+    epsilon: float | None
+    ledger: Ledger
+    by_reference: bool = False
+    always: bool = True
+
+    def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
+        """The private aggregate; made and paid for even where nobody replied.
+
+        Raises:
+            PrivacyError: the budget does not allow another round.
+        """
+        release = Release(self.noise_multiplier, self.sampling_rate)
+        if self.epsilon is not None and self.ledger.epsilon(self.delta, release) > self.epsilon:
+            raise PrivacyError(
+                f"another round would take more than privacy.epsilon = {self.epsilon:g} at delta = {self.delta:g}; the prompts so far stand, and `fedsp evaluate` measures the best"
+            )
+        self.ledger.spend(release)
+        return private_mean(sent, replies, bound=self.bound, noise_multiplier=self.noise_multiplier, expected=self.expected)
+
+
+@dataclass(frozen=True)
+class Release:
+    """Gaussian mechanisms that were or will be run: so many, each on a Poisson sample of this rate (1: everyone), noise in units of the bound."""
+
+    noise_multiplier: float
+    sampling_rate: float = 1.0
+    count: int = 1
+
+
+@lru_cache(maxsize=1024)
+def epsilon(releases: tuple[Release, ...], delta: float, interval: float = 1e-4) -> float:
+    """The epsilon at `delta` of these releases together, when neighbours differ by one unit added or removed; infinite where there is no noise.
+
+    It is an upper bound: privacy losses are rounded up to multiples of `interval`.
+    """
+    if find_spec("dp_accounting") is None:
+        raise PrivacyError("dp-accounting is not installed: differential privacy needs `pip install 'fedsp[privacy]'`")
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    if any(release.noise_multiplier == 0 and release.count for release in releases):
+        return math.inf
+    accountant = PLDAccountant(value_discretization_interval=interval)
+    for release in merged(releases):
+        event = dp_accounting.GaussianDpEvent(release.noise_multiplier)
+        sampled = event if release.sampling_rate == 1 else dp_accounting.PoissonSampledDpEvent(release.sampling_rate, event)
+        accountant.compose(sampled, release.count)
+    return float(accountant.get_epsilon(delta))
+
+
+def merged(releases: Iterable[Release]) -> tuple[Release, ...]:
+    """The same releases, those of one kind as one, in a fixed order."""
+    counts: dict[tuple[float, float], int] = {}
+    for release in releases:
+        kind = (release.noise_multiplier, release.sampling_rate)
+        counts[kind] = counts.get(kind, 0) + release.count
+    return tuple(Release(*kind, count) for kind, count in sorted(counts.items()) if count)
+
+
+@lru_cache(maxsize=256)
+def noise_for(target: float, delta: float, sampling_rate: float, count: int) -> float:
+    """The noise multiplier, rounded up to four places, at which `count` releases cost `target` epsilon at `delta` at most.
+
+    Raises:
+        PrivacyError: no usable noise is that much.
+    """
+
+    def cost(noise: float) -> float:
+        return epsilon((Release(noise, sampling_rate, count),), delta, 1e-3)
+
+    low, high = 0.0, 1.0
+    while cost(high) > target:
+        low, high = high, 2 * high
+        if high > 1e5:
+            raise PrivacyError(
+                f"epsilon = {target:g} at delta = {delta:g} over {count} releases needs more noise than 100000 times the bound: ask for a larger epsilon"
+            )
+    while high - low > 1e-3 * high and high > 0.05:
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(middle) <= target else (middle, high)
+    return math.ceil(high * 1e4) / 1e4
+
+
+class Ledger:
+    """What has been released of some text, in a file: one line per release, on the disk before the release leaves. It is never taken back.
+
+    A line that a crash cut short was followed by no release, and is dropped.
+
+    Raises:
+        StorageError: the file cannot be read, or a line of it is no release.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: list[dict[str, Any]] = []
+        if path.exists():
+            whole = path.read_bytes().rpartition(b"\n")[0]
+            for number, line in enumerate(whole.splitlines(), start=1):
+                try:
+                    entry = json.loads(line)
+                    _release(entry)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise StorageError(
+                        f"line {number} of the privacy ledger {path} is damaged: what was spent is not known; restore the file from a backup"
+                    ) from error
+                self._entries.append(entry)
+
+    def releases(self, run: str | None = None) -> tuple[Release, ...]:
+        """Everything released so far, or all that one run has."""
+        return merged(_release(entry) for entry in self._entries if run is None or entry.get("run") == run)
+
+    def epsilon(self, delta: float, *more: Release, run: str | None = None) -> float:
+        """The epsilon of everything so far (or of one run), and of `more`."""
+        return epsilon(merged([*self.releases(run), *more]), delta, 1e-3)
+
+    def spend(self, release: Release, **about: object) -> None:
+        """Write down a release that is about to be made; returns when it is on the disk.
+
+        Raises:
+            StorageError: the disk did not take it, so nothing may be released.
+        """
+        entry = {**asdict(release), **about}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab+") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(
+                f"cannot write the privacy ledger {self.path}: {error.strerror or error}; nothing was released; free some space, then resume"
+            ) from error
+        self._entries.append(entry)
+
+
+def _release(entry: dict[str, Any]) -> Release:
+    return Release(float(entry["noise_multiplier"]), float(entry["sampling_rate"]), int(entry["count"]))

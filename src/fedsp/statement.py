@@ -1,0 +1,95 @@
+"""What a private run promises, in words and numbers: `privacy_statement.json` (after NIST SP 800-226, section 3, and Ponomareva et al. 2023,
+https://arxiv.org/abs/2303.00654, section 5.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from fedsp.clients import agreement_of, example_privacy
+from fedsp.privacy import LEDGER, Ledger, Release, epsilon
+from fedsp.runs import RunDirectory
+
+STATEMENT = "privacy_statement.json"
+NOT_COVERED = [
+    "the choice of settings: learning rate, clip, rounds, prompt length, if they were chosen by looking at private text",
+    "who was asked and who answered, the size of each client's data, and how long an answer took",
+    "several examples about one person: the promise is about one unit at a time",
+    "text that the server itself trains or validates on, and the text of the distillation",
+]
+
+
+def privacy_statement(run: RunDirectory, register: Mapping[str, int], max_tokens: int) -> dict[str, Any] | None:
+    """The statement of a run as it stands after its last round; None where no promise is made.
+
+    At example level it is the worst over clients, each counted for every round it was asked in, whether its answer arrived or not.
+    """
+    config = run.config
+    if config.privacy.unit == "none" or not register:
+        return None
+    about = _example_level(run, register, max_tokens) if config.privacy.unit == "example" else _client_level(run, register)
+    spent, delta = about["epsilon"], config.privacy.delta
+    return about | {
+        "adjacency": f"one {about['of']} added or removed",
+        "bound": config.privacy.clip,
+        "delta": delta,
+        "accountant": f"dp-accounting {version('dp-accounting')}, privacy loss distributions, rounded up",
+        "random_source": "os.urandom, float64, four Box-Muller draws to a number; independent of the run's seed",
+        "not_covered": NOT_COVERED,
+        "sentence": (
+            f"Whoever sees {about['observer']} learns of any one {about['of']} no more than epsilon = {spent:.3g} at delta = {delta:g} allows "
+            f"(added or removed; {about['mechanism']}; {about['sampling']}). {about['trusted']}"
+        ),
+    }
+
+
+def _example_level(run: RunDirectory, register: Mapping[str, int], max_tokens: int) -> dict[str, Any]:
+    config = run.config
+    privacy = example_privacy(agreement_of(config, max_tokens))
+    assert privacy is not None
+    rounds = {client: sum(client in record["asked"] for record in run.records()) for client in register}
+    spent: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    for client, examples in register.items():
+        steps = privacy.steps(examples, config.client.batch_size, config.client.speak_steps)
+        noise[client] = steps.noise_multiplier
+        spent[client] = (
+            epsilon((Release(steps.noise_multiplier, steps.sampling_rate, rounds[client] * steps.count),), privacy.delta, 1e-3) if rounds[client] else 0.0
+        )
+    worst = max(sorted(spent), key=lambda client: spent[client])
+    return {
+        "unit": "example",
+        "of": "example of a client",
+        "epsilon": spent[worst],
+        "target": config.privacy.epsilon,
+        "noise_multiplier": noise[worst],
+        "releases": rounds[worst] * config.client.speak_steps,
+        "worst_client": worst,
+        "epsilon_by_client": spent,
+        "mechanism": "each example's gradient clipped, Gaussian noise added at the client in every step",
+        "sampling": f"Poisson lots of {config.client.batch_size} examples expected, drawn at the client from the operating system's random source",
+        "trusted": "Nobody but the client itself is trusted with its text; the server, other clients and the public see noised answers only.",
+        "observer": "all answers of a client, and everything made of them",
+    }
+
+
+def _client_level(run: RunDirectory, register: Mapping[str, int]) -> dict[str, Any]:
+    config, ledger = run.config, Ledger(run.path / LEDGER)
+    releases = ledger.releases()
+    expected = len(register) if config.round.clients is None else min(config.round.clients, len(register))
+    rate = expected / len(register)
+    return {
+        "unit": "client",
+        "of": "client with all its text",
+        "epsilon": ledger.epsilon(config.privacy.delta) if releases else 0.0,
+        "target": config.privacy.epsilon,
+        "noise_multiplier": releases[0].noise_multiplier if releases else config.privacy.noise_multiplier,
+        "releases": sum(release.count for release in releases),
+        "mechanism": f"each client's whole change clipped, unweighted sum, Gaussian noise added at the server, divided by {expected} clients expected",
+        "sampling": "every client is asked in every round"
+        if rate == 1
+        else f"each client is asked with probability {rate:.3g}, drawn at the server from the operating system's random source",
+        "trusted": "The server is trusted: it sees every client's change without noise.",
+        "observer": "all broadcasts and the prompts of the run (its journal of losses and cosines is the server's own, and not for publication)",
+    }

@@ -1,0 +1,214 @@
+"""Audits: each attack succeeds where it must (else its failures would say nothing), and finds nothing where there is nothing to find."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import tiny_model
+from fedsp import commands
+from fedsp.audit.auditing import audit
+from fedsp.audit.inversion import Dictionary, gradient_rows, key_dictionary, matching_pursuit, read_back, recall, recall_of, residual_dictionary, span_test
+from fedsp.audit.membership import audit_membership, likelihood_ratios, relative_ratios
+from fedsp.audit.model import linear_cka
+from fedsp.audit.statistics import auc, auc_ceiling, ceiling, hits_at, told
+from fedsp.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
+from fedsp.config_file import make_config
+from fedsp.data.encoding import Encoded, collate
+from fedsp.errors import AuxiliaryError, ConfigurationError, RunError
+from fedsp.loading import load_tokenizer
+from fedsp.per_example import example_gradients
+from fedsp.privacy import clipped_sum, noised_mean
+from fedsp.prompts import PromptSpec, SoftPrompt
+from fedsp.report import write_report
+from fedsp.server import EMBEDDED
+from test_run import ROWS, questions, settings
+
+pytestmark = pytest.mark.study
+
+
+def prompt_for(model: Any, space: Any, length: int) -> SoftPrompt:
+    spec = PromptSpec(space, length, model.prompt_shape)
+    return SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+
+
+TEXT = (11, 57, 3, 88, 23, 42, 61, 9, 77, 30, 5, 94, 18)
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("gpt2", 6), ("llama", 3), ("gemma", 3), ("opt", 6), ("gpt_neox", 6)])
+def test_one_step_on_one_example_gives_its_text_away(family: str, tokens: int) -> None:
+    """Up to as many tokens as a head is wide; where several query heads share a key head, to that many times fewer."""
+    model = tiny_model(family)
+    prompt = prompt_for(model, "key_value", 16)
+    dictionary = key_dictionary(model, prompt, tokens)
+    row = Encoded(TEXT[: tokens + 1], tokens)
+    gradient = example_gradients(model, prompt, collate([row]))[1][0]
+    for sent in (gradient, gradient.half().float()):
+        distances = span_test(gradient_rows(prompt, model, sent), dictionary, tokens)
+        assert recall(distances, [row]) == 1.0 and read_back(distances, tokens) == list(TEXT[:tokens])
+    noised = noised_mean(clipped_sum(gradient.flatten()[None], 1.0), bound=1.0, noise_multiplier=1.0, expected=1.0).float().view_as(gradient)
+    assert recall(span_test(gradient_rows(prompt, model, noised), dictionary, tokens), [row]) < 0.5
+
+
+def test_pursuit_reads_more_tokens_than_the_prompt_has() -> None:
+    model = tiny_model("gpt2")
+    prompt = prompt_for(model, "key_value", 4)
+    row = Encoded(TEXT[:7], 6)  # six tokens, four rows, heads of eight
+    rows = gradient_rows(prompt, model, example_gradients(model, prompt, collate([row]))[1][0])
+    dictionary = key_dictionary(model, prompt, 6)
+    assert recall(span_test(rows, dictionary, 4), [row]) < 1.0
+    assert recall_of(matching_pursuit(rows, dictionary, 6), [row]) >= 5 / 6
+
+
+def test_pursuit_takes_what_explains_the_rows() -> None:
+    vectors = torch.nn.functional.normalize(torch.randn(3, 20, 2, 1, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    coefficients = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(1))
+    rows = torch.stack([coefficients[head, :, :1] * vectors[0, 7, head] + coefficients[head, :, 1:] * vectors[2, 11, head] for head in range(2)])
+    assert set(matching_pursuit(rows, Dictionary(vectors), 2)) == {(0, 7), (2, 11)}
+
+
+def test_a_residual_prompts_gradient_is_no_span_to_read_from() -> None:
+    """Each row passes through its own norm, so a single token's rows have full rank already: the test is tried as it is, and its distances stay far from zero."""
+    model = tiny_model("gpt2")
+    prompt = prompt_for(model, "residual", 24)
+    row = Encoded(TEXT[:2], 1)
+    rows = gradient_rows(prompt, model, example_gradients(model, prompt, collate([row]))[1][0])
+    sizes = torch.linalg.svdvals(rows[0].double())
+    assert int((sizes > 1e-6 * sizes[0]).sum()) == 24
+    assert float(span_test(rows, residual_dictionary(model, prompt, 1), 1)[0, TEXT[0]]) > 0.01
+
+
+def test_figures_of_scores() -> None:
+    scores, members = np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])
+    assert auc(scores, members) == 0.75 and auc(np.zeros(4), members) == 0.5
+    rng = np.random.default_rng(0)
+    marks = rng.random(4000) < 0.5
+    values = rng.normal(size=4000) + 2.0 * marks
+    hits = hits_at(values, marks, 0.01)
+    assert hits is not None and hits[1] < hits[0] < hits[2] and hits[0] == pytest.approx(0.37, abs=0.06)
+    assert hits_at(values[:400], marks[:400], 0.01) is None
+    found = told([values], [marks])
+    assert found.auc[1] < 0.921 < found.auc[2] and found.hits_at_01 is None
+
+
+def test_ceilings_of_a_promise() -> None:
+    assert ceiling(0.0, 0.0, 0.3) == pytest.approx(0.3) and ceiling(np.inf, 0.0, 0.01) == 1.0
+    assert ceiling(1.0, 1e-5, 0.01) == pytest.approx(np.e * 0.01 + 1e-5) and ceiling(3.0, 0.0, 0.9) == pytest.approx(1 - np.exp(-3) * 0.1)
+    assert auc_ceiling(0.0, 0.0) == pytest.approx(0.5, abs=1e-3) and 0.5 < auc_ceiling(1.0, 0.0) < auc_ceiling(8.0, 0.0) < 1.0
+
+
+def test_shadows_sharpen_what_one_run_shows_dimly() -> None:
+    rng = np.random.default_rng(1)
+    hardness = rng.normal(size=600) * 5
+    members = [rng.random(600) < 0.5 for _ in range(12)]
+    losses = [3 + 0.1 * hardness - 0.1 * marks + 0.05 * rng.normal(size=600) for marks in members]
+    plain = told([-loss for loss in losses], members).auc[0]
+    ratios = told(likelihood_ratios([-loss for loss in losses], members), members).auc[0]
+    relative = told(relative_ratios(losses, members), members).auc[0]
+    assert plain < 0.6 < 0.85 < min(ratios, relative)
+
+
+def test_membership_is_seen_where_it_must_be_and_nowhere_else(tmp_path: Path) -> None:
+    """Forty steps on a dozen questions with answers drawn at random, which can only be learned by heart."""
+    rng = random.Random(0)
+    answers = sorted({choice for row in ROWS for choice in row["choices"]})
+    by_heart = [row | {"choices": rng.sample(answers, 4), "answer": 0} for row in ROWS[:24]]
+    changes: dict[str, Any] = {
+        "data": {
+            "train": questions(tmp_path, "by-heart", by_heart),
+            "validation": questions(tmp_path, "v", ROWS[100:104]),
+            "test": questions(tmp_path, "t", ROWS[200:204]),
+        },
+        "partition": {"clients": 1, "server_share": 0.0},
+        "round": {"rounds": 1},
+        "client": {"speak_steps": 40, "batch_size": 8, "learning_rate": 0.1},
+        "prompt": {"length": 16},
+    }
+    folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
+    figures = audit_membership(folder, shadows=5)
+    assert max(row["auc"][0] for row in figures["rows"]) > 0.9, [(row["observer"], row["attack"], row["auc"]) for row in figures["rows"]]
+    assert all(control["auc"][1] - 0.1 < 0.5 < control["auc"][2] + 0.1 for control in figures["controls"].values())
+    assert json.loads((folder / "membership.json").read_text())["shadows"] == 5
+    with pytest.raises(ConfigurationError, match="--shadows 3: the likelihoods"):
+        audit_membership(folder, shadows=3)
+
+
+def test_every_audit_of_a_private_run_and_its_report(tmp_path: Path) -> None:
+    folder = Path(commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"])
+    found = audit(folder, only="disclosure, depths, model, membership, inversion", shadows=4, records=20, texts=3)
+    assert set(found) == {"disclosure", "depths", "model", "membership", "inversion"}
+    (package,) = found["model"]["the package"]
+    assert package["embeddings"] == "verbatim" and float(package["embedding distance"]) == 0.0
+    rows = json.loads((folder / "inversion.json").read_text())["rows"]
+    assert rows[0]["tokens"] > 0.9 > 0.5 > next(row for row in rows if "epsilon = 1" in row["level"])["tokens"]
+    members = json.loads((folder / "membership.json").read_text())
+    assert members["epsilon"] <= 3.0 and all(row["auc_ceiling"] < 1 for row in members["rows"])
+    write_report([tmp_path], tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Audits" in page and "members found at 1 % false alarms" in page and "learns of any one example" in page
+    with pytest.raises(RunError, match="the audit needs 1000 canaries"):
+        audit(folder, only="epsilon")
+    with pytest.raises(ConfigurationError, match="there is no audit 'memership'; did you mean 'membership'"):
+        audit(folder, only="memership")
+
+
+def test_the_epsilon_of_a_client_level_run_is_not_refuted(tmp_path: Path) -> None:
+    changes = {"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5}, "round": {"rounds": 3, "weighting": "uniform", "min_clients": 0}}
+    folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
+    (row,) = next(iter(audit(folder, only="epsilon")["epsilon"].values()))
+    assert row["verdict"] == "not refuted" and float(row["promised epsilon"]) > float(row["at least, at 95 %"])
+    plain = Path(commands.run(settings(tmp_path / "plain"))["folder"])
+    with pytest.raises(RunError, match="promises nothing"):
+        audit(plain, only="epsilon")
+
+
+def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
+    folder = Path(commands.run(settings(tmp_path, round={"rounds": 1, "clients": 0}, server={"steps": 1, "batch_size": 2}))["folder"])
+    with pytest.raises(RunError, match="no finished run of FedSP with simulated clients"):
+        audit(folder, only="membership")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("policy", ["low_rank", "fresh"])
+def test_embeddings_that_are_not_handed_out(family: str, policy: Any, tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(family), load_tokenizer(str(EMBEDDED / "model"))
+    plan = parse_plan("ends(1)", model.shape.layers)
+    verbatim = build_auxiliary(model, plan, tokenizer)
+    other = build_auxiliary(model, plan, tokenizer, embeddings=policy, rank=4, seed=1)
+    mine, theirs = (some.model.get_input_embeddings().weight for some in (other, model))
+    assert not torch.equal(mine, theirs) and disclosed_share(other, model) < disclosed_share(verbatim, model)
+    if policy == "low_rank":
+        assert int(torch.linalg.matrix_rank(mine - mine.mean(dim=0))) == 4
+    assert set(other.distillable()) > set(verbatim.distillable())
+    other.save(tmp_path / "package")
+    assert load_auxiliary(tmp_path / "package", device=torch.device("cpu"), positions="hugging_face").embeddings == policy
+
+
+def test_a_package_with_other_embeddings_is_refused(tmp_path: Path) -> None:
+    commands.distill(make_config(settings(tmp_path, auxiliary={"embeddings": "fresh"})), tmp_path / "package")
+    with pytest.raises(AuxiliaryError, match="has fresh embeddings, the configuration says verbatim"):
+        commands.run(settings(tmp_path / "other", auxiliary={"folder": str(tmp_path / "package")}))
+
+
+def test_the_plan_knows_what_is_not_handed_out(tmp_path: Path) -> None:
+    shares = []
+    for policy in ("verbatim", "fresh"):
+        values = settings(tmp_path / policy, auxiliary={"embeddings": policy})
+        planned = commands.plan(make_config(values))["disclosed_share"]
+        assert commands.run(values)["disclosed_share"] == pytest.approx(planned, abs=0.01)
+        shares.append(planned)
+    assert shares[1] < shares[0] - 0.05
+
+
+def test_alignment_of_features() -> None:
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    table = table - table.mean(dim=0)
+    turned = table @ torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    other = torch.randn(50, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert linear_cka(table, turned * 3) == pytest.approx(1.0) and linear_cka(table, other - other.mean(dim=0)) < 0.5

@@ -1,0 +1,317 @@
+"""Differential privacy: the accountant's golden values, sensitivity, noise, ledgers, and the runs that keep the promise."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import tiny_model
+from fedsp import commands, privacy
+from fedsp.clients import agreement_of, make_method
+from fedsp.config_file import make_config
+from fedsp.data.encoding import Encoded, collate
+from fedsp.errors import ConfigurationError, PolicyError, PrivacyError, StorageError
+from fedsp.fitting import Optimisation
+from fedsp.parties import Party, Rest
+from fedsp.payload import PROMPT, Payload, as_row
+from fedsp.per_example import example_gradients, example_losses
+from fedsp.privacy import Ledger, Release, clipped_sum, epsilon, gaussian, noise_for, noised_mean, poisson_sample, private_mean
+from fedsp.private_fitting import ExamplePrivacy, PrivateSteps, fit_privately, private_gradient
+from fedsp.prompts import PromptSpec, SoftPrompt
+from fedsp.rounds import Request
+from fedsp.runs import RunDirectory
+from test_run import settings
+
+DELTA = 1e-5
+FAMILIES = ["gpt2", "llama", "gemma", "opt"]
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [(Release(1.0), 4.377), (Release(4.0, 1.0, 50), 8.596), (Release(1.0, 0.01, 1000), 1.828)],
+    ids=["gaussian", "fifty gaussians", "poisson"],
+)
+def test_golden_epsilons(release: Release, expected: float) -> None:
+    assert epsilon((release,), DELTA) == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_search_for_noise_keeps_under_the_target_and_near_it() -> None:
+    noise = noise_for(3.0, DELTA, 0.05, 60)
+    assert 2.95 < epsilon((Release(noise, 0.05, 60),), DELTA) <= 3.0
+
+
+def test_opacus_agrees() -> None:
+    accountants = pytest.importorskip("opacus.accountants", reason="opacus is only a second opinion")
+    other = accountants.PRVAccountant()
+    other.history = [(1.2, 0.02, 400)]
+    assert epsilon((Release(1.2, 0.02, 400),), DELTA) == pytest.approx(other.get_epsilon(DELTA), rel=0.02)
+
+
+def test_releases_of_several_kinds_are_composed() -> None:
+    one, other = Release(1.0, 0.1, 10), Release(2.0, 1.0, 1)
+    both = epsilon((one, other), DELTA)
+    assert max(epsilon((one,), DELTA), epsilon((other,), DELTA)) < both < epsilon((one,), DELTA) + epsilon((other,), DELTA)
+    assert epsilon((Release(0.0),), DELTA) == float("inf")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("space", ["key_value", "residual"])
+def test_gradients_of_a_batch_equal_a_loop(family: str, space: Any) -> None:
+    model = tiny_model(family)
+    prompt = SoftPrompt(PromptSpec(space, 5, model.shape), torch.randn(PromptSpec(space, 5, model.shape).shape, generator=torch.Generator().manual_seed(1)))
+    rows = [Encoded(tuple(range(3, 3 + length)), start) for length, start in ((6, 2), (9, 8), (4, 1), (12, 5))]
+    losses, gradients = example_gradients(model, prompt, collate(rows))
+    for index, row in enumerate(rows):
+        loss = example_losses(model, prompt.prefix(model), collate([row]))
+        (alone,) = torch.autograd.grad(loss.sum(), prompt.direct)
+        assert float(loss.detach()) == pytest.approx(float(losses[index]), rel=1e-5)
+        assert float((gradients[index] - alone).norm() / alone.norm()) < 1e-5
+
+
+def test_a_gradient_is_zero_where_the_prompt_is_not_tuned() -> None:
+    model = tiny_model("gpt2")
+    spec = PromptSpec("residual", 3, model.shape)
+    prompt = SoftPrompt(spec, torch.randn(spec.shape), layers=[0, 3])
+    _, gradients = example_gradients(model, prompt, collate([Encoded((5, 6, 7, 8), 2)]))
+    assert not gradients[:, :, [1, 2]].any() and gradients[:, :, 0].any()
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=1, max_size=6), st.floats(1e-3, 1e3))
+def test_one_row_more_or_less_changes_a_clipped_sum_by_the_bound_at_most(rows: list[list[float]], bound: float) -> None:
+    table = torch.tensor(rows, dtype=torch.float64)
+    whole = clipped_sum(table, bound)
+    for index in range(len(rows)):
+        without = clipped_sum(torch.cat([table[:index], table[index + 1 :]]), bound)
+        assert float((whole - without).norm()) <= bound * (1 + 1e-9)
+
+
+@hypothesis_settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.floats(-(2.0**90), 2.0**90, width=32), min_size=6, max_size=6), min_size=1, max_size=5), st.floats(1e-3, 1e3))
+def test_one_client_more_or_less_changes_the_private_mean_by_the_bound_at_most(rows: list[list[float]], bound: float) -> None:
+    sent = {"a": torch.zeros(2, 2), "b": torch.ones(2)}
+    replies = {f"client-{i}": {"a": torch.tensor(row[:4]).view(2, 2), "b": torch.tensor(row[4:])} for i, row in enumerate(rows)}
+
+    def mean(some: dict[str, Payload]) -> Tensor:
+        return as_row(private_mean(sent, some, bound=bound, noise_multiplier=0.0, expected=1.0))
+
+    whole = mean(replies)
+    for client in replies:
+        without = mean({other: payload for other, payload in replies.items() if other != client})
+        assert float((whole - without).norm()) <= bound * (1 + 1e-5) + 1e-5
+
+
+def test_noise_has_the_stated_variance_and_shape() -> None:
+    draws = noised_mean(torch.zeros(400_000), bound=0.5, noise_multiplier=3.0, expected=4.0)
+    assert float(draws.std()) == pytest.approx(3.0 * 0.5 / 4.0, rel=0.01) and abs(float(draws.mean())) < 0.004
+    standard = gaussian((400_000,)).sort().values
+    normal = torch.special.ndtr(standard)
+    steps = torch.arange(1, len(normal) + 1, dtype=torch.float64) / len(normal)
+    assert float((normal - steps).abs().max()) < 2.8 / len(normal) ** 0.5  # Kolmogorov-Smirnov, one chance in three million
+    assert gaussian(()).shape == () and gaussian((0, 3)).shape == (0, 3)
+
+
+def _draw(_: int) -> list[float]:
+    torch.manual_seed(0)
+    return gaussian((4,)).tolist()
+
+
+def test_noise_and_samples_depend_on_no_seed_and_no_process() -> None:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        drawn = [tuple(numbers) for numbers in pool.map(_draw, range(6), chunksize=1)]
+    assert len({*drawn, tuple(_draw(0)), tuple(_draw(0))}) == 8
+    torch.manual_seed(0)
+    one = poisson_sample(200, 0.5)
+    torch.manual_seed(0)
+    assert one != poisson_sample(200, 0.5) and 50 < len(one) < 150
+
+
+def test_a_lot_is_divided_by_what_was_expected_and_an_empty_one_releases_noise() -> None:
+    model = tiny_model("gpt2")
+    prompt = SoftPrompt(PromptSpec("residual", 3, model.shape), torch.zeros(3, 4, 32))
+    rows = [Encoded((5, 6, 7, 8), 2), Encoded((9, 4, 3), 1)]
+    quiet = PrivateSteps(bound=1e6, noise_multiplier=0.0, sampling_rate=0.1, count=1)
+    _, each = example_gradients(model, prompt, collate(rows))
+    assert torch.allclose(private_gradient(model, prompt, rows, 40, quiet), each.sum(dim=0) / 4, atol=1e-6)
+    assert not private_gradient(model, prompt, [], 40, quiet).any()
+    assert private_gradient(model, prompt, [], 40, replace(quiet, noise_multiplier=1e-6)).all()
+
+
+def test_a_broken_example_does_not_stop_a_private_fit() -> None:
+    model = tiny_model("gpt2")
+    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.zeros(3, 4, 2, 4, 8))
+    fitted = fit_privately(model, prompt, [Encoded((5, 6, 7), 2)] * 9, PrivateSteps(1.0, 1.0, 0.3, 4), Optimisation(1e-2))
+    assert fitted.losses == [] and torch.isfinite(prompt.values()).all() and prompt.values().any()
+
+
+def test_a_ledger_is_on_the_disk_first_and_a_torn_line_is_no_release(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "privacy.jsonl")
+    ledger.spend(Release(1.0, 0.5, 3), run="a")
+    ledger.spend(Release(2.0), run="b")
+    with open(ledger.path, "ab") as file:
+        file.write(b'{"noise_mult')
+    again = Ledger(ledger.path)
+    assert again.releases() == (Release(1.0, 0.5, 3), Release(2.0)) and again.releases("b") == (Release(2.0),)
+    again.spend(Release(1.0, 0.5, 1))
+    assert Ledger(ledger.path).releases() == (Release(1.0, 0.5, 4), Release(2.0))
+    ledger.path.write_text("nonsense\n" + ledger.path.read_text())
+    with pytest.raises(StorageError, match="line 1 of the privacy ledger .* is damaged"):
+        Ledger(ledger.path)
+
+
+EXAMPLE: dict[str, Any] = {"privacy": {"unit": "example", "epsilon": 8.0, "clip": 0.5}}
+CLIENT: dict[str, Any] = {"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5}, "round": {"rounds": 3, "weighting": "uniform", "min_clients": 0}}
+
+
+def test_a_private_run_pays_first_and_tells_nothing_else(tmp_path: Path) -> None:
+    folder = Path(commands.run(settings(tmp_path, **EXAMPLE))["folder"])
+    run = RunDirectory.open(folder)
+    for record in run.records():
+        assert not record["client_losses"] and not record["spikes"] and not record["shortened_examples"] and not record["failed"]
+    for client in ("client-0", "client-1", "client-2"):
+        ledger = Ledger(run.rest(f"client {client}").folder / privacy.LEDGER)
+        assert sum(release.count for release in ledger.releases()) == 6
+        assert ledger.epsilon(DELTA) <= 8.0
+    statement = json.loads((folder / "privacy_statement.json").read_text())
+    assert statement["unit"] == "example" and 7 < statement["epsilon"] <= 8.0 and statement["delta"] == DELTA
+    assert "epsilon" in statement["sentence"] and statement["not_covered"]
+
+
+def test_two_private_runs_of_one_seed_differ(tmp_path: Path) -> None:
+    one, other = (commands.run(settings(tmp_path / name, **EXAMPLE))["folder"] for name in ("one", "other"))
+    assert (Path(one) / "best.safetensors").read_bytes() != (Path(other) / "best.safetensors").read_bytes()
+
+
+def test_an_answer_is_given_once_and_a_budget_is_kept(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    spec = PromptSpec("residual", 4, model.shape)
+    config = make_config(settings(tmp_path, privacy={"unit": "example", "epsilon": 4.0}, round={"rounds": 2}, prompt={"length": 4}))
+    method = make_method(agreement_of(config, 64), None)
+    prompt = SoftPrompt(spec, torch.zeros(spec.shape))
+    rows = [Encoded((5, 6, 7, 8), 2)] * 20
+    party = Party("a", model, prompt, rows, Rest(tmp_path / "rest"), ledger=Ledger(tmp_path / "rest" / privacy.LEDGER))
+    request = Request("run", 1, "a", 7, {PROMPT: torch.zeros(spec.shape)})
+    first = method.client_update(party, request)
+    assert torch.equal(method.client_update(party, request).payload[PROMPT], first.payload[PROMPT]) and not first.losses
+    assert party.ledger is not None and sum(release.count for release in party.ledger.releases()) == 2
+    method.client_update(party, replace(request, round=2))
+    with pytest.raises(PolicyError, match=r"more than the run's budget of epsilon = 4"):
+        method.client_update(party, replace(request, payload={PROMPT: torch.ones(spec.shape)}))
+    with pytest.raises(PolicyError, match="validation by clients"):
+        method.client_update(party, replace(request, train=False))
+    with pytest.raises(PolicyError, match="more than this client's budget of epsilon = 0.5"):
+        method.client_update(replace(party, most=0.5), replace(request, run="another", payload={PROMPT: torch.ones(spec.shape)}))
+
+
+def test_a_private_client_level_run(tmp_path: Path) -> None:
+    folder = Path(commands.run(settings(tmp_path, **CLIENT))["folder"])
+    assert Ledger(folder / privacy.LEDGER).releases() == (Release(2.0, 1.0, 3),)
+    statement = json.loads((folder / "privacy_statement.json").read_text())
+    assert statement["unit"] == "client" and statement["epsilon"] == pytest.approx(epsilon((Release(2.0, 1.0, 3),), DELTA), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"privacy": {"unit": "example"}}, "privacy.epsilon: set it, or privacy.noise_multiplier"),
+        ({"privacy": {"unit": "example", "epsilon": 1.0}, "client": {"align_steps": 2}}, "client.align_steps: alternating training lets every example"),
+        ({"privacy": {"unit": "example", "epsilon": 1.0}, "prompt": {"projection": 8}}, "prompt.projection: private steps"),
+        ({"privacy": {"unit": "example", "epsilon": 1.0}, "client": {"proximal": 1.0}}, "client.proximal: private steps"),
+        ({"privacy": {"unit": "example", "epsilon": 1.0}, "validation": {"by": "clients"}}, "validation.by: what clients say"),
+        ({"privacy": {"unit": "client", "epsilon": 1.0}}, "round.weighting: with privacy.unit = 'client'"),
+        ({"privacy": {"unit": "client", "epsilon": 1.0}, "round": {"weighting": "uniform"}}, "round.min_clients: with privacy.unit = 'client'"),
+        ({"privacy": CLIENT["privacy"], "round": CLIENT["round"], "aggregation": {"rule": "median"}}, "aggregation.rule: with privacy.unit = 'client'"),
+        ({"method": "fedprompt", "privacy": {"unit": "example", "epsilon": 1.0}}, "privacy.unit: that is a part of FedSP"),
+    ],
+)
+def test_what_would_break_the_promise_is_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        make_config(settings(tmp_path, **changes))
+    assert sentence in str(error.value)
+
+
+def test_a_delta_that_promises_nothing_is_refused() -> None:
+    with pytest.raises(PrivacyError, match=r"privacy.delta = 0.1 is no promise for 20 examples"):
+        ExamplePrivacy(1.0, 0.1, 3, epsilon=1.0).steps(20, 4, 2)
+
+
+def test_profiles_fill_in_what_the_file_leaves_out(tmp_path: Path) -> None:
+    values = settings(tmp_path)
+    for section in ("round", "client"):
+        values[section] = {key: value for key, value in values[section].items() if key not in ("batch_size",)}
+    example = make_config({**values, "profile": "dp-example", "preset": "paper", "prompt": {"length": 4}})
+    assert example.privacy.unit == "example" and example.privacy.epsilon == 8.0 and example.client.align_steps == 0 and example.client.batch_size == 32
+    client = make_config({**values, "profile": "dp-client", "privacy": {"noise_multiplier": 3.0}})
+    assert client.privacy.epsilon is None and client.privacy.noise_multiplier == 3.0 and client.round.min_clients == 0
+    robust = make_config({**values, "profile": "robust", "aggregation": {"malicious": 0.1}})
+    assert robust.aggregation.rule == "trimmed_mean" and robust.aggregation.mixing and robust.aggregation.malicious == 0.1
+    assert make_config(robust.model_dump(exclude_none=True)) == robust and make_config(client.model_dump(exclude_none=True)) == client
+    with pytest.raises(ConfigurationError, match="profile"):
+        make_config({**values, "profile": "secure"})
+
+
+def test_a_resumed_private_run_is_never_behind_its_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the release and the checkpoint: the answers that were given are given again, and nothing is paid twice."""
+    values = settings(tmp_path, **EXAMPLE)
+    keep, kept = RunDirectory.keep, 0
+
+    def killed(self: RunDirectory, *arguments: Any) -> None:
+        nonlocal kept
+        kept += 1
+        if kept == 2:
+            raise KeyboardInterrupt
+        keep(self, *arguments)
+
+    monkeypatch.setattr(RunDirectory, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        commands.run(values)
+    monkeypatch.setattr(RunDirectory, "keep", keep)
+    run = RunDirectory.open(tmp_path / "run")
+    ledger = run.rest("client client-0").folder / privacy.LEDGER
+    assert sum(release.count for release in Ledger(ledger).releases()) == 4
+    given = Rest(run.rest("client client-0").folder / "answers").at(2)
+    commands.resume(tmp_path / "run")
+    assert sum(release.count for release in Ledger(ledger).releases()) == 6
+    again = Rest(run.rest("client client-0").folder / "answers").at(2)
+    assert all(torch.equal(given[name], again[name]) for name in given)
+
+
+def test_a_client_level_server_pays_before_it_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunDirectory, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        commands.run(settings(tmp_path, **CLIENT))
+    assert sum(release.count for release in Ledger(tmp_path / "run" / privacy.LEDGER).releases()) == 1
+
+
+def test_a_spent_budget_stops_a_client_level_run(tmp_path: Path) -> None:
+    changes = {**CLIENT, "privacy": {"unit": "client", "epsilon": 4.0, "clip": 0.5}}
+    (tmp_path / "run").mkdir()
+    values = settings(tmp_path, **changes)
+    Ledger(tmp_path / "spent.jsonl").spend(Release(0.5))
+    directory = RunDirectory.create(make_config(values))
+    (directory.path / privacy.LEDGER).write_bytes((tmp_path / "spent.jsonl").read_bytes())
+    with pytest.raises(PrivacyError, match=r"another round would take more than privacy.epsilon = 4"):
+        commands.resume(directory.path)
+
+
+def test_no_text_of_a_client_is_in_any_file_of_a_run(tmp_path: Path) -> None:
+    canary = "Quixotryanvil"
+    values = settings(tmp_path, **EXAMPLE)
+    rows = [json.loads(line) for line in Path(values["data"]["train"]).read_text().splitlines()]
+    Path(values["data"]["train"]).write_text("".join(json.dumps(row | {"question": f"{canary} {row['question']}"}) + "\n" for row in rows))
+    folder = Path(commands.run(values)["folder"])
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 20 and not any(canary.encode() in path.read_bytes() for path in files)
