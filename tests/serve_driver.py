@@ -22,7 +22,7 @@ def die() -> None:
 
 def arm(boundary: str, round: int) -> None:
     """Make this process kill itself, as `kill -9` would, at a boundary of a round."""
-    from fedsp import federation, runs
+    from fedsp import aggregation, runs
     from fedsp.engines import remote
     from fedsp.engines.channel import DistantWire
 
@@ -46,13 +46,13 @@ def arm(boundary: str, round: int) -> None:
 
         setattr(remote, "read_reply", dying_read)
     elif boundary == "after-aggregation":
-        mean = getattr(federation, "weighted_mean")
+        mean = getattr(aggregation, "weighted_mean")
 
         def dying_mean(*arguments: Any) -> None:
             mean(*arguments)
             die()
 
-        setattr(federation, "weighted_mean", dying_mean)
+        setattr(aggregation, "weighted_mean", dying_mean)
     else:
         write = getattr(runs, "write_tensors")
 

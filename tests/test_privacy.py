@@ -30,6 +30,7 @@ from fedsp.private_fitting import ExamplePrivacy, PrivateSteps, fit_privately, p
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import Request
 from fedsp.runs import RunDirectory
+from fedsp.server import Watcher
 from test_run import settings
 
 DELTA = 1e-5
@@ -217,7 +218,9 @@ def test_an_answer_is_given_once_and_a_budget_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_private_client_level_run(tmp_path: Path) -> None:
-    folder = Path(commands.run(settings(tmp_path, **CLIENT))["folder"])
+    said: list[str] = []
+    folder = Path(commands.run(settings(tmp_path, **CLIENT), watcher=Watcher(say=said.append))["folder"])
+    assert any("the noise on the mean of 3 clients is 42.7 times as long" in line for line in said) and "learns of any one client" in said[-1]
     assert Ledger(folder / privacy.LEDGER).releases() == (Release(2.0, 1.0, 3),)
     statement = json.loads((folder / "privacy_statement.json").read_text())
     assert statement["unit"] == "client" and statement["epsilon"] == pytest.approx(epsilon((Release(2.0, 1.0, 3),), DELTA), rel=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import resource
 import sys
@@ -79,26 +80,24 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
             write_json(run.path / STATEMENT, statement)
         watcher.round_done(record, config.round.rounds)
 
+    rules = rules_of(config, run, len(sides.clients.register))
+    if isinstance(rules.combine, PrivateMean):
+        noise = rules.combine.noise_multiplier * math.sqrt(sum(tensor.numel() for tensor in party.tuned.payload().values())) / rules.combine.expected
+        watcher.say(f"the noise on the mean of {rules.combine.expected:g} clients is {noise:.3g} times as long as the longest change that one of them can make")
     exchange = engine(sides.clients)
     if questions.attack:
         exchange = questions.attack.exchange(exchange)
     if config.distill.again_every and auxiliary:
         exchange = redistilling(exchange, server, auxiliary, run, watcher.say)
-    final = federate(
-        sides.clients.method,
-        party,
-        sides.clients.register,
-        exchange,
-        rules_of(config, run, len(sides.clients.register)),
-        standing=standing,
-        validate=validate,
-        keep=keep,
-    )
+    final = federate(sides.clients.method, party, sides.clients.register, exchange, rules, standing=standing, validate=validate, keep=keep)
     figures = _figures(run, server, sides, final, time.perf_counter() - started)
     figures["cost"] = _cost(sides, party, final, config.seed)
     if questions.test:
         party.tuned.load(final.best)
         figures |= _test(run, server, party, questions)
+    if statement := privacy_statement(run, sides.clients.register, server.max_tokens):
+        figures["epsilon"] = statement["epsilon"]
+        watcher.say(statement["sentence"])
     figures["peak_memory_bytes"] = peak_memory()
     run.finish(sides.fold(final.best), final.best_round, figures, spec)
     return figures
