@@ -18,6 +18,7 @@ cosine, LiRA      the likelihood ratio of the cosine
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections import Counter
 from dataclasses import asdict
@@ -35,6 +36,7 @@ from fedsp.data.encoding import Encoded
 from fedsp.errors import ConfigurationError
 from fedsp.payload import Payload, as_row
 from fedsp.prompts import SoftPrompt
+from fedsp.rounds import derive_seed
 from fedsp.server import Watcher
 from fedsp.statement import STATEMENT
 from fedsp.storage import write_json
@@ -43,7 +45,8 @@ ROUNDS = 4
 
 
 def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None, watcher: Watcher | None = None) -> dict[str, Any]:
-    """The audit of a finished run, also written to its `membership.json`: a row for each observer and attack, and the controls.
+    """The audit of a finished run, also written to its `membership.json`: a row for each observer and attack, and the controls. Shadows train on halves of
+    all examples; with `most`, only so many of them are looked at.
 
     Raises:
         RunError: there is no finished run of FedSP with simulated clients.
@@ -54,16 +57,18 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
     if find_spec("sklearn") is None:
         raise ConfigurationError("scikit-learn is not installed: the blind control of the membership audit needs `pip install 'fedsp[study]'`")
     watcher = watcher or Watcher()
-    opened = open_audited(folder, watcher, most)
-    rows = encoded_rows(opened)
+    opened = open_audited(folder, watcher)
+    held, count = encoded_rows(opened), len(opened.rows)
+    looked_at = sorted(random.Random(derive_seed(opened.run.config.seed, "audited")).sample(range(count), min(most or count, count)))
+    rows, holders = [held[index] for index in looked_at], [opened.holders[index] for index in looked_at]
     seen: dict[str, list[Numbers]] = {}
     members: list[Marks] = []
     before: dict[str, Numbers] = {}
     for index in range(shadows):
         shadow = train_shadow(opened, index)
-        members.append(shadow.included.numpy())
+        members.append(shadow.included[looked_at].numpy())
         before = before or _before(opened, shadow, rows)  # the first broadcast is the same in all
-        for name, values in (before | _seen(opened, shadow, rows)).items():
+        for name, values in (before | _seen(opened, shadow, rows, holders)).items():
             seen.setdefault(name, []).append(values)
         watcher.say(f"shadow {index + 1} of {shadows} is trained and looked at")
     epsilon, delta = _promised(opened)
@@ -111,13 +116,13 @@ def _losses(opened: Opened, observer: str, payload: Payload, rows: list[Encoded]
     return losses_under(model, prompt, payload, rows).double().numpy()
 
 
-def _seen(opened: Opened, shadow: Shadow, rows: list[Encoded]) -> dict[str, Numbers]:
+def _seen(opened: Opened, shadow: Shadow, rows: list[Encoded], holders: list[str]) -> dict[str, Numbers]:
     """What the observers see of each row (N,) in one shadow: losses after the last round, and cosines, means over at most ROUNDS rounds, first and last among them."""
     clients = sorted(set(opened.holders))
     prompt = opened.sides.clients.party(clients[0]).prompt
     count = len(shadow.updates)
     looked_at = sorted({round(place * (count - 1) / max(1, min(ROUNDS, count) - 1)) for place in range(min(ROUNDS, count))})
-    holder = torch.tensor([clients.index(client) for client in opened.holders])
+    holder = torch.tensor([clients.index(client) for client in holders])
     single, sums = [], []
     for number in looked_at:
         total = as_row(shadow.broadcasts[number + 1]) - as_row(shadow.broadcasts[number])

@@ -6,7 +6,6 @@ https://arxiv.org/abs/2112.03570). Only prompts are trained, so a shadow costs a
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -58,8 +57,8 @@ class Shadow:
     updates: list[dict[str, Payload]]
 
 
-def open_audited(folder: Path, watcher: Watcher, most: int | None = None) -> Opened:
-    """A finished run, opened again; with `most`, only so many of the clients' rows are looked at, drawn from the seed.
+def open_audited(folder: Path, watcher: Watcher) -> Opened:
+    """A finished run, opened again.
 
     Raises:
         RunError: there is no finished run of FedSP with clients in the folder whose text is here.
@@ -71,8 +70,6 @@ def open_audited(folder: Path, watcher: Watcher, most: int | None = None) -> Ope
     server = open_server(config, load_questions(config, run.partition()))
     sides = open_sides(server, run, watcher, None)
     held = [(row, client) for client, rows in sorted(server.questions.partition.clients.items()) for row in rows]
-    if most is not None and most < len(held):
-        held = sorted(random.Random(derive_seed(config.seed, "audited")).sample(held, most))
     return Opened(run, server, sides, [row for row, _ in held], [client for _, client in held])
 
 
