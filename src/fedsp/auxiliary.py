@@ -162,7 +162,7 @@ class AuxiliaryModel(PromptedLM):
             return trainable(self.model)
         free = {id(parameter) for block, frozen in zip(self.blocks, self.plan.frozen, strict=True) if not frozen for parameter in block.parameters()}
         if self.embeddings != "verbatim":
-            free |= {id(parameter) for parameter in embedding_parameters(self).values()}
+            free |= {id(parameter) for parameter in embedding_parameters(self.model).values()}
         return {name: parameter for name, parameter in trainable(self.model).items() if id(parameter) in free}
 
     def digest(self) -> str:
@@ -216,18 +216,18 @@ def build_auxiliary(
     return built
 
 
-def embedding_parameters(model: PromptedLM) -> dict[str, nn.Parameter]:
-    """The parameters of the embeddings of tokens and positions and of the head, each once, by name."""
-    modules = [module for module in model.backbone.modules() if isinstance(module, nn.Embedding)] + [model.head]
+def embedding_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters of a Hugging Face model's embeddings of tokens and positions and of its head, each once, by name."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)] + [model.get_output_embeddings()]
     wanted = {id(parameter) for module in modules for parameter in module.parameters()}
-    return {name: parameter for name, parameter in trainable(model.model).items() if id(parameter) in wanted}
+    return {name: parameter for name, parameter in trainable(model).items() if id(parameter) in wanted}
 
 
 @torch.no_grad()
 def _reduce_embeddings(model: PromptedLM, rank: int, seed: int) -> None:
     """Every embedding replaced in place: by its first singular directions and its mean, or, with rank 0, by normal numbers of its mean scale."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in embedding_parameters(model).values():
+    for parameter in embedding_parameters(model.model).values():
         if parameter.dim() < 2:
             continue
         numbers = parameter.cpu()

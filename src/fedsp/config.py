@@ -151,6 +151,10 @@ class RoundSection(Section):
     learning_rate: Rate = Field(1.0, description="of momentum and adam at the server")
     momentum: Share = Field(0.9, description="of momentum at the server; adam's beta_1")
 
+    def asked(self, clients: int) -> int:
+        """How many of so many clients a round asks."""
+        return clients if self.clients is None else min(self.clients, clients)
+
 
 class ClientSection(Section):
     """What an asked client does."""
@@ -195,6 +199,11 @@ class AggregationSection(Section):
         None,
         description="acceptance gate: the aggregate is tried on the server's validation questions, and thrown away if the loss rises by more than this share; none: no gate",
     )
+
+    @property
+    def robust(self) -> bool:
+        """Whether it is anything but the plain mean."""
+        return self.rule != "mean" or self.mixing or self.norm_bound > 0
 
 
 class AttackSection(Section):
@@ -301,8 +310,7 @@ class RunConfig(Section):
             raise ValueError("attack.kind: attacks are simulated, and the clients of a [federation] are real; set it to 'none'")
         if self.aggregation.max_loss_rise is not None and self.validation.by != "server":
             raise ValueError("aggregation.max_loss_rise: the gate needs validation.by = 'server'")
-        robust = self.aggregation.rule != "mean" or self.aggregation.mixing or self.aggregation.norm_bound > 0
-        if robust and self.round.weighting != "uniform":
+        if self.aggregation.robust and self.round.weighting != "uniform":
             raise ValueError("round.weighting: rules for lying clients weigh nobody, and neither do mixing and norm_bound; set it to 'uniform'")
         if self.aggregation.rule == "trust" and not self.server.steps:
             raise ValueError("aggregation.rule: trust goes by the server's own step; set server.steps above 0")
@@ -341,7 +349,7 @@ class RunConfig(Section):
             if key := next((key for key, given in wrong.items() if given), None):
                 raise ValueError(f"{key}: private steps are taken on the prompt's own numbers alone; set it to 0")
             return
-        if self.aggregation.rule != "mean" or self.aggregation.mixing or self.aggregation.norm_bound:
+        if self.aggregation.robust:
             raise ValueError(
                 "aggregation.rule: with privacy.unit = 'client' the sum is clipped and noised, and no other rule has a bounded sensitivity; set it to 'mean' without mixing and norm_bound"
             )

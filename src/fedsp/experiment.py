@@ -180,12 +180,12 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
     """
     section, privacy, rounds = config.aggregation, config.privacy, config.round.rounds
     if privacy.unit == "client" and clients:
-        expected = clients if config.round.clients is None else min(config.round.clients, clients)
+        expected = config.round.asked(clients)
         rate = expected / clients
         noise = privacy.noise_multiplier or noise_for(privacy.epsilon or 0.0, privacy.delta, rate, rounds)
         ledger = Ledger(run.path / LEDGER)
         return {"combine": PrivateMean(privacy.clip, noise, rate, expected, privacy.delta, privacy.epsilon, ledger), "sampling_rate": rate}
-    if section.rule == "mean" and not section.mixing and not section.norm_bound:
+    if not section.robust:
         return {}
     return {"combine": Robust(section.rule, section.malicious, section.mixing, section.norm_bound)}
 

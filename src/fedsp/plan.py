@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from fedsp.auxiliary import empty_auxiliary, parse_plan, planned_config
+from fedsp.auxiliary import embedding_parameters, empty_auxiliary, parse_plan, planned_config
 from fedsp.config import RunConfig
 from fedsp.fitting import trainable
 from fedsp.loading import empty_model, read_model_config
@@ -74,14 +73,14 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
     shape = shape_of(global_config)
     spec = PromptSpec(config.prompt.space, config.prompt.length, shape)
     message = len(pack({PROMPT: torch.zeros(spec.shape)}))
-    asked = clients if config.round.clients is None else min(config.round.clients, clients)
+    asked = config.round.asked(clients)
     whole, small = _count(model), _count(auxiliary)
     blocks = find_blocks(auxiliary.base_model, plan.depth, name)[1]
     free = {id(p): p.numel() for block, frozen in zip(blocks, plan.frozen, strict=True) if not frozen for p in block.parameters()}
     verbatim = small if not config.distill.steps else small - sum(free.values()) if plan.keeps_verbatim else 0
     handed = small
     if config.auxiliary.embeddings != "verbatim":
-        embeddings = _count_embeddings(auxiliary)
+        embeddings = sum(parameter.numel() for parameter in embedding_parameters(auxiliary).values())
         handed, verbatim = small - embeddings, max(0, verbatim - embeddings)
     prompt = spec.bytes // BYTES_PER_NUMBER
     tokens = min(config.data.max_tokens or TEXT_TOKENS, TEXT_TOKENS)
@@ -131,10 +130,3 @@ def forward_operations(model: Any, depth: int, prompt: int, tokens: int) -> floa
 
 def _count(model: Any) -> int:
     return sum(parameter.numel() for parameter in trainable(model).values())
-
-
-def _count_embeddings(model: Any) -> int:
-    """The numbers of the embeddings of tokens and positions and of the head, each once."""
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)] + [model.get_output_embeddings()]
-    wanted = {id(parameter) for module in modules for parameter in module.parameters()}
-    return sum(parameter.numel() for parameter in trainable(model).values() if id(parameter) in wanted)

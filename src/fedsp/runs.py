@@ -115,6 +115,15 @@ class RunDirectory:
     def finished(self) -> bool:
         return (self.path / RESULT).exists()
 
+    @property
+    def package(self) -> Path:
+        """Where the auxiliary model of a run lies: its own, or that of the configuration; of a study that has been moved, beside the run."""
+        made = self.config.auxiliary.folder
+        if not made:
+            return self.auxiliary
+        beside = self.path.resolve().parent / "packages" / Path(made).name
+        return beside if beside.exists() and not Path(made).exists() else Path(made)
+
     def partition(self) -> dict[str, Any] | None:
         """The partition as it was written, or None before it was made."""
         return self._json(PARTITION) if (self.path / PARTITION).exists() else None

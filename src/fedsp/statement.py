@@ -3,6 +3,7 @@ https://arxiv.org/abs/2303.00654, section 5.3)."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -48,7 +49,7 @@ def _example_level(run: RunDirectory, register: Mapping[str, int], max_tokens: i
     config = run.config
     privacy = example_privacy(agreement_of(config, max_tokens))
     assert privacy is not None
-    rounds = {client: sum(client in record["asked"] for record in run.records()) for client in register}
+    rounds = Counter(client for record in run.records() for client in record["asked"])
     spent: dict[str, float] = {}
     noise: dict[str, float] = {}
     for client, examples in register.items():
@@ -77,7 +78,7 @@ def _example_level(run: RunDirectory, register: Mapping[str, int], max_tokens: i
 def _client_level(run: RunDirectory, register: Mapping[str, int]) -> dict[str, Any]:
     config, ledger = run.config, Ledger(run.path / LEDGER)
     releases = ledger.releases()
-    expected = len(register) if config.round.clients is None else min(config.round.clients, len(register))
+    expected = config.round.asked(len(register))
     rate = expected / len(register)
     return {
         "unit": "client",

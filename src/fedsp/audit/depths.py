@@ -41,7 +41,7 @@ def measure_depths(folder: Path) -> list[dict[str, Any]]:
     if not run.finished or config.method != "fedsp" or not config.partition.clients or config.round.clients == 0:
         raise RunError(f"{folder} is no finished run of FedSP with clients: there is no auxiliary model to look at")
     device = choose_device(config.model.device)
-    auxiliary = load_auxiliary(Path(config.auxiliary.folder or run.auxiliary), device=device, positions=config.model.positions)
+    auxiliary = load_auxiliary(run.package, device=device, positions=config.model.positions)
     clients = open_clients(config, auxiliary, load_questions(config, run.partition()), run)
     client = clients.party(min(clients.register))
     client.prompt.load(read_prompt(prompts[-1]).payload())

@@ -29,12 +29,9 @@ def measure_disclosure(folder: Path) -> dict[str, float]:
     if not run.finished:
         raise RunError(f"{folder} holds no finished run: finish it first")
     config, share = run.config, float(run.result()["disclosed_share"])
-    package = Path(config.auxiliary.folder or run.auxiliary)
-    if config.auxiliary.folder and not package.exists():
-        package = folder.resolve().parent / "packages" / package.name  # a study that has been moved
     figures = {"disclosed_share": share, "nearly_disclosed_share": share}  # where clients hold nothing, the whole model, or its own layers
     if config.method in ("fedsp", "offsite_tuning") and config.partition.clients and config.round.clients != 0:
-        figures = dict(_of_package(package.resolve(), model_name(config), config.model.device))
+        figures = dict(_of_package(run.package.resolve(), model_name(config), config.model.device))
     write_json(run.path / DISCLOSURE, figures)
     return figures
 

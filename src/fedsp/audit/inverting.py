@@ -70,7 +70,7 @@ def audit_inversion(folder: Path, *, examples: int = 20, watcher: Watcher | None
         f"{one}, key/value prompt",
         "span test",
         [_one(opened, prompts["key_value"], row, keys) for row in short],
-        _mean([_guessed(guesses, [row]) for row in short]),
+        _guessed_alone(guesses, short),
     )
     for bits in (torch.float16, torch.bfloat16):
         name = f"{one}, key/value prompt, sent in {str(bits).removeprefix('torch.')}"
@@ -78,18 +78,18 @@ def audit_inversion(folder: Path, *, examples: int = 20, watcher: Watcher | None
             name,
             "span test",
             [_one(opened, prompts["key_value"], row, keys, rounded=bits) for row in short],
-            _mean([_guessed(guesses, [row]) for row in short]),
+            _guessed_alone(guesses, short),
         )
     few = [_cut(row, length + length // 4 + 1) for row in drawn[:PURSUED]]
     pursued = [_one(opened, prompts["key_value"], row, keys, pursuit=True) for row in few]
-    add("one example, longer than the prompt, one step of SGD, key/value prompt", "pursuit", pursued, _mean([_guessed(guesses, [row]) for row in few]))
+    add("one example, longer than the prompt, one step of SGD, key/value prompt", "pursuit", pursued, _guessed_alone(guesses, few))
     tiny = [_cut(row, POSITIONS + 1) for row in drawn]
     mixed = residual_dictionary(opened.auxiliary, prompts["residual"], POSITIONS)
     add(
         f"one example of {POSITIONS} tokens, one step of SGD, residual prompt",
         "span test",
         [_one(opened, prompts["residual"], row, mixed) for row in tiny],
-        _mean([_guessed(guesses, [row]) for row in tiny]),
+        _guessed_alone(guesses, tiny),
     )
     for epsilon in (8.0, 1.0):
         name = f"{one}, key/value prompt, epsilon = {epsilon:g}"
@@ -97,7 +97,7 @@ def audit_inversion(folder: Path, *, examples: int = 20, watcher: Watcher | None
             name,
             "span test",
             [_one(opened, prompts["key_value"], row, keys, noise=noise_for(epsilon, 1e-5, 1.0, 1)) for row in short],
-            _mean([_guessed(guesses, [row]) for row in short]),
+            _guessed_alone(guesses, short),
         )
     _deployed(opened, rows, prompts, keys if opened.run.config.prompt.space == "key_value" else mixed, guesses, add)
     figures = {"rows": table, "candidates": _candidates(opened, rows, rng)}
@@ -138,7 +138,8 @@ def _deployed(opened: Opened, rows: list[Encoded], prompts: dict[str, SoftPrompt
     """What the run's server sees: each client's update of the first round, and their sum; and the same in one step of SGD on a whole lot."""
     space = opened.run.config.prompt.space
     prompt = prompts[space]
-    held = {client: [row for row, holder in zip(rows, opened.holders, strict=True) if holder == client] for client in sorted(set(opened.holders))}
+    clients = sorted(set(opened.holders))
+    held = {client: [row for row, holder in zip(rows, opened.holders, strict=True) if holder == client] for client in clients}
     longest = 64
     size = opened.run.config.client.batch_size
     lots = [_lot(some[:size], longest) for some in held.values()]
@@ -149,13 +150,13 @@ def _deployed(opened: Opened, rows: list[Encoded], prompts: dict[str, SoftPrompt
     ]
     add(f"a lot of {size} examples, one step of SGD, {space} prompt", "span test", read, _mean([_guessed(guesses, lot) for lot in lots]))
     shadow = train_shadow(opened, 0)
-    changes = changes_of(shadow, 0, list(held))
-    members = [row for row, there in zip(rows, shadow.included.tolist(), strict=True) if there]
-    mine = {client: _lot([row for row in some if row in members], longest) for client, some in held.items()}
+    changes = changes_of(shadow, 0, clients)
+    members = [(row, holder) for row, holder, there in zip(rows, opened.holders, shadow.included.tolist(), strict=True) if there]
+    mine = {client: _lot([row for row, holder in members if holder == client], longest) for client in clients}
     shape = prompt.spec.shape
     read = [
         (recall(span_test(gradient_rows(prompt, opened.auxiliary, change.float().view(shape)), dictionary, 10_000), mine[client]), None)
-        for change, client in zip(changes, held, strict=True)
+        for change, client in zip(changes, clients, strict=True)
     ]
     kind = "the run's own updates" + (
         f", epsilon = {opened.run.config.privacy.epsilon:g}" if opened.run.config.privacy.unit == "example" and opened.run.config.privacy.epsilon else ""
@@ -211,6 +212,11 @@ def _guessed(common: list[int], texts: Sequence[Encoded]) -> float:
         there = {row.ids[position] for row in texts if position < len(row.ids) - 1}
         right, total = right + len(there & set(common[: len(there)])), total + len(there)
     return right / max(1, total)
+
+
+def _guessed_alone(common: list[int], texts: Sequence[Encoded]) -> float:
+    """The same for texts that are seen one at a time, mean over them."""
+    return _mean([_guessed(common, [row]) for row in texts])
 
 
 def _mean(values: Sequence[float]) -> float:

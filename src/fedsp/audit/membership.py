@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, losses_under, open_audited, train_shadow
-from fedsp.audit.statistics import Marks, Numbers, Told, auc_ceiling, ceiling, told
+from fedsp.audit.statistics import Marks, Numbers, auc_ceiling, ceiling, told
 from fedsp.audit.tables import MEMBERSHIP
 from fedsp.data.encoding import Encoded
 from fedsp.errors import ConfigurationError
@@ -76,7 +76,7 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         {
             "observer": observer,
             "attack": attack,
-            **_row(told(scores, members)),
+            **asdict(told(scores, members)),
             "auc_ceiling": auc_ceiling(epsilon, delta),
             "hits_at_1_ceiling": ceiling(epsilon, delta, 0.01),
         }
@@ -89,8 +89,8 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         "delta": delta,
         "rows": table,
         "controls": {
-            "bag of words, blind": _row(told(*_blind(rows, members))),
-            "before any tuning": _row(told([-seen["outsider before"][0]] * shadows, members)),
+            "bag of words, blind": asdict(told(*_blind(rows, members))),
+            "before any tuning": asdict(told([-seen["outsider before"][0]] * shadows, members)),
         },
     }
     write_json(opened.run.path / MEMBERSHIP, figures)
@@ -199,7 +199,3 @@ def _blind(rows: list[Encoded], members: list[Marks], folds: int = 5) -> tuple[l
     few = members[:4]
     folds = min(folds, *(min(int(marks.sum()), int((~marks).sum())) for marks in few))
     return [cross_val_predict(LogisticRegression(C=0.1, max_iter=200), words, marks, cv=folds, method="decision_function") for marks in few], few
-
-
-def _row(found: Told) -> dict[str, Any]:
-    return asdict(found)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from fedsp.audit.disclosure import NEAR
 from fedsp.audit.shadows import Opened, open_audited
 from fedsp.audit.tables import MODEL
 from fedsp.auxiliary import AuxiliaryModel, disclosed_share, empty_auxiliary, nearly_disclosed_share
@@ -21,7 +22,6 @@ from fedsp.rounds import derive_seed
 from fedsp.server import Watcher, public_sequences, score_test
 from fedsp.storage import write_json
 
-NEAR = 0.1
 HELD_BACK = 32
 """Sequences of public text that no attacker trains on."""
 

@@ -67,6 +67,8 @@ def open_audited(folder: Path, watcher: Watcher) -> Opened:
     config = run.config
     if not run.finished or config.method != "fedsp" or not config.partition.clients or config.round.clients == 0 or config.federation:
         raise RunError(f"{folder} is no finished run of FedSP with simulated clients: there is nobody whose text could be told")
+    if config.auxiliary.folder:
+        config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(run.package)})})
     server = open_server(config, load_questions(config, run.partition()))
     sides = open_sides(server, run, watcher, None)
     held = [(row, client) for client, rows in sorted(server.questions.partition.clients.items()) for row in rows]
