@@ -47,7 +47,6 @@ PARTITIONS: dict[str, dict[str, Any]] = {"even": {"kind": "even"}, "Dirichlet 0.
 DEFENCES: dict[str, dict[str, Any]] = {
     "mean": {},
     "mean, cut to 2 x median": {"norm_bound": 2.0},
-    "median": {"rule": "median"},
     "trimmed mean": {"rule": "trimmed_mean"},
     "geometric median": {"rule": "geometric_median"},
     "multi-Krum": {"rule": "multi_krum"},
@@ -105,7 +104,8 @@ class World:
             TooFewClients: the defence is not defined for so many liars.
         """
         aggregation = {**DEFENCES[defence], "malicious": share}
-        config: RunConfig = make_config({**self.values, "aggregation": aggregation, "attack": {"kind": attack, "share": share}})
+        validation = {"examples": VALIDATION, "by": "server" if "max_loss_rise" in aggregation else "none"}
+        config: RunConfig = make_config({**self.values, "validation": validation, "aggregation": aggregation, "attack": {"kind": attack, "share": share}})
         kind = Attack(attack, liars(list(self.questions.partition.clients), share, config.seed), config.seed) if attack != "none" else None
         questions = replace(self.questions, attack=kind)
         with tempfile.TemporaryDirectory() as temporary:

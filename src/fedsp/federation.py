@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -73,6 +74,7 @@ def federate(
         TooFewClients: a round had fewer admitted updates than `rules.min_clients`; the standing before it has been kept.
         TrainingDiverged: a loss was not finite, with the round and the party.
     """
+    validate = _Tried(validate)
     if standing is None:
         payload = method.init(server)
         first = validate(payload) if rules.validate_by == "server" else None
@@ -148,6 +150,21 @@ def _asked(register: Register, rules: Rules, round: int) -> list[str]:
     if rules.sampling_rate is not None:
         return [ordered[index] for index in poisson_sample(len(ordered), rules.sampling_rate)]
     return sample_clients(ordered, len(ordered) if rules.clients is None else rules.clients, rules.seed, round)
+
+
+class _Tried:
+    """Validation losses of the last three prompts: what was broadcast, aggregated and tuned is often one and the same, and is not tried twice."""
+
+    def __init__(self, validate: Validate) -> None:
+        self.validate = validate
+        self.tried: deque[tuple[Payload, float]] = deque(maxlen=3)
+
+    def __call__(self, payload: Payload) -> float:
+        known = next((loss for one, loss in self.tried if one is payload), None)
+        if known is None:
+            known = self.validate(payload)
+            self.tried.append((payload, known))
+        return known
 
 
 @dataclass(frozen=True)
