@@ -113,7 +113,7 @@ def test_files_in_every_form(tmp_path: Path) -> None:
         ("", "holds no rows"),
         ('{"question": "q", "choices": ["a", "b"], "answer": 2}', "line 1 has answer 2 but 2 choices: expected an index from 0 to 1"),
         ('{"question": "q", "choices": ["a", "b"], "answer": -1}', "line 1 has answer -1"),
-        ('{"question": "q", "choices": ["a", "b"], "answer": "b"}', "line 1 cannot be read.*answer is 'b', not an index"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": "b"}', "line 1 cannot be read.*answer is a str, not an index"),
         ('{"question": "q", "choices": ["a"]}', "line 1 has no field 'answer'.*needs question"),
         ('{"question": "q", "choices": ["a", " "], "answer": 0}', "line 1 has no choices, or an empty one"),
     ],

@@ -191,13 +191,13 @@ class AggregationSection(Section):
     )
     malicious: Share = Field(
         0.2,
-        description="share of the asked clients that may lie: what a rule other than mean must bear, rounded down; with too few clients for it a round is refused",
+        description="share of the asked clients that may lie: what a rule other than mean must bear, rounded down; with too few clients for it, or for one liar, the run is refused",
     )
     mixing: bool = Field(False, description="nearest-neighbour mixing before the rule")
     norm_bound: Decay = Field(0.0, description="a change is cut to this many times the median length of all changes; 0: none is cut")
     max_loss_rise: Decay | None = Field(
         None,
-        description="acceptance gate: the aggregate is tried on the server's validation questions, and thrown away if the loss rises by more than this share; none: no gate",
+        description="acceptance gate: the aggregate is tried on the server's validation questions, and thrown away if its loss is more than this share above the lowest so far; none: no gate",
     )
 
     @property
@@ -336,18 +336,8 @@ class RunConfig(Section):
 
     def _private(self) -> None:
         """What would break the promise."""
-        if (self.privacy.epsilon is None) == (self.privacy.noise_multiplier is None):
-            raise ValueError("privacy.epsilon: set it, or privacy.noise_multiplier, and not both")
-        if self.validation.by == "clients":
-            raise ValueError("validation.by: what clients say of their own examples is not covered by the promise; use 'server' or 'none'")
+        _hold_to_promise(self.privacy, self.client, self.prompt, self.validation.by == "clients")
         if self.privacy.unit == "example":
-            if self.client.align_steps:
-                raise ValueError(
-                    "client.align_steps: alternating training lets every example into the auxiliary model without noise, and from there into every later gradient; set it to 0"
-                )
-            wrong = {"client.proximal": self.client.proximal > 0, "prompt.projection": self.prompt.projection > 0}
-            if key := next((key for key, given in wrong.items() if given), None):
-                raise ValueError(f"{key}: private steps are taken on the prompt's own numbers alone; set it to 0")
             return
         if self.aggregation.robust:
             raise ValueError(
@@ -388,6 +378,25 @@ class RunConfig(Section):
         return 1 / (self.partition.clients + 1) if needed else 0.0
 
 
+def _hold_to_promise(privacy: PrivacySection, client: ClientSection, prompt: PromptSection, clients_validate: bool) -> None:
+    """What would break the promise of differential privacy, wherever it is asked for: in a run's configuration, and in what a client is asked to agree to."""
+    if privacy.unit == "none":
+        return
+    if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
+        raise ValueError("privacy.epsilon: set it, or privacy.noise_multiplier, and not both")
+    if clients_validate:
+        raise ValueError("validation.by: what clients say of their own examples is not covered by the promise; use 'server' or 'none'")
+    if privacy.unit != "example":
+        return
+    if client.align_steps:
+        raise ValueError(
+            "client.align_steps: alternating training lets every example into the auxiliary model without noise, and from there into every later gradient; set it to 0"
+        )
+    wrong = {"client.proximal": client.proximal > 0, "prompt.projection": prompt.projection > 0}
+    if key := next((key for key, given in wrong.items() if given), None):
+        raise ValueError(f"{key}: private steps are taken on the prompt's own numbers alone; set it to 0")
+
+
 class Agreement(Section):
     """What the owner of the model asks of every client in a run. It is signed with the auxiliary model, so no round can ask for more."""
 
@@ -400,6 +409,12 @@ class Agreement(Section):
     prompt: PromptSection
     client: ClientSection
     clients_validate: bool = Field(description="whether clients hold out a tenth of their examples and report their loss on it")
+
+    @model_validator(mode="after")
+    def _kept_by_both_sides(self) -> Agreement:
+        """A client refuses what would break the promise, whoever signed it."""
+        _hold_to_promise(self.privacy, self.client, self.prompt, self.clients_validate)
+        return self
 
 
 class PackageSection(Section):
@@ -426,6 +441,14 @@ class PolicySection(Section):
     require_differential_privacy: bool = Field(False, description="take part only in runs with differential privacy at the client, example level")
     max_epsilon: Rate | None = Field(None, description="what all runs together may cost this client's examples, by its own ledger; none: no bound")
     max_delta: float = Field(1e-5, gt=0, lt=1, description="the largest delta at which an epsilon is taken for a promise")
+
+    @model_validator(mode="after")
+    def _a_promise_has_a_size(self) -> PolicySection:
+        if self.require_differential_privacy and self.max_epsilon is None:
+            raise ValueError(
+                "policy.max_epsilon: policy.require_differential_privacy asks for nothing without it; set the largest epsilon that you accept, such as 8"
+            )
+        return self
 
 
 class PartyConfig(Section):

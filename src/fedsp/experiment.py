@@ -8,7 +8,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ from fedsp.attacks import triggered
 from fedsp.clients import Clients
 from fedsp.config import RunConfig
 from fedsp.cost import measure
-from fedsp.data.encoding import encode_targets
+from fedsp.data.encoding import Encoded, encode_targets
 from fedsp.data.tasks import Example, Task
+from fedsp.errors import PrivacyError
 from fedsp.evaluation import Scored, by_client
 from fedsp.federation import Rules, Standing, federate
 from fedsp.methods.base import validation_loss
@@ -32,7 +33,7 @@ from fedsp.privacy import LEDGER, Ledger, PrivateMean, noise_for
 from fedsp.prompts import SoftPrompt
 from fedsp.redistillation import redistilling
 from fedsp.robust import Robust
-from fedsp.rounds import Exchange, RoundRecord, derive_seed
+from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed
 from fedsp.runs import RunDirectory
 from fedsp.server import Questions, Server, Watcher, load_questions, open_server, rows_digest, score_test
 from fedsp.sides import Sides, open_sides
@@ -74,10 +75,15 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
         assert loss is not None
         return loss
 
+    def state(asking: Sequence[str] = ()) -> dict[str, Any] | None:
+        statement = privacy_statement(run, sides.clients.register, server.max_tokens, asking)
+        if statement:
+            write_json(run.path / STATEMENT, statement)
+        return statement
+
     def keep(now: Standing, record: RoundRecord) -> None:
         run.keep(now, record, sides.fold(now.best), spec)
-        if statement := privacy_statement(run, sides.clients.register, server.max_tokens):
-            write_json(run.path / STATEMENT, statement)
+        state()
         watcher.round_done(record, config.round.rounds)
 
     rules = rules_of(config, run, len(sides.clients.register))
@@ -87,15 +93,17 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     exchange = engine(sides.clients)
     if questions.attack:
         exchange = questions.attack.exchange(exchange)
+    if config.privacy.unit == "example":
+        exchange = _stated(exchange, state)
     if config.distill.again_every and auxiliary:
         exchange = redistilling(exchange, server, auxiliary, run, watcher.say)
     final = federate(sides.clients.method, party, sides.clients.register, exchange, rules, standing=standing, validate=validate, keep=keep)
     figures = _figures(run, server, sides, final, time.perf_counter() - started)
-    figures["cost"] = _cost(sides, party, final, config.seed)
+    figures["cost"] = _cost(sides, party, final, config.seed, validation if config.privacy.unit != "none" else None)
     if questions.test:
         party.tuned.load(final.best)
         figures |= _test(run, server, party, questions)
-    if statement := privacy_statement(run, sides.clients.register, server.max_tokens):
+    if statement := state():
         figures["epsilon"] = statement["epsilon"]
         watcher.say(statement["sentence"])
     figures["peak_memory_bytes"] = peak_memory()
@@ -113,7 +121,7 @@ def _test(run: RunDirectory, server: Server, party: Party, questions: Questions)
     if questions.attack and questions.attack.kind == "backdoor":
         waited = [triggered(example) for example in questions.test]
         figures["attack_success"] = score_test(party.model, prefix, waited, questions.task, server.tokenizer, server.max_tokens)[0]["accuracy"]
-    if kinds is None or not held:
+    if kinds is None or not held or run.config.privacy.unit != "none":  # what kinds of questions a client holds is its own
         return {"test": figures}
     own = {client: [kinds.train[index] for index in rows] for client, rows in held.items()}
     return {"test": figures, "clients": by_client(scored, questions.task, kinds.test, own)}
@@ -132,8 +140,19 @@ def _score_row(row: Scored, task: Task) -> dict[str, Any]:
     }
 
 
-def _cost(sides: Sides, party: Party, final: Standing, seed: int) -> dict[str, dict[str, float]]:
-    """The measured cost of one round of the server, and of the first client where its text is here."""
+def _stated(exchange: Exchange, state: Callable[[Sequence[str]], object]) -> Exchange:
+    """The statement counts a round before anybody is asked in it, so that it is never behind what was released."""
+
+    def stating(requests: list[Request]) -> Iterable[Update | Failure]:
+        state([request.client for request in requests if request.train])
+        return exchange(requests)
+
+    return stating
+
+
+def _cost(sides: Sides, party: Party, final: Standing, seed: int, instead: list[Encoded] | None) -> dict[str, dict[str, float]]:
+    """The measured cost of one round of the server, and of the first client where its text is here; on other rows `instead` of its own, where its own are promised
+    to stay untold."""
     costs = {}
     method = sides.clients.method
     party.tuned.load(final.best)
@@ -144,6 +163,10 @@ def _cost(sides: Sides, party: Party, final: Standing, seed: int) -> dict[str, d
         return costs
     name = min(sides.clients.register)
     client = sides.clients.party(name)
+    if instead is not None:
+        if not instead:
+            return costs
+        client = replace(client, examples=instead)
     client.tuned.load(final.payload)
     costs["client"] = measure(method, client, "client", derive_seed(seed, "client", name, 1))
     return costs
@@ -153,7 +176,8 @@ def rules_of(config: RunConfig, run: RunDirectory, clients: int) -> Rules:
     """What holds in every round of a run with so many clients.
 
     Raises:
-        PrivacyError: no noise is enough for the promise.
+        PrivacyError: no noise is enough for the promise, or its delta is none.
+        TooFewClients: fewer are asked than the robust rule needs.
     """
     section = config.round
     return Rules(
@@ -176,10 +200,15 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
     """How many payloads become one: the weighted mean, a robust rule, or the private mean with its own way of asking clients.
 
     Raises:
-        PrivacyError: no noise is enough.
+        PrivacyError: no noise is enough, or delta is no promise for so many clients.
+        TooFewClients: fewer are asked than the robust rule needs.
     """
     section, privacy, rounds = config.aggregation, config.privacy, config.round.rounds
     if privacy.unit == "client" and clients:
+        if privacy.delta * clients >= 1:
+            raise PrivacyError(
+                f"privacy.delta = {privacy.delta:g} is no promise for {clients} clients: with one chance in {1 / privacy.delta:g} a client may be told whole; set it below {1 / clients:.1g}"
+            )
         expected = config.round.asked(clients)
         rate = expected / clients
         noise = privacy.noise_multiplier or noise_for(privacy.epsilon or 0.0, privacy.delta, rate, rounds)
@@ -187,7 +216,10 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
         return {"combine": PrivateMean(privacy.clip, noise, rate, expected, privacy.delta, privacy.epsilon, ledger), "sampling_rate": rate}
     if not section.robust:
         return {}
-    return {"combine": Robust(section.rule, section.malicious, section.mixing, section.norm_bound)}
+    robust = Robust(section.rule, section.malicious, section.mixing, section.norm_bound)
+    if clients:
+        robust.liars_among(config.round.asked(clients))
+    return {"combine": robust}
 
 
 def _some(validation: list[Example], config: RunConfig) -> list[Example]:

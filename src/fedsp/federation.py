@@ -100,7 +100,7 @@ def federate(
             if told or rules.combine.always:
                 mean = rules.combine(sent, told, weights, len(asked), reference)
                 aggregated, optimizer = rules.optimizer.step(sent, mean, standing.optimizer)
-            gate = _gate(sent, aggregated, validate, rules.max_loss_rise)
+            gate = _gate(standing, aggregated, validate, rules.max_loss_rise)
             if not gate.passed:
                 aggregated, optimizer = sent, standing.optimizer
             payload, server_loss = method.server_update(server, aggregated, round, own_seed)
@@ -173,12 +173,13 @@ class _Gate:
     passed: bool = True
 
 
-def _gate(sent: Payload, aggregated: Payload, validate: Validate, max_loss_rise: float | None) -> _Gate:
-    """The aggregate tried on the server's validation questions, against what was broadcast; a loss that is not finite does not pass."""
-    if max_loss_rise is None or aggregated is sent:
+def _gate(standing: Standing, aggregated: Payload, validate: Validate, max_loss_rise: float | None) -> _Gate:
+    """The aggregate tried on the server's validation questions, against the lowest loss so far: against what was broadcast a small rise would pass in every
+    round. A loss that is not finite does not pass."""
+    if max_loss_rise is None or aggregated is standing.payload:
         return _Gate()
-    before, loss = validate(sent), validate(aggregated)
-    return _Gate(loss, loss <= before * (1 + max_loss_rise))
+    lowest, loss = standing.best_loss, validate(aggregated)
+    return _Gate(loss, math.isfinite(loss) and (lowest is None or loss <= lowest * (1 + max_loss_rise)))
 
 
 def _requests(asked: list[str], round: int, payload: Payload, rules: Rules, train: bool = True) -> list[Request]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedsp.errors import PrivacyError, StorageError
 from fedsp.payload import Payload, as_row, from_row
+from fedsp.storage import sync_folder
 
 LEDGER = "privacy.jsonl"
 _system = SystemRandom()
@@ -216,12 +217,15 @@ class Ledger:
         entry = {**asdict(release), **about}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = not self.path.exists()
             with open(self.path, "ab+") as file:
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
                 file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+            if new:
+                sync_folder(self.path.parent)
         except OSError as error:
             raise StorageError(
                 f"cannot write the privacy ledger {self.path}: {error.strerror or error}; nothing was released; free some space, then resume"

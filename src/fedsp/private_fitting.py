@@ -73,7 +73,7 @@ def fit_privately(
     *,
     first_step: int = 0,
     moments: Tensors | None = None,
-    at_once: int = 16,
+    at_once: int = 8,
 ) -> Fitted:
     """AdamW steps on the prompt from private gradients; no loss is told. `at_once` examples go through the model together."""
 
@@ -84,12 +84,12 @@ def fit_privately(
     return descend(prompt.trained(), gradients, lots, optimisation, first_step=first_step, moments=moments)
 
 
-def private_gradient(model: PromptedLM, prompt: SoftPrompt, lot: Sequence[Encoded], examples: int, steps: PrivateSteps, at_once: int = 16) -> Tensor:
-    """The noised mean gradient of a lot, of the prompt's shape, float32."""
-    total = prompt.direct.new_zeros(prompt.direct.numel(), dtype=torch.float64)
+def private_gradient(model: PromptedLM, prompt: SoftPrompt, lot: Sequence[Encoded], examples: int, steps: PrivateSteps, at_once: int = 8) -> Tensor:
+    """The noised mean gradient of a lot, of the prompt's shape, float32; clipped, summed and noised in float64 on the processor, which every device can do."""
+    total = torch.zeros(prompt.direct.numel(), dtype=torch.float64)
     ordered = sorted(lot, key=lambda row: len(row.ids))
     for start in range(0, len(ordered), at_once):
         _, each = example_gradients(model, prompt, collate(ordered[start : start + at_once]))
-        total += clipped_sum(each.flatten(start_dim=1), steps.bound)
+        total += clipped_sum(each.flatten(start_dim=1).cpu(), steps.bound)
     noised = noised_mean(total, bound=steps.bound, noise_multiplier=steps.noise_multiplier, expected=steps.sampling_rate * examples)
-    return noised.float().view_as(prompt.direct)
+    return noised.float().view_as(prompt.direct).to(prompt.direct.device)

@@ -129,18 +129,38 @@ class Robust:
     def by_reference(self) -> bool:
         return self.rule == "trust"
 
+    def liars_among(self, asked: int) -> int:
+        """How many of those asked may lie: f.
+
+        Raises:
+            TooFewClients: it is less than one although some may, or the rule does not bear so many even if all answer.
+        """
+        f = math.floor(self.malicious * asked + 1e-9)
+        if f == 0 and self.malicious and (self.rule in RULES or self.mixing):
+            raise TooFewClients(
+                f"aggregation.malicious = {self.malicious:g} of {asked} clients asked is less than one liar, so aggregation.rule = {self.rule!r} would bear none: ask at least {math.ceil(1 / self.malicious)} clients, or raise aggregation.malicious"
+            )
+        if asked < self._needed(f):
+            raise self._too_few(asked, f, asked)
+        return f
+
+    def _needed(self, f: int) -> int:
+        return max(LEAST[self.rule](f) if self.rule in LEAST else 1, 2 * f + 1 if self.mixing else 1)
+
+    def _too_few(self, replies: int, f: int, asked: int) -> TooFewClients:
+        return TooFewClients(
+            f"{replies} replies are too few for aggregation.rule = {self.rule!r}{' with mixing' if self.mixing else ''} to bear {f} liars among {asked} asked: it needs {self._needed(f)}; ask more clients or lower aggregation.malicious"
+        )
+
     def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
         """The payload that this rule makes of the replies; weights do not count, since nobody's word does. See `fedsp.aggregation.Combine`.
 
         Raises:
             TooFewClients: there are fewer replies than the rule needs for so many liars; it is never applied with fewer.
         """
-        f = math.floor(self.malicious * asked + 1e-9)
-        needed = max(LEAST[self.rule](f) if self.rule in LEAST else 1, 2 * f + 1 if self.mixing else 1)
-        if len(replies) < needed:
-            raise TooFewClients(
-                f"{len(replies)} replies are too few for aggregation.rule = {self.rule!r}{' with mixing' if self.mixing else ''} to bear {f} liars among {asked} asked: it needs {needed}; ask more clients or lower aggregation.malicious"
-            )
+        f = self.liars_among(asked)
+        if len(replies) < self._needed(f):
+            raise self._too_few(len(replies), f, asked)
         start = as_row(sent)
         rows = torch.stack([as_row(replies[client]) - start for client in sorted(replies)])
         if self.norm_bound:

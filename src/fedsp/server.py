@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedsp.attacks import Attack, liars
+from fedsp.attacks import ON_DATA, Attack, liars
 from fedsp.auxiliary import MANIFEST, AuxiliaryModel, build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.config import RunConfig
 from fedsp.data.encoding import encode_targets
@@ -22,7 +22,7 @@ from fedsp.data.partition import Partition, make_partition
 from fedsp.data.tasks import Example, Task, examples_of, find_task, load_rows
 from fedsp.data.topics import find_topics
 from fedsp.distill import Distillation, Progress, distill, packed
-from fedsp.errors import AuxiliaryError, DataError, PromptError
+from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, PromptError
 from fedsp.evaluation import Scored, score, summarise
 from fedsp.fitting import Optimisation
 from fedsp.loading import load_model, load_tokenizer, tokenizer_digest
@@ -130,11 +130,15 @@ def load_questions(config: RunConfig, written: dict[str, Any] | None = None) -> 
         raise DataError("validation.by = 'server', but there are no validation questions: set data.validation or data.holdout")
     if config.server.steps and not partition.server:
         raise DataError("server.steps is above 0, but the server holds no example: raise partition.server_share")
-    return Questions(task, train, partition, validation, test, kinds, _attack(config, list(partition.clients)))
+    return Questions(task, train, partition, validation, test, kinds, _attack(config, task, list(partition.clients)))
 
 
-def _attack(config: RunConfig, clients: list[str]) -> Attack | None:
+def _attack(config: RunConfig, task: Task, clients: list[str]) -> Attack | None:
     section = config.attack
+    if section.kind in ON_DATA and task.metric != "accuracy":
+        raise ConfigurationError(
+            f"attack.kind: {section.kind!r} changes which choice is right, and {task.name} has no choices; take another attack or another task"
+        )
     return None if section.kind == "none" else Attack(section.kind, liars(clients, section.share, config.seed), config.seed, section.strength)
 
 
@@ -191,6 +195,15 @@ def public_sequences(server: Server) -> list[list[int]]:
     if not sequences:
         raise DataError("there is no text to distil on: the server holds no example (partition.server_share), or distill.text is empty")
     return sequences
+
+
+def unread_sequences(server: Server, count: int) -> list[list[int]]:
+    """At most so many sequences of public text that the distillation has not read: what comes behind those that it takes."""
+    section = server.config.distill
+    if section.text in ([], ["server"]):
+        return []
+    found = packed(server.tokenizer, read_passages(section.text), length=section.sequence_length, count=section.sequences + count, seed=server.config.seed)
+    return [sequence for sequence in found[section.sequences :] if len(sequence) == section.sequence_length]
 
 
 def make_auxiliary(server: Server, folder: Path, watcher: Watcher) -> AuxiliaryModel:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -37,6 +40,28 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}; what was there before is untouched: free some space or choose another folder, then resume"
         ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: a new file's content alone may outlive a power cut that its name does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock that ends with the process; False where another holds it and `wait` is off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def write_json(path: Path, value: object) -> None:

@@ -28,14 +28,12 @@ A grid takes every model, task and seed, and the first partition, unless it name
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ from fedsp.config_file import apply_override, make_config, read_toml, resolve_pa
 from fedsp.errors import ConfigurationError, FedspError, RunError, StorageError, TrainingDiverged, did_you_mean, first_line
 from fedsp.runs import CONFIG, RESULT, RunDirectory
 from fedsp.server import Watcher
-from fedsp.storage import write_json
+from fedsp.storage import locked, write_json
 
 INDEX, FAILURE = "study.json", "failure.json"
 Overlay = dict[str, Any]
@@ -208,7 +206,7 @@ def _run_cell(cell: Cell, study: Path, watcher: Watcher) -> tuple[str, str]:
 
     A cell whose training diverged is not tried again; one that failed for another reason is, when the study is started again.
     """
-    with _locked(study / ".locks" / cell.folder.name, wait=False) as mine:
+    with locked(study / ".locks" / cell.folder.name, wait=False) as mine:
         if not mine:
             return "elsewhere", ""
         if (cell.folder / RESULT).exists():
@@ -251,26 +249,13 @@ def _with_package(config: RunConfig, study: Path, watcher: Watcher) -> RunConfig
     if config.model.device != "cpu" and config.method != "fedsp":
         about["precision"] = "full"  # of the model that it is distilled from
     package = (study / "packages" / _digest(about)).resolve()
-    with _locked(study / ".locks" / f"package-{package.name}", wait=True):
+    with locked(study / ".locks" / f"package-{package.name}", wait=True):
         made = package.with_suffix(".json")
         if not made.exists():
             for left in package.glob("*"):  # by a process that was killed
                 left.unlink()
             write_json(made, {**distill(config, package, watcher=watcher), "of": about})
     return config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(package)})})
-
-
-@contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a lock that ends with the process; False where another holds it and `wait` is off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def _index(study: Study, cells: list[Cell]) -> dict[str, Any]:

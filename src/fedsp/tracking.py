@@ -67,6 +67,7 @@ class MlflowLog:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         self._run, self._say, self._refusal = run, say, MlflowException
+        self._untold = run.config.privacy.unit == "client"  # what single clients said is between them and the server
         mark = run.path / MARK
         try:
             self._client = MlflowClient(tracking_uri=uri)
@@ -97,10 +98,11 @@ class MlflowLog:
 
     def round(self, record: RoundRecord) -> None:
         """The figures of a round, at its number."""
-        losses = {f"client {name} loss": loss for name, loss in record.client_losses.items()}
-        figures = {**losses, "server loss": record.server_loss, "validation loss": record.validation, "update cosine": record.update_cosine}
-        more = {"bytes down": record.bytes_down, "bytes up": record.bytes_up, "answered": len(record.answered), "seconds": record.seconds}
-        self._metrics({**figures, **more}, record.round)
+        figures = {"server loss": record.server_loss, "validation loss": record.validation, "bytes up": record.bytes_up, "bytes down": record.bytes_down}
+        if not self._untold:
+            losses = {f"client {name} loss": loss for name, loss in record.client_losses.items()}
+            figures |= {**losses, "update cosine": record.update_cosine, "answered": len(record.answered), "seconds": record.seconds}
+        self._metrics(figures, record.round)
 
     def finish(self, figures: Mapping[str, Any]) -> None:
         """The figures of the end, rounds that were kept but not told before the run was stopped, and the artefacts."""
@@ -111,7 +113,7 @@ class MlflowLog:
                     self.round(RoundRecord(**line))
         numbers = {name: value for name, value in _flat(figures).items() if isinstance(value, int | float) and not isinstance(value, bool)}
         self._metrics(numbers, 0)
-        for name in (CONFIG, ROUNDS, RESULT, BEST):
+        for name in (CONFIG, RESULT, BEST, *([] if self._untold else [ROUNDS])):
             if (self._run.path / name).exists():
                 self._try(lambda name=name: self._client.log_artifact(self._id, str(self._run.path / name)))  # type: ignore[misc]
         self.end("FINISHED")

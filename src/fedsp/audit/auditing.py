@@ -14,7 +14,7 @@ from fedsp.audit.model import audit_model
 from fedsp.audit.promise import audit_epsilon
 from fedsp.audit.tables import Tables, epsilon_tables, inversion_tables, membership_tables, model_tables
 from fedsp.commands import traffic
-from fedsp.errors import ConfigurationError, did_you_mean
+from fedsp.errors import ConfigurationError, RunError, did_you_mean
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
 
@@ -31,7 +31,7 @@ class Options:
 def audit(
     folder: Path, *, only: str | None = None, shadows: int = 16, records: int | None = None, texts: int = 20, watcher: Watcher | None = None
 ) -> dict[str, Tables]:
-    """Run audits of a finished run: those named in `only`, or all that a run of FedSP with simulated clients allows.
+    """Run audits of a finished run: those named in `only`, or all that the run allows, and then a sentence for each that it does not.
 
     Raises:
         ConfigurationError: there is no audit of that name.
@@ -43,7 +43,17 @@ def audit(
     unknown = next((name for name in names if name not in AUDITS), None)
     if unknown is not None:
         raise ConfigurationError(f"--only: there is no audit {unknown!r}{did_you_mean(unknown, AUDITS) or '; known: ' + ', '.join(AUDITS)}")
-    return {name: AUDITS[name](folder, Options(shadows, records, texts), watcher or Watcher()) for name in names}
+    found: dict[str, Tables] = {}
+    refusals: list[RunError] = []
+    for name in names:
+        try:
+            found[name] = AUDITS[name](folder, Options(shadows, records, texts), watcher or Watcher())
+        except RunError as error:  # what nobody asked for by name, and this run does not allow
+            found[name] = {"not done": [{"why": str(error)}]}
+            refusals.append(error)
+    if refusals and (only or len(refusals) == len(names)):
+        raise refusals[0]
+    return found
 
 
 def _membership(folder: Path, options: Options, watcher: Watcher) -> Tables:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fedsp.audit.epsilon import clopper_pearson
 from fedsp.audit.inversion import (
     Dictionary,
     gradient_rows,
@@ -21,19 +25,25 @@ from fedsp.audit.inversion import (
     residual_dictionary,
     span_test,
 )
-from fedsp.audit.shadows import Opened, alignment, changes_of, encoded_rows, open_audited, train_shadow
+from fedsp.audit.levels import Level, Looked, Read, cut, guess, noise_of, noised, read_as
+from fedsp.audit.matching import LocalSteps, Target, best_distances, local_change, match_embeddings, match_text
+from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, open_audited, train_shadow
 from fedsp.audit.tables import INVERSION
+from fedsp.clients import stages
 from fedsp.data.encoding import Encoded, collate
+from fedsp.errors import ConfigurationError, RunError
 from fedsp.payload import as_row
 from fedsp.per_example import example_gradients
-from fedsp.privacy import clipped_sum, noise_for, noised_mean
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import derive_seed
 from fedsp.server import Watcher, first_tokens
 from fedsp.storage import write_json
 
-DECOYS = 9
-PURSUED = 3
+DECOYS, PURSUED, SOUGHT = 9, 3, 4
+"""Texts beside the right one; texts that pursuit reads; texts that matching seeks in a client's update."""
+LONGEST, SIMULATED, ITERATIONS = 64, 4, 200
+"""Tokens of a text, and local steps, beyond which no attack looks; steps of gradient matching."""
+EPSILONS = (8.0, 1.0)
 POSITIONS = 4
 """Positions that are looked at of a residual prompt's gradient, whose dictionary is as many times larger as the model has heads."""
 
@@ -43,66 +53,101 @@ def audit_inversion(folder: Path, *, examples: int = 20, watcher: Watcher | None
 
     Raises:
         RunError: there is no finished run of FedSP with simulated clients.
+        ConfigurationError: rouge-score is not there.
     """
+    if find_spec("rouge_score") is None:
+        raise ConfigurationError("rouge-score is not installed: the inversion audit needs `pip install 'fedsp[study]'`")
     watcher = watcher or Watcher()
     opened = open_audited(folder, watcher)
-    rows = encoded_rows(opened)
     rng = random.Random(derive_seed(opened.run.config.seed, "inversion"))
-    drawn = rng.sample(rows, min(examples, len(rows)))
-    prompts = {space: _prompt(opened, space) for space in ("key_value", "residual")}
-    longest = min(max(len(row.ids) for row in drawn), 64)
-    keys = key_dictionary(opened.auxiliary, prompts["key_value"], longest)
+    looked = Looked(opened, encoded_rows(opened), {space: _prompt(opened, space) for space in ("key_value", "residual")})
+    shadow = train_shadow(opened, 0, rounds=1)
+    bodies = looked.bodies()
+    drawn = rng.sample(bodies, min(examples, len(bodies)))
     table: list[dict[str, Any]] = []
-
-    def add(level: str, attack: str, found: Sequence[tuple[float, bool | None]], guess: float) -> None:
-        exact = [whole for _, whole in found if whole is not None]
-        share = sum(value for value, _ in found) / len(found)
-        table.append(
-            {"level": level, "attack": attack, "tokens": share, "texts": sum(exact) / len(exact) if exact else None, "guess": guess, "examples": len(found)}
-        )
-        watcher.say(f"{level}, {attack}: {share:.0%} of the tokens")
-
-    length = prompts["key_value"].spec.length
-    short = [_cut(row, length + 1) for row in drawn]
-    guesses = _guess(rows)
-    one = f"one example of at most {length} tokens, one step of SGD"
-    add(
-        f"{one}, key/value prompt",
-        "span test",
-        [_one(opened, prompts["key_value"], row, keys) for row in short],
-        _guessed_alone(guesses, short),
-    )
-    for bits in (torch.float16, torch.bfloat16):
-        name = f"{one}, key/value prompt, sent in {str(bits).removeprefix('torch.')}"
-        add(
-            name,
-            "span test",
-            [_one(opened, prompts["key_value"], row, keys, rounded=bits) for row in short],
-            _guessed_alone(guesses, short),
-        )
-    few = [_cut(row, length + length // 4 + 1) for row in drawn[:PURSUED]]
-    pursued = [_one(opened, prompts["key_value"], row, keys, pursuit=True) for row in few]
-    add("one example, longer than the prompt, one step of SGD, key/value prompt", "pursuit", pursued, _guessed_alone(guesses, few))
-    tiny = [_cut(row, POSITIONS + 1) for row in drawn]
-    mixed = residual_dictionary(opened.auxiliary, prompts["residual"], POSITIONS)
-    add(
-        f"one example of {POSITIONS} tokens, one step of SGD, residual prompt",
-        "span test",
-        [_one(opened, prompts["residual"], row, mixed) for row in tiny],
-        _guessed_alone(guesses, tiny),
-    )
-    for epsilon in (8.0, 1.0):
-        name = f"{one}, key/value prompt, epsilon = {epsilon:g}"
-        add(
-            name,
-            "span test",
-            [_one(opened, prompts["key_value"], row, keys, noise=noise_for(epsilon, 1e-5, 1.0, 1)) for row in short],
-            _guessed_alone(guesses, short),
-        )
-    _deployed(opened, rows, prompts, keys if opened.run.config.prompt.space == "key_value" else mixed, guesses, add)
-    figures = {"rows": table, "candidates": _candidates(opened, rows, rng)}
+    for level in itertools.chain(_spans(looked, drawn, bodies), _matches(looked, drawn[: max(2, examples // 2)], bodies), _deployed(looked, shadow)):
+        table.append(level.to_json())
+        watcher.say(f"{level.seen}, {level.attack}: {table[-1]['tokens'][0]:.0%} of the tokens")
+    figures = {"rows": table, "candidates": _candidates(looked, shadow, rng)}
     write_json(opened.run.path / INVERSION, figures)
     return figures
+
+
+def _spans(looked: Looked, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
+    """One example and one step of SGD, read by the span test and, beyond the prompt's length, by pursuit."""
+    opened, prompts = looked.opened, looked.prompts
+    prompt = prompts["key_value"]
+    keys = key_dictionary(opened.auxiliary, prompt, min(max(len(row.ids) for row in drawn), LONGEST))
+    length = prompt.spec.length
+    short = [cut(row, length + 1) for row in drawn]
+    one = f"one example of at most {length} tokens, one step of SGD, key/value prompt"
+    yield Level(one, "span test", [_one(looked, prompt, row, keys) for row in short], guess([[text] for text in short], like))
+    for bits in (torch.float16, torch.bfloat16):
+        read = [_one(looked, prompt, row, keys, rounded=bits) for row in short]
+        yield Level(f"{one}, sent in {str(bits).removeprefix('torch.')}", "span test", read, guess([[text] for text in short], like))
+    few = [cut(row, length + length // 4 + 1) for row in drawn[:PURSUED]]
+    pursued = [_one(looked, prompt, row, keys, pursuit=True) for row in few]
+    yield Level("one example, longer than the prompt, one step of SGD, key/value prompt", "pursuit", pursued, guess([[text] for text in few], like))
+    for epsilon in EPSILONS:
+        read = [_one(looked, prompt, row, keys, noise=noise_of(epsilon)) for row in short]
+        yield Level(f"{one}, epsilon = {epsilon:g}", "span test", read, guess([[text] for text in short], like))
+    tiny = [cut(row, POSITIONS + 1) for row in drawn]
+    mixed = residual_dictionary(opened.auxiliary, prompts["residual"], POSITIONS)
+    read = [_one(looked, prompts["residual"], row, mixed) for row in tiny]
+    yield Level(f"one example of {POSITIONS} tokens, one step of SGD, residual prompt", "span test", read, guess([[text] for text in tiny], like))
+
+
+def _matches(looked: Looked, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
+    """One example, read by simulating what its client does."""
+    local = _local_steps(looked.opened)
+    for space, tokens, steps, epsilon in (
+        ("residual", POSITIONS, LocalSteps(), None),
+        ("residual", 2 * POSITIONS, LocalSteps(), None),
+        ("key_value", POSITIONS, LocalSteps(), None),
+        ("residual", POSITIONS, local, None),
+        *(("residual", POSITIONS, LocalSteps(), epsilon) for epsilon in EPSILONS),
+    ):
+        done = f"{len(steps.rates)} steps of AdamW" if steps.rates else "one step of SGD"
+        promise = "" if epsilon is None else f", epsilon = {epsilon:g}"
+        texts = [cut(row, tokens + 1) for row in drawn]
+        read = [_matched(looked, looked.prompts[space], text, steps, 0.0 if epsilon is None else noise_of(epsilon)) for text in texts]
+        name = space.replace("_", "/")
+        yield Level(f"one example of {tokens} tokens, {done}, {name} prompt{promise}", "gradient matching", read, guess([[text] for text in texts], like))
+
+    own = [cut(row, POSITIONS + 1) for row in drawn[:SOUGHT]]
+    space = looked.opened.run.config.prompt.space
+    ids = torch.tensor([text.ids for text in own], device=looked.opened.auxiliary.device)
+    embedded = looked.opened.auxiliary.model.get_input_embeddings()(ids[:, :-1]).detach()[None]
+    change = local_change(looked.opened.auxiliary, looked.prompts[space], embedded, ids[:, -1], local)[0].detach()
+    name = f"a client with {len(own)} examples of {POSITIONS} tokens, {len(local.rates)} steps of AdamW, {space.replace('_', '/')} prompt"
+    yield Level(name, "gradient matching", [_sought(looked, looked.prompts[space], change, own)], guess([own], like))
+
+
+def _sought(looked: Looked, prompt: SoftPrompt, change: Tensor, texts: list[Encoded]) -> Read:
+    """As many texts as SOUGHT, sought together in one change; of `texts` the answers are given, and their first tokens are what must be found."""
+    model = looked.opened.auxiliary
+    answers = torch.tensor([text.ids[text.start] for text in texts[:SOUGHT]], device=model.device)
+    target = Target(change.float().view(prompt.spec.shape).to(model.device), answers, POSITIONS, _local_steps(looked.opened))
+    sought = match_embeddings(model, prompt, target, iterations=ITERATIONS, restarts=1, seed=looked.opened.run.config.seed)
+    return Read(recall(best_distances(model, sought).cpu(), [cut(text, POSITIONS + 1) for text in texts]))
+
+
+def _matched(looked: Looked, prompt: SoftPrompt, row: Encoded, steps: LocalSteps, noise: float) -> Read:
+    """One text whose answer is its last token, from the change that it makes."""
+    model = looked.opened.auxiliary
+    ids = torch.tensor(row.ids, device=model.device)
+    embedded = model.model.get_input_embeddings()(ids[:-1]).detach()[None, None]
+    change = local_change(model, prompt, embedded, ids[-1:], steps)[0].detach()
+    target = Target(noised(change, noise).to(model.device), ids[-1:], len(row.ids) - 1, steps)
+    return read_as(match_text(model, prompt, target, iterations=ITERATIONS), row)
+
+
+def _local_steps(opened: Opened) -> LocalSteps:
+    """The steps of the run's own clients in their first round, no more than SIMULATED of them."""
+    config = opened.run.config
+    speak = stages(config.client, None, config.round.rounds)["speak"]
+    rates = tuple(speak.optimisation.rate(step) for step in range(min(SIMULATED, speak.steps)))
+    return LocalSteps(rates, speak.optimisation.weight_decay)
 
 
 def _prompt(opened: Opened, space: Any) -> SoftPrompt:
@@ -116,108 +161,81 @@ def _prompt(opened: Opened, space: Any) -> SoftPrompt:
 
 
 def _one(
-    opened: Opened, prompt: SoftPrompt, row: Encoded, dictionary: Dictionary, *, rounded: torch.dtype = torch.float32, noise: float = 0.0, pursuit: bool = False
-) -> tuple[float, bool]:
-    """One example's own gradient, as it would arrive: the share of its tokens that is read back, and whether all of it is."""
-    gradient = example_gradients(opened.auxiliary, prompt, collate([row]))[1][0].cpu()
-    if noise:
-        bound = float(gradient.norm())
-        gradient = noised_mean(clipped_sum(gradient.flatten()[None], bound), bound=bound, noise_multiplier=noise, expected=1.0).float().view_as(gradient)
-    rows = gradient_rows(prompt, opened.auxiliary, gradient.to(rounded).float())
+    looked: Looked, prompt: SoftPrompt, row: Encoded, dictionary: Dictionary, *, rounded: Any = torch.float32, noise: float = 0.0, pursuit: bool = False
+) -> Read:
+    """One example's own gradient, as it would arrive, by the span test or by pursuit."""
+    model = looked.opened.auxiliary
+    gradient = noised(example_gradients(model, prompt, collate([row]))[1][0].cpu(), noise)
+    rows = gradient_rows(prompt, model, gradient.to(rounded).float())
     count = len(row.ids) - 1
     dictionary = Dictionary(dictionary.vectors[:count])
     if pursuit:
-        share = recall_of(matching_pursuit(rows, dictionary, count), [row])
-        return share, share == 1.0
+        found = matching_pursuit(rows, dictionary, count)
+        return replace(read_as([token for _, token in sorted(found)], row), tokens=recall_of(found, [row]))
     rank = count if prompt.spec.space == "key_value" else rows.shape[1]  # a residual row mixes many more directions than there are tokens
     distances = span_test(rows, dictionary, rank)
-    return recall(distances, [row]), read_back(distances, count) == list(row.ids[:-1])
+    return read_as(read_back(distances, count), row)
 
 
-def _deployed(opened: Opened, rows: list[Encoded], prompts: dict[str, SoftPrompt], dictionary: Dictionary, guesses: list[int], add: Any) -> None:
+def _deployed(looked: Looked, shadow: Shadow) -> Iterator[Level]:
     """What the run's server sees: each client's update of the first round, and their sum; and the same in one step of SGD on a whole lot."""
-    space = opened.run.config.prompt.space
-    prompt = prompts[space]
-    clients = sorted(set(opened.holders))
-    held = {client: [row for row, holder in zip(rows, opened.holders, strict=True) if holder == client] for client in clients}
-    longest = 64
-    size = opened.run.config.client.batch_size
-    lots = [_lot(some[:size], longest) for some in held.values()]
-    gradients = [example_gradients(opened.auxiliary, prompt, collate(lot))[1].mean(dim=0).cpu() for lot in lots]
-    read = [
-        (recall(span_test(gradient_rows(prompt, opened.auxiliary, gradient), dictionary, 10_000), lot), None)
-        for gradient, lot in zip(gradients, lots, strict=True)
-    ]
-    add(f"a lot of {size} examples, one step of SGD, {space} prompt", "span test", read, _mean([_guessed(guesses, lot) for lot in lots]))
-    shadow = train_shadow(opened, 0)
-    changes = changes_of(shadow, 0, clients)
-    members = [(row, holder) for row, holder, there in zip(rows, opened.holders, shadow.included.tolist(), strict=True) if there]
-    mine = {client: _lot([row for row, holder in members if holder == client], longest) for client in clients}
-    shape = prompt.spec.shape
-    read = [
-        (recall(span_test(gradient_rows(prompt, opened.auxiliary, change.float().view(shape)), dictionary, 10_000), mine[client]), None)
-        for change, client in zip(changes, clients, strict=True)
-    ]
-    kind = "the run's own updates" + (
-        f", epsilon = {opened.run.config.privacy.epsilon:g}" if opened.run.config.privacy.unit == "example" and opened.run.config.privacy.epsilon else ""
-    )
-    add(f"{kind}, one client", "span test", read, _mean([_guessed(guesses, lot) for lot in mine.values()]))
-    total = as_row(shadow.broadcasts[1]) - as_row(shadow.broadcasts[0])
+    opened = looked.opened
+    config = opened.run.config
+    space = config.prompt.space
+    model, prompt = opened.auxiliary, looked.prompts[space]
+    dictionary = (key_dictionary if space == "key_value" else residual_dictionary)(model, prompt, LONGEST if space == "key_value" else POSITIONS)
+    seen = len(dictionary.vectors)
+
+    def short(lot: list[Encoded]) -> list[Encoded]:
+        return [cut(row, seen + 1) for row in lot]
+
+    def span(change: Tensor, lot: list[Encoded]) -> Read:
+        return Read(recall(span_test(gradient_rows(prompt, model, change.float().view(prompt.spec.shape)), dictionary, 10_000), short(lot)))
+
+    def guessed(lots: Iterable[list[Encoded]]) -> float:
+        return guess([short(lot) for lot in lots], looked.rows)
+
+    size = config.client.batch_size
+    lots = [lot[:size] for lot in looked.lots(LONGEST).values()]
+    gradients = [example_gradients(model, prompt, collate(lot))[1].mean(dim=0).cpu() for lot in lots]
+    read = [span(gradient, lot) for gradient, lot in zip(gradients, lots, strict=True)]
+    yield Level(f"a lot of {size} examples, one step of SGD, {space.replace('_', '/')} prompt", "span test", read, guessed(lots))
+
+    mine = looked.lots(LONGEST, shadow.included.tolist())
+    changes = changes_of(shadow, 0, list(mine))
+    private = config.privacy.unit == "example" and config.privacy.epsilon
+    kind = "the run's own updates" + (f", epsilon = {config.privacy.epsilon:g}" if private else "")
+    read = [span(change, lot) for change, lot in zip(changes, mine.values(), strict=True)]
+    yield Level(f"{kind}, one client", "span test", read, guessed(mine.values()))
     everyone = [row for lot in mine.values() for row in lot]
-    read = [(recall(span_test(gradient_rows(prompt, opened.auxiliary, total.float().view(shape)), dictionary, 10_000), everyone), None)]
-    add(f"{kind}, the sum of all clients", "span test", read, _guessed(guesses, everyone))
+    total = as_row(shadow.broadcasts[1]) - as_row(shadow.broadcasts[0])
+    yield Level(f"{kind}, the sum of all clients", "span test", [span(total, everyone)], guessed([everyone]))
+
+    own = opened.sides.clients.party(opened.holders[0]).prompt
+    own.load(shadow.broadcasts[0])
+    lot = next(iter(mine.values()))
+    first = [cut(row, POSITIONS + 1) for row in lot]
+    yield Level(f"{kind}, one client", "gradient matching", [_sought(looked, own, changes[0], lot)], guess([first], looked.rows))
 
 
-def _candidates(opened: Opened, rows: list[Encoded], rng: random.Random, count: int = 50) -> dict[str, float]:
+def _candidates(looked: Looked, shadow: Shadow, rng: random.Random, count: int = 200) -> dict[str, Any]:
     """How often the cosine with a client's update picks the text that was trained on out of ten: a list of plausible texts is all that an attacker needs."""
-    shadow = train_shadow(opened, 1)
+    opened = looked.opened
     clients = sorted(set(opened.holders))
     prompt = opened.sides.clients.party(clients[0]).prompt
     included = shadow.included.tolist()
     inside, outside = ([index for index, there in enumerate(included) if there == side] for side in (True, False))
+    if len(outside) < DECOYS or not inside:
+        raise RunError(f"{opened.run.path}: its clients hold {len(included)} examples, too few to pick one of {DECOYS + 1}")
     picked = rng.sample(inside, min(count, len(inside)))
     decoys = [rng.sample(outside, DECOYS) for _ in picked]
     needed = sorted({*picked, *(index for some in decoys for index in some)})
-    cosines = alignment(opened.auxiliary, prompt, shadow.broadcasts[0], changes_of(shadow, 0, clients), [rows[index] for index in needed])
+    cosines = alignment(opened.auxiliary, prompt, shadow.broadcasts[0], changes_of(shadow, 0, clients), [looked.rows[index] for index in needed])
     place = {index: number for number, index in enumerate(needed)}
-    right = sum(
-        all(
-            float(cosines[place[index], clients.index(opened.holders[index])]) > float(cosines[place[other], clients.index(opened.holders[index])])
-            for other in some
-        )
-        for index, some in zip(picked, decoys, strict=True)
-    )
-    return {"right": right / len(picked), "guess": 1 / (DECOYS + 1), "texts": float(len(picked))}
 
+    def right(index: int, some: list[int]) -> bool:
+        holder = clients.index(opened.holders[index])
+        return all(float(cosines[place[index], holder]) > float(cosines[place[other], holder]) for other in some)
 
-def _cut(row: Encoded, tokens: int) -> Encoded:
-    """The first tokens of an example, the last of them as its answer."""
-    kept = row.ids[:tokens]
-    return Encoded(kept, len(kept) - 1)
-
-
-def _lot(rows: Sequence[Encoded], longest: int) -> list[Encoded]:
-    return [row if len(row.ids) <= longest else _cut(row, longest) for row in rows]
-
-
-def _guess(rows: Sequence[Encoded]) -> list[int]:
-    """Tokens by how common they are: what somebody guesses who sees nothing. (Counted on the very texts, which flatters the guess.)"""
-    return [token for token, _ in Counter(token for row in rows for token in row.ids).most_common()]
-
-
-def _guessed(common: list[int], texts: Sequence[Encoded]) -> float:
-    """The recall of the most common tokens at every position of a lot."""
-    right = total = 0
-    for position in range(max(len(row.ids) for row in texts) - 1):
-        there = {row.ids[position] for row in texts if position < len(row.ids) - 1}
-        right, total = right + len(there & set(common[: len(there)])), total + len(there)
-    return right / max(1, total)
-
-
-def _guessed_alone(common: list[int], texts: Sequence[Encoded]) -> float:
-    """The same for texts that are seen one at a time, mean over them."""
-    return _mean([_guessed(common, [row]) for row in texts])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    hits = sum(right(*pair) for pair in zip(picked, decoys, strict=True))
+    return {"right": (hits / len(picked), *clopper_pearson(hits, len(picked), 0.025)), "guess": 1 / (DECOYS + 1), "texts": len(picked)}

@@ -29,19 +29,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, losses_under, open_audited, train_shadow
-from fedsp.audit.statistics import Marks, Numbers, auc_ceiling, ceiling, told
+from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, losses_under, open_audited, promised, train_shadow
+from fedsp.audit.statistics import Marks, Numbers, Told, auc_ceiling, ceiling, told
 from fedsp.audit.tables import MEMBERSHIP
-from fedsp.data.encoding import Encoded
+from fedsp.data.encoding import Encoded, training_batches
 from fedsp.errors import ConfigurationError
+from fedsp.fitting import Optimisation, answer_loss, fit
 from fedsp.payload import Payload, as_row
 from fedsp.prompts import SoftPrompt
 from fedsp.rounds import derive_seed
 from fedsp.server import Watcher
-from fedsp.statement import STATEMENT
 from fedsp.storage import write_json
 
 ROUNDS = 4
+LEARNED, LEARNING = 16, 80
+"""Rows of the power test, of which every other one is learned by heart, and the steps that takes."""
 
 
 def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None, watcher: Watcher | None = None) -> dict[str, Any]:
@@ -64,14 +66,16 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
     seen: dict[str, list[Numbers]] = {}
     members: list[Marks] = []
     before: dict[str, Numbers] = {}
+    promises: list[float] = []
     for index in range(shadows):
         shadow = train_shadow(opened, index)
+        promises.append(promised(opened, shadow))
         members.append(shadow.included[looked_at].numpy())
         before = before or _before(opened, shadow, rows)  # the first broadcast is the same in all
         for name, values in (before | _seen(opened, shadow, rows, holders)).items():
             seen.setdefault(name, []).append(values)
         watcher.say(f"shadow {index + 1} of {shadows} is trained and looked at")
-    epsilon, delta = _promised(opened)
+    epsilon, delta = max(promises), opened.run.config.privacy.delta
     table = [
         {
             "observer": observer,
@@ -91,22 +95,36 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         "controls": {
             "bag of words, blind": asdict(told(*_blind(rows, members))),
             "before any tuning": asdict(told([-seen["outsider before"][0]] * shadows, members)),
+            "who was in the shadow before": asdict(told(seen["server"], [members[-1], *members[:-1]])),
         },
+        "power": asdict(_power(opened, rows)),
     }
     write_json(opened.run.path / MEMBERSHIP, figures)
     return figures
 
 
-def _promised(opened: Opened) -> tuple[float, float]:
-    path = opened.run.path / STATEMENT
-    statement = opened.run.read_json(path) if path.exists() else {}
-    private = statement.get("unit") == "example"
-    return (float(statement["epsilon"]) if private else float("inf")), float(statement.get("delta", 0.0))
-
-
 def _before(opened: Opened, shadow: Shadow, rows: list[Encoded]) -> dict[str, Numbers]:
     """The losses of each row (N,) before any tuning."""
     return {f"{name} before": _losses(opened, name, shadow.broadcasts[0], rows) for name in ("outsider", "client")}
+
+
+def _power(opened: Opened, rows: list[Encoded]) -> Told:
+    """Whether the audit sees what is there: a prompt that has learned half of some rows by heart, and how far the loss of each fell."""
+    rng = random.Random(derive_seed(opened.run.config.seed, "power"))
+    drawn = rng.sample(rows, min(LEARNED, len(rows) // 2 * 2))
+    inside = [index % 2 == 0 for index in range(len(drawn))]
+    prompt = opened.sides.clients.party(opened.holders[0]).prompt
+    before = losses_under(opened.auxiliary, prompt, opened.start, drawn)
+    learned = [row for row, there in zip(drawn, inside, strict=True) if there]
+    batches = training_batches(learned, steps=LEARNING, batch_size=len(learned), seed=opened.run.config.seed)
+    fit(
+        prompt.trained(),
+        lambda batch: answer_loss(opened.auxiliary, prompt.prefix(opened.auxiliary), batch.to(opened.auxiliary.device)),
+        batches,
+        Optimisation(0.1),
+    )
+    after = losses_under(opened.auxiliary, prompt, prompt.payload(), drawn)
+    return told([(before - after).double().numpy()], [np.array(inside)])
 
 
 def _losses(opened: Opened, observer: str, payload: Payload, rows: list[Encoded]) -> Numbers:
@@ -151,7 +169,7 @@ def _scores(seen: dict[str, list[Numbers]], members: list[Marks]) -> dict[tuple[
         scores[observer, "loss"] = [-after for after in seen[observer]]
         scores[observer, "calibrated"] = fell
         scores[observer, "LiRA"] = likelihood_ratios(fell, members)
-        scores[observer, "RMIA"] = relative_ratios(seen[observer], members)
+        scores[observer, "RMIA"] = relative_ratios(seen[observer])
     for observer in ("server", "server, sums"):
         scores[observer, "cosine"] = seen[observer]
         scores[observer, "cosine, LiRA"] = likelihood_ratios(seen[observer], members)
@@ -162,8 +180,8 @@ def _scores(seen: dict[str, list[Numbers]], members: list[Marks]) -> dict[tuple[
 
 def likelihood_ratios(values: list[Numbers], members: list[Marks]) -> list[Numbers]:
     """LiRA, online, each shadow the target once: log of how much likelier a value is with the record than without, by the other shadows. With so few shadows
-    the variance is one for all records."""
-    table, marks = np.stack(values), np.stack(members)
+    the variance is one for all records; what a shadow's values have in common says nothing of any of them, and is taken out."""
+    table, marks = np.stack([some - np.median(some) for some in values]), np.stack(members)
     scores = []
     for target in range(len(table)):
         rest = np.arange(len(table)) != target
@@ -178,7 +196,7 @@ def likelihood_ratios(values: list[Numbers], members: list[Marks]) -> list[Numbe
     return scores
 
 
-def relative_ratios(losses: list[Numbers], members: list[Marks]) -> list[Numbers]:
+def relative_ratios(losses: list[Numbers]) -> list[Numbers]:
     """RMIA, online: how likely a record is under the target, against its mean over the other shadows, ranked among all records."""
     table = np.exp(-np.stack(losses))
     scores = []

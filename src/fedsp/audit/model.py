@@ -16,29 +16,34 @@ from fedsp.audit.shadows import Opened, open_audited
 from fedsp.audit.tables import MODEL
 from fedsp.auxiliary import AuxiliaryModel, disclosed_share, empty_auxiliary, nearly_disclosed_share
 from fedsp.data.encoding import training_batches
+from fedsp.errors import RunError
 from fedsp.fitting import Optimisation, fit, states_loss, trainable
 from fedsp.models import PromptedLM, pad
 from fedsp.rounds import derive_seed
-from fedsp.server import Watcher, public_sequences, score_test
+from fedsp.server import Watcher, public_sequences, score_test, unread_sequences
 from fedsp.storage import write_json
 
 HELD_BACK = 32
-"""Sequences of public text that no attacker trains on."""
+"""Sequences of public text that neither the distillation nor an attacker has read: figures on what the package was fitted to would flatter it."""
 
 
 def audit_model(folder: Path, *, steps: Sequence[int] = (0, 30, 120), watcher: Watcher | None = None) -> dict[str, Any]:
     """The audit of a finished run, also written to its `model.json`. `steps` are those of an attacker who trains on with public text.
 
     Raises:
-        RunError: there is no finished run of FedSP with simulated clients.
+        RunError: there is no finished run of FedSP with simulated clients, or no public text that was not read, or no test questions with choices.
     """
     watcher = watcher or Watcher()
     opened = open_audited(folder, watcher)
+    if "answer_loss" not in opened.run.result().get("test", {}):
+        raise RunError(f"{folder} was not measured on test questions with choices, so no gap can be measured: name data.test")
     auxiliary, model = opened.auxiliary, opened.server.model
     assert isinstance(auxiliary, AuxiliaryModel)
-    texts = public_sequences(opened.server)
-    random.Random(derive_seed(opened.run.config.seed, "model audit")).shuffle(texts)
-    held, public = texts[:HELD_BACK], texts[HELD_BACK:]
+    held, public = unread_sequences(opened.server, HELD_BACK), public_sequences(opened.server)
+    if len(held) < HELD_BACK:
+        raise RunError(
+            f"{folder}: the distillation has read all public text but {len(held)} sequences, the audit needs {HELD_BACK} that it has not: lower distill.sequences, or add text"
+        )
     figures: dict[str, Any] = {
         "embeddings": auxiliary.embeddings,
         "plan": opened.run.config.auxiliary.plan,
@@ -122,8 +127,6 @@ def _gap(opened: Opened) -> dict[str, float]:
         "client_alone_loss": alone["answer_loss"],
         "federated_loss": federated["answer_loss"],
         "gap": alone["answer_loss"] - federated["answer_loss"],
-        "client_alone_accuracy": alone["accuracy"],
-        "federated_accuracy": federated["accuracy"],
     }
 
 

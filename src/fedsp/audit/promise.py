@@ -3,22 +3,30 @@ client level, canary clients beside the real ones."""
 
 from __future__ import annotations
 
+import math
 import random
-from dataclasses import asdict
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedsp.audit.epsilon import estimated_epsilon, lower_bound, spheres
-from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, open_audited, train_shadow
+from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, open_audited, promised, train_shadow
 from fedsp.audit.tables import EPSILON
 from fedsp.errors import RunError
-from fedsp.payload import PROMPT, as_row, from_row
-from fedsp.privacy import private_mean
-from fedsp.rounds import derive_seed
+from fedsp.experiment import rules_of
+from fedsp.federation import Standing, federate
+from fedsp.fitting import Optimisation
+from fedsp.methods.base import Averaging, Stage
+from fedsp.parties import Party
+from fedsp.payload import as_row, from_row
+from fedsp.privacy import LEDGER, Ledger
+from fedsp.rounds import Request, Update, derive_seed
+from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
-from fedsp.statement import STATEMENT
 from fedsp.storage import write_json
 
 CANARIES = 1000
@@ -37,15 +45,14 @@ def audit_epsilon(folder: Path, *, watcher: Watcher | None = None) -> dict[str, 
     unit, delta = opened.run.config.privacy.unit, opened.run.config.privacy.delta
     if unit == "none":
         raise RunError(f"{folder} promises nothing: privacy.unit is 'none', so there is no epsilon to hold it to")
-    promised = float(opened.run.read_json(opened.run.path / STATEMENT)["epsilon"])
-    scores, included, about = _example_level(opened, watcher) if unit == "example" else _client_level(opened)
+    promise, scores, included, about = _example_level(opened, watcher) if unit == "example" else _client_level(opened)
     bound = lower_bound(scores, included, delta=delta)
-    figures = {"unit": unit, "promised": promised, "broken": bound.epsilon > promised, **asdict(bound), **about}
+    figures = {"unit": unit, "promised": promise, "broken": bound.epsilon > promise, **asdict(bound), **about}
     write_json(opened.run.path / EPSILON, figures)
     return figures
 
 
-def _example_level(opened: Opened, watcher: Watcher) -> tuple[list[float], list[bool], dict[str, Any]]:
+def _example_level(opened: Opened, watcher: Watcher) -> tuple[float, list[float], list[bool], dict[str, Any]]:
     if len(opened.rows) < CANARIES:
         raise RunError(
             f"{opened.run.path} has {len(opened.rows)} examples at its clients: the audit needs {CANARIES} canaries, and takes the examples themselves"
@@ -60,33 +67,40 @@ def _example_level(opened: Opened, watcher: Watcher) -> tuple[list[float], list[
         cosines = alignment(opened.auxiliary, prompt, shadow.broadcasts[number], changes_of(shadow, number, clients), rows)
         total += cosines.gather(1, holder)[:, 0]
     return (
+        promised(opened, shadow),
         total.tolist(),
         shadow.included.tolist(),
         {"canaries_are": "the clients' own examples", "score": "cosine with the client's updates, summed over rounds"},
     )
 
 
-def _client_level(opened: Opened) -> tuple[list[float], list[bool], dict[str, Any]]:
-    """Canary clients on a sphere, the same ones in every round, through the run's own clipping, sum and noise."""
+def _client_level(opened: Opened) -> tuple[float, list[float], list[bool], dict[str, Any]]:
+    """Canary clients on a sphere, who answer whenever they are asked, in a federation by the run's own rules: its draw, admission, clipping, sum, noise and ledger."""
     config = opened.run.config
-    ledger = opened.run.read_json(opened.run.path / STATEMENT)
-    sent = opened.sides.method.init(opened.sides.clients.party(min(opened.holders)))
-    start = as_row(sent)
-    bound, noise, rounds = config.privacy.clip, float(ledger["noise_multiplier"]), int(ledger["releases"])
     seed = derive_seed(config.seed, "canary clients")
-    rows = spheres(CANARIES, len(start), bound, seed)
+    rows = spheres(CANARIES, len(as_row(opened.start)), config.privacy.clip, seed)
     coins = random.Random(seed)
     included = [coins.random() < 0.5 for _ in rows]
-    replies = {str(index): from_row(start + row, sent) for index, (row, there) in enumerate(zip(rows, included, strict=True)) if there}
-    total = torch.zeros_like(start)
-    for _ in range(rounds):
-        total += as_row(private_mean(sent, replies, bound=bound, noise_multiplier=noise, expected=float(len(opened.sides.clients.register)))) - start
-    cosines = (rows @ total / (bound * total.norm())).tolist()
+    register = {str(index): 1 for index, there in enumerate(included) if there}
+
+    def exchange(requests: list[Request]) -> Iterable[Update]:
+        for request in requests:
+            yield Update(request.round, request.client, from_row(as_row(request.payload) + rows[int(request.client)], request.payload))
+
+    with tempfile.TemporaryDirectory(prefix="fedsp-canaries-") as temporary:
+        run = RunDirectory.create(config.model_copy(update={"output": temporary, "validation": config.validation.model_copy(update={"by": "none"})}))
+        rules = replace(rules_of(run.config, run, len(opened.sides.clients.register)), max_change=math.inf)
+        server = Party("server", opened.sides.model, opened.sides.tuned, [], run.rest("server"))
+        nothing = Stage(0, 1, Optimisation(0.0))
+        begin = Standing(0, opened.start, opened.start, 0, None)
+        final = federate(Averaging(nothing, nothing), server, register, exchange, rules, standing=begin, validate=lambda payload: 0.0, keep=lambda *_: None)
+        promise = Ledger(run.path / LEDGER).epsilon(config.privacy.delta)
+    total = as_row(final.payload) - as_row(opened.start)
+    cosines = (rows @ total / (config.privacy.clip * total.norm())).tolist()
     inside = [cosine for cosine, there in zip(cosines, included, strict=True) if there]
     about = {
-        "canaries_are": "clients on a sphere, in every round",
+        "canaries_are": "clients on a sphere, who answer whenever they are asked",
         "score": "cosine with the sum of the releases",
-        "estimate": estimated_epsilon(inside, len(start), delta=config.privacy.delta),
-        "numbers": sum(tensor.numel() for name, tensor in sent.items() if name == PROMPT),
+        "estimate": estimated_epsilon(inside, len(total), delta=config.privacy.delta),
     }
-    return cosines, included, about
+    return promise, cosines, included, about

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2112.03570). Only prompts are trained, so a shadow costs a
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsp.clients import open_clients
+from fedsp.clients import agreement_of, example_privacy, open_clients
 from fedsp.data.encoding import Encoded, collate, encode_targets
 from fedsp.data.partition import Partition
 from fedsp.engines.local import local
@@ -25,6 +26,7 @@ from fedsp.models import PromptedLM
 from fedsp.parties import Party
 from fedsp.payload import Payload, as_row
 from fedsp.per_example import example_gradients, example_losses
+from fedsp.privacy import epsilon
 from fedsp.prompts import SoftPrompt
 from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed
 from fedsp.runs import RunDirectory
@@ -34,13 +36,14 @@ from fedsp.sides import Sides, open_sides
 
 @dataclass(frozen=True)
 class Opened:
-    """A finished run of FedSP with everything needed to run it again, and the rows that its clients hold, each with its holder."""
+    """A finished run of FedSP with everything needed to run it again, the rows that its clients hold, each with its holder, and the prompt that it began with."""
 
     run: RunDirectory
     server: Server
     sides: Sides
     rows: list[int]
     holders: list[str]
+    start: Payload
 
     @property
     def auxiliary(self) -> PromptedLM:
@@ -72,11 +75,13 @@ def open_audited(folder: Path, watcher: Watcher) -> Opened:
     server = open_server(config, load_questions(config, run.partition()))
     sides = open_sides(server, run, watcher, None)
     held = [(row, client) for client, rows in sorted(server.questions.partition.clients.items()) for row in rows]
-    return Opened(run, server, sides, [row for row, _ in held], [client for _, client in held])
+    start = {name: tensor.clone() for name, tensor in sides.tuned.payload().items()}
+    return Opened(run, server, sides, [row for row, _ in held], [client for _, client in held], start)
 
 
-def train_shadow(opened: Opened, index: int) -> Shadow:
-    """One shadow: each row is in with one half, drawn from the run's seed and the shadow's number; everything else is the run's own."""
+def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shadow:
+    """One shadow: each row is in with one half, drawn from the run's seed and the shadow's number; everything else is the run's own, in all its rounds or in the first
+    few. All start from one prompt, whatever was tried in between."""
     config, server = opened.run.config, opened.server
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "shadow", index))
     included = torch.rand(len(opened.rows), generator=generator) < 0.5
@@ -109,9 +114,27 @@ def train_shadow(opened: Opened, index: int) -> Shadow:
         party = Party("server", opened.sides.model, opened.sides.tuned, own, run.rest("server"))
         observed: Exchange = exchange
         rules = rules_of(seeded, run, len(clients.register))
+        rules = replace(rules, rounds=min(rounds or rules.rounds, rules.rounds))
         keep: Callable[[Standing, RoundRecord], None] = lambda standing, record: None
-        final = federate(opened.sides.clients.method, party, clients.register, observed, rules, standing=None, validate=lambda payload: 0.0, keep=keep)
+        begin = Standing(0, opened.start, opened.start, 0, None)
+        final = federate(opened.sides.clients.method, party, clients.register, observed, rules, standing=begin, validate=lambda payload: 0.0, keep=keep)
     return Shadow(included, [*broadcasts, final.payload], updates)
+
+
+def promised(opened: Opened, shadow: Shadow) -> float:
+    """The epsilon that a shadow run itself promises of an example, for the halves that its clients hold; infinite where it promises none."""
+    config = opened.run.config
+    privacy = example_privacy(agreement_of(config, opened.server.max_tokens))
+    if privacy is None:
+        return math.inf
+    spent = [0.0]
+    for client in sorted(set(opened.holders)):
+        size = sum(there for there, holder in zip(shadow.included.tolist(), opened.holders, strict=True) if holder == client)
+        rounds = sum(client in said for said in shadow.updates)
+        if size and rounds:
+            steps = privacy.steps(size, config.client.batch_size, config.client.speak_steps)
+            spent.append(epsilon((replace(steps.release, count=rounds * steps.count),), privacy.delta, 1e-3))
+    return max(spent)
 
 
 def encoded_rows(opened: Opened) -> list[Encoded]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-
-from fedsp.audit.epsilon import clopper_pearson
 
 Numbers = NDArray[np.float64]
 Marks = NDArray[np.bool_]
@@ -22,7 +21,6 @@ class Told:
     auc: tuple[float, float, float]
     hits_at_1: tuple[float, float, float] | None
     hits_at_01: tuple[float, float, float] | None
-    balanced_accuracy: float
 
 
 def auc(scores: Numbers, members: Marks) -> float:
@@ -37,45 +35,37 @@ def auc(scores: Numbers, members: Marks) -> float:
     return float((ranks[members].sum() - inside * (inside + 1) / 2) / (inside * outside)) if inside and outside else math.nan
 
 
-def hits_at(scores: Numbers, members: Marks, false_alarms: float) -> tuple[float, float, float] | None:
-    """The share of members above a threshold that this share of the others passes, with its Clopper-Pearson interval.
-
-    None with fewer than ten others above the threshold: the threshold itself would be a guess.
-    """
+def hits_at(scores: Numbers, members: Marks, false_alarms: float) -> float | None:
+    """The share of members above a threshold that this share of the others passes; None with fewer than ten others above it: the threshold would be a guess."""
     others = np.sort(scores[~members])[::-1]
     allowed = math.floor(false_alarms * len(others))
-    if allowed < 10:
-        return None
-    hits, inside = int((scores[members] > others[allowed]).sum()), int(members.sum())
-    return (hits / inside, *clopper_pearson(hits, inside, 0.025))
+    return float((scores[members] > others[allowed]).mean()) if allowed >= 10 else None
 
 
 def told(scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int = 200, seed: int = 0) -> Told:
-    """The figures over all targets together; scores (targets of N). The interval of the AUC is by a bootstrap over records, whose scores under several
-    targets belong together; an AUC is the mean over targets. The false alarms at 0.1 % need 10,000 others that are independent, so that many records."""
+    """The figures over all targets together; scores (targets of N). An AUC is the mean over targets. The intervals are by a bootstrap over records, whose scores
+    under several targets belong together, with the threshold found anew each time. 0.1 % of false alarms needs 10,000 others that are independent, so that many
+    records."""
     table, marks = np.stack(scores), np.stack(members)
     rng = np.random.default_rng(seed)
+    whole = np.arange(table.shape[1])
+    drawn = [rng.choice(whole, len(whole)) for _ in range(resamples)]
 
-    def mean(columns: NDArray[np.int64]) -> float:
+    def mean_auc(columns: NDArray[np.int64]) -> float:
         return float(np.nanmean([auc(row[columns], mark[columns]) for row, mark in zip(table, marks, strict=True)]))
 
-    whole = np.arange(table.shape[1])
-    drawn = sorted(mean(rng.choice(whole, len(whole))) for _ in range(resamples))
-    flat, inside = table.ravel(), marks.ravel()
-    independent = table.shape[1] // 2
-    return Told(
-        (mean(whole), drawn[int(0.025 * resamples)], drawn[int(0.975 * resamples) - 1]),
-        hits_at(flat, inside, 0.01) if independent >= 1000 or len(flat) >= 2000 else None,
-        hits_at(flat, inside, 0.001) if independent >= 10_000 else None,
-        _balanced_accuracy(flat, inside),
-    )
+    def hits(false_alarms: float, columns: NDArray[np.int64]) -> float | None:
+        return hits_at(table[:, columns].ravel(), marks[:, columns].ravel(), false_alarms)
 
+    def interval(measure: Callable[[NDArray[np.int64]], float | None]) -> tuple[float, float, float] | None:
+        value, spread = measure(whole), sorted(one for columns in drawn if (one := measure(columns)) is not None)
+        if value is None or not spread:
+            return None
+        return value, spread[int(0.025 * len(spread))], spread[int(0.975 * len(spread)) - 1]
 
-def _balanced_accuracy(scores: Numbers, members: Marks) -> float:
-    order = np.argsort(-scores, kind="stable")
-    hits = np.cumsum(members[order]) / max(1, members.sum())
-    alarms = np.cumsum(~members[order]) / max(1, (~members).sum())
-    return float(((hits + 1 - alarms) / 2).max())
+    found = interval(mean_auc)
+    assert found is not None
+    return Told(found, interval(partial(hits, 0.01)), interval(partial(hits, 0.001)) if table.shape[1] >= 20_000 else None)
 
 
 def ceiling(epsilon: float, delta: float, false_alarms: float) -> float:

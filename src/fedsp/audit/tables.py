@@ -32,7 +32,6 @@ def membership_tables(figures: Mapping[str, Any]) -> Tables:
         return head | {
             "AUC": _interval(found["auc"], "{:.3f}"),
             "members found at 1 % false alarms": _interval(found["hits_at_1"], "{:.1%}"),
-            "balanced accuracy": f"{found['balanced_accuracy']:.1%}",
             **limits,
         }
 
@@ -41,7 +40,8 @@ def membership_tables(figures: Mapping[str, Any]) -> Tables:
     )
     return {
         title: [row({"who": found["observer"], "attack": found["attack"]}, found) for found in figures["rows"]],
-        "controls (a valid audit has an AUC of 0.5 in both)": [row({"control": name}, found) for name, found in figures["controls"].items()],
+        "controls (a valid audit has an AUC of 0.5 in all of them)": [row({"control": name}, found) for name, found in figures["controls"].items()],
+        "power (a valid audit has an AUC near 1)": [row({"control": "half of some examples learned by heart"}, figures["power"])],
     }
 
 
@@ -51,14 +51,16 @@ def inversion_tables(figures: Mapping[str, Any]) -> Tables:
         {
             "what is seen": found["level"],
             "attack": found["attack"],
-            "tokens read back": f"{found['tokens']:.0%}",
-            "whole texts": "-" if found["texts"] is None else f"{found['texts']:.0%}",
+            "tokens read back": _interval(found["tokens"], "{:.0%}") if found["read"] > 1 else f"{found['tokens'][0]:.0%}",
+            "whole texts": "-" if found["texts"] is None else _interval(found["texts"], "{:.0%}"),
+            "ROUGE-L": "-" if found["rouge"] is None else f"{found['rouge']:.2f}",
             "by guessing": f"{found['guess']:.0%}",
+            "read": found["read"],
         }
         for found in figures["rows"]
     ]
     candidates = figures["candidates"]
-    picked = {"texts": int(candidates["texts"]), "the right one of ten": f"{candidates['right']:.0%}", "by guessing": f"{candidates['guess']:.0%}"}
+    picked = {"texts": candidates["texts"], "the right one of ten": _interval(candidates["right"], "{:.0%}"), "by guessing": f"{candidates['guess']:.0%}"}
     return {"tokens read back out of a prompt's change": rows, "ten plausible texts, one of them trained on, and a client's update": [picked]}
 
 

@@ -60,7 +60,8 @@ class Task:
         except KeyError as error:
             raise DataError(f"{where} has no field {error}: a {self.name} row {_SCHEMA.get(self.name, _SCHEMA['multiple_choice'])}") from error
         except (TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
-            raise DataError(f"{where} cannot be read as a {self.name} row ({error}): it {_SCHEMA.get(self.name, _SCHEMA['multiple_choice'])}") from error
+            why = error if isinstance(error, TypeError) else "a value is not one that it can have"  # a TypeError speaks of types, the others may quote the text
+            raise DataError(f"{where} cannot be read as a {self.name} row ({why}): it {_SCHEMA.get(self.name, _SCHEMA['multiple_choice'])}") from error
         if not choices or any(not isinstance(choice, str) or not choice.strip() for choice in choices):
             raise DataError(f"{where} has no choices, or an empty one")
         if any(not 0 <= index < len(choices) for index in gold) or not gold:
@@ -86,13 +87,13 @@ def _continuation(row: Row) -> tuple[str, list[str], list[int]]:
 
 def _list(choices: object) -> list[str]:
     if not isinstance(choices, list):
-        raise TypeError(f"choices is {choices!r}, not a list")
+        raise TypeError(f"choices is a {type(choices).__name__}, not a list")
     return choices
 
 
 def _index(answer: object) -> int:
     if isinstance(answer, bool) or not isinstance(answer, int):
-        raise TypeError(f"answer is {answer!r}, not an index")
+        raise TypeError(f"answer is a {type(answer).__name__}, not an index")
     return answer
 
 

@@ -38,7 +38,7 @@ from fedsp.privacy import LEDGER, Ledger
 from fedsp.prompts import PromptSpec
 from fedsp.rounds import Request
 from fedsp.server import Watcher
-from fedsp.storage import write_json
+from fedsp.storage import locked, write_json
 from fedsp.wire import END, ROOM
 
 GOODBYE = 4.0
@@ -146,6 +146,8 @@ def join(party: PartyConfig, watcher: Watcher) -> int:
             raise ConfigurationError(f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp federation init` made for this client")
     require_pinning()
     with ExitStack() as stack:
+        if not stack.enter_context(locked(Path(party.state) / "lock", wait=False)):
+            raise ConfigurationError(f"state: another `fedsp join` works in {party.state}: wait for it, or give this one a folder of its own")
         listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
         place = Path(party.state) / "flower"

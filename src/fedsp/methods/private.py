@@ -43,6 +43,8 @@ class PrivateAnswers:
         if given and _same(part(given, "asked"), request.payload):
             return Update(request.round, client.id, part(given, "answer"))
         for work in self.method.work(client, "client"):
+            if work.stage.privacy is None:
+                raise PolicyError(f"the stage {work.name!r} has no differential privacy, so no answer of this round would be private")
             release = self.privacy.steps(len(client.examples), work.stage.batch_size, work.stage.steps).release
             for budget, run in ((self.privacy.epsilon or math.inf, request.run), (client.most, None)):
                 if math.isfinite(budget) and client.ledger.epsilon(self.privacy.delta, release, run=run) > budget:
