@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from fedsp import commands
+from fedsp import commands, privacy
 from fedsp.audit import inverting, matching
 from fedsp.audit.auditing import audit
 from fedsp.audit.inversion import Dictionary, gradient_rows, key_dictionary, matching_pursuit, read_back, recall, recall_of, residual_dictionary, span_test
 from fedsp.audit.levels import Looked, guess
 from fedsp.audit.membership import audit_membership, likelihood_ratios, relative_ratios
 from fedsp.audit.model import linear_cka
+from fedsp.audit.promise import audit_epsilon
 from fedsp.audit.shadows import encoded_rows, losses_under, open_audited, train_shadow
 from fedsp.audit.statistics import auc, auc_ceiling, ceiling, hits_at, told
 from fedsp.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
@@ -27,7 +28,7 @@ from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import AuxiliaryError, ConfigurationError, RunError
 from fedsp.loading import load_tokenizer
 from fedsp.per_example import example_gradients
-from fedsp.privacy import clipped_sum, noised_mean
+from fedsp.privacy import clipped_sum, gaussian, noised_mean
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.report import write_report
 from fedsp.server import EMBEDDED, Watcher
@@ -200,11 +201,20 @@ def test_every_audit_of_a_private_run_and_its_report(tmp_path: Path, monkeypatch
         audit(folder, only="memership")
 
 
-def test_the_epsilon_of_a_client_level_run_is_not_refuted(tmp_path: Path) -> None:
-    changes = {"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5}, "round": {"rounds": 3, "weighting": "uniform", "min_clients": 0}}
+def test_the_epsilon_of_a_client_level_run_is_not_refuted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {
+        "privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5},
+        "round": {"rounds": 3, "weighting": "uniform", "min_clients": 0},
+    }
     folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
     (row,) = next(iter(audit(folder, only="epsilon")["epsilon"].values()))
     assert row["verdict"] == "not refuted" and float(row["promised epsilon"]) > float(row["at least, at 95 %"])
+    sampled = {**changes, "round": {**changes["round"], "rounds": 20, "clients": 1}, "privacy": {**changes["privacy"], "noise_multiplier": 4.0}}
+    folder = Path(commands.run(settings(tmp_path / "sampled", **sampled))["folder"])
+    figures = audit_epsilon(folder)
+    assert not figures["broken"] and figures["epsilon"] < figures["promised"]
+    monkeypatch.setattr(privacy, "gaussian", lambda shape: gaussian(shape) / 50)
+    assert audit_epsilon(folder)["broken"], "the audit goes through the run's own clipping, sum and noise"
     plain = Path(commands.run(settings(tmp_path / "plain"))["folder"])
     with pytest.raises(RunError, match="promises nothing"):
         audit(plain, only="epsilon")

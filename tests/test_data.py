@@ -114,6 +114,7 @@ def test_files_in_every_form(tmp_path: Path) -> None:
         ('{"question": "q", "choices": ["a", "b"], "answer": 2}', "line 1 has answer 2 but 2 choices: expected an index from 0 to 1"),
         ('{"question": "q", "choices": ["a", "b"], "answer": -1}', "line 1 has answer -1"),
         ('{"question": "q", "choices": ["a", "b"], "answer": "b"}', "line 1 cannot be read.*answer is a str, not an index"),
+        ('{"question": "q", "choices": "Anna Q has it", "answer": 0}', "line 1 cannot be read.*choices is a str, not a list"),
         ('{"question": "q", "choices": ["a"]}', "line 1 has no field 'answer'.*needs question"),
         ('{"question": "q", "choices": ["a", " "], "answer": 0}', "line 1 has no choices, or an empty one"),
     ],
@@ -121,8 +122,9 @@ def test_files_in_every_form(tmp_path: Path) -> None:
 def test_bad_rows_are_named_by_line(tmp_path: Path, content: str, sentence: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(DataError, match=sentence) as error:
         examples_of(TASKS["multiple_choice"], read_rows(path))
+    assert "Anna" not in str(error.value), "no example text is in an error"
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

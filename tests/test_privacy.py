@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import tiny_model
-from fedsp import commands, privacy
+from fedsp import commands, experiment, privacy, private_fitting
+from fedsp.algorithm import FedSP
 from fedsp.clients import agreement_of, make_method
-from fedsp.config_file import make_config
+from fedsp.config import Agreement, PolicySection
+from fedsp.config_file import make_config, validated
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import ConfigurationError, PolicyError, PrivacyError, StorageError
 from fedsp.fitting import Optimisation
+from fedsp.methods.private import PrivateAnswers
 from fedsp.parties import Party, Rest
 from fedsp.payload import PROMPT, Payload, as_row
 from fedsp.per_example import example_gradients, example_losses
@@ -31,6 +34,8 @@ from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import Request
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
+from fedsp.statement import privacy_statement
+from fedsp.storage import locked
 from test_run import settings
 
 DELTA = 1e-5
@@ -151,11 +156,30 @@ def test_a_lot_is_divided_by_what_was_expected_and_an_empty_one_releases_noise()
     assert private_gradient(model, prompt, [], 40, replace(quiet, noise_multiplier=1e-6)).all()
 
 
-def test_a_broken_example_does_not_stop_a_private_fit() -> None:
+def test_a_broken_example_does_not_stop_a_private_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2")
     prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.zeros(3, 4, 2, 4, 8))
+    broken = 0
+
+    def one_is_not_a_number(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal broken
+        losses, each = example_gradients(*arguments)
+        each[0] = torch.nan
+        broken += 1
+        return losses, each
+
+    monkeypatch.setattr(private_fitting, "example_gradients", one_is_not_a_number)
     fitted = fit_privately(model, prompt, [Encoded((5, 6, 7), 2)] * 9, PrivateSteps(1.0, 1.0, 0.3, 4), Optimisation(1e-2))
-    assert fitted.losses == [] and torch.isfinite(prompt.values()).all() and prompt.values().any()
+    assert broken and fitted.losses == [] and torch.isfinite(prompt.values()).all() and prompt.values().any()
+
+
+def test_a_lock_is_for_one(tmp_path: Path) -> None:
+    with locked(tmp_path / "state" / "lock", wait=False) as mine:
+        assert mine
+        with locked(tmp_path / "state" / "lock", wait=False) as theirs:
+            assert not theirs
+    with locked(tmp_path / "state" / "lock", wait=False) as again:
+        assert again
 
 
 def test_a_ledger_is_on_the_disk_first_and_a_torn_line_is_no_release(tmp_path: Path) -> None:
@@ -246,7 +270,66 @@ def test_what_would_break_the_promise_is_refused(tmp_path: Path, changes: dict[s
     assert sentence in str(error.value)
 
 
-def test_a_delta_that_promises_nothing_is_refused() -> None:
+def test_a_client_refuses_what_would_break_the_promise_whoever_signed_it(tmp_path: Path) -> None:
+    """The same sentences from the agreement that comes with a package, and where a stage of a private method promises nothing, no answer."""
+    config = make_config(settings(tmp_path, privacy={"unit": "example", "epsilon": 1.0}))
+    honest = agreement_of(config, 64)
+    for changes, sentence in (
+        ({"client": honest.client.model_dump() | {"align_steps": 10}}, "client.align_steps: alternating training lets every example"),
+        ({"clients_validate": True}, "validation.by: what clients say"),
+        ({"prompt": honest.prompt.model_dump() | {"projection": 8}}, "prompt.projection: private steps"),
+        ({"privacy": {"unit": "example"}}, "privacy.epsilon: set it, or privacy.noise_multiplier"),
+    ):
+        with pytest.raises(ConfigurationError) as error:
+            validated(Agreement, honest.model_dump() | changes, "agreement.json")
+        assert sentence in str(error.value)
+    method = make_method(honest, None)
+    assert isinstance(method, PrivateAnswers) and isinstance(method.method, FedSP)
+    leaking = replace(method, method=replace(method.method, align=replace(method.method.align, steps=1)))
+    model = tiny_model("gpt2")
+    prompt = SoftPrompt(PromptSpec("residual", 4, model.shape), torch.zeros(4, 4, 32))
+    party = Party("a", model, prompt, [Encoded((5, 6, 7, 8), 2)] * 20, Rest(tmp_path / "rest"), ledger=Ledger(tmp_path / privacy.LEDGER))
+    with pytest.raises(PolicyError, match="the stage 'align' has no differential privacy"):
+        leaking.client_update(party, Request("run", 1, "a", 7, {PROMPT: torch.zeros(4, 4, 32)}))
+    with pytest.raises(ConfigurationError, match=r"policy.max_epsilon: .* asks for nothing without it"):
+        validated(PolicySection, {"require_differential_privacy": True}, "party.toml")
+
+
+def test_where_clients_are_elsewhere_their_own_ledgers_are_what_is_stated(tmp_path: Path) -> None:
+    """The server's register says how much a prompt weighs, not how many examples there are."""
+    values = settings(tmp_path, privacy={"unit": "example", "epsilon": 2.0})
+    del values["partition"]
+    for promise, stated in (({"epsilon": 2.0}, 2.0), ({"noise_multiplier": 1.0}, None)):
+        config = make_config({**values, "output": str(tmp_path / str(stated)), "privacy": {"unit": "example", **promise}, "federation": {"folder": "."}})
+        statement = privacy_statement(RunDirectory.create(config), {"a": 1, "b": 100_000}, 64)
+        assert statement is not None and statement["epsilon"] == stated and statement["by"] == "each client's own ledger"
+        assert ("epsilon = 2 at" if stated else "an epsilon that only its own ledger knows at") in statement["sentence"]
+
+
+def test_a_statement_is_never_behind_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunDirectory, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        commands.run(settings(tmp_path, **EXAMPLE))
+    assert json.loads((tmp_path / "run" / "privacy_statement.json").read_text())["releases"] == 2
+
+
+@pytest.mark.parametrize("changes", [EXAMPLE, CLIENT])
+def test_costs_are_measured_on_nobodys_text(tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[set[Encoded]] = []
+
+    def measure(method: object, party: Party, *_: object, **__: object) -> dict[str, float]:
+        measured.append(set(party.examples))
+        return {}
+
+    monkeypatch.setattr(experiment, "measure", measure)
+    folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
+    clients = RunDirectory.open(folder).partition()
+    assert clients and len(measured) == 2 and len(measured[1]) == 12, "the twelve validation questions, not what a client holds"
+
+
+def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PrivacyError, match=r"privacy.delta = 0.5 is no promise for 3 clients"):
+        commands.run(settings(tmp_path, **(CLIENT | {"privacy": {**CLIENT["privacy"], "delta": 0.5}})))
     with pytest.raises(PrivacyError, match=r"privacy.delta = 0.1 is no promise for 20 examples"):
         ExamplePrivacy(1.0, 0.1, 3, epsilon=1.0).steps(20, 4, 2)
 

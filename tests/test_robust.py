@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedsp.aggregation import admit
 from fedsp.errors import TooFewClients
+from fedsp.federation import Standing, _gate, _Tried
 from fedsp.payload import Payload
 from fedsp.robust import LEAST, RULES, Robust, centred_clipping, geometric_median, krum, median, multi_krum, nearest_neighbour_mixing, trimmed_mean, trusted
 from fedsp.rounds import Request, Update
@@ -132,8 +133,47 @@ def test_the_order_of_arrival_changes_no_bit(rule: str) -> None:
     assert all(torch.equal(one[name], other[name]) for name in SENT)
 
 
-def test_centred_clipping_keeps_no_poison_between_rounds() -> None:
+def test_centred_clipping_equals_its_definition_and_bears_a_liar() -> None:
     honest = rows(9, 12, 6) * 0.1 + 1.0
     poisoned = torch.cat([honest, torch.full((1, 12), 1e30, dtype=torch.float64)])
-    centred_clipping(poisoned, 1)
-    assert float((centred_clipping(honest, 1) - honest.mean(dim=0)).norm()) < 0.2
+    for some in (honest, poisoned):
+        point = np.median(some.numpy(), axis=0)
+        for _ in range(3):
+            lengths = [float(np.linalg.norm(row - point)) for row in some.numpy()]
+            radius = sorted(lengths)[(len(lengths) - 1) // 2]
+            point = point + sum((row - point) * min(1.0, radius / length) for row, length in zip(some.numpy(), lengths, strict=True)) / len(some)
+        assert np.allclose(centred_clipping(some, 1).numpy(), point)
+        assert float((centred_clipping(some, 1) - honest.mean(dim=0)).norm()) < 0.2
+
+
+def test_less_than_one_liar_is_refused() -> None:
+    """A fifth of four clients is nobody: the rule would bear none and look as if it did."""
+    for rule, mixing in (("trimmed_mean", False), ("mean", True), ("krum", False)):
+        with pytest.raises(TooFewClients, match=r"malicious = 0.2 of 4 clients asked is less than one liar.*ask at least 5"):
+            Robust(rule, 0.2, mixing)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
+    Robust("mean", 0.2, norm_bound=2.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
+    Robust("trimmed_mean", 0.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
+    with pytest.raises(TooFewClients, match="6 replies are too few"):
+        Robust("krum", 0.4).liars_among(6)
+
+
+def test_the_gate_does_not_let_small_rises_add_up() -> None:
+    losses = {1.0: 1.0, 2.0: 1.04, 3.0: 1.08}
+    payload = {value: {"p": torch.tensor([value])} for value in losses}
+    validate = lambda some: losses[float(some["p"])]
+    standing = Standing(1, payload[2.0], payload[1.0], 0, 1.0)
+    assert _gate(Standing(0, payload[1.0], payload[1.0], 0, 1.0), payload[2.0], validate, 0.05).passed
+    assert not _gate(standing, payload[3.0], validate, 0.05).passed
+    assert not _gate(standing, payload[3.0], lambda some: float("nan"), 0.05).passed
+
+
+def test_a_prompt_is_tried_once() -> None:
+    tried: list[float] = []
+
+    def measure(payload: Payload) -> float:
+        tried.append(float(payload["p"]))
+        return tried[-1]
+
+    validate = _Tried(measure)
+    one, other = {"p": torch.tensor([1.0])}, {"p": torch.tensor([2.0])}
+    assert [validate(some) for some in (one, other, one, one, other)] == [1.0, 2.0, 1.0, 1.0, 2.0] and tried == [1.0, 2.0]
