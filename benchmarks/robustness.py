@@ -131,7 +131,7 @@ class World:
         assert loss is not None
         figures, _ = score_test(party.model, prefix, self.questions.test[:100], self.questions.task, self.server.tokenizer, self.server.max_tokens)
         found = {"loss": loss, "accuracy": figures["accuracy"]}
-        if attack == "backdoor":
+        if attack in ("backdoor", "none"):
             waited = [triggered(example) for example in self.questions.test[:100]]
             found["success"] = score_test(party.model, prefix, waited, self.questions.task, self.server.tokenizer, self.server.max_tokens)[0]["accuracy"]
         return found
@@ -194,7 +194,7 @@ def tables(output: Path) -> str:
         parts.append(
             f"### {partition}, {share:.0%} of the clients lie\n\n| defence | nobody lies | "
             + " | ".join(ATTACKS)
-            + " | backdoor succeeds | worst |\n"
+            + " | backdoor succeeds (nobody lies) | worst |\n"
             + "|---" * (len(ATTACKS) + 4)
             + "|"
         )
@@ -204,7 +204,8 @@ def tables(output: Path) -> str:
             known = [mean for mean, _ in means[1:] if mean is not None]
             worst = f"{max(known):.3f}" if len(known) == len(ATTACKS) else "n/a"
             success, spread = _mean(entries[-1], "success")
-            said = "n/a" if success is None else f"{success:.0%} ± {spread:.0%}"
+            before, _ = _mean(entries[0], "success")
+            said = "n/a" if success is None or before is None else f"{success:.0%} ± {spread:.0%} ({before:.0%})"
             parts.append(
                 f"| {defence} | " + " | ".join("n/a" if mean is None else f"{mean:.3f} ± {spread:.3f}" for mean, spread in means) + f" | {said} | {worst} |"
             )

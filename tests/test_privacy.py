@@ -22,7 +22,7 @@ from fedsp.clients import agreement_of, make_method
 from fedsp.config import Agreement, PolicySection
 from fedsp.config_file import make_config, validated
 from fedsp.data.encoding import Encoded, collate
-from fedsp.errors import ConfigurationError, PolicyError, PrivacyError, StorageError
+from fedsp.errors import ConfigurationError, DataError, PolicyError, PrivacyError, StorageError
 from fedsp.fitting import Optimisation
 from fedsp.methods.private import PrivateAnswers
 from fedsp.parties import Party, Rest
@@ -398,6 +398,12 @@ def test_no_text_of_a_client_is_in_any_file_of_a_run(tmp_path: Path) -> None:
     values = settings(tmp_path, **EXAMPLE)
     rows = [json.loads(line) for line in Path(values["data"]["train"]).read_text().splitlines()]
     Path(values["data"]["train"]).write_text("".join(json.dumps(row | {"question": f"{canary} {row['question']}"}) + "\n" for row in rows))
-    folder = Path(commands.run(values)["folder"])
+    said: list[str] = []
+    folder = Path(commands.run(values, watcher=Watcher(say=said.append))["folder"])
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 20 and not any(canary.encode() in path.read_bytes() for path in files)
+    assert said and not any(canary in line for line in said)
+    Path(values["data"]["train"]).write_text(json.dumps({"question": canary, "choices": canary, "answer": canary}) + "\n")
+    with pytest.raises(DataError) as error:
+        commands.run(values | {"output": str(tmp_path / "broken")})
+    assert canary not in str(error.value)

@@ -175,7 +175,7 @@ def audit(
     records: Annotated[
         Optional[int], typer.Option(min=20, help="The clients' examples that the membership audit looks at, at most; all of them if not given.")
     ] = None,
-    texts: Annotated[int, typer.Option(min=2, help="Single texts that the inversion audit tries to read back.")] = 20,
+    texts: Annotated[int, typer.Option(min=0, help="Single texts that the inversion audit tries to read back; 0: only the updates of the run.")] = 20,
     json_file: Json = None,
 ) -> None:
     """Measure what finished runs gave away: of the model to clients, of the text to the server and to others. `fedsp report` shows what was measured."""

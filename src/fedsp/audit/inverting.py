@@ -49,7 +49,8 @@ POSITIONS = 4
 
 
 def audit_inversion(folder: Path, *, examples: int = 20, watcher: Watcher | None = None) -> dict[str, Any]:
-    """The audit of a finished run, also written to its `inversion.json`: a row for each level of what is seen, with the share of tokens read back.
+    """The audit of a finished run, also written to its `inversion.json`: a row for each level of what is seen, with the share of tokens read back. `examples` are
+    texts that are looked at one by one; with none, only what the run's server sees is.
 
     Raises:
         RunError: there is no finished run of FedSP with simulated clients.
@@ -65,7 +66,8 @@ def audit_inversion(folder: Path, *, examples: int = 20, watcher: Watcher | None
     bodies = looked.bodies()
     drawn = rng.sample(bodies, min(examples, len(bodies)))
     table: list[dict[str, Any]] = []
-    for level in itertools.chain(_spans(looked, drawn, bodies), _matches(looked, drawn[: max(2, examples // 2)], bodies), _deployed(looked, shadow)):
+    alone = itertools.chain(_spans(looked, drawn, bodies), _matches(looked, drawn[: max(2, examples // 2)], bodies)) if drawn else ()
+    for level in itertools.chain(alone, _deployed(looked, shadow)):
         table.append(level.to_json())
         watcher.say(f"{level.seen}, {level.attack}: {table[-1]['tokens'][0]:.0%} of the tokens")
     figures = {"rows": table, "candidates": _candidates(looked, shadow, rng)}
