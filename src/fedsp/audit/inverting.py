@@ -63,7 +63,7 @@ def audit_inversion(folder: Path, *, examples: int = 20, watcher: Watcher | None
     rng = random.Random(derive_seed(opened.run.config.seed, "inversion"))
     looked = Looked(opened, encoded_rows(opened), {space: _prompt(opened, space) for space in ("key_value", "residual")})
     shadow = train_shadow(opened, 0, rounds=1)
-    bodies = looked.bodies()
+    bodies = [body for body in looked.bodies() if len(body.ids) > POSITIONS]
     drawn = rng.sample(bodies, min(examples, len(bodies)))
     table: list[dict[str, Any]] = []
     alone = itertools.chain(_spans(looked, drawn, bodies), _matches(looked, drawn[: max(2, examples // 2)], bodies)) if drawn else ()
