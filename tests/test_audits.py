@@ -14,7 +14,7 @@ import torch
 from conftest import tiny_model
 from fedsp import commands, privacy
 from fedsp.audit import inverting, matching
-from fedsp.audit.auditing import audit
+from fedsp.audit.auditing import AUDITS, audit
 from fedsp.audit.inversion import Dictionary, gradient_rows, key_dictionary, matching_pursuit, read_back, recall, recall_of, residual_dictionary, span_test
 from fedsp.audit.levels import Looked, guess
 from fedsp.audit.membership import audit_membership, likelihood_ratios, relative_ratios
@@ -218,6 +218,18 @@ def test_the_epsilon_of_a_client_level_run_is_not_refuted(tmp_path: Path, monkey
     plain = Path(commands.run(settings(tmp_path / "plain"))["folder"])
     with pytest.raises(RunError, match="promises nothing"):
         audit(plain, only="epsilon")
+
+
+def test_what_a_run_does_not_allow_is_said_and_the_rest_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"])
+    for name in ("model", "membership", "inversion"):
+        monkeypatch.setitem(AUDITS, name, lambda *_: {"done": []})
+    found = audit(folder)
+    assert found["membership"] == {"done": []} and "the audit needs 1000 canaries" in found["epsilon"]["not done"][0]["why"]
+    with pytest.raises(ConfigurationError, match="attack.kind: 'backdoor' changes which choice is right, and completion has no choices"):
+        rows = [{"prompt": f"{row['question']} is", "completion": row["choices"][row["answer"]]} for row in ROWS[:30]]
+        data = {"task": "completion", **{split: questions(tmp_path, split, rows) for split in ("train", "validation", "test")}}
+        commands.run(settings(tmp_path / "no-choices", data=data, attack={"kind": "backdoor", "share": 0.4}))
 
 
 def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
