@@ -127,6 +127,11 @@ def test_a_package_that_was_changed_is_refused(tmp_path: Path) -> None:
 OPTIONS: list[dict[str, float]] = [{}, {"match_depths": 1.0}, {"match_logits": 1.0}, {"proxy_prompts": 0.5}]
 
 
+def test_a_few_packed_texts_are_the_first_of_many():
+    passages = (EMBEDDED / "public.txt").read_text().split("\n\n")
+    assert packed(TOKENIZER, passages, length=32, count=2, seed=0) == packed(TOKENIZER, passages, length=32, count=16, seed=0)[:2]
+
+
 @pytest.mark.parametrize("plan", ["shared(0)", "ends(2)"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_distillation_lowers_the_loss_and_keeps_verbatim_what_it_says(plan: str, options: dict[str, float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import time
 from collections.abc import Callable
@@ -177,8 +178,8 @@ def token_limit(config: RunConfig, model: PromptedLM) -> int:
     return min(room, config.data.max_tokens or room)
 
 
-def public_sequences(server: Server) -> list[list[int]]:
-    """The texts of the distillation as token sequences: packed passages, or the server's own examples one by one.
+def public_sequences(server: Server, count: int | None = None) -> list[list[int]]:
+    """The texts of the distillation as token sequences: packed passages, or the server's own examples one by one; with `count`, only the first so many passages.
 
     Raises:
         DataError: there are none, or they are longer than the model can read.
@@ -191,7 +192,8 @@ def public_sequences(server: Server) -> list[list[int]]:
         own = questions.held(questions.partition.server)
         sequences = [list(row.ids) for row in encode_targets(server.tokenizer, own, section.sequence_length)]
     else:
-        sequences = packed(server.tokenizer, read_passages(section.text), length=section.sequence_length, count=section.sequences, seed=server.config.seed)
+        count = section.sequences if count is None else min(count, section.sequences)
+        sequences = packed(server.tokenizer, read_passages(section.text), length=section.sequence_length, count=count, seed=server.config.seed)
     if not sequences:
         raise DataError("there is no text to distil on: the server holds no example (partition.server_share), or distill.text is empty")
     return sequences
@@ -298,7 +300,8 @@ def first_tokens(server: Server) -> torch.Tensor | None:
     passages = read_passages([section.init_text]) if section.init_text else None
     if passages:
         return torch.tensor(server.tokenizer.encode("\n\n".join(passages), add_special_tokens=False))
-    return torch.tensor([token for sequence in public_sequences(server) for token in sequence][: section.length])
+    needed = math.ceil(section.length / server.config.distill.sequence_length)
+    return torch.tensor([token for sequence in public_sequences(server, needed) for token in sequence][: section.length])
 
 
 def score_test(
