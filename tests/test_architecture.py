@@ -10,9 +10,9 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "fedsp"
 FLOORS = [
-    {"errors", "frames", "engines.leash", "__init__"},
+    {"errors", "frames", "codings", "engines.leash", "__init__"},
     {"storage", "payload", "config", "comparison", "engines.channel", "engines.processes", "data.topics", "audit.epsilon", "audit.tables"},
-    {"config_file", "rounds", "models", "data.files", "credentials", "engines.flower", "privacy", "robust", "audit.statistics"},
+    {"config_file", "rounds", "models", "compression", "data.files", "credentials", "engines.flower", "privacy", "robust", "audit.statistics"},
     {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate", "engines.pinned", "weights", "queries"},
     {"data.encoding", "engines.remote", "attacks"},
     {"fitting", "evaluation", "per_example"},
@@ -63,6 +63,7 @@ ONLY_IN = {
     "matplotlib": {"figures"},
     "mlflow": {"tracking"},
     "cryptography": {"credentials"},
+    "zstandard": {"compression"},
     "uvicorn": {"engines.gate"},
     "typer": {"cli"},
     "rich": {"display"},

@@ -127,7 +127,7 @@ def test_a_package_that_was_changed_is_refused(tmp_path: Path) -> None:
 OPTIONS: list[dict[str, float]] = [{}, {"match_depths": 1.0}, {"match_logits": 1.0}, {"proxy_prompts": 0.5}]
 
 
-def test_a_few_packed_texts_are_the_first_of_many():
+def test_a_few_packed_texts_are_the_first_of_many() -> None:
     passages = (EMBEDDED / "public.txt").read_text().split("\n\n")
     assert packed(TOKENIZER, passages, length=32, count=2, seed=0) == packed(TOKENIZER, passages, length=32, count=16, seed=0)[:2]
 

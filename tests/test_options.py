@@ -71,6 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "prompt": {"length": 4, "space": "key_value", "translate": True},
         "distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "sequences": 12},
     },
+    "compressed": {"compression": {"up": "top_k(0.05)", "down": "int4"}, "server": {"steps": 1, "batch_size": 4}},
     "again": {"distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "again_every": 1}},
     "verbatim": {"prompt": {"length": 4, "tuned_at": "verbatim"}, "server": {"steps": 1, "batch_size": 4}},
     "finetune": {"method": "finetune", "client": {"speak_steps": 2, "batch_size": 4, "learning_rate": 1e-4}},

@@ -24,6 +24,7 @@ from fedsp.config_file import make_config, validated
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import ConfigurationError, DataError, PolicyError, PrivacyError, StorageError
 from fedsp.fitting import Optimisation
+from fedsp.methods.base import Method
 from fedsp.methods.private import PrivateAnswers
 from fedsp.parties import Party, Rest
 from fedsp.payload import PROMPT, Payload, as_row
@@ -220,25 +221,31 @@ def test_two_private_runs_of_one_seed_differ(tmp_path: Path) -> None:
     assert (Path(one) / "best.safetensors").read_bytes() != (Path(other) / "best.safetensors").read_bytes()
 
 
-def test_an_answer_is_given_once_and_a_budget_is_kept(tmp_path: Path) -> None:
+def private_party(folder: Path) -> tuple[Method, Party, Request]:
+    """A client that answers privately for two rounds, and a request to it."""
     model = tiny_model("gpt2")
     spec = PromptSpec("residual", 4, model.shape)
-    config = make_config(settings(tmp_path, privacy={"unit": "example", "epsilon": 4.0}, round={"rounds": 2}, prompt={"length": 4}))
+    config = make_config(settings(folder, privacy={"unit": "example", "epsilon": 4.0}, round={"rounds": 2}, prompt={"length": 4}))
     method = make_method(agreement_of(config, 64), None)
     prompt = SoftPrompt(spec, torch.zeros(spec.shape))
     rows = [Encoded((5, 6, 7, 8), 2)] * 20
-    party = Party("a", model, prompt, rows, Rest(tmp_path / "rest"), ledger=Ledger(tmp_path / "rest" / privacy.LEDGER))
-    request = Request("run", 1, "a", 7, {PROMPT: torch.zeros(spec.shape)})
+    party = Party("a", model, prompt, rows, Rest(folder / "rest"), ledger=Ledger(folder / "rest" / privacy.LEDGER))
+    return method, party, Request("run", 1, "a", 7, {PROMPT: torch.zeros(spec.shape)})
+
+
+def test_an_answer_is_given_once_and_a_budget_is_kept(tmp_path: Path) -> None:
+    method, party, request = private_party(tmp_path)
+    other = {PROMPT: request.payload[PROMPT] + 1}
     first = method.client_update(party, request)
     assert torch.equal(method.client_update(party, request).payload[PROMPT], first.payload[PROMPT]) and not first.losses
     assert party.ledger is not None and sum(release.count for release in party.ledger.releases()) == 2
     method.client_update(party, replace(request, round=2))
     with pytest.raises(PolicyError, match=r"more than the run's budget of epsilon = 4"):
-        method.client_update(party, replace(request, payload={PROMPT: torch.ones(spec.shape)}))
+        method.client_update(party, replace(request, payload=other))
     with pytest.raises(PolicyError, match="validation by clients"):
         method.client_update(party, replace(request, train=False))
     with pytest.raises(PolicyError, match="more than this client's budget of epsilon = 0.5"):
-        method.client_update(replace(party, most=0.5), replace(request, run="another", payload={PROMPT: torch.ones(spec.shape)}))
+        method.client_update(replace(party, most=0.5), replace(request, run="another", payload=other))
 
 
 def test_a_private_client_level_run(tmp_path: Path) -> None:

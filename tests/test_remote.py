@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -21,11 +22,11 @@ from fedsp.engines.remote import Patience, remote
 from fedsp.errors import DeploymentError, TooFewClients
 from fedsp.experiment import run_experiment
 from fedsp.frames import Answer, Frame
-from fedsp.payload import PROMPT
+from fedsp.payload import PROMPT, Payload, pack
 from fedsp.rounds import Exchange, Failure, Request, Update
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
-from fedsp.wire import read_request, write_update
+from fedsp.wire import CannotRead, read_request, write_update
 from test_run import prompt_bits, settings
 
 Respond = Callable[[int, Frame], "Frame | str | None"]
@@ -76,9 +77,13 @@ REQUESTS = [Request("ab", 1, client, 7, SENT) for client in NODES]
 QUIET: Any = lambda *_: None
 
 
+def replied(request: Request, payload: Payload) -> Frame:
+    return write_update(Update(request.round, request.client, payload), pack(payload))
+
+
 def good(node: int, frame: Frame) -> Frame:
     request = read_request(frame)
-    return write_update(Update(request.round, request.client, {PROMPT: request.payload[PROMPT] + node / 1000}), train=True)
+    return replied(request, {PROMPT: request.payload[PROMPT] + node / 1000})
 
 
 def outcome(wire: ListWire, **patience: float) -> dict[str, str]:
@@ -177,10 +182,17 @@ def numbered(clients: Clients) -> dict[str, int]:
 
 
 def answering(clients: Clients, spoil: Callable[[int, Request, Frame], Frame | str | None] = lambda node, request, reply: reply) -> ListWire:
-    """Simulated clients behind a wire; `spoil` may put something else in a reply's place."""
+    """Simulated clients behind a wire; `spoil` may put something else in a reply's place. Each keeps the last broadcast, but for the one of node 101."""
+    kept: dict[int, dict[tuple[str, int], Payload]] = {}
 
     def respond(node: int, frame: Frame) -> Frame | str | None:
-        return spoil(node, read_request(frame), answer(frame, clients.method, clients.party))
+        known = lambda *which: kept.get(node, {}).get(which)
+        with contextlib.suppress(CannotRead):
+            request = read_request(frame, known)
+            reply = answer(frame, clients.method, clients.party, known=known)
+            kept[node] = {(request.run, request.round): request.payload} if node != 101 else {}
+            return spoil(node, request, reply)
+        return answer(frame, clients.method, clients.party, known=known)
 
     return ListWire(respond, lambda: set(numbered(clients).values()))
 
@@ -193,8 +205,20 @@ def test_over_a_wire_a_run_has_the_bits_of_a_run_in_one_place(tmp_path: Path, mo
     assert prompt_bits(tmp_path / "local" / "run") == prompt_bits(tmp_path / "wire" / "run")
 
 
+@pytest.mark.parametrize("up", ["int8", "top_k(0.1)"])
+def test_with_codings_too_and_a_client_that_has_lost_a_broadcast_gets_it_whole(tmp_path: Path, up: str) -> None:
+    changes = {"compression": {"up": up, "down": "int4"}, "validation": {"by": "clients"}}
+    commands.run(settings(tmp_path / "local", **changes))
+    run = RunDirectory.create(make_config(settings(tmp_path / "wire", **changes)))
+    run_experiment(run, engine_over(answering, numbered), Watcher())
+    assert prompt_bits(tmp_path / "local" / "run") == prompt_bits(tmp_path / "wire" / "run")
+    assert not any(record["failed"] for record in run.records())
+    first, second, third = (record["bytes_down"] for record in run.records())
+    assert second < first / 2 and third < first / 2, "two of three get a change, and the third both"
+
+
 def without_losses(request: Request) -> Frame:
-    return write_update(Update(request.round, request.client, request.payload, {}), train=True)
+    return replied(request, request.payload)
 
 
 def test_a_client_that_tells_no_losses_does_not_stop_the_round(tmp_path: Path) -> None:
@@ -205,13 +229,13 @@ def test_a_client_that_tells_no_losses_does_not_stop_the_round(tmp_path: Path) -
 
 
 BAD: dict[str, Callable[[Request], Frame]] = {
-    "another round": lambda request: write_update(Update(request.round - 1, request.client, request.payload), train=True),
-    "wrong shape": lambda request: write_update(Update(request.round, request.client, {PROMPT: torch.zeros(3)}), train=True),
-    "NaN": lambda request: write_update(Update(request.round, request.client, {PROMPT: request.payload[PROMPT] * float("nan")}), train=True),
-    "Inf": lambda request: write_update(Update(request.round, request.client, {PROMPT: request.payload[PROMPT] + float("inf")}), train=True),
-    "1e38": lambda request: write_update(Update(request.round, request.client, {PROMPT: request.payload[PROMPT] + 1e38}), train=True),
+    "another round": lambda request: replied(replace(request, round=request.round - 1), request.payload),
+    "wrong shape": lambda request: replied(request, {PROMPT: torch.zeros(3)}),
+    "NaN": lambda request: replied(request, {PROMPT: request.payload[PROMPT] * float("nan")}),
+    "Inf": lambda request: replied(request, {PROMPT: request.payload[PROMPT] + float("inf")}),
+    "1e38": lambda request: replied(request, {PROMPT: request.payload[PROMPT] + 1e38}),
     "empty": lambda request: Frame(""),
-    "huge": lambda request: Frame(write_update(Update(request.round, request.client, request.payload), train=True).header, bytes(50_000_000)),
+    "huge": lambda request: Frame(replied(request, request.payload).header, bytes(50_000_000)),
 }
 
 

@@ -20,14 +20,14 @@ from safetensors.torch import save
 from fedsp.aggregation import admit
 from fedsp.errors import PayloadError, TrainingDiverged
 from fedsp.frames import Frame
-from fedsp.payload import PROMPT
+from fedsp.payload import PROMPT, pack
 from fedsp.rounds import Failure, Request, Update
 from fedsp.wire import REFUSALS, read_reply, read_request, write_refusal, write_request, write_update
 
 PROMPT_SENT = {PROMPT: torch.linspace(-1, 1, 4 * 8 * 16).reshape(4, 8, 16)}
 REQUEST = Request("0123456789abcdef", 3, "hospital-a", 12345678901234567, PROMPT_SENT)
 REPLY = Update(3, "hospital-a", {PROMPT: PROMPT_SENT[PROMPT] + 0.01}, {"speak": 2.5}, 1.25, 0.5, 2)
-GOOD = write_update(REPLY, train=True)
+GOOD = write_update(REPLY, pack(REPLY.payload))
 
 
 def verdict(frame: Frame) -> str | None:
@@ -51,7 +51,7 @@ def test_requests_and_replies_survive_the_way() -> None:
 
 
 def test_a_validation_reply_carries_no_prompt() -> None:
-    frame = write_update(REPLY, train=False)
+    frame = write_update(REPLY, b"")
     reply = read_reply(frame, replace(REQUEST, train=False))
     assert frame.payload == b"" and isinstance(reply, Update) and reply.validation == 1.25
 
@@ -206,7 +206,7 @@ import torch
 from safetensors.torch import save
 from fedsp.aggregation import admit
 from fedsp.frames import Frame
-from fedsp.payload import PROMPT
+from fedsp.payload import PROMPT, pack
 from fedsp.rounds import Request
 from fedsp.wire import read_reply
 

@@ -48,6 +48,7 @@ def agreement_of(config: RunConfig, max_tokens: int) -> Agreement:
         client=config.client,
         clients_validate=config.validation.by == "clients",
         privacy=config.privacy,
+        compression=config.compression,
     )
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fedsp.codings import parse_coding
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -232,6 +234,21 @@ class PrivacySection(Section):
     )
 
 
+class CompressionSection(Section):
+    """In which way prompts travel."""
+
+    up: str = Field(
+        "float32",
+        description="what clients answer: float32: the numbers themselves; or their change in float16, int8, int4, top_k(share), low_rank(rank), and what that leaves out with the next change",
+    )
+    down: str = Field("float32", description="what the server broadcasts, likewise, to clients that answered the round before; others get all numbers")
+
+    @field_validator("up", "down")
+    @classmethod
+    def _known(cls, text: str) -> str:
+        return str(parse_coding(text))
+
+
 class LoraSection(Section):
     """Low-rank adapters, for method = "lora"."""
 
@@ -292,6 +309,7 @@ class RunConfig(Section):
     validation: ValidationSection
     aggregation: AggregationSection = AggregationSection()
     privacy: PrivacySection = PrivacySection()
+    compression: CompressionSection = CompressionSection()
     attack: AttackSection = AttackSection()
     lora: LoraSection = LoraSection()
     tracking: TrackingSection = TrackingSection()
@@ -402,6 +420,7 @@ class Agreement(Section):
 
     method: str = Field("fedsp", description="fedsp")
     privacy: PrivacySection = PrivacySection()
+    compression: CompressionSection = CompressionSection()
     seed: Count = Field(description="what a client holds out and how it starts a projection come from it")
     rounds: Positive = Field(description="rounds")
     max_tokens: Positive = Field(description="tokens of one example; longer ones lose their oldest context")

@@ -178,7 +178,7 @@ def plan_table(figures: Mapping[str, Any]) -> Table:
         ("auxiliary package, float32, sent once to each client", size(figures["package_bytes"])),
         ("soft prompt, parameters", f"{figures['prompt_parameters']:,}"),
         ("one prompt as serialised, float32", size(figures["bytes_per_message"])),
-        ("traffic per round, down and up, all asked clients", size(figures["bytes_per_round"])),
+        ("traffic per round, down and up, all asked clients, by `compression`", size(figures["bytes_per_round"])),
         ("traffic of the whole run", size(figures["bytes_in_all"])),
         (f"client, align step, operations (batch of examples of {figures['tokens_per_example']} tokens)", _operations(figures["client_operations_align"])),
         ("client, speak step, operations", _operations(figures["client_operations_speak"])),

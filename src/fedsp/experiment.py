@@ -19,6 +19,7 @@ import torch
 from fedsp.aggregation import ServerOptimizer
 from fedsp.attacks import triggered
 from fedsp.clients import Clients
+from fedsp.codings import parse_coding
 from fedsp.config import RunConfig
 from fedsp.cost import measure
 from fedsp.data.encoding import Encoded, encode_targets
@@ -193,6 +194,8 @@ def rules_of(config: RunConfig, run: RunDirectory, clients: int) -> Rules:
         ServerOptimizer(section.optimizer, section.learning_rate, section.momentum),
         **_combining(config, run, clients),
         max_loss_rise=config.aggregation.max_loss_rise,
+        up=parse_coding(config.compression.up),
+        down=parse_coding(config.compression.down),
     )
 
 

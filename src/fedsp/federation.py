@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedsp.aggregation import Combine, ServerOptimizer, WeightedMean, admit, update_cosine
+from fedsp.codings import FLOAT32, Coding
+from fedsp.compression import difference, say
 from fedsp.errors import TooFewClients, TrainingDiverged
 from fedsp.methods.base import Method
 from fedsp.parties import Party
@@ -21,7 +23,8 @@ from fedsp.rounds import Exchange, Request, RoundRecord, Update, derive_seed, sa
 @dataclass(frozen=True)
 class Rules:
     """What holds in every round. `clients` None asks all, 0 asks none; `max_change` is a root mean square per number. With `sampling_rate` each client is
-    asked with that probability, and not by the seed; `max_loss_rise` is the bound of the acceptance gate, a share of the loss before."""
+    asked with that probability, and not by the seed; `max_loss_rise` is the bound of the acceptance gate, a share of the loss before; `up` and `down` are the
+    codings of replies and of broadcasts."""
 
     run: str
     seed: int
@@ -36,11 +39,14 @@ class Rules:
     combine: Combine = field(default_factory=WeightedMean)
     sampling_rate: float | None = None
     max_loss_rise: float | None = None
+    up: Coding = FLOAT32
+    down: Coding = FLOAT32
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands after a round: what is broadcast next, the best payload so far with its validation loss, and the server optimizer's state."""
+    """Where a run stands after a round: what is broadcast next, the best payload so far with its validation loss, the server optimizer's state, what the
+    broadcast still owes to the server's own payload, and the bytes that make it of the one before."""
 
     round: int
     payload: Payload
@@ -48,6 +54,8 @@ class Standing:
     best_round: int
     best_loss: float | None
     optimizer: Payload = field(default_factory=dict)
+    owed: Payload = field(default_factory=dict)
+    change: bytes = b""
 
     def consider(self, payload: Payload, round: int, loss: float | None) -> Standing:
         """This standing with a candidate, which becomes the best if its loss is the lowest so far."""
@@ -82,7 +90,7 @@ def federate(
     for round in range(standing.round + 1, rules.rounds + 1):
         started = time.perf_counter()
         asked = _asked(register, rules, round)
-        updates, failed, traffic = _collect(exchange, _requests(asked, round, standing.payload, rules), rules.max_change)
+        updates, failed, traffic = _collect(exchange, _requests(asked, round, standing, rules), rules.max_change)
         if len(updates) < min(rules.min_clients, len(asked)):
             reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(failed.items()))
             raise TooFewClients(
@@ -100,13 +108,14 @@ def federate(
             if told or rules.combine.always:
                 mean = rules.combine(sent, told, weights, len(asked), reference)
                 aggregated, optimizer = rules.optimizer.step(sent, mean, standing.optimizer)
+            aggregated = _plus(aggregated, standing.owed)
             gate = _gate(standing, aggregated, validate, rules.max_loss_rise)
             if not gate.passed:
-                aggregated, optimizer = sent, standing.optimizer
+                aggregated, optimizer = _plus(sent, standing.owed), standing.optimizer
             payload, server_loss = method.server_update(server, aggregated, round, own_seed)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"round {round}, server: {error}; the prompt of round {standing.round} is kept") from error
-        standing = replace(standing, round=round, payload=payload, optimizer=optimizer)
+        standing = replace(standing, round=round, optimizer=optimizer)
         validation = None
         if rules.validate_by == "server" and (round % rules.validate_every == 0 or round == rules.rounds):
             validation = validate(payload)
@@ -115,6 +124,7 @@ def federate(
             standing = replace(standing, best=payload, best_round=round)
         elif rules.validate_by == "clients":
             validation = _clients_loss(updates, register)
+        standing = _to_broadcast(standing, sent, payload, rules.down)
         seconds_training = time.perf_counter() - training + sum(update.seconds for update in updates.values())
         keep(
             standing,
@@ -139,7 +149,7 @@ def federate(
         )
     if rules.validate_by == "clients" and register:
         asked = sample_clients(list(register), len(register) if rules.clients is None else rules.clients, rules.seed, rules.rounds + 1)
-        updates, _, _ = _collect(exchange, _requests(asked, rules.rounds + 1, standing.payload, rules, train=False), rules.max_change)
+        updates, _, _ = _collect(exchange, _requests(asked, rules.rounds + 1, standing, rules, train=False), rules.max_change)
         standing = standing.consider(standing.payload, standing.round, _clients_loss(updates, register))
     return standing
 
@@ -182,8 +192,23 @@ def _gate(standing: Standing, aggregated: Payload, validate: Validate, max_loss_
     return _Gate(loss, math.isfinite(loss) and (lowest is None or loss <= lowest * (1 + max_loss_rise)))
 
 
-def _requests(asked: list[str], round: int, payload: Payload, rules: Rules, train: bool = True) -> list[Request]:
-    return [Request(rules.run, round, client, derive_seed(rules.seed, "client", client, round), payload, train) for client in asked]
+def _requests(asked: list[str], round: int, standing: Standing, rules: Rules, train: bool = True) -> list[Request]:
+    return [
+        Request(rules.run, round, client, derive_seed(rules.seed, "client", client, round), standing.payload, train, standing.change, rules.down, rules.up)
+        for client in asked
+    ]
+
+
+def _to_broadcast(standing: Standing, sent: Payload, payload: Payload, down: Coding) -> Standing:
+    """What the next round is sent: the payload, or as much of its change as the coding says; the rest is owed."""
+    if down.exact:
+        return replace(standing, payload=payload)
+    change, said, owed = say(difference(payload, sent), {}, down)
+    return replace(standing, payload=_plus(sent, said), owed=owed, change=change)
+
+
+def _plus(payload: Payload, more: Payload) -> Payload:
+    return {name: payload[name] + more[name] for name in sorted(payload)} if more else payload
 
 
 def _collect(exchange: Exchange, requests: list[Request], max_change: float) -> tuple[dict[str, Update], dict[str, str], tuple[int, int]]:

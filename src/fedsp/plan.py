@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from fedsp.auxiliary import embedding_parameters, empty_auxiliary, parse_plan, planned_config
+from fedsp.codings import Coding, parse_coding
+from fedsp.compression import write_values
 from fedsp.config import RunConfig
 from fedsp.fitting import trainable
 from fedsp.loading import empty_model, read_model_config
@@ -74,6 +76,9 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
     spec = PromptSpec(config.prompt.space, config.prompt.length, shape)
     message = len(pack({PROMPT: torch.zeros(spec.shape)}))
     asked = config.round.asked(clients)
+    up, change = (_message_bytes(spec, parse_coding(text)) for text in (config.compression.up, config.compression.down))
+    follows = asked / clients if clients else 0.0  # of those asked, how many have the broadcast before
+    per_round = round(asked * (up + follows * change + (1 - follows) * message))
     whole, small = _count(model), _count(auxiliary)
     blocks = find_blocks(auxiliary.base_model, plan.depth, name)[1]
     free = {id(p): p.numel() for block, frozen in zip(blocks, plan.frozen, strict=True) if not frozen for p in block.parameters()}
@@ -96,8 +101,8 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
         package_bytes=small * BYTES_PER_NUMBER,
         prompt_parameters=prompt,
         bytes_per_message=message,
-        bytes_per_round=2 * asked * message,
-        bytes_in_all=2 * asked * message * config.round.rounds,
+        bytes_per_round=per_round,
+        bytes_in_all=per_round * config.round.rounds + round(asked * follows * (message - change)),
         client_operations_align=3 * forward * client.batch_size if client.align_steps else 0.0,
         client_operations_speak=2 * forward * client.batch_size if client.speak_steps else 0.0,
         server_operations=2 * forward_operations(model, shape.layers, spec.length, tokens) * server.batch_size if server.steps else 0.0,
@@ -107,6 +112,12 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
         handed_out_share=handed / whole,
         tokens_per_example=tokens,
     )
+
+
+def _message_bytes(spec: PromptSpec, coding: Coding) -> int:
+    """What a prompt takes in a coding, when its numbers change by a normal."""
+    noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))
+    return len(write_values({PROMPT: noise}, {PROMPT: torch.zeros(spec.shape)}, coding))
 
 
 def shape_of(config: Any) -> ModelShape:

@@ -7,12 +7,17 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from fedsp.codings import FLOAT32, Coding
 from fedsp.payload import Payload
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the server asks of one client in one round; with `train` off the client only validates the prompt."""
+    """What the server asks of one client in one round; with `train` off the client only validates the prompt.
+
+    `change` are the bytes that make this payload of the one of the round before, in the coding `sent_in`, where there are any: they travel instead of the
+    payload to a client that has that one. `answer_in` is the coding of the reply.
+    """
 
     run: str
     round: int
@@ -20,6 +25,9 @@ class Request:
     seed: int
     payload: Payload
     train: bool = True
+    change: bytes = field(default=b"", repr=False)
+    sent_in: Coding = FLOAT32
+    answer_in: Coding = FLOAT32
 
 
 @dataclass(frozen=True)

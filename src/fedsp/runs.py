@@ -147,7 +147,7 @@ class RunDirectory:
             SoftPrompt(spec, standing.payload[PROMPT]).save(self.path / "prompts" / name)
         self._write_best(best, standing.best_round, spec)
         self._append(ROUNDS, json.dumps(asdict(record), sort_keys=True))
-        parts = {"payload": standing.payload, "best": standing.best, "optimizer": standing.optimizer}
+        parts = {"payload": standing.payload, "best": standing.best, "optimizer": standing.optimizer, "owed": standing.owed}
         tensors = {f"{part}/{name}": tensor for part, payload in parts.items() for name, tensor in payload.items()}
         state = {"round": standing.round, "best_round": standing.best_round, "best_loss": standing.best_loss}
         write_tensors(self.path / "checkpoint" / name, tensors, {"standing": json.dumps(state)})
@@ -164,8 +164,8 @@ class RunDirectory:
             try:
                 tensors, metadata = read_tensors(path)
                 state = json.loads(metadata["standing"])
-                payload, best, optimizer = (_below(tensors, part) for part in ("payload", "best", "optimizer"))
-                found = Standing(state["round"], payload, best, state["best_round"], state["best_loss"], optimizer)
+                payload, best, optimizer, owed = (_below(tensors, part) for part in ("payload", "best", "optimizer", "owed"))
+                found = Standing(state["round"], payload, best, state["best_round"], state["best_loss"], optimizer, owed)
                 break
             except (StorageError, KeyError, ValueError) as error:
                 say(f"the checkpoint {path.name} is damaged and is not used; the one before it is, where there is one ({error})")

@@ -6,12 +6,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from fedsp.codings import FLOAT32, Coding, parse_coding
+from fedsp.compression import read_values
 from fedsp.errors import PayloadError
 from fedsp.frames import Frame
-from fedsp.payload import Payload, pack, unpack
+from fedsp.payload import Payload, pack
 from fedsp.rounds import Failure, Request, Update
 
 VERSION = 1
@@ -22,6 +25,8 @@ ROOM = 1024
 REFUSALS = {
     "policy": "the client's own policy does not allow this request",
     "request": "the request that reached the client could not be used",
+    "coding": "the client does not know the coding that the request is in or asks for: compression.up and compression.down need its version of fedsp",
+    "broadcast": "the client does not have the broadcast of the round before",
     "diverged": "a loss of the client's training was not finite",
     "failed": "the client could not finish this request; its own log says why",
 }
@@ -32,30 +37,61 @@ END = Frame(json.dumps({"fedsp": VERSION, "kind": "end"}))
 """Said to every client when a run is finished; there is nothing to answer."""
 
 
-def write_request(request: Request, package: str = "") -> Frame:
-    """A request as it travels, with the digest of the package that it is about."""
-    kind = "train" if request.train else "validate"
-    return _frame(
-        {"kind": kind, "package": package, "run": request.run, "round": request.round, "client": request.client, "seed": request.seed}, pack(request.payload)
-    )
+Known = Callable[[str, int], Payload | None]
+"""The broadcast of a run and a round, where the client has it."""
 
 
-def read_request(frame: Frame) -> Request:
+class CannotRead(PayloadError):
+    """A request whose payload this client cannot read, though another may: without the payload, and with the code of the refusal."""
+
+    def __init__(self, request: Request, code: str) -> None:
+        super().__init__(REFUSALS[code])
+        self.request, self.code = request, code
+
+
+def write_request(request: Request, package: str = "", *, follows: bool = False) -> Frame:
+    """A request as it travels, with the digest of the package that it is about. It `follows` where the client has the broadcast of the round before: then,
+    where there is one, only the change travels."""
+    short = follows and bool(request.change)
+    header = {
+        "kind": "train" if request.train else "validate",
+        "package": package,
+        "run": request.run,
+        "round": request.round,
+        "client": request.client,
+        "seed": request.seed,
+        "coding": str(request.sent_in if short else FLOAT32),
+        "answer": str(request.answer_in),
+    }
+    return _frame(header, request.change if short else pack(request.payload))
+
+
+def read_request(frame: Frame, known: Known = lambda run, round: None) -> Request:
     """The request in a frame.
 
     Raises:
+        CannotRead: it is in a coding, or asks for one, that is not known here; or it is a change of a broadcast that did not come here.
         PayloadError: it is damaged, or no request.
     """
     fields = _fields(frame, {"kind": str, "run": str, "round": int, "client": str, "seed": int})
     if fields["kind"] not in ("train", "validate"):
         raise PayloadError("the message is no request")
-    return Request(fields["run"], fields["round"], fields["client"], fields["seed"], _payload(frame, fields), fields["kind"] == "train")
+    request = Request(fields["run"], fields["round"], fields["client"], fields["seed"], {}, fields["kind"] == "train")
+    try:
+        coding, answer = _coding(fields, "coding"), _coding(fields, "answer")
+    except PayloadError as error:
+        raise CannotRead(request, "coding") from error
+    before = {} if coding.exact else known(request.run, request.round - 1)
+    if before is None:
+        raise CannotRead(request, "broadcast")
+    return replace(request, payload=_values(frame, fields, before, coding), answer_in=answer)
 
 
-def write_update(update: Update, *, train: bool) -> Frame:
-    """A client's answer as it travels: the prompt where it was asked to train, and six figures."""
+def write_update(update: Update, payload: bytes, coding: Coding = FLOAT32) -> Frame:
+    """A client's answer as it travels: the prompt's bytes, in this coding, where it was asked to train, and six figures."""
     header = {
         "kind": "update",
+        "coding": str(coding),
         "round": update.round,
         "client": update.client,
         "losses": update.losses,
@@ -64,7 +100,7 @@ def write_update(update: Update, *, train: bool) -> Frame:
         "shortened": update.shortened,
         "spikes": update.spikes,
     }
-    return _frame(header, pack(update.payload) if train else b"")
+    return _frame(header, payload)
 
 
 def write_refusal(request: Request, code: str) -> Frame:
@@ -100,7 +136,10 @@ def _read_reply(frame: Frame, request: Request) -> Update | Failure:
         raise PayloadError("the reply's losses are not a few numbers by name")
     told = {name: _figure(value, f"loss {name!r}", 1e4) for name, value in losses.items()}
     validated = None if validation is None else _figure(validation, "validation loss", 1e4)
-    payload = _payload(frame, fields) if request.train else request.payload
+    coding = _coding(fields, "coding")
+    if coding not in (FLOAT32, request.answer_in):
+        raise PayloadError(f"the reply is in {coding}, and {request.answer_in} was asked for")
+    payload = _values(frame, fields, request.payload, coding) if request.train else request.payload
     return Update(
         fields["round"],
         request.client,
@@ -133,10 +172,17 @@ def _fields(frame: Frame, expected: dict[str, type]) -> dict[str, Any]:
     return fields
 
 
-def _payload(frame: Frame, fields: dict[str, Any]) -> Payload:
+def _values(frame: Frame, fields: dict[str, Any], known: Payload, coding: Coding) -> Payload:
     if hashlib.sha256(frame.payload).hexdigest() != fields.get("sha256"):
         raise PayloadError("the payload is not what its SHA-256 digest says: it was changed on its way")
-    return unpack(frame.payload)
+    return read_values(frame.payload, known, coding)
+
+
+def _coding(fields: dict[str, Any], name: str) -> Coding:
+    try:
+        return parse_coding(str(fields.get(name, FLOAT32)))  # versions without codings do not name any
+    except ValueError as error:
+        raise PayloadError(f"the message's {name} is not known here: {error}") from error
 
 
 def _figure(value: object, name: str, most: float) -> float:

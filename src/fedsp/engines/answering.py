@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fedsp.compression import difference, say
 from fedsp.errors import FedspError, PolicyError, TrainingDiverged
 from fedsp.frames import Frame
 from fedsp.methods.base import Method
-from fedsp.parties import Party
-from fedsp.rounds import Request
-from fedsp.wire import read_request, write_refusal, write_update
+from fedsp.parties import Party, Rest
+from fedsp.payload import pack
+from fedsp.rounds import Request, Update
+from fedsp.wire import CannotRead, Known, read_request, write_refusal, write_update
 
 
 def answer(
@@ -19,19 +21,44 @@ def answer(
     *,
     allow: Callable[[Request], None] = lambda request: None,
     log: Callable[[Request, Exception], None] = lambda request, error: None,
+    known: Known = lambda run, round: None,
 ) -> Frame:
-    """The frame that answers a frame. `allow` raises PolicyError for what the client refuses; `log` is told of every fault, on this machine only.
+    """The frame that answers a frame. `allow` raises PolicyError for what the client refuses; `log` is told of every fault, on this machine only; `known` has
+    the broadcasts that the client received.
 
     Raises:
         PayloadError: the frame is no request, so there is nobody to answer.
     """
-    request = read_request(frame)
+    try:
+        request = read_request(frame, known)
+    except CannotRead as error:
+        log(error.request, error)
+        return write_refusal(error.request, error.code)
     try:
         allow(request)
-        return write_update(method.client_update(party(request.client), request), train=request.train)
+        own = party(request.client)
+        update = method.client_update(own, request)
+        return write_update(update, answer_bytes(update, request, own), request.answer_in)
     except Exception as error:  # whatever it is: its text may hold the client's text, so only a code leaves
         log(request, error)
         return write_refusal(request, _code(error))
+
+
+def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
+    """The prompt of an answer as it travels, in the coding that was asked for; what that leaves out rests with the client until its next answer.
+
+    Raises:
+        PayloadError: the coding cannot say it.
+        StorageError: the disk did not take what rests.
+    """
+    if not request.train:
+        return b""
+    if request.answer_in.exact:
+        return pack(update.payload)
+    memory = Rest(party.rest.folder / "owed")
+    data, _, owed = say(difference(update.payload, request.payload), memory.load(before=request.round), request.answer_in)
+    memory.save(request.round, owed)
+    return data
 
 
 def _code(error: Exception) -> str:

@@ -33,7 +33,7 @@ from fedsp.frames import Frame
 from fedsp.loading import choose_device
 from fedsp.package import hold_against_policy, open_package
 from fedsp.parties import Party, Rest
-from fedsp.payload import PROMPT, check
+from fedsp.payload import PROMPT, Payload, check, pack
 from fedsp.privacy import LEDGER, Ledger
 from fedsp.prompts import PromptSpec
 from fedsp.rounds import Request
@@ -71,6 +71,7 @@ class Client:
         self._state = Path(party.state) / party.package.sha256[:16]
         self._shape = PromptSpec(self.agreement.prompt.space, self.agreement.prompt.length, self.auxiliary.prompt_shape).shape
         self._last: tuple[Frame, Frame] | None = None
+        self._received: dict[tuple[str, int], Payload] = {}
         self.answered = 0
 
     def respond(self, frame: Frame) -> Frame:
@@ -81,7 +82,14 @@ class Client:
         try:
             if len(frame.payload) > 4 * math.prod(self._shape) + ROOM:
                 raise PayloadError("they are more than a prompt has")
-            reply = answer(frame, self._method, partial(self._open, frame), allow=partial(self._allow, frame), log=self._log)
+            reply = answer(
+                frame,
+                self._method,
+                partial(self._open, frame),
+                allow=partial(self._allow, frame),
+                log=self._log,
+                known=lambda *which: self._received.get(which),
+            )
         except PayloadError as error:
             self._say(f"received {_amount(frame)} that are no request: {error}")
             return Frame("")
@@ -115,15 +123,19 @@ class Client:
         if not (known and request.round >= 1):
             raise PolicyError(f"round {request.round} is not one of the {rounds} that the package speaks of")
         check(request.payload, {PROMPT: self._shape})
+        if str(request.answer_in) != self.agreement.compression.up:
+            raise PolicyError(f"the request asks for an answer in {request.answer_in}, the package speaks of {self.agreement.compression.up}")
         path = self._state / "rounds.json"
         answered: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        this, digest = f"{request.run} {request.round}", hashlib.sha256(frame.header.encode()).hexdigest()
+        asked = [request.train, request.run, request.round, request.client, request.seed]  # and not in which coding it came: after a kill it comes whole
+        this, digest = f"{request.run} {request.round}", hashlib.sha256(json.dumps(asked).encode() + pack(request.payload)).hexdigest()
         if answered.get(this, digest) != digest:
             raise PolicyError(f"round {request.round} was answered already, to another request")
         alike = [key for key in answered if (int(key.split()[1]) <= rounds) == request.train]  # the last validation has a count of its own
         if this not in answered and len(alike) >= self.party.policy.max_rounds:
             raise PolicyError(f"{len(alike)} rounds were answered under this package, policy.max_rounds allows no more")
         write_json(path, {**answered, this: digest})
+        self._received = {(request.run, request.round): request.payload}
 
     def _log(self, request: Request, error: Exception) -> None:
         """What is said of a fault on this machine: whole sentences of fedsp's, and of anything else only its kind, since its text may hold yours."""

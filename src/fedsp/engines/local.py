@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from fedsp.clients import Clients
-from fedsp.errors import PolicyError, TrainingDiverged
-from fedsp.payload import pack, unpack
+from fedsp.compression import read_values
+from fedsp.engines.answering import answer_bytes
+from fedsp.errors import PayloadError, PolicyError, TrainingDiverged
+from fedsp.payload import Payload, pack, unpack
 from fedsp.rounds import Exchange, Failure, Request, Update
 
 
@@ -17,18 +19,29 @@ def local(clients: Clients) -> Exchange:
     Raises (when iterated):
         TrainingDiverged: a client's loss is not finite, with the round and the client.
     """
+    before: tuple[int, Payload, set[str]] = (0, {}, set())
+    """The last round, its broadcast, and who has answered it."""
 
     def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+        nonlocal before
+        last, known, have = before
+        answered: set[str] = set()
+        before = (requests[0].round, requests[0].payload, answered)
         for request in requests:
-            down = pack(request.payload)
+            follows = bool(request.change) and last == request.round - 1 and request.client in have
+            down = request.change if follows else pack(request.payload)
+            received = read_values(down, known, request.sent_in) if follows else unpack(down)
             try:
-                update = clients.method.client_update(clients.party(request.client), replace(request, payload=unpack(down)))
+                party = clients.party(request.client)
+                update = clients.method.client_update(party, replace(request, payload=received))
+                up = answer_bytes(update, request, party)
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"round {request.round}, client {request.client!r}: {error}; the prompt of round {request.round - 1} is kept") from error
-            except PolicyError as error:
+            except (PolicyError, PayloadError) as error:
                 yield Failure(request.round, request.client, str(error), bytes_down=len(down))
                 continue
-            up = pack(update.payload) if request.train else b""
-            yield replace(update, payload=unpack(up) if up else request.payload, bytes_down=len(down), bytes_up=len(up))
+            answered.add(request.client)
+            payload = read_values(up, request.payload, request.answer_in) if up else request.payload
+            yield replace(update, payload=payload, bytes_down=len(down), bytes_up=len(up))
 
     return exchange

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from fedsp.frames import Answer, Frame
 from fedsp.rounds import Exchange, Failure, Request, Update
-from fedsp.wire import read_reply, write_request
+from fedsp.wire import REFUSALS, read_reply, write_request
 
 
 class Wire(Protocol):
@@ -57,6 +57,7 @@ class _Asked:
     interval: float = 0.0
     down: int = 0
     lost: int = 0
+    follows: bool = False
 
     def fails(self, now: float, patience: Patience) -> str | None:
         """Why the round goes on without it, or None while it may still answer."""
@@ -70,17 +71,20 @@ class _Asked:
 def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: Traffic, say: Callable[[str], None], package: str = "") -> Exchange:
     """An exchange over a wire. `node_of` says which node is whose; a reply counts only from the node that was asked, and only once.
 
-    `package` is the digest of the package that the clients must have; it goes with each request.
+    `package` is the digest of the package that the clients must have; it goes with each request. Where a request can travel as a change, it does to clients
+    that have answered the round before; one that has lost that broadcast says so, and gets the whole.
     """
+    has: dict[str, int] = {}
+    """The last round whose broadcast a client has answered."""
 
     def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
         started = time.monotonic()
-        open = {request.client: _Asked(request, started) for request in requests}
+        open = {request.client: _Asked(request, started, follows=has.get(request.client) == request.round - 1) for request in requests}
         client_of: dict[str, str] = {}
         named: list[str] = []
 
         def ask(clients: list[str], now: float) -> None:
-            frames = [(node_of[client], write_request(open[client].request, package)) for client in clients]
+            frames = [(node_of[client], write_request(open[client].request, package, follows=open[client].follows)) for client in clients]
             for client, (_, frame), message in zip(clients, frames, wire.push(frames, str(requests[0].round), 2 * patience.reply), strict=True):
                 one = open[client]
                 one.first = now if one.first is None else one.first
@@ -112,9 +116,16 @@ def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: 
                 if answer.frame is None and not answer.fault:
                     open[client].lost += 1
                     open[client].again = min(open[client].again, now + patience.lost)
-                else:
-                    one = open.pop(client)
-                    yield replace(fate(answer, client, one), bytes_down=one.down)
+                    continue
+                one = open[client]
+                reply = fate(answer, client, one)
+                if one.follows and isinstance(reply, Failure) and reply.reason == REFUSALS["broadcast"]:
+                    one.follows, one.again = False, now
+                    continue
+                del open[client]
+                if isinstance(reply, Update):
+                    has[client] = one.request.round
+                yield replace(reply, bytes_down=one.down)
             now = time.monotonic()
             for client, one in list(open.items()):
                 if reason := one.fails(now, patience):

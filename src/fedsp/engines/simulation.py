@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def over_grid(grid: Grid, run: RunDirectory, clients: Clients) -> Exchange:
     if len(nodes) < len(clients.register):
         raise DeploymentError(f"the simulation has {len(nodes)} nodes for {len(clients.register)} clients: give Flower {len(clients.register)} of them")
     node_of = dict(zip(sorted(clients.register), nodes, strict=False))
-    return remote(GridWire(grid), node_of, Patience(look=0.02), run.log_traffic, lambda text: None)
+    exchange = remote(GridWire(grid), node_of, Patience(look=0.02), run.log_traffic, lambda text: None)
+    return lambda requests: exchange([replace(request, change=b"") for request in requests])  # a worker keeps no broadcast: the next client may be another's
 
 
 def simulated(folder: str, frame: Frame) -> Frame:
