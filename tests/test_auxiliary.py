@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -12,16 +13,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import FAMILIES, tiny_model
+from fedsp import distill as distillation
 from fedsp.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
 from fedsp.distill import Distillation, distill, masked_mse, packed
-from fedsp.errors import AuxiliaryError, ConfigurationError
+from fedsp.errors import AuxiliaryError, ConfigurationError, StorageError
 from fedsp.fitting import Optimisation, answer_loss, trainable
 from fedsp.loading import load_model, load_tokenizer
 from fedsp.plan import forward_operations, make_plan
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.server import EMBEDDED
+from fedsp.storage import tensors_digest
 
 TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
 TOKENS = torch.tensor([[5, 9, 33, 8, 71, 2, 60]])
@@ -125,6 +128,35 @@ def test_a_package_that_was_changed_is_refused(tmp_path: Path) -> None:
 
 
 OPTIONS: list[dict[str, float]] = [{}, {"match_depths": 1.0}, {"match_logits": 1.0}, {"proxy_prompts": 0.5}]
+
+
+@pytest.mark.parametrize("options", [{}, {"match_depths": 1.0}], ids=str)
+def test_teacher_states_are_read_once_and_are_the_same_from_the_disk(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_model(str(EMBEDDED / "model"), device="cpu")
+    texts = [list(range(5, 5 + length)) for length in (9, 12, 7, 12)]
+    how = Distillation(6, 2, Optimisation(1e-3), **options)
+    found = []
+    for bound in (1 << 30, 0):
+        monkeypatch.setattr(distillation, "IN_MEMORY", bound)
+        read: list[int] = []
+        handle = teacher.register_forward_pre_hook(lambda _, arguments, rows=read: rows.append(len(arguments[0])))
+        auxiliary = build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER)
+        found.append((distill(auxiliary, teacher, texts, how, seed=0), tensors_digest(auxiliary.weights())))
+        handle.remove()
+        assert sum(read) == len(texts), "six steps of two texts, and each of the four was read once"
+    assert found[0] == found[1]
+
+
+def test_no_room_for_teacher_states_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_model(str(EMBEDDED / "model"), device="cpu")
+    monkeypatch.setattr(distillation, "IN_MEMORY", 0)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(StorageError, match=r"the teacher's states need 0\.0 GiB in .* \(No space left on device\): set TMPDIR to a folder with more room"):
+        distill(build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER), teacher, [[5, 6, 7]], Distillation(1, 1, Optimisation(1e-3)), seed=0)
 
 
 def test_a_few_packed_texts_are_the_first_of_many() -> None:

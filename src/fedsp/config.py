@@ -113,7 +113,7 @@ class DistillSection(Section):
     weight_decay: Decay = Field(0.01, description="of AdamW")
     batch_size: Positive = Field(8, description="sequences per step")
     sequence_length: int = Field(128, ge=2, description="tokens per sequence")
-    sequences: Positive = Field(512, description="sequences at most; their teacher states are computed once and kept in memory")
+    sequences: Positive = Field(512, description="sequences at most; their teacher states are computed once and kept: in memory, and beyond 1 GiB on the disk")
     match_depths: Decay = Field(0.0, description="weight of the mean squared error at every depth; 0 is the paper")
     match_logits: Decay = Field(0.0, description="weight of the KL divergence of next-token distributions, nats; 0 is the paper")
     proxy_prompts: Decay = Field(0.0, description="scale of a random prompt put on both sides at each step; 0 is the paper; teacher states cannot be kept then")

@@ -1,20 +1,26 @@
 """Distillation: the auxiliary model is fitted to the last hidden states of the global one, before any round (FedSP, section 3, KD).
 
 The loss is the mean squared error between last hidden states, after the final norm, over real tokens; padding is masked out. The teacher
-reads each text once and its states are kept, unless random proxy prompts change them at every step.
+reads each text once and its states are kept, in memory or, where they are large, in a file, unless random proxy prompts change them at every step.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import random
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
 from fedsp.auxiliary import AuxiliaryModel
+from fedsp.errors import StorageError
 from fedsp.fitting import Optimisation, fit
 from fedsp.models import PromptedLM, Tokenizer, hidden_at_depths, pad
 from fedsp.prompts import SoftPrompt
@@ -23,6 +29,9 @@ from fedsp.rounds import derive_seed
 Sequences = Sequence[Sequence[int]]
 Progress = Callable[[int, float], None]
 """Called after each step with its number, from 1, and its loss."""
+
+IN_MEMORY = 1 << 30
+"""Bytes of teacher states that are kept in memory; more than that lie on the disk."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ def distill(
     """
     if not how.steps:
         return []
-    kept: dict[int, list[Tensor]] = {}
+    kept = None if how.proxy_prompts else Kept(len(texts), max(len(text) for text in texts))
     steps = 0
 
     def loss(indices: list[int]) -> Tensor:
@@ -71,9 +80,9 @@ def distill(
         prefixes = _prefixes(auxiliary, teacher, how, derive_seed(seed, "proxy", steps), around)
         batch = pad([texts[index] for index in indices], auxiliary.device)
         with torch.no_grad():
-            states = _teacher_states(teacher, texts, indices, kept, how, auxiliary, prefixes[1])
-            if how.proxy_prompts:
-                kept.clear()
+            read = partial(_read, teacher, texts, how, auxiliary, prefixes[1])
+            states = kept.get(indices, read) if kept else read(indices)
+            states = [state[:, : batch.ids.shape[1]].to(auxiliary.device) for state in states]
         value = _loss(auxiliary, teacher, hidden_at_depths(auxiliary, batch.ids, batch.mask, prefixes[0]), states, batch.mask, how)
         progress(steps, float(value.detach()))
         return value
@@ -93,19 +102,56 @@ def _loss(student: PromptedLM, teacher: PromptedLM, hidden: list[Tensor], states
     return value
 
 
-def _teacher_states(
-    teacher: PromptedLM, texts: Sequences, indices: list[int], kept: dict[int, list[Tensor]], how: Distillation, student: PromptedLM, prefix: Tensor | None
-) -> list[Tensor]:
-    """The teacher's states for some texts, padded; what it has read before is not read again."""
-    new = [index for index in indices if index not in kept]
-    if new:
-        batch = pad([texts[index] for index in new], teacher.device)
-        states = hidden_at_depths(teacher, batch.ids, batch.mask, prefix)
-        wanted = [*(states[layer] for layer in student.prompt_layers if how.match_depths), states[-1]]
-        for row, index in enumerate(new):
-            kept[index] = [state[row, : len(texts[index])].float().cpu() for state in wanted]
-    rows = [kept[index] for index in indices]
-    return [torch.nn.utils.rnn.pad_sequence([row[depth] for row in rows], batch_first=True).to(student.device) for depth in range(len(rows[0]))]
+class Kept:
+    """What the teacher made of each text, float32, read once. What is larger than `IN_MEMORY` bytes in all lies in files without names, which go with the
+    process.
+
+    Raises (from `get`):
+        StorageError: the disk has no room for it.
+    """
+
+    def __init__(self, texts: int, longest: int) -> None:
+        self._size = (texts, longest)
+        self._states: list[Tensor] = []
+        self._known = torch.zeros(texts, dtype=torch.bool)
+
+    def get(self, indices: list[int], read: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+        """The states of some texts, (B, longest, D) for each depth; `read` gives those that are not known yet."""
+        new = [index for index in dict.fromkeys(indices) if not self._known[index]]
+        if new:
+            states = read(new)
+            if not self._states:
+                shapes = [(*self._size, state.shape[-1]) for state in states]
+                large = 4 * sum(math.prod(shape) for shape in shapes) > IN_MEMORY
+                self._states = [_on_disk(math.prod(shape)).view(shape) if large else torch.zeros(shape) for shape in shapes]
+            for kept, state in zip(self._states, states, strict=True):
+                kept[torch.tensor(new), : state.shape[1]] = state.cpu()
+            self._known[new] = True
+        return [kept[torch.tensor(indices)] for kept in self._states]
+
+
+def _on_disk(count: int) -> Tensor:
+    """So many float32 numbers in a file that is gone from its folder already."""
+    size = 4 * count
+    with tempfile.NamedTemporaryFile(prefix="fedsp-teacher-states-") as file:
+        try:
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end the process without a word
+            else:
+                file.truncate(size)
+        except OSError as error:
+            raise StorageError(
+                f"the teacher's states need {size / 2**30:.1f} GiB in {tempfile.gettempdir()} ({error.strerror}): set TMPDIR to a folder with more room, or make distill.sequences smaller"
+            ) from error
+        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32)
+
+
+def _read(teacher: PromptedLM, texts: Sequences, how: Distillation, student: PromptedLM, prefix: Tensor | None, indices: list[int]) -> list[Tensor]:
+    """The teacher's states of some texts, (B, T, D) for each depth that is matched, and last the last ones."""
+    batch = pad([texts[index] for index in indices], teacher.device)
+    states = hidden_at_depths(teacher, batch.ids, batch.mask, prefix)
+    wanted = [*(states[layer] for layer in student.prompt_layers if how.match_depths), states[-1]]
+    return [state.float() for state in wanted]
 
 
 def _prefixes(student: PromptedLM, teacher: PromptedLM, how: Distillation, seed: int, around: SoftPrompt | None) -> tuple[Tensor | None, Tensor | None]:
