@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 from fedsp.aggregation import Combine, ServerOptimizer, WeightedMean, admit, update_cosine
 from fedsp.codings import FLOAT32, Coding
@@ -64,6 +64,8 @@ class Standing:
         return replace(self, best=payload, best_round=round, best_loss=loss)
 
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 Register = Mapping[str, int]
 """The server's own record of its clients: id to number of examples."""
 Validate = Callable[[Payload], float]
@@ -82,13 +84,16 @@ def federate(
         TooFewClients: a round had fewer admitted updates than `rules.min_clients`; the standing before it has been kept.
         TrainingDiverged: a loss was not finite, with the round and the party.
     """
-    validate = _Tried(validate)
+    work = _Timed()
+    validate = _Tried(work(validate))
+    server_update = work(method.server_update)
     if standing is None:
         payload = method.init(server)
         first = validate(payload) if rules.validate_by == "server" else None
         standing = Standing(0, payload, payload, 0, first)
     for round in range(standing.round + 1, rules.rounds + 1):
         started = time.perf_counter()
+        work.seconds = 0.0
         asked = _asked(register, rules, round)
         updates, failed, traffic = _collect(exchange, _requests(asked, round, standing, rules), rules.max_change)
         if len(updates) < min(rules.min_clients, len(asked)):
@@ -100,10 +105,9 @@ def federate(
             standing = standing.consider(standing.payload, standing.round, _clients_loss(updates, register))
         weights = {client: float(register[client]) if rules.weighting == "examples" else 1.0 for client in updates}
         sent, told = standing.payload, {client: update.payload for client, update in updates.items()}
-        training = time.perf_counter()
         own_seed = derive_seed(rules.seed, "server", round)
         try:
-            reference = method.server_update(server, sent, round, own_seed)[0] if rules.combine.by_reference else None
+            reference = server_update(server, sent, round, own_seed)[0] if rules.combine.by_reference else None
             aggregated, optimizer = sent, standing.optimizer
             if told or rules.combine.always:
                 mean = rules.combine(sent, told, weights, len(asked), reference)
@@ -112,7 +116,7 @@ def federate(
             gate = _gate(standing, aggregated, validate, rules.max_loss_rise)
             if not gate.passed:
                 aggregated, optimizer = _plus(sent, standing.owed), standing.optimizer
-            payload, server_loss = method.server_update(server, aggregated, round, own_seed)
+            payload, server_loss = server_update(server, aggregated, round, own_seed)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"round {round}, server: {error}; the prompt of round {standing.round} is kept") from error
         standing = replace(standing, round=round, optimizer=optimizer)
@@ -125,7 +129,7 @@ def federate(
         elif rules.validate_by == "clients":
             validation = _clients_loss(updates, register)
         standing = _to_broadcast(standing, sent, payload, rules.down)
-        seconds_training = time.perf_counter() - training + sum(update.seconds for update in updates.values())
+        seconds_training = work.seconds + sum(update.seconds for update in updates.values())
         keep(
             standing,
             RoundRecord(
@@ -160,6 +164,23 @@ def _asked(register: Register, rules: Rules, round: int) -> list[str]:
     if rules.sampling_rate is not None:
         return [ordered[index] for index in poisson_sample(len(ordered), rules.sampling_rate)]
     return sample_clients(ordered, len(ordered) if rules.clients is None else rules.clients, rules.seed, round)
+
+
+class _Timed:
+    """Seconds spent in some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, function: Callable[Given, Result]) -> Callable[Given, Result]:
+        def timed(*arguments: Given.args, **named: Given.kwargs) -> Result:
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        return timed
 
 
 class _Tried:

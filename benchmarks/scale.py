@@ -1,0 +1,103 @@
+"""Rounds with ten thousand clients on one machine: memory, disk, and what the loop costs beside training. The table of docs/results/performance.md.
+
+    python benchmarks/scale.py OUTPUT [--clients 10000] [--rounds 20]
+
+The embedded model, four questions for each client, five steps on them for each client that is asked. Loop time is the time of a round less that in gradient
+steps: sampling, opening clients, messages packed and unpacked, admission, aggregation, journal and checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsp import commands
+from fedsp.display import quiet_libraries
+from fedsp.rounds import RoundRecord
+from fedsp.server import EMBEDDED, Watcher
+
+ASKED = (25, 50, 100, 200)
+
+
+def settings(folder: Path, clients: int, asked: int, rounds: int, **changes: Any) -> dict[str, Any]:
+    folder.mkdir(parents=True)
+    rows = [json.loads(line) for line in (EMBEDDED / "train.jsonl").read_text().splitlines()]
+    questions = [{**rows[index % len(rows)], "id": str(index)} for index in range(4 * clients)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    return {
+        "output": str(folder / "run"),
+        "model": {"name": "embedded", "device": "cpu"},
+        "data": {"task": "continuation", "train": str(folder / "train.jsonl"), "max_tokens": 64, "holdout": 0.0},
+        "partition": {"clients": clients, "server_share": 0.0},
+        "distill": {"steps": 2, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 32},
+        "prompt": {"length": 16},
+        "round": {"rounds": rounds, "clients": asked},
+        "client": {"speak_steps": 5, "batch_size": 4},
+        "validation": {"by": "none"},
+        **changes,
+    }
+
+
+def resident() -> float:
+    """Memory of this process, MiB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure(folder: Path, clients: int, asked: int, rounds: int, **changes: Any) -> dict[str, Any]:
+    memory: list[float] = []
+    records: list[RoundRecord] = []
+
+    def round_done(record: RoundRecord, _: int) -> None:
+        memory.append(resident())
+        records.append(record)
+
+    started = time.perf_counter()
+    commands.run(settings(folder, clients, asked, rounds, **changes), watcher=Watcher(round_done=round_done))
+    loop = [record.seconds - record.seconds_training for record in records]
+    files = [path for path in (folder / "run").rglob("*") if path.is_file()]
+    return {
+        "registered": clients,
+        "asked": asked,
+        "rounds": rounds,
+        "seconds of a round": statistics.median(record.seconds for record in records),
+        "loop, share of training": sum(loop) / sum(record.seconds_training for record in records),
+        "loop, ms for each client asked": 1000 * statistics.median(loop) / asked,
+        "MiB after round 2": memory[1],
+        "MiB after the last": memory[-1],
+        "files": len(files),
+        "disk, MiB": sum(path.stat().st_size for path in files) / 2**20,
+        "start and end, seconds": time.perf_counter() - started - sum(record.seconds for record in records),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--clients", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=20)
+    given = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    kept = {"client": {"speak_steps": 5, "batch_size": 4, "keep_optimizer": True}, "compression": {"up": "top_k(0.1)", "down": "int8"}}
+    runs = [("whole", given.clients, 100, given.rounds, {}), ("resting", given.clients, 100, given.rounds, kept)]
+    runs += [(f"asked-{asked}", given.clients, asked, 4, {}) for asked in ASKED]
+    runs += [("few", 200, 100, 4, {})]
+    found = []
+    for name, clients, asked, rounds, changes in runs:
+        found.append({"run": name, **measure(given.output / name, clients, asked, rounds, **changes)})
+        print(json.dumps(found[-1]), flush=True)
+    names = list(found[0])
+    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+    for row in found:
+        print("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
