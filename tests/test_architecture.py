@@ -64,6 +64,7 @@ ONLY_IN = {
     "mlflow": {"tracking"},
     "cryptography": {"credentials"},
     "zstandard": {"compression"},
+    "bitsandbytes": {"loading"},
     "uvicorn": {"engines.gate"},
     "typer": {"cli"},
     "rich": {"display"},

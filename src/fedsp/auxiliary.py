@@ -140,11 +140,10 @@ class AuxiliaryModel(PromptedLM):
         self.plan = plan
         self.embeddings: Embeddings = embeddings
         self.tokenizer = tokenizer
-
-    @property
-    def bytes(self) -> int:
+        self.bytes = 4 * sum(parameter.numel() for parameter in trainable(self.model).values())
         """Size of the weights as they are handed out, float32, each once."""
-        return 4 * sum(parameter.numel() for parameter in trainable(self.model).values())
+        self.discloses: float | None = None
+        """The share of the global model's parameters that stand in it bit for bit, where that was found out when it was made."""
 
     def weights(self) -> Tensors:
         """Every parameter once, on the CPU."""
@@ -189,6 +188,7 @@ class AuxiliaryModel(PromptedLM):
                 "prompt_shape": asdict(self.prompt_shape),
                 "sha256": digest,
                 "tokenizer_sha256": tokenizer_digest(self.tokenizer),
+                **({} if self.discloses is None else {"discloses": self.discloses}),
             },
         )
         return digest
@@ -270,7 +270,9 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
         raise AuxiliaryError(f"the auxiliary model in {folder} lacks {sorted(missing)[0]}: get the folder again from the server")
     model.load_state_dict(weights, strict=False)
     kept: Embeddings = manifest.get("embeddings", "verbatim")
-    return AuxiliaryModel(model.requires_grad_(False).to(device), plan, tokenizer, positions=positions, prompt_shape=shape, embeddings=kept)
+    auxiliary = AuxiliaryModel(model.requires_grad_(False).to(device), plan, tokenizer, positions=positions, prompt_shape=shape, embeddings=kept)
+    auxiliary.discloses = manifest.get("discloses")
+    return auxiliary
 
 
 def planned_config(config: Any, plan: LayerPlan) -> Any:

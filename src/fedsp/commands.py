@@ -176,7 +176,7 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
     return {
         "folder": str(folder),
         "sha256": digest,
-        "disclosed_share": disclosed_share(auxiliary, server.model),
+        "disclosed_share": disclosed_share(auxiliary, server.model) if auxiliary.discloses is None else auxiliary.discloses,
         "seconds": time.perf_counter() - started,
     }
 

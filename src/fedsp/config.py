@@ -41,6 +41,10 @@ AttackName = Literal[
 ]
 
 
+ClientPrecision = Literal["float32", "bfloat16", "8bit", "4bit"]
+PRECISION = "in which clients hold the frozen auxiliary model in memory: float32, bfloat16, 8bit, 4bit; only where they do not align it"
+
+
 class Section(BaseModel):
     """A table of the file: unknown keys are refused, values never change."""
 
@@ -51,7 +55,10 @@ class ModelSection(Section):
     """The global model: it stays on the server."""
 
     name: str = Field(description="hub name or folder of a causal language model; 'embedded' is the small one that fedsp ships")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps; split: spread over all GPUs, then memory, then the disk, for a model that fits none")
+    precision: Literal["auto", "float32", "bfloat16", "8bit", "4bit"] = Field(
+        "auto", description="of its frozen weights: auto: bfloat16 on CUDA, float32 elsewhere; 8bit and 4bit need auxiliary.folder; prompts are float32 always"
+    )
     positions: Literal["hugging_face", "from_zero"] = Field(
         "hugging_face", description="hugging_face: tokens start at position P, as in PEFT and generate; from_zero: at 0, as in the authors' code"
     )
@@ -101,6 +108,7 @@ class AuxiliarySection(Section):
         description="verbatim: those of the global model; low_rank: what embedding_rank of their directions say; fresh: random; the last two are then distilled with the rest",
     )
     embedding_rank: Positive = Field(32, description="rank of low_rank")
+    precision: ClientPrecision = Field("float32", description=PRECISION + "; simulated clients, all of them")
     folder: str | None = Field(None, description="an auxiliary model already made by `fedsp distill`; none: it is made at the start of the run")
 
 
@@ -348,9 +356,31 @@ class RunConfig(Section):
             raise ValueError("prompt.init_text: prompt.init = 'text' needs a text; name a file, or set distill.text, or prompt.init = 'normal'")
         if self.validation.by == "clients" and not ((self.partition.clients or self.federation) and self.round.clients != 0):
             raise ValueError("validation.by: no client is asked, so none can validate; use 'server' or 'none'")
+        self._precisions()
         if self.client.keep_optimizer and self.client.align_steps == 0 == self.client.speak_steps:
             raise ValueError("client.keep_optimizer: a client that takes no step has no optimizer to keep")
         return self
+
+    def _precisions(self) -> None:
+        """What weights of few bits cannot do."""
+        if self.model.precision in ("8bit", "4bit"):
+            if self.method not in ("fedsp", "zero_shot", "prefix_tuning", "fedprompt"):
+                raise ValueError(f"model.precision: method = {self.method!r} needs the weights themselves; set it to auto, float32 or bfloat16")
+            if self.method == "fedsp" and not self.auxiliary.folder and self.round.clients != 0 and (self.partition.clients or self.federation):
+                raise ValueError(
+                    f"model.precision: no auxiliary model can be made of weights in {self.model.precision}; make it with `fedsp distill` and another precision, and name it in auxiliary.folder"
+                )
+        if self.auxiliary.precision != "float32":
+            wrong = {
+                "method": self.method != "fedsp",
+                "client.align_steps": self.client.align_steps > 0,
+                "distill.again_every": self.distill.again_every > 0,
+                "federation": self.federation is not None,
+            }
+            if key := next((key for key, given in wrong.items() if given), None):
+                raise ValueError(
+                    f"auxiliary.precision: it does not go with this {key}: only simulated clients of fedsp that leave the auxiliary model as it is can hold it in {self.auxiliary.precision}"
+                )
 
     def _private(self) -> None:
         """What would break the promise."""
@@ -478,6 +508,7 @@ class PartyConfig(Section):
     keys: str = Field(".", description="folder with ca.crt, server.pub and this client's client.key")
     state: str = Field("state", description="folder for what this client keeps between rounds; it never travels")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    precision: ClientPrecision = Field("float32", description=PRECISION)
     data: PartyDataSection
     package: PackageSection
     policy: PolicySection = PolicySection()

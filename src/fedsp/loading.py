@@ -1,45 +1,129 @@
-"""Where models and tokenizers come from: a hub name, a folder, or a configuration alone."""
+"""Where models and tokenizers come from, a hub name, a folder, or a configuration alone; and in what precision their frozen weights are held."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fedsp.errors import ModelError, first_line
 from fedsp.models import Positions, PromptedLM, Tokenizer
 
+Precision = Literal["auto", "float32", "bfloat16", "8bit", "4bit"]
+"""Of frozen weights; prompts, gradients and optimizer state are float32 always. `8bit` is LLM.int8 (Dettmers et al., NeurIPS 2022,
+https://arxiv.org/abs/2208.07339), `4bit` NF4 (Dettmers et al., NeurIPS 2023, https://arxiv.org/abs/2305.14314), both of bitsandbytes."""
+
+NF4_BLOCK = 64
+"""Weights that share a scale in `4bit`."""
+
+SPLIT = "split"
+"""A device that is all devices: layers are spread over GPUs, then memory, then the disk, by accelerate."""
+
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then the CPU."""
-    if device != "auto":
+    """`auto` is CUDA, then MPS, then the CPU; so is `split`, for whatever is not spread."""
+    if device not in ("auto", SPLIT):
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"model.device = {device!r} cannot be used on this machine ({first_line(error)}): choose auto, cpu, cuda or mps") from error
+            raise ModelError(f"model.device = {device!r} cannot be used on this machine ({first_line(error)}): choose auto, cpu, cuda, mps or split") from error
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_model(name: str, *, device: str = "auto", positions: Positions = "hugging_face", full_precision: bool = False) -> PromptedLM:
-    """A causal LM by hub name or folder, frozen, in float32 (bfloat16 on CUDA, unless its weights are to be tuned in `full_precision`).
+def load_model(name: str, *, device: str = "auto", positions: Positions = "hugging_face", precision: Precision = "auto") -> PromptedLM:
+    """A causal LM by hub name or folder, frozen. `auto` is bfloat16 on CUDA and float32 elsewhere; where weights are rounded to 8 or 4 bits, so is what
+    stays beside them.
 
     Raises:
-        ModelError: nothing of that name can be loaded, or the model cannot carry a soft prompt.
+        ModelError: nothing of that name can be loaded, the model cannot carry a soft prompt, or a library that the device or the precision needs is missing.
     """
-    where = choose_device(device)
+    where, few_bits = choose_device(device), precision in ("8bit", "4bit")
+    _require(("accelerate",) if device == SPLIT else (), f"model.device = {device!r}")
+    _require(("accelerate", "bitsandbytes") if few_bits else (), f"model.precision = {precision!r}")
     read_model_config(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if where.type == "cuda" and not full_precision else torch.float32, trust_remote_code=False
+    half = precision == "bfloat16" or (precision != "float32" and where.type == "cuda")
+    placed: dict[str, Any] = {"device_map": "auto" if device == SPLIT else {"": where}} if device == SPLIT or few_bits else {}
+    if few_bits:
+        placed["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=precision == "8bit",
+            load_in_4bit=precision == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32,
         )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if half else torch.float32, trust_remote_code=False, **placed)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_not_loaded(name, error)) from error
     model.requires_grad_(False)
-    return PromptedLM(model.to(where), name, positions=positions)
+    _mend_4bit(model, "model.precision")
+    return PromptedLM(model if placed else model.to(where), name, positions=positions)
+
+
+def reduce_precision(model: PromptedLM, precision: Precision, key: str) -> None:
+    """Hold the frozen weights of a model that is in place with fewer bits: all of them in bfloat16, or the linear layers of its blocks in 8 or 4 bits.
+    Depths that share a weight go on sharing it. `key` is where the precision was asked for.
+
+    Raises:
+        ModelError: bitsandbytes is missing.
+    """
+    if precision == "bfloat16":
+        model.model.to(torch.bfloat16)
+    if precision not in ("8bit", "4bit"):
+        return
+    _require(("bitsandbytes",), f"{key} = {precision!r}")
+    rounded: dict[int, nn.Module] = {}
+    for block in model.blocks:
+        for path, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear | Conv1D):
+                if id(module.weight) not in rounded:
+                    rounded[id(module.weight)] = _in_few_bits(module, precision).to(model.device)
+                block.set_submodule(path, rounded[id(module.weight)])
+    _mend_4bit(model.model, key)
+
+
+def _in_few_bits(linear: nn.Module, precision: Precision) -> nn.Module:
+    import bitsandbytes
+
+    assert isinstance(linear.weight, nn.Parameter)
+    weight = (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).detach().cpu().contiguous()
+    wide, bias = (weight.shape[1], weight.shape[0]), linear.bias
+    if precision == "8bit":
+        made: nn.Module = bitsandbytes.nn.Linear8bitLt(*wide, bias=bias is not None, has_fp16_weights=False, threshold=6.0)
+        made.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    else:
+        made = bitsandbytes.nn.Linear4bit(*wide, bias=bias is not None, compute_dtype=linear.weight.dtype, quant_type="nf4")
+        made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    made.bias = bias
+    return made.eval()
+
+
+def _mend_4bit(model: nn.Module, key: str) -> None:
+    """On a CPU bitsandbytes packs 4-bit weights for inference as soon as nothing asks for a gradient, and from then on lets none through; and it reads
+    weights wrong whose rows are not whole blocks.
+
+    Raises:
+        ModelError: the model has such rows.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  not an attribute of every module
+            if module.in_features % NF4_BLOCK:
+                raise ModelError(
+                    f"{key} = '4bit': the layer {name} has {module.in_features} inputs, and bitsandbytes needs a multiple of {NF4_BLOCK}; take 8bit or bfloat16"
+                )
+
+
+def _require(libraries: tuple[str, ...], what: str) -> None:
+    missing = [library for library in libraries if find_spec(library) is None]
+    if missing:
+        raise ModelError(f"{missing[0]} is not installed: {what} needs `pip install 'fedsp[large]'`")
 
 
 def read_model_config(name: str) -> Any:

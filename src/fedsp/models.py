@@ -98,6 +98,8 @@ class PromptedLM(nn.Module):
         self.positions: Positions = positions
         self.backbone: nn.Module = getattr(model, model.base_model_prefix, model)
         self.head = model.get_output_embeddings()
+        self._first = (next(model.parameters()),)  # in a tuple, so that it is not this module's own
+        self._device = _runs_on(model, self._first[0])
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self.path_of_blocks, self.blocks = find_blocks(self.backbone, model.config.get_text_config().num_hidden_layers, name)
@@ -107,12 +109,13 @@ class PromptedLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        """Where tokens are read and last hidden states come back; layers may be elsewhere."""
+        where = self._first[0].device
+        return self._device if where.type == "meta" else where
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = next(self.model.parameters()).dtype
+        dtype: torch.dtype = self._first[0].dtype
         return dtype
 
     @property
@@ -136,7 +139,7 @@ class PromptedLM(nn.Module):
             past_key_values=None if prefix is None else self.cache(prefix, batch),
             use_cache=prefix is not None,
         )
-        hidden: Tensor = output.last_hidden_state
+        hidden: Tensor = output.last_hidden_state.to(self.device)
         return hidden
 
     def continue_from(self, contexts: Padded, tails: Padded, rows: Tensor, prefix: Tensor | None) -> Tensor:
@@ -159,7 +162,7 @@ class PromptedLM(nn.Module):
         positions = start + contexts.mask.sum(dim=1)[rows][:, None] + torch.arange(tails.ids.shape[1], device=self.device)[None]
         mask = torch.cat([before[rows], tails.mask], dim=1)
         output = self.backbone(input_ids=tails.ids, attention_mask=mask, position_ids=positions * tails.mask, past_key_values=cache, use_cache=True)
-        hidden = output.last_hidden_state
+        hidden = output.last_hidden_state.to(self.device)
         return hidden
 
     @torch.no_grad()
@@ -187,11 +190,14 @@ class PromptedLM(nn.Module):
         if prefix.dim() == 5:
             prefix = prefix[None].expand(batch, *prefix.shape)
         per_layer = prefix.to(self.dtype).permute(2, 3, 0, 4, 1, 5)  # (L, 2, B, H, P, K)
-        return DynamicCache([(keys, values) for keys, values in per_layer])
+        return DynamicCache([(keys.to(where), values.to(where)) for where, (keys, values) in zip(map(self._block_device, self.blocks), per_layer, strict=True)])
+
+    def _block_device(self, block: nn.Module) -> torch.device:
+        return _runs_on(block, next(block.parameters()))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V), float32, of last hidden states (..., D)."""
-        logits = self.head(hidden).float()
+        logits = self.head(hidden).to(self.device).float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def keys_and_values(self, inputs: Tensor) -> Tensor:
@@ -208,7 +214,7 @@ class PromptedLM(nn.Module):
             try:
                 block(hidden, *(_swap(value, probe) for value in arguments), **{key: _swap(value, probe) for key, value in named.items()})
             except _Captured as captured:
-                layers.append(torch.stack([captured.keys, captured.values]).permute(1, 3, 0, 2, 4))  # (B, P, 2, H, K)
+                layers.append(torch.stack([captured.keys, captured.values]).permute(1, 3, 0, 2, 4).to(self.device))  # (B, P, 2, H, K)
             else:
                 raise ModelError(
                     f"{self.name}: layer {layer} did not write its keys and values to the cache, so it cannot read a residual prompt; use a key/value prompt"
@@ -271,6 +277,13 @@ def find_blocks(backbone: nn.Module, layers: int, name: str) -> tuple[str, nn.Mo
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return path, module
     raise ModelError(f"{name} has no list of {layers} blocks, so fedsp cannot tell its layers apart")
+
+
+def _runs_on(module: nn.Module, parameter: Tensor) -> torch.device:
+    """Where a module computes: where its weights are, or, where accelerate brings them from elsewhere, where to."""
+    places = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in module.modules())
+    found = next((place for place in places if place is not None), None)
+    return parameter.device if found is None else torch.device(found)
 
 
 def hidden_at_depths(model: PromptedLM, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None = None) -> list[Tensor]:

@@ -162,7 +162,8 @@ def open_server(config: RunConfig, questions: Questions) -> Server:
     """
     name = model_name(config)
     tunes_weights = config.method in ("finetune", "lora", "offsite_tuning")
-    model = load_model(name, device=config.model.device, positions=config.model.positions, full_precision=tunes_weights)
+    precision = "float32" if tunes_weights else config.model.precision
+    model = load_model(name, device=config.model.device, positions=config.model.positions, precision=precision)
     return Server(config, model, load_tokenizer(name), questions, token_limit(config, model))
 
 
@@ -245,8 +246,9 @@ def make_auxiliary(server: Server, folder: Path, watcher: Watcher) -> AuxiliaryM
         steps = config.distill.steps
         fit_auxiliary(server, auxiliary, progress=lambda step, loss: watcher.distilled(step, steps, loss))
         server.seconds["distillation"] = time.perf_counter() - started
+    auxiliary.discloses = disclosed_share(auxiliary, server.model)
     auxiliary.save(folder)
-    watcher.say(f"the auxiliary model is in {folder}; it discloses {disclosed_share(auxiliary, server.model):.1%} of the global model's parameters bit for bit")
+    watcher.say(f"the auxiliary model is in {folder}; it discloses {auxiliary.discloses:.1%} of the global model's parameters bit for bit")
     return auxiliary
 
 

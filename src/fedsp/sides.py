@@ -16,6 +16,7 @@ from fedsp.clients import Clients, absent_clients, agreement_of, clients_here, m
 from fedsp.config import RunConfig
 from fedsp.errors import ConfigurationError
 from fedsp.fitting import Optimisation
+from fedsp.loading import reduce_precision
 from fedsp.methods.base import Averaging, Method
 from fedsp.methods.fedprompt import FedPrompt
 from fedsp.methods.fedprompt_single import FedPromptSingle, reading_one_layer
@@ -132,6 +133,9 @@ def _fedsp(server: Server, run: RunDirectory, watcher: Watcher, register: dict[s
         values = _in_the_auxiliary_space(tuned.values().detach().clone(), auxiliary, first_tokens(server))
         translated = TranslatedPrompt(tuned.spec, values, maps=maps, offsets=offsets, seed=derive_seed(config.seed, "prompt")).to(model.device)
         tuned, fold = translated, lambda payload: translated.translated(payload, model)
+    handed_out = _handed_out(server, auxiliary)
+    if auxiliary:
+        reduce_precision(auxiliary, config.auxiliary.precision, "auxiliary.precision")
     agreement = agreement_of(config, server.max_tokens)
     adapt = _adapt(server, auxiliary) if config.server.public_steps and auxiliary else None
     method = make_method(agreement, auxiliary, config.server, adapt)
@@ -139,7 +143,21 @@ def _fedsp(server: Server, run: RunDirectory, watcher: Watcher, register: dict[s
         clients = replace(open_clients(config, auxiliary, server.questions, run), method=method)
     else:
         clients = absent_clients(method, register or {})
-    return Sides(method, model, tuned, clients, auxiliary, disclosed_share(auxiliary, model) if auxiliary else 0.0, fold, adapt)
+    return Sides(method, model, tuned, clients, auxiliary, handed_out, fold, adapt)
+
+
+def _handed_out(server: Server, auxiliary: AuxiliaryModel | None) -> float:
+    """The share of the global model's numbers that clients hold: compared, or, where the numbers here are rounded to few bits, as it was found when the
+    package was made."""
+    if auxiliary is None:
+        return 0.0
+    if server.config.model.precision not in ("8bit", "4bit"):
+        return disclosed_share(auxiliary, server.model)
+    if auxiliary.discloses is None:
+        raise ConfigurationError(
+            "auxiliary.folder: the package does not say what it discloses, as an earlier version made it: make it again with `fedsp distill`"
+        )
+    return auxiliary.discloses
 
 
 def _in_the_auxiliary_space(values: Tensor, auxiliary: AuxiliaryModel, tokens: Tensor | None) -> Tensor:

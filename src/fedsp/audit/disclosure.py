@@ -45,4 +45,4 @@ def _of_package(package: Path, name: str, device: str) -> tuple[tuple[str, float
 
 @lru_cache(maxsize=1)
 def _model(name: str, device: str) -> PromptedLM:
-    return load_model(name, device=device, full_precision=True)
+    return load_model(name, device=device, precision="float32")

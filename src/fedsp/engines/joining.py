@@ -30,7 +30,7 @@ from fedsp.engines.pinned import require_pinning
 from fedsp.engines.processes import Processes, free_port, host_and_port
 from fedsp.errors import ConfigurationError, CredentialError, DeploymentError, PayloadError, PolicyError, first_line
 from fedsp.frames import Frame
-from fedsp.loading import choose_device
+from fedsp.loading import choose_device, reduce_precision
 from fedsp.package import hold_against_policy, open_package
 from fedsp.parties import Party, Rest
 from fedsp.payload import PROMPT, Payload, check, pack
@@ -67,7 +67,12 @@ class Client:
         self.auxiliary, self.agreement = open_package(party.package, Path(party.keys) / SERVER_PUBLIC, device)
         hold_against_policy(party.policy, self.agreement, self.auxiliary, len(examples))
         self.rows = encode_targets(self.auxiliary.tokenizer, examples, self.agreement.max_tokens)
+        if self.agreement.client.align_steps and party.precision != "float32":
+            raise PolicyError(
+                f"the run aligns the auxiliary model, whose weights are then trained, and precision = {party.precision!r} freezes them: set it to float32"
+            )
         self._method = make_method(self.agreement, self.auxiliary)
+        reduce_precision(self.auxiliary, party.precision, "precision")
         self._state = Path(party.state) / party.package.sha256[:16]
         self._shape = PromptSpec(self.agreement.prompt.space, self.agreement.prompt.length, self.auxiliary.prompt_shape).shape
         self._last: tuple[Frame, Frame] | None = None

@@ -24,7 +24,7 @@ from fedsp.engines.remote import Patience, remote
 from fedsp.errors import DeploymentError
 from fedsp.experiment import run_experiment
 from fedsp.frames import Frame
-from fedsp.loading import choose_device
+from fedsp.loading import choose_device, reduce_precision
 from fedsp.rounds import Exchange
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher, load_questions
@@ -112,4 +112,5 @@ def _opened(folder: str) -> Clients:
     config = run.config
     device = choose_device(config.model.device)
     auxiliary = load_auxiliary(Path(config.auxiliary.folder or run.auxiliary), device=device, positions=config.model.positions)
+    reduce_precision(auxiliary, config.auxiliary.precision, "auxiliary.precision")
     return open_clients(config, auxiliary, load_questions(config, run.partition()), run)

@@ -1,0 +1,147 @@
+"""Frozen weights in fewer bits, on either side, and a model that lies in several places: what comes out, and that prompts still learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import tiny_model
+from fedsp import commands, loading
+from fedsp.auxiliary import build_auxiliary, parse_plan
+from fedsp.data.encoding import Encoded, collate
+from fedsp.errors import ConfigurationError, ModelError
+from fedsp.fitting import answer_loss
+from fedsp.loading import load_model, load_tokenizer, reduce_precision
+from fedsp.models import PromptedLM
+from fedsp.prompts import PromptSpec, SoftPrompt, Space
+from fedsp.runs import RunDirectory
+from fedsp.server import EMBEDDED
+from test_run import settings
+
+MODEL = str(EMBEDDED / "model")
+BATCH = collate([Encoded(tuple(range(5 + 9 * row, 30 + 9 * row)), 20) for row in range(4)])
+
+
+def learned(model: PromptedLM, space: Space = "residual") -> tuple[float, torch.Tensor]:
+    """A loss, and the gradient of a prompt, after the model has been read without gradients too."""
+    spec = PromptSpec(space, 4, model.prompt_shape)
+    prompt = SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    with torch.no_grad():
+        without = float(answer_loss(model, prompt.prefix(model), BATCH))
+    loss = answer_loss(model, prompt.prefix(model), BATCH)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(loss.detach()) == pytest.approx(without, rel=1e-5)
+    assert prompt.direct.grad is not None and prompt.direct.dtype == torch.float32
+    return without, prompt.direct.grad.flatten()
+
+
+def near(found: tuple[float, torch.Tensor], exact: tuple[float, torch.Tensor], loss: float, cosine: float) -> None:
+    assert found[0] == pytest.approx(exact[0], rel=loss)
+    assert float(torch.nn.functional.cosine_similarity(found[1], exact[1], dim=0)) > cosine
+
+
+BITS: dict[Any, tuple[float, float, float]] = {"bfloat16": (0.01, 0.999, 0.55), "8bit": (0.02, 0.98, 0.6), "4bit": (0.1, 0.85, 0.5)}
+"""Of each precision: how far the loss may be off, the cosine of the gradient, and the share of the memory."""
+
+
+def size(model: PromptedLM) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+
+
+@pytest.mark.parametrize("space", ["residual", "key_value"])
+@pytest.mark.parametrize("precision", BITS)
+def test_a_global_model_in_fewer_bits_gives_nearly_the_same_gradients(precision: Any, space: Any) -> None:
+    whole, few = load_model(MODEL, device="cpu"), load_model(MODEL, device="cpu", precision=precision)
+    loss, cosine, share = BITS[precision]
+    near(learned(few, space), learned(whole, space), loss, cosine)
+    assert size(few) < share * size(whole)
+
+
+@pytest.mark.parametrize(("family", "precision"), [("embedded", "bfloat16"), ("embedded", "8bit"), ("embedded", "4bit"), ("llama", "8bit")])
+def test_an_auxiliary_model_is_reduced_where_it_stands_and_shares_go_on(precision: Any, family: str) -> None:
+    model = load_model(MODEL, device="cpu") if family == "embedded" else tiny_model(family)
+    whole, few = (build_auxiliary(model, parse_plan("shared(0)", model.shape.layers), load_tokenizer(MODEL)) for _ in range(2))
+    announced, digest = few.bytes, few.digest()
+    reduce_precision(few, precision, "auxiliary.precision")
+    loss, cosine, _ = BITS[precision]
+    near(learned(few), learned(whole), loss, cosine - 0.1)
+    assert few.bytes == announced == whole.bytes, "what was handed out does not change"
+    assert few.digest() != digest and len({id(p) for p in few.blocks[0].parameters()} & {id(p) for p in few.blocks[1].parameters()}) >= 4
+
+
+@pytest.mark.parametrize("space", ["residual", "key_value"])
+def test_a_model_in_several_places_gives_the_same_numbers(tmp_path: Path, space: Any) -> None:
+    """accelerate brings the last layers from the disk, each time they are needed."""
+    whole = load_model(MODEL, device="cpu")
+    outside = dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"), "cpu")
+    places = outside | {f"transformer.h.{layer}": "cpu" if layer < 5 else "disk" for layer in range(8)}
+    spread = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, device_map=places, offload_folder=str(tmp_path)).requires_grad_(False)
+    loss, gradient = learned(PromptedLM(spread, "spread"), space)
+    expected = learned(whole, space)
+    assert loss == expected[0] and torch.equal(gradient, expected[1])
+    loss, gradient = learned(load_model(MODEL, device="split"), space)
+    assert loss == expected[0] and torch.equal(gradient, expected[1])
+
+
+def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
+    first = commands.run(settings(tmp_path / "whole", distill={"steps": 2, "batch_size": 2, "sequence_length": 32}))
+    package = {"folder": str(Path(first["folder"]) / "auxiliary"), "precision": "4bit"}
+    figures = commands.run(settings(tmp_path / "few", model={"name": "embedded", "device": "cpu", "precision": "8bit"}, auxiliary=package, server={"steps": 1}))
+    assert figures["disclosed_share"] == first["disclosed_share"] and figures["package_bytes"] == first["package_bytes"]
+    assert figures["test"]["answer_loss"] == pytest.approx(first["test"]["answer_loss"], rel=0.2)
+    assert figures["cost"]["client"]["model_parameters"] > 0
+    resumed = commands.run(
+        settings(tmp_path / "again", model={"name": "embedded", "device": "cpu", "precision": "8bit"}, auxiliary=package, server={"steps": 1})
+    )
+    assert resumed["validation_loss"] == figures["validation_loss"]
+    assert RunDirectory.open(Path(figures["folder"])).finished
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"model": {"name": "embedded", "precision": "4bit"}},
+            "model.precision: no auxiliary model can be made of weights in 4bit; make it with `fedsp distill`",
+        ),
+        ({"model": {"name": "embedded", "precision": "8bit"}, "method": "lora"}, "model.precision: method = 'lora' needs the weights themselves"),
+        ({"model": {"name": "embedded", "precision": "2bit"}}, "model.precision"),
+        ({"auxiliary": {"precision": "8bit"}, "client": {"align_steps": 1}}, "auxiliary.precision: it does not go with this client.align_steps"),
+        ({"auxiliary": {"precision": "8bit"}, "method": "fedprompt"}, "auxiliary.precision: it does not go with this method"),
+        ({"auxiliary": {"precision": "bfloat16"}, "distill": {"steps": 1, "again_every": 1}}, "does not go with this distill.again_every"),
+    ],
+)
+def test_what_few_bits_cannot_do_is_one_clear_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        commands.run(settings(tmp_path, **changes))
+
+
+def test_rows_that_bitsandbytes_reads_wrong_are_refused() -> None:
+    auxiliary = build_auxiliary(tiny_model("llama"), parse_plan("shared(0)", 4), load_tokenizer(MODEL))
+    with pytest.raises(ModelError, match=r"precision = '4bit': the layer .* has 32 inputs, and bitsandbytes needs a multiple of 64; take 8bit"):
+        reduce_precision(auxiliary, "4bit", "precision")
+
+
+def test_without_the_libraries_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    for wanted in ({"device": "split"}, {"device": "cpu", "precision": "8bit"}):
+        with pytest.raises(ModelError, match=r"accelerate is not installed: model\.\w+ = '\w+' needs `pip install 'fedsp\[large\]'`"):
+            load_model(MODEL, **wanted)  # type: ignore[arg-type]
+    auxiliary = build_auxiliary(load_model(MODEL, device="cpu"), parse_plan("ends(1)", 8), load_tokenizer(MODEL))
+    with pytest.raises(ModelError, match="bitsandbytes is not installed: precision = '4bit'"):
+        reduce_precision(auxiliary, "4bit", "precision")
+
+
+def test_a_package_that_does_not_say_what_it_discloses_is_named(tmp_path: Path) -> None:
+    from fedsp.sides import _handed_out
+
+    auxiliary = build_auxiliary(load_model(MODEL, device="cpu"), parse_plan("ends(1)", 8), load_tokenizer(MODEL))
+    server: Any = type("Server", (), {"config": type("C", (), {"model": type("M", (), {"precision": "8bit"})})})
+    with pytest.raises(ConfigurationError, match="the package does not say what it discloses"):
+        _handed_out(server, auxiliary)
+    auxiliary.discloses = 0.25
+    assert _handed_out(server, auxiliary) == 0.25
