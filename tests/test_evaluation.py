@@ -37,9 +37,12 @@ LETTERS: Any = Letters()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["hugging_face", "from_zero"])
 @pytest.mark.parametrize("prompted", [True, False])
-def test_scores_equal_a_plain_forward_of_each_choice(family: str, positions: str, prompted: bool) -> None:
-    """Contexts read once and batches by length change nothing but the time: the slow reference reads every pair alone."""
+@pytest.mark.parametrize("trees", [True, False])
+def test_scores_equal_a_plain_forward_of_each_choice(family: str, positions: str, prompted: bool, trees: bool) -> None:
+    """Contexts read once, choices as branches or behind a cache, and batches by length change nothing but the time: the slow reference reads every pair alone."""
     model = tiny_model(family, positions=positions)
+    if not trees:
+        model.__dict__["room_for_trees"] = 0
     examples = [
         Example("a", "Question: Is it?\nAnswer:", (" yes", " no, never", " it is"), (1,)),
         Example("b", "Short", (" x", " yy"), (0,)),
@@ -59,6 +62,20 @@ def test_scores_equal_a_plain_forward_of_each_choice(family: str, positions: str
             before = logits[pair.start - 1 : len(pair.ids) - 1]
             assert found == pytest.approx(float(before.gather(1, wanted[:, None]).sum()), abs=2e-4)
             assert greedy == bool((before.argmax(dim=-1) == wanted).all())
+
+
+def test_a_model_takes_trees_up_to_its_window() -> None:
+    room = {family: tiny_model(family).room_for_trees for family in FAMILIES}
+    assert all(room.values()), room
+    model = tiny_model("llama")
+    model.model.config.sliding_window = 16
+    assert model.room_for_trees == 16
+
+
+def test_a_model_that_takes_no_mask_of_ones_own_is_read_behind_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2")
+    monkeypatch.setattr(model, "read_branches", lambda trees, prefix: torch.zeros(*trees.ids.shape, 32))
+    assert model.room_for_trees == 0
 
 
 def real_rows(task: str, count: int) -> list[dict[str, Any]]:

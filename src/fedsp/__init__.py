@@ -8,7 +8,6 @@ rows = fedsp.evaluate(result["folder"])
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 _PUBLIC = {
@@ -30,7 +29,7 @@ __all__ = sorted(_PUBLIC)
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are first used, so that `import fedsp` stays quick."""
     if name == "__version__":
-        return version("fedsp")
+        return import_module("importlib.metadata").version("fedsp")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fedsp' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedsp.data.encoding import Encoded, encode_pair
 from fedsp.data.tasks import Example, Task
-from fedsp.models import PromptedLM, Tokenizer, pad
+from fedsp.models import PromptedLM, Tokenizer, grow, pad
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,22 @@ def score(
 ) -> tuple[list[Scored], int]:
     """Score every choice of every example; also how many examples lost old context.
 
-    The context, but for its last token, is read once per example with a cache; each choice is then read behind it. Examples of like length
-    share a batch; the result is in the order of `examples`. A batch is `tokens_per_batch` context tokens: by default 512 on a CPU, whose cache
-    holds no more, and 4096 elsewhere.
+    The context, but for its last token, is read once per example, and all choices with it, as branches of a tree; where the model takes no mask of one's
+    own, the context is read with a cache, and the choices behind it. Examples of like length share a batch; the result is in the order of `examples`. A
+    batch is `tokens_per_batch` tokens: by default 512 on a CPU, whose cache holds no more, and 4096 elsewhere.
     """
     tokens_per_batch = tokens_per_batch or (512 if model.device.type == "cpu" else 4096)
     pairs = [[encode_pair(tokenizer, example.context, choice, max_tokens) for choice in example.choices] for example in examples]
-    order = sorted(range(len(examples)), key=lambda index: -max(len(pair.ids) for pair in pairs[index]))
+    shared = [_shared(row) for row in pairs]
+    lengths = [length + sum(len(pair.ids) - 1 - length for pair in row) for row, length in zip(pairs, shared, strict=True)]
+    order = sorted(range(len(examples)), key=lambda index: -lengths[index])
     scored: list[Scored | None] = [None] * len(examples)
     start = 0
     while start < len(order):
-        longest = max(len(pair.ids) for pair in pairs[order[start]])
-        group = order[start : start + max(1, tokens_per_batch // longest)]
+        group = order[start : start + max(1, tokens_per_batch // lengths[order[start]])]
         start += len(group)
-        for index, rows in zip(group, _score_group(model, prefix, [pairs[index] for index in group]), strict=True):
+        likelihoods = _score_group(model, prefix, [pairs[index] for index in group], [shared[index] for index in group])
+        for index, rows in zip(group, likelihoods, strict=True):
             example = examples[index]
             scored[index] = Scored(
                 example.id,
@@ -87,33 +89,54 @@ def score(
     return [row for row in scored if row is not None], sum(any(pair.dropped for pair in row) for row in pairs)
 
 
-def _score_group(model: PromptedLM, prefix: Tensor | None, group: list[list[Encoded]]) -> list[list[tuple[float, bool]]]:
-    """(log-likelihood, greedy) of each choice of each example of a group."""
-    # Choices of one example share the tokens before `shared`; a choice whose tokens reach back into the context shares fewer.
-    shared = [min(min(pair.start for pair in pairs) - 1, _common(pairs)) for pairs in group]
-    if min(shared) == 0:  # a context of one token leaves nothing to keep
-        shared = [0] * len(group)
-    contexts = pad([pairs[0].ids[:length] for pairs, length in zip(group, shared, strict=True)], model.device)
-    tails = [(row, pair) for row, pairs in enumerate(group) for pair in pairs]
-    inputs = pad([pair.ids[shared[row] : -1] for row, pair in tails], model.device)
-    hidden = model.continue_from(contexts, inputs, torch.tensor([row for row, _ in tails], device=model.device), prefix)  # (choices, T, D)
-    where = torch.zeros(inputs.ids.shape, dtype=torch.bool)
-    targets: list[int] = []
-    for index, (row, pair) in enumerate(tails):
-        where[index, pair.start - 1 - shared[row] : len(pair.ids) - 1 - shared[row]] = True
-        targets += pair.ids[pair.start :]
-    log_probabilities = torch.log_softmax(model.logits(hidden[where.to(model.device)]), dim=-1)  # (answer tokens, V)
+def _score_group(model: PromptedLM, prefix: Tensor | None, group: list[list[Encoded]], shared: list[int]) -> list[list[tuple[float, bool]]]:
+    """(log-likelihood, greedy) of each choice of each example of a group; of each example so many first tokens are `shared` by its choices."""
+    tails = [[pair.ids[length:-1] for pair in pairs] for pairs, length in zip(group, shared, strict=True)]
+    contexts = [pairs[0].ids[:length] for pairs, length in zip(group, shared, strict=True)]
+    targets = [token for pairs in group for pair in pairs for token in pair.ids[pair.start :]]
+    skipped = [[pair.start - 1 - length for pair in pairs] for pairs, length in zip(group, shared, strict=True)]
+    hidden = _states(model, prefix, contexts, tails, skipped)  # (answer tokens, D)
+    log_probabilities = torch.log_softmax(model.logits(hidden), dim=-1)  # (answer tokens, V)
     wanted = torch.tensor(targets, device=model.device)
     likelihoods = log_probabilities.gather(1, wanted[:, None])[:, 0]
     greedy = log_probabilities.argmax(dim=-1) == wanted
     result: list[list[tuple[float, bool]]] = [[] for _ in group]
     position = 0
-    for row, pair in tails:
+    for row, pair in ((row, pair) for row, pairs in enumerate(group) for pair in pairs):
         count = len(pair.ids) - pair.start
         part = slice(position, position + count)
         result[row].append((float(likelihoods[part].sum()), bool(greedy[part].all())))
         position += count
     return result
+
+
+def _states(model: PromptedLM, prefix: Tensor | None, contexts: list[tuple[int, ...]], tails: list[list[tuple[int, ...]]], skipped: list[list[int]]) -> Tensor:
+    """The last hidden states (N, D) of every tail but its first `skipped` tokens, in order."""
+    trees = grow(contexts, tails, model.device)
+    length = 0 if prefix is None else prefix.shape[-5]
+    if length + trees.ids.shape[1] <= model.room_for_trees:
+        wanted = torch.zeros(trees.ids.shape, dtype=torch.bool)
+        for row, (context, some, firsts) in enumerate(zip(contexts, tails, skipped, strict=True)):
+            start = len(context)
+            for tail, first in zip(some, firsts, strict=True):
+                wanted[row, start + first : start + len(tail)] = True
+                start += len(tail)
+        return model.read_branches(trees, prefix)[wanted.to(model.device)]
+    if not all(contexts):  # a context of one token leaves nothing to keep
+        tails = [[(*context, *tail) for tail in some] for context, some in zip(contexts, tails, strict=True)]
+        skipped = [[len(context) + first for first in firsts] for context, firsts in zip(contexts, skipped, strict=True)]
+        contexts = [()] * len(contexts)
+    flat = [(row, tail) for row, some in enumerate(tails) for tail in some]
+    inputs = pad([tail for _, tail in flat], model.device)
+    hidden = model.continue_from(pad(contexts, model.device), inputs, torch.tensor([row for row, _ in flat], device=model.device), prefix)
+    places = torch.arange(inputs.ids.shape[1], device=model.device)
+    begin = torch.tensor([first for row in skipped for first in row], device=model.device)[:, None]
+    return hidden[(places >= begin) & inputs.mask.bool()]
+
+
+def _shared(pairs: list[Encoded]) -> int:
+    """How many tokens all choices of an example begin with, and need not answer for: a choice whose tokens reach back into the context shares fewer."""
+    return min(min(pair.start for pair in pairs) - 1, _common(pairs))
 
 
 def _common(pairs: list[Encoded]) -> int:

@@ -1,0 +1,70 @@
+"""Scoring against lm-evaluation-harness's own HFLM: a table of docs/results/performance.md.
+
+    python benchmarks/evaluation.py REFERENCE [--tasks hellaswag,sciq] [--documents 200] [--threads 2]
+
+REFERENCE/models/tiny-science on the first test questions of each task, no prompt in front, as HFLM has none; HFLM at each of several batch sizes, of which the
+fastest counts, with everything it does to a list of requests; the same log-likelihoods to 1e-3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from fedsp.data.files import read_rows
+from fedsp.data.tasks import Example, examples_of, find_task
+from fedsp.display import quiet_libraries
+from fedsp.evaluation import score
+from fedsp.loading import load_model, load_tokenizer
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+REPEATS = 3
+
+
+def harness(path: str, examples: list[Example], batch: int) -> tuple[float, list[float]]:
+    """Seconds, the best of a few, and log-likelihoods of all choices."""
+    model = HFLM(pretrained=path, device="cpu", dtype="float32", batch_size=batch)
+    best, found = float("inf"), []
+    for _ in range(REPEATS):
+        requests = [Instance("loglikelihood", {}, (example.context, choice), index) for example in examples for index, choice in enumerate(example.choices)]
+        started = time.perf_counter()
+        found = [likelihood for likelihood, _ in model.loglikelihood(requests, disable_tqdm=True)]
+        best = min(best, time.perf_counter() - started)
+    return best, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("--tasks", default="hellaswag,sciq")
+    parser.add_argument("--documents", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(given.threads)
+    path = str(given.reference / "models" / "tiny-science")
+    model, tokenizer = load_model(path, device="cpu"), load_tokenizer(path)
+    print("| task | way | documents per second | fedsp is faster by | largest difference, nats |\n|---|---|---|---|---|", flush=True)
+    for task in given.tasks.split(","):
+        rows = read_rows(given.reference / "data" / "qa" / task / "test.jsonl.gz")
+        examples = examples_of(find_task(task), rows)[: given.documents]
+        ours = float("inf")
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            scored, _ = score(model, None, examples, tokenizer, max_tokens=model.max_positions)
+            ours = min(ours, time.perf_counter() - started)
+        mine = [likelihood for row in scored for likelihood in row.log_likelihoods]
+        print(f"| {task} | fedsp | {len(examples) / ours:.1f} | 1 | - |", flush=True)
+        for batch in BATCHES:
+            seconds, found = harness(path, examples, batch)
+            off = max(abs(a - b) for a, b in zip(mine, found, strict=True))
+            print(f"| {task} | HFLM, batch size {batch} | {len(examples) / seconds:.1f} | {seconds / ours:.2f} | {off:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
