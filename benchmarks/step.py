@@ -70,8 +70,7 @@ def open_model(given: argparse.Namespace) -> AuxiliaryModel:
     tokenizer = load_tokenizer(str(given.reference / "models" / "tiny-science"))
     auxiliary = build_auxiliary(whole, parse_plan("ends(2)", whole.shape.layers), tokenizer)
     auxiliary.model.to(given.device, getattr(torch, given.dtype))
-    if given.recompute:
-        auxiliary.model.gradient_checkpointing_enable()
+    auxiliary.recompute = given.recompute
     if given.compile:
         for block in auxiliary.blocks:
             block.compile(dynamic=True)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-from conftest import tiny_model
+from conftest import FAMILIES, tiny_model
 from fedsp import commands, loading
 from fedsp.auxiliary import build_auxiliary, parse_plan
 from fedsp.data.encoding import Encoded, collate
@@ -44,6 +45,7 @@ def near(found: tuple[float, torch.Tensor], exact: tuple[float, torch.Tensor], l
     assert float(torch.nn.functional.cosine_similarity(found[1], exact[1], dim=0)) > cosine
 
 
+SPACES: tuple[Space, ...] = ("residual", "key_value")
 BITS: dict[Any, tuple[float, float, float]] = {"bfloat16": (0.01, 0.999, 0.55), "8bit": (0.02, 0.98, 0.6), "4bit": (0.1, 0.85, 0.5)}
 """Of each precision: how far the loss may be off, the cosine of the gradient, and the share of the memory."""
 
@@ -85,6 +87,25 @@ def test_a_model_in_several_places_gives_the_same_numbers(tmp_path: Path, space:
     assert loss == expected[0] and torch.equal(gradient, expected[1])
     loss, gradient = learned(load_model(MODEL, device="split"), space)
     assert loss == expected[0] and torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_that_are_computed_again_are_the_same(family: str) -> None:
+    model = tiny_model(family)
+    sizes, found = [], []
+    for recompute in (False, True):
+        model.recompute = recompute
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append([learned(model, space) for space in SPACES])
+        sizes.append(sum(kept.values()))
+    assert all(one[0] == other[0] and torch.equal(one[1], other[1]) for one, other in zip(*found, strict=True))
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:

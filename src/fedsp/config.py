@@ -59,6 +59,9 @@ class ModelSection(Section):
     precision: Literal["auto", "float32", "bfloat16", "8bit", "4bit"] = Field(
         "auto", description="of its frozen weights: auto: bfloat16 on CUDA, float32 elsewhere; 8bit and 4bit need auxiliary.folder; prompts are float32 always"
     )
+    recompute: bool = Field(
+        False, description="whether the server's steps keep only the inputs of each layer and compute the rest again going back: less memory, more time"
+    )
     positions: Literal["hugging_face", "from_zero"] = Field(
         "hugging_face", description="hugging_face: tokens start at position P, as in PEFT and generate; from_zero: at 0, as in the authors' code"
     )

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -98,6 +99,13 @@ class _CapturingCache(Cache):  # type: ignore[misc]
         raise _Captured(key_states, value_states)
 
 
+class _FixedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values that are read, and never added to: a step may read them twice."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
 class PromptedLM(nn.Module):
     """A causal LM that reads a prefix of keys and values (P, L, 2, H, K) at every layer, or none.
 
@@ -122,6 +130,8 @@ class PromptedLM(nn.Module):
         self.model = model.eval()
         self.name = name
         self.positions: Positions = positions
+        self.recompute = False
+        """Whether a step keeps only the inputs of each block, and computes the rest of its activations again in the backward pass."""
         self.backbone: nn.Module = getattr(model, model.base_model_prefix, model)
         self.head = model.get_output_embeddings()
         self._first = (next(model.parameters()),)  # in a tuple, so that it is not this module's own
@@ -158,13 +168,14 @@ class PromptedLM(nn.Module):
             attention_mask = torch.cat([attention_mask.new_ones(batch, length), attention_mask], dim=1)
         start = length if self.positions == "hugging_face" else 0
         position_ids = torch.arange(start, start + tokens, device=input_ids.device)[None]
-        output = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=None if prefix is None else self.cache(prefix, batch),
-            use_cache=prefix is not None,
-        )
+        with self._recomputing():
+            output = self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=None if prefix is None else self.cache(prefix, batch, _FixedLayer),
+                use_cache=prefix is not None,
+            )
         hidden: Tensor = output.last_hidden_state.to(self.device)
         return hidden
 
@@ -202,7 +213,7 @@ class PromptedLM(nn.Module):
             input_ids=trees.ids,
             attention_mask=torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, torch.finfo(self.dtype).min),
             position_ids=trees.positions + (length if self.positions == "hugging_face" else 0),
-            past_key_values=None if prefix is None else self.cache(prefix, batch),
+            past_key_values=None if prefix is None else self.cache(prefix, batch, _FixedLayer),
             use_cache=prefix is not None,
         )
         hidden: Tensor = output.last_hidden_state.to(self.device)
@@ -247,12 +258,34 @@ class PromptedLM(nn.Module):
             ids = torch.tensor([[token]], device=self.device)
         return new
 
-    def cache(self, prefix: Tensor, batch: int) -> DynamicCache:
-        """A fresh cache of L pairs (B, H, P, K); a forward consumes it."""
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        if not (self.recompute and torch.is_grad_enabled()):
+            yield
+            return
+        before = [block.__dict__.get("forward") for block in self.blocks]
+        for block in self.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        try:
+            yield
+        finally:
+            for block, forward in zip(self.blocks, before, strict=True):
+                if forward is None:
+                    del block.forward
+                else:  # accelerate's
+                    block.forward = forward
+
+    def cache(self, prefix: Tensor, batch: int, kind: type[DynamicLayer] = DynamicLayer) -> Cache:
+        """A fresh cache of L pairs (B, H, P, K), which grows by what is read, unless its layers are of a fixed `kind`."""
         if prefix.dim() == 5:
             prefix = prefix[None].expand(batch, *prefix.shape)
         per_layer = prefix.to(self.dtype).permute(2, 3, 0, 4, 1, 5)  # (L, 2, B, H, P, K)
-        return DynamicCache([(keys.to(where), values.to(where)) for where, (keys, values) in zip(map(self._block_device, self.blocks), per_layer, strict=True)])
+        layers = [kind() for _ in self.blocks]
+        for layer, block, (keys, values) in zip(layers, self.blocks, per_layer, strict=True):
+            where = self._block_device(block)
+            layer.lazy_initialization(keys.to(where), values.to(where))
+            layer.keys, layer.values = keys.to(where), values.to(where)
+        return Cache(layers=layers)
 
     def _block_device(self, block: nn.Module) -> torch.device:
         return _runs_on(block, next(block.parameters()))

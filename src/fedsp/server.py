@@ -164,6 +164,7 @@ def open_server(config: RunConfig, questions: Questions) -> Server:
     tunes_weights = config.method in ("finetune", "lora", "offsite_tuning")
     precision = "float32" if tunes_weights else config.model.precision
     model = load_model(name, device=config.model.device, positions=config.model.positions, precision=precision)
+    model.recompute = config.model.recompute
     return Server(config, model, load_tokenizer(name), questions, token_limit(config, model))
 
 
