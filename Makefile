@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test unit recipe deployment lint clean
+.PHONY: demo test bench unit recipe deployment lint clean
 
 demo: .venv/ready
 	$(BIN)/fedsp demo
@@ -13,6 +13,12 @@ test: .venv/ready-dev
 	$(MAKE) unit
 	$(MAKE) recipe
 	$(MAKE) deployment
+
+# Costs against named rivals, half an hour: docs/results/performance.md. REFERENCE is a folder with models/tiny-science and data/qa; without it gpt2 and the tasks come from the hub.
+bench: .venv/ready-dev
+	for name in startup together evaluation step; do $(BIN)/python benchmarks/$$name.py $$(test $$name = startup || echo "$(if $(REFERENCE),--reference $(REFERENCE))") || exit 1; done
+	$(BIN)/python benchmarks/distillation.py
+	rm -rf bench && $(BIN)/python benchmarks/scale.py bench
 
 unit:
 	$(BIN)/python -m pytest -n auto -m "not recipe and not harness and not study and not deployment"

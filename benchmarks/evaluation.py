@@ -1,8 +1,8 @@
 """Scoring against lm-evaluation-harness's own HFLM: a table of docs/results/performance.md.
 
-    python benchmarks/evaluation.py REFERENCE [--tasks hellaswag,sciq] [--documents 200] [--threads 2]
+    python benchmarks/evaluation.py [--reference FOLDER] [--tasks hellaswag,sciq] [--documents 200] [--threads 2]
 
-REFERENCE/models/tiny-science on the first test questions of each task, no prompt in front, as HFLM has none; HFLM at each of several batch sizes, of which the
+A small model on the first validation questions of each task, no prompt in front, as HFLM has none; HFLM at each of several batch sizes, of which the
 fastest counts, with everything it does to a list of requests; the same log-likelihoods to 1e-3.
 """
 
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from material import add_reference, model_name, questions
 
-from fedsp.data.files import read_rows
-from fedsp.data.tasks import Example, examples_of, find_task
+from fedsp.data.tasks import Example
 from fedsp.display import quiet_libraries
 from fedsp.evaluation import score
 from fedsp.loading import load_model, load_tokenizer
@@ -40,19 +39,18 @@ def harness(path: str, examples: list[Example], batch: int) -> tuple[float, list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", type=Path)
+    add_reference(parser)
     parser.add_argument("--tasks", default="hellaswag,sciq")
     parser.add_argument("--documents", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(given.threads)
-    path = str(given.reference / "models" / "tiny-science")
+    path = model_name(given.reference)
     model, tokenizer = load_model(path, device="cpu"), load_tokenizer(path)
     print("| task | way | documents per second | fedsp is faster by | largest difference, nats |\n|---|---|---|---|---|", flush=True)
     for task in given.tasks.split(","):
-        rows = read_rows(given.reference / "data" / "qa" / task / "test.jsonl.gz")
-        examples = examples_of(find_task(task), rows)[: given.documents]
+        examples = questions(given.reference, task, "validation")[: given.documents]
         ours = float("inf")
         for _ in range(REPEATS):
             started = time.perf_counter()

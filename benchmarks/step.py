@@ -1,10 +1,9 @@
 """The local step against its floor, the plain way and PEFT: the first tables of docs/results/performance.md.
 
-    python benchmarks/step.py REFERENCE [--model gpt2] [--device cpu] [--threads 2] [--tasks arc_easy,piqa] [--batch 16] [--steps 6] [--dtype float32]
+    python benchmarks/step.py [--reference FOLDER] [--model gpt2] [--device cpu] [--threads 2] [--tasks arc_easy,piqa] [--batch 16] [--steps 6] [--dtype float32]
                                         [--compile] [--recompute]
 
-A model with random weights in the shape of GPT-2, GPT2-XL or OPT-1.3B; an auxiliary model `ends(2)` of it, as deep as it is; questions of real tasks from
-REFERENCE/data, in the tokens of REFERENCE/models/tiny-science. Each figure is tokens of real text per second (padding and prompt do not count) over the same
+A model with random weights in the shape of GPT-2, GPT2-XL or OPT-1.3B; an auxiliary model `ends(2)` of it, as deep as it is; questions of real tasks. Each figure is tokens of real text per second (padding and prompt do not count) over the same
 examples, and the peak memory of a process of its own.
 
 - speak and align: fedsp's two stages at a client, by the functions of a run (`fedsp.methods.base.take_steps`).
@@ -31,13 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from material import add_reference, model_name, questions
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PretrainedConfig
 
 from fedsp.auxiliary import AuxiliaryModel, build_auxiliary, parse_plan
 from fedsp.data.encoding import Encoded, collate, encode_targets, training_batches
-from fedsp.data.files import read_rows
-from fedsp.data.tasks import examples_of, find_task
 from fedsp.display import quiet_libraries
 from fedsp.fitting import Optimisation, trainable
 from fedsp.loading import load_tokenizer
@@ -56,10 +54,9 @@ MODELS: dict[str, PretrainedConfig] = {
 WAYS = {"speak": ("fedsp key_value", "fedsp residual", "plain", "peft"), "align": ("fedsp", "plain", "trainer")}
 
 
-def rows_of(reference: Path, task: str, count: int) -> tuple[list[Encoded], int]:
+def rows_of(reference: Path | None, task: str, count: int) -> tuple[list[Encoded], int]:
     """So many training examples as tokens, and the length of the longest of the whole data set."""
-    examples = examples_of(find_task(task), read_rows(reference / "data" / "qa" / task / "train.jsonl.gz"))
-    rows = encode_targets(load_tokenizer(str(reference / "models" / "tiny-science")), examples, 512)
+    rows = encode_targets(load_tokenizer(model_name(reference)), questions(reference, task, "train"), 512)
     return rows[:count], max(len(row.ids) for row in rows)
 
 
@@ -67,7 +64,7 @@ def open_model(given: argparse.Namespace) -> AuxiliaryModel:
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(MODELS[given.model], dtype=torch.float32).requires_grad_(False)
     whole = PromptedLM(model, given.model)
-    tokenizer = load_tokenizer(str(given.reference / "models" / "tiny-science"))
+    tokenizer = load_tokenizer(model_name(given.reference))
     auxiliary = build_auxiliary(whole, parse_plan("ends(2)", whole.shape.layers), tokenizer)
     auxiliary.model.to(given.device, getattr(torch, given.dtype))
     auxiliary.recompute = given.recompute
@@ -236,7 +233,7 @@ def one(given: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", type=Path)
+    add_reference(parser)
     parser.add_argument("--model", choices=list(MODELS), default="gpt2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

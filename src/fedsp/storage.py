@@ -1,4 +1,5 @@
-"""Files that are either whole or not there: every write goes to a temporary file, is flushed, and is renamed into place."""
+"""Files that are either whole or not there: every write goes to a temporary file, is flushed, and is renamed into place. Torch is loaded with the first
+tensor, since commands that have none use this too."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, uint8
 
 from fedsp.errors import StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIGEST = "sha256"
 
@@ -71,6 +74,8 @@ def write_json(path: Path, value: object) -> None:
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    from torch import uint8
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -81,6 +86,8 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write tensors as safetensors with their digest in the header; returns the digest."""
+    from safetensors.torch import save
+
     digest = tensors_digest(tensors)
     plain = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     write_bytes(path, save(plain, metadata={**(metadata or {}), DIGEST: digest}))

@@ -1,0 +1,23 @@
+"""Questions and a tokenizer to measure with: those of a folder with models/tiny-science and data/qa, or else of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fedsp.data.tasks import Example, examples_of, find_task, load_rows
+
+
+def add_reference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reference", type=Path, default=None, help="a folder with models/tiny-science and data/qa; none: gpt2 and the tasks' own data sets, from the hub"
+    )
+
+
+def questions(reference: Path | None, task: str, split: str) -> list[Example]:
+    found = find_task(task)
+    return examples_of(found, load_rows(found, str(reference / "data" / "qa" / task / f"{split}.jsonl.gz") if reference else None, split))
+
+
+def model_name(reference: Path | None) -> str:
+    return str(reference / "models" / "tiny-science") if reference else "gpt2"
