@@ -34,9 +34,9 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def spread(values: Iterable[float], form: str = "{:.3f}") -> str:
-    """Mean ± standard deviation."""
-    known = [value for value in values if value is not None]
+def spread(values: Iterable[float | list[float]], form: str = "{:.3f}") -> str:
+    """Mean ± standard deviation; of a figure with its interval, the figure."""
+    known = [value[0] if isinstance(value, list) else value for value in values if value is not None]
     if not known:
         return "-"
     return form.format(statistics.fmean(known)) + (f" ± {form.format(statistics.stdev(known))}" if len(known) > 1 else "")
