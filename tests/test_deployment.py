@@ -119,6 +119,20 @@ def deployment(made: tuple[RunDirectory, Path, int], tmp_path: Path) -> Iterator
         yield one
 
 
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Path, int]:
+    """The same with prompts that travel as changes, both ways."""
+    port = free_port()
+    local, place = make_federation(tmp_path_factory.mktemp("coded"), port, compression={"up": "top_k(0.1)", "down": "int8"})
+    return local, place, port
+
+
+@pytest.fixture()
+def coded_deployment(coded: tuple[RunDirectory, Path, int], tmp_path: Path) -> Iterator[Deployment]:
+    with copied(coded, tmp_path) as one:
+        yield one
+
+
 def shingles(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[bytes, str]:
     """Every 64 bytes of every tensor, at steps of 64, by the tensor's name: any 127 bytes of it that stand somewhere hold one of them."""
     found = {}
@@ -232,8 +246,10 @@ def call_unsigned(deployment: Deployment, trusted: ssl.SSLContext) -> int:
     return httpx.post(f"https://localhost:{deployment.port}/v1/fleet/pull-messages", content=body, headers=headers, verify=trusted).status_code
 
 
-def test_a_server_killed_at_every_boundary_ends_with_the_bits_of_an_undisturbed_run(deployment: Deployment, made: Any) -> None:
-    """kill -9 at each boundary in turn, resumed after each; the clients stay, lose the server five times, and find it again."""
+def test_a_server_killed_at_every_boundary_ends_with_the_bits_of_an_undisturbed_run(coded_deployment: Deployment, coded: Any) -> None:
+    """kill -9 at each boundary in turn, resumed after each; the clients stay, lose the server five times, and find it again. A resumed server does not know
+    what its clients hold, and sends whole prompts."""
+    deployment, made = coded_deployment, coded
     clients = [deployment.join(client) for client in CLIENTS]
     start: tuple[str, ...] = ("run.toml",)
     for boundary, round in zip(BOUNDARIES, (1, 1, 2, 2, 2), strict=True):
@@ -247,8 +263,10 @@ def test_a_server_killed_at_every_boundary_ends_with_the_bits_of_an_undisturbed_
     assert "does not answer" in deployment.said("client-0") and "answers again" in deployment.said("client-0")
 
 
-def test_a_client_killed_and_started_again_keeps_its_place(deployment: Deployment, made: Any) -> None:
-    """kill -9 of a client as soon as it has answered round 1; started again, it is asked for the rest, and the bits are the same."""
+def test_a_client_killed_and_started_again_keeps_its_place(coded_deployment: Deployment, coded: Any) -> None:
+    """kill -9 of a client as soon as it has answered round 1; started again, it is asked for the rest, and the bits are the same. It has lost the broadcast
+    that the next one is a change of, says so, and gets the whole."""
+    deployment, made = coded_deployment, coded
     server = deployment.serve()
     clients = {client: deployment.join(client) for client in CLIENTS}
     until(lambda: "round 1: received" in deployment.said("client-2"))
@@ -257,7 +275,9 @@ def test_a_client_killed_and_started_again_keeps_its_place(deployment: Deploymen
     clients["client-2"] = deployment.join("client-2")
     assert exited(server) == 0, deployment.said("server")
     assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
-    assert [len(record["answered"]) for record in RunDirectory.open(deployment.run).records()] == [3, 3, 3]
+    records = RunDirectory.open(deployment.run).records()
+    assert [len(record["answered"]) for record in records] == [3, 3, 3]
+    assert records[2]["bytes_down"] < records[0]["bytes_down"] / 3 and records[2]["bytes_up"] < 3 * 16_000 / 5
 
 
 def test_a_client_that_dies_is_done_without_and_too_few_stop_the_run_with_code_2(deployment: Deployment, made: Any) -> None:
