@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from fedsp.fitting import Optimisation, fit
-from fedsp.models import PromptedLM, pad
+from fedsp.models import PromptedLM
 from fedsp.payload import PROMPT, Payload
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import derive_seed
+from fedsp.rows import pad
 
 Sequences = Sequence[Sequence[int]]
 

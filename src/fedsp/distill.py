@@ -22,9 +22,10 @@ from torch.nn.functional import kl_div
 from fedsp.auxiliary import AuxiliaryModel
 from fedsp.errors import StorageError
 from fedsp.fitting import Optimisation, fit
-from fedsp.models import PromptedLM, Tokenizer, hidden_at_depths, pad
+from fedsp.models import PromptedLM, Tokenizer, hidden_at_depths
 from fedsp.prompts import SoftPrompt
 from fedsp.rounds import derive_seed
+from fedsp.rows import pad
 
 Sequences = Sequence[Sequence[int]]
 Progress = Callable[[int, float], None]

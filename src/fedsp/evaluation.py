@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fedsp.data.encoding import Encoded, encode_pair
 from fedsp.data.tasks import Example, Task
-from fedsp.models import PromptedLM, Tokenizer, grow, pad
+from fedsp.models import PromptedLM, Tokenizer
+from fedsp.rows import grow, pad
 
 
 @dataclass(frozen=True)

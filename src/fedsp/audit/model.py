@@ -18,8 +18,9 @@ from fedsp.auxiliary import AuxiliaryModel, disclosed_share, empty_auxiliary, ne
 from fedsp.data.encoding import training_batches
 from fedsp.errors import RunError
 from fedsp.fitting import Optimisation, fit, states_loss, trainable
-from fedsp.models import PromptedLM, pad
+from fedsp.models import PromptedLM
 from fedsp.rounds import derive_seed
+from fedsp.rows import pad
 from fedsp.server import Watcher, public_sequences, score_test, unread_sequences
 from fedsp.storage import write_json
 

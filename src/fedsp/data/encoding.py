@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fedsp.data.tasks import Example
-from fedsp.models import Tokenizer, pad
+from fedsp.models import Tokenizer
+from fedsp.rows import pad
 
 IGNORED = -100
 

@@ -1,0 +1,51 @@
+"""Rows of token ids as one tensor: padded on the right, or contexts with their branches, each as one row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Padded(NamedTuple):
+    """Token ids (B, T) padded on the right, and the mask (B, T) that says where they are real."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+class Trees(NamedTuple):
+    """Contexts with the branches that continue them, a row each: token ids (B, T), the position of each token on its way from the root, and its branch, 0
+    for the context and -1 for padding."""
+
+    ids: Tensor
+    positions: Tensor
+    branches: Tensor
+
+
+def grow(contexts: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Trees:
+    """Each context and its branches, one behind the other, as one row, padded to the longest."""
+    width = max(len(context) + sum(map(len, rows)) for context, rows in zip(contexts, branches, strict=True))
+    ids, positions, which = torch.zeros(3, len(contexts), width, dtype=torch.long).unbind()
+    which.fill_(-1)
+    for row, (context, tails) in enumerate(zip(contexts, branches, strict=True)):
+        start = 0
+        for number, part in enumerate([context, *tails]):
+            there = slice(start, start + len(part))
+            ids[row, there] = torch.tensor(part, dtype=torch.long)
+            positions[row, there] = torch.arange(len(part)) + (len(context) if number else 0)
+            which[row, there] = number
+            start += len(part)
+    return Trees(ids.to(device), positions.to(device), which.to(device))
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
+    """Rows of token ids as one tensor, padded to the longest."""
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long).unbind()
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, : len(row)] = 1
+    return Padded(ids.to(device), mask.to(device))
