@@ -1,6 +1,6 @@
 """Distillation with the teacher's states kept, in memory and on the disk, against reading every text again: a table of docs/results/performance.md.
 
-    python benchmarks/distillation.py [--model gpt2] [--passes 5] [--texts 32] [--threads 2]
+    python benchmarks/distillation.py [--passes 5] [--texts 32] [--threads 2]
 
 A GPT-2 with random weights, texts of 128 random tokens, so many passes over them in batches of 8; the same losses, to the last bit, in each way.
 """

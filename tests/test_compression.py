@@ -25,6 +25,7 @@ from fedsp.errors import ConfigurationError, PayloadError
 from fedsp.federation import Standing
 from fedsp.frames import Frame
 from fedsp.methods.private import PrivateAnswers
+from fedsp.parties import Rest
 from fedsp.payload import PROMPT, Payload, as_row, pack, shapes_of
 from fedsp.privacy import Ledger, private_mean
 from fedsp.rounds import Failure, Request, Update
@@ -157,6 +158,13 @@ def test_an_unknown_coding_is_one_clear_sentence(text: str, tmp_path: Path) -> N
         commands.run(settings(tmp_path, compression={"up": text}))
 
 
+@given(st.floats(1e-9, 0.5), st.integers(1, 9999))
+def test_a_coding_is_known_by_its_own_name(share: float, rank: int) -> None:
+    for text in (f"top_k({share:.9f})", f"low_rank({rank})", "int8"):
+        if text != "top_k(0.000000000)":
+            assert parse_coding(str(parse_coding(text))) == parse_coding(text)
+
+
 # On the wire
 
 INT8 = parse_coding("int8")
@@ -201,6 +209,15 @@ def test_a_reply_is_in_the_coding_that_was_asked_for_or_whole() -> None:
     forged = zstandard.compress(bytes(100))
     reply = read_reply(changed(Frame(write_update(update, b"", INT8).header, forged), sha256=hashlib.sha256(forged).hexdigest()), REQUEST)
     assert isinstance(reply, Failure) and "are no change in int8" in reply.reason
+
+
+def test_an_answer_that_cannot_be_said_is_named_so() -> None:
+    method: Any = type("Method", (), {"client_update": lambda self, party, request: Update(3, "a", {PROMPT: request.payload[PROMPT] + float("nan")})})()
+    party: Any = type("Party", (), {"rest": Rest(Path("nowhere"))})
+    said: list[str] = []
+    reply = read_reply(answer(write_request(REQUEST), method, lambda client: party, log=lambda request, error: said.append(str(error))), REQUEST)
+    assert isinstance(reply, Failure) and reply.reason == "the client's answer has numbers that are not finite, or larger than compression.up can say"
+    assert said == ["prompt.values has changed by numbers that are not finite, or by more than int8 can say"]
 
 
 # In runs

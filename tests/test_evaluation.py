@@ -70,6 +70,11 @@ def test_a_model_takes_trees_up_to_its_window() -> None:
     model = tiny_model("llama")
     model.model.config.sliding_window = 16
     assert model.room_for_trees == 16
+    other = tiny_model("gpt2")
+    assert other.room_for_trees == other.max_positions
+    del other.__dict__["room_for_trees"]
+    other.model.config.window_size = 12  # as GPT-Neo calls it
+    assert other.room_for_trees == 12
 
 
 def test_a_model_that_takes_no_mask_of_ones_own_is_read_behind_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:

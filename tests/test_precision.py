@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES, tiny_model
 from fedsp import commands, loading
+from fedsp.audit.model import audit_model
 from fedsp.auxiliary import build_auxiliary, parse_plan
+from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
-from fedsp.errors import ConfigurationError, ModelError
+from fedsp.errors import ConfigurationError, ModelError, RunError
 from fedsp.fitting import answer_loss
 from fedsp.loading import load_model, load_tokenizer, reduce_precision
 from fedsp.models import PromptedLM
@@ -114,7 +116,9 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
     figures = commands.run(settings(tmp_path / "few", model={"name": "embedded", "device": "cpu", "precision": "8bit"}, auxiliary=package, server={"steps": 1}))
     assert figures["disclosed_share"] == first["disclosed_share"] and figures["package_bytes"] == first["package_bytes"]
     assert figures["test"]["answer_loss"] == pytest.approx(first["test"]["answer_loss"], rel=0.2)
-    assert figures["cost"]["client"]["model_parameters"] > 0
+    assert figures["cost"] == {}, "nothing is counted that the counter does not see"
+    with pytest.raises(RunError, match="held weights in few bits, or in several places, and this audit compares and trains them"):
+        audit_model(Path(figures["folder"]))
     resumed = commands.run(
         settings(tmp_path / "again", model={"name": "embedded", "device": "cpu", "precision": "8bit"}, auxiliary=package, server={"steps": 1})
     )
@@ -125,10 +129,9 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (
-            {"model": {"name": "embedded", "precision": "4bit"}},
-            "model.precision: no auxiliary model can be made of weights in 4bit; make it with `fedsp distill`",
-        ),
+        ({"model": {"name": "embedded", "precision": "4bit"}}, "model.precision: no auxiliary model can be made of a model in '4bit'; make it first with"),
+        ({"model": {"name": "embedded", "device": "split"}}, "model.device: no auxiliary model can be made of a model in 'split'; make it first with"),
+        ({"model": {"name": "embedded", "precision": "bfloat16"}, "method": "finetune"}, "model.precision: method = 'finetune' trains the weights, in float32"),
         ({"model": {"name": "embedded", "precision": "8bit"}, "method": "lora"}, "model.precision: method = 'lora' needs the weights themselves"),
         ({"model": {"name": "embedded", "precision": "2bit"}}, "model.precision"),
         ({"auxiliary": {"precision": "8bit"}, "client": {"align_steps": 1}}, "auxiliary.precision: it does not go with this client.align_steps"),
@@ -139,6 +142,25 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
 def test_what_few_bits_cannot_do_is_one_clear_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigurationError, match=sentence):
         commands.run(settings(tmp_path, **changes))
+
+
+def test_half_precision_leaves_rotations_by_position_alone() -> None:
+    model = tiny_model("llama")
+    whole, few = (build_auxiliary(model, parse_plan("every(1)", 4), load_tokenizer(MODEL)) for _ in range(2))
+    reduce_precision(few, "bfloat16", "auxiliary.precision")
+    tokens = torch.randint(3, 90, (1, 500), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact, found = whole(tokens), few(tokens).float()
+    near, far = ((found - exact)[:, part].norm() / exact[:, part].norm() for part in (slice(0, 50), slice(450, 500)))
+    assert float(far) < 2 * float(near) < 0.1
+
+
+def test_a_package_is_made_of_the_whole_model_whatever_the_run_holds_it_in(tmp_path: Path) -> None:
+    values = settings(tmp_path, model={"name": "embedded", "device": "cpu", "precision": "8bit"}, auxiliary={"folder": "package"})
+    made = commands.distill(make_config(values), tmp_path / "package")
+    assert made["disclosed_share"] > 0.3
+    values["auxiliary"] = {"folder": made["folder"]}
+    assert commands.run(values)["disclosed_share"] == made["disclosed_share"]
 
 
 def test_rows_that_bitsandbytes_reads_wrong_are_refused() -> None:

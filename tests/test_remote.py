@@ -15,6 +15,8 @@ import torch
 
 from fedsp import commands
 from fedsp.clients import Clients
+from fedsp.codings import parse_coding
+from fedsp.compression import write_values
 from fedsp.config_file import make_config
 from fedsp.engines.answering import answer
 from fedsp.engines.channel import DistantWire, Socket, carry, connect
@@ -26,7 +28,7 @@ from fedsp.payload import PROMPT, Payload, pack
 from fedsp.rounds import Exchange, Failure, Request, Update
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
-from fedsp.wire import CannotRead, read_request, write_update
+from fedsp.wire import CannotRead, read_request, write_refusal, write_update
 from test_run import prompt_bits, settings
 
 Respond = Callable[[int, Frame], "Frame | str | None"]
@@ -215,6 +217,34 @@ def test_with_codings_too_and_a_client_that_has_lost_a_broadcast_gets_it_whole(t
     assert not any(record["failed"] for record in run.records())
     first, second, third = (record["bytes_down"] for record in run.records())
     assert second < first / 2 and third < first / 2, "two of three get a change, and the third both"
+
+
+def test_two_copies_of_a_change_that_a_restarted_client_cannot_read_are_one_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both were waiting for it; it says twice that it lacks the broadcast before, is sent the whole once, and counts."""
+    clock = Clock(monkeypatch)
+    int8 = parse_coding("int8")
+    kept: dict[int, Payload] = {}
+
+    def respond(node: int, frame: Frame) -> Frame | str | None:
+        if node == 22 and clock.now < 100 and json.loads(frame.header)["round"] == 2:
+            return None
+        known = lambda run, round: kept.get(node) if not (node == 22 and clock.now > 100) else None
+        try:
+            request = read_request(frame, known)
+        except CannotRead as error:
+            return write_refusal(error.request, error.code)
+        kept[node] = request.payload
+        return replied(request, request.payload)
+
+    wire = ListWire(respond, lambda: ALL)
+    exchange = remote(wire, NODES, Patience(wait=600, reply=600, again=30), QUIET, QUIET)
+    assert all(isinstance(reply, Update) for reply in exchange(REQUESTS))
+    sent = {PROMPT: SENT[PROMPT] + 1}
+    second = [replace(request, round=2, payload=sent, change=write_values(sent, SENT, int8), sent_in=int8) for request in REQUESTS]
+    replies = list(exchange(second))
+    assert all(isinstance(reply, Update) for reply in replies), replies
+    asked = [json.loads(frame.header)["coding"] for node, frame in wire.sent if node == 22 and json.loads(frame.header)["round"] == 2]
+    assert asked.count("int8") >= 2 and asked.count("float32") == 1
 
 
 def without_losses(request: Request) -> Frame:

@@ -24,7 +24,7 @@ class Coding:
         return self.kind == "float32"
 
     def __str__(self) -> str:
-        return {"top_k": f"top_k({self.share:g})", "low_rank": f"low_rank({self.rank})"}.get(self.kind, self.kind)
+        return {"top_k": "top_k(" + f"{self.share:.9f}".rstrip("0") + ")", "low_rank": f"low_rank({self.rank})"}.get(self.kind, self.kind)
 
 
 FLOAT32 = Coding("float32")

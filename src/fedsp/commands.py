@@ -161,7 +161,10 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
     """
     folder = Path(folder)
     require_new(folder)
-    config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": None})})
+    whole: Figures = {"device": "auto"} if config.model.device == "split" else {}
+    whole |= {"precision": "auto"} if config.model.precision in ("8bit", "4bit") else {}  # a package needs all digits
+    sections = {"auxiliary": config.auxiliary.model_copy(update={"folder": None}), "model": config.model.model_copy(update=whole)}
+    config = config.model_copy(update=sections)
     if config.federation:
         _require_flower()
     server = open_server(config, load_questions(config))

@@ -365,14 +365,20 @@ class RunConfig(Section):
         return self
 
     def _precisions(self) -> None:
-        """What weights of few bits cannot do."""
-        if self.model.precision in ("8bit", "4bit"):
-            if self.method not in ("fedsp", "zero_shot", "prefix_tuning", "fedprompt"):
-                raise ValueError(f"model.precision: method = {self.method!r} needs the weights themselves; set it to auto, float32 or bfloat16")
-            if self.method == "fedsp" and not self.auxiliary.folder and self.round.clients != 0 and (self.partition.clients or self.federation):
+        """What weights of few bits, or in several places, cannot do."""
+        makes_package = self.method == "fedsp" and not self.auxiliary.folder and self.round.clients != 0 and bool(self.partition.clients or self.federation)
+        for place, value, hard in (
+            ("model.precision", self.model.precision, self.model.precision in ("8bit", "4bit")),
+            ("model.device", self.model.device, self.model.device == "split"),
+        ):
+            if hard and self.method not in ("fedsp", "zero_shot", "prefix_tuning", "fedprompt"):
+                raise ValueError(f"{place}: method = {self.method!r} needs the weights themselves, and not in {value!r}; set it to auto")
+            if hard and makes_package:
                 raise ValueError(
-                    f"model.precision: no auxiliary model can be made of weights in {self.model.precision}; make it with `fedsp distill` and another precision, and name it in auxiliary.folder"
+                    f"{place}: no auxiliary model can be made of a model in {value!r}; make it first with `fedsp distill`, which reads the model whole, and name it in auxiliary.folder"
                 )
+        if self.model.precision == "bfloat16" and self.method in ("finetune", "lora", "offsite_tuning"):
+            raise ValueError(f"model.precision: method = {self.method!r} trains the weights, in float32; set it to auto or float32")
         if self.auxiliary.precision != "float32":
             wrong = {
                 "method": self.method != "fedsp",

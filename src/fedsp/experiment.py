@@ -27,6 +27,7 @@ from fedsp.data.tasks import Example, Task
 from fedsp.errors import PrivacyError
 from fedsp.evaluation import Scored, by_client
 from fedsp.federation import Rules, Standing, federate
+from fedsp.loading import in_few_bits
 from fedsp.methods.base import validation_loss
 from fedsp.parties import Party
 from fedsp.payload import Payload
@@ -153,12 +154,13 @@ def _stated(exchange: Exchange, state: Callable[[Sequence[str]], object]) -> Exc
 
 def _cost(sides: Sides, party: Party, final: Standing, seed: int, instead: list[Encoded] | None) -> dict[str, dict[str, float]]:
     """The measured cost of one round of the server, and of the first client where its text is here; on other rows `instead` of its own, where its own are promised
-    to stay untold."""
+    to stay untold. Nothing is said of a model in few bits, whose operations torch's counter does not see."""
     costs = {}
     method = sides.clients.method
     party.tuned.load(final.best)
     besides = partial(sides.adapt, party.prompt, 1, derive_seed(seed, "server", 1)) if sides.adapt else None
-    costs["server"] = measure(method, party, "server", derive_seed(seed, "server", 1), besides=besides)
+    if not in_few_bits(sides.model):
+        costs["server"] = measure(method, party, "server", derive_seed(seed, "server", 1), besides=besides)
     party.tuned.load(final.best)
     if not sides.clients.here:
         return costs
@@ -168,6 +170,8 @@ def _cost(sides: Sides, party: Party, final: Standing, seed: int, instead: list[
         if not instead:
             return costs
         client = replace(client, examples=instead)
+    if in_few_bits(client.model):
+        return costs
     client.tuned.load(final.payload)
     costs["client"] = measure(method, client, "client", derive_seed(seed, "client", name, 1))
     return costs

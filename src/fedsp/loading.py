@@ -60,7 +60,7 @@ def load_model(name: str, *, device: str = "auto", positions: Positions = "huggi
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if half else torch.float32, trust_remote_code=False, **placed)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(_not_loaded(name, error)) from error
+        raise ModelError(f"cannot load the weights of the model {name!r}: {first_line(error)}") from error
     model.requires_grad_(False)
     _mend_4bit(model, "model.precision")
     return PromptedLM(model if placed else model.to(where), name, positions=positions)
@@ -74,7 +74,8 @@ def reduce_precision(model: PromptedLM, precision: Precision, key: str) -> None:
         ModelError: bitsandbytes is missing.
     """
     if precision == "bfloat16":
-        model.model.to(torch.bfloat16)
+        for parameter in model.model.parameters():  # and not its buffers: rotations by position need their digits
+            parameter.data = parameter.data.bfloat16()
     if precision not in ("8bit", "4bit"):
         return
     _require(("bitsandbytes",), f"{key} = {precision!r}")
@@ -86,6 +87,11 @@ def reduce_precision(model: PromptedLM, precision: Precision, key: str) -> None:
                     rounded[id(module.weight)] = _in_few_bits(module, precision).to(model.device)
                 block.set_submodule(path, rounded[id(module.weight)])
     _mend_4bit(model.model, key)
+
+
+def in_few_bits(model: PromptedLM) -> bool:
+    """Whether its linear layers are bitsandbytes' own."""
+    return any(type(module).__module__.startswith("bitsandbytes") for module in model.model.modules())
 
 
 def _in_few_bits(linear: nn.Module, precision: Precision) -> nn.Module:

@@ -9,6 +9,7 @@ that cannot carry a soft prompt is refused by name, with the reason.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from fedsp.errors import ModelError
 from fedsp.rows import Padded, Trees, grow, pad
 
+LONGEST_TREE = 2048
 Positions = Literal["hugging_face", "from_zero"]
 Tokenizer = PreTrainedTokenizerBase
 
@@ -180,10 +182,10 @@ class PromptedLM(nn.Module):
 
     @cached_property
     def room_for_trees(self) -> int:
-        """Keys, the prefix among them, up to which a mask of one's own does what the model's own masks do: its window, where it has one; 0 where it takes
-        none at all. Tried out on a small tree."""
-        text = self.model.config.get_text_config()
-        windows: list[int] = [window for name in ("sliding_window", "attention_chunk_size") if (window := getattr(text, name, None))]
+        """Keys, the prefix among them, up to which a mask of one's own does what the model's own masks do: any window that its configuration names; 0 where it
+        takes none at all. Tried out on a small tree. Longer ones than LONGEST_TREE cost more than they save."""
+        text = self.model.config.get_text_config().to_dict()
+        windows = [value for name, value in text.items() if re.search(r"window|chunk", name) and "layers" not in name and type(value) is int and value > 0]
         rows = [[1, 2, 3, 4, 5], [1, 2, 3, 6]]
         ids, mask = pad(rows, self.device)
         prefix = torch.randn(2, self.shape.layers, 2, self.shape.heads, self.shape.head_size, generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -195,7 +197,7 @@ class PromptedLM(nn.Module):
         wanted = torch.cat([expected[0], expected[1, 3:4]])
         if found is None or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
             return 0
-        return min([*windows, 1_000_000_000])
+        return min([*windows, self.max_positions, LONGEST_TREE])
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: int | None) -> list[int]:

@@ -65,7 +65,8 @@ Exchange = Callable[[list[Request]], Iterable[Update | Failure]]
 @dataclass(frozen=True)
 class RoundRecord:
     """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per answer token;
-    `seconds_training` are those spent on gradient steps and validation; `update_cosine` is the mean cosine between two clients' changes;
+    `seconds_training` are those of the clients' updates, as far as they tell them, of the server's step and of validation, with what these read and
+    write of their own state; `update_cosine` is the mean cosine between two clients' changes;
     `gate_loss` the validation loss of the aggregate where a gate tried it, and `accepted` whether it passed."""
 
     round: int

@@ -147,17 +147,16 @@ def _fedsp(server: Server, run: RunDirectory, watcher: Watcher, register: dict[s
 
 
 def _handed_out(server: Server, auxiliary: AuxiliaryModel | None) -> float:
-    """The share of the global model's numbers that clients hold: compared, or, where the numbers here are rounded to few bits, as it was found when the
-    package was made."""
+    """The share of the global model's numbers that clients hold, as it was found when the package was made: here the numbers may be rounded, or elsewhere."""
     if auxiliary is None:
         return 0.0
-    if server.config.model.precision not in ("8bit", "4bit"):
-        return disclosed_share(auxiliary, server.model)
-    if auxiliary.discloses is None:
+    if auxiliary.discloses is not None:
+        return auxiliary.discloses
+    if server.config.model.precision in ("8bit", "4bit") or server.config.model.device == "split":
         raise ConfigurationError(
             "auxiliary.folder: the package does not say what it discloses, as an earlier version made it: make it again with `fedsp distill`"
         )
-    return auxiliary.discloses
+    return disclosed_share(auxiliary, server.model)
 
 
 def _in_the_auxiliary_space(values: Tensor, auxiliary: AuxiliaryModel, tokens: Tensor | None) -> Tensor:

@@ -26,6 +26,7 @@ REFUSALS = {
     "policy": "the client's own policy does not allow this request",
     "request": "the request that reached the client could not be used",
     "coding": "the client does not know the coding that the request is in or asks for: compression.up and compression.down need its version of fedsp",
+    "answer": "the client's answer has numbers that are not finite, or larger than compression.up can say",
     "broadcast": "the client does not have the broadcast of the round before",
     "diverged": "a loss of the client's training was not finite",
     "failed": "the client could not finish this request; its own log says why",

@@ -64,12 +64,16 @@ def open_audited(folder: Path, watcher: Watcher) -> Opened:
     """A finished run, opened again.
 
     Raises:
-        RunError: there is no finished run of FedSP with clients in the folder whose text is here.
+        RunError: there is no finished run of FedSP with clients in the folder whose text is here, or its weights were held in few bits.
     """
     run = RunDirectory.open(folder)
     config = run.config
     if not run.finished or config.method != "fedsp" or not config.partition.clients or config.round.clients == 0 or config.federation:
         raise RunError(f"{folder} is no finished run of FedSP with simulated clients: there is nobody whose text could be told")
+    if config.model.precision in ("8bit", "4bit") or config.model.device == "split" or config.auxiliary.precision != "float32":
+        raise RunError(
+            f"{folder} held weights in few bits, or in several places, and this audit compares and trains them: run it with model.precision = 'auto' and auxiliary.precision = 'float32'"
+        )
     if config.auxiliary.folder:
         config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(run.package)})})
     server = open_server(config, load_questions(config, run.partition()))

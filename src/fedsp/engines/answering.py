@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedsp.compression import difference, say
-from fedsp.errors import FedspError, PolicyError, TrainingDiverged
+from fedsp.errors import FedspError, PayloadError, PolicyError, TrainingDiverged
 from fedsp.frames import Frame
 from fedsp.methods.base import Method
 from fedsp.parties import Party, Rest
@@ -38,7 +38,11 @@ def answer(
         allow(request)
         own = party(request.client)
         update = method.client_update(own, request)
-        return write_update(update, answer_bytes(update, request, own), request.answer_in)
+        try:
+            return write_update(update, answer_bytes(update, request, own), request.answer_in)
+        except PayloadError as error:
+            log(request, error)
+            return write_refusal(request, "answer")
     except Exception as error:  # whatever it is: its text may hold the client's text, so only a code leaves
         log(request, error)
         return write_refusal(request, _code(error))

@@ -81,6 +81,8 @@ def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: 
         started = time.monotonic()
         open = {request.client: _Asked(request, started, follows=has.get(request.client) == request.round - 1) for request in requests}
         client_of: dict[str, str] = {}
+        changes: set[str] = set()
+        """Messages that carry a change only: two copies of one may be waiting for a client that was restarted."""
         named: list[str] = []
 
         def ask(clients: list[str], now: float) -> None:
@@ -91,6 +93,8 @@ def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: 
                 one.interval = 2 * one.interval or patience.again
                 one.again, one.down = now + one.interval, one.down + len(frame.payload)
                 client_of[message] = client
+                if one.follows:
+                    changes.add(message)
                 traffic(requests[0].round, client, "down", frame.sizes())
 
         def fate(answer: Answer, client: str, one: _Asked) -> Update | Failure:
@@ -119,8 +123,9 @@ def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: 
                     continue
                 one = open[client]
                 reply = fate(answer, client, one)
-                if one.follows and isinstance(reply, Failure) and reply.reason == REFUSALS["broadcast"]:
-                    one.follows, one.again = False, now
+                if answer.message in changes and isinstance(reply, Failure) and reply.reason == REFUSALS["broadcast"]:
+                    if one.follows:
+                        one.follows, one.again = False, now
                     continue
                 del open[client]
                 if isinstance(reply, Update):

@@ -20,10 +20,12 @@ class FedPromptSingle(Averaging):
 
 def reading_one_layer(model: PromptedLM) -> PromptedLM:
     """The same model, every layer of which reads layer 0 of a prompt that has one layer."""
-    return PromptedLM(
+    one = PromptedLM(
         model.model,
         model.name,
         positions=model.positions,
         prompt_layers=[0] * model.shape.layers,
         prompt_shape=replace(model.shape, layers=1),
     )
+    one.recompute = model.recompute
+    return one
