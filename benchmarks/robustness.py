@@ -183,13 +183,15 @@ def measure(reference: Path, output: Path, part: int, parts: int) -> None:
 
 
 def tables(output: Path) -> str:
-    """Answer loss by defence and attack, worst case last, a table for each partition and share of liars; n/a where a rule is not defined."""
+    """Answer loss, and accuracy in brackets, by defence and attack, worst case last, a table for each partition and share of liars; over the seeds that are
+    whole; n/a where a rule is not defined."""
     found: dict[tuple[str, str, str, float], list[dict[str, float] | None]] = {}
-    for path in sorted(output.glob("cells-*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            found.setdefault(tuple(row["cell"][1:]), []).append(row["found"])
-    parts = []
+    rows = {tuple(row["cell"]): row["found"] for path in sorted(output.glob("cells-*.jsonl")) for row in map(json.loads, path.read_text().splitlines())}
+    whole = [seed for seed in SEEDS if all(cell in rows for cell in cells() if cell[0] == seed)]
+    for cell, one in rows.items():
+        if cell[0] in whole:
+            found.setdefault(cell[1:], []).append(one)
+    parts = [f"Seeds: {', '.join(map(str, whole))}.\n"]
     for partition, share in sorted({(key[0], key[3]) for key in found if key[3]}):
         parts.append(
             f"### {partition}, {share:.0%} of the clients lie\n\n| defence | nobody lies | "
@@ -201,16 +203,21 @@ def tables(output: Path) -> str:
         for defence in DEFENCES:
             entries = [found.get((partition, defence, "none", 0.0), [])] + [found.get((partition, defence, attack, share), []) for attack in ATTACKS]
             means = [_mean(entry, "loss") for entry in entries]
+            told = [_said(entry) for entry in entries]
             known = [mean for mean, _ in means[1:] if mean is not None]
             worst = f"{max(known):.3f}" if len(known) == len(ATTACKS) else "n/a"
             success, spread = _mean(entries[-1], "success")
             before, _ = _mean(entries[0], "success")
             said = "n/a" if success is None or before is None else f"{success:.0%} ± {spread:.0%} ({before:.0%})"
-            parts.append(
-                f"| {defence} | " + " | ".join("n/a" if mean is None else f"{mean:.3f} ± {spread:.3f}" for mean, spread in means) + f" | {said} | {worst} |"
-            )
+            parts.append(f"| {defence} | {' | '.join(told)} | {said} | {worst} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def _said(entry: list[dict[str, float] | None]) -> str:
+    loss, spread = _mean(entry, "loss")
+    accuracy, _ = _mean(entry, "accuracy")
+    return "n/a" if loss is None else f"{loss:.3f}{f' ± {spread:.3f}' if len(entry) > 1 else ''} ({accuracy:.0%})"
 
 
 def _mean(entry: list[dict[str, float] | None], figure: str) -> tuple[float | None, float]:
