@@ -42,4 +42,4 @@ def parse_coding(text: str) -> Coding:
         return Coding("low_rank", rank=int(match[1]))
     if (match := re.fullmatch(r"top_k\((0?\.\d{1,9})\)", text)) is not None and 0 < float(match[1]) <= 0.5:
         return Coding("top_k", share=float(match[1]))
-    raise ValueError(f"{text!r} is no coding: write {GRAMMAR}")
+    raise ValueError(f"there is no such coding: write {GRAMMAR}")
