@@ -156,7 +156,7 @@ class World:
 def cells() -> Iterator[tuple[int, str, str, str, float]]:
     for seed, partition, defence in itertools.product(SEEDS, PARTITIONS, DEFENCES):
         yield seed, partition, defence, "none", 0.0
-        for share, attack in itertools.product(SHARES if partition == "even" else (0.2, 0.4), ATTACKS):
+        for share, attack in itertools.product(SHARES, ATTACKS):
             yield seed, partition, defence, attack, share
 
 
@@ -184,24 +184,24 @@ def measure(reference: Path, output: Path, part: int, parts: int) -> None:
 
 def tables(output: Path) -> str:
     """Answer loss, and accuracy in brackets, by defence and attack, worst case last, a table for each partition and share of liars; over the seeds that are
-    whole; n/a where a rule is not defined."""
-    found: dict[tuple[str, str, str, float], list[dict[str, float] | None]] = {}
+    whole there; n/a where a rule is not defined."""
     rows = {tuple(row["cell"]): row["found"] for path in sorted(output.glob("cells-*.jsonl")) for row in map(json.loads, path.read_text().splitlines())}
-    whole = [seed for seed in SEEDS if all(cell in rows for cell in cells() if cell[0] == seed)]
-    for cell, one in rows.items():
-        if cell[0] in whole:
-            found.setdefault(cell[1:], []).append(one)
-    parts = [f"Seeds: {', '.join(map(str, whole))}.\n"]
-    for partition, share in sorted({(key[0], key[3]) for key in found if key[3]}):
+    parts = []
+    for partition, share in itertools.product(PARTITIONS, SHARES):
+        of_table = [cell[2:] for cell in cells() if cell[:2] == (SEEDS[0], partition) and cell[4] in (0.0, share)]
+        whole = [seed for seed in SEEDS if all((seed, partition, *cell) in rows for cell in of_table)]
+        if not whole:
+            continue
+        found = {cell: [rows[(seed, partition, *cell)] for seed in whole] for cell in of_table}
         parts.append(
-            f"### {partition}, {share:.0%} of the clients lie\n\n| defence | nobody lies | "
+            f"### {partition}, {share:.0%} of the clients lie, seeds {', '.join(map(str, whole))}\n\n| defence | nobody lies | "
             + " | ".join(ATTACKS)
             + " | backdoor succeeds (nobody lies) | worst |\n"
             + "|---" * (len(ATTACKS) + 4)
             + "|"
         )
         for defence in DEFENCES:
-            entries = [found.get((partition, defence, "none", 0.0), [])] + [found.get((partition, defence, attack, share), []) for attack in ATTACKS]
+            entries = [found[defence, "none", 0.0], *(found[defence, attack, share] for attack in ATTACKS)]
             means = [_mean(entry, "loss") for entry in entries]
             told = [_said(entry) for entry in entries]
             known = [mean for mean, _ in means[1:] if mean is not None]
