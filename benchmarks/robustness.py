@@ -154,9 +154,11 @@ class World:
 
 
 def cells() -> Iterator[tuple[int, str, str, str, float]]:
-    for seed, partition, defence in itertools.product(SEEDS, PARTITIONS, DEFENCES):
-        yield seed, partition, defence, "none", 0.0
-        for share, attack in itertools.product(SHARES, ATTACKS):
+    """All cells, in the order in which they are measured: two and four liars of ten for every seed, then one and three."""
+    for shares, seed, partition, defence in itertools.product(((0.2, 0.4), (0.1, 0.3)), SEEDS, PARTITIONS, DEFENCES):
+        if shares[0] == 0.2:
+            yield seed, partition, defence, "none", 0.0
+        for share, attack in itertools.product(shares, ATTACKS):
             yield seed, partition, defence, attack, share
 
 
