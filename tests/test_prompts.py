@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BertConfig, MambaConfig, T5Config
+from transformers.activations import NewGELUActivation
 
 from conftest import FAMILIES, tiny_model
 from fedsp.errors import ModelError, PayloadError, PromptError
@@ -14,6 +17,7 @@ from fedsp.loading import load_model
 from fedsp.models import ModelShape, PromptedLM
 from fedsp.payload import PROMPT
 from fedsp.prompts import PromptSpec, SoftPrompt, export_peft, import_peft, initial_values, read_prompt
+from fedsp.rows import pack, pad
 
 TOKENS = torch.tensor([[5, 9, 33, 8, 71, 2, 60]])
 
@@ -46,6 +50,58 @@ def test_gradients_reach_every_layer(family: str, space: str) -> None:
     assert prompt.direct.grad is not None
     assert (prompt.direct.grad.abs().amax(dim=tuple(d for d in range(prompt.direct.dim()) if d != 1)) > 0).all()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("positions", ["hugging_face", "from_zero"])
+@pytest.mark.parametrize("space", ["key_value", "residual"])
+def test_rows_side_by_side_are_rows_by_themselves(family: str, positions: str, space: str) -> None:
+    """States and the prompt's gradient, of four rows in two; padding costs nothing, and a prompt of each row's own is read row by row."""
+    model = tiny_model(family, positions=positions)
+    prompt = random_prompt(model, space)
+    padded = pad([[5, 9, 33, 8, 71, 2, 60], [7], [4, 3, 9], [8, 8, 2]], model.device)
+    real = padded.mask.bool()
+    read: list[int] = []
+    model.backbone.register_forward_pre_hook(lambda *seen: read.append(seen[2]["input_ids"].numel()), with_kwargs=True)
+    assert model.room_for_trees
+    found = []
+    for rows in (model, model.read_padded):
+        prompt.zero_grad()
+        read.clear()
+        states = rows(*padded, prompt.prefix(model))[real]
+        (states * torch.arange(states.numel()).view_as(states).cos()).sum().backward()
+        assert prompt.direct.grad is not None
+        found.append((read[-1], states.detach(), prompt.direct.grad.clone()))
+    assert [cells for cells, *_ in found] == [14, 28]
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    model(*padded, prompt.prefix(model)[None].expand(4, *prompt.prefix(model).shape))
+    assert read[-1] == 28
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5000))
+def test_packed_rows_hold_every_token_once(lengths: list[int], weight: int) -> None:
+    rows = [[100 * row + place for place in range(length)] for row, length in enumerate(lengths)]
+    padded = pad(rows, torch.device("cpu"))
+    trees, cells = pack(padded, weight)
+    real = padded.mask.bool()
+    assert torch.equal(trees.ids.flatten()[cells][real], padded.ids[real])
+    assert int((trees.branches > 0).sum()) == sum(lengths) == len(set(cells[real].tolist()))
+    assert torch.equal(trees.positions.flatten()[cells][real], padded.ids[real] % 100)
+    width, count = trees.ids.shape[1], len(trees.ids)
+    assert count * width * (weight + width) <= len(lengths) * max(lengths) * (weight + max(lengths)), "never dearer than padding"
+
+
+def test_gelu_is_one_operation() -> None:
+    """GPT-2's own form of it is replaced when a model is opened, and computes the same."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_config(FAMILIES["gpt2"], dtype=torch.float32).eval()
+        before = model(TOKENS).logits
+        assert any(isinstance(module, NewGELUActivation) for module in model.modules())
+        opened = PromptedLM(model, "gpt2")
+        assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
+        torch.testing.assert_close(opened.logits(opened(TOKENS)), before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

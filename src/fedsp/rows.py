@@ -1,8 +1,9 @@
-"""Rows of token ids as one tensor: padded on the right, or contexts with their branches, each as one row."""
+"""Rows of token ids as one tensor: padded on the right, side by side, or contexts with their branches, each as one row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapreplace
 from typing import NamedTuple
 
 import torch
@@ -49,3 +50,31 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
         ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[index, : len(row)] = 1
     return Padded(ids.to(device), mask.to(device))
+
+
+def pack(padded: Padded, weight: int) -> tuple[Trees, Tensor]:
+    """Padded rows side by side: trees without a context, and the cell of these trees, counted through their rows, where each token (B, T) stands; padding
+    points anywhere. In as many rows as cost least, where the work on a token weighs as much as `weight` keys that it sees."""
+    lengths = padded.mask.sum(dim=1).tolist()
+    tokens = padded.ids.tolist()
+    plans = [_spread(lengths, count) for count in range(1, len(lengths) + 1)]
+    width, shared = min(plans, key=lambda plan: len(plan[1]) * plan[0] * (weight + plan[0]))
+    cells = torch.zeros(padded.ids.shape, dtype=torch.long)
+    for number, rows in enumerate(shared):
+        start = number * width
+        for row in rows:
+            cells[row, : lengths[row]] = torch.arange(start, start + lengths[row])
+            start += lengths[row]
+    branches = [[tokens[row][: lengths[row]] for row in rows] for rows in shared]
+    return grow([[]] * len(shared), branches, padded.ids.device), cells.to(padded.ids.device)
+
+
+def _spread(lengths: Sequence[int], count: int) -> tuple[int, list[list[int]]]:
+    """Rows of these lengths spread over `count` shared ones, longest first, each to where there is least: the longest shared one, and who stands in each."""
+    shared: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, number) for number in range(count)]
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        tokens, number = filled[0]
+        shared[number].append(row)
+        heapreplace(filled, (tokens + lengths[row], number))
+    return max(filled)[0], shared
