@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ import torch
 from conftest import tiny_model
 from fedsp import commands, privacy
 from fedsp.audit import inverting, matching
-from fedsp.audit.auditing import AUDITS, audit
+from fedsp.audit.account import account
+from fedsp.audit.auditing import AUDITS, Audit, Options, audit, check, findings
 from fedsp.audit.inversion import Dictionary, gradient_rows, key_dictionary, matching_pursuit, read_back, recall, recall_of, residual_dictionary, span_test
+from fedsp.audit.inverting import audit_inversion
 from fedsp.audit.levels import Looked, guess
 from fedsp.audit.membership import audit_membership, likelihood_ratios, relative_ratios
 from fedsp.audit.model import linear_cka
 from fedsp.audit.promise import audit_epsilon
 from fedsp.audit.shadows import encoded_rows, losses_under, open_audited, train_shadow
 from fedsp.audit.statistics import auc, auc_ceiling, ceiling, hits_at, told
+from fedsp.audit.tables import OWN
 from fedsp.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
@@ -35,6 +40,11 @@ from fedsp.server import EMBEDDED, Watcher
 from test_run import ROWS, questions, settings
 
 pytestmark = pytest.mark.study
+
+
+def audited(folder: Path, only: str | None = None, **options: Any) -> dict[str, dict[str, Any]]:
+    """What `fedsp audit` does with one folder."""
+    return audit(folder, check(folder, only, Options(**options)), Options(**options), Watcher())
 
 
 def prompt_for(model: Any, space: Any, length: int) -> SoftPrompt:
@@ -183,10 +193,10 @@ def test_every_audit_of_a_private_run_and_its_report(tmp_path: Path, monkeypatch
     monkeypatch.setattr(inverting, "ITERATIONS", 3)
     monkeypatch.setattr(matching, "EXCHANGED", 2)
     folder = Path(commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"])
-    found = audit(folder, only="disclosure, depths, model, membership, inversion", shadows=4, records=20, texts=3)
-    assert set(found) == {"disclosure", "depths", "model", "membership", "inversion"}
-    (package,) = found["model"]["the package"]
-    assert package["embeddings"] == "verbatim" and float(package["embedding distance"]) == 0.0
+    found = audited(folder, "disclosure, depths, model, membership, inversion", shadows=4, records=20, texts=3)
+    assert list(found) == ["disclosure", "depths", "model", "membership", "inversion"]
+    assert found["model"]["embeddings"] == "verbatim" and found["model"]["embedding_distance"] == 0.0
+    assert all(finding.rows for name, figures in found.items() for finding in findings(name, figures))
     rows = json.loads((folder / "inversion.json").read_text())["rows"]
     assert rows[0]["tokens"][0] > 0.9 > 0.5 > next(row for row in rows if "epsilon = 1" in row["level"])["tokens"][0]
     assert {row["attack"] for row in rows} == {"span test", "pursuit", "gradient matching"}
@@ -194,11 +204,62 @@ def test_every_audit_of_a_private_run_and_its_report(tmp_path: Path, monkeypatch
     assert members["epsilon"] <= 3.0 and all(row["auc_ceiling"] < 1 for row in members["rows"])
     write_report([tmp_path], tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "Audits" in page and "members found at 1 % false alarms" in page and "learns of any one example" in page
+    assert "Audits" in page and "found at 1 % false alarms" in page and "What can malicious clients do?" in page and "learns of any one example" in page
     with pytest.raises(RunError, match="the audit needs 1000 canaries"):
-        audit(folder, only="epsilon")
+        audited(folder, "epsilon")
     with pytest.raises(ConfigurationError, match="there is no audit 'memership'; did you mean 'membership'"):
-        audit(folder, only="memership")
+        audited(folder, "memership")
+    with pytest.raises(ConfigurationError, match="there is no audit ''; known: "):
+        audited(folder, " ,")
+    with pytest.raises(ConfigurationError, match="--shadows 3"):
+        audited(folder, shadows=3)
+    answers = {row["question"]: row["answer"] for row in account(folder).rows}
+    assert list(answers) == [
+        "What does a client learn of the model?",
+        "What do others learn of the text?",
+        "What is promised of the text?",
+        "What can malicious clients do?",
+    ]
+    assert all(said in answers["What do others learn of the text?"] for said in ("no secure aggregation", "server, sums", OWN))
+    assert "Not covered: other runs over the same text" in answers["What is promised of the text?"]
+    assert "One of 3 is enough" in answers["What can malicious clients do?"]
+    for name in ("membership", "disclosure"):
+        whole = (folder / f"{name}.json").read_bytes()
+        for damaged in (b"{}", whole[:50]):
+            (folder / f"{name}.json").write_bytes(damaged)
+            with pytest.raises(RunError, match=f"{name}.json (cannot be read|is not what fedsp wrote)"):
+                write_report([tmp_path], tmp_path / "report")
+        (folder / f"{name}.json").write_bytes(whole)
+    for damaged, why in ((b"{}", "best_round is missing"), (b"[]", "a JSON object is missing"), (b'{"best', "cannot be read")):
+        (folder / "result.json").write_bytes(damaged)
+        with pytest.raises(RunError, match=rf"holds no usable run: .*result\.json .*{why}"):
+            audited(folder, "inversion")
+
+
+def test_an_audit_holds_the_run_to_its_own_auxiliary_model(tmp_path: Path) -> None:
+    folder, other = (Path(commands.run(settings(tmp_path / name, seed=seed))["folder"]) for name, seed in (("one", 0), ("two", 1)))
+    shutil.rmtree(folder / "auxiliary")
+    shutil.copytree(other / "auxiliary", folder / "auxiliary")
+    for name in ("disclosure", "membership"):
+        with pytest.raises(RunError, match="was begun with another auxiliary model: bring back what it was"):
+            audited(folder, name, shadows=4)
+
+
+def test_only_clients_that_answered_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three is asked: the others' changes are nothing, and count neither as text that was not found nor as scores."""
+    monkeypatch.setattr(inverting, "ITERATIONS", 3)
+    folder = Path(commands.run(settings(tmp_path, round={"rounds": 1, "clients": 1, "weighting": "uniform"}))["folder"])
+    rows = audit_inversion(folder, examples=0)["rows"]
+    assert [row["read"] for row in rows if row["level"].startswith(OWN)] == [1, 1, 1]
+    figures = audit_membership(folder, shadows=4)
+    assert all(0.0 <= row["auc"][0] <= 1.0 for row in figures["rows"])
+    assert ("server", "cosine") in {(row["observer"], row["attack"]) for row in figures["rows"]}
+    assert "cosine, others" not in {row["attack"] for row in figures["rows"]}, "nobody else answered"
+
+
+def test_records_without_a_score_do_not_count() -> None:
+    scores, members = np.array([3.0, np.nan, 1.0, 2.0, np.nan]), np.array([True, True, False, False, False])
+    assert auc(scores, members) == auc(scores[[0, 2, 3]], members[[0, 2, 3]]) == 1.0
 
 
 def test_the_epsilon_of_a_client_level_run_is_not_refuted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +268,10 @@ def test_the_epsilon_of_a_client_level_run_is_not_refuted(tmp_path: Path, monkey
         "round": {"rounds": 3, "weighting": "uniform", "min_clients": 0},
     }
     folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
-    (row,) = next(iter(audit(folder, only="epsilon")["epsilon"].values()))
-    assert row["verdict"] == "not refuted" and float(row["promised epsilon"]) > float(row["at least, at 95 %"])
+    figures = audited(folder, "epsilon")["epsilon"]
+    assert not figures["broken"] and figures["promised"] > figures["epsilon"]
+    (finding,) = findings("epsilon", figures)
+    assert finding.rows[0]["verdict"] == "not refuted"
     sampled = {**changes, "round": {**changes["round"], "rounds": 20, "clients": 1}, "privacy": {**changes["privacy"], "noise_multiplier": 4.0}}
     folder = Path(commands.run(settings(tmp_path / "sampled", **sampled))["folder"])
     figures = audit_epsilon(folder)
@@ -217,15 +280,17 @@ def test_the_epsilon_of_a_client_level_run_is_not_refuted(tmp_path: Path, monkey
     assert audit_epsilon(folder)["broken"], "the audit goes through the run's own clipping, sum and noise"
     plain = Path(commands.run(settings(tmp_path / "plain"))["folder"])
     with pytest.raises(RunError, match="promises nothing"):
-        audit(plain, only="epsilon")
+        audited(plain, "epsilon")
 
 
 def test_what_a_run_does_not_allow_is_said_and_the_rest_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"])
     for name in ("model", "membership", "inversion"):
-        monkeypatch.setitem(AUDITS, name, lambda *_: {"done": []})
-    found = audit(folder)
-    assert found["membership"] == {"done": []} and "the audit needs 1000 canaries" in found["epsilon"]["not done"][0]["why"]
+        monkeypatch.setitem(AUDITS, name, Audit(lambda *_: {"done": 1}, lambda _: []))
+    found = audited(folder)
+    assert found["membership"] == {"done": 1} and "the audit needs 1000 canaries" in found["epsilon"]["not_done"]
+    (finding,) = findings("epsilon", found["epsilon"])
+    assert finding.title == "not done" and "1000 canaries" in finding.rows[0]["why"]
     with pytest.raises(ConfigurationError, match="attack.kind: 'backdoor' changes which choice is right, and completion has no choices"):
         rows = [{"prompt": f"{row['question']} is", "completion": row["choices"][row["answer"]]} for row in ROWS[:30]]
         data = {"task": "completion", **{split: questions(tmp_path, split, rows) for split in ("train", "validation", "test")}}
@@ -234,8 +299,14 @@ def test_what_a_run_does_not_allow_is_said_and_the_rest_is_done(tmp_path: Path, 
 
 def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
     folder = Path(commands.run(settings(tmp_path, round={"rounds": 1, "clients": 0}, server={"steps": 1, "batch_size": 2}))["folder"])
-    with pytest.raises(RunError, match="no finished run of FedSP with simulated clients"):
-        audit(folder, only="membership")
+    with pytest.raises(RunError, match="asked no clients: there is nobody whose text could be told"):
+        audited(folder, "membership")
+    assert "asked no clients" in audited(folder)["membership"]["not_done"]
+    (folder / "result.json").unlink()
+    with pytest.raises(RunError, match=r"holds no finished run: finish it with `fedsp run --resume .*`"):
+        audited(folder)
+    with pytest.raises(RunError, match=f"there are 1 below it: name one, such as {re.escape(str(folder))}"):
+        audited(folder.parent)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

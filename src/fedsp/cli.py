@@ -170,24 +170,42 @@ def federation_init(
 @app.command()
 def audit(
     folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
-    only: Annotated[Optional[str], typer.Option(help="Some of them, with commas: traffic, disclosure, depths, model, membership, inversion, epsilon.")] = None,
-    shadows: Annotated[int, typer.Option(help="Shadow runs of the membership audit.")] = 16,
+    only: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Some of them, with commas: disclosure, model, membership, inversion, epsilon; traffic, depths. Otherwise the first four, and epsilon where one is promised."
+        ),
+    ] = None,
+    shadows: Annotated[int, typer.Option(help="Shadow runs of the membership audit; each costs about as much as the run's rounds did.")] = 16,
     records: Annotated[
         Optional[int], typer.Option(min=20, help="The clients' examples that the membership audit looks at, at most; all of them if not given.")
     ] = None,
-    texts: Annotated[int, typer.Option(min=0, help="Single texts that the inversion audit tries to read back; 0: only the updates of the run.")] = 20,
+    texts: Annotated[
+        int, typer.Option(min=0, help="Single texts that the inversion audit tries to read back, most of its time; 0: only the updates of the run.")
+    ] = 20,
     json_file: Json = None,
 ) -> None:
     """Measure what finished runs gave away: of the model to clients, of the text to the server and to others. `fedsp report` shows what was measured."""
+    from fedsp.audit.account import account
+    from fedsp.audit.auditing import Options, check, findings
     from fedsp.audit.auditing import audit as run_audits
-    from fedsp.display import Display, rows_table
+    from fedsp.display import Display
+    from fedsp.runs import RunDirectory
 
+    options = Options(shadows, records, texts)
+    wanted = {folder: check(folder, only, options) for folder in folders}
+    found = {}
     with Display() as display:
-        found = {str(folder): run_audits(folder, only=only, shadows=shadows, records=records, texts=texts, watcher=display.watcher()) for folder in folders}
-        for name, audits in found.items():
-            for kind, tables in audits.items():
-                for title, rows in tables.items():
-                    display.print(rows_table(f"{name}, {kind}: {title}", rows))
+        for folder, names in wanted.items():
+            figures = run_audits(folder, names, options, display.watcher())
+            for name, some in figures.items():
+                for finding in findings(name, some):
+                    display.finding(f"{folder}, {name}: {finding.title}", finding.rows, finding.note)
+            found[str(folder)] = figures
+            if RunDirectory.open(folder).finished:
+                told = account(folder)
+                display.finding(f"{folder}: {told.title}", told.rows, told.note)
+                found[str(folder)] = {"account": {row["question"]: row["answer"] for row in told.rows}, **figures}
     _write(json_file, found)
 
 

@@ -343,8 +343,7 @@ class RunConfig(Section):
             raise ValueError("round.weighting: rules for lying clients weigh nobody, and neither do mixing and norm_bound; set it to 'uniform'")
         if self.aggregation.rule == "trust" and not self.server.steps:
             raise ValueError("aggregation.rule: trust goes by the server's own step; set server.steps above 0")
-        if self.privacy.unit != "none":
-            self._private()
+        self._private()
         if self.prompt.translate and self.prompt.space != "key_value":
             raise ValueError("prompt.translate: only key_value prompts are translated; a residual prompt is read by each side's own layers")
         if self.prompt.translate and (self.prompt.tuned_at != "all" or self.distill.again_every):
@@ -394,7 +393,7 @@ class RunConfig(Section):
     def _private(self) -> None:
         """What would break the promise."""
         _hold_to_promise(self.privacy, self.client, self.prompt, self.validation.by == "clients")
-        if self.privacy.unit == "example":
+        if self.privacy.unit != "client":
             return
         if self.aggregation.robust:
             raise ValueError(
@@ -438,6 +437,10 @@ class RunConfig(Section):
 def _hold_to_promise(privacy: PrivacySection, client: ClientSection, prompt: PromptSection, clients_validate: bool) -> None:
     """What would break the promise of differential privacy, wherever it is asked for: in a run's configuration, and in what a client is asked to agree to."""
     if privacy.unit == "none":
+        if privacy.epsilon is not None or privacy.noise_multiplier is not None:
+            raise ValueError(
+                "privacy.unit: it is 'none', so nothing is noised and privacy.epsilon and privacy.noise_multiplier promise nothing; set it to 'example' or 'client', or take profile = 'dp-example'"
+            )
         return
     if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
         raise ValueError("privacy.epsilon: set it, or privacy.noise_multiplier, and not both")

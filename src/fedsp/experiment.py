@@ -18,7 +18,7 @@ import torch
 
 from fedsp.aggregation import ServerOptimizer
 from fedsp.attacks import triggered
-from fedsp.clients import Clients
+from fedsp.clients import Clients, agreement_of, example_privacy
 from fedsp.codings import parse_coding
 from fedsp.config import RunConfig
 from fedsp.cost import measure
@@ -34,7 +34,7 @@ from fedsp.payload import Payload
 from fedsp.privacy import LEDGER, Ledger, PrivateMean, noise_for
 from fedsp.prompts import SoftPrompt
 from fedsp.redistillation import redistilling
-from fedsp.robust import Robust
+from fedsp.robust import RULES, Robust
 from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed
 from fedsp.runs import RunDirectory
 from fedsp.server import Questions, Server, Watcher, load_questions, open_server, rows_digest, score_test
@@ -56,6 +56,11 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     config = run.config
     questions = load_questions(config, run.partition())
     server = open_server(config, questions)
+    held = {client: len(rows) for client, rows in questions.partition.clients.items()} if register is None else register
+    rules = rules_of(config, run, len(held))
+    if privacy := example_privacy(agreement_of(config, server.max_tokens)):
+        for examples in set(held.values()):  # refused before anything is trained
+            privacy.steps(examples, config.client.batch_size, config.client.speak_steps)
     sides = open_sides(server, run, watcher, register)
     auxiliary = sides.auxiliary
     run.pin({"data.train": rows_digest(questions.train), "auxiliary model": auxiliary.digest() if auxiliary else "none"})
@@ -88,7 +93,6 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
         state()
         watcher.round_done(record, config.round.rounds)
 
-    rules = rules_of(config, run, len(sides.clients.register))
     if isinstance(rules.combine, PrivateMean):
         noise = rules.combine.noise_multiplier * math.sqrt(sum(tensor.numel() for tensor in party.tuned.payload().values())) / rules.combine.expected
         watcher.say(f"the noise on the mean of {rules.combine.expected:g} clients is {noise:.3g} times as long as the longest change that one of them can make")
@@ -223,10 +227,20 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
         return {"combine": PrivateMean(privacy.clip, noise, rate, expected, privacy.delta, privacy.epsilon, ledger), "sampling_rate": rate}
     if not section.robust:
         return {}
-    robust = Robust(section.rule, section.malicious, section.mixing, section.norm_bound)
-    if clients:
-        robust.liars_among(config.round.asked(clients))
-    return {"combine": robust}
+    check_liars(config, clients)
+    return {"combine": Robust(section.rule, section.malicious, section.mixing, section.norm_bound)}
+
+
+def check_liars(config: RunConfig, clients: int) -> int:
+    """How many lying clients the run's rule bears: none where it is the plain mean.
+
+    Raises:
+        TooFewClients: fewer are asked than the robust rule needs.
+    """
+    section = config.aggregation
+    if not clients or not (section.rule in RULES or section.mixing):
+        return 0
+    return Robust(section.rule, section.malicious, section.mixing, section.norm_bound).liars_among(config.round.asked(clients))
 
 
 def _some(validation: list[Example], config: RunConfig) -> list[Example]:

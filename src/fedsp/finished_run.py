@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedsp.audit.depths import DEPTHS
-from fedsp.audit.disclosure import DISCLOSURE
+from fedsp.audit.tables import DEPTHS, DISCLOSURE
 from fedsp.config import RunConfig
-from fedsp.runs import RunDirectory
+from fedsp.runs import RunDirectory, read_json
 from fedsp.sides import METHODS
 
 
@@ -95,7 +94,7 @@ class Run:
         made = Path(self.config.auxiliary.folder).with_suffix(".json")
         here = self.folder.parent / "packages" / made.name  # where the study has been moved
         path = next((path for path in (here, made) if path.exists()), None)
-        return float(RunDirectory.read_json(path)["seconds"]) if path else 0.0
+        return float(read_json(path, "seconds")["seconds"]) if path else 0.0
 
     @property
     def score(self) -> float:
@@ -157,8 +156,8 @@ def open_finished(folder: Path, key: str, **where: Any) -> Run | None:
     if not directory.finished or "test" not in directory.result():
         return None
     about = {"seed": directory.config.seed} | where
-    depths = RunDirectory.read_json(folder / DEPTHS)["rows"] if (folder / DEPTHS).exists() else []
-    disclosure = RunDirectory.read_json(folder / DISCLOSURE) if (folder / DISCLOSURE).exists() else {}
+    depths = read_json(folder / DEPTHS, "rows")["rows"] if (folder / DEPTHS).exists() else []
+    disclosure = read_json(folder / DISCLOSURE) if (folder / DISCLOSURE).exists() else {}
     return Run(
         key=key,
         disclosure=disclosure,

@@ -13,12 +13,12 @@ import tomli_w
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from fedsp.audit.account import account
 from fedsp.audit.tables import found_tables
 from fedsp.errors import RunError
 from fedsp.figures import against, bars, clients, depths, learning_curves
 from fedsp.finished_run import Run
 from fedsp.results import Line, Results, Section, read_results
-from fedsp.runs import RunDirectory
 from fedsp.sides import METHODS
 from fedsp.statement import STATEMENT
 from fedsp.storage import write_bytes
@@ -121,7 +121,7 @@ def page(results: Results, tables: Sequence[Sequence[Table]]) -> str:
     hints = {key: run.name for key, run in results.runs.items()}
     commits = sorted({_short(run.about["versions"].get("commit", "unknown")) for run in results.runs.values()})
     return environment.get_template("report.html").render(
-        title=f"Study: {results.name}",
+        title=_title(results),
         commits=f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}",
         sections=[
             {
@@ -140,19 +140,25 @@ def page(results: Results, tables: Sequence[Sequence[Table]]) -> str:
     )
 
 
+def _title(results: Results) -> str:
+    return f"{'Run' if len(results.runs) == 1 else 'Study'}: {results.name}"
+
+
 def audited_runs(results: Results) -> list[dict[str, Any]]:
-    """What audits found in the runs that were audited, and what private runs promise: by run, tables of words."""
+    """Of runs that were audited, or that promise something: the account, and what audits found, as tables of words."""
     audited = []
     for run in results.runs.values():
-        statement = run.folder / STATEMENT
-        sentence = str(RunDirectory.read_json(statement)["sentence"]) if statement.exists() else ""
-        tables = [
-            (f"{kind}: {title}", list(rows[0]), [list(row.values()) for row in rows])
-            for kind, some in found_tables(run.folder).items()
-            for title, rows in some.items()
-        ]
-        if sentence or tables:
-            audited.append({"key": run.key, "name": run.name, "sentence": sentence, "tables": tables})
+        tables = [(f"{name}: {finding.title}", finding) for name, some in found_tables(run.folder).items() for finding in some]
+        if tables or (run.folder / STATEMENT).exists():
+            told = account(run.folder)
+            audited.append(
+                {
+                    "key": run.key,
+                    "name": run.name,
+                    "account": told,
+                    "tables": [(title, list(found.rows[0]), [list(row.values()) for row in found.rows], found.note) for title, found in tables],
+                }
+            )
     return audited
 
 
@@ -204,7 +210,7 @@ def _run(run: Run, results: Results) -> dict[str, Any]:
 
 
 def _markdown(results: Results, tables: Sequence[Sequence[Table]]) -> str:
-    lines = [f"# Study: {results.name}", ""]
+    lines = [f"# {_title(results)}", ""]
     for section, shown in zip(results.sections, tables, strict=True):
         lines += [f"## {section.title}", "", *([section.text, ""] if section.text else [])]
         if section.missing:
@@ -214,10 +220,17 @@ def _markdown(results: Results, tables: Sequence[Sequence[Table]]) -> str:
             lines += ["| " + " | ".join(entry.text.replace("|", "\\|") for entry in row) + " |" for row in table.rows]
             lines += ["", *([table.note, ""] if table.note else [])]
     for audited in audited_runs(results):
-        lines += [f"## Audits: {audited['name']}", "", *([audited["sentence"], ""] if audited["sentence"] else [])]
-        for title, columns, rows in audited["tables"]:
+        lines += [
+            f"## Audits: {audited['name']}",
+            "",
+            *(f"- **{row['question']}** {row['answer']}" for row in audited["account"].rows),
+            "",
+            audited["account"].note,
+            "",
+        ]
+        for title, columns, rows, note in audited["tables"]:
             lines += [f"### {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-            lines += [*("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |" for row in rows), ""]
+            lines += [*("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |" for row in rows), "", *([note, ""] if note else [])]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedsp.errors import RunError
 from fedsp.finished_run import Run, open_finished
-from fedsp.runs import RunDirectory, find_runs
+from fedsp.runs import RunDirectory, find_runs, read_json
 from fedsp.sides import METHODS
 from fedsp.study import FAILURE, INDEX, read_index
 
@@ -95,7 +95,7 @@ def _read_study(folder: Path, results: Results) -> None:
         if run:
             results.runs[run.key] = found[cell["folder"]] = run
         elif (path / FAILURE).exists():
-            failure = RunDirectory.read_json(path / FAILURE)
+            failure = read_json(path / FAILURE)
             results.failures.append((path.name, failure["reason"], failure["diverged"]))
             diverged.update([cell["folder"]] if failure["diverged"] else [])
     for number, grid in enumerate(index["grids"]):

@@ -99,7 +99,10 @@ class RunDirectory:
         try:
             values = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
         except (OSError, tomllib.TOMLDecodeError) as error:
-            raise RunError(f"{path} holds no run: its {CONFIG} cannot be read ({error})") from error
+            below = find_runs(path) if path.is_dir() else []
+            instead = f"; there are {len(below)} below it: name one, such as {below[0]}" if below else "; name the output folder of a run"
+            why = error.strerror if isinstance(error, OSError) else error
+            raise RunError(f"{path} holds no run: its {CONFIG} cannot be read ({why}){instead}") from error
         return cls(path, make_config(values, str(path / CONFIG)))
 
     @property
@@ -208,9 +211,11 @@ class RunDirectory:
         """The figures of a finished run.
 
         Raises:
-            RunError: it is not finished.
+            RunError: it is not finished, or they are damaged.
         """
-        return self._json(RESULT)
+        if not self.finished:
+            raise RunError(f"{self.path} holds no finished run: finish it with `fedsp run --resume {self.path}`")
+        return self._json(RESULT, "best_round", "disclosed_share")
 
     def about(self) -> dict[str, Any]:
         """Identity, seed, threads, versions and the commit that the run was made with."""
@@ -226,7 +231,16 @@ class RunDirectory:
         if not path.exists():
             write_json(path, inputs)
             return
-        changed = [name for name, digest in self._json(INPUTS).items() if inputs.get(name) != digest]
+        self.hold(inputs)
+
+    def hold(self, inputs: dict[str, str]) -> None:
+        """Hold some inputs, by their digests, against what the run was begun with.
+
+        Raises:
+            RunError: an input is not what it was.
+        """
+        known = self._json(INPUTS)
+        changed = [name for name, digest in inputs.items() if known.get(name) != digest]
         if changed:
             raise RunError(f"{self.path} was begun with another {' and another '.join(changed)}: bring back what it was, or start a new run")
 
@@ -259,25 +273,28 @@ class RunDirectory:
                 continue  # cut short by a kill or a full disk
         return lines
 
-    @staticmethod
-    def read_json(path: Path) -> dict[str, Any]:
-        """A JSON object in a file.
-
-        Raises:
-            RunError: it cannot be read.
-        """
+    def _json(self, name: str, *needed: str) -> dict[str, Any]:
         try:
-            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read ({error})") from error
-        return value
+            return read_json(self.path / name, *needed)
+        except RunError as error:
+            raise RunError(f"{self.path} holds no usable run: {error}") from error
 
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.path} holds no usable run: {name} cannot be read ({error})") from error
-        return value
+
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """A JSON object in a file, with the keys that are needed of it.
+
+    Raises:
+        RunError: it cannot be read, or is something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else error})") from error
+    missing = [name for name in needed if name not in value] if isinstance(value, dict) else ["a JSON object"]
+    if missing:
+        raise RunError(f"{path} is not what fedsp wrote: {missing[0]} is missing")
+    found: dict[str, Any] = value
+    return found
 
 
 def _below(tensors: dict[str, torch.Tensor], part: str) -> Payload:

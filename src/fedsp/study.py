@@ -45,7 +45,7 @@ from fedsp.commands import distill, resume, run
 from fedsp.config import Count, RunConfig, Section, TrackingSection
 from fedsp.config_file import apply_override, make_config, read_toml, resolve_paths, validated
 from fedsp.errors import ConfigurationError, FedspError, RunError, StorageError, TrainingDiverged, did_you_mean, first_line
-from fedsp.runs import CONFIG, RESULT, RunDirectory
+from fedsp.runs import CONFIG, RESULT, read_json
 from fedsp.server import Watcher
 from fedsp.storage import locked, write_json
 
@@ -212,7 +212,7 @@ def _run_cell(cell: Cell, study: Path, watcher: Watcher) -> tuple[str, str]:
         if (cell.folder / RESULT).exists():
             return "finished", " before"
         failure = cell.folder / FAILURE
-        if failure.exists() and RunDirectory.read_json(failure)["diverged"]:
+        if failure.exists() and read_json(failure, "diverged")["diverged"]:
             return "failed", " before"
         threads = torch.get_num_threads()
         try:

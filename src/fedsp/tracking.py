@@ -17,7 +17,7 @@ from typing import Any
 
 from fedsp.errors import ConfigurationError, RunError, first_line
 from fedsp.rounds import RoundRecord
-from fedsp.runs import BEST, CONFIG, RESULT, ROUNDS, RunDirectory
+from fedsp.runs import BEST, CONFIG, RESULT, ROUNDS, RunDirectory, read_json
 from fedsp.server import Watcher
 from fedsp.storage import write_json
 
@@ -72,7 +72,7 @@ class MlflowLog:
         try:
             self._client = MlflowClient(tracking_uri=uri)
             if mark.exists():
-                self._id = str(RunDirectory.read_json(mark)["run_id"])
+                self._id = str(read_json(mark, "run_id")["run_id"])
                 self._client.update_run(self._id, status="RUNNING")
                 return
             experiment = self._experiment(uri)

@@ -1,4 +1,4 @@
-"""The audits of a finished run, by name: each writes a file of its own into the run's folder, and gives tables for people."""
+"""The audits of a finished run, by name: what each needs, what it measures and leaves in a file of the run's folder, and the tables that people read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 from fedsp.audit.depths import measure_depths
 from fedsp.audit.disclosure import measure_disclosure
-from fedsp.audit.inverting import audit_inversion
-from fedsp.audit.membership import audit_membership
+from fedsp.audit.inverting import audit_inversion, check_inversion
+from fedsp.audit.membership import audit_membership, check_membership
 from fedsp.audit.model import audit_model
-from fedsp.audit.promise import audit_epsilon
-from fedsp.audit.tables import Tables, epsilon_tables, inversion_tables, membership_tables, model_tables
+from fedsp.audit.promise import audit_epsilon, check_promise
+from fedsp.audit.shadows import check_audited
+from fedsp.audit.tables import Figures, Finding, disclosure_tables, epsilon_tables, inversion_tables, membership_tables, model_tables
 from fedsp.commands import traffic
-from fedsp.errors import ConfigurationError, RunError, did_you_mean
+from fedsp.errors import ConfigurationError, FedspError, RunError, did_you_mean
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
 
@@ -28,44 +29,84 @@ class Options:
     texts: int = 20
 
 
-def audit(
-    folder: Path, *, only: str | None = None, shadows: int = 16, records: int | None = None, texts: int = 20, watcher: Watcher | None = None
-) -> dict[str, Tables]:
-    """Run audits of a finished run: those named in `only`, or all that the run allows, and then a sentence for each that it does not.
+@dataclass(frozen=True)
+class Audit:
+    """What is measured, how people read it, and what must be so beforehand."""
+
+    measure: Callable[[Path, Options, Watcher], Figures]
+    tables: Callable[[Figures], list[Finding]]
+    check: Callable[[RunDirectory, Options], object] = lambda run, options: run.result()
+
+
+def check(folder: Path, only: str | None, options: Options) -> dict[str, str]:
+    """The audits to do on a run: those named in `only`, or all that tell who learns what. To each the reason why this run does not allow it, or nothing.
 
     Raises:
-        ConfigurationError: there is no audit of that name.
-        RunError: the run is not finished, or an audit is not for it.
+        ConfigurationError: there is no audit of that name, or an option or a library is not as it needs.
+        RunError: the run is not finished, or one that was named, or all, are not for it.
     """
     run = RunDirectory.open(folder)
-    private = run.config.privacy.unit != "none"
-    names = [name.strip() for name in only.split(",")] if only else ["disclosure", "model", "membership", "inversion", *(["epsilon"] if private else [])]
+    usual = ["disclosure", "model", "membership", "inversion", *(["epsilon"] if run.config.privacy.unit != "none" else [])]
+    names = usual if only is None else [name.strip() for name in only.split(",") if name.strip()]
     unknown = next((name for name in names if name not in AUDITS), None)
-    if unknown is not None:
-        raise ConfigurationError(f"--only: there is no audit {unknown!r}{did_you_mean(unknown, AUDITS) or '; known: ' + ', '.join(AUDITS)}")
-    found: dict[str, Tables] = {}
-    refusals: list[RunError] = []
+    if unknown is not None or not names:
+        raise ConfigurationError(f"--only: there is no audit {unknown or ''!r}{did_you_mean(unknown or '', AUDITS) or '; known: ' + ', '.join(AUDITS)}")
+    refused: dict[str, RunError] = {}
     for name in names:
         try:
-            found[name] = AUDITS[name](folder, Options(shadows, records, texts), watcher or Watcher())
-        except RunError as error:  # what nobody asked for by name, and this run does not allow
-            found[name] = {"not done": [{"why": str(error)}]}
-            refusals.append(error)
-    if refusals and (only or len(refusals) == len(names)):
-        raise refusals[0]
+            AUDITS[name].check(run, options)
+        except RunError as error:
+            refused[name] = error
+    if refused and (only is not None or len(refused) == len(names)):
+        raise next(iter(refused.values()))
+    return {name: str(refused.get(name, "")) for name in names}
+
+
+def audit(folder: Path, names: dict[str, str], options: Options, watcher: Watcher) -> dict[str, Figures]:
+    """The figures of these audits by name; `not_done` and why of one that this run, once opened, does not allow, where others are done."""
+    found: dict[str, Figures] = {}
+    for name, why in names.items():
+        try:
+            found[name] = {"not_done": why} if why else AUDITS[name].measure(folder, options, watcher)
+        except FedspError as error:
+            if len(names) == 1:
+                raise
+            found[name] = {"not_done": str(error)}
     return found
 
 
-def _membership(folder: Path, options: Options, watcher: Watcher) -> Tables:
-    return membership_tables(audit_membership(folder, shadows=options.shadows, most=options.records, watcher=watcher))
+def findings(name: str, figures: Figures) -> list[Finding]:
+    """An audit's figures as tables."""
+    return [Finding("not done", [{"why": figures["not_done"]}])] if "not_done" in figures else AUDITS[name].tables(figures)
 
 
-AUDITS: dict[str, Callable[[Path, Options, Watcher], Tables]] = {
-    "traffic": lambda folder, options, watcher: {"messages": traffic(folder)},
-    "disclosure": lambda folder, options, watcher: {"shares of the global model's parameters that clients hold": [dict(measure_disclosure(folder))]},
-    "depths": lambda folder, options, watcher: {"signals along the auxiliary model": measure_depths(folder)},
-    "model": lambda folder, options, watcher: model_tables(audit_model(folder, watcher=watcher)),
-    "membership": _membership,
-    "inversion": lambda folder, options, watcher: inversion_tables(audit_inversion(folder, examples=options.texts, watcher=watcher)),
-    "epsilon": lambda folder, options, watcher: epsilon_tables(audit_epsilon(folder, watcher=watcher)),
+def _membership(run: RunDirectory, options: Options) -> None:
+    check_membership(options.shadows)
+    check_audited(run)
+
+
+def _inversion(run: RunDirectory, options: Options) -> None:
+    check_inversion()
+    check_audited(run)
+
+
+AUDITS: dict[str, Audit] = {
+    "traffic": Audit(
+        lambda folder, options, watcher: {"messages": traffic(folder)},
+        lambda figures: [Finding("messages", figures["messages"])],
+        lambda run, options: None,
+    ),
+    "disclosure": Audit(lambda folder, options, watcher: dict(measure_disclosure(folder)), disclosure_tables),
+    "depths": Audit(
+        lambda folder, options, watcher: {"rows": measure_depths(folder)},
+        lambda figures: [Finding("signals along the auxiliary model", figures["rows"])],
+    ),
+    "model": Audit(lambda folder, options, watcher: audit_model(folder, watcher=watcher), model_tables, lambda run, options: check_audited(run)),
+    "membership": Audit(
+        lambda folder, options, watcher: audit_membership(folder, shadows=options.shadows, most=options.records, watcher=watcher),
+        membership_tables,
+        _membership,
+    ),
+    "inversion": Audit(lambda folder, options, watcher: audit_inversion(folder, examples=options.texts, watcher=watcher), inversion_tables, _inversion),
+    "epsilon": Audit(lambda folder, options, watcher: audit_epsilon(folder, watcher=watcher), epsilon_tables, lambda run, options: check_promise(run)),
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedsp.audit.tables import DEPTHS
 from fedsp.auxiliary import load_auxiliary
 from fedsp.clients import open_clients
 from fedsp.data.encoding import collate
@@ -21,7 +22,6 @@ from fedsp.runs import RunDirectory
 from fedsp.server import load_questions
 from fedsp.storage import write_json
 
-DEPTHS = "depths.json"
 EXAMPLES = 32
 
 

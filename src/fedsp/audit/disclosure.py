@@ -5,17 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+from fedsp.audit.tables import DISCLOSURE, NEAR
 from fedsp.auxiliary import disclosed_share, load_auxiliary, nearly_disclosed_share
-from fedsp.errors import RunError
 from fedsp.loading import choose_device, load_model
 from fedsp.models import PromptedLM
 from fedsp.runs import RunDirectory
 from fedsp.server import model_name
 from fedsp.storage import write_json
-
-DISCLOSURE = "disclosure.json"
-NEAR = 0.1
-"""Relative distance of a tensor up to which it counts as nearly disclosed."""
 
 
 def measure_disclosure(folder: Path) -> dict[str, float]:
@@ -23,24 +19,27 @@ def measure_disclosure(folder: Path) -> dict[str, float]:
     tensors whose relative distance from the global one is at most NEAR. Also written to the run's `disclosure.json`.
 
     Raises:
-        RunError: there is no finished run.
+        RunError: there is no finished run, or its auxiliary model is not the one that it was begun with.
     """
     run = RunDirectory.open(folder)
-    if not run.finished:
-        raise RunError(f"{folder} holds no finished run: finish it first")
     config, share = run.config, float(run.result()["disclosed_share"])
     figures = {"disclosed_share": share, "nearly_disclosed_share": share}  # where clients hold nothing, the whole model, or its own layers
     if config.method in ("fedsp", "offsite_tuning") and config.partition.clients and config.round.clients != 0:
-        figures = dict(_of_package(run.package.resolve(), model_name(config), config.model.device))
+        digest, found = _of_package(run.package.resolve(), model_name(config), config.model.device)
+        run.hold({"auxiliary model": digest})
+        figures = dict(found)
     write_json(run.path / DISCLOSURE, figures)
     return figures
 
 
 @lru_cache(maxsize=256)
-def _of_package(package: Path, name: str, device: str) -> tuple[tuple[str, float], ...]:
+def _of_package(package: Path, name: str, device: str) -> tuple[str, tuple[tuple[str, float], ...]]:
     model = _model(name, device)
     auxiliary = load_auxiliary(package, device=choose_device(device), positions="hugging_face")
-    return (("disclosed_share", disclosed_share(auxiliary, model)), ("nearly_disclosed_share", nearly_disclosed_share(auxiliary, model, NEAR)))
+    return auxiliary.digest(), (
+        ("disclosed_share", disclosed_share(auxiliary, model)),
+        ("nearly_disclosed_share", nearly_disclosed_share(auxiliary, model, NEAR)),
+    )
 
 
 @lru_cache(maxsize=1)

@@ -28,7 +28,7 @@ from fedsp.audit.inversion import (
 from fedsp.audit.levels import Level, Looked, Read, cut, guess, noise_of, noised, read_as
 from fedsp.audit.matching import LocalSteps, Target, best_distances, local_change, match_embeddings, match_text
 from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, open_audited, train_shadow
-from fedsp.audit.tables import INVERSION
+from fedsp.audit.tables import INVERSION, OWN
 from fedsp.clients import stages
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import ConfigurationError, RunError
@@ -56,8 +56,7 @@ def audit_inversion(folder: Path, *, examples: int = 20, watcher: Watcher | None
         RunError: there is no finished run of FedSP with simulated clients.
         ConfigurationError: rouge-score is not there.
     """
-    if find_spec("rouge_score") is None:
-        raise ConfigurationError("rouge-score is not installed: the inversion audit needs `pip install 'fedsp[study]'`")
+    check_inversion()
     watcher = watcher or Watcher()
     opened = open_audited(folder, watcher)
     rng = random.Random(derive_seed(opened.run.config.seed, "inversion"))
@@ -73,6 +72,16 @@ def audit_inversion(folder: Path, *, examples: int = 20, watcher: Watcher | None
     figures = {"rows": table, "candidates": _candidates(looked, shadow, rng)}
     write_json(opened.run.path / INVERSION, figures)
     return figures
+
+
+def check_inversion() -> None:
+    """Whether what the audit needs is there.
+
+    Raises:
+        ConfigurationError: rouge-score is not installed.
+    """
+    if find_spec("rouge_score") is None:
+        raise ConfigurationError("rouge-score is not installed: the inversion audit needs `pip install 'fedsp[study]'`")
 
 
 def _spans(looked: Looked, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
@@ -92,7 +101,7 @@ def _spans(looked: Looked, drawn: list[Encoded], like: list[Encoded]) -> Iterato
     yield Level("one example, longer than the prompt, one step of SGD, key/value prompt", "pursuit", pursued, guess([[text] for text in few], like))
     for epsilon in EPSILONS:
         read = [_one(looked, prompt, row, keys, noise=noise_of(epsilon)) for row in short]
-        yield Level(f"{one}, epsilon = {epsilon:g}", "span test", read, guess([[text] for text in short], like))
+        yield Level(f"{one}, with the noise of epsilon = {epsilon:g}", "span test", read, guess([[text] for text in short], like))
     tiny = [cut(row, POSITIONS + 1) for row in drawn]
     mixed = residual_dictionary(opened.auxiliary, prompts["residual"], POSITIONS)
     read = [_one(looked, prompts["residual"], row, mixed) for row in tiny]
@@ -110,7 +119,7 @@ def _matches(looked: Looked, drawn: list[Encoded], like: list[Encoded]) -> Itera
         *(("residual", POSITIONS, LocalSteps(), epsilon) for epsilon in EPSILONS),
     ):
         done = f"{len(steps.rates)} steps of AdamW" if steps.rates else "one step of SGD"
-        promise = "" if epsilon is None else f", epsilon = {epsilon:g}"
+        promise = "" if epsilon is None else f", with the noise of epsilon = {epsilon:g}"
         texts = [cut(row, tokens + 1) for row in drawn]
         read = [_matched(looked, looked.prompts[space], text, steps, 0.0 if epsilon is None else noise_of(epsilon)) for text in texts]
         name = space.replace("_", "/")
@@ -203,17 +212,17 @@ def _deployed(looked: Looked, shadow: Shadow) -> Iterator[Level]:
     read = [span(gradient, lot) for gradient, lot in zip(gradients, lots, strict=True)]
     yield Level(f"a lot of {size} examples, one step of SGD, {space.replace('_', '/')} prompt", "span test", read, guessed(lots))
 
-    mine = looked.lots(LONGEST, shadow.included.tolist())
+    mine = {client: lot for client, lot in looked.lots(LONGEST, shadow.included.tolist()).items() if client in shadow.updates[0]}
     changes = changes_of(shadow, 0, list(mine))
     private = config.privacy.unit == "example" and config.privacy.epsilon
-    kind = "the run's own updates" + (f", epsilon = {config.privacy.epsilon:g}" if private else "")
+    kind = OWN + (f", epsilon = {config.privacy.epsilon:g}" if private else "")
     read = [span(change, lot) for change, lot in zip(changes, mine.values(), strict=True)]
     yield Level(f"{kind}, one client", "span test", read, guessed(mine.values()))
     everyone = [row for lot in mine.values() for row in lot]
     total = as_row(shadow.broadcasts[1]) - as_row(shadow.broadcasts[0])
     yield Level(f"{kind}, the sum of all clients", "span test", [span(total, everyone)], guessed([everyone]))
 
-    own = opened.sides.clients.party(opened.holders[0]).prompt
+    own = opened.sides.clients.party(next(iter(mine))).prompt
     own.load(shadow.broadcasts[0])
     lot = next(iter(mine.values()))
     first = [cut(row, POSITIONS + 1) for row in lot]
@@ -223,10 +232,11 @@ def _deployed(looked: Looked, shadow: Shadow) -> Iterator[Level]:
 def _candidates(looked: Looked, shadow: Shadow, rng: random.Random, count: int = 200) -> dict[str, Any]:
     """How often the cosine with a client's update picks the text that was trained on out of ten: a list of plausible texts is all that an attacker needs."""
     opened = looked.opened
-    clients = sorted(set(opened.holders))
+    clients = sorted(shadow.updates[0])
     prompt = opened.sides.clients.party(clients[0]).prompt
     included = shadow.included.tolist()
-    inside, outside = ([index for index, there in enumerate(included) if there == side] for side in (True, False))
+    inside = [index for index, there in enumerate(included) if there and opened.holders[index] in clients]
+    outside = [index for index, there in enumerate(included) if not there]
     if len(outside) < DECOYS or not inside:
         raise RunError(f"{opened.run.path}: its clients hold {len(included)} examples, too few to pick one of {DECOYS + 1}")
     picked = rng.sample(inside, min(count, len(inside)))

@@ -54,27 +54,27 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         RunError: there is no finished run of FedSP with simulated clients.
         ConfigurationError: fewer than four shadows, or scikit-learn is not there.
     """
-    if shadows < 4:
-        raise ConfigurationError(f"--shadows {shadows}: the likelihoods of members and others need at least 4")
-    if find_spec("sklearn") is None:
-        raise ConfigurationError("scikit-learn is not installed: the blind control of the membership audit needs `pip install 'fedsp[study]'`")
+    check_membership(shadows)
     watcher = watcher or Watcher()
     opened = open_audited(folder, watcher)
     held, count = encoded_rows(opened), len(opened.rows)
     looked_at = sorted(random.Random(derive_seed(opened.run.config.seed, "audited")).sample(range(count), min(most or count, count)))
     rows, holders = [held[index] for index in looked_at], [opened.holders[index] for index in looked_at]
     seen: dict[str, list[Numbers]] = {}
-    members: list[Marks] = []
+    coins: list[Marks] = []
+    asked: list[Marks] = []
     before: dict[str, Numbers] = {}
     promises: list[float] = []
     for index in range(shadows):
         shadow = train_shadow(opened, index)
         promises.append(promised(opened, shadow))
-        members.append(shadow.included[looked_at].numpy())
+        coins.append(shadow.included[looked_at].numpy())
+        asked.append(np.array([holder in shadow.answered for holder in holders]))
         before = before or _before(opened, shadow, rows)  # the first broadcast is the same in all
         for name, values in (before | _seen(opened, shadow, rows, holders)).items():
             seen.setdefault(name, []).append(values)
         watcher.say(f"shadow {index + 1} of {shadows} is trained and looked at")
+    members = [heads & there for heads, there in zip(coins, asked, strict=True)]
     epsilon, delta = max(promises), opened.run.config.privacy.delta
     table = [
         {
@@ -84,7 +84,8 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
             "auc_ceiling": auc_ceiling(epsilon, delta),
             "hits_at_1_ceiling": ceiling(epsilon, delta, 0.01),
         }
-        for (observer, attack), scores in _scores(seen, members).items()
+        for (observer, attack), every in _scores(seen, members).items()
+        if _comparable(scores := _where(every, asked), members)
     ]
     figures = {
         "shadows": shadows,
@@ -93,14 +94,36 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         "delta": delta,
         "rows": table,
         "controls": {
-            "bag of words, blind": asdict(told(*_blind(rows, members))),
-            "before any tuning": asdict(told([-seen["outsider before"][0]] * shadows, members)),
-            "who was in the shadow before": asdict(told(seen["server"], [members[-1], *members[:-1]])),
+            "bag of words, blind": asdict(told(*_blind(rows, coins))),
+            "before any tuning": asdict(told(_where([-seen["outsider before"][0]] * shadows, asked), members)),
+            "who was in the shadow before": asdict(told(_where(seen["server"], asked), [coins[-1], *coins[:-1]])),
         },
         "power": asdict(_power(opened, rows)),
     }
     write_json(opened.run.path / MEMBERSHIP, figures)
     return figures
+
+
+def check_membership(shadows: int) -> None:
+    """Whether what the audit needs is there.
+
+    Raises:
+        ConfigurationError: fewer than four shadows, or scikit-learn is not installed.
+    """
+    if shadows < 4:
+        raise ConfigurationError(f"--shadows {shadows}: the likelihoods of members and others need at least 4")
+    if find_spec("sklearn") is None:
+        raise ConfigurationError("scikit-learn is not installed: the blind control of the membership audit needs `pip install 'fedsp[study]'`")
+
+
+def _where(scores: list[Numbers], asked: list[Marks]) -> list[Numbers]:
+    """Scores of records whose client answered in the shadow, and nothing for the others: it is no secret that a silent client's were not trained on."""
+    return [np.where(there, row, np.nan) for row, there in zip(scores, asked, strict=True)]
+
+
+def _comparable(scores: list[Numbers], members: list[Marks]) -> bool:
+    """Whether members and others have scores in every shadow: where one client answers a round, nothing can be held against the others' answers."""
+    return all(len(set(marks[~np.isnan(row)])) == 2 for row, marks in zip(scores, members, strict=True))
 
 
 def _before(opened: Opened, shadow: Shadow, rows: list[Encoded]) -> dict[str, Numbers]:
@@ -146,9 +169,10 @@ def _seen(opened: Opened, shadow: Shadow, rows: list[Encoded], holders: list[str
         total = as_row(shadow.broadcasts[number + 1]) - as_row(shadow.broadcasts[number])
         changes = torch.cat([changes_of(shadow, number, clients), total[None]])
         cosines = alignment(opened.auxiliary, prompt, shadow.broadcasts[number], changes, rows)
-        single.append(cosines[:, :-1])
+        silent = torch.tensor([client not in shadow.updates[number] for client in clients])
+        single.append(cosines[:, :-1].masked_fill(silent, torch.nan))
         sums.append(cosines[:, -1])
-    each = torch.stack(single).mean(dim=0)  # (N, C)
+    each = torch.stack(single).nanmean(dim=0)  # (N, C), no number for a client that was silent in all of these rounds
     own = each.gather(1, holder[:, None])[:, 0]
     found = {"server": own.double().numpy(), "server, sums": torch.stack(sums).mean(dim=0).double().numpy()}
     for observer in ("outsider", "client"):
@@ -181,7 +205,7 @@ def _scores(seen: dict[str, list[Numbers]], members: list[Marks]) -> dict[tuple[
 def likelihood_ratios(values: list[Numbers], members: list[Marks]) -> list[Numbers]:
     """LiRA, online, each shadow the target once: log of how much likelier a value is with the record than without, by the other shadows. With so few shadows
     the variance is one for all records; what a shadow's values have in common says nothing of any of them, and is taken out."""
-    table, marks = np.stack([some - np.median(some) for some in values]), np.stack(members)
+    table, marks = np.stack([some - np.nanmedian(some) for some in values]), np.stack(members)
     scores = []
     for target in range(len(table)):
         rest = np.arange(len(table)) != target
@@ -207,13 +231,14 @@ def relative_ratios(losses: list[Numbers]) -> list[Numbers]:
     return scores
 
 
-def _blind(rows: list[Encoded], members: list[Marks], folds: int = 5) -> tuple[list[Numbers], list[Marks]]:
-    """Scores of a classifier that sees words alone, never a model: where it can tell, the halves were not alike and the audit says nothing."""
+def _blind(rows: list[Encoded], coins: list[Marks]) -> tuple[list[Numbers], list[Marks]]:
+    """Scores, of one half of the records, by a classifier that has learned from the other half and sees words alone, never a model: where it can tell, the coins
+    were none and the audit says nothing. (Folds with as many members each would pull a blind score below chance.)"""
     from sklearn.feature_extraction import DictVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_predict
 
     words = DictVectorizer().fit_transform([{str(token): count for token, count in Counter(row.ids).items()} for row in rows])
-    few = members[:4]
-    folds = min(folds, *(min(int(marks.sum()), int((~marks).sum())) for marks in few))
-    return [cross_val_predict(LogisticRegression(C=0.1, max_iter=200), words, marks, cv=folds, method="decision_function") for marks in few], few
+    learned = np.random.default_rng(0).random(len(rows)) < 0.5
+    few = [marks for marks in coins[:4] if len(set(marks[learned])) == 2]
+    scores = [LogisticRegression(C=0.1, max_iter=200).fit(words[learned], marks[learned]).decision_function(words) for marks in few]
+    return [np.where(learned, np.nan, row) for row in scores], few

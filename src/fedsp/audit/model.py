@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from fedsp.audit.disclosure import NEAR
 from fedsp.audit.shadows import Opened, open_audited
-from fedsp.audit.tables import MODEL
+from fedsp.audit.tables import MODEL, NEAR
 from fedsp.auxiliary import AuxiliaryModel, disclosed_share, empty_auxiliary, nearly_disclosed_share
 from fedsp.data.encoding import training_batches
 from fedsp.errors import RunError

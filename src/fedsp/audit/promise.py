@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fedsp.audit.epsilon import estimated_epsilon, lower_bound, spheres
-from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, open_audited, promised, train_shadow
+from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, check_audited, encoded_rows, open_audited, promised, train_shadow
 from fedsp.audit.tables import EPSILON
 from fedsp.errors import RunError
 from fedsp.experiment import rules_of
@@ -41,15 +41,25 @@ def audit_epsilon(folder: Path, *, watcher: Watcher | None = None) -> dict[str, 
         RunError: there is no finished run of FedSP with simulated clients and differential privacy, or it has too few examples.
     """
     watcher = watcher or Watcher()
+    check_promise(RunDirectory.open(folder))
     opened = open_audited(folder, watcher)
     unit, delta = opened.run.config.privacy.unit, opened.run.config.privacy.delta
-    if unit == "none":
-        raise RunError(f"{folder} promises nothing: privacy.unit is 'none', so there is no epsilon to hold it to")
     promise, scores, included, about = _example_level(opened, watcher) if unit == "example" else _client_level(opened)
     bound = lower_bound(scores, included, delta=delta)
     figures = {"unit": unit, "promised": promise, "broken": bound.epsilon > promise, **asdict(bound), **about}
     write_json(opened.run.path / EPSILON, figures)
     return figures
+
+
+def check_promise(run: RunDirectory) -> None:
+    """Whether there is anything to hold a run to.
+
+    Raises:
+        RunError: there is none, or the run is not for this audit.
+    """
+    check_audited(run)
+    if run.config.privacy.unit == "none":
+        raise RunError(f"{run.path} promises nothing: privacy.unit is 'none', so there is no epsilon to hold it to")
 
 
 def _example_level(opened: Opened, watcher: Watcher) -> tuple[float, list[float], list[bool], dict[str, Any]]:

@@ -30,7 +30,7 @@ from fedsp.privacy import epsilon
 from fedsp.prompts import SoftPrompt
 from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed
 from fedsp.runs import RunDirectory
-from fedsp.server import Server, Watcher, load_questions, open_server
+from fedsp.server import Server, Watcher, load_questions, open_server, rows_digest
 from fedsp.sides import Sides, open_sides
 
 
@@ -59,25 +59,47 @@ class Shadow:
     broadcasts: list[Payload]
     updates: list[dict[str, Payload]]
 
+    @property
+    def answered(self) -> set[str]:
+        """The clients that answered in any round: of the others' text nothing was seen, and nothing was trained on."""
+        return {client for said in self.updates for client in said}
+
+
+def check_audited(run: RunDirectory) -> None:
+    """Whether a run can be opened and run again on halves of its clients' text, by its configuration.
+
+    Raises:
+        RunError: it is not finished, or no run of FedSP with clients whose text is here, or its weights were held in few bits.
+    """
+    config, folder = run.config, run.path
+    run.result()
+    if config.method != "fedsp":
+        raise RunError(f"{folder} is a run of method = {config.method!r}: this audit is for 'fedsp'")
+    if config.federation:
+        raise RunError(f"{folder} was deployed, and its clients' text is not here: audit a run of the same configuration with simulated clients")
+    if not config.partition.clients or config.round.clients == 0:
+        raise RunError(f"{folder} asked no clients: there is nobody whose text could be told")
+    if config.model.precision in ("8bit", "4bit") or config.model.device == "split" or config.auxiliary.precision != "float32":
+        raise RunError(
+            f"{folder} held weights in few bits, or in several places, and this audit compares and trains them: run it with model.precision = 'auto' and auxiliary.precision = 'float32'"
+        )
+
 
 def open_audited(folder: Path, watcher: Watcher) -> Opened:
     """A finished run, opened again.
 
     Raises:
-        RunError: there is no finished run of FedSP with clients in the folder whose text is here, or its weights were held in few bits.
+        RunError: it is none that can be audited, or its text or its auxiliary model is not what it was begun with.
     """
     run = RunDirectory.open(folder)
+    check_audited(run)
     config = run.config
-    if not run.finished or config.method != "fedsp" or not config.partition.clients or config.round.clients == 0 or config.federation:
-        raise RunError(f"{folder} is no finished run of FedSP with simulated clients: there is nobody whose text could be told")
-    if config.model.precision in ("8bit", "4bit") or config.model.device == "split" or config.auxiliary.precision != "float32":
-        raise RunError(
-            f"{folder} held weights in few bits, or in several places, and this audit compares and trains them: run it with model.precision = 'auto' and auxiliary.precision = 'float32'"
-        )
     if config.auxiliary.folder:
         config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(run.package)})})
     server = open_server(config, load_questions(config, run.partition()))
     sides = open_sides(server, run, watcher, None)
+    assert sides.auxiliary is not None
+    run.hold({"data.train": rows_digest(server.questions.train), "auxiliary model": sides.auxiliary.digest()})
     held = [(row, client) for client, rows in sorted(server.questions.partition.clients.items()) for row in rows]
     start = {name: tensor.clone() for name, tensor in sides.tuned.payload().items()}
     return Opened(run, server, sides, [row for row, _ in held], [client for _, client in held], start)

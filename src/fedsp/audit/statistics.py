@@ -24,7 +24,8 @@ class Told:
 
 
 def auc(scores: Numbers, members: Marks) -> float:
-    """The chance that a member scores higher than another, ties counted half."""
+    """The chance that a member scores higher than another, ties counted half; records without a score do not count."""
+    scores, members = _scored(scores, members)
     order = np.argsort(scores, kind="stable")
     ranks = np.empty(len(scores))
     ranks[order] = np.arange(1, len(scores) + 1)
@@ -35,8 +36,14 @@ def auc(scores: Numbers, members: Marks) -> float:
     return float((ranks[members].sum() - inside * (inside + 1) / 2) / (inside * outside)) if inside and outside else math.nan
 
 
+def _scored(scores: Numbers, members: Marks) -> tuple[Numbers, Marks]:
+    there = ~np.isnan(scores)
+    return scores[there], members[there]
+
+
 def hits_at(scores: Numbers, members: Marks, false_alarms: float) -> float | None:
     """The share of members above a threshold that this share of the others passes; None with fewer than ten others above it: the threshold would be a guess."""
+    scores, members = _scored(scores, members)
     others = np.sort(scores[~members])[::-1]
     allowed = math.floor(false_alarms * len(others))
     return float((scores[members] > others[allowed]).mean()) if allowed >= 10 else None

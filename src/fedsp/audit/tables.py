@@ -1,70 +1,143 @@
-"""What audits found, as tables for people: from the files that they leave in a run's folder."""
+"""What audits found, as tables for people, each with what must be known to read it: from the files that they leave in a run's folder."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MEMBERSHIP, INVERSION, MODEL, EPSILON = "membership.json", "inversion.json", "model.json", "epsilon.json"
+from fedsp.errors import RunError
+from fedsp.runs import read_json
+
+DISCLOSURE, DEPTHS, MEMBERSHIP, INVERSION, MODEL, EPSILON = (f"{name}.json" for name in ("disclosure", "depths", "membership", "inversion", "model", "epsilon"))
+OWN = "the run's first round, again on half of the text"
+"""The levels of the inversion audit that are what the run's server sees."""
+
+NEAR = 0.1
+"""Relative distance of a tensor up to which it counts as nearly disclosed."""
+
 Rows = list[dict[str, Any]]
-Tables = dict[str, Rows]
+Figures = dict[str, Any]
 
 
-def found_tables(folder: Path) -> dict[str, Tables]:
-    """The tables of the audits that were run in a folder before."""
-    readers: dict[str, tuple[str, Callable[[dict[str, Any]], Tables]]] = {
+@dataclass(frozen=True)
+class Finding:
+    """A table, and what its words mean."""
+
+    title: str
+    rows: Rows
+    note: str = ""
+
+
+def read_found(folder: Path, file: str, *needed: str) -> Figures | None:
+    """The figures that an audit left in a run's folder; None where it was not done.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    return read_json(folder / file, *needed) if (folder / file).exists() else None
+
+
+def found_tables(folder: Path) -> dict[str, list[Finding]]:
+    """The tables of the audits that were done in a folder before.
+
+    Raises:
+        RunError: a file is damaged.
+    """
+    readers: dict[str, tuple[str, Callable[[Figures], list[Finding]]]] = {
+        "disclosure": (DISCLOSURE, disclosure_tables),
         "model": (MODEL, model_tables),
         "membership": (MEMBERSHIP, membership_tables),
         "inversion": (INVERSION, inversion_tables),
         "epsilon": (EPSILON, epsilon_tables),
     }
-    return {name: read(json.loads((folder / file).read_text(encoding="utf-8"))) for name, (file, read) in readers.items() if (folder / file).exists()}
+    tables = {}
+    for name, (file, read) in readers.items():
+        if (figures := read_found(folder, file)) is not None:
+            try:
+                tables[name] = read(figures)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise RunError(f"{folder / file} is not what fedsp wrote ({error!r}): measure it again with `fedsp audit {folder} --only {name}`") from error
+    return tables
 
 
-def membership_tables(figures: Mapping[str, Any]) -> Tables:
+def disclosure_tables(figures: Figures) -> list[Finding]:
+    """How much of the global model do clients hold?"""
+    row = {"bit for bit": f"{figures['disclosed_share']:.1%}", "nearly": f"{figures['nearly_disclosed_share']:.1%}"}
+    note = f"Nearly: in tensors whose distance from the global model's is at most {NEAR:.0%} of their length. Distillation changes every number a little."
+    return [Finding("the global model's parameters that clients hold", [row], note)]
+
+
+def membership_tables(figures: Figures) -> list[Finding]:
     """Can it be told whether an example was trained on?"""
     private = figures["epsilon"] is not None
 
-    def row(head: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-        limits = {"AUC at most": f"{found['auc_ceiling']:.3f}", "at most": f"{found['hits_at_1_ceiling']:.1%}"} if private and "auc_ceiling" in found else {}
-        return head | {
-            "AUC": _interval(found["auc"], "{:.3f}"),
-            "members found at 1 % false alarms": _interval(found["hits_at_1"], "{:.1%}"),
-            **limits,
-        }
+    def row(head: dict[str, Any], found: Mapping[str, Any], **tail: str) -> dict[str, Any]:
+        limits = (
+            {"AUC at most, by epsilon": f"{found['auc_ceiling']:.3f}", "found at most, by epsilon": f"{found['hits_at_1_ceiling']:.1%}"}
+            if private and "auc_ceiling" in found
+            else {}
+        )
+        return head | {"AUC": interval(found["auc"], "{:.3f}"), "found at 1 % false alarms": interval(found["hits_at_1"], "{:.1%}"), **limits, **tail}
 
-    title = f"{figures['shadows']} shadow runs, {figures['records']} records, 95 % intervals" + (
+    title = f"who was trained on, by {figures['shadows']} shadow runs and {figures['records']} records" + (
         f", epsilon = {figures['epsilon']:.3g}" if private else ", no differential privacy"
     )
-    return {
-        title: [row({"who": found["observer"], "attack": found["attack"]}, found) for found in figures["rows"]],
-        "controls (a valid audit has an AUC of 0.5 in all of them)": [row({"control": name}, found) for name, found in figures["controls"].items()],
-        "power (a valid audit has an AUC near 1)": [row({"control": "half of some examples learned by heart"}, figures["power"])],
-    }
+    few = " With fewer than 16 shadow runs the likelihood ratios (LiRA) are weak." if figures["shadows"] < 16 else ""
+    note = (
+        "AUC: the chance that an example that was trained on scores higher than one that was not; 0.5 is guessing. In brackets 95 % intervals. `fedsp.audit.membership` "
+        f"names the attacks and their papers. What no attack finds here another may find.{few}"
+    )
+    controls = [row({"control": name}, found, verdict="holds" if holds(found) else "FAILS") for name, found in figures["controls"].items()]
+    learned = row(
+        {"control": "half of some examples learned by heart"}, figures["power"], verdict="is seen" if figures["power"]["auc"][1] > 0.5 else "IS NOT SEEN"
+    )
+    return [
+        Finding(title, [row({"who": found["observer"], "attack": found["attack"]}, found) for found in figures["rows"]], note),
+        Finding(
+            "controls, in which there is nothing to find",
+            controls,
+            "One that fails makes the audit invalid, unless by chance, as one in twenty does: take more --records or --shadows.",
+        ),
+        Finding("power: what there is to find must be seen", [learned]),
+    ]
 
 
-def inversion_tables(figures: Mapping[str, Any]) -> Tables:
+def holds(control: Mapping[str, Any]) -> bool:
+    """Whether a control's interval has 0.5 in it."""
+    _, low, high = control["auc"]
+    return bool(low <= 0.5 <= high)
+
+
+def inversion_tables(figures: Figures) -> list[Finding]:
     """Which tokens can be read back?"""
     rows = [
         {
             "what is seen": found["level"],
             "attack": found["attack"],
-            "tokens read back": _interval(found["tokens"], "{:.0%}") if found["read"] > 1 else f"{found['tokens'][0]:.0%}",
-            "whole texts": "-" if found["texts"] is None else _interval(found["texts"], "{:.0%}"),
+            "tokens read back": interval(found["tokens"], "{:.0%}") if found["read"] > 1 else f"{found['tokens'][0]:.0%}",
+            "a guess has": f"{found['guess']:.0%}",
+            "whole texts": "-" if found["texts"] is None else interval(found["texts"], "{:.0%}"),
             "ROUGE-L": "-" if found["rouge"] is None else f"{found['rouge']:.2f}",
-            "by guessing": f"{found['guess']:.0%}",
-            "read": found["read"],
+            "looked at": found["read"],
         }
         for found in figures["rows"]
     ]
+    note = (
+        "A guess sees nothing and knows which tokens are common at each place of such texts, counted on these very texts; only what is above it was read out of a "
+        "change. Looked at: so many texts, or clients' updates. Of a residual prompt the first 4 tokens of each text are sought. A row that names an epsilon shows what the "
+        "noise of one such release leaves, whatever this run promises."
+    )
     candidates = figures["candidates"]
-    picked = {"texts": candidates["texts"], "the right one of ten": _interval(candidates["right"], "{:.0%}"), "by guessing": f"{candidates['guess']:.0%}"}
-    return {"tokens read back out of a prompt's change": rows, "ten plausible texts, one of them trained on, and a client's update": [picked]}
+    picked = {"texts": candidates["texts"], "the right one of ten": interval(candidates["right"], "{:.0%}"), "a guess has": f"{candidates['guess']:.0%}"}
+    return [
+        Finding("tokens read back out of a prompt's change", rows, note),
+        Finding("ten plausible texts, one of them trained on, and a client's update: which was it?", [picked]),
+    ]
 
 
-def model_tables(figures: Mapping[str, Any]) -> Tables:
+def model_tables(figures: Figures) -> list[Finding]:
     """What does a client learn of the model?"""
     shares = {
         name: f"{figures[key]:.0%}"
@@ -83,23 +156,38 @@ def model_tables(figures: Mapping[str, Any]) -> Tables:
     gap = {
         "federated prompt, global model": f"{figures['federated_loss']:.3f}",
         "a client alone, its package fine-tuned": f"{figures['client_alone_loss']:.3f}",
-        "gap (above zero: federating pays)": f"{figures['gap']:+.3f}",
+        "gap": f"{figures['gap']:+.3f}",
     }
     attacker = [
         {
             "tokens of public text": f"{row['tokens']:,}",
             "from the package": f"{row['from_package']:.4g}",
             "from nothing": f"{row['from_nothing']:.4g}",
-            "advantage": f"{row['advantage']:.2f}",
+            "the package's share of the way": f"{row['advantage']:.0%}",
         }
         for row in figures["extraction"]
     ]
-    return {"the package": [package], "answer loss on the test questions, nats": [gap], "perplexity of an attacker who trains on": attacker}
+    return [
+        Finding(
+            "the package",
+            [package],
+            "On public text that the distillation did not read. CKA (centred kernel alignment): 1 where two sets of vectors differ by a rotation and a scale, 0 where nothing is alike.",
+        ),
+        Finding(
+            "answer loss on the test questions, nats",
+            [gap],
+            "Above zero the federation serves a client better than its package does. Below zero the package is worth more to a client by itself than the federation gives it.",
+        ),
+        Finding(
+            "perplexity of an attacker who trains on",
+            attacker,
+            f"The global model has {figures['global_perplexity']:.4g}. Share of the way from nothing to it that the package spares the attacker; above 100 % the attacker's model is the better one on this text.",
+        ),
+    ]
 
 
-def epsilon_tables(figures: Mapping[str, Any]) -> Tables:
+def epsilon_tables(figures: Figures) -> list[Finding]:
     """Is the promise kept, as far as can be seen?"""
-    verdict = "BROKEN: more was given away than promised" if figures["broken"] else "not refuted"
     row = {
         "unit": figures["unit"],
         "promised epsilon": f"{figures['promised']:.3g}",
@@ -108,12 +196,14 @@ def epsilon_tables(figures: Mapping[str, Any]) -> Tables:
         "canaries": figures["canaries"],
         "guessed": figures["guesses"],
         "right": figures["right"],
-        "verdict": verdict,
+        "verdict": "BROKEN: more was given away than promised" if figures["broken"] else "not refuted",
     }
-    return {f"canaries: {figures['canaries_are']}; score: {figures['score']}": [row]}
+    note = f"Canaries: {figures['canaries_are']}; score: {figures['score']}. A bound above the promise proves that it is broken; one below it proves nothing."
+    return [Finding("the promise, held against canaries", [row], note)]
 
 
-def _interval(found: Any, form: str) -> str:
+def interval(found: Any, form: str) -> str:
+    """A value with its 95 % interval."""
     if found is None:
         return "too few others"
     value, low, high = (form.format(number) for number in found)
