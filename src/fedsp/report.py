@@ -102,13 +102,16 @@ def section_tables(section: Section, results: Results) -> list[Table]:
 def _pictures(section: Section) -> list[Picture]:
     loss, accuracy = (lambda run: run.loss, "answer loss, nats"), (lambda run: 100 * run.score, "accuracy, %")
     sent, computed = (lambda run: run.bytes, "bytes, all messages and packages"), (lambda run: run.client_operations, "operations of all clients")
-    drawn = [
+    compared = [
         ("Answer loss, mean over tasks", bars(section)),
-        ("Learning curves", learning_curves(section)),
         ("Accuracy against bytes sent", against(section, *sent, *accuracy)),
         ("Answer loss against bytes sent", against(section, *sent, *loss)),
         ("Accuracy against the clients' computing", against(section, *computed, *accuracy)),
         ("Answer loss against the clients' computing", against(section, *computed, *loss)),
+    ]
+    drawn = [
+        ("Learning curves", learning_curves(section)),
+        *(compared if len(section.lines) > 1 else []),
         ("Accuracy by client", clients(section)),
         ("Signals along the auxiliary model's depths", depths(section)),
     ]
