@@ -39,7 +39,7 @@ def spread(values: Iterable[float | list[float]], form: str = "{:.3f}") -> str:
     known = [value[0] if isinstance(value, list) else value for value in values if value is not None]
     if not known:
         return "-"
-    return form.format(statistics.fmean(known)) + (f" ± {form.format(statistics.stdev(known))}" if len(known) > 1 else "")
+    return form.format(statistics.fmean(known)) + (f" ± {form.replace('+', '').format(statistics.stdev(known))}" if len(known) > 1 else "")
 
 
 def read(folders: list[Path], name: str) -> list[dict[str, Any]]:
@@ -143,8 +143,7 @@ def model(runs: Runs) -> Iterator[str]:
     for method, folders in sorted(runs.items()):
         figures = read(folders, "model.json")
         if figures:
-            after = [one["extraction"][-1] for one in figures]
-            attacker = [spread((one[key] for one in after), "{:.0f}") for key in ("from_package", "from_nothing")]
+            attacker = [spread((min(row[key] for row in one["extraction"]) for one in figures), "{:.0f}") for key in ("from_package", "from_nothing")]
             rows.append([method, *(spread((one[name] for one in figures), form) for name, form in names.items()), *attacker])
     if rows:
         header = [
@@ -158,7 +157,7 @@ def model(runs: Runs) -> Iterator[str]:
             "KL, nats",
             "CKA of states",
         ]
-        yield table([*header, "federated prompt", "client alone", "gap", "attacker from the package", "attacker from nothing"], rows)
+        yield table([*header, "federated prompt", "client alone", "gap", "attacker from the package, at best", "attacker from nothing, at best"], rows)
 
 
 if __name__ == "__main__":

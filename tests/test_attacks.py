@@ -138,6 +138,8 @@ def test_a_robust_run_is_near_the_honest_one(tmp_path: Path, rule: str) -> None:
 def test_too_few_clients_for_the_rule_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(TooFewClients, match=r"5 replies are too few for aggregation.rule = 'krum' to bear 2 liars among 5 asked: it needs 7"):
         run(tmp_path, "none", aggregation={"rule": "krum", "malicious": 0.4}, round={"rounds": 1, "weighting": "uniform"})
+    with pytest.raises(TooFewClients, match=r"5 replies are too few for aggregation.rule = 'krum'"):
+        commands.plan(make_config(settings(tmp_path, aggregation={"rule": "krum", "malicious": 0.4}, round={"weighting": "uniform"}, partition={"clients": 5})))
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,8 @@ def test_a_private_client_level_run(tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"privacy": {"unit": "example"}}, "privacy.epsilon: set it, or privacy.noise_multiplier"),
+        ({"privacy": {"epsilon": 3.0}}, "privacy.unit: it is 'none', so nothing is noised"),
+        ({"profile": "dp-example", "privacy": {"unit": "none"}}, "privacy.unit: it is 'none', so nothing is noised"),
         ({"privacy": {"unit": "example", "epsilon": 1.0}, "client": {"align_steps": 2}}, "client.align_steps: alternating training lets every example"),
         ({"privacy": {"unit": "example", "epsilon": 1.0}, "prompt": {"projection": 8}}, "prompt.projection: private steps"),
         ({"privacy": {"unit": "example", "epsilon": 1.0}, "client": {"proximal": 1.0}}, "client.proximal: private steps"),
@@ -335,6 +337,11 @@ def test_costs_are_measured_on_nobodys_text(tmp_path: Path, changes: dict[str, A
 
 
 def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path) -> None:
+    """Before anything is trained, so that the folder takes the next try."""
+    private = {"unit": "example", "epsilon": 1.0, "delta": 0.5}
+    with pytest.raises(PrivacyError, match=r"privacy.delta = 0.5 is no promise for \d+ examples"):
+        commands.run(settings(tmp_path / "example", privacy=private))
+    assert sorted(path.name for path in (tmp_path / "example" / "run").iterdir()) == ["config.toml", "run.json"]
     with pytest.raises(PrivacyError, match=r"privacy.delta = 0.5 is no promise for 3 clients"):
         commands.run(settings(tmp_path, **(CLIENT | {"privacy": {**CLIENT["privacy"], "delta": 0.5}})))
     with pytest.raises(PrivacyError, match=r"privacy.delta = 0.1 is no promise for 20 examples"):

@@ -79,16 +79,17 @@ def test_rows_side_by_side_are_rows_by_themselves(family: str, positions: str, s
     assert read[-1] == 28
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5000))
-def test_packed_rows_hold_every_token_once(lengths: list[int], weight: int) -> None:
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5000), st.integers(0, 60))
+def test_packed_rows_hold_every_token_once(lengths: list[int], weight: int, more: int) -> None:
     rows = [[100 * row + place for place in range(length)] for row, length in enumerate(lengths)]
     padded = pad(rows, torch.device("cpu"))
-    trees, cells = pack(padded, weight)
+    trees, cells = pack(padded, weight=weight, room=max(lengths) + more)
     real = padded.mask.bool()
     assert torch.equal(trees.ids.flatten()[cells][real], padded.ids[real])
     assert int((trees.branches > 0).sum()) == sum(lengths) == len(set(cells[real].tolist()))
     assert torch.equal(trees.positions.flatten()[cells][real], padded.ids[real] % 100)
-    width, count = trees.ids.shape[1], len(trees.ids)
+    count, width = trees.ids.shape
+    assert width <= max(lengths) + more
     assert count * width * (weight + width) <= len(lengths) * max(lengths) * (weight + max(lengths)), "never dearer than padding"
 
 

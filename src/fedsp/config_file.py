@@ -6,6 +6,7 @@ program with other numbers.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -190,7 +191,8 @@ def _fault(root: type[Section], fault: dict[str, Any]) -> str:
         field = _section(root, where[:-1]).model_fields[where[-1]]
         return f"{key}: missing; {field.description or 'a section of the file'}"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, not {fault['input']!r}" if key else message
+    meant = did_you_mean(str(fault["input"]), re.findall("'([^']+)'", fault["ctx"]["expected"])) if fault["type"] == "literal_error" else ""
+    return f"{key}: {message}, not {fault['input']!r}{meant}" if key else message
 
 
 def _section(root: type[Section], path: list[Any]) -> type[Section]:

@@ -128,8 +128,9 @@ class PromptedLM(nn.Module):
         Rows behind one prefix are read side by side where that saves padding and the model has `room_for_trees`; what stands at padding means nothing.
         """
         if attention_mask is not None and (prefix is None or prefix.dim() == 5) and not attention_mask.all():
-            trees, cells = pack(Padded(input_ids, attention_mask), 6 * self.shape.hidden)
-            if trees.ids.numel() < input_ids.numel() and trees.ids.shape[1] + (0 if prefix is None else len(prefix)) <= self.room_for_trees:
+            room = self.room_for_trees - (0 if prefix is None else len(prefix))
+            if room >= input_ids.shape[1]:
+                trees, cells = pack(Padded(input_ids, attention_mask), weight=6 * self.shape.hidden, room=room)
                 return self.read_branches(trees, prefix).flatten(0, 1)[cells]
         return self.read_padded(input_ids, attention_mask, prefix)
 

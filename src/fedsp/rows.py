@@ -52,13 +52,13 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
     return Padded(ids.to(device), mask.to(device))
 
 
-def pack(padded: Padded, weight: int) -> tuple[Trees, Tensor]:
+def pack(padded: Padded, *, weight: int, room: int) -> tuple[Trees, Tensor]:
     """Padded rows side by side: trees without a context, and the cell of these trees, counted through their rows, where each token (B, T) stands; padding
-    points anywhere. In as many rows as cost least, where the work on a token weighs as much as `weight` keys that it sees."""
+    points anywhere. In as many rows, of at most `room` tokens, as cost least, where the work on a token weighs as much as `weight` keys that it sees."""
     lengths = padded.mask.sum(dim=1).tolist()
     tokens = padded.ids.tolist()
     plans = [_spread(lengths, count) for count in range(1, len(lengths) + 1)]
-    width, shared = min(plans, key=lambda plan: len(plan[1]) * plan[0] * (weight + plan[0]))
+    width, shared = min((plan for plan in plans if plan[0] <= room), key=lambda plan: len(plan[1]) * plan[0] * (weight + plan[0]))
     cells = torch.zeros(padded.ids.shape, dtype=torch.long)
     for number, rows in enumerate(shared):
         start = number * width

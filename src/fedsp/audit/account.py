@@ -41,10 +41,10 @@ def _of_the_model(run: RunDirectory) -> str:
     ]
     if not found:
         return f"{said[0]} What can be done with them has not been measured (the audit `model`)."
-    last = found["extraction"][-1]
+    best, nothing = (min(found["extraction"], key=lambda row: row[start])[start] for start in ("from_package", "from_nothing"))
     said += [
-        f"Its package has a perplexity of {found['auxiliary_perplexity']:.4g} on public text, the global model {found['global_perplexity']:.4g}; trained on with {last['tokens']:,} tokens of such text "
-        f"{last['from_package']:.4g}, where the same training from nothing gives {last['from_nothing']:.4g}.",
+        f"Its package has a perplexity of {found['auxiliary_perplexity']:.4g} on public text, the global model {found['global_perplexity']:.4g}; trained on with at most "
+        f"{found['extraction'][-1]['tokens']:,} tokens of such text {best:.4g} at best, where the same training from nothing gives {nothing:.4g}.",
     ]
     if found["gap"] <= 0:
         said.append("Fine-tuned by its client alone the package serves it better than the federation does.")
