@@ -55,16 +55,23 @@ def utility(runs: Runs) -> Iterator[str]:
 
 
 def by_row(
-    runs: Runs, name: str, key: Callable[[dict[str, Any]], tuple[str, ...]], header: list[str], cells: Callable[[list[dict[str, Any]]], list[str]]
+    runs: Runs,
+    name: str,
+    key: Callable[[dict[str, Any]], tuple[str, ...]],
+    header: list[str],
+    cells: Callable[[list[dict[str, Any]]], list[str]],
+    wanted: Callable[[dict[str, Any]], bool] = lambda found: True,
 ) -> Iterator[str]:
-    """A table for each method that was audited: the rows of a file, seeds together."""
+    """A table for each method that was audited: the rows of a file that are wanted, seeds together."""
     for method, folders in sorted(runs.items()):
         figures = read(folders, name)
         if figures:
             rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
             for one in figures:
-                for found in one["rows"]:
+                for found in filter(wanted, one["rows"]):
                     rows.setdefault(key(found), []).append(found)
+            if not rows:
+                continue
             yield f"**{method}**, {len(figures)} seeds\n\n" + table(header, [[*names, *cells(found)] for names, found in rows.items()])
 
 
@@ -104,6 +111,8 @@ def strongest(runs: Runs) -> Iterator[str]:
 
 
 def inversion(runs: Runs) -> Iterator[str]:
+    """Single texts, by run; then what a server sees, a row for each run."""
+
     def cells(found: list[dict[str, Any]]) -> list[str]:
         return [
             spread((one[name] for one in found), form) for name, form in (("tokens", "{:.0%}"), ("texts", "{:.0%}"), ("rouge", "{:.2f}"), ("guess", "{:.0%}"))
@@ -115,14 +124,25 @@ def inversion(runs: Runs) -> Iterator[str]:
         lambda found: (found["level"], found["attack"]),
         ["what is seen", "attack", "tokens", "whole texts", "ROUGE-L", "by guessing"],
         cells,
+        lambda found: not found["level"].startswith(("a lot of ", "the run's")),
     )
     rows = []
     for method, folders in sorted(runs.items()):
-        told = [one["candidates"] for one in read(folders, "inversion.json")]
+        told = read(folders, "inversion.json")
         if told:
-            rows.append([method, spread((one["right"] for one in told), "{:.0%}"), f"{told[0]['guess']:.0%}"])
+            seen = [[row for row in one["rows"] if row["level"].startswith(("a lot of ", "the run's"))] for one in told]
+            levels = [spread((row[number]["tokens"] for row in seen), "{:.0%}") for number in range(4)]
+            guesses = [spread((row[number]["guess"] for row in seen), "{:.0%}") for number in (0, 1, 2)]
+            rows.append(
+                [
+                    method,
+                    *(f"{level} ({guess})" for level, guess in zip(levels, [*guesses, guesses[1]], strict=True)),
+                    spread((one["candidates"]["right"] for one in told), "{:.0%}"),
+                ]
+            )
     if rows:
-        yield table(["run", "the right one of ten texts, by a client's update", "by guessing"], rows)
+        header = ["run", "a lot of 32, one step of SGD, span test", "one client, span test", "sum of the clients, span test", "one client, gradient matching"]
+        yield table([*header, "the right one of ten texts (10%)"], rows)
 
 
 def model(runs: Runs) -> Iterator[str]:
