@@ -132,16 +132,16 @@ def inversion(runs: Runs) -> Iterator[str]:
         if told:
             seen = [[row for row in one["rows"] if row["level"].startswith(("a lot of ", "the run's"))] for one in told]
             levels = [spread((row[number]["tokens"] for row in seen), "{:.0%}") for number in range(4)]
-            guesses = [spread((row[number]["guess"] for row in seen), "{:.0%}") for number in (0, 1, 2)]
+            guesses = [spread((row[number]["guess"] for row in seen), "{:.0%}") for number in range(4)]
             rows.append(
                 [
                     method,
-                    *(f"{level} ({guess})" for level, guess in zip(levels, [*guesses, guesses[1]], strict=True)),
+                    *(f"{level} ({guess})" for level, guess in zip(levels, guesses, strict=True)),
                     spread((one["candidates"]["right"] for one in told), "{:.0%}"),
                 ]
             )
     if rows:
-        header = ["run", "a lot of 32, one step of SGD, span test", "one client, span test", "sum of the clients, span test", "one client, gradient matching"]
+        header = ["run", "a lot, one step of SGD, span test", "one client, span test", "sum of the clients, span test", "one client, gradient matching"]
         yield table([*header, "the right one of ten texts (10%)"], rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def tiny_model(family: str, *, seed: int = 0, positions: Any = "hugging_face") -
     """A random model of a family: 4 layers, hidden size 32, 97 tokens; weights large enough that logits differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(deepcopy(FAMILIES[family]), dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)

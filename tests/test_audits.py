@@ -17,7 +17,7 @@ from conftest import tiny_model
 from fedsp import commands, privacy
 from fedsp.audit import inverting, matching
 from fedsp.audit.account import account
-from fedsp.audit.auditing import AUDITS, Audit, Options, audit, check, findings
+from fedsp.audit.auditing import AUDITS, Audit, Options, audit, check, findings, refusal
 from fedsp.audit.inversion import Dictionary, gradient_rows, key_dictionary, matching_pursuit, read_back, recall, recall_of, residual_dictionary, span_test
 from fedsp.audit.inverting import audit_inversion
 from fedsp.audit.levels import Looked, guess
@@ -26,7 +26,6 @@ from fedsp.audit.model import linear_cka
 from fedsp.audit.promise import audit_epsilon
 from fedsp.audit.shadows import encoded_rows, losses_under, open_audited, train_shadow
 from fedsp.audit.statistics import auc, auc_ceiling, ceiling, hits_at, told
-from fedsp.audit.tables import OWN
 from fedsp.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
@@ -44,7 +43,10 @@ pytestmark = pytest.mark.study
 
 def audited(folder: Path, only: str | None = None, **options: Any) -> dict[str, dict[str, Any]]:
     """What `fedsp audit` does with one folder."""
-    return audit(folder, check(folder, only, Options(**options)), Options(**options), Watcher())
+    found = audit(folder, check(folder, only, Options(**options)), Options(**options), Watcher())
+    if why := refusal(found, only):
+        raise RunError(why)
+    return found
 
 
 def prompt_for(model: Any, space: Any, length: int) -> SoftPrompt:
@@ -220,7 +222,9 @@ def test_every_audit_of_a_private_run_and_its_report(tmp_path: Path, monkeypatch
         "What is promised of the text?",
         "What can malicious clients do?",
     ]
-    assert all(said in answers["What do others learn of the text?"] for said in ("no secure aggregation", "server, sums", OWN))
+    assert all(
+        said in answers["What do others learn of the text?"] for said in ("no secure aggregation", "server, sums", "one client", "Out of ten plausible texts")
+    )
     assert "Not covered: other runs over the same text" in answers["What is promised of the text?"]
     assert "One of 3 is enough" in answers["What can malicious clients do?"]
     for name in ("membership", "disclosure"):
@@ -250,11 +254,39 @@ def test_only_clients_that_answered_are_looked_at(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(inverting, "ITERATIONS", 3)
     folder = Path(commands.run(settings(tmp_path, round={"rounds": 1, "clients": 1, "weighting": "uniform"}))["folder"])
     rows = audit_inversion(folder, examples=0)["rows"]
-    assert [row["read"] for row in rows if row["level"].startswith(OWN)] == [1, 1, 1]
+    assert [row["read"] for row in rows if row["observed"]] == [1, 1, 1]
     figures = audit_membership(folder, shadows=4)
     assert all(0.0 <= row["auc"][0] <= 1.0 for row in figures["rows"])
     assert ("server", "cosine") in {(row["observer"], row["attack"]) for row in figures["rows"]}
     assert "cosine, others" not in {row["attack"] for row in figures["rows"]}, "nobody else answered"
+
+
+def test_an_audit_with_nothing_to_compare_says_so(tmp_path: Path) -> None:
+    folder = Path(commands.run(settings(tmp_path))["folder"])
+    with pytest.raises(RunError, match=r"(are too few for a membership audit|too few records have a score).*take more --records"):
+        audit_membership(folder, shadows=4, most=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        (
+            {"aggregation": {"rule": "median", "malicious": 0.4}},
+            "1 of the 3 asked in a round may lie without carrying away what is tuned (aggregation: median).",
+        ),
+        ({"aggregation": {"rule": "median", "malicious": 0.0}}, "The rule (median) is set for no liar: aggregation.malicious = 0."),
+        (
+            {"aggregation": {"norm_bound": 2.0}},
+            "One of 3 is enough to move what is tuned: a mean bears no liar. Changes are cut to 2 times their median length.",
+        ),
+        ({"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5}}, "Each change is clipped to a length of 0.5 before the mean of some 3"),
+        ({"attack": {"kind": "sign_flip", "share": 0.4}}, "In this run 40% of the clients lied, rounded down, by sign_flip"),
+    ],
+)
+def test_the_account_says_what_liars_can_do(changes: dict[str, Any], answer: str, tmp_path: Path) -> None:
+    rounds = {"rounds": 1, "weighting": "uniform", "min_clients": 0}
+    folder = Path(commands.run(settings(tmp_path, round=rounds, data={**settings(tmp_path)["data"], "test": ""}, **changes))["folder"])
+    assert answer in account(folder).rows[3]["answer"]
 
 
 def test_records_without_a_score_do_not_count() -> None:
@@ -301,11 +333,19 @@ def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
     folder = Path(commands.run(settings(tmp_path, round={"rounds": 1, "clients": 0}, server={"steps": 1, "batch_size": 2}))["folder"])
     with pytest.raises(RunError, match="asked no clients: there is nobody whose text could be told"):
         audited(folder, "membership")
-    assert "asked no clients" in audited(folder)["membership"]["not_done"]
+    found = audited(folder)
+    assert "asked no clients" in found["membership"]["not_done"] and found["disclosure"]["disclosed_share"] == 0.0
+    assert refusal(found, None) == "" and "asked no clients" in refusal(found, "membership, disclosure")
+    answers = [row["answer"] for row in account(folder).rows]
+    assert answers[1:] == [
+        "No client was asked: what was trained on lies where the model does.",
+        "Nothing: no noise was added (privacy.unit = 'none', and no client was asked).",
+        "No client was asked, so none could lie.",
+    ]
     (folder / "result.json").unlink()
     with pytest.raises(RunError, match=r"holds no finished run: finish it with `fedsp run --resume .*`"):
         audited(folder)
-    with pytest.raises(RunError, match=f"there are 1 below it: name one, such as {re.escape(str(folder))}"):
+    with pytest.raises(RunError, match=f"there are 1 in it: name one, such as {re.escape(str(folder))}"):
         audited(folder.parent)
 
 

@@ -15,7 +15,7 @@ from fedsp.data.encoding import encode_pair
 from fedsp.data.tasks import Example, examples_of, find_task
 from fedsp.evaluation import score, summarise
 from fedsp.loading import load_model, load_tokenizer
-from fedsp.models import Tokenizer
+from fedsp.models import PromptedLM, Tokenizer
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.server import EMBEDDED
 
@@ -75,6 +75,34 @@ def test_a_model_takes_trees_up_to_its_window() -> None:
     del other.__dict__["room_for_trees"]
     other.model.config.window_size = 12  # as GPT-Neo calls it
     assert other.room_for_trees == 12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_heeds_no_mask_or_no_positions_is_read_row_by_row(family: str, dtype: torch.dtype) -> None:
+    """Also where rounding is coarse, and one number of the states is far larger than the others."""
+    made = tiny_model(family).model.to(dtype)
+    last = [parameter for name, parameter in made.base_model.named_parameters() if "norm" in name or "ln_f" in name][-1]
+    with torch.no_grad():
+        last[0] = 30.0
+    assert PromptedLM(made, family).room_for_trees == 128
+
+    def heedless(forward: Any, which: str) -> Any:
+        def read(*arguments: Any, **named: Any) -> Any:
+            if which == "attention_mask" and named[which] is not None and named[which].dim() == 4:
+                named[which] = None
+            if which == "position_ids" and named[which] is not None:
+                named[which] = named[which][:1, :1] + torch.arange(named[which].shape[1])[None]
+            return forward(*arguments, **named)
+
+        return read
+
+    for which in ("attention_mask", "position_ids"):
+        model = PromptedLM(made, family)
+        original = made.base_model.forward
+        made.base_model.forward = heedless(original, which)
+        assert model.room_for_trees == 0
+        made.base_model.forward = original
 
 
 def test_a_model_that_takes_no_mask_of_ones_own_is_read_behind_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:

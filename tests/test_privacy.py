@@ -336,6 +336,11 @@ def test_costs_are_measured_on_nobodys_text(tmp_path: Path, changes: dict[str, A
     assert clients and len(measured) == 2 and len(measured[1]) == 12, "the twelve validation questions, not what a client holds"
 
 
+def test_a_promise_to_clients_that_nobody_asks_stops_nothing(tmp_path: Path) -> None:
+    alone = {"round": {**CLIENT["round"], "clients": 0}, "server": {"steps": 1, "batch_size": 2}}
+    assert "epsilon" not in commands.run(settings(tmp_path, **(CLIENT | alone)))
+
+
 def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path) -> None:
     """Before anything is trained, so that the folder takes the next try."""
     private = {"unit": "example", "epsilon": 1.0, "delta": 0.5}

@@ -439,7 +439,7 @@ def _hold_to_promise(privacy: PrivacySection, client: ClientSection, prompt: Pro
     if privacy.unit == "none":
         if privacy.epsilon is not None or privacy.noise_multiplier is not None:
             raise ValueError(
-                "privacy.unit: it is 'none', so nothing is noised and privacy.epsilon and privacy.noise_multiplier promise nothing; set it to 'example' or 'client', or take profile = 'dp-example'"
+                "privacy.unit: it is 'none', so nothing is noised and privacy.epsilon and privacy.noise_multiplier promise nothing; set it to 'example' or 'client', as the profiles dp-example and dp-client do"
             )
         return
     if (privacy.epsilon is None) == (privacy.noise_multiplier is None):

@@ -21,6 +21,7 @@ from fedsp.data.encoding import Batch, training_batches
 from fedsp.fitting import answer_loss, learning, trainable
 from fedsp.methods.base import Method, Side, Work
 from fedsp.parties import Party
+from fedsp.per_example import example_gradients
 from fedsp.rounds import derive_seed
 
 Figures = dict[str, float]
@@ -37,6 +38,7 @@ def measure(method: Method, party: Party, side: Side, seed: int, *, besides: Cal
     held = {id(parameter): parameter for parameter in [*trainable(party.model.model).values(), *tuned.values()]}
     added = sum(parameter.numel() for name, parameter in tuned.items() if not _is_of(party, parameter) or ".lora_" in name)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in held.values())
+    _ = party.model.room_for_trees  # tried out before anything is counted
     figures: Figures = {"operations": 0.0, "tokens": 0.0, "seconds": 0.0, "memory_bytes": float(weights)}
     for work in works:
         batches = list(training_batches(party.examples, steps=work.stage.steps, batch_size=work.stage.batch_size, seed=derive_seed(seed, work.name)))
@@ -110,9 +112,12 @@ def _activations(party: Party, work: Work, batches: list[Batch]) -> int:
 
 
 def _pass(party: Party, work: Work, batches: Iterable[Batch]) -> None:
-    """A forward and a backward pass over batches, without a step."""
+    """A forward and a backward pass over batches, without a step; of private work, with a gradient for each example."""
     with learning(work.train.values()):
         for batch in batches:
+            if work.stage.privacy:
+                example_gradients(party.model, party.prompt, batch)
+                continue
             value = answer_loss(party.model, party.tuned.prefix(party.model), batch.to(party.model.device))
             value.backward()  # type: ignore[no-untyped-call]
 

@@ -56,11 +56,8 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     config = run.config
     questions = load_questions(config, run.partition())
     server = open_server(config, questions)
-    held = {client: len(rows) for client, rows in questions.partition.clients.items()} if register is None else register
-    rules = rules_of(config, run, len(held))
-    if privacy := example_privacy(agreement_of(config, server.max_tokens)):
-        for examples in set(held.values()):  # refused before anything is trained
-            privacy.steps(examples, config.client.batch_size, config.client.speak_steps)
+    if config.method == "fedsp" and config.round.clients != 0 and register is None:
+        _check_promises(config, run, server)
     sides = open_sides(server, run, watcher, register)
     auxiliary = sides.auxiliary
     run.pin({"data.train": rows_digest(questions.train), "auxiliary model": auxiliary.digest() if auxiliary else "none"})
@@ -93,6 +90,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
         state()
         watcher.round_done(record, config.round.rounds)
 
+    rules = rules_of(config, run, len(sides.clients.register))
     if isinstance(rules.combine, PrivateMean):
         noise = rules.combine.noise_multiplier * math.sqrt(sum(tensor.numel() for tensor in party.tuned.payload().values())) / rules.combine.expected
         watcher.say(f"the noise on the mean of {rules.combine.expected:g} clients is {noise:.3g} times as long as the longest change that one of them can make")
@@ -181,6 +179,16 @@ def _cost(sides: Sides, party: Party, final: Standing, seed: int, instead: list[
     return costs
 
 
+def _check_promises(config: RunConfig, run: RunDirectory, server: Server) -> None:
+    """What a run promises of these clients, tried before anything is trained for it."""
+    held = server.questions.partition.clients
+    rules_of(config, run, len(held))
+    privacy = example_privacy(agreement_of(config, server.max_tokens))
+    for examples in {len(rows) for rows in held.values()} if privacy else ():
+        assert privacy is not None
+        privacy.steps(examples, config.client.batch_size, config.client.speak_steps)
+
+
 def rules_of(config: RunConfig, run: RunDirectory, clients: int) -> Rules:
     """What holds in every round of a run with so many clients.
 
@@ -237,10 +245,10 @@ def check_liars(config: RunConfig, clients: int) -> int:
     Raises:
         TooFewClients: fewer are asked than the robust rule needs.
     """
-    section = config.aggregation
-    if not clients or not (section.rule in RULES or section.mixing):
+    section, asked = config.aggregation, config.round.asked(clients)
+    if not asked or not (section.rule in RULES or section.mixing):
         return 0
-    return Robust(section.rule, section.malicious, section.mixing, section.norm_bound).liars_among(config.round.asked(clients))
+    return Robust(section.rule, section.malicious, section.mixing, section.norm_bound).liars_among(asked)
 
 
 def _some(validation: list[Example], config: RunConfig) -> list[Example]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fedsp.errors import ModelError
-from fedsp.rows import Padded, Trees, grow, pack, pad
+from fedsp.rows import Padded, Trees, grow, pack
 
 LONGEST_TREE = 2048
 Positions = Literal["hugging_face", "from_zero"]
@@ -197,22 +197,31 @@ class PromptedLM(nn.Module):
     @cached_property
     def room_for_trees(self) -> int:
         """Keys, the prefix among them, up to which a mask of one's own does what the model's own masks do: any window that its configuration names; 0 where it
-        takes none at all. Tried out on a small tree. Longer ones than LONGEST_TREE cost more than they save."""
+        takes none at all. Longer ones than LONGEST_TREE cost more than they save.
+
+        Tried out on a small tree, which one of the branches stands in twice: it must be read as by itself, in both places alike, whatever another branch says.
+        """
         text = self.model.config.get_text_config().to_dict()
         windows = [value for name, value in text.items() if re.search(r"window|chunk", name) and "layers" not in name and type(value) is int and value > 0]
-        rows = [[1, 2, 3, 4, 5], [1, 2, 3, 6]]
-        ids, mask = pad(rows, self.device)
+        context, branch = [1, 2, 3], [4, 5]
         prefix = torch.randn(2, self.shape.layers, 2, self.shape.heads, self.shape.head_size, generator=torch.Generator().manual_seed(0)).to(self.device)
-        tree = grow([[1, 2, 3]], [[[4, 5], [6]]], self.device)
+
+        def read(other: list[int]) -> Tensor:
+            return self.read_branches(grow([context], [[branch, other, branch]], self.device), prefix)[0].float()
+
         with torch.no_grad():
-            expected, found = self.read_padded(ids, mask, prefix), None
-            with suppress(RuntimeError, ValueError, TypeError, IndexError):
-                found = self.read_branches(tree, prefix)[0]
-        wanted = torch.cat([expected[0], expected[1, 3:4]])
-        close = max(1e-3, 4 * torch.finfo(self.dtype).eps)
-        if found is None or not torch.allclose(found, wanted, rtol=close, atol=close * float(wanted.abs().max())):
-            return 0
-        return min([*windows, self.max_positions, LONGEST_TREE])
+            alone = self.read_padded(torch.tensor([context + branch], device=self.device), None, prefix)[0].float()
+            try:
+                found, changed = read([6, 7]), read([8, 9])
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                return 0
+        rounding = max(1e-4, 4 * torch.finfo(self.dtype).eps)
+        close = max(1e-3, rounding)
+        first, second = slice(3, 5), slice(7, 9)
+        same = partial(torch.allclose, rtol=rounding, atol=rounding * float(alone.abs().median()))  # of the same sums, in another order
+        right = torch.allclose(found[:5], alone, rtol=close, atol=close * float(alone.abs().max()))
+        unmoved = same(found[first], changed[first]) and same(found[second], changed[second])
+        return min([*windows, self.max_positions, LONGEST_TREE]) if right and unmoved and same(found[first], found[second]) else 0
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: int | None) -> list[int]:

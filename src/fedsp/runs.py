@@ -16,7 +16,7 @@ privacy.jsonl        what was paid for client-level privacy, before each release
 privacy_statement.json   what is promised, of what, to whom, and what is not
 result.json          figures at the end
 scores.jsonl         what each test question got
-depths.json          what `fedsp audit --only depths` measured, and disclosure.json, `fedsp audit --only disclosure`
+NAME.json            what `fedsp audit --only NAME` measured: disclosure, model, membership, inversion, epsilon, depths
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class RunDirectory:
         try:
             values = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
         except (OSError, tomllib.TOMLDecodeError) as error:
-            below = find_runs(path) if path.is_dir() else []
-            instead = f"; there are {len(below)} below it: name one, such as {below[0]}" if below else "; name the output folder of a run"
+            below = sorted(found.parent for found in path.glob(f"*/{CONFIG}"))
+            instead = f"; there are {len(below)} in it: name one, such as {below[0]}" if below else ""
             why = error.strerror if isinstance(error, OSError) else error
             raise RunError(f"{path} holds no run: its {CONFIG} cannot be read ({why}){instead}") from error
         return cls(path, make_config(values, str(path / CONFIG)))
@@ -214,7 +214,8 @@ class RunDirectory:
             RunError: it is not finished, or they are damaged.
         """
         if not self.finished:
-            raise RunError(f"{self.path} holds no finished run: finish it with `fedsp run --resume {self.path}`")
+            command = "serve" if self.config.federation else "run"
+            raise RunError(f"{self.path} holds no finished run: finish it with `fedsp {command} --resume {self.path}`")
         return self._json(RESULT, "best_round", "disclosed_share")
 
     def about(self) -> dict[str, Any]:

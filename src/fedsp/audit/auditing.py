@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsp.audit.depths import measure_depths
+from fedsp.audit.depths import check_depths, measure_depths
 from fedsp.audit.disclosure import measure_disclosure
 from fedsp.audit.inverting import audit_inversion, check_inversion
 from fedsp.audit.membership import audit_membership, check_membership
@@ -15,7 +15,7 @@ from fedsp.audit.promise import audit_epsilon, check_promise
 from fedsp.audit.shadows import check_audited
 from fedsp.audit.tables import Figures, Finding, disclosure_tables, epsilon_tables, inversion_tables, membership_tables, model_tables
 from fedsp.commands import traffic
-from fedsp.errors import ConfigurationError, FedspError, RunError, did_you_mean
+from fedsp.errors import ConfigurationError, RunError, did_you_mean
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
 
@@ -63,16 +63,20 @@ def check(folder: Path, only: str | None, options: Options) -> dict[str, str]:
 
 
 def audit(folder: Path, names: dict[str, str], options: Options, watcher: Watcher) -> dict[str, Figures]:
-    """The figures of these audits by name; `not_done` and why of one that this run, once opened, does not allow, where others are done."""
+    """The figures of these audits by name; `not_done` and why of one that this run, once opened, does not allow."""
     found: dict[str, Figures] = {}
     for name, why in names.items():
         try:
             found[name] = {"not_done": why} if why else AUDITS[name].measure(folder, options, watcher)
-        except FedspError as error:
-            if len(names) == 1:
-                raise
+        except RunError as error:
             found[name] = {"not_done": str(error)}
     return found
+
+
+def refusal(found: dict[str, Figures], only: str | None) -> str:
+    """Why audits were not done that were asked for by name, or none at all; empty where all is well."""
+    reasons = [figures["not_done"] for figures in found.values() if "not_done" in figures]
+    return reasons[0] if reasons and (only is not None or len(reasons) == len(found)) else ""
 
 
 def findings(name: str, figures: Figures) -> list[Finding]:
@@ -81,25 +85,26 @@ def findings(name: str, figures: Figures) -> list[Finding]:
 
 
 def _membership(run: RunDirectory, options: Options) -> None:
-    check_membership(options.shadows)
     check_audited(run)
+    check_membership(options.shadows)
 
 
 def _inversion(run: RunDirectory, options: Options) -> None:
-    check_inversion()
     check_audited(run)
+    check_inversion()
 
 
 AUDITS: dict[str, Audit] = {
     "traffic": Audit(
         lambda folder, options, watcher: {"messages": traffic(folder)},
         lambda figures: [Finding("messages", figures["messages"])],
-        lambda run, options: None,
+        lambda run, options: traffic(run.path),
     ),
     "disclosure": Audit(lambda folder, options, watcher: dict(measure_disclosure(folder)), disclosure_tables),
     "depths": Audit(
         lambda folder, options, watcher: {"rows": measure_depths(folder)},
         lambda figures: [Finding("signals along the auxiliary model", figures["rows"])],
+        lambda run, options: check_depths(run),
     ),
     "model": Audit(lambda folder, options, watcher: audit_model(folder, watcher=watcher), model_tables, lambda run, options: check_audited(run)),
     "membership": Audit(

@@ -36,10 +36,9 @@ def measure_depths(folder: Path) -> list[dict[str, Any]]:
         RunError: there is no finished run of FedSP with clients in the folder.
     """
     run = RunDirectory.open(folder)
+    check_depths(run)
     config = run.config
     prompts = sorted((run.path / "prompts").glob("round-*.safetensors"))
-    if not run.finished or config.method != "fedsp" or not config.partition.clients or config.round.clients == 0:
-        raise RunError(f"{folder} is no finished run of FedSP with clients: there is no auxiliary model to look at")
     device = choose_device(config.model.device)
     auxiliary = load_auxiliary(run.package, device=device, positions=config.model.positions)
     clients = open_clients(config, auxiliary, load_questions(config, run.partition()), run)
@@ -51,6 +50,17 @@ def measure_depths(folder: Path) -> list[dict[str, Any]]:
         rows += [{"weights": "client", **row} for row in _profile(client)]
     write_json(run.path / DEPTHS, {"rows": rows})
     return rows
+
+
+def check_depths(run: RunDirectory) -> None:
+    """Whether there is an auxiliary model to look at.
+
+    Raises:
+        RunError: there is no finished run of FedSP with clients in the folder.
+    """
+    run.result()
+    if run.config.method != "fedsp" or not run.config.partition.clients or run.config.round.clients == 0:
+        raise RunError(f"{run.path} is no run of FedSP with clients: there is no auxiliary model to look at")
 
 
 def _profile(client: Party) -> list[dict[str, Any]]:

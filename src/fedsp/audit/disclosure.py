@@ -26,7 +26,8 @@ def measure_disclosure(folder: Path) -> dict[str, float]:
     figures = {"disclosed_share": share, "nearly_disclosed_share": share}  # where clients hold nothing, the whole model, or its own layers
     if config.method in ("fedsp", "offsite_tuning") and config.partition.clients and config.round.clients != 0:
         digest, found = _of_package(run.package.resolve(), model_name(config), config.model.device)
-        run.hold({"auxiliary model": digest})
+        if config.auxiliary.precision == "float32":  # a run in fewer bits was begun with the rounded numbers
+            run.hold({"auxiliary model": digest})
         figures = dict(found)
     write_json(run.path / DISCLOSURE, figures)
     return figures

@@ -28,7 +28,7 @@ from fedsp.audit.inversion import (
 from fedsp.audit.levels import Level, Looked, Read, cut, guess, noise_of, noised, read_as
 from fedsp.audit.matching import LocalSteps, Target, best_distances, local_change, match_embeddings, match_text
 from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, open_audited, train_shadow
-from fedsp.audit.tables import INVERSION, OWN
+from fedsp.audit.tables import INVERSION
 from fedsp.clients import stages
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import ConfigurationError, RunError
@@ -44,6 +44,8 @@ DECOYS, PURSUED, SOUGHT = 9, 3, 4
 LONGEST, SIMULATED, ITERATIONS = 64, 4, 200
 """Tokens of a text, and local steps, beyond which no attack looks; steps of gradient matching."""
 EPSILONS = (8.0, 1.0)
+TRIED = 20
+"""Tries at a first round in which somebody is asked, where clients are drawn at random."""
 POSITIONS = 4
 """Positions that are looked at of a residual prompt's gradient, whose dictionary is as many times larger as the model has heads."""
 
@@ -61,7 +63,9 @@ def audit_inversion(folder: Path, *, examples: int = 20, watcher: Watcher | None
     opened = open_audited(folder, watcher)
     rng = random.Random(derive_seed(opened.run.config.seed, "inversion"))
     looked = Looked(opened, encoded_rows(opened), {space: _prompt(opened, space) for space in ("key_value", "residual")})
-    shadow = train_shadow(opened, 0, rounds=1)
+    shadow = next((one for one in (train_shadow(opened, index, rounds=1) for index in range(TRIED)) if one.answered), None)
+    if shadow is None:
+        raise RunError(f"{folder}: in {TRIED} tries at its first round no client was drawn and answered, so there is nothing to look at")
     bodies = [body for body in looked.bodies() if len(body.ids) > POSITIONS]
     drawn = rng.sample(bodies, min(examples, len(bodies)))
     table: list[dict[str, Any]] = []
@@ -215,18 +219,18 @@ def _deployed(looked: Looked, shadow: Shadow) -> Iterator[Level]:
     mine = {client: lot for client, lot in looked.lots(LONGEST, shadow.included.tolist()).items() if client in shadow.updates[0]}
     changes = changes_of(shadow, 0, list(mine))
     private = config.privacy.unit == "example" and config.privacy.epsilon
-    kind = OWN + (f", epsilon = {config.privacy.epsilon:g}" if private else "")
+    kind = "the run's first round, again on half of the text" + (f", epsilon = {config.privacy.epsilon:g}" if private else "")
     read = [span(change, lot) for change, lot in zip(changes, mine.values(), strict=True)]
-    yield Level(f"{kind}, one client", "span test", read, guessed(mine.values()))
+    yield Level(f"{kind}, one client", "span test", read, guessed(mine.values()), True)
     everyone = [row for lot in mine.values() for row in lot]
     total = as_row(shadow.broadcasts[1]) - as_row(shadow.broadcasts[0])
-    yield Level(f"{kind}, the sum of all clients", "span test", [span(total, everyone)], guessed([everyone]))
+    yield Level(f"{kind}, the sum of all clients", "span test", [span(total, everyone)], guessed([everyone]), True)
 
     own = opened.sides.clients.party(next(iter(mine))).prompt
     own.load(shadow.broadcasts[0])
     lot = next(iter(mine.values()))
     first = [cut(row, POSITIONS + 1) for row in lot]
-    yield Level(f"{kind}, one client", "gradient matching", [_sought(looked, own, changes[0], lot)], guess([first], looked.rows))
+    yield Level(f"{kind}, one client", "gradient matching", [_sought(looked, own, changes[0], lot)], guess([first], looked.rows), True)
 
 
 def _candidates(looked: Looked, shadow: Shadow, rng: random.Random, count: int = 200) -> dict[str, Any]:

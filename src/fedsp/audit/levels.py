@@ -75,6 +75,8 @@ class Level:
     attack: str
     read: list[Read]
     guess: float
+    observed: bool = False
+    """Whether a run's server really sees it."""
 
     def to_json(self) -> dict[str, Any]:
         """The row of `inversion.json`; the 95 % interval of the tokens is a bootstrap over what was read, that of whole texts is Clopper and Pearson's."""
@@ -82,6 +84,7 @@ class Level:
         whole = sum(exact)
         return {
             "level": self.seen,
+            "observed": self.observed,
             "attack": self.attack,
             "tokens": (mean([one.tokens for one in self.read]), *_interval([one.tokens for one in self.read])),
             "texts": (whole / len(exact), *clopper_pearson(whole, len(exact), 0.025)) if exact else None,

@@ -33,7 +33,7 @@ from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_r
 from fedsp.audit.statistics import Marks, Numbers, Told, auc_ceiling, ceiling, told
 from fedsp.audit.tables import MEMBERSHIP
 from fedsp.data.encoding import Encoded, training_batches
-from fedsp.errors import ConfigurationError
+from fedsp.errors import ConfigurationError, RunError
 from fedsp.fitting import Optimisation, answer_loss, fit
 from fedsp.payload import Payload, as_row
 from fedsp.prompts import SoftPrompt
@@ -51,7 +51,7 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
     all examples; with `most`, only so many of them are looked at.
 
     Raises:
-        RunError: there is no finished run of FedSP with simulated clients.
+        RunError: there is no finished run of FedSP with simulated clients, or too few records to tell anything.
         ConfigurationError: fewer than four shadows, or scikit-learn is not there.
     """
     check_membership(shadows)
@@ -87,6 +87,8 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         for (observer, attack), every in _scores(seen, members).items()
         if _comparable(scores := _where(every, asked), members)
     ]
+    if not table:
+        raise RunError(f"{folder}: too few of the {len(rows)} records are held by clients that answered: take more --records")
     figures = {
         "shadows": shadows,
         "records": len(rows),
@@ -122,8 +124,8 @@ def _where(scores: list[Numbers], asked: list[Marks]) -> list[Numbers]:
 
 
 def _comparable(scores: list[Numbers], members: list[Marks]) -> bool:
-    """Whether members and others have scores in every shadow: where one client answers a round, nothing can be held against the others' answers."""
-    return all(len(set(marks[~np.isnan(row)])) == 2 for row, marks in zip(scores, members, strict=True))
+    """Whether members and others have scores in any shadow: where one client answers a round, nothing can be held against the others' answers."""
+    return any(len(set(marks[~np.isnan(row)])) == 2 for row, marks in zip(scores, members, strict=True))
 
 
 def _before(opened: Opened, shadow: Shadow, rows: list[Encoded]) -> dict[str, Numbers]:
@@ -214,7 +216,10 @@ def likelihood_ratios(values: list[Numbers], members: list[Marks]) -> list[Numbe
             warnings.simplefilter("ignore", RuntimeWarning)  # a record that is in all of the others, or in none
             means = [np.nanmean(some, axis=0) for some in (inside, outside)]
         means = [np.where(np.isnan(mean), np.nanmean(some), mean) for mean, some in zip(means, (inside, outside), strict=True)]
-        variances = [float(np.nanmean((some - mean) ** 2)) + 1e-12 for mean, some in zip(means, (inside, outside), strict=True)]
+        variances = [
+            float(np.nansum((some - mean) ** 2)) / max(1, int((~np.isnan(some)).sum(axis=0).clip(1).sum()) - some.shape[1]) + 1e-12
+            for mean, some in zip(means, (inside, outside), strict=True)
+        ]
         normals = [-((table[target] - mean) ** 2) / (2 * variance) - np.log(variance) / 2 for mean, variance in zip(means, variances, strict=True)]
         scores.append(normals[0] - normals[1])
     return scores
@@ -239,6 +244,8 @@ def _blind(rows: list[Encoded], coins: list[Marks]) -> tuple[list[Numbers], list
 
     words = DictVectorizer().fit_transform([{str(token): count for token, count in Counter(row.ids).items()} for row in rows])
     learned = np.random.default_rng(0).random(len(rows)) < 0.5
-    few = [marks for marks in coins[:4] if len(set(marks[learned])) == 2]
+    few = coins[:4]
+    if any(len(set(marks[learned])) < 2 for marks in few):
+        raise RunError(f"{len(rows)} records are too few for a membership audit: take more --records, or a run with more text")
     scores = [LogisticRegression(C=0.1, max_iter=200).fit(words[learned], marks[learned]).decision_function(words) for marks in few]
     return [np.where(learned, np.nan, row) for row in scores], few

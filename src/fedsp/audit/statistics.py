@@ -10,6 +10,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsp.errors import RunError
+
 Numbers = NDArray[np.float64]
 Marks = NDArray[np.bool_]
 
@@ -52,14 +54,19 @@ def hits_at(scores: Numbers, members: Marks, false_alarms: float) -> float | Non
 def told(scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int = 200, seed: int = 0) -> Told:
     """The figures over all targets together; scores (targets of N). An AUC is the mean over targets. The intervals are by a bootstrap over records, whose scores
     under several targets belong together, with the threshold found anew each time. 0.1 % of false alarms needs 10,000 others that are independent, so that many
-    records."""
+    records.
+
+    Raises:
+        RunError: no target has both members and others with a score.
+    """
     table, marks = np.stack(scores), np.stack(members)
     rng = np.random.default_rng(seed)
     whole = np.arange(table.shape[1])
     drawn = [rng.choice(whole, len(whole)) for _ in range(resamples)]
 
-    def mean_auc(columns: NDArray[np.int64]) -> float:
-        return float(np.nanmean([auc(row[columns], mark[columns]) for row, mark in zip(table, marks, strict=True)]))
+    def mean_auc(columns: NDArray[np.int64]) -> float | None:
+        found = [one for row, mark in zip(table, marks, strict=True) if not math.isnan(one := auc(row[columns], mark[columns]))]
+        return sum(found) / len(found) if found else None
 
     def hits(false_alarms: float, columns: NDArray[np.int64]) -> float | None:
         return hits_at(table[:, columns].ravel(), marks[:, columns].ravel(), false_alarms)
@@ -71,8 +78,9 @@ def told(scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int 
         return value, spread[int(0.025 * len(spread))], spread[int(0.975 * len(spread)) - 1]
 
     found = interval(mean_auc)
-    assert found is not None
-    return Told(found, interval(partial(hits, 0.01)), interval(partial(hits, 0.001)) if table.shape[1] >= 20_000 else None)
+    if found is None:
+        raise RunError("too few records have a score to tell members from others: take more --records")
+    return Told(found, interval(partial(hits, 0.01)), interval(partial(hits, 0.001)) if int((~np.isnan(table)).any(axis=0).sum()) >= 20_000 else None)
 
 
 def ceiling(epsilon: float, delta: float, false_alarms: float) -> float:

@@ -11,9 +11,6 @@ from fedsp.errors import RunError
 from fedsp.runs import read_json
 
 DISCLOSURE, DEPTHS, MEMBERSHIP, INVERSION, MODEL, EPSILON = (f"{name}.json" for name in ("disclosure", "depths", "membership", "inversion", "model", "epsilon"))
-OWN = "the run's first round, again on half of the text"
-"""The levels of the inversion audit that are what the run's server sees."""
-
 NEAR = 0.1
 """Relative distance of a tensor up to which it counts as nearly disclosed."""
 
@@ -98,7 +95,7 @@ def membership_tables(figures: Figures) -> list[Finding]:
         Finding(
             "controls, in which there is nothing to find",
             controls,
-            "One that fails makes the audit invalid, unless by chance, as one in twenty does: take more --records or --shadows.",
+            "One that fails makes the audit invalid, unless by chance, as one of three does in one audit of seven: take more --records or --shadows.",
         ),
         Finding("power: what there is to find must be seen", [learned]),
     ]
