@@ -1,7 +1,7 @@
 """The tables of docs/results/privacy.md, mean and spread over seeds, from the runs of a study and what `fedsp audit` left in them.
 
 fedsp study configs/studies/privacy.toml --root FOLDER       (profiles.toml and disclosure.toml too)
-fedsp audit studies/privacy/*/ --only membership,inversion   (and --only model for studies/disclosure)
+fedsp audit studies/privacy/*-P-20-*/ --only membership,inversion   (and --only model for the runs of studies/disclosure with clients)
 python benchmarks/privacy.py studies/privacy studies/profiles studies/disclosure
 """
 
