@@ -309,6 +309,6 @@ def test_depths_of_a_shared_auxiliary_model(tmp_path: Path) -> None:
     assert package != client  # aligning has moved the client's own weights
     auxiliary = load_auxiliary(tmp_path / "run" / "auxiliary", device=torch.device("cpu"), positions="hugging_face")
     assert auxiliary.plan.sources == (0,) * 8
-    with pytest.raises(RunError, match="is no finished run of FedSP with clients"):
+    with pytest.raises(RunError, match="is no run of FedSP with clients"):
         commands.run(settings(tmp_path / "zero", method="zero_shot"))
         measure_depths(tmp_path / "zero" / "run")
