@@ -63,6 +63,14 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
     assert code == 0 and out.startswith("Question: The town of")
     assert fedsp("export", run, tmp_path / "adapter")[0] == 0
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    code, out, _ = fedsp("audit", run, "--only", "disclosure", "--json", tmp_path / "a.json")
+    told = json.loads((tmp_path / "a.json").read_text())[str(run)]
+    assert code == 0 and "What can malicious clients do?" in out and "What can malicious clients do?" in told["account"]
+    (run / "model.json").write_text('{"extraction": []}')
+    code, out, error = fedsp("audit", run, "--only", "disclosure", "--json", tmp_path / "b.json")
+    assert code == 2 and "is not what fedsp wrote" in error and "bit for bit" in out
+    assert json.loads((tmp_path / "b.json").read_text())[str(run)]["disclosure"] == told["disclosure"], "what was found is not lost"
+    (run / "model.json").unlink()
     code, out, _ = fedsp("list", tmp_path)
     assert code == 0 and "2/2" in out and "finished" in out
     assert fedsp("distill", config, tmp_path / "package", *QUICK)[0] == 0

@@ -203,10 +203,15 @@ def audit(
                     display.finding(f"{folder}, {name}: {finding.title}", finding.rows, finding.note)
             refused.append(refusal(figures, only))
             found[str(folder)] = figures
-            if RunDirectory.open(folder).finished:
+            if not RunDirectory.open(folder).finished:
+                continue
+            try:
                 told = account(folder)
-                display.finding(f"{folder}: {told.title}", told.rows, told.note)
-                found[str(folder)] = {"account": {row["question"]: row["answer"] for row in told.rows}, **figures}
+            except RunError as error:  # a damaged file of an earlier audit must not cost what was found now
+                refused.append(str(error))
+                continue
+            display.finding(f"{folder}: {told.title}", told.rows, told.note)
+            found[str(folder)] = {"account": {row["question"]: row["answer"] for row in told.rows}, **figures}
     _write(json_file, found)
     if why := next(filter(None, refused), ""):
         raise RunError(why)
