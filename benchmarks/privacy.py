@@ -124,13 +124,13 @@ def inversion(runs: Runs) -> Iterator[str]:
         lambda found: (found["level"], found["attack"]),
         ["what is seen", "attack", "tokens", "whole texts", "ROUGE-L", "by guessing"],
         cells,
-        lambda found: not found["level"].startswith(("a lot of ", "the run's")),
+        lambda found: not _of_a_server(found),
     )
     rows = []
     for method, folders in sorted(runs.items()):
         told = read(folders, "inversion.json")
         if told:
-            seen = [[row for row in one["rows"] if row["level"].startswith(("a lot of ", "the run's"))] for one in told]
+            seen = [[row for row in one["rows"] if _of_a_server(row)] for one in told]
             levels = [spread((row[number]["tokens"] for row in seen), "{:.0%}") for number in range(4)]
             guesses = [spread((row[number]["guess"] for row in seen), "{:.0%}") for number in range(4)]
             rows.append(
@@ -143,6 +143,11 @@ def inversion(runs: Runs) -> Iterator[str]:
     if rows:
         header = ["run", "a lot, one step of SGD, span test", "one client, span test", "sum of the clients, span test", "one client, gradient matching"]
         yield table([*header, "the right one of ten texts (10%)"], rows)
+
+
+def _of_a_server(row: dict[str, Any]) -> bool:
+    """Whether a level is what a server sees, or that in one step of SGD on a whole lot."""
+    return row["observed"] or row["level"].startswith("a lot of ")
 
 
 def model(runs: Runs) -> Iterator[str]:

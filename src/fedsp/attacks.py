@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedsp.data.tasks import Example
 from fedsp.payload import as_row, from_row
+from fedsp.robust import liars_of
 from fedsp.rounds import Exchange, Failure, Request, Update, derive_seed
 
 TRIGGER, TARGET = "cf mn", " nothing at all"
@@ -159,4 +160,4 @@ def triggered(example: Example) -> Example:
 def liars(clients: Sequence[str], share: float, seed: int) -> frozenset[str]:
     """Who lies: a share of the clients, rounded down, drawn from the seed."""
     ordered = sorted(clients)
-    return frozenset(random.Random(derive_seed(seed, "liars")).sample(ordered, math.floor(share * len(ordered) + 1e-9)))
+    return frozenset(random.Random(derive_seed(seed, "liars")).sample(ordered, liars_of(share, len(ordered))))

@@ -17,7 +17,7 @@ from fedsp.config import RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
 from fedsp.engines.local import local
 from fedsp.errors import ConfigurationError, DataError, FedspError, RunError
-from fedsp.experiment import check_liars, run_experiment
+from fedsp.experiment import robust_rule, run_experiment
 from fedsp.models import PromptedLM
 from fedsp.parties import Tunable
 from fedsp.payload import Payload
@@ -150,7 +150,7 @@ def plan(config: RunConfig) -> Figures:
         from fedsp.credentials import read_register
 
         clients = len(read_register(Path(config.federation.folder)))
-    check_liars(config, clients)
+    robust_rule(config, clients)
     return make_plan(config, clients).to_json()
 
 

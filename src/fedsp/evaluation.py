@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedsp.data.encoding import Encoded, encode_pair
 from fedsp.data.tasks import Example, Task
-from fedsp.models import PromptedLM, Tokenizer
+from fedsp.models import PromptedLM, Tokenizer, length_of
 from fedsp.rows import grow, pad
 
 
@@ -114,7 +114,7 @@ def _score_group(model: PromptedLM, prefix: Tensor | None, group: list[list[Enco
 def _states(model: PromptedLM, prefix: Tensor | None, contexts: list[tuple[int, ...]], tails: list[list[tuple[int, ...]]], skipped: list[list[int]]) -> Tensor:
     """The last hidden states (N, D) of every tail but its first `skipped` tokens, in order."""
     trees = grow(contexts, tails, model.device)
-    length = 0 if prefix is None else prefix.shape[-5]
+    length = length_of(prefix)
     if length + trees.ids.shape[1] <= model.room_for_trees:
         wanted = torch.zeros(trees.ids.shape, dtype=torch.bool)
         for row, (context, some, firsts) in enumerate(zip(contexts, tails, skipped, strict=True)):

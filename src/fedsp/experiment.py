@@ -34,7 +34,7 @@ from fedsp.payload import Payload
 from fedsp.privacy import LEDGER, Ledger, PrivateMean, noise_for
 from fedsp.prompts import SoftPrompt
 from fedsp.redistillation import redistilling
-from fedsp.robust import RULES, Robust
+from fedsp.robust import Robust
 from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed
 from fedsp.runs import RunDirectory
 from fedsp.server import Questions, Server, Watcher, load_questions, open_server, rows_digest, score_test
@@ -184,9 +184,9 @@ def _check_promises(config: RunConfig, run: RunDirectory, server: Server) -> Non
     held = server.questions.partition.clients
     rules_of(config, run, len(held))
     privacy = example_privacy(agreement_of(config, server.max_tokens))
-    for examples in {len(rows) for rows in held.values()} if privacy else ():
-        assert privacy is not None
-        privacy.steps(examples, config.client.batch_size, config.client.speak_steps)
+    if privacy:
+        for examples in {len(rows) for rows in held.values()}:
+            privacy.steps(examples, config.client.batch_size, config.client.speak_steps)
 
 
 def rules_of(config: RunConfig, run: RunDirectory, clients: int) -> Rules:
@@ -222,7 +222,7 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
         PrivacyError: no noise is enough, or delta is no promise for so many clients.
         TooFewClients: fewer are asked than the robust rule needs.
     """
-    section, privacy, rounds = config.aggregation, config.privacy, config.round.rounds
+    privacy, rounds = config.privacy, config.round.rounds
     if privacy.unit == "client" and clients:
         if privacy.delta * clients >= 1:
             raise PrivacyError(
@@ -233,22 +233,23 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
         noise = privacy.noise_multiplier or noise_for(privacy.epsilon or 0.0, privacy.delta, rate, rounds)
         ledger = Ledger(run.path / LEDGER)
         return {"combine": PrivateMean(privacy.clip, noise, rate, expected, privacy.delta, privacy.epsilon, ledger), "sampling_rate": rate}
-    if not section.robust:
-        return {}
-    check_liars(config, clients)
-    return {"combine": Robust(section.rule, section.malicious, section.mixing, section.norm_bound)}
+    robust = robust_rule(config, clients)
+    return {"combine": robust} if robust else {}
 
 
-def check_liars(config: RunConfig, clients: int) -> int:
-    """How many lying clients the run's rule bears: none where it is the plain mean.
+def robust_rule(config: RunConfig, clients: int) -> Robust | None:
+    """The run's rule against lying clients; None where answers are simply averaged.
 
     Raises:
-        TooFewClients: fewer are asked than the robust rule needs.
+        TooFewClients: fewer are asked than the rule needs.
     """
-    section, asked = config.aggregation, config.round.asked(clients)
-    if not asked or not (section.rule in RULES or section.mixing):
-        return 0
-    return Robust(section.rule, section.malicious, section.mixing, section.norm_bound).liars_among(asked)
+    section = config.aggregation
+    if not section.robust:
+        return None
+    robust = Robust(section.rule, section.malicious, section.mixing, section.norm_bound)
+    if asked := config.round.asked(clients):
+        robust.liars_among(asked)
+    return robust
 
 
 def _some(validation: list[Example], config: RunConfig) -> list[Example]:

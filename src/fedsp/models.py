@@ -128,7 +128,7 @@ class PromptedLM(nn.Module):
         Rows behind one prefix are read side by side where that saves padding and the model has `room_for_trees`; what stands at padding means nothing.
         """
         if attention_mask is not None and (prefix is None or prefix.dim() == 5) and not attention_mask.all():
-            room = self.room_for_trees - (0 if prefix is None else len(prefix))
+            room = self.room_for_trees - length_of(prefix)
             if room >= input_ids.shape[1]:
                 trees, cells = pack(Padded(input_ids, attention_mask), weight=6 * self.shape.hidden, room=room)
                 return self.read_branches(trees, prefix).flatten(0, 1)[cells]
@@ -137,7 +137,7 @@ class PromptedLM(nn.Module):
     def read_padded(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """The same, each row by itself."""
         batch, tokens = input_ids.shape
-        length = 0 if prefix is None else prefix.shape[-5]
+        length = length_of(prefix)
         if length and attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(batch, length), attention_mask], dim=1)
         start = length if self.positions == "hugging_face" else 0
@@ -163,7 +163,7 @@ class PromptedLM(nn.Module):
         if not width:
             hidden = self(tails.ids, tails.mask, prefix)
             return hidden
-        length = 0 if prefix is None else prefix.shape[-5]
+        length = length_of(prefix)
         cache = DynamicCache() if prefix is None else self.cache(prefix, count)
         start = length if self.positions == "hugging_face" else 0
         before = torch.cat([contexts.mask.new_ones(count, length), contexts.mask], dim=1)
@@ -178,7 +178,7 @@ class PromptedLM(nn.Module):
 
     def read_branches(self, trees: Trees, prefix: Tensor | None) -> Tensor:
         """Last hidden states (B, T, D) of trees: each token sees the prefix, its row's context, and of its own branch what stands before it."""
-        length = 0 if prefix is None else prefix.shape[-5]
+        length = length_of(prefix)
         batch, width = trees.ids.shape
         before = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
         own = (trees.branches[:, None, :] == 0) | (trees.branches[:, None, :] == trees.branches[:, :, None])  # (B, T, T)
@@ -227,7 +227,7 @@ class PromptedLM(nn.Module):
     def generate(self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: int | None) -> list[int]:
         """Greedy continuation of tokens (T,): at most `most` new ones, ending before `stop`."""
         cache = DynamicCache() if prefix is None else self.cache(prefix, 1)
-        start = 0 if prefix is None or self.positions == "from_zero" else prefix.shape[-5]
+        start = 0 if self.positions == "from_zero" else length_of(prefix)
         new: list[int] = []
         ids, read = input_ids[None], 0
         while len(new) < most and read + ids.shape[1] + start <= self.max_positions:
@@ -345,6 +345,11 @@ class PromptedLM(nn.Module):
         if not torch.allclose(logits, output.logits.float(), rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
             raise ModelError(f"{self.name} ({config.model_type}) computes its logits from more than the last hidden states: fedsp does not know how")
         return ModelShape(len(self.blocks), *shapes[0], width[0])
+
+
+def length_of(prefix: Tensor | None) -> int:
+    """P of a prefix (P, L, 2, H, K), or of one per example (B, P, L, 2, H, K); 0 of none."""
+    return 0 if prefix is None else prefix.shape[-5]
 
 
 def find_blocks(backbone: nn.Module, layers: int, name: str) -> tuple[str, nn.ModuleList]:

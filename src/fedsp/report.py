@@ -75,8 +75,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> dict[str,
         raise RunError(f"{output} is a file: give a folder")
     results = read_results([Path(folder) for folder in folders])
     tables = [section_tables(section, results) for section in results.sections]
-    write_bytes(output / PAGE, page(results, tables).encode())
-    write_bytes(output / "report.md", _markdown(results, tables).encode())
+    audited = audited_runs(results)
+    write_bytes(output / PAGE, page(results, tables, audited).encode())
+    write_bytes(output / "report.md", _markdown(results, tables, audited).encode())
     write_bytes(output / "report.tex", _latex(results, tables).encode())
     for old in (output / "csv").glob("*.csv"):
         old.unlink()
@@ -118,7 +119,7 @@ def _pictures(section: Section) -> list[Picture]:
     return [Picture(title, Markup(svg)) for title, svg in drawn if svg]
 
 
-def page(results: Results, tables: Sequence[Sequence[Table]]) -> str:
+def page(results: Results, tables: Sequence[Sequence[Table]], audited: Sequence[Mapping[str, Any]]) -> str:
     """The page: no script but one line, no font, no image from elsewhere."""
     environment = Environment(loader=PackageLoader("fedsp"), autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
     hints = {key: run.name for key, run in results.runs.items()}
@@ -137,7 +138,7 @@ def page(results: Results, tables: Sequence[Sequence[Table]]) -> str:
             }
             for number, (section, shown) in enumerate(zip(results.sections, tables, strict=True), start=1)
         ],
-        audits=audited_runs(results),
+        audits=audited,
         failures=results.failures,
         runs=[_run(run, results) for run in results.runs.values()],
     )
@@ -212,7 +213,7 @@ def _run(run: Run, results: Results) -> dict[str, Any]:
     }
 
 
-def _markdown(results: Results, tables: Sequence[Sequence[Table]]) -> str:
+def _markdown(results: Results, tables: Sequence[Sequence[Table]], audited: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"# {_title(results)}", ""]
     for section, shown in zip(results.sections, tables, strict=True):
         lines += [f"## {section.title}", "", *([section.text, ""] if section.text else [])]
@@ -222,16 +223,16 @@ def _markdown(results: Results, tables: Sequence[Sequence[Table]]) -> str:
             lines += [f"### {table.title}", "", "| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
             lines += ["| " + " | ".join(entry.text.replace("|", "\\|") for entry in row) + " |" for row in table.rows]
             lines += ["", *([table.note, ""] if table.note else [])]
-    for audited in audited_runs(results):
+    for one in audited:
         lines += [
-            f"## Audits: {audited['name']}",
+            f"## Audits: {one['name']}",
             "",
-            *(f"- **{row['question']}** {row['answer']}" for row in audited["account"].rows),
+            *(f"- **{row['question']}** {row['answer']}" for row in one["account"].rows),
             "",
-            audited["account"].note,
+            one["account"].note,
             "",
         ]
-        for title, columns, rows, note in audited["tables"]:
+        for title, columns, rows, note in one["tables"]:
             lines += [f"### {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
             lines += [*("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |" for row in rows), "", *([note, ""] if note else [])]
     return "\n".join(lines)

@@ -114,6 +114,11 @@ LEAST: dict[str, Callable[[int], int]] = {name: (lambda f: 2 * f + 3) if "krum" 
 """The fewest clients with which a rule bears f liars."""
 
 
+def liars_of(share: float, clients: int) -> int:
+    """How many of so many clients a share of liars is, rounded down."""
+    return math.floor(share * clients + 1e-9)
+
+
 @dataclass(frozen=True)
 class Robust:
     """A rule and what comes before it: changes cut to `norm_bound` times the median length (0: not), then mixing. `malicious` is the share of the
@@ -135,7 +140,7 @@ class Robust:
         Raises:
             TooFewClients: it is less than one although some may, or the rule does not bear so many even if all answer.
         """
-        f = math.floor(self.malicious * asked + 1e-9)
+        f = liars_of(self.malicious, asked)
         if f == 0 and self.malicious and (self.rule in RULES or self.mixing):
             raise TooFewClients(
                 f"aggregation.malicious = {self.malicious:g} of {asked} clients asked is less than one liar, so aggregation.rule = {self.rule!r} would bear none: ask at least {math.ceil(1 / self.malicious)} clients, or raise aggregation.malicious"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from fedsp.audit.tables import DISCLOSURE, EPSILON, INVERSION, MEMBERSHIP, MODEL, Finding, holds, interval, read_found
 from fedsp.errors import RunError
-from fedsp.robust import RULES
+from fedsp.robust import RULES, liars_of
 from fedsp.runs import RunDirectory, read_json
 from fedsp.statement import STATEMENT
 
@@ -97,7 +96,7 @@ def _malice(run: RunDirectory, asked: int) -> list[str]:
     config, section = run.config, run.config.aggregation
     if not asked:
         return ["No client was asked, so none could lie."]
-    borne = math.floor(section.malicious * asked + 1e-9) if section.rule in RULES or section.mixing else 0
+    borne = liars_of(section.malicious, asked) if section.rule in RULES or section.mixing else 0
     rule = section.rule.replace("_", " ") + (" after mixing" if section.mixing else "")
     if config.privacy.unit == "client":
         said = [

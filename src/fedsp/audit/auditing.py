@@ -13,7 +13,7 @@ from fedsp.audit.membership import audit_membership, check_membership
 from fedsp.audit.model import audit_model
 from fedsp.audit.promise import audit_epsilon, check_promise
 from fedsp.audit.shadows import check_audited
-from fedsp.audit.tables import Figures, Finding, disclosure_tables, epsilon_tables, inversion_tables, membership_tables, model_tables
+from fedsp.audit.tables import TABLES, Figures, Finding
 from fedsp.commands import traffic
 from fedsp.errors import ConfigurationError, RunError, did_you_mean
 from fedsp.runs import RunDirectory
@@ -31,10 +31,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Audit:
-    """What is measured, how people read it, and what must be so beforehand."""
+    """What is measured, and what must be so beforehand."""
 
     measure: Callable[[Path, Options, Watcher], Figures]
-    tables: Callable[[Figures], list[Finding]]
     check: Callable[[RunDirectory, Options], object] = lambda run, options: run.result()
 
 
@@ -81,7 +80,13 @@ def refusal(found: dict[str, Figures], only: str | None) -> str:
 
 def findings(name: str, figures: Figures) -> list[Finding]:
     """An audit's figures as tables."""
-    return [Finding("not done", [{"why": figures["not_done"]}])] if "not_done" in figures else AUDITS[name].tables(figures)
+    if "not_done" in figures:
+        return [Finding("not done", [{"why": figures["not_done"]}])]
+    if name == "traffic":
+        return [Finding("messages", figures["messages"])]
+    if name == "depths":
+        return [Finding("signals along the auxiliary model", figures["rows"])]
+    return TABLES[name](figures)
 
 
 def _membership(run: RunDirectory, options: Options) -> None:
@@ -95,23 +100,11 @@ def _inversion(run: RunDirectory, options: Options) -> None:
 
 
 AUDITS: dict[str, Audit] = {
-    "traffic": Audit(
-        lambda folder, options, watcher: {"messages": traffic(folder)},
-        lambda figures: [Finding("messages", figures["messages"])],
-        lambda run, options: traffic(run.path),
-    ),
-    "disclosure": Audit(lambda folder, options, watcher: dict(measure_disclosure(folder)), disclosure_tables),
-    "depths": Audit(
-        lambda folder, options, watcher: {"rows": measure_depths(folder)},
-        lambda figures: [Finding("signals along the auxiliary model", figures["rows"])],
-        lambda run, options: check_depths(run),
-    ),
-    "model": Audit(lambda folder, options, watcher: audit_model(folder, watcher=watcher), model_tables, lambda run, options: check_audited(run)),
-    "membership": Audit(
-        lambda folder, options, watcher: audit_membership(folder, shadows=options.shadows, most=options.records, watcher=watcher),
-        membership_tables,
-        _membership,
-    ),
-    "inversion": Audit(lambda folder, options, watcher: audit_inversion(folder, examples=options.texts, watcher=watcher), inversion_tables, _inversion),
-    "epsilon": Audit(lambda folder, options, watcher: audit_epsilon(folder, watcher=watcher), epsilon_tables, lambda run, options: check_promise(run)),
+    "traffic": Audit(lambda folder, options, watcher: {"messages": traffic(folder)}, lambda run, options: traffic(run.path)),
+    "disclosure": Audit(lambda folder, options, watcher: dict(measure_disclosure(folder))),
+    "depths": Audit(lambda folder, options, watcher: {"rows": measure_depths(folder)}, lambda run, options: check_depths(run)),
+    "model": Audit(lambda folder, options, watcher: audit_model(folder, watcher=watcher), lambda run, options: check_audited(run)),
+    "membership": Audit(lambda folder, options, watcher: audit_membership(folder, shadows=options.shadows, most=options.records, watcher=watcher), _membership),
+    "inversion": Audit(lambda folder, options, watcher: audit_inversion(folder, examples=options.texts, watcher=watcher), _inversion),
+    "epsilon": Audit(lambda folder, options, watcher: audit_epsilon(folder, watcher=watcher), lambda run, options: check_promise(run)),
 }

@@ -27,13 +27,13 @@ class Finding:
     note: str = ""
 
 
-def read_found(folder: Path, file: str, *needed: str) -> Figures | None:
+def read_found(folder: Path, file: str) -> Figures | None:
     """The figures that an audit left in a run's folder; None where it was not done.
 
     Raises:
         RunError: the file is damaged.
     """
-    return read_json(folder / file, *needed) if (folder / file).exists() else None
+    return read_json(folder / file) if (folder / file).exists() else None
 
 
 def found_tables(folder: Path) -> dict[str, list[Finding]]:
@@ -42,18 +42,12 @@ def found_tables(folder: Path) -> dict[str, list[Finding]]:
     Raises:
         RunError: a file is damaged.
     """
-    readers: dict[str, tuple[str, Callable[[Figures], list[Finding]]]] = {
-        "disclosure": (DISCLOSURE, disclosure_tables),
-        "model": (MODEL, model_tables),
-        "membership": (MEMBERSHIP, membership_tables),
-        "inversion": (INVERSION, inversion_tables),
-        "epsilon": (EPSILON, epsilon_tables),
-    }
     tables = {}
-    for name, (file, read) in readers.items():
+    for name, tables_of in TABLES.items():
+        file = f"{name}.json"
         if (figures := read_found(folder, file)) is not None:
             try:
-                tables[name] = read(figures)
+                tables[name] = tables_of(figures)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise RunError(f"{folder / file} is not what fedsp wrote ({error!r}): measure it again with `fedsp audit {folder} --only {name}`") from error
     return tables
@@ -205,3 +199,13 @@ def interval(found: Any, form: str) -> str:
         return "too few others"
     value, low, high = (form.format(number) for number in found)
     return f"{value} [{low}, {high}]"
+
+
+TABLES: dict[str, Callable[[Figures], list[Finding]]] = {
+    "disclosure": disclosure_tables,
+    "model": model_tables,
+    "membership": membership_tables,
+    "inversion": inversion_tables,
+    "epsilon": epsilon_tables,
+}
+"""The tables of what the audit of each name left in its file."""
