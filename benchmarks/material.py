@@ -1,11 +1,15 @@
-"""Questions and a tokenizer to measure with: those of a folder with models/tiny-science and data/qa, or else of the Hugging Face hub."""
+"""Questions, a tokenizer and models to measure with: those of a folder with models/tiny-science and data/qa, or else of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
 from fedsp.data.tasks import Example, examples_of, find_task, load_rows
+from fedsp.models import Tokenizer
 
 
 def add_reference(parser: argparse.ArgumentParser) -> None:
@@ -21,3 +25,11 @@ def questions(reference: Path | None, task: str, split: str) -> list[Example]:
 
 def model_name(reference: Path | None) -> str:
     return str(reference / "models" / "tiny-science") if reference else "gpt2"
+
+
+def random_gpt2(folder: str, tokenizer: Tokenizer) -> str:
+    """A folder with random weights in the shape of GPT-2, its vocabulary included, and this tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(GPT2Config()).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

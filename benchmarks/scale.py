@@ -2,25 +2,28 @@
 
     python benchmarks/scale.py OUTPUT [--clients 10000] [--rounds 20]
 
-The embedded model, four questions for each client, five steps on them for each client that is asked. Loop time is the time of a round less that in gradient
-steps: sampling, opening clients, messages packed and unpacked, admission, aggregation, journal and checkpoint.
+The embedded model, four questions for each client, five steps on them for each client that is asked. A round is timed from the end of one to the end of the
+next, and training is gradient steps alone; loop time is all else: sampling, opening clients and writing what they keep, messages packed and unpacked, admission,
+aggregation, prompts, journal and checkpoint. Each run is a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedsp import commands
+from fedsp import commands, fitting
 from fedsp.display import quiet_libraries
-from fedsp.rounds import RoundRecord
 from fedsp.server import EMBEDDED, Watcher
 
 ASKED = (25, 50, 100, 200)
@@ -52,28 +55,40 @@ def resident() -> float:
 
 def measure(folder: Path, clients: int, asked: int, rounds: int, **changes: Any) -> dict[str, Any]:
     memory: list[float] = []
-    records: list[RoundRecord] = []
+    ends: list[float] = []
+    training: list[float] = []
+    trained, descend = 0.0, fitting.descend
 
-    def round_done(record: RoundRecord, _: int) -> None:
+    def timed(*given: Any, **named: Any) -> Any:
+        nonlocal trained
+        begun = time.perf_counter()
+        done = descend(*given, **named)
+        trained += time.perf_counter() - begun
+        return done
+
+    def round_done(*_: object) -> None:
         memory.append(resident())
-        records.append(record)
+        ends.append(time.perf_counter())
+        training.append(trained)
 
     started = time.perf_counter()
+    fitting.descend = timed
     commands.run(settings(folder, clients, asked, rounds, **changes), watcher=Watcher(round_done=round_done))
-    loop = [record.seconds - record.seconds_training for record in records]
+    whole = [after - before for before, after in itertools.pairwise(ends)]  # all rounds but the first
+    loop = [seconds - (after - before) for seconds, (before, after) in zip(whole, itertools.pairwise(training), strict=True)]
     files = [path for path in (folder / "run").rglob("*") if path.is_file()]
     return {
         "registered": clients,
         "asked": asked,
         "rounds": rounds,
-        "seconds of a round": statistics.median(record.seconds for record in records),
-        "loop, share of training": sum(loop) / sum(record.seconds_training for record in records),
+        "seconds of a round": statistics.median(whole),
+        "loop, share of training": sum(loop) / (sum(whole) - sum(loop)),
         "loop, ms for each client asked": 1000 * statistics.median(loop) / asked,
         "MiB after round 2": memory[1],
         "MiB after the last": memory[-1],
         "files": len(files),
         "disk, MiB": sum(path.stat().st_size for path in files) / 2**20,
-        "start and end, seconds": time.perf_counter() - started - sum(record.seconds for record in records),
+        "start, first round and end, seconds": time.perf_counter() - started - sum(whole),
     }
 
 
@@ -82,16 +97,25 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--clients", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
     given = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
     kept = {"client": {"speak_steps": 5, "batch_size": 4, "keep_optimizer": True}, "compression": {"up": "top_k(0.1)", "down": "int8"}}
-    runs = [("whole", given.clients, 100, given.rounds, {}), ("resting", given.clients, 100, given.rounds, kept)]
-    runs += [(f"asked-{asked}", given.clients, asked, 4, {}) for asked in ASKED]
-    runs += [("few", 200, 100, 4, {})]
+    runs: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+        "whole": (given.clients, 100, given.rounds, {}),
+        "resting": (given.clients, 100, given.rounds, kept),
+        **{f"asked-{asked}": (given.clients, asked, 4, {}) for asked in ASKED},
+        "few": (200, 100, 4, {}),
+    }
+    if given.run:
+        clients, asked, rounds, changes = runs[given.run]
+        print(json.dumps({"run": given.run, **measure(given.output / given.run, clients, asked, rounds, **changes)}))
+        return
     found = []
-    for name, clients, asked, rounds, changes in runs:
-        found.append({"run": name, **measure(given.output / name, clients, asked, rounds, **changes)})
+    for name in runs:
+        command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
+        found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
         print(json.dumps(found[-1]), flush=True)
     names = list(found[0])
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")

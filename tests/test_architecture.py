@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "fedsp"
 FLOORS = [
     {"errors", "frames", "codings", "rows", "engines.leash", "__init__"},
-    {"storage", "payload", "config", "comparison", "engines.channel", "engines.processes", "data.topics", "audit.epsilon"},
+    {"blocks", "storage", "payload", "config", "comparison", "engines.channel", "engines.processes", "data.topics", "audit.epsilon"},
     {"config_file", "rounds", "models", "compression", "data.files", "credentials", "engines.flower", "privacy", "robust", "audit.statistics"},
     {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate", "engines.pinned", "weights", "queries"},
     {"data.encoding", "engines.remote", "attacks"},
@@ -51,7 +51,7 @@ FLOORS = [
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 EMPTY = {"audit.__init__", "data.__init__", "engines.__init__", "methods.__init__"}
 ONLY_IN = {
-    "transformers": {"models", "loading", "auxiliary", "display", "queries"},
+    "transformers": {"blocks", "models", "loading", "auxiliary", "display", "queries"},
     "dp_accounting": {"privacy"},
     "flwr": {"engines.flower", "engines.simulation", "engines.app.messenger"},
     "ray": {"engines.simulation"},

@@ -318,7 +318,7 @@ def test_the_epsilon_of_a_client_level_run_is_not_refuted(tmp_path: Path, monkey
 def test_what_a_run_does_not_allow_is_said_and_the_rest_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"])
     for name in ("model", "membership", "inversion"):
-        monkeypatch.setitem(AUDITS, name, Audit(lambda *_: {"done": 1}))
+        monkeypatch.setitem(AUDITS, name, Audit(lambda *_: {"done": 1}, lambda _: []))
     found = audited(folder)
     assert found["membership"] == {"done": 1} and "the audit needs 1000 canaries" in found["epsilon"]["not_done"]
     (finding,) = findings("epsilon", found["epsilon"])

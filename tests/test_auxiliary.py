@@ -136,15 +136,34 @@ def test_teacher_states_are_read_once_and_are_the_same_from_the_disk(options: di
     texts = [list(range(5, 5 + length)) for length in (9, 12, 7, 12)]
     how = Distillation(6, 2, Optimisation(1e-3), **options)
     found = []
-    for bound in (1 << 30, 0):
+    read_again: Any = lambda kept, indices, read: read(indices)
+    for bound in (1 << 30, 0, None):
+        if bound is None:
+            monkeypatch.setattr(distillation.Kept, "get", read_again)
         monkeypatch.setattr(distillation, "IN_MEMORY", bound)
         read: list[int] = []
         handle = teacher.backbone.register_forward_pre_hook(lambda *seen, rows=read: rows.append(len(seen[2]["input_ids"])), with_kwargs=True)
         auxiliary = build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER)
         found.append((distill(auxiliary, teacher, texts, how, seed=0), tensors_digest(auxiliary.weights())))
         handle.remove()
-        assert sum(read) == len(texts), "six steps of two texts, and each of the four was read once"
+        assert sum(read) == (12 if bound is None else 4), "six steps of two texts, and each of the four was read once"
     assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(found[2][0], rel=1e-4), "as if it were read again in each step"
+
+
+def test_states_are_kept_of_texts_that_are_read_twice_and_of_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, made = load_model(str(EMBEDDED / "model"), device="cpu"), []
+
+    class Watched(distillation.Kept):
+        def __init__(self, drawn: Any, longest: int) -> None:
+            made.append((sorted(drawn), longest))
+            super().__init__(drawn, longest)
+
+    monkeypatch.setattr(distillation, "Kept", Watched)
+    texts = [list(range(5, 5 + length)) for length in (3, 4, 9)]
+    for steps in (3, 4):
+        distill(build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER), teacher, texts, Distillation(steps, 1, Optimisation(1e-3)), seed=0)
+    assert made == [([0, 1, 2], 9)], "three steps read each text once"
 
 
 def test_no_room_for_teacher_states_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +175,7 @@ def test_no_room_for_teacher_states_is_one_clear_sentence(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(StorageError, match=r"the teacher's states need 0\.0 GiB in .* \(No space left on device\): set TMPDIR to a folder with more room"):
-        distill(build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER), teacher, [[5, 6, 7]], Distillation(1, 1, Optimisation(1e-3)), seed=0)
+        distill(build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER), teacher, [[5, 6, 7]], Distillation(2, 1, Optimisation(1e-3)), seed=0)
 
 
 def test_a_few_packed_texts_are_the_first_of_many() -> None:

@@ -69,6 +69,7 @@ def test_a_model_takes_trees_up_to_its_window() -> None:
     assert all(room.values()), room
     model = tiny_model("llama")
     model.model.config.sliding_window = 16
+    model.model.config.sliding_window_pattern = 4  # in EXAONE 4, and with a leading underscore in Gemma 3: not how wide, but at which layers
     assert model.room_for_trees == 16
     other = tiny_model("gpt2")
     assert other.room_for_trees == other.max_positions

@@ -20,6 +20,7 @@ from fedsp.errors import ConfigurationError, ModelError, RunError
 from fedsp.fitting import answer_loss
 from fedsp.loading import load_model, load_tokenizer, reduce_precision
 from fedsp.models import PromptedLM
+from fedsp.plan import make_plan
 from fedsp.prompts import PromptSpec, SoftPrompt, Space
 from fedsp.runs import RunDirectory
 from fedsp.server import EMBEDDED
@@ -63,6 +64,11 @@ def test_a_global_model_in_fewer_bits_gives_nearly_the_same_gradients(precision:
     loss, cosine, share = BITS[precision]
     near(learned(few, space), learned(whole, space), loss, cosine)
     assert size(few) < share * size(whole)
+    config = make_config(
+        {"model": {"name": MODEL, "device": "cpu", "precision": precision}, "data": {}, "prompt": {"init": "normal"}, "auxiliary": {"folder": "package"}}
+    )
+    planned = make_plan(config, 3)
+    assert planned.server_memory_bytes - 16 * planned.prompt_parameters == pytest.approx(size(few), rel=0.1)
 
 
 @pytest.mark.parametrize(("family", "precision"), [("embedded", "bfloat16"), ("embedded", "8bit"), ("embedded", "4bit"), ("llama", "8bit")])
@@ -78,17 +84,27 @@ def test_an_auxiliary_model_is_reduced_where_it_stands_and_shares_go_on(precisio
 
 
 @pytest.mark.parametrize("space", ["residual", "key_value"])
-def test_a_model_in_several_places_gives_the_same_numbers(tmp_path: Path, space: Any) -> None:
+def test_a_model_in_several_places_gives_the_same_numbers(tmp_path: Path, space: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate brings the last layers from the disk, each time they are needed."""
     whole = load_model(MODEL, device="cpu")
     outside = dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"), "cpu")
     places = outside | {f"transformer.h.{layer}": "cpu" if layer < 5 else "disk" for layer in range(8)}
-    spread = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, device_map=places, offload_folder=str(tmp_path)).requires_grad_(False)
-    loss, gradient = learned(PromptedLM(spread, "spread"), space)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "large"))
+    (tmp_path / "large").mkdir()
+    older = tmp_path / "older"
+    whole.model.config.save_pretrained(older)
+    torch.save(whole.model.state_dict(), older / "pytorch_model.bin")
+    read = AutoModelForCausalLM.from_pretrained
     expected = learned(whole, space)
-    assert loss == expected[0] and torch.equal(gradient, expected[1])
-    loss, gradient = learned(load_model(MODEL, device="split"), space)
-    assert loss == expected[0] and torch.equal(gradient, expected[1])
+    for name, device_map in ((MODEL, "auto"), (MODEL, places), (str(older), places)):
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, to=device_map, **given: read(name, **given | {"device_map": to}))
+        spread = load_model(name, device="split")
+        on_disk = [parameter for parameter in spread.model.parameters() if parameter.device.type == "meta"]
+        assert bool(on_disk) == (device_map == places)
+        loss, gradient = learned(spread, space)
+        assert loss == expected[0] and torch.equal(gradient, expected[1])
+        if name == str(older):
+            assert any((tmp_path / "large").rglob("*.safetensors")), "what is no safetensors is written anew, where it can be read in parts"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

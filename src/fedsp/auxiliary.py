@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from fedsp.blocks import find_blocks
 from fedsp.errors import AuxiliaryError, ConfigurationError, StorageError
 from fedsp.fitting import Tensors, trainable
 from fedsp.loading import empty_model, load_tokenizer, tokenizer_digest
-from fedsp.models import ModelShape, Positions, PromptedLM, Tokenizer, find_blocks
+from fedsp.models import ModelShape, Positions, PromptedLM, Tokenizer
 from fedsp.storage import read_tensors, tensors_digest, write_json, write_tensors
 
 MANIFEST = "auxiliary.json"

@@ -186,35 +186,14 @@ def audit(
     json_file: Json = None,
 ) -> None:
     """Measure what finished runs gave away: of the model to clients, of the text to the server and to others. `fedsp report` shows what was measured."""
-    from fedsp.audit.account import account
-    from fedsp.audit.auditing import Options, check, findings, refusal
-    from fedsp.audit.auditing import audit as run_audits
+    from fedsp.audit.auditing import Options, audit_runs
     from fedsp.display import Display
-    from fedsp.runs import RunDirectory
 
-    options = Options(shadows, records, texts)
-    wanted = {folder: check(folder, only, options) for folder in folders}
-    found, refused = {}, []
     with Display() as display:
-        for folder, names in wanted.items():
-            figures = run_audits(folder, names, options, display.watcher())
-            for name, some in figures.items():
-                for finding in findings(name, some):
-                    display.finding(f"{folder}, {name}: {finding.title}", finding.rows, finding.note)
-            refused.append(refusal(figures, only))
-            found[str(folder)] = figures
-            if not RunDirectory.open(folder).finished:
-                continue
-            try:
-                told = account(folder)
-            except RunError as error:  # a damaged file of an earlier audit must not cost what was found now
-                refused.append(str(error))
-                continue
-            display.finding(f"{folder}: {told.title}", told.rows, told.note)
-            found[str(folder)] = {"account": {row["question"]: row["answer"] for row in told.rows}, **figures}
+        found, refused = audit_runs(folders, only, Options(shadows, records, texts), display.watcher(), display.finding)
     _write(json_file, found)
-    if why := next(filter(None, refused), ""):
-        raise RunError(why)
+    if refused:
+        raise RunError(refused)
 
 
 @app.command()

@@ -341,6 +341,10 @@ class RunConfig(Section):
             raise ValueError("aggregation.max_loss_rise: the gate needs validation.by = 'server'")
         if self.aggregation.robust and self.round.weighting != "uniform":
             raise ValueError("round.weighting: rules for lying clients weigh nobody, and neither do mixing and norm_bound; set it to 'uniform'")
+        if self.aggregation.rule in ("median", "trimmed_mean") and not self.aggregation.mixing and self.compression.up.startswith("top_k"):
+            raise ValueError(
+                f"compression.up: with top_k each client names other numbers, and aggregation.rule = {self.aggregation.rule!r} without mixing takes nearly all of them for zero; set aggregation.mixing, or int8"
+            )
         if self.aggregation.rule == "trust" and not self.server.steps:
             raise ValueError("aggregation.rule: trust goes by the server's own step; set server.steps above 0")
         self._private()

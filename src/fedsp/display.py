@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from fedsp.audit.tables import Finding
 from fedsp.rounds import RoundRecord
 from fedsp.server import Watcher
 
@@ -61,11 +62,11 @@ class Display:
     def print(self, what: RenderableType) -> None:
         self.console.print(what, highlight=False, markup=False)
 
-    def finding(self, title: str, rows: Sequence[Mapping[str, Any]], note: str) -> None:
-        """Rows as a table, and below it what its words mean."""
-        self.print(rows_table(title, rows))
-        if note:
-            self.print(Padding(Text(note, style="dim"), (0, 0, 1, 1)))
+    def finding(self, found: Finding) -> None:
+        """A table, and below it what its words mean."""
+        self.print(rows_table(found.title, found.rows))
+        if found.note:
+            self.print(Padding(Text(found.note, style="dim"), (0, 0, 1, 1)))
 
     def _distilled(self, step: int, steps: int, loss: float) -> None:
         left = self._advance("distillation", step, steps, f"loss {loss:.4f}")

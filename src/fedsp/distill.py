@@ -11,7 +11,8 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,7 @@ from fedsp.models import PromptedLM, Tokenizer, hidden_at_depths
 from fedsp.prompts import SoftPrompt
 from fedsp.rounds import derive_seed
 from fedsp.rows import pad
+from fedsp.storage import room_for_large_files
 
 Sequences = Sequence[Sequence[int]]
 Progress = Callable[[int, float], None]
@@ -72,7 +74,9 @@ def distill(
     """
     if not how.steps:
         return []
-    kept = None if how.proxy_prompts else Kept(len(texts), max(len(text) for text in texts))
+    order = _order(len(texts), how, seed)
+    drawn = Counter(index for indices in order for index in indices)
+    kept = Kept(drawn, max(len(texts[index]) for index in drawn)) if max(drawn.values()) > 1 and not how.proxy_prompts else None
     steps = 0
 
     def loss(indices: list[int]) -> Tensor:
@@ -88,7 +92,7 @@ def distill(
         progress(steps, float(value.detach()))
         return value
 
-    return fit(auxiliary.distillable(), loss, _order(len(texts), how, seed), how.optimisation).losses
+    return fit(auxiliary.distillable(), loss, order, how.optimisation).losses
 
 
 def _loss(student: PromptedLM, teacher: PromptedLM, hidden: list[Tensor], states: list[Tensor], mask: Tensor, how: Distillation) -> Tensor:
@@ -104,37 +108,41 @@ def _loss(student: PromptedLM, teacher: PromptedLM, hidden: list[Tensor], states
 
 
 class Kept:
-    """What the teacher made of each text, float32, read once. What is larger than `IN_MEMORY` bytes in all lies in files without names, which go with the
-    process.
+    """What the teacher made of each text that is drawn, float32, read once. What is larger than `IN_MEMORY` bytes in all lies in files without
+    names, which go with the process.
 
     Raises (from `get`):
         StorageError: the disk has no room for it.
     """
 
-    def __init__(self, texts: int, longest: int) -> None:
-        self._size = (texts, longest)
+    def __init__(self, drawn: Iterable[int], longest: int) -> None:
+        self._rows = {index: row for row, index in enumerate(sorted(drawn))}
+        self._longest = longest
         self._states: list[Tensor] = []
-        self._known = torch.zeros(texts, dtype=torch.bool)
+        self._known: set[int] = set()
 
     def get(self, indices: list[int], read: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
         """The states of some texts, (B, longest, D) for each depth; `read` gives those that are not known yet."""
-        new = [index for index in dict.fromkeys(indices) if not self._known[index]]
+        new = [index for index in dict.fromkeys(indices) if index not in self._known]
         if new:
             states = read(new)
             if not self._states:
-                shapes = [(*self._size, state.shape[-1]) for state in states]
+                shapes = [(len(self._rows), self._longest, state.shape[-1]) for state in states]
                 large = 4 * sum(math.prod(shape) for shape in shapes) > IN_MEMORY
                 self._states = [_on_disk(math.prod(shape)).view(shape) if large else torch.zeros(shape) for shape in shapes]
             for kept, state in zip(self._states, states, strict=True):
-                kept[torch.tensor(new), : state.shape[1]] = state.cpu()
-            self._known[new] = True
-        return [kept[torch.tensor(indices)] for kept in self._states]
+                kept[self._at(new), : state.shape[1]] = state.cpu()
+            self._known |= set(new)
+        return [kept[self._at(indices)] for kept in self._states]
+
+    def _at(self, indices: list[int]) -> Tensor:
+        return torch.tensor([self._rows[index] for index in indices])
 
 
 def _on_disk(count: int) -> Tensor:
     """So many float32 numbers in a file that is gone from its folder already."""
-    size = 4 * count
-    with tempfile.NamedTemporaryFile(prefix="fedsp-teacher-states-") as file:
+    size, folder = 4 * count, room_for_large_files()
+    with tempfile.NamedTemporaryFile(prefix="fedsp-teacher-states-", dir=folder) as file:
         try:
             if sys.platform == "linux":
                 os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end the process without a word
@@ -142,7 +150,7 @@ def _on_disk(count: int) -> Tensor:
                 file.truncate(size)
         except OSError as error:
             raise StorageError(
-                f"the teacher's states need {size / 2**30:.1f} GiB in {tempfile.gettempdir()} ({error.strerror}): set TMPDIR to a folder with more room, or make distill.sequences smaller"
+                f"the teacher's states need {size / 2**30:.1f} GiB in {folder} ({error.strerror}): set TMPDIR to a folder with more room, or make distill.sequences smaller"
             ) from error
         return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+import weakref
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsp.errors import ModelError, first_line
 from fedsp.models import Positions, PromptedLM, Tokenizer
+from fedsp.storage import room_for_large_files
 
 Precision = Literal["auto", "float32", "bfloat16", "8bit", "4bit"]
 """Of frozen weights; prompts, gradients and optimizer state are float32 always. `8bit` is LLM.int8 (Dettmers et al., NeurIPS 2022,
@@ -57,10 +60,15 @@ def load_model(name: str, *, device: str = "auto", positions: Positions = "huggi
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32,
         )
+    offloaded = tempfile.TemporaryDirectory(prefix="fedsp-offloaded-", dir=room_for_large_files()) if device == SPLIT else None
+    if offloaded:
+        placed["offload_folder"] = offloaded.name
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if half else torch.float32, trust_remote_code=False, **placed)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load the weights of the model {name!r}: {first_line(error)}") from error
+    if offloaded:
+        weakref.finalize(model, offloaded.cleanup)
     model.requires_grad_(False)
     _mend_4bit(model, "model.precision")
     return PromptedLM(model if placed else model.to(where), name, positions=positions)

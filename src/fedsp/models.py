@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.cache_utils import Cache, DynamicLayer
 
+from fedsp.blocks import Captured, CapturingCache, FixedLayer, find_blocks, fused, hidden_of, hooked, runs_on
 from fedsp.errors import ModelError
 from fedsp.rows import Padded, Trees, grow, pack
 
@@ -42,30 +42,6 @@ class ModelShape:
 
     def __str__(self) -> str:
         return f"{self.layers} layers, {self.heads} key/value heads of {self.head_size}, hidden size {self.hidden}"
-
-
-class _Captured(Exception):
-    """Carries keys and values out of a block before it does the work that nobody needs."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-
-
-class _CapturingCache(Cache):  # type: ignore[misc]
-    """A cache that stops the block at the moment its keys and values are known."""
-
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        raise _Captured(key_states, value_states)
-
-
-class _FixedLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values that are read, and never added to: a step may read them twice."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
 class PromptedLM(nn.Module):
@@ -89,7 +65,7 @@ class PromptedLM(nn.Module):
         prompt_shape: ModelShape | None = None,
     ) -> None:
         super().__init__()
-        self.model = _fused(model.eval())
+        self.model = fused(model.eval())
         self.name = name
         self.positions: Positions = positions
         self.recompute = False
@@ -97,7 +73,6 @@ class PromptedLM(nn.Module):
         self.backbone: nn.Module = getattr(model, model.base_model_prefix, model)
         self.head = model.get_output_embeddings()
         self._first = (next(model.parameters()),)  # in a tuple, so that it is not this module's own
-        self._device = _runs_on(model, self._first[0])
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self.path_of_blocks, self.blocks = find_blocks(self.backbone, model.config.get_text_config().num_hidden_layers, name)
@@ -108,8 +83,7 @@ class PromptedLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where tokens are read and last hidden states come back; layers may be elsewhere."""
-        where = self._first[0].device
-        return self._device if where.type == "meta" else where
+        return runs_on(self.model, self._first[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,7 +121,7 @@ class PromptedLM(nn.Module):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=None if prefix is None else self.cache(prefix, batch, _FixedLayer),
+                past_key_values=None if prefix is None else self.cache(prefix, batch, FixedLayer),
                 use_cache=prefix is not None,
             )
         hidden: Tensor = output.last_hidden_state.to(self.device)
@@ -188,7 +162,7 @@ class PromptedLM(nn.Module):
                 input_ids=trees.ids,
                 attention_mask=torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, torch.finfo(self.dtype).min),
                 position_ids=trees.positions + (length if self.positions == "hugging_face" else 0),
-                past_key_values=None if prefix is None else self.cache(prefix, batch, _FixedLayer),
+                past_key_values=None if prefix is None else self.cache(prefix, batch, FixedLayer),
                 use_cache=prefix is not None,
             )
         hidden: Tensor = output.last_hidden_state.to(self.device)
@@ -202,7 +176,11 @@ class PromptedLM(nn.Module):
         Tried out on a small tree, which one of the branches stands in twice: it must be read as by itself, in both places alike, whatever another branch says.
         """
         text = self.model.config.get_text_config().to_dict()
-        windows = [value for name, value in text.items() if re.search(r"window|chunk", name) and "layers" not in name and type(value) is int and value > 0]
+        windows = [
+            value
+            for name, value in text.items()
+            if re.search(r"window|chunk", name) and not re.search("layers|pattern", name) and type(value) is int and value > 0
+        ]
         context, branch = [1, 2, 3], [4, 5]
         prefix = torch.randn(2, self.shape.layers, 2, self.shape.heads, self.shape.head_size, generator=torch.Generator().manual_seed(0)).to(self.device)
 
@@ -267,13 +245,10 @@ class PromptedLM(nn.Module):
         per_layer = prefix.to(self.dtype).permute(2, 3, 0, 4, 1, 5)  # (L, 2, B, H, P, K)
         layers = [kind() for _ in self.blocks]
         for layer, block, (keys, values) in zip(layers, self.blocks, per_layer, strict=True):
-            where = self._block_device(block)
+            where = runs_on(block, next(block.parameters()))
             layer.lazy_initialization(keys.to(where), values.to(where))
             layer.keys, layer.values = keys.to(where), values.to(where)
         return Cache(layers=layers)
-
-    def _block_device(self, block: nn.Module) -> torch.device:
-        return _runs_on(block, next(block.parameters()))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V), float32, of last hidden states (..., D)."""
@@ -289,11 +264,11 @@ class PromptedLM(nn.Module):
             self._block_calls[length] = self._record_block_calls(length)
         layers = []
         for layer, (block, (arguments, named)) in enumerate(zip(self.blocks, self._block_calls[length], strict=True)):
-            probe = _CapturingCache()
+            probe = CapturingCache()
             hidden = batch[:, :, layer].to(self.dtype)
             try:
                 block(hidden, *(_swap(value, probe) for value in arguments), **{key: _swap(value, probe) for key, value in named.items()})
-            except _Captured as captured:
+            except Captured as captured:
                 layers.append(torch.stack([captured.keys, captured.values]).permute(1, 3, 0, 2, 4).to(self.device))  # (B, P, 2, H, K)
             else:
                 raise ModelError(
@@ -306,8 +281,8 @@ class PromptedLM(nn.Module):
     def activations(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """What tokens (P,) leave behind in the model: block inputs (P, L, D), and keys and values (P, L, 2, H, K)."""
         cache, inputs = DynamicCache(), []
-        record: Callable[..., None] = lambda _module, arguments, named: inputs.append(_hidden_of(arguments, named)[0])
-        with _hooked(self.blocks, record):
+        record: Callable[..., None] = lambda _module, arguments, named: inputs.append(hidden_of(arguments, named)[0])
+        with hooked(self.blocks, record):
             self.backbone(input_ids=input_ids[None], attention_mask=torch.ones_like(input_ids)[None], past_key_values=cache, use_cache=True)
         pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])  # (L, 2, H, P, K)
         return torch.stack(inputs, dim=1).float(), pairs.permute(3, 0, 1, 2, 4).float()
@@ -318,7 +293,7 @@ class PromptedLM(nn.Module):
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         record: Callable[..., None] = lambda _module, arguments, named: calls.append((arguments[1:], {k: v for k, v in named.items() if k != "hidden_states"}))
         tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
-        with _hooked(self.blocks, record):
+        with hooked(self.blocks, record):
             self.backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=DynamicCache(), use_cache=True)
         return calls
 
@@ -332,7 +307,7 @@ class PromptedLM(nn.Module):
             raise ModelError(f"{self.name} ({config.model_type}) has no output head that fedsp can find")
         tokens = torch.arange(4, device=self.device)[None]
         width: list[int] = []
-        with _hooked(self.blocks, lambda _module, arguments, named: width.append(_hidden_of(arguments, named).shape[-1])):
+        with hooked(self.blocks, lambda _module, arguments, named: width.append(hidden_of(arguments, named).shape[-1])):
             output = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
         cache = getattr(output, "past_key_values", None)
         layers = getattr(cache, "layers", None)
@@ -352,61 +327,13 @@ def length_of(prefix: Tensor | None) -> int:
     return 0 if prefix is None else prefix.shape[-5]
 
 
-def find_blocks(backbone: nn.Module, layers: int, name: str) -> tuple[str, nn.ModuleList]:
-    """The list of the model's blocks, found by their number, and its path below the backbone.
-
-    Raises:
-        ModelError: there is no list of that many modules.
-    """
-    for path, module in backbone.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            return path, module
-    raise ModelError(f"{name} has no list of {layers} blocks, so fedsp cannot tell its layers apart")
-
-
-def _fused(model: PreTrainedModel) -> PreTrainedModel:
-    """GPT-2's own form of GELU in eight operations, which keep eight tensors for the backward pass, as the one operation that it is."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, GELUTanh())
-    return model
-
-
-def _runs_on(module: nn.Module, parameter: Tensor) -> torch.device:
-    """Where a module computes: where its weights are, or, where accelerate brings them from elsewhere, where to."""
-    places = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in module.modules())
-    found = next((place for place in places if place is not None), None)
-    return parameter.device if found is None else torch.device(found)
-
-
 def hidden_at_depths(model: PromptedLM, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None = None) -> list[Tensor]:
     """The input of every block and then the last hidden states, L + 1 tensors (B, T, D), with gradients."""
     inputs: list[Tensor] = []
-    with _hooked(model.blocks, lambda _module, arguments, named: inputs.append(_hidden_of(arguments, named))):
+    with hooked(model.blocks, lambda _module, arguments, named: inputs.append(hidden_of(arguments, named))):
         last = model.read_padded(input_ids, attention_mask, prefix)
     return [*inputs, last]
 
 
-def _swap(value: Any, probe: _CapturingCache) -> Any:
+def _swap(value: Any, probe: CapturingCache) -> Any:
     return probe if isinstance(value, Cache) else value
-
-
-def _hidden_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    hidden: Tensor = arguments[0] if arguments else named["hidden_states"]
-    return hidden
-
-
-@contextmanager
-def _hooked(blocks: nn.ModuleList, record: Callable[..., Any]) -> Iterator[None]:
-    """Call `record(module, arguments, named arguments)` before each block for as long as the context lasts."""
-
-    def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        record(module, arguments, named)
-
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

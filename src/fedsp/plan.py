@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from fedsp.auxiliary import embedding_parameters, empty_auxiliary, parse_plan, planned_config
+from fedsp.blocks import find_blocks
 from fedsp.codings import Coding, parse_coding
 from fedsp.compression import write_values
 from fedsp.config import RunConfig
 from fedsp.fitting import trainable
-from fedsp.loading import empty_model, read_model_config
-from fedsp.models import ModelShape, find_blocks
+from fedsp.loading import NF4_BLOCK, SPLIT, Precision, empty_model, read_model_config
+from fedsp.models import ModelShape
 from fedsp.payload import PROMPT, pack
 from fedsp.prompts import PromptSpec
 from fedsp.server import model_name
@@ -58,7 +59,7 @@ class Plan:
 def make_plan(config: RunConfig, clients: int) -> Plan:
     """Count everything that the configuration implies for a run with so many clients.
 
-    Memory is weights, gradients and AdamW's moments in float32; activations come on top. The disclosed share is what stays bit for bit
+    Memory is weights in their precision, and gradients and AdamW's moments in float32; activations come on top. The disclosed share is what stays bit for bit
     after distillation; the handed-out share is what would, with no distillation. Embeddings that are not handed out verbatim count in neither.
 
     Raises:
@@ -91,6 +92,8 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
     tokens = min(config.data.max_tokens or TEXT_TOKENS, TEXT_TOKENS)
     forward = forward_operations(auxiliary, plan.depth, spec.length, tokens)
     client, server = config.client, config.server
+    cuda = config.model.device.startswith("cuda") or (config.model.device in ("auto", SPLIT) and torch.cuda.is_available())
+    server_precision = "bfloat16" if config.model.precision == "auto" and cuda else config.model.precision
     return Plan(
         model=name,
         layers=list(plan.sources),
@@ -106,8 +109,9 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
         client_operations_align=3 * forward * client.batch_size if client.align_steps else 0.0,
         client_operations_speak=2 * forward * client.batch_size if client.speak_steps else 0.0,
         server_operations=2 * forward_operations(model, shape.layers, spec.length, tokens) * server.batch_size if server.steps else 0.0,
-        client_memory_bytes=BYTES_PER_NUMBER * (small + 4 * prompt + (3 * small if client.align_steps else 0)),
-        server_memory_bytes=BYTES_PER_NUMBER * (whole + 4 * prompt),
+        client_memory_bytes=_weight_bytes(auxiliary, plan.depth, config.auxiliary.precision)
+        + BYTES_PER_NUMBER * (4 * prompt + (3 * small if client.align_steps else 0)),
+        server_memory_bytes=_weight_bytes(model, shape.layers, server_precision) + BYTES_PER_NUMBER * 4 * prompt,
         disclosed_share=verbatim / whole,
         handed_out_share=handed / whole,
         tokens_per_example=tokens,
@@ -137,6 +141,15 @@ def forward_operations(model: Any, depth: int, prompt: int, tokens: int) -> floa
     attention: float = 4.0 * depth * text.num_attention_heads * shape.head_size * tokens * (prompt + tokens)
     operations: float = 2.0 * weights * tokens + attention + 2.0 * shape.hidden * text.vocab_size * min(tokens, ANSWER_TOKENS)
     return operations
+
+
+def _weight_bytes(model: Any, depth: int, precision: Precision) -> int:
+    """What the weights of a model take: in few bits the matrices of its blocks, each scale of `4bit` in float32; all else as large as in its precision."""
+    each = 2 if precision == "bfloat16" else BYTES_PER_NUMBER
+    few = {"8bit": 1.0, "4bit": 0.5 + BYTES_PER_NUMBER / NF4_BLOCK}.get(precision, each)
+    blocks = find_blocks(model.base_model, depth, "the model")[1]
+    matrices = sum({id(p): p.numel() for p in blocks.parameters() if p.dim() > 1}.values())
+    return round(few * matrices + each * (_count(model) - matrices))
 
 
 def _count(model: Any) -> int:

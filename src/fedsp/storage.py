@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DIGEST = "sha256"
+
+
+def room_for_large_files() -> str:
+    """A folder for large files that go with the process: TMPDIR if it is set; else /var/tmp, which unlike /tmp is a disk everywhere (file-hierarchy(7))."""
+    return next((folder for folder in (os.environ.get("TMPDIR", ""), "/var/tmp") if os.access(folder, os.W_OK)), tempfile.gettempdir())
 
 
 def write_bytes(path: Path, data: bytes) -> None:

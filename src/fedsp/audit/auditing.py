@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedsp.audit.account import account
 from fedsp.audit.depths import check_depths, measure_depths
 from fedsp.audit.disclosure import measure_disclosure
 from fedsp.audit.inverting import audit_inversion, check_inversion
@@ -31,10 +32,44 @@ class Options:
 
 @dataclass(frozen=True)
 class Audit:
-    """What is measured, and what must be so beforehand."""
+    """What is measured, the tables that it is read in, and what must be so beforehand."""
 
     measure: Callable[[Path, Options, Watcher], Figures]
+    tables: Callable[[Figures], list[Finding]]
     check: Callable[[RunDirectory, Options], object] = lambda run, options: run.result()
+
+
+def audit_runs(
+    folders: Sequence[Path], only: str | None, options: Options, watcher: Watcher, show: Callable[[Finding], None]
+) -> tuple[dict[str, Figures], str]:
+    """Audit finished runs, all of them checked before any work, and give an account of each; `show` gets every table as soon as it is known.
+
+    Returns the figures by folder and audit, and the first reason why something was not done that was asked for, or nothing.
+
+    Raises:
+        ConfigurationError: there is no audit of that name, or an option or a library is not as it needs.
+        RunError: a run is not finished, or one that was named, or all, are not for it.
+    """
+    wanted = {folder: check(folder, only, options) for folder in folders}
+    found: dict[str, Figures] = {}
+    refused = []
+    for folder, names in wanted.items():
+        figures = audit(folder, names, options, watcher)
+        for name, some in figures.items():
+            for finding in findings(name, some):
+                show(replace(finding, title=f"{folder}, {name}: {finding.title}"))
+        refused.append(refusal(figures, only))
+        found[str(folder)] = dict(figures)
+        if not RunDirectory.open(folder).finished:
+            continue
+        try:
+            told = account(folder)
+        except RunError as error:  # a damaged file of an earlier audit must not cost what was found now
+            refused.append(str(error))
+            continue
+        show(replace(told, title=f"{folder}: {told.title}"))
+        found[str(folder)] = {"account": {row["question"]: row["answer"] for row in told.rows}, **figures}
+    return found, next(filter(None, refused), "")
 
 
 def check(folder: Path, only: str | None, options: Options) -> dict[str, str]:
@@ -82,11 +117,7 @@ def findings(name: str, figures: Figures) -> list[Finding]:
     """An audit's figures as tables."""
     if "not_done" in figures:
         return [Finding("not done", [{"why": figures["not_done"]}])]
-    if name == "traffic":
-        return [Finding("messages", figures["messages"])]
-    if name == "depths":
-        return [Finding("signals along the auxiliary model", figures["rows"])]
-    return TABLES[name](figures)
+    return AUDITS[name].tables(figures)
 
 
 def _membership(run: RunDirectory, options: Options) -> None:
@@ -100,11 +131,23 @@ def _inversion(run: RunDirectory, options: Options) -> None:
 
 
 AUDITS: dict[str, Audit] = {
-    "traffic": Audit(lambda folder, options, watcher: {"messages": traffic(folder)}, lambda run, options: traffic(run.path)),
-    "disclosure": Audit(lambda folder, options, watcher: dict(measure_disclosure(folder))),
-    "depths": Audit(lambda folder, options, watcher: {"rows": measure_depths(folder)}, lambda run, options: check_depths(run)),
-    "model": Audit(lambda folder, options, watcher: audit_model(folder, watcher=watcher), lambda run, options: check_audited(run)),
-    "membership": Audit(lambda folder, options, watcher: audit_membership(folder, shadows=options.shadows, most=options.records, watcher=watcher), _membership),
-    "inversion": Audit(lambda folder, options, watcher: audit_inversion(folder, examples=options.texts, watcher=watcher), _inversion),
-    "epsilon": Audit(lambda folder, options, watcher: audit_epsilon(folder, watcher=watcher), lambda run, options: check_promise(run)),
+    "traffic": Audit(
+        lambda folder, options, watcher: {"messages": traffic(folder)},
+        lambda figures: [Finding("messages", figures["messages"])],
+        lambda run, options: traffic(run.path),
+    ),
+    "depths": Audit(
+        lambda folder, options, watcher: {"rows": measure_depths(folder)},
+        lambda figures: [Finding("signals along the auxiliary model", figures["rows"])],
+        lambda run, options: check_depths(run),
+    ),
+    "disclosure": Audit(lambda folder, options, watcher: dict(measure_disclosure(folder)), TABLES["disclosure"]),
+    "model": Audit(lambda folder, options, watcher: audit_model(folder, watcher=watcher), TABLES["model"], lambda run, options: check_audited(run)),
+    "membership": Audit(
+        lambda folder, options, watcher: audit_membership(folder, shadows=options.shadows, most=options.records, watcher=watcher),
+        TABLES["membership"],
+        _membership,
+    ),
+    "inversion": Audit(lambda folder, options, watcher: audit_inversion(folder, examples=options.texts, watcher=watcher), TABLES["inversion"], _inversion),
+    "epsilon": Audit(lambda folder, options, watcher: audit_epsilon(folder, watcher=watcher), TABLES["epsilon"], lambda run, options: check_promise(run)),
 }
