@@ -307,7 +307,7 @@ def test_three_of_ten_clients_killed_in_one_round_and_it_completes(tmp_path: Pat
     _, place = make_federation(tmp_path, port, partition={"clients": 10})
     deployment = Deployment(place, port)
     try:
-        server = deployment.serve("run.toml", "federation.wait_seconds=15", "round.min_clients=7")
+        server = deployment.serve("run.toml", "federation.wait_seconds=60", "round.min_clients=7")
         clients = {f"client-{number}": deployment.join(f"client-{number}") for number in range(10)}
         doomed = ("client-1", "client-4", "client-8")
         until(lambda: (deployment.run / "checkpoint" / "round-00001.safetensors").exists(), 300)
