@@ -356,6 +356,22 @@ def test_seeds_and_samples_do_not_move() -> None:
     assert sample_clients([f"c{index}" for index in range(10)], 3, 0, 1) == ["c4", "c5", "c8"]
 
 
+def test_a_fit_goes_on_from_an_earlier_one_and_leaves_that_as_it_was() -> None:
+    def fit(weights: torch.Tensor, first: int, last: int, moments: dict[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, fitting.Fitted]:
+        parameter = torch.nn.Parameter(weights.clone())
+        batches = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))[first:last]
+        loss = lambda batch: ((parameter - batch) ** 2).sum()
+        fitted = fitting.fit({"a": parameter}, loss, batches, fitting.Optimisation(0.1, total_steps=4), first_step=first, moments=moments)
+        return parameter.detach(), fitted
+
+    whole, _ = fit(torch.zeros(3), 0, 4)
+    half, fitted = fit(torch.zeros(3), 0, 2)
+    before = {name: tensor.clone() for name, tensor in fitted.moments.items()}
+    for _ in range(2):
+        assert torch.equal(fit(half, 2, 4, fitted.moments)[0], whole)
+    assert sorted(before) == ["exp_avg.a", "exp_avg_sq.a", "step.a"] and all(torch.equal(fitted.moments[name], before[name]) for name in before)
+
+
 def test_a_loss_that_is_not_a_number_stops_with_round_and_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = fitting.answer_loss, 0
 

@@ -150,12 +150,13 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _moments(optimizer: torch.optim.Optimizer, names: list[str]) -> Tensors:
+    """The optimizer's own tensors, not copies: after a fit it is not used again."""
     states = optimizer.state_dict()["state"]
-    return {f"{key}.{names[index]}": torch.as_tensor(value).detach().cpu().clone() for index, state in states.items() for key, value in state.items()}
+    return {f"{key}.{names[index]}": torch.as_tensor(value).detach().cpu() for index, state in states.items() for key, value in state.items()}
 
 
 def _restore_moments(optimizer: torch.optim.Optimizer, names: list[str], moments: Tensors) -> None:
     state = {
-        index: {key: moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")} for index, name in enumerate(names) if f"step.{name}" in moments
+        index: {key: moments[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")} for index, name in enumerate(names) if f"step.{name}" in moments
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
