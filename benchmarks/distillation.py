@@ -2,7 +2,8 @@
 
     python benchmarks/distillation.py [--passes 5] [--repeats 3] [--threads 2]
 
-First the time: a GPT-2 with random weights, 16 texts of 64 random tokens, so many passes over them in batches of 8, the median of a few whole distillations.
+First the time: a GPT-2 with random weights, 16 texts of 64 random tokens, so many passes over them in batches of 8; the median, the least and the most of a few whole distillations,
+the ways in turn.
 Then the memory: two passes, a teacher 64 wide, and so many texts that their states are larger than fedsp keeps in memory; the most that the process itself holds once the
 models are there, pages of files aside.
 """
@@ -74,6 +75,11 @@ def measured(given: argparse.Namespace, plan: str, way: str, *more: str) -> dict
     return found
 
 
+def middle(numbers: list[float], form: str) -> str:
+    """The median, the least and the most."""
+    return f"{statistics.median(numbers):{form}} ({min(numbers):{form}} to {max(numbers):{form}})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, default=5)
@@ -88,15 +94,13 @@ def main() -> None:
     if given.way:
         print(json.dumps(one(given)))
         return
-    print("| auxiliary model | teacher's states | seconds (least to most) | faster than reading again by | last loss |\n|---|---|---|---|---|", flush=True)
+    print("| auxiliary model | teacher's states | seconds | faster than reading again by | last loss |\n|---|---|---|---|---|", flush=True)
     for plan in PLANS:
-        again = 0.0
+        turns = [{way: measured(given, plan, way) for way in WAYS} for _ in range(given.repeats)]
         for way in WAYS:
-            found = [measured(given, plan, way) for _ in range(given.repeats)]
-            times = sorted(one["seconds"] for one in found)
-            middle = statistics.median(times)
-            again = again or middle
-            print(f"| {plan} | {way} | {middle:.1f} ({times[0]:.1f} to {times[-1]:.1f}) | {again / middle:.2f} | {found[0]['loss']:.6g} |", flush=True)
+            times = [turn[way]["seconds"] for turn in turns]
+            gains = [turn["read again"]["seconds"] / turn[way]["seconds"] for turn in turns]
+            print(f"| {plan} | {way} | {middle(times, '.1f')} | {middle(gains, '.2f')} | {turns[0][way]['loss']:.6g} |", flush=True)
     print("\n| teacher's states | their size, MiB | seconds | held at most beyond the models, MiB |\n|---|---|---|---|", flush=True)
     for way in ("kept in memory", "as fedsp chooses"):
         large = measured(given, "ends(1, 1)", way, "--large", "--passes", "2")
