@@ -106,7 +106,7 @@ class FedSP:
         if side == "server":
             stages = [Work("server", self.server, prompt)]
         else:
-            stages = [Work("align", self.align, trainable(party.model.model)), Work("speak", self.speak, prompt)]
+            stages = [Work("align", self.align, trainable(party.model.model) if self.align.steps else {}), Work("speak", self.speak, prompt)]
         return [work for work in stages if work.stage.steps]
 
     def _fit(self, party: Party, work: Work, received: Payload, round: int, seed: int, state: Tensors) -> Fitted:

@@ -157,6 +157,8 @@ def _moments(optimizer: torch.optim.Optimizer, names: list[str]) -> Tensors:
 
 def _restore_moments(optimizer: torch.optim.Optimizer, names: list[str], moments: Tensors) -> None:
     state = {
-        index: {key: moments[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")} for index, name in enumerate(names) if f"step.{name}" in moments
+        index: {key: moments[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+        for index, name in enumerate(names)
+        if f"step.{name}" in moments
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

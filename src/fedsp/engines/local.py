@@ -26,10 +26,11 @@ def local(clients: Clients) -> Exchange:
         nonlocal before
         last, known, have = before
         answered: set[str] = set()
+        whole = pack(requests[0].payload)
         before = (requests[0].round, requests[0].payload, answered)
         for request in requests:
             follows = bool(request.change) and last == request.round - 1 and request.client in have
-            down = request.change if follows else pack(request.payload)
+            down = request.change if follows else whole
             received = read_values(down, known, request.sent_in) if follows else unpack(down)
             try:
                 party = clients.party(request.client)
