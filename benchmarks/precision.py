@@ -53,7 +53,7 @@ def run(values: dict[str, Any]) -> dict[str, float]:
     """The figures of a run on the test questions, with those of no prompt at all; done before, or now."""
     folder, package = Path(values["output"]), Path(values["auxiliary"]["folder"])
     if not package.exists():
-        commands.distill({**values, "auxiliary": {}}, package)
+        commands.distill(commands.as_config({**values, "auxiliary": {}}), package)
     if not (folder.exists() and RunDirectory.open(folder).finished):
         if folder.exists():
             commands.resume(folder)
