@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import harness_task
 from fedsp.config import PartitionSection
-from fedsp.data.encoding import IGNORED, Encoded, collate, encode_pair, training_batches
+from fedsp.data.encoding import IGNORED, Encoded, collate, encode_pairs, training_batches
 from fedsp.data.files import read_passages, read_rows
 from fedsp.data.partition import make_partition
 from fedsp.data.tasks import TASKS, examples_of, find_task
@@ -153,14 +153,21 @@ def test_no_bytes_crash_the_reader(tmp_path_factory: pytest.TempPathFactory, con
 
 
 @settings(max_examples=100, deadline=None)
-@given(context=st.text(max_size=60), continuation=st.text(min_size=1, max_size=20), limit=st.integers(2, 40))
-def test_a_long_example_loses_old_context_and_never_the_answer(context: str, continuation: str, limit: int) -> None:
-    full = encode_pair(TOKENIZER, context, f" {continuation}", 10_000)
-    cut = encode_pair(TOKENIZER, context, f" {continuation}", limit)
-    assert len(cut.ids) <= limit and cut.ids == full.ids[-len(cut.ids) :] and cut.dropped == len(full.ids) - len(cut.ids)
-    answer = full.ids[full.start :]
-    if len(answer) < limit:
-        assert cut.ids[cut.start :] == answer
+@given(pairs=st.lists(st.tuples(st.text(max_size=60) | st.just("one context "), st.text(min_size=1, max_size=20)), max_size=5), limit=st.integers(2, 40))
+def test_a_long_example_loses_old_context_and_never_the_answer(pairs: list[tuple[str, str]], limit: int) -> None:
+    """And pairs that are encoded together have the tokens that each has alone."""
+    asked = [(context, f" {continuation}") for context, continuation in pairs]
+    for (context, continuation), full, cut in zip(asked, encode_pairs(TOKENIZER, asked, 10_000), encode_pairs(TOKENIZER, asked, limit), strict=True):
+        bare = context.rstrip()
+        before = TOKENIZER.encode(bare) or [TOKENIZER.bos_token_id]
+        assert full.start == len(before)
+        assert full.ids == tuple(
+            TOKENIZER.encode(context + continuation) if bare else before + TOKENIZER.encode(context + continuation, add_special_tokens=False)
+        )
+        assert len(cut.ids) <= limit and cut.ids == full.ids[-len(cut.ids) :] and cut.dropped == len(full.ids) - len(cut.ids)
+        answer = full.ids[full.start :]
+        if len(answer) < limit:
+            assert cut.ids[cut.start :] == answer
 
 
 def test_batches_are_padded_to_their_own_longest_and_cover_every_row() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, REFERENCE, harness_task, tiny_model
-from fedsp.data.encoding import encode_pair
+from fedsp.data.encoding import encode_pairs
 from fedsp.data.tasks import Example, examples_of, find_task
 from fedsp.evaluation import score, summarise
 from fedsp.loading import load_model, load_tokenizer
@@ -29,6 +29,9 @@ class Letters:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [3 + ord(letter) % 90 for letter in text]
+
+    def __call__(self, texts: list[str], return_attention_mask: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self.encode(text) for text in texts]}
 
 
 LETTERS: Any = Letters()
@@ -55,7 +58,7 @@ def test_scores_equal_a_plain_forward_of_each_choice(family: str, positions: str
     assert dropped == 1 and [row.id for row in scored] == ["a", "b", "c", "d"]
     for row, example in zip(scored, examples, strict=True):
         for found, greedy, choice in zip(row.log_likelihoods, row.greedy, example.choices, strict=True):
-            pair = encode_pair(LETTERS, example.context, choice, 40)
+            (pair,) = encode_pairs(LETTERS, [(example.context, choice)], 40)
             with torch.no_grad():
                 logits = model.logits(model(torch.tensor([pair.ids]), None, prefix))[0].log_softmax(dim=-1)
             wanted = torch.tensor(pair.ids[pair.start :])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BertConfig, MambaConfig, T5Config
 from transformers.activations import NewGELUActivation
@@ -15,7 +17,7 @@ from conftest import FAMILIES, tiny_model
 from fedsp.errors import ModelError, PayloadError, PromptError
 from fedsp.loading import load_model
 from fedsp.models import ModelShape, PromptedLM
-from fedsp.payload import PROMPT
+from fedsp.payload import PROMPT, check
 from fedsp.prompts import PromptSpec, SoftPrompt, export_peft, import_peft, initial_values, read_prompt
 from fedsp.rows import pack, pad
 
@@ -153,6 +155,16 @@ def test_files_round_trip(tmp_path: Path) -> None:
     prompt.save(tmp_path / "p.safetensors")
     read = read_prompt(tmp_path / "p.safetensors")
     assert read.spec == prompt.spec and torch.equal(read.values(), prompt.values())
+
+
+@given(numbers=st.lists(st.floats(width=32), min_size=1, max_size=6))
+@example([3.4e38, 3.4e38])  # their sum is infinite
+@example([float("inf"), float("-inf")])
+def test_a_payload_is_taken_where_every_number_is_finite(numbers: list[float]) -> None:
+    payload = {PROMPT: torch.tensor(numbers)}
+    wrong = sum(not math.isfinite(number) for number in numbers)
+    with pytest.raises(PayloadError, match=f"holds {wrong} numbers that are not finite") if wrong else nullcontext():
+        check(payload, {PROMPT: (len(numbers),)})
 
 
 def test_bad_prompts_are_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from fedsp.data.encoding import Encoded, encode_pair
+from fedsp.data.encoding import Encoded, encode_pairs
 from fedsp.data.tasks import Example, Task
 from fedsp.models import PromptedLM, Tokenizer, length_of
 from fedsp.rows import grow, pad
@@ -66,7 +67,8 @@ def score(
     batch is `tokens_per_batch` tokens: by default 512 on a CPU, whose cache holds no more, and 4096 elsewhere.
     """
     tokens_per_batch = tokens_per_batch or (512 if model.device.type == "cpu" else 4096)
-    pairs = [[encode_pair(tokenizer, example.context, choice, max_tokens) for choice in example.choices] for example in examples]
+    encoded = iter(encode_pairs(tokenizer, ((example.context, choice) for example in examples for choice in example.choices), max_tokens))
+    pairs = [list(islice(encoded, len(example.choices))) for example in examples]
     shared = [_shared(row) for row in pairs]
     lengths = [length + sum(len(pair.ids) - 1 - length for pair in row) for row, length in zip(pairs, shared, strict=True)]
     order = sorted(range(len(examples)), key=lambda index: -lengths[index])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -56,9 +57,13 @@ def check(payload: Payload, shapes: Shapes) -> None:
             raise PayloadError(f"{name} has shape {tuple(values.shape)}, expected {tuple(shapes[name])}")
         if values.dtype != torch.float32:
             raise PayloadError(f"{name} is {values.dtype}, expected torch.float32")
-        wrong = sum(int((~torch.isfinite(part)).sum()) for part in torch.split(values.flatten(), 1 << 16))  # in parts: it may be large and may lie
-        if wrong:
+        if not math.isfinite(values.sum()) and (wrong := _not_finite(values)):  # the sum of large numbers may be infinite as well
             raise PayloadError(f"{name} holds {wrong} numbers that are not finite")
+
+
+def _not_finite(values: Tensor) -> int:
+    """Counted in parts: a payload may be large and may lie."""
+    return sum(int((~torch.isfinite(part)).sum()) for part in torch.split(values.flatten(), 1 << 16))
 
 
 def _few(names: list[str]) -> str:

@@ -10,7 +10,7 @@ How a pair is cut (as lm-evaluation-harness does it; the space belongs to the ch
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,29 +44,34 @@ class Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, max_tokens: int) -> Encoded:
-    """Encode a pair; when it is longer than `max_tokens`, the oldest context goes, never the continuation.
+def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tokens: int) -> list[Encoded]:
+    """Encode pairs of a context and a continuation; when one is longer than `max_tokens`, the oldest context goes, never the continuation.
 
     The whole text is encoded at once and cut where the context alone would end. At least one token of context stays, since the first token
     of a continuation needs something to be predicted from; so a continuation keeps at most its last `max_tokens` - 1 tokens.
     """
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
-        context, continuation = context[:-spaces], context[-spaces:] + continuation
-    if context:
-        before: list[int] = tokenizer.encode(context)
-        whole: list[int] = tokenizer.encode(context + continuation)
-    else:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        before = [first if first is not None else 0]
-        whole = before + tokenizer.encode(continuation, add_special_tokens=False)
-    dropped = max(0, len(whole) - max_tokens)
-    return Encoded(tuple(whole[dropped:]), max(1, len(before) - dropped), dropped)
+    split = [_at_the_space(context, continuation) for context, continuation in pairs]
+    texts = list(dict.fromkeys(text for context, continuation in split if context for text in (context, context + continuation)))
+    ids = dict(zip(texts, tokenizer(texts, return_attention_mask=False)["input_ids"], strict=True)) if texts else {}
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    encoded = []
+    for context, continuation in split:
+        before = ids[context] if context else [first if first is not None else 0]
+        whole = ids[context + continuation] if context else before + tokenizer.encode(continuation, add_special_tokens=False)
+        dropped = max(0, len(whole) - max_tokens)
+        encoded.append(Encoded(tuple(whole[dropped:]), max(1, len(before) - dropped), dropped))
+    return encoded
+
+
+def _at_the_space(context: str, continuation: str) -> tuple[str, str]:
+    """The same text, its parts divided before the space between them."""
+    bare = context.rstrip()
+    return bare, context[len(bare) :] + continuation
 
 
 def encode_targets(tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int) -> list[Encoded]:
     """The context and the right answer of each example: what training reads."""
-    return [encode_pair(tokenizer, example.context, example.target, max_tokens) for example in examples]
+    return encode_pairs(tokenizer, ((example.context, example.target) for example in examples), max_tokens)
 
 
 def collate(rows: Sequence[Encoded]) -> Batch:
