@@ -34,7 +34,7 @@ from fedsp.wire import CannotRead, read_reply, read_request, write_request, writ
 from test_privacy import CLIENT, EXAMPLE
 from test_run import settings
 
-NAMES = ["float16", "int8", "int4", "top_k(0.05)", "top_k(0.5)", "low_rank(1)", "low_rank(3)"]
+NAMES = ["float16", "int8", "int4", "sign", "top_k(0.05)", "top_k(0.5)", "low_rank(1)", "low_rank(3)"]
 CODINGS = [parse_coding(name) for name in NAMES]
 CHANGE: Payload = {PROMPT: torch.randn(20, 8, 24, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 0, 8)[:, None]}
 KNOWN: Payload = {PROMPT: torch.randn(20, 8, 24, generator=torch.Generator().manual_seed(2))}
@@ -52,6 +52,15 @@ def test_rounded_numbers_are_off_by_half_a_step_of_their_block() -> None:
         step = blocks.abs().amax(dim=1) / levels
         assert bool((off <= step * (0.5 + levels / 256) + 1e-12).all()), "half a step, and the rounding of its scale to bfloat16"
     assert torch.equal(said("float16"), CHANGE[PROMPT].half().float())
+
+
+def test_signs_have_the_mean_size_of_their_block() -> None:
+    for shape in ((20, 8, 24), (30, 3), (7,)):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        told = said("sign", {PROMPT: values}).flatten()
+        assert torch.equal(told > 0, values.flatten() >= 0)
+        for block, found in zip(values.flatten().split(compression.BLOCK), told.split(compression.BLOCK), strict=True):
+            assert torch.allclose(found.abs(), block.abs().mean(), rtol=1 / 256)
 
 
 def test_the_largest_are_kept() -> None:
@@ -88,7 +97,7 @@ def test_what_is_left_out_is_said_later() -> None:
 def test_bytes_are_few() -> None:
     half = 2 * CHANGE[PROMPT].numel()
     noise = {PROMPT: torch.randn(20, 8, 320, generator=torch.Generator().manual_seed(5))}
-    least = {"float16": 1.0, "int8": 1.9, "int4": 4.0, "top_k(0.05)": 20.0, "top_k(0.5)": 2.7, "low_rank(1)": 34.0, "low_rank(3)": 12.0}
+    least = {"float16": 1.0, "int8": 1.9, "int4": 4.0, "sign": 12.0, "top_k(0.05)": 20.0, "top_k(0.5)": 2.7, "low_rank(1)": 34.0, "low_rank(3)": 12.0}
     for name, times in least.items():
         assert 2 * noise[PROMPT].numel() / len(encode(noise, parse_coding(name))) > times, name
     assert len(write_values(KNOWN, KNOWN, FLOAT32)) > 2 * half
@@ -154,7 +163,7 @@ def test_what_a_coding_cannot_say_is_refused_by_its_writer(name: str) -> None:
 
 @pytest.mark.parametrize("text", ["int16", "top_k(0)", "top_k(0.9)", "top_k", "low_rank(0)", "low_rank(1.5)", "", "int8 "])
 def test_an_unknown_coding_is_one_clear_sentence(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"compression\.up: there is no such coding: write float32, float16, int8, int4, top_k\(share\)"):
+    with pytest.raises(ConfigurationError, match=r"compression\.up: there is no such coding: write float32, float16, int8, int4, sign, top_k\(share\)"):
         commands.run(settings(tmp_path, compression={"up": text}))
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-PLAIN = ("float32", "float16", "int8", "int4")
-GRAMMAR = "float32, float16, int8, int4, top_k(share) with a share up to 0.5, or low_rank(rank)"
+PLAIN = ("float32", "float16", "int8", "int4", "sign")
+GRAMMAR = "float32, float16, int8, int4, sign, top_k(share) with a share up to 0.5, or low_rank(rank)"
 
 
 @dataclass(frozen=True)
 class Coding:
     """`float32` are the numbers themselves. All others say their difference from what both ends know: rounded (`float16`; `int8`, `int4`: whole
-    multiples of one scale for each block), only the largest `share` of it, or its best approximation of a `rank`, the last two in int8."""
+    multiples of one scale for each block; `sign`: one bit for each number, and the mean size of each block's numbers), only the largest `share` of it, or its best approximation of a `rank`, the last two in int8."""
 
     kind: str
     share: float = 1.0

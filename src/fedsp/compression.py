@@ -24,6 +24,7 @@ BLOCK = 64
 """Numbers that share a scale. A scale is a bfloat16: a quarter of a bit for each number."""
 
 LARGEST = {8: 127, 4: 7}
+EIGHT = torch.arange(8, dtype=torch.uint8)
 LEVEL, WINDOW = 9, 1 << 27
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -112,6 +113,8 @@ def _layout(coding: Coding, shape: tuple[int, ...]) -> Layout:
     count = math.prod(shape)
     if coding.kind == "float16":
         return {"numbers": (torch.float16, (count,))}
+    if coding.kind == "sign":
+        return {"signs": (torch.uint8, (math.ceil(count / 8),)), "scales": (torch.bfloat16, (math.ceil(count / BLOCK),))}
     if coding.kind == "top_k":
         kept = _kept(coding, count)
         return {"gaps": (torch.uint8, (4, kept)), **_rounded_layout(kept, 8)}
@@ -127,6 +130,10 @@ def _parts(values: Tensor, coding: Coding) -> dict[str, Tensor]:
     flat = values.flatten()
     if coding.kind == "float16":
         return {"numbers": flat.half()}
+    if coding.kind == "sign":
+        sizes = torch.tensor([len(block) for block in flat.split(BLOCK)])
+        means = _filled(flat.abs(), BLOCK).sum(dim=1) / sizes
+        return {"signs": (_filled((flat >= 0).to(torch.uint8), 8) << EIGHT).sum(dim=1, dtype=torch.uint8), "scales": means.bfloat16()}
     if coding.kind == "top_k":
         where = torch.argsort(flat.abs(), descending=True, stable=True)[: _kept(coding, len(flat))].sort().values
         gaps = torch.diff(where, prepend=torch.tensor([-1])) - 1
@@ -143,6 +150,9 @@ def _whole(parts: Mapping[str, Tensor], coding: Coding, shape: tuple[int, ...]) 
     count = math.prod(shape)
     if coding.kind == "float16":
         return parts["numbers"].float().view(shape)
+    if coding.kind == "sign":
+        signs = 2 * (parts["signs"][:, None] >> EIGHT & 1).flatten()[:count].float() - 1
+        return (signs * _each(parts["scales"], count)).view(shape)
     if coding.kind == "top_k":
         planes = parts["gaps"].long()
         where = (planes[0] + (planes[1] << 8) + (planes[2] << 16) + (planes[3] << 24) + 1).cumsum(0) - 1
@@ -192,7 +202,7 @@ def _rounded_layout(count: int, bits: int) -> Layout:
 def _round(flat: Tensor, bits: int) -> dict[str, Tensor]:
     """Numbers (N,) as whole multiples of a scale for each block; two to a byte where they have four bits."""
     largest = LARGEST[bits]
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    blocks = _filled(flat, BLOCK)
     scales = (blocks.abs().amax(dim=1) / largest).bfloat16()
     safe = torch.where(scales > 0, scales, torch.ones_like(scales)).float()
     numbers = (blocks / safe[:, None]).round().clamp(-largest, largest).flatten()[: len(flat)].to(torch.int8)
@@ -206,4 +216,14 @@ def _unround(parts: Mapping[str, Tensor], count: int, bits: int) -> Tensor:
     numbers = parts["numbers"]
     if bits == 4:
         numbers = torch.stack([numbers & 15, numbers >> 4], dim=1).flatten()[:count].to(torch.int8) - 8
-    return numbers.float() * parts["scales"].float().repeat_interleave(BLOCK)[:count]
+    return numbers.float() * _each(parts["scales"], count)
+
+
+def _filled(flat: Tensor, width: int) -> Tensor:
+    """Numbers (N,) in rows of a width, the last one filled with zeros."""
+    return torch.nn.functional.pad(flat, (0, -len(flat) % width)).view(-1, width)
+
+
+def _each(scales: Tensor, count: int) -> Tensor:
+    """The scale of each of `count` numbers."""
+    return scales.float().repeat_interleave(BLOCK)[:count]

@@ -250,7 +250,7 @@ class CompressionSection(Section):
 
     up: str = Field(
         "float32",
-        description="what clients answer: float32: the numbers themselves; or their change in float16, int8, int4, top_k(share), low_rank(rank), and what that leaves out with the next change",
+        description="what clients answer: float32: the numbers themselves; or their change in float16, int8, int4, sign, top_k(share), low_rank(rank), and what that leaves out with the next change",
     )
     down: str = Field("float32", description="what the server broadcasts, likewise, to clients that answered the round before; others get all numbers")
 
