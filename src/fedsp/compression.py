@@ -131,7 +131,7 @@ def _parts(values: Tensor, coding: Coding) -> dict[str, Tensor]:
     if coding.kind == "float16":
         return {"numbers": flat.half()}
     if coding.kind == "sign":
-        sizes = torch.tensor([len(block) for block in flat.split(BLOCK)])
+        sizes = torch.tensor([len(block) for block in torch.split(flat, BLOCK)])
         means = _filled(flat.abs(), BLOCK).sum(dim=1) / sizes
         return {"signs": (_filled((flat >= 0).to(torch.uint8), 8) << EIGHT).sum(dim=1, dtype=torch.uint8), "scales": means.bfloat16()}
     if coding.kind == "top_k":
