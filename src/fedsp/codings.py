@@ -12,7 +12,8 @@ GRAMMAR = "float32, float16, int8, int4, sign, top_k(share) with a share up to 0
 @dataclass(frozen=True)
 class Coding:
     """`float32` are the numbers themselves. All others say their difference from what both ends know: rounded (`float16`; `int8`, `int4`: whole
-    multiples of one scale for each block; `sign`: one bit for each number, and the mean size of each block's numbers), only the largest `share` of it, or its best approximation of a `rank`, the last two in int8."""
+    multiples of one scale for each block; `sign`: one bit for each number, and the mean size of each block's), only the largest `share` of it, or its
+    best approximation of a `rank`, the last two in int8."""
 
     kind: str
     share: float = 1.0
