@@ -53,6 +53,7 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
     code, out, error = fedsp("run", config, *QUICK, f"output={run}", "--json", tmp_path / "run.json")
     assert (code, error) == (0, "")
     assert "round 1/2" in out and "round 2/2" in out and "distillation 2/2" in out and "discloses" in out
+    assert "cost: client: parameters trained" in out and "{" not in out
     figures = json.loads((tmp_path / "run.json").read_text())
     assert figures["test"]["examples"] == 200 and figures["bytes_up"] == figures["bytes_down"] > 0
     code, out, _ = fedsp("evaluate", run, "--json", tmp_path / "e.json")

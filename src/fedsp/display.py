@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -165,13 +165,20 @@ def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right", overflow="fold")
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            for inner, number in value.items():
-                table.add_row(f"{name}: {inner.replace('_', ' ')}", _text(number))
-        else:
-            table.add_row(name.replace("_", " "), f"{value:.1%}" if name.endswith("share") else size(value) if "bytes" in name else _text(value))
+    for label, name, value in _each_figure(figures):
+        told = size(value) if "bytes" in name else f"{value:.1%}" if name.endswith("share") else _operations(value) if name == "operations" else _text(value)
+        table.add_row(label, told)
     return table
+
+
+def _each_figure(figures: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Each figure, however deep: where it stands, its own name, and its value."""
+    for name, value in figures.items():
+        label = within + name.replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _each_figure(value, f"{label}: ")
+        else:
+            yield label, name, value
 
 
 def plan_table(figures: Mapping[str, Any]) -> Table:
@@ -209,7 +216,7 @@ def _operations(count: float) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4f}" if abs(value) < 1e5 else f"{value:.2e}"
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4f}" if abs(value) < 1e5 else f"{value:.2e}"
     return "-" if value is None else str(value)
 
 
