@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
+from spread import mean, mean_and_deviation
 
 from fedsp.finished_run import Run
 from fedsp.results import read_results
@@ -39,12 +40,6 @@ def perplexity(run: Run) -> float:
     return float(run.figures["test"]["answer_perplexity"])
 
 
-def spread(runs: dict[int, Run]) -> tuple[float, float]:
-    """Mean perplexity and its standard deviation over seeds."""
-    found = [perplexity(run) for run in runs.values()]
-    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
@@ -62,8 +57,8 @@ def main() -> None:
         for name, runs in codings.items():
             against = [100 * (perplexity(run) / perplexity(codings["float32"][seed]) - 1) for seed, run in runs.items()]
             apart = f"{statistics.fmean(against):+.1f} % ({min(against):+.1f} to {max(against):+.1f})"
-            mean, deviation = spread(runs)
-            row = [name, *(f"{kilobytes(runs, way):.1f}" for way in ("up", "down")), f"{half / both(runs):.1f}", f"{mean:.1f} ± {deviation:.1f}", apart]
+            tested = mean([perplexity(run) for run in runs.values()], ".1f")
+            row = [name, *(f"{kilobytes(runs, way):.1f}" for way in ("up", "down")), f"{half / both(runs):.1f}", tested, apart]
             print(f"| {' | '.join(row)} |")
     if given.figure:
         draw(given.figure, by_rounds)
@@ -75,10 +70,10 @@ def draw(path: Path, by_rounds: dict[int, Codings]) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for number, (rounds, codings) in enumerate(sorted(by_rounds.items())):
         for name, runs in codings.items():
-            mean, deviation = spread(runs)
+            middle, deviation = mean_and_deviation([perplexity(run) for run in runs.values()])
             label = f"{rounds} rounds" if name == "float32" else None
-            axes.errorbar(both(runs), mean, deviation, fmt="os"[number], capsize=3, color=f"C{number}", label=label)
-            axes.annotate(name, (both(runs), mean), xytext=(6, 6), textcoords="offset points", fontsize=8)
+            axes.errorbar(both(runs), middle, deviation, fmt="os"[number], capsize=3, color=f"C{number}", label=label)
+            axes.annotate(name, (both(runs), middle), xytext=(6, 6), textcoords="offset points", fontsize=8)
     axes.margins(x=0.1)
     axes.set(xscale="log", xlabel="kB for each client and round, up and down", ylabel="answer perplexity, test questions")
     axes.legend()

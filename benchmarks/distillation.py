@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from spread import median
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from fedsp import distill
@@ -75,11 +75,6 @@ def measured(given: argparse.Namespace, plan: str, way: str, *more: str) -> dict
     return found
 
 
-def middle(numbers: list[float], form: str) -> str:
-    """The median, the least and the most."""
-    return f"{statistics.median(numbers):{form}} ({min(numbers):{form}} to {max(numbers):{form}})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, default=5)
@@ -100,7 +95,7 @@ def main() -> None:
         for way in WAYS:
             times = [turn[way]["seconds"] for turn in turns]
             gains = [turn["read again"]["seconds"] / turn[way]["seconds"] for turn in turns]
-            print(f"| {plan} | {way} | {middle(times, '.1f')} | {middle(gains, '.2f')} | {turns[0][way]['loss']:.6g} |", flush=True)
+            print(f"| {plan} | {way} | {median(times, '.1f')} | {median(gains, '.2f')} | {turns[0][way]['loss']:.6g} |", flush=True)
     print("\n| teacher's states | their size, MiB | seconds | held at most beyond the models, MiB |\n|---|---|---|---|", flush=True)
     for way in ("kept in memory", "as fedsp chooses"):
         large = measured(given, "ends(1, 1)", way, "--large", "--passes", "2")

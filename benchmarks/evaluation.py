@@ -10,7 +10,6 @@ changes its speed; the same log-likelihoods to 1e-3.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from material import add_reference, model_name, questions, random_gpt2
+from spread import median
 
 from fedsp.data.tasks import Example
 from fedsp.display import quiet_libraries
@@ -49,11 +49,11 @@ def compare(name: str, path: str, task: str, examples: list[Example], given: arg
 
         pairs = [(seconds_of(ours), seconds_of(theirs)) for _ in range(given.repeats)]
         (_, found), (_, expected) = pairs[0]
-        ratios = sorted(other / mine for (mine, _), (other, _) in pairs)
+        ratios = [other / mine for (mine, _), (other, _) in pairs]
         speeds = [len(examples) / min(pair[side][0] for pair in pairs) for side in (0, 1)]
         off = max(abs(a - b) for a, b in zip(found, expected, strict=True))
         print(
-            f"| {name} | {task} | {batch} | {speeds[1]:.1f} | {speeds[0]:.1f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {off:.1e} |",
+            f"| {name} | {task} | {batch} | {speeds[1]:.1f} | {speeds[0]:.1f} | {median(ratios, '.2f')} | {off:.1e} |",
             flush=True,
         )
 

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import torch
 from material import random_gpt2
+from spread import mean
 
 from fedsp import commands
 from fedsp.display import quiet_libraries
@@ -83,17 +84,13 @@ def main() -> None:
         tuned = [row["tuned"] for row in rows]
         against = [mine - row["tuned"] for mine, row in zip(tuned, found[SIDES[0]], strict=True)]
         accuracy = [row["accuracy"] for row in rows]
-        print(f"| {server} | {clients} | {rows[0]['zero-shot']:.3f} | {spread(tuned)} | {spread(against, '+')} | {statistics.fmean(accuracy):.1%} |")
+        print(f"| {server} | {clients} | {rows[0]['zero-shot']:.3f} | {mean(tuned, '.3f')} | {mean(against, '+.3f')} | {statistics.fmean(accuracy):.1%} |")
     small = str(reference / "models" / "tiny-science")
     with tempfile.TemporaryDirectory() as folder:
         large = random_gpt2(folder, load_tokenizer(small))
         print("\n| weights | 8.7 M parameters, MiB | GPT-2, MiB |\n|---|---|---|")
         for precision in ("float32", *FEWER):
             print(f"| {precision} | {mebibytes(small, precision):.1f} | {mebibytes(large, precision):.0f} |")
-
-
-def spread(numbers: list[float], sign: str = "") -> str:
-    return f"{statistics.fmean(numbers):{sign}.3f} ± {statistics.stdev(numbers) if len(numbers) > 1 else 0:.3f}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import shutil
-import statistics
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spread import mean_and_deviation
 
 from fedsp.attacks import Attack, liars, triggered
 from fedsp.config import RunConfig
@@ -226,7 +226,7 @@ def _mean(entry: list[dict[str, float] | None], figure: str) -> tuple[float | No
     numbers = [one[figure] for one in entry if one is not None]
     if not numbers or len(numbers) < len(entry):
         return None, 0.0
-    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    return mean_and_deviation(numbers)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ BLOCK = 64
 """Numbers that share a scale. A scale is a bfloat16: a quarter of a bit for each number."""
 
 LARGEST = {8: 127, 4: 7}
-EIGHT = torch.arange(8, dtype=torch.uint8)
 LEVEL, WINDOW = 9, 1 << 27
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -113,8 +112,6 @@ def _layout(coding: Coding, shape: tuple[int, ...]) -> Layout:
     count = math.prod(shape)
     if coding.kind == "float16":
         return {"numbers": (torch.float16, (count,))}
-    if coding.kind == "sign":
-        return {"signs": (torch.uint8, (math.ceil(count / 8),)), "scales": (torch.bfloat16, (math.ceil(count / BLOCK),))}
     if coding.kind == "top_k":
         kept = _kept(coding, count)
         return {"gaps": (torch.uint8, (4, kept)), **_rounded_layout(kept, 8)}
@@ -130,10 +127,6 @@ def _parts(values: Tensor, coding: Coding) -> dict[str, Tensor]:
     flat = values.flatten()
     if coding.kind == "float16":
         return {"numbers": flat.half()}
-    if coding.kind == "sign":
-        sizes = torch.tensor([len(block) for block in torch.split(flat, BLOCK)])
-        means = _filled(flat.abs(), BLOCK).sum(dim=1) / sizes
-        return {"signs": (_filled((flat >= 0).to(torch.uint8), 8) << EIGHT).sum(dim=1, dtype=torch.uint8), "scales": means.bfloat16()}
     if coding.kind == "top_k":
         where = torch.argsort(flat.abs(), descending=True, stable=True)[: _kept(coding, len(flat))].sort().values
         gaps = torch.diff(where, prepend=torch.tensor([-1])) - 1
@@ -150,9 +143,6 @@ def _whole(parts: Mapping[str, Tensor], coding: Coding, shape: tuple[int, ...]) 
     count = math.prod(shape)
     if coding.kind == "float16":
         return parts["numbers"].float().view(shape)
-    if coding.kind == "sign":
-        signs = 2 * (parts["signs"][:, None] >> EIGHT & 1).flatten()[:count].float() - 1
-        return (signs * _each(parts["scales"], count)).view(shape)
     if coding.kind == "top_k":
         planes = parts["gaps"].long()
         where = (planes[0] + (planes[1] << 8) + (planes[2] << 16) + (planes[3] << 24) + 1).cumsum(0) - 1
@@ -171,7 +161,7 @@ def _whole(parts: Mapping[str, Tensor], coding: Coding, shape: tuple[int, ...]) 
 
 
 def _bits(coding: Coding) -> int:
-    return {"int8": 8, "int4": 4}[coding.kind]
+    return {"int8": 8, "int4": 4, "sign": 1}[coding.kind]
 
 
 def _kept(coding: Coding, count: int) -> int:
@@ -195,35 +185,40 @@ def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _rounded_layout(count: int, bits: int) -> Layout:
-    numbers = (torch.int8, (count,)) if bits == 8 else (torch.uint8, (math.ceil(count / 2),))
+    numbers = (torch.int8, (count,)) if bits == 8 else (torch.uint8, (math.ceil(count * bits / 8),))
     return {"numbers": numbers, "scales": (torch.bfloat16, (math.ceil(count / BLOCK),))}
 
 
 def _round(flat: Tensor, bits: int) -> dict[str, Tensor]:
-    """Numbers (N,) as whole multiples of a scale for each block; two to a byte where they have four bits."""
-    largest = LARGEST[bits]
+    """Numbers (N,) as whole multiples of a scale for each block; in one bit their signs, and the mean of their sizes as the scale."""
     blocks = _filled(flat, BLOCK)
+    if bits == 1:
+        sizes = _filled(torch.ones_like(flat), BLOCK).sum(dim=1)
+        return {"numbers": _packed((flat >= 0).to(torch.uint8), bits), "scales": (blocks.abs().sum(dim=1) / sizes).bfloat16()}
+    largest = LARGEST[bits]
     scales = (blocks.abs().amax(dim=1) / largest).bfloat16()
     safe = torch.where(scales > 0, scales, torch.ones_like(scales)).float()
     numbers = (blocks / safe[:, None]).round().clamp(-largest, largest).flatten()[: len(flat)].to(torch.int8)
-    if bits == 4:
-        raised = torch.nn.functional.pad(numbers + 8, (0, len(flat) % 2), value=8).to(torch.uint8)
-        numbers = raised[::2] + (raised[1::2] << 4)
-    return {"numbers": numbers, "scales": scales}
+    return {"numbers": _packed((numbers + 8).to(torch.uint8), bits) if bits == 4 else numbers, "scales": scales}
 
 
 def _unround(parts: Mapping[str, Tensor], count: int, bits: int) -> Tensor:
     numbers = parts["numbers"]
-    if bits == 4:
-        numbers = torch.stack([numbers & 15, numbers >> 4], dim=1).flatten()[:count].to(torch.int8) - 8
-    return numbers.float() * _each(parts["scales"], count)
+    if bits < 8:
+        codes = _unpacked(numbers, count, bits).to(torch.int8)
+        numbers = 2 * codes - 1 if bits == 1 else codes - 8
+    return numbers.float() * parts["scales"].float().repeat_interleave(BLOCK)[:count]
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes (N,) of a few bits each, as bytes, the first in the lowest bits."""
+    return (_filled(codes, 8 // bits) << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, count: int, bits: int) -> Tensor:
+    return (packed[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8) & (1 << bits) - 1).flatten()[:count]
 
 
 def _filled(flat: Tensor, width: int) -> Tensor:
     """Numbers (N,) in rows of a width, the last one filled with zeros."""
     return torch.nn.functional.pad(flat, (0, -len(flat) % width)).view(-1, width)
-
-
-def _each(scales: Tensor, count: int) -> Tensor:
-    """The scale of each of `count` numbers."""
-    return scales.float().repeat_interleave(BLOCK)[:count]

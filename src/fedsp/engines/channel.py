@@ -1,5 +1,5 @@
 """A socket on this machine, between a process of fedsp's that holds a model or text and one of Flower's that carries messages. Nothing
-that is received is ever executed or unpickled."""
+that is received is ever executed: it is read as bytes and JSON."""
 
 from __future__ import annotations
 
