@@ -204,7 +204,7 @@ def floor_operations(given: argparse.Namespace, stage: str, rows: list[Encoded])
     shape = shape_of(MODELS[given.model])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(MODELS[given.model])
-    blocks = find_blocks(model.base_model, shape.layers, given.model)[1]
+    blocks = find_blocks(model, shape.layers, given.model)[1]
     block = sum(parameter.numel() for parameter in blocks[0].parameters() if parameter.dim() > 1)
     below = 2 * shape.hidden * shape.heads * shape.head_size  # what makes keys and values
     passes = 2 if stage == "speak" else 3

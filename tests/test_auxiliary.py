@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import re
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from conftest import FAMILIES, tiny_model
+from families import tiny_causal_lm
 from fedsp import distill as distillation
 from fedsp.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.config_file import make_config
@@ -21,6 +24,7 @@ from fedsp.distill import Distillation, distill, masked_mse, packed
 from fedsp.errors import AuxiliaryError, ConfigurationError, StorageError
 from fedsp.fitting import Optimisation, answer_loss, trainable
 from fedsp.loading import load_model, load_tokenizer
+from fedsp.models import PromptedLM
 from fedsp.plan import forward_operations, make_plan
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.server import EMBEDDED
@@ -127,6 +131,74 @@ def test_a_package_that_was_changed_is_refused(tmp_path: Path) -> None:
         load_auxiliary(tmp_path / "none", **where)
 
 
+def of_these_layers(name: str, sources: list[int], **changes: Any) -> Any:
+    """Last logits of the very layers of a model, in another list and not in another model."""
+    model = tiny_causal_lm(name, **changes)
+    layers = model.get_decoder().layers
+    layers._modules = {str(place): copy.deepcopy(layers[source]) for place, source in enumerate(sources)}
+    config = model.config
+    config.layer_types = [config.layer_types[source] for source in sources]
+    config.num_hidden_layers = len(sources)
+    with torch.no_grad():
+        return model(input_ids=TOKENS, use_cache=False).logits[0, -1]
+
+
+@pytest.mark.parametrize("plan", ["ends(1, 1)", "ends(1)", [3, 0], "shared(3)"])
+def test_a_layer_keeps_its_own_settings_where_it_moves_to(plan: Any, tmp_path: Path) -> None:
+    """SmolLM3 has no rotations in every fourth layer: which those are is a list in its configuration, and moves with the layers, into the package too."""
+    changes = {"no_rope_layers": [1, 1, 0, 0], "layer_types": ["sliding_attention", "full_attention"] * 2, "use_sliding_window": True}
+    model, layers = PromptedLM(tiny_causal_lm("smollm3", **changes), "smollm3"), parse_plan(plan, 4)
+    auxiliary = build_auxiliary(model, layers, TOKENIZER)
+    auxiliary.save(tmp_path)
+    again = load_auxiliary(tmp_path, device=torch.device("cpu"), positions="hugging_face")
+    expected = of_these_layers("smollm3", list(layers.sources), **changes)
+    for made in (auxiliary, again):
+        with torch.no_grad():
+            torch.testing.assert_close(made.logits(made(TOKENS))[0, -1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "plan", "sentence"),
+    [
+        (
+            "diffllama",
+            {},
+            [2, 3],
+            r"layer 2 of a model is not of the kind that stands at depth 0: self_attn.lambda_init is 0\.\d+ in the one and 0\.\d+ in the other",
+        ),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [1, 2], r"layer 1 of a model is not of the kind.*attn.scaling is"),
+        ("glm4_moe", {}, "shared(0)", r"depths 0 and 1 cannot share a layer: mlp is Glm4MoeMLP in the one and Glm4MoeMoE in the other"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, [3, 0], r"layer 3 of a model is not of the kind that stands at depth 0: mlp is Qwen3MoeSparseMoeBlock"),
+        ("gpt_neox_japanese", {}, [0, 1], r"is not of the kind that stands at depth 1: attention.dense_bias is"),
+    ],
+)
+def test_a_layer_whose_kind_hangs_on_its_place_is_refused_with_both_kinds(family: str, changes: dict[str, Any], plan: Any, sentence: str) -> None:
+    model = PromptedLM(tiny_causal_lm(family, **changes), "a model")
+    with pytest.raises(AuxiliaryError, match=sentence):
+        build_auxiliary(model, parse_plan(plan, 4), TOKENIZER)
+    kept = build_auxiliary(model, parse_plan("every(1)", 4), TOKENIZER)
+    with torch.no_grad():
+        torch.testing.assert_close(kept.logits(kept(TOKENS)), model.logits(model(TOKENS)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_computes_by_its_place_is_found_out_though_no_setting_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = LlamaAttention.forward
+
+    def by_place(self: Any, hidden_states: Any, *arguments: Any, **named: Any) -> Any:
+        return attention(self, hidden_states * (1 + self.layer_idx), *arguments, **named)
+
+    monkeypatch.setattr(LlamaAttention, "forward", by_place)
+    model = PromptedLM(tiny_causal_lm("llama"), "a model")
+    with pytest.raises(AuxiliaryError, match="layer 3 of a model computes something else at depth 1.*depends on where they stand; keep it at depth 3"):
+        build_auxiliary(model, parse_plan([0, 3], 4), TOKENIZER)
+
+
+def test_the_plan_refuses_what_cannot_be_built(tmp_path: Path) -> None:
+    tiny_causal_lm("glm4_moe").save_pretrained(tmp_path)
+    with pytest.raises(AuxiliaryError, match="cannot share a layer: mlp is Glm4MoeMLP"):
+        make_plan(config("shared(0)", str(tmp_path)), clients=2)
+
+
 OPTIONS: list[dict[str, float]] = [{}, {"match_depths": 1.0}, {"match_logits": 1.0}, {"proxy_prompts": 0.5}]
 
 
@@ -142,8 +214,8 @@ def test_teacher_states_are_read_once_and_are_the_same_from_the_disk(options: di
             monkeypatch.setattr(distillation.Kept, "get", read_again)
         monkeypatch.setattr(distillation, "IN_MEMORY", bound)
         read: list[int] = []
-        handle = teacher.backbone.register_forward_pre_hook(lambda *seen, rows=read: rows.append(len(seen[2]["input_ids"])), with_kwargs=True)
         auxiliary = build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER)
+        handle = teacher.backbone.register_forward_pre_hook(lambda *seen, rows=read: rows.append(len(seen[2]["input_ids"])), with_kwargs=True)
         found.append((distill(auxiliary, teacher, texts, how, seed=0), tensors_digest(auxiliary.weights())))
         handle.remove()
         assert sum(read) == (12 if bound is None else 4), "six steps of two texts, and each of the four was read once"

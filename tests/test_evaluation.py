@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, REFERENCE, harness_task, tiny_model
+from families import LONG_ROPE, tiny_causal_lm
 from fedsp.data.encoding import encode_pairs
 from fedsp.data.tasks import Example, examples_of, find_task
 from fedsp.evaluation import score, summarise
@@ -18,23 +19,10 @@ from fedsp.loading import load_model, load_tokenizer
 from fedsp.models import PromptedLM, Tokenizer
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.server import EMBEDDED
+from letters import LETTERS
+from tokenizers_made import bpe
 
 TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
-
-
-class Letters:
-    """A tokenizer of 90 characters, for random models of 97 tokens."""
-
-    bos_token_id, eos_token_id = 1, 2
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [3 + ord(letter) % 90 for letter in text]
-
-    def __call__(self, texts: list[str], return_attention_mask: bool) -> dict[str, list[list[int]]]:
-        return {"input_ids": [self.encode(text) for text in texts]}
-
-
-LETTERS: Any = Letters()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,16 +91,68 @@ def test_a_model_that_heeds_no_mask_or_no_positions_is_read_row_by_row(family: s
 
     for which in ("attention_mask", "position_ids"):
         model = PromptedLM(made, family)
-        original = made.base_model.forward
-        made.base_model.forward = heedless(original, which)
+        original = model.backbone.forward
+        model.backbone.forward = heedless(original, which)
         assert model.room_for_trees == 0
-        made.base_model.forward = original
+        model.backbone.forward = original
 
 
 def test_a_model_that_takes_no_mask_of_ones_own_is_read_behind_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2")
     monkeypatch.setattr(model, "read_branches", lambda trees, prefix: torch.zeros(*trees.ids.shape, 32))
     assert model.room_for_trees == 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "mpt", "bloom", "xglm", "gemma2"])
+def test_a_question_scores_alone_what_it_scores_in_a_batch(family: str) -> None:
+    """Padding between a context and its answers would count as distance in models that measure it by place in the row: windows, ALiBi."""
+    reference, model = tiny_causal_lm(family), PromptedLM(tiny_causal_lm(family), family)
+    examples = [Example("long", "abcdefgh", (" x", " y"), (0,)), Example("short", "abc", (" x", " y"), (0,)), Example("one", "a", (" x", " y, z"), (0,))]
+    together, _ = score(model, None, examples, LETTERS, max_tokens=60)
+    for found, example in zip(together, examples, strict=True):
+        (alone,), _ = score(model, None, [example], LETTERS, max_tokens=60)
+        assert found.log_likelihoods == pytest.approx(alone.log_likelihoods, abs=1e-4)
+        for likelihood, choice in zip(found.log_likelihoods, example.choices, strict=True):
+            row = torch.tensor([LETTERS.encode(example.context + choice)])
+            with torch.no_grad():
+                said = reference(input_ids=row, use_cache=False).logits[0].log_softmax(dim=-1)
+            start = len(example.context)
+            assert likelihood == pytest.approx(float(said[start - 1 : -1].gather(1, row[0, start:, None]).sum()), abs=1e-3)
+
+
+def test_a_choice_that_a_merge_swallows_is_scored_by_the_token_that_it_changed() -> None:
+    """`b` and ` x` are one token: behind `ab` nothing is left of the choice. It once counted as certain, and shifted the scores of the other questions."""
+    tokenizer: Any = bpe([("b", " "), ("b ", "x")])
+    model = PromptedLM(tiny_causal_lm("llama"), "llama")
+    examples = [Example("swallowed", "ab", (" x",), (0,)), Example("whole", "cd", (" x", " yz"), (0,)), Example("behind", "efg", (" y",), (0,))]
+    together, _ = score(model, None, examples, tokenizer, max_tokens=60)
+    assert [row.tokens for row in together] == [[1], [2, 3], [2]]
+    for found, example in zip(together, examples, strict=True):
+        (alone,), _ = score(model, None, [example], tokenizer, max_tokens=60)
+        assert found.log_likelihoods == pytest.approx(alone.log_likelihoods, abs=1e-4)
+    with torch.no_grad():
+        said = model.logits(model(torch.tensor([tokenizer.encode("a")])))[0].log_softmax(dim=-1)
+    assert together[0].log_likelihoods[0] == pytest.approx(float(said[0, tokenizer.convert_tokens_to_ids("b x")]), abs=1e-4)
+    assert summarise(together[:1], find_task("completion"))["answer_loss"] > 0
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_rotations_that_change_with_the_longest_position_are_those_of_each_row(switched: bool) -> None:
+    """Phi-3's long rope: a row beyond the original length turns on other frequencies, for itself and not for the rows beside it. As in lm-evaluation-harness a row is
+    read without its last token, from which nothing is predicted."""
+    reference, model = (PromptedLM(tiny_causal_lm("phi3", **LONG_ROPE), "phi3") for _ in range(2))
+    prefix = torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(0))
+    long = "abcdefghijklm" + ("nopq" if switched else "")
+    examples = [Example("long", long, (" x", " yes, it is"), (0,)), Example("short", "abc", (" x", " yes, it is"), (0,))]
+    for front in (None, prefix):
+        together, _ = score(model, front, examples, LETTERS, max_tokens=60)
+        for found, example in zip(together, examples, strict=True):
+            for likelihood, choice in zip(found.log_likelihoods, example.choices, strict=True):
+                row = torch.tensor([LETTERS.encode(example.context + choice)])
+                with torch.no_grad():
+                    said = reference.logits(reference(row[:, :-1], None, front))[0].log_softmax(dim=-1)
+                start = len(example.context)
+                assert likelihood == pytest.approx(float(said[start - 1 :].gather(1, row[0, start:, None]).sum()), abs=1e-3)
 
 
 def real_rows(task: str, count: int) -> list[dict[str, Any]]:

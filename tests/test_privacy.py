@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import tiny_model
+from families import LONG_ROPE, tiny_causal_lm
 from fedsp import commands, experiment, privacy, private_fitting
 from fedsp.algorithm import FedSP
 from fedsp.clients import agreement_of, make_method
@@ -24,13 +25,15 @@ from fedsp.config_file import make_config, validated
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import ConfigurationError, DataError, PolicyError, PrivacyError, StorageError
 from fedsp.fitting import Optimisation
+from fedsp.loading import reduce_precision
 from fedsp.methods.base import Method
 from fedsp.methods.private import PrivateAnswers
+from fedsp.models import PromptedLM
 from fedsp.parties import Party, Rest
 from fedsp.payload import PROMPT, Payload, as_row
 from fedsp.per_example import example_gradients, example_losses
 from fedsp.privacy import Ledger, Release, clipped_sum, epsilon, gaussian, noise_for, noised_mean, poisson_sample, private_mean
-from fedsp.private_fitting import ExamplePrivacy, PrivateSteps, fit_privately, private_gradient
+from fedsp.private_fitting import ExamplePrivacy, PrivateSteps, examples_together, fit_privately, private_gradient
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import Request
 from fedsp.runs import RunDirectory
@@ -152,7 +155,7 @@ def test_a_lot_is_divided_by_what_was_expected_and_an_empty_one_releases_noise()
     rows = [Encoded((5, 6, 7, 8), 2), Encoded((9, 4, 3), 1)]
     quiet = PrivateSteps(bound=1e6, noise_multiplier=0.0, sampling_rate=0.1, count=1)
     _, each = example_gradients(model, prompt, collate(rows))
-    assert torch.allclose(private_gradient(model, prompt, rows, 40, quiet), each.sum(dim=0) / 4, atol=1e-6)
+    assert torch.allclose(private_gradient(model, prompt, rows, 40, quiet, at_once=2), each.sum(dim=0) / 4, atol=1e-6)
     assert not private_gradient(model, prompt, [], 40, quiet).any()
     assert private_gradient(model, prompt, [], 40, replace(quiet, noise_multiplier=1e-6)).all()
 
@@ -161,6 +164,7 @@ def test_a_broken_example_does_not_stop_a_private_fit(monkeypatch: pytest.Monkey
     model = tiny_model("gpt2")
     prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.zeros(3, 4, 2, 4, 8))
     broken = 0
+    assert examples_together(model, prompt) == 8
 
     def one_is_not_a_number(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal broken
@@ -172,6 +176,92 @@ def test_a_broken_example_does_not_stop_a_private_fit(monkeypatch: pytest.Monkey
     monkeypatch.setattr(private_fitting, "example_gradients", one_is_not_a_number)
     fitted = fit_privately(model, prompt, [Encoded((5, 6, 7), 2)] * 9, PrivateSteps(1.0, 1.0, 0.3, 4), Optimisation(1e-2))
     assert broken and fitted.losses == [] and torch.isfinite(prompt.values()).all() and prompt.values().any()
+
+
+BOUND = 0.01
+
+
+def most_that_one_moves(model: PromptedLM, prompt: SoftPrompt, lot: list[Encoded], at_once: int) -> float:
+    """How far leaving out one example moves the clipped sum of a lot, at most, in units of the bound."""
+    quiet = PrivateSteps(bound=BOUND, noise_multiplier=0.0, sampling_rate=1.0, count=1)
+
+    def clipped(some: list[Encoded]) -> torch.Tensor:
+        return private_gradient(model, prompt, some, 1, quiet, at_once).double().flatten()
+
+    whole = clipped(lot)
+    return max(float((whole - clipped(lot[:out] + lot[out + 1 :])).norm()) for out in range(len(lot))) / BOUND
+
+
+def lot_of(count: int) -> list[Encoded]:
+    drawn = torch.randint(3, 97, (count, 12), generator=torch.Generator().manual_seed(5)).tolist()
+    return [Encoded(tuple(row[: 6 + place % 7]), 3) for place, row in enumerate(drawn)]
+
+
+def with_outliers(precision: Any) -> PromptedLM:
+    """A model one of whose tokens makes activations that LLM.int8 takes for outliers, and others do not."""
+    made = tiny_causal_lm("llama", hidden_size=64, intermediate_size=128)
+    with torch.no_grad():
+        made.get_input_embeddings().weight[lot_of(1)[0].ids[1], :8] = 40.0
+        for layer in made.model.layers:
+            layer.input_layernorm.weight[:8] = 4.0
+    model = PromptedLM(made, "a model")
+    if precision != "float32":
+        reduce_precision(model, precision, "precision")
+    return model
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "8bit"])
+def test_an_example_moves_a_clipped_sum_by_the_bound_at_most_in_any_precision(precision: Any) -> None:
+    pytest.importorskip("bitsandbytes", reason="8 bits come with the large extra")
+    model = with_outliers(precision)
+    prompt = SoftPrompt(PromptSpec("residual", 3, model.shape), torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(3)))
+    together = examples_together(model, prompt)
+    assert together == (8 if precision == "float32" else 1)
+    assert most_that_one_moves(model, prompt, lot_of(8), together) <= 1.0005
+    if precision == "8bit":
+        assert most_that_one_moves(model, prompt, lot_of(8), 8) > 1.005, "together they would not keep the promise"
+
+
+def test_examples_that_change_each_other_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mechanism, and not the precision: a model whose batch is mixed, by whatever cause."""
+    model = PromptedLM(tiny_causal_lm("llama"), "a model")
+    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
+    block = model.blocks[1].forward
+    monkeypatch.setattr(model.blocks[1], "forward", lambda hidden, *rest, **named: block(hidden + 0.1 * hidden.mean(dim=0, keepdim=True), *rest, **named))
+    assert most_that_one_moves(model, prompt, lot_of(8), 8) > 1.01
+    read: list[int] = []
+    model.blocks[0].register_forward_pre_hook(lambda _module, arguments: read.append(len(arguments[0])))
+    assert examples_together(model, prompt) == 1
+    read.clear()
+    fit_privately(model, prompt, lot_of(8), PrivateSteps(1.0, 1.0, 1.0, 2), Optimisation(1e-2))
+    assert read == [1] * 16
+    assert most_that_one_moves(model, prompt, lot_of(8), 1) <= 1.0005
+
+
+def test_a_model_that_remembers_what_it_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PromptedLM(tiny_causal_lm("llama"), "a model")
+    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
+    block, longest = model.blocks[1].forward, 0
+
+    def remembers(hidden: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        nonlocal longest
+        longest = max(longest, hidden.shape[1])
+        return block(hidden * (1 + 0.01 * longest), *rest, **named)
+
+    monkeypatch.setattr(model.blocks[1], "forward", remembers)
+    with pytest.raises(PrivacyError, match="a model reads an example otherwise after another was read, so no bound holds"):
+        fit_privately(model, prompt, lot_of(8), PrivateSteps(1.0, 1.0, 1.0, 2), Optimisation(1e-2))
+
+
+@pytest.mark.parametrize("length", [4, 40])
+def test_a_long_neighbour_does_not_turn_the_rotations_of_a_short_example(length: int) -> None:
+    """Long rope: read together in the rotations of the longest, one example moved the sum by several bounds."""
+    model = PromptedLM(tiny_causal_lm("phi3", **LONG_ROPE), "a model")
+    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
+    tokens = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(6)).tolist()
+    lot = [*lot_of(7), Encoded(tuple(tokens[:length]), 2)]
+    assert examples_together(model, prompt) == 8
+    assert most_that_one_moves(model, prompt, lot, 8) <= 1.0005
 
 
 def test_a_lock_is_for_one(tmp_path: Path) -> None:

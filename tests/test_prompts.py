@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from transformers import AutoModelForCausalLM, BertConfig, MambaConfig, T5Config
 from transformers.activations import NewGELUActivation
 
 from conftest import FAMILIES, tiny_model
+from families import LONG_ROPE, tiny_causal_lm
 from fedsp.errors import ModelError, PayloadError, PromptError
 from fedsp.loading import load_model
-from fedsp.models import ModelShape, PromptedLM
+from fedsp.models import ModelShape, PromptedLM, hidden_at_depths
 from fedsp.payload import PROMPT, check
 from fedsp.prompts import PromptSpec, SoftPrompt, export_peft, import_peft, initial_values, read_prompt
 from fedsp.rows import pack, pad
@@ -148,6 +150,82 @@ def test_a_projection_takes_up_trains_and_folds() -> None:
     plain.load(folded)
     with torch.no_grad():
         torch.testing.assert_close(plain.prefix(model), projected.prefix(model))
+
+
+def test_a_long_rope_generates_as_hugging_face_does_and_reads_each_row_by_itself() -> None:
+    reference, model = tiny_causal_lm("phi3", **LONG_ROPE), PromptedLM(tiny_causal_lm("phi3", **LONG_ROPE), "phi3")
+    row = list(range(5, 17))
+    theirs = reference.generate(torch.tensor([row]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)  # type: ignore[operator]
+    assert model.generate(torch.tensor(row), None, most=12, stop=None) == theirs[0, len(row) :].tolist()
+    rows = [list(range(5, 25)), [7, 8, 9], list(range(40, 57)), list(range(60, 76))]
+    padded = pad(rows, model.device)
+    depths = hidden_at_depths(model, *padded)
+    with torch.no_grad():
+        for states in (model(*padded), model.read_padded(*padded), depths[-1]):
+            for found, alone in zip(model.logits(states), rows, strict=True):
+                expected = reference(input_ids=torch.tensor([alone]), use_cache=False).logits[0]
+                torch.testing.assert_close(found[: len(alone)], expected, rtol=1e-3, atol=1e-4)
+        for place, row in enumerate(rows):
+            for state, alone_state in zip(depths, hidden_at_depths(model, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)), strict=True):
+                torch.testing.assert_close(state[place, : len(row)], alone_state[0], rtol=1e-3, atol=1e-4)
+
+
+def test_dynamic_rotations_end_the_room_where_every_length_has_its_own() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    assert PromptedLM(tiny_causal_lm("llama", rope_parameters=rope), "llama").max_positions == 64
+
+
+@pytest.mark.parametrize(("family", "changes", "room"), [("mpt", {"max_seq_len": 40}, 40), ("whisper", {"max_target_positions": 48}, 48), ("gpt2", {}, 128)])
+def test_a_model_is_read_as_far_as_it_was_made_for_under_whatever_name(family: str, changes: dict[str, Any], room: int) -> None:
+    model = PromptedLM(tiny_causal_lm(family, **changes), family)
+    assert model.max_positions == room
+    tokens = [3 + place % 90 for place in range(room - 4)]
+    assert len(model.generate(torch.tensor(tokens), None, most=50, stop=None)) == 5, "the last one is read from the last position"
+
+
+@pytest.mark.parametrize("family", ["mpt", "bloom"])
+def test_positions_from_zero_are_refused_where_they_change_nothing(family: str) -> None:
+    with pytest.raises(ModelError, match="'from_zero' changes nothing in a model .*ALiBi.*use 'hugging_face'"):
+        PromptedLM(tiny_causal_lm(family), "a model", positions="from_zero")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("cohere", {"logit_scale": 0.0625}),
+        ("cohere2", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"final_logit_softcapping": 3.0}),
+        ("vaultgemma", {"final_logit_softcapping": 3.0}),
+        ("nanochat", {"final_logit_softcapping": 3.0}),
+    ],
+)
+def test_logits_are_scaled_and_capped_as_the_family_does(family: str, changes: dict[str, Any], dtype: torch.dtype) -> None:
+    reference, model = tiny_causal_lm(family, dtype=dtype, **changes), PromptedLM(tiny_causal_lm(family, dtype=dtype, **changes), family)
+    with torch.no_grad():
+        theirs, ours = reference(input_ids=TOKENS, use_cache=False).logits.float(), model.logits(model(TOKENS))
+        bare = model.head(model(TOKENS)).float()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3 if dtype == torch.float32 else 0.05, atol=0.05 * float(theirs.abs().max()))
+    assert not torch.allclose(bare, theirs, rtol=0.1), "the head alone is something else"
+
+
+def test_layers_are_those_that_read_text_where_pictures_have_as_many() -> None:
+    model = PromptedLM(tiny_causal_lm("gemma3"), "gemma3")
+    assert len(model.blocks) == 4 and all(block in list(model.model.get_decoder().modules()) for block in model.blocks)
+
+
+def test_a_model_that_reads_a_text_otherwise_behind_its_beginning_is_refused() -> None:
+    made = tiny_causal_lm("llama")
+    forward = made.model.layers[2].forward
+
+    def counts_places(hidden: Any, *arguments: Any, past_key_values: Any = None, **named: Any) -> Any:
+        read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return forward(hidden + (0.5 if read == 3 else 0.0), *arguments, past_key_values=past_key_values, **named)
+
+    made.model.layers[2].forward = counts_places
+    with pytest.raises(ModelError, match="reads a text otherwise behind the keys and values of its beginning"):
+        PromptedLM(made, "odd")
 
 
 def test_files_round_trip(tmp_path: Path) -> None:

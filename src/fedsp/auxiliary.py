@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from fedsp.blocks import find_blocks
-from fedsp.errors import AuxiliaryError, ConfigurationError, StorageError
+from fedsp.blocks import difference, find_blocks, fused
+from fedsp.errors import AuxiliaryError, ConfigurationError, ModelError, StorageError, first_line
 from fedsp.fitting import Tensors, trainable
 from fedsp.loading import empty_model, load_tokenizer, tokenizer_digest
 from fedsp.models import ModelShape, Positions, PromptedLM, Tokenizer
-from fedsp.storage import read_tensors, tensors_digest, write_json, write_tensors
+from fedsp.storage import parse_json, read_tensors, tensors_digest, write_json, write_tensors
 
 MANIFEST = "auxiliary.json"
 Embeddings = Literal["verbatim", "low_rank", "fresh"]
@@ -203,18 +203,54 @@ def build_auxiliary(
 
     Its weights are float32 on every device, since clients train them.
     """
-    auxiliary = empty_auxiliary(planned_config(model.model.config, plan), plan).to(model.device)
-    outside = f"{model.path_of_blocks}."
-    prefix = f"{model.model.base_model_prefix}." if model.backbone is not model.model else ""
-    source = {name: tensor for name, tensor in model.model.state_dict().items() if not name.startswith(prefix + outside)}
-    auxiliary.load_state_dict(source, strict=False)
-    blocks = _blocks(auxiliary, plan, model.name)
-    for depth, layer in enumerate(plan.sources):
-        blocks[depth].load_state_dict(model.blocks[layer].state_dict())
+    config = planned_config(model.model.config, plan)
+    try:
+        auxiliary = fused(empty_auxiliary(config, plan)).to(model.device)
+    except ModelError as error:
+        raise AuxiliaryError(f"auxiliary.plan: {model.name} has no form with the layers {list(plan.sources)}: {error}") from error
+    _fill(auxiliary, model, plan)
     built = AuxiliaryModel(auxiliary.requires_grad_(False), plan, tokenizer, positions=model.positions, prompt_shape=model.shape, embeddings=embeddings)
+    for depth, layer in enumerate(plan.sources):
+        if not built.computes_as(depth, model, layer):
+            raise AuxiliaryError(
+                f"auxiliary.plan: layer {layer} of {model.name} computes something else at depth {depth}: what this family's layers do depends on where they stand; keep it at depth {layer}"
+            )
     if embeddings != "verbatim":
         _reduce_embeddings(built, rank if embeddings == "low_rank" else 0, seed)
     return built
+
+
+def _fill(auxiliary: Any, model: PromptedLM, plan: LayerPlan) -> None:
+    """Copy the planned layers and everything outside of the layers into place.
+
+    Raises:
+        AuxiliaryError: a layer is of another kind than what stands at its depth, or a weight has no place.
+    """
+    blocks = _blocks(auxiliary, plan, model.name)
+    require_kinds(model.blocks, blocks, plan, model.name)
+    inside = f"{model.path_of_backbone}.".lstrip(".") + f"{model.path_of_blocks}."
+    outside = {name: tensor for name, tensor in model.model.state_dict().items() if not name.startswith(inside)}
+    places = {name: tensor.shape for name, tensor in auxiliary.state_dict().items() if not name.startswith(inside)}
+    if places != {name: tensor.shape for name, tensor in outside.items()}:
+        odd = sorted(set(places.items()) ^ {(name, tensor.shape) for name, tensor in outside.items()})[0][0]
+        raise AuxiliaryError(
+            f"auxiliary.plan: {odd} of {model.name} is made for all of its layers: this family has no form with the layers {list(plan.sources)}"
+        )
+    auxiliary.load_state_dict(outside, strict=False)
+    for depth, layer in enumerate(plan.sources):
+        blocks[depth].load_state_dict(model.blocks[layer].state_dict())
+
+
+def require_kinds(layers: nn.ModuleList, blocks: nn.ModuleList, plan: LayerPlan, name: str) -> None:
+    """See that what stands at each depth is of the kind of its source: a layer's kind may hang on its place.
+
+    Raises:
+        AuxiliaryError: one is not; the message names both kinds.
+    """
+    for depth, layer in enumerate(plan.sources):
+        other = difference(layers[layer], blocks[depth])
+        if other:
+            raise AuxiliaryError(f"auxiliary.plan: layer {layer} of {name} is not of the kind that stands at depth {depth}: {other}; choose layers of one kind")
 
 
 def embedding_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -247,7 +283,7 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
         AuxiliaryError: the folder is incomplete or its weights do not have the digest.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         plan = LayerPlan(*(tuple(manifest["plan"][key]) for key in ("sources", "groups", "frozen", "prompt_layers")))
         shape = ModelShape(**manifest["prompt_shape"])
         weights, _ = read_tensors(folder / WEIGHTS)
@@ -277,14 +313,26 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
 
 
 def planned_config(config: Any, plan: LayerPlan) -> Any:
-    """The global model's configuration with the plan's depth, and at each depth the kind of layer that its source is."""
+    """The global model's configuration with the plan's depth, and at each depth what it says of the source: every list with an entry for each layer.
+
+    Raises:
+        AuxiliaryError: the family has no such form.
+    """
     config = copy.deepcopy(config)
-    text_config = config.get_text_config()
-    kinds = getattr(text_config, "layer_types", None)
-    if kinds is not None:
-        text_config.layer_types = [kinds[source] for source in plan.sources]
-    text_config.num_hidden_layers = plan.depth
-    return config
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == layers and key not in ("architectures",):
+            setattr(text, key, [value[source] for source in plan.sources])
+    if getattr(text, "attention_types", None):  # GPT-Neo's other form of attention_layers
+        text.attention_types = [[[kind], 1] for kind in text.attention_layers]
+    if hasattr(text, "decoder_layers"):  # of families that have an encoder too
+        text.decoder_layers = plan.depth
+    text.num_hidden_layers = plan.depth
+    try:
+        return type(config).from_dict(json.loads(config.to_json_string()))  # as whoever gets the package reads it
+    except Exception as error:  # a configuration's own checks raise what they like
+        raise AuxiliaryError(f"auxiliary.plan: a {config.model_type} model has no form with the layers {list(plan.sources)}: {first_line(error)}") from error
 
 
 def empty_auxiliary(config: Any, plan: LayerPlan) -> Any:
@@ -295,12 +343,15 @@ def empty_auxiliary(config: Any, plan: LayerPlan) -> Any:
     first = {group: depth for depth, group in reversed(list(enumerate(plan.groups)))}
     for depth, group in enumerate(plan.groups):
         if first[group] != depth:
+            other = difference(blocks[first[group]], blocks[depth])
+            if other:
+                raise AuxiliaryError(f"auxiliary.plan: depths {first[group]} and {depth} cannot share a layer: {other}; choose layers of one kind")
             _share(blocks[first[group]], blocks[depth])
     return model
 
 
 def _blocks(model: Any, plan: LayerPlan, name: str) -> nn.ModuleList:
-    return find_blocks(getattr(model, model.base_model_prefix, model), plan.depth, name)[1]
+    return find_blocks(model, plan.depth, name)[1]
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:

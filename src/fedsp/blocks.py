@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fedsp.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Where a model's rotations change with the longest position of a call: above `positions`, once, or again with `every_length`."""
+
+    positions: int
+    every_length: bool
+
+
+def rotation_switch(config: PretrainedConfig) -> Switch | None:
+    """The switch that a configuration names: `longrope` takes other frequencies above its original length (Ding et al., LongRoPE, ICML 2024,
+    https://arxiv.org/abs/2402.13753), `dynamic` ones for every length above it."""
+    text = config.get_text_config()
+    named = getattr(text, "rope_parameters", None) or {}
+    found = []
+    for rope in [named, *(part for part in named.values() if isinstance(part, dict))]:
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            length = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings
+            found.append(Switch(int(length), rope["rope_type"] == "dynamic"))
+    return min(found, key=lambda switch: switch.positions) if found else None
 
 
 class Captured(Exception):
@@ -39,16 +64,51 @@ class FixedLayer(DynamicLayer):  # type: ignore[misc]
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
-def find_blocks(backbone: nn.Module, layers: int, name: str) -> tuple[str, nn.ModuleList]:
+def find_backbone(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The part of a causal language model that computes its last hidden states, and its path; the model itself (path "") where it has no such part."""
+    decoder = model.get_decoder()
+    parts = [decoder] if isinstance(decoder, PreTrainedModel) and decoder is not model else list(model.children())
+    found = next((part for part in parts if isinstance(part, PreTrainedModel)), model)
+    return next(((path, module) for path, module in model.named_modules() if module is found), ("", model))
+
+
+def find_blocks(model: PreTrainedModel, layers: int, name: str) -> tuple[str, nn.ModuleList]:
     """The list of the model's blocks, found by their number, and its path below the backbone.
 
     Raises:
         ModelError: there is no list of that many modules.
     """
-    for path, module in backbone.named_modules():
+    for path, module in find_backbone(model)[1].named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return path, module
     raise ModelError(f"{name} has no list of {layers} blocks, so fedsp cannot tell its layers apart")
+
+
+NO_SETTING = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number)$|^training$")
+"""Names under which a block keeps its own depth, or whether it is trained."""
+
+
+def difference(one: nn.Module, other: nn.Module) -> str | None:
+    """In what two blocks are of different kinds, or None: their modules, the shapes of their weights, and every setting that they keep."""
+    for (path, module), (other_path, beside) in zip_longest(one.named_modules(), other.named_modules(), fillvalue=("", None)):
+        if module is None or beside is None or path != other_path or type(module) is not type(beside):
+            where = path if module is not None else other_path
+            return f"{where or 'the block'} is {_kind(module)} in the one and {_kind(beside)} in the other"
+        settings, others = _settings(module), _settings(beside)
+        for key in sorted(settings.keys() | others.keys()):
+            if settings.get(key) != others.get(key):
+                return f"{path + '.' if path else ''}{key} is {settings.get(key)!r} in the one and {others.get(key)!r} in the other"
+    return None
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "missing" if module is None else type(module).__name__
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str | NoneType)}
+    tensors = {key: tuple(value.shape) for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
+    return {key: value for key, value in plain.items() if not key.startswith("_") and not NO_SETTING.search(key)} | tensors
 
 
 def fused(model: PreTrainedModel) -> PreTrainedModel:

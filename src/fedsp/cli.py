@@ -307,6 +307,9 @@ def main() -> None:
     except FedspError as error:
         typer.echo(f"fedsp: {error}", err=True)
         sys.exit(2)
+    except UnicodeEncodeError:
+        typer.echo("fedsp: a word of the command is not UTF-8 text: set the terminal to UTF-8, and rename files whose names are not", err=True)
+        sys.exit(2)
 
 
 def _read(config: Path, overrides: list[str] | None) -> RunConfig:

@@ -18,7 +18,7 @@ from fedsp.methods.private import PrivateAnswers
 from fedsp.models import PromptedLM, Tokenizer
 from fedsp.parties import Party, Rest, Tunable
 from fedsp.privacy import LEDGER, Ledger
-from fedsp.private_fitting import ExamplePrivacy
+from fedsp.private_fitting import ExamplePrivacy, examples_together
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import derive_seed
 from fedsp.runs import RunDirectory
@@ -94,6 +94,16 @@ def make_client(client: str, agreement: Agreement, auxiliary: AuxiliaryModel, ro
     return replace(make_party(client, agreement, auxiliary, client_prompt(agreement, auxiliary), rows, rest), ledger=ledger, most=most)
 
 
+def require_independence(model: PromptedLM, tuned: Tunable) -> None:
+    """See, before anything is trained on an example, that the model reads each by itself.
+
+    Raises:
+        PrivacyError: it does not.
+    """
+    assert isinstance(tuned, SoftPrompt)
+    examples_together(model, tuned)
+
+
 def client_prompt(agreement: Agreement, auxiliary: AuxiliaryModel) -> SoftPrompt:
     """The prompt that a client loads what it receives into."""
     section = agreement.prompt
@@ -132,7 +142,13 @@ def open_clients(config: RunConfig, auxiliary: AuxiliaryModel, questions: Questi
 def clients_here(
     method: Method, agreement: Agreement, model: PromptedLM, tokenizer: Tokenizer, tuned: Callable[[], Tunable], questions: Questions, run: RunDirectory
 ) -> Clients:
-    """Clients in this process. Parties are made when asked for, from rows and what rests on disk; few stay in memory."""
+    """Clients in this process. Parties are made when asked for, from rows and what rests on disk; few stay in memory.
+
+    Raises:
+        PrivacyError: something is promised to each example, and the model does not read one by itself.
+    """
+    if agreement.privacy.unit == "example":
+        require_independence(model, tuned())
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import torch
 
 from fedsp.auxiliary import disclosed_share
 from fedsp.clients import agreement_of
-from fedsp.config import RunConfig
+from fedsp.config import Agreement, RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
+from fedsp.data.encoding import encode_texts
 from fedsp.engines.local import local
 from fedsp.errors import ConfigurationError, DataError, FedspError, RunError
 from fedsp.experiment import robust_rule, run_experiment
@@ -26,7 +29,7 @@ from fedsp.prompts import SoftPrompt, export_peft, read_prompt
 from fedsp.runs import RunDirectory, differing_keys, find_runs
 from fedsp.server import Server, Watcher, load_questions, make_auxiliary, open_server, score_test
 from fedsp.sides import server_side
-from fedsp.storage import read_tensors
+from fedsp.storage import move_into_place, read_tensors
 from fedsp.tracking import tracked
 
 Figures = dict[str, Any]
@@ -166,17 +169,25 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
     whole |= {"precision": "auto"} if config.model.precision in ("8bit", "4bit") else {}  # a package needs all digits
     sections = {"auxiliary": config.auxiliary.model_copy(update={"folder": None}), "model": config.model.model_copy(update=whole)}
     config = config.model_copy(update=sections)
+    seal: Callable[[Path, Agreement], str] | None = None
     if config.federation:
         _require_flower()
-    server = open_server(config, load_questions(config))
-    started = time.perf_counter()
-    auxiliary = make_auxiliary(server, folder, watcher or Watcher())
-    digest = auxiliary.digest()
-    if config.federation:
-        from fedsp.credentials import SIGNING
+        from fedsp.credentials import SIGNING, sign
         from fedsp.package import seal_package
 
-        digest = seal_package(folder, agreement_of(config, server.max_tokens), Path(config.federation.folder) / SIGNING)
+        key = Path(config.federation.folder) / SIGNING
+        sign(b"", key)  # a key that cannot be used is not found out after the distillation
+        seal = partial(seal_package, signing_key=key)
+    server = open_server(config, load_questions(config))
+    started = time.perf_counter()
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        auxiliary = make_auxiliary(server, unfinished, watcher or Watcher())
+        digest = seal(unfinished, agreement_of(config, server.max_tokens)) if seal else auxiliary.digest()
+        move_into_place(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return {
         "folder": str(folder),
         "sha256": digest,
@@ -258,14 +269,21 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
 
 def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool = False) -> str:
     """A greedy completion of `text`, at most `most` tokens, through a run's best prompt (or none) and the global model."""
-    run = open_run(folder)
-    server = run.server
-    ids = server.tokenizer.encode(text)
-    if not ids:
+    if not text.strip():
         raise DataError("there is no text to complete: give at least one word")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError("the text to complete is not UTF-8: set the terminal to UTF-8")
+    run = open_run(folder)
+    server, tokenizer = run.server, run.server.tokenizer
+    (ids,) = encode_texts(tokenizer, [text])
+    if len(ids) + most > server.max_tokens:
+        raise DataError(
+            f"the text has {len(ids)} tokens and {most} are to follow, but the model reads {server.max_tokens} behind a prompt: shorten it, or ask for fewer"
+        )
     prefix = run.prefix(zero_shot=zero_shot)
-    new = run.model.generate(torch.tensor(ids, device=server.model.device)[-server.max_tokens :], prefix, most=most, stop=server.tokenizer.eos_token_id)
-    return str(server.tokenizer.decode(new))
+    new = run.model.generate(torch.tensor(ids, device=server.model.device), prefix, most=most, stop=tokenizer.eos_token_id)
+    before, whole = (tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False) for part in (ids, [*ids, *new]))
+    return str(whole)[len(before) :]
 
 
 def export(folder: str | Path, to: str | Path) -> Figures:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from fedsp.config import PartyConfig, RunConfig, Section
-from fedsp.errors import ConfigurationError, did_you_mean
+from fedsp.errors import ConfigurationError, did_you_mean, first_line
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
@@ -129,11 +129,13 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
         ConfigurationError: the file is missing or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigurationError(f"there is no file {path}; {remedy}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
+    except RecursionError as error:
+        raise ConfigurationError(f"{path} is not a TOML file that can be read: it is nested too deeply") from error
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(f"{path} is not a TOML file: {first_line(error)}") from error
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -147,7 +149,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigurationError(f"{override!r} is not an override: write section.key=value, such as round.rounds=5")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *sections, name = key.strip().split(".")
     for section in sections:

@@ -103,7 +103,7 @@ def read_register(folder: Path) -> dict[str, Member]:
         entries = tomllib.loads(path.read_text(encoding="utf-8")).get("clients", {})
     except FileNotFoundError as error:
         raise ConfigurationError(f"federation.folder: there is no register {path}; `fedsp federation init` writes one") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
     if not isinstance(entries, dict):
         raise ConfigurationError(f"{path}: clients is no table; write one [clients.NAME] table for each client")

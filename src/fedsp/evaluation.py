@@ -67,8 +67,7 @@ def score(
     batch is `tokens_per_batch` tokens: by default 512 on a CPU, whose cache holds no more, and 4096 elsewhere.
     """
     tokens_per_batch = tokens_per_batch or (512 if model.device.type == "cpu" else 4096)
-    encoded = iter(encode_pairs(tokenizer, ((example.context, choice) for example in examples for choice in example.choices), max_tokens))
-    pairs = [list(islice(encoded, len(example.choices))) for example in examples]
+    pairs = encode_choices(tokenizer, examples, max_tokens)
     shared = [_shared(row) for row in pairs]
     lengths = [length + sum(len(pair.ids) - 1 - length for pair in row) for row, length in zip(pairs, shared, strict=True)]
     order = sorted(range(len(examples)), key=lambda index: -lengths[index])
@@ -90,6 +89,18 @@ def score(
                 hashlib.sha256("\0".join([example.context, *example.choices]).encode()).hexdigest()[:16],
             )
     return [row for row in scored if row is not None], sum(any(pair.dropped for pair in row) for row in pairs)
+
+
+def encode_choices(tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int) -> list[list[Encoded]]:
+    """Every choice of every example, behind its context.
+
+    Raises:
+        DataError: the tokenizer makes no token of a choice.
+    """
+    asked = [(example.context, choice) for example in examples for choice in example.choices]
+    names = (f"example {example.id}" for example in examples for _ in example.choices)
+    encoded = iter(encode_pairs(tokenizer, asked, max_tokens, names))
+    return [list(islice(encoded, len(example.choices))) for example in examples]
 
 
 def _score_group(model: PromptedLM, prefix: Tensor | None, group: list[list[Encoded]], shared: list[int]) -> list[list[tuple[float, bool]]]:
@@ -125,16 +136,25 @@ def _states(model: PromptedLM, prefix: Tensor | None, contexts: list[tuple[int, 
                 wanted[row, start + first : start + len(tail)] = True
                 start += len(tail)
         return model.read_branches(trees, prefix)[wanted.to(model.device)]
-    if not all(contexts):  # a context of one token leaves nothing to keep
-        tails = [[(*context, *tail) for tail in some] for context, some in zip(contexts, tails, strict=True)]
-        skipped = [[len(context) + first for first in firsts] for context, firsts in zip(contexts, skipped, strict=True)]
-        contexts = [()] * len(contexts)
-    flat = [(row, tail) for row, some in enumerate(tails) for tail in some]
-    inputs = pad([tail for _, tail in flat], model.device)
-    hidden = model.continue_from(pad(contexts, model.device), inputs, torch.tensor([row for row, _ in flat], device=model.device), prefix)
-    places = torch.arange(inputs.ids.shape[1], device=model.device)
-    begin = torch.tensor([first for row in skipped for first in row], device=model.device)[:, None]
-    return hidden[(places >= begin) & inputs.mask.bool()]
+    groups: dict[int, list[int]] = {}  # padding in front of a tail would count as distance, so contexts that share a call are of one length
+    for row, (context, some) in enumerate(zip(contexts, tails, strict=True)):
+        reach = model.first_position(prefix) + len(context)
+        kept = context and all(model.rotated_alike(reach, reach + len(tail)) for tail in some)
+        groups.setdefault(len(context) if kept else 0, []).append(row)
+    found: list[list[Tensor]] = [[] for _ in contexts]
+    for width, rows in groups.items():
+        fronts = [() if width else contexts[row] for row in rows]
+        flat = [(*front, *tail) for front, row in zip(fronts, rows, strict=True) for tail in tails[row]]
+        inputs = pad(flat, model.device)
+        if width:
+            owners = torch.tensor([place for place, row in enumerate(rows) for _ in tails[row]], device=model.device)
+            hidden = model.continue_from(torch.tensor([contexts[row] for row in rows], device=model.device), inputs, owners, prefix)
+        else:
+            hidden = model(inputs.ids, inputs.mask, prefix)
+        read = iter(zip(hidden, flat, strict=True))
+        for front, row in zip(fronts, rows, strict=True):
+            found[row] = [state[len(front) + first : len(tail)] for first, (state, tail) in zip(skipped[row], read, strict=False)]
+    return torch.cat([state for states in found for state in states])
 
 
 def _shared(pairs: list[Encoded]) -> int:

@@ -25,7 +25,7 @@ from fedsp.cost import measure
 from fedsp.data.encoding import Encoded, encode_targets
 from fedsp.data.tasks import Example, Task
 from fedsp.errors import PrivacyError
-from fedsp.evaluation import Scored, by_client
+from fedsp.evaluation import Scored, by_client, encode_choices
 from fedsp.federation import Rules, Standing, federate
 from fedsp.loading import in_few_bits
 from fedsp.methods.base import validation_loss
@@ -66,6 +66,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     own = questions.held(questions.partition.server)
     party = Party("server", sides.model, sides.tuned, encode_targets(server.tokenizer, own, server.max_tokens), run.rest("server"))
     validation = encode_targets(server.tokenizer, _some(questions.validation, config), server.max_tokens)
+    encode_choices(server.tokenizer, questions.test, server.max_tokens)  # what cannot be scored at the end is found out now
     spec = replace(sides.tuned.spec, projection=0) if isinstance(sides.tuned, SoftPrompt) else None
     dropped = party.shortened + sum(row.dropped > 0 for row in validation)
     if dropped:

@@ -7,6 +7,7 @@ Importing this module registers the model, so `lm_eval.simple_evaluate(model="fe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from fedsp.commands import open_run
+from fedsp.data.encoding import encode_texts, first_token
 from fedsp.data.tasks import Example
 from fedsp.errors import RunError
 from fedsp.evaluation import score
@@ -45,9 +48,7 @@ class TunedPrompt(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): its log-likelihood, nats, and whether greedy decoding would give it."""
         groups = [(context, [str(request.args[1]) for request in group]) for context, group in groupby(requests, key=lambda request: str(request.args[0]))]
-        examples = [
-            Example(str(index), context or str(self._tokenizer.eos_token), tuple(continuations), (0,)) for index, (context, continuations) in enumerate(groups)
-        ]
+        examples = [Example(str(index), context, tuple(continuations), (0,)) for index, (context, continuations) in enumerate(groups)]
         scored, _ = score(self._model, self._prefix, examples, self._tokenizer, max_tokens=self._max_tokens)
         return [pair for row in scored for pair in zip(row.log_likelihoods, row.greedy, strict=True)]
 
@@ -60,19 +61,39 @@ class TunedPrompt(LM):  # type: ignore[misc]
         raise RunError("this task asks for the likelihood of whole texts: a prompt tuned on answers has nothing to say of them; choose a task with questions")
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """For each (context, settings): greedy text up to the first stop string or `max_gen_toks` tokens (256 if the task does not say)."""
-        texts = []
-        for request in requests:
-            context, settings = str(request.args[0]), dict(request.args[1])
-            ids = torch.tensor(self._tokenizer.encode(context or str(self._tokenizer.eos_token)), device=self._model.device)
-            room = min(int(settings.get("max_gen_toks", 256)), self._max_tokens // 2)
-            new = self._model.generate(ids[-(self._max_tokens - room) :], self._prefix, most=room, stop=self._tokenizer.eos_token_id)
-            text = str(self._tokenizer.decode(new, skip_special_tokens=True))
-            stops = settings.get("until") or []
-            for stop in [stops] if isinstance(stops, str) else stops:
-                text = text.split(stop)[0] if stop else text
-            texts.append(text)
-        return texts
+        """For each (context, settings): text up to the first stop string or `max_gen_toks` tokens (256 if the task does not say), the most likely token each time or,
+        with `do_sample` and a `temperature`, drawn from torch's generator. The oldest context gives way to what is generated.
+
+        Raises:
+            RunError: the settings ask for something else, or for more tokens than the model reads.
+        """
+        return [self._generate(str(request.args[0]), dict(request.args[1])) for request in requests]
+
+    def _generate(self, context: str, asked: dict[str, Any]) -> str:
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(asked))
+        most, sampled, temperature = int(settings.pop("max_gen_toks")), settings.pop("do_sample"), float(settings.pop("temperature", 0.0))
+        stops = [stop for stop in settings.pop("until") if stop]
+        if settings:
+            raise RunError(
+                f"the task asks for {', '.join(sorted(settings))} in generation: a tuned prompt generates with max_gen_toks, until, do_sample and temperature alone"
+            )
+        if sampled and temperature <= 0:
+            raise RunError("the task asks for do_sample without a temperature: set one above 0, or leave do_sample out")
+        if most >= self._max_tokens:
+            raise RunError(
+                f"the task asks for {most} tokens, but the model reads {self._max_tokens} behind the prompt, context and answer together: lower max_gen_toks"
+            )
+        ids, first = encode_texts(self._tokenizer, [context])[0], first_token(self._tokenizer)
+        if not ids and first is None:
+            raise RunError("the task has an empty context, and this tokenizer has no token that begins or ends a text: nothing can stand there")
+        ids = ids or [first or 0]
+        draw: Callable[[torch.Tensor], int] = lambda logits: int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1))
+        shown = torch.tensor(ids[-(self._max_tokens - most) :], device=self._model.device)
+        new = self._model.generate(shown, self._prefix, most=most, stop=self._tokenizer.eos_token_id, choose=draw if sampled else None)
+        text = str(self._tokenizer.decode(new, skip_special_tokens=True))
+        for stop in stops:
+            text = text.split(stop)[0]
+        return text
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -65,7 +64,7 @@ def load_model(name: str, *, device: str = "auto", positions: Positions = "huggi
         placed["offload_folder"] = offloaded.name
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if half else torch.float32, trust_remote_code=False, **placed)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # whatever a family's own code raises
         raise ModelError(f"cannot load the weights of the model {name!r}: {first_line(error)}") from error
     if offloaded:
         weakref.finalize(model, offloaded.cleanup)
@@ -81,6 +80,7 @@ def reduce_precision(model: PromptedLM, precision: Precision, key: str) -> None:
     Raises:
         ModelError: bitsandbytes is missing.
     """
+    model.together = None
     if precision == "bfloat16":
         for parameter in model.model.parameters():  # and not its buffers: rotations by position need their digits
             parameter.data = parameter.data.bfloat16()
@@ -148,7 +148,7 @@ def read_model_config(name: str) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a configuration's own checks raise what they like
         raise ModelError(_not_loaded(name, error)) from error
     if config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): fedsp tunes causal language models")
@@ -167,14 +167,21 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as many kinds as there are tokenizers
         raise ModelError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
     return tokenizer
 
 
 def empty_model(config: Any) -> PreTrainedModel:
-    """A model of this configuration on torch's default device, its weights as its family draws them."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    """A model of this configuration on torch's default device, its weights as its family draws them.
+
+    Raises:
+        ModelError: the family cannot be built from it.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # whatever a family's own code raises
+        raise ModelError(f"a model of the type {config.model_type!r} cannot be built from its configuration: {first_line(error)}") from error
     return model
 
 

@@ -9,6 +9,7 @@ that cannot carry a soft prompt is refused by name, with the reason.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from fedsp.blocks import Captured, CapturingCache, FixedLayer, find_blocks, fused, hidden_of, hooked, runs_on
-from fedsp.errors import ModelError
+from fedsp.blocks import Captured, CapturingCache, FixedLayer, find_backbone, find_blocks, fused, hidden_of, hooked, rotation_switch, runs_on
+from fedsp.errors import ModelError, first_line
 from fedsp.rows import Padded, Trees, grow, pack
 
 LONGEST_TREE = 2048
+LENGTH_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "max_sequence_length", "n_ctx")
+"""The names under which families keep the longest sequence that they were made for."""
 Positions = Literal["hugging_face", "from_zero"]
 Tokenizer = PreTrainedTokenizerBase
 
@@ -70,13 +73,20 @@ class PromptedLM(nn.Module):
         self.positions: Positions = positions
         self.recompute = False
         """Whether a step keeps only the inputs of each block, and computes the rest of its activations again in the backward pass."""
-        self.backbone: nn.Module = getattr(model, model.base_model_prefix, model)
+        self.path_of_backbone, self.backbone = find_backbone(model)
         self.head = model.get_output_embeddings()
         self._first = (next(model.parameters()),)  # in a tuple, so that it is not this module's own
-        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.together: int | None = None
+        """How many examples may go through it together where each is promised something of its own; None until that was tried out."""
+        self._output: Any = None
         self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self.path_of_blocks, self.blocks = find_blocks(self.backbone, model.config.get_text_config().num_hidden_layers, name)
-        self.shape = self._try_out()
+        self.switch = rotation_switch(model.config)
+        """The longest call, in positions, up to which rotations do not depend on how long it is; None where they never do."""
+        layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        if layers is None:
+            raise ModelError(f"{name} ({model.config.model_type}) does not say how many layers it has, so fedsp cannot tell them apart")
+        self.path_of_blocks, self.blocks = find_blocks(model, layers, name)
+        self.shape = self._admitted()
         self.prompt_shape = prompt_shape or self.shape
         self.prompt_layers = tuple(prompt_layers if prompt_layers is not None else range(self.shape.layers))
 
@@ -93,7 +103,11 @@ class PromptedLM(nn.Module):
     @property
     def max_positions(self) -> int:
         """The longest sequence the model was made for, prompt included under the Hugging Face positions."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000)
+        text = self.model.config.get_text_config()
+        limits = [getattr(text, name, None) for name in LENGTH_LIMITS]
+        if self.switch is not None and self.switch.every_length:
+            limits.append(self.switch.positions)
+        return min((int(limit) for limit in limits if isinstance(limit, int) and limit > 0), default=1_000_000)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """Last hidden states (B, T, D), after the final norm, of right-padded tokens (B, T) behind a prefix (P, L, 2, H, K) or
@@ -110,11 +124,41 @@ class PromptedLM(nn.Module):
 
     def read_padded(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """The same, each row by itself."""
+        groups = self.rows_read_together(attention_mask, prefix)
+        if groups is None:
+            return self._read(input_ids, attention_mask, prefix)
+        assert attention_mask is not None
+        hidden = torch.zeros(*input_ids.shape, self.shape.hidden, dtype=self.dtype, device=self.device)
+        for rows, width in groups:
+            own = prefix if prefix is None or prefix.dim() == 5 else prefix[rows]
+            hidden[rows, :width] = self._read(input_ids[rows, :width], attention_mask[rows, :width], own)
+        return hidden
+
+    def rows_read_together(self, attention_mask: Tensor | None, prefix: Tensor | None) -> list[tuple[Tensor, int]] | None:
+        """The rows of a padded batch (B, T) that may share a call, and their longest length; None where all of them may. A rotation that changes with the longest
+        position of a call would let a long row change the short ones."""
+        if self.switch is None or attention_mask is None:
+            return None
+        lengths = attention_mask.sum(dim=1)
+        long = lengths + self.first_position(prefix) > self.switch.positions
+        if long.all() or self.first_position(prefix) + attention_mask.shape[1] <= self.switch.positions:
+            return None
+        return [(rows, int(lengths[rows].max())) for rows in ((~long).nonzero()[:, 0], long.nonzero()[:, 0]) if len(rows)]
+
+    def first_position(self, prefix: Tensor | None) -> int:
+        """The position of the first token behind a prefix."""
+        return length_of(prefix) if self.positions == "hugging_face" else 0
+
+    def rotated_alike(self, one: int, other: int) -> bool:
+        """Whether calls that reach so many positions rotate alike, so that what the one has cached serves the other."""
+        return self.switch is None or (one > self.switch.positions) == (other > self.switch.positions)
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor | None, prefix: Tensor | None) -> Tensor:
         batch, tokens = input_ids.shape
         length = length_of(prefix)
         if length and attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(batch, length), attention_mask], dim=1)
-        start = length if self.positions == "hugging_face" else 0
+        start = self.first_position(prefix)
         position_ids = torch.arange(start, start + tokens, device=input_ids.device)[None]
         with self._recomputing():
             output = self.backbone(
@@ -127,27 +171,21 @@ class PromptedLM(nn.Module):
         hidden: Tensor = output.last_hidden_state.to(self.device)
         return hidden
 
-    def continue_from(self, contexts: Padded, tails: Padded, rows: Tensor, prefix: Tensor | None) -> Tensor:
-        """Last hidden states (N, T, D) of N tails, the n-th behind context `rows[n]`; each context is read once, with a cache.
+    def continue_from(self, contexts: Tensor, tails: Padded, rows: Tensor, prefix: Tensor | None) -> Tensor:
+        """Last hidden states (N, T, D) of N right-padded tails, the n-th behind context `rows[n]` of contexts (C, W); each context is read once, with a cache.
 
-        Where every context is empty the tails are read by themselves.
+        Contexts are of one length: padding between a context and its tail would count as distance in models that measure it by place in the row.
         """
-        count, width = contexts.ids.shape
-        hidden: Tensor
-        if not width:
-            hidden = self(tails.ids, tails.mask, prefix)
-            return hidden
-        length = length_of(prefix)
+        count, width = contexts.shape
+        length, start = length_of(prefix), self.first_position(prefix)
         cache = DynamicCache() if prefix is None else self.cache(prefix, count)
-        start = length if self.positions == "hugging_face" else 0
-        before = torch.cat([contexts.mask.new_ones(count, length), contexts.mask], dim=1)
-        positions = torch.arange(start, start + width, device=self.device)[None]
-        self.backbone(input_ids=contexts.ids, attention_mask=before, position_ids=positions, past_key_values=cache, use_cache=True)
+        before = contexts.new_ones(count, length + width)
+        positions = torch.arange(start, start + width + tails.ids.shape[1], device=self.device)[None]
+        self.backbone(input_ids=contexts, attention_mask=before, position_ids=positions[:, :width], past_key_values=cache, use_cache=True)
         cache.batch_select_indices(rows)
-        positions = start + contexts.mask.sum(dim=1)[rows][:, None] + torch.arange(tails.ids.shape[1], device=self.device)[None]
         mask = torch.cat([before[rows], tails.mask], dim=1)
-        output = self.backbone(input_ids=tails.ids, attention_mask=mask, position_ids=positions * tails.mask, past_key_values=cache, use_cache=True)
-        hidden = output.last_hidden_state.to(self.device)
+        output = self.backbone(input_ids=tails.ids, attention_mask=mask, position_ids=positions[:, width:], past_key_values=cache, use_cache=True)
+        hidden: Tensor = output.last_hidden_state.to(self.device)
         return hidden
 
     def read_branches(self, trees: Trees, prefix: Tensor | None) -> Tensor:
@@ -161,7 +199,7 @@ class PromptedLM(nn.Module):
             output = self.backbone(
                 input_ids=trees.ids,
                 attention_mask=torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, torch.finfo(self.dtype).min),
-                position_ids=trees.positions + (length if self.positions == "hugging_face" else 0),
+                position_ids=trees.positions + self.first_position(prefix),
                 past_key_values=None if prefix is None else self.cache(prefix, batch, FixedLayer),
                 use_cache=prefix is not None,
             )
@@ -199,26 +237,27 @@ class PromptedLM(nn.Module):
         same = partial(torch.allclose, rtol=rounding, atol=rounding * float(alone.abs().median()))  # of the same sums, in another order
         right = torch.allclose(found[:5], alone, rtol=close, atol=close * float(alone.abs().max()))
         unmoved = same(found[first], changed[first]) and same(found[second], changed[second])
-        return min([*windows, self.max_positions, LONGEST_TREE]) if right and unmoved and same(found[first], found[second]) else 0
+        switch = [self.switch.positions] if self.switch else []
+        return min([*windows, *switch, self.max_positions, LONGEST_TREE]) if right and unmoved and same(found[first], found[second]) else 0
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: int | None) -> list[int]:
-        """Greedy continuation of tokens (T,): at most `most` new ones, ending before `stop`."""
-        cache = DynamicCache() if prefix is None else self.cache(prefix, 1)
-        start = 0 if self.positions == "from_zero" else length_of(prefix)
+    def generate(self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: int | None, choose: Callable[[Tensor], int] | None = None) -> list[int]:
+        """Continuation of tokens (T,): at most `most` new ones, ending before `stop`. Each is the most likely one, or what `choose` takes by logits (V,)."""
         new: list[int] = []
-        ids, read = input_ids[None], 0
-        while len(new) < most and read + ids.shape[1] + start <= self.max_positions:
-            length = cache.get_seq_length() + ids.shape[1]
-            positions = torch.arange(start + read, start + read + ids.shape[1], device=self.device)[None]
-            mask = torch.ones(1, length, dtype=torch.long, device=self.device)
-            hidden = self.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
-            token = int(self.logits(hidden[0, -1]).argmax())
+        start = self.first_position(prefix)
+        ids, cache, read = input_ids, None, 0
+        while len(new) < most and start + len(ids) <= self.max_positions:
+            if cache is None or not self.rotated_alike(start + read, start + len(ids)):
+                cache, read = DynamicCache() if prefix is None else self.cache(prefix, 1), 0
+            positions = torch.arange(start + read, start + len(ids), device=self.device)[None]
+            mask = torch.ones(1, length_of(prefix) + len(ids), dtype=torch.long, device=self.device)
+            output = self.backbone(input_ids=ids[None, read:], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            logits = self.logits(output.last_hidden_state[0, -1])
+            token = choose(logits) if choose else int(logits.argmax())
             if token == stop:
                 break
             new.append(token)
-            read += ids.shape[1]
-            ids = torch.tensor([[token]], device=self.device)
+            read, ids = len(ids), torch.cat([ids, ids.new_tensor([token])])
         return new
 
     @contextmanager
@@ -251,9 +290,22 @@ class PromptedLM(nn.Module):
         return Cache(layers=layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V), float32, of last hidden states (..., D)."""
-        logits = self.head(hidden).to(self.device).float()
-        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+        """Logits (..., V), float32, of last hidden states (..., D): what the model's own forward makes of them, scales and soft caps of its family included."""
+        rows = hidden.reshape(1, -1, hidden.shape[-1])
+        if not rows.shape[1]:
+            return rows.new_zeros(*hidden.shape[:-1], self.head.weight.shape[0], dtype=torch.float32)
+        output = copy.copy(self._output)
+        output.last_hidden_state = rows
+        before = self.backbone.__dict__.get("forward")
+        self.backbone.forward = lambda *_, **__: output
+        try:
+            logits: Tensor = self.model(input_ids=torch.zeros(1, rows.shape[1], dtype=torch.long, device=self.device), use_cache=False).logits
+        finally:
+            if before is None:
+                del self.backbone.forward
+            else:
+                self.backbone.forward = before
+        return logits.to(self.device).float().view(*hidden.shape[:-1], -1)
 
     def keys_and_values(self, inputs: Tensor) -> Tensor:
         """What each block makes of its residual inputs (P, L, D) as tokens 0..P-1: keys and values (P, L, 2, H, K), with gradients; or of one prompt per
@@ -288,38 +340,121 @@ class PromptedLM(nn.Module):
         return torch.stack(inputs, dim=1).float(), pairs.permute(3, 0, 1, 2, 4).float()
 
     @torch.no_grad()
-    def _record_block_calls(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def computes_as(self, depth: int, other: PromptedLM, layer: int) -> bool:
+        """Whether the block at `depth` makes of hidden states what block `layer` of another model makes of them, each called as its own model calls it."""
+        tokens = self._some_tokens()
+        hidden = torch.randn(*tokens.shape, self.shape.hidden, generator=torch.Generator().manual_seed(0))
+        made = []
+        for model, place in ((self, depth), (other, layer)):
+            arguments, named = model._record_block_calls(tokens.shape[1], cached=False)[place]
+            output = model.blocks[place](hidden.to(model.device, model.dtype), *arguments, **named)
+            made.append((output[0] if isinstance(output, tuple) else output).to(self.device))
+        return self._close(*made) if self.dtype == other.dtype else other._close(*made)
+
+    @torch.no_grad()
+    def _record_block_calls(self, length: int, *, cached: bool = True) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """The arguments, hidden states apart, with which the model calls each block on tokens 0..length-1."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         record: Callable[..., None] = lambda _module, arguments, named: calls.append((arguments[1:], {k: v for k, v in named.items() if k != "hidden_states"}))
         tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
         with hooked(self.blocks, record):
-            self.backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=DynamicCache(), use_cache=True)
+            self.backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=DynamicCache() if cached else None, use_cache=cached)
         return calls
 
-    @torch.no_grad()
-    def _try_out(self) -> ModelShape:
-        """Read four tokens and hold what comes back against every assumption made here."""
-        config = self.model.config
-        if config.is_encoder_decoder:
-            raise ModelError(f"{self.name} is an encoder-decoder ({config.model_type}): fedsp tunes causal language models")
-        if config.get_text_config().num_hidden_layers != len(self.blocks) or self.head is None:
-            raise ModelError(f"{self.name} ({config.model_type}) has no output head that fedsp can find")
-        tokens = torch.arange(4, device=self.device)[None]
+    def _admitted(self) -> ModelShape:
+        """The model's shape, once everything that fedsp does with it was tried on a few tokens.
+
+        Raises:
+            ModelError: something failed, or came out otherwise than when the model reads the text by itself.
+        """
+        kind = self.model.config.model_type
+        if self.model.config.is_encoder_decoder:
+            raise ModelError(f"{self.name} is an encoder-decoder ({kind}): fedsp tunes causal language models")
+        if self.head is None or self.backbone is self.model:
+            raise ModelError(f"{self.name} ({kind}) has no output head that fedsp can find")
+        tried = "reading a text"
+        try:
+            with torch.no_grad():
+                shape = self._shape_by_reading()
+                tried = "reading behind a soft prompt"
+                self._try_prompts(shape)
+        except ModelError:
+            raise
+        except Exception as error:  # whatever a family's own code raises
+            raise ModelError(
+                f"{self.name} ({kind}) cannot carry a soft prompt: {tried} fails in its own code ({type(error).__name__}: {first_line(error)})"
+            ) from error
+        return shape
+
+    def _shape_by_reading(self) -> ModelShape:
+        kind = self.model.config.model_type
+        tokens = self._some_tokens()
         width: list[int] = []
-        with hooked(self.blocks, lambda _module, arguments, named: width.append(hidden_of(arguments, named).shape[-1])):
-            output = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        layers = getattr(cache, "layers", None)
+        made: list[Any] = []
+        handle = self.backbone.register_forward_hook(lambda _module, _arguments, output: made.append(output))
+        try:
+            with hooked(self.blocks, lambda _module, arguments, named: width.append(hidden_of(arguments, named).shape[-1])):
+                output = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
+        finally:
+            handle.remove()
+        if not made or len(width) != len(self.blocks):
+            raise ModelError(
+                f"{self.name} ({kind}) does not compute its logits from the {len(self.blocks)} blocks that fedsp found: it cannot carry a soft prompt"
+            )
+        layers = getattr(getattr(output, "past_key_values", None), "layers", None)
         if not layers or any(getattr(layer, "keys", None) is None for layer in layers) or len(layers) != len(self.blocks):
-            raise ModelError(f"{self.name} ({config.model_type}) has no key/value cache at every layer, so there is nowhere to put a soft prompt")
-        shapes = sorted({(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers} | {(layer.values.shape[1], layer.values.shape[3]) for layer in layers})
-        if len(shapes) > 1:
-            raise ModelError(f"{self.name} ({config.model_type}) has several key/value shapes, (heads, size) {shapes}: a soft prompt has one")
-        logits = self.logits(self(tokens, torch.ones_like(tokens)))
-        if not torch.allclose(logits, output.logits.float(), rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
-            raise ModelError(f"{self.name} ({config.model_type}) computes its logits from more than the last hidden states: fedsp does not know how")
-        return ModelShape(len(self.blocks), *shapes[0], width[0])
+            raise ModelError(f"{self.name} ({kind}) has no key/value cache at every layer, so there is nowhere to put a soft prompt")
+        other = sorted({type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)})
+        if other:
+            raise ModelError(f"{self.name} ({kind}) keeps more than keys and values of what it has read ({', '.join(other)}): a soft prompt has no such part")
+        keys, values = ({(part.shape[1], part.shape[3]) for part in parts} for parts in ([layer.keys for layer in layers], [layer.values for layer in layers]))
+        if len(keys | values) > 1:
+            shapes = f"keys {sorted(keys)}, values {sorted(values)}"
+            raise ModelError(f"{self.name} ({kind}) has several key/value shapes, (heads, size): {shapes}; a soft prompt has one for all layers")
+        if layers[0].keys.shape[2] > tokens.shape[1]:
+            raise ModelError(
+                f"{self.name} ({kind}) caches {layers[0].keys.shape[2]} places for {tokens.shape[1]} tokens: fedsp does not know what the others are"
+            )
+        self._output = copy.copy(made[0])
+        if getattr(self._output, "past_key_values", None) is not None:
+            self._output.past_key_values = None
+        read = self.read_padded(tokens, torch.ones_like(tokens))
+        if not self._close(read, made[0].last_hidden_state.to(self.device)):
+            raise ModelError(f"{self.name} ({kind}) reads a text otherwise where positions that count from 0 are given: fedsp does not know how it counts")
+        if not self._close(self.logits(read), output.logits.float().to(self.device)):
+            raise ModelError(f"{self.name} ({kind}) computes its logits from more than the last hidden states: fedsp does not know how")
+        return ModelShape(len(self.blocks), *keys.pop(), width[0])
+
+    def _try_prompts(self, shape: ModelShape) -> None:
+        """A prompt made of what a text's first tokens leave in the model must act as that text; and positions counted from zero must make a difference."""
+        kind, length = self.model.config.model_type, 3
+        tokens = self._some_tokens()
+        self.shape = shape
+        inputs, pairs = self.activations(tokens[0, :length])
+        positions, self.positions = self.positions, "hugging_face"
+        whole = self.read_padded(tokens)[:, length:]
+        try:
+            behind = [self.read_padded(tokens[:, length:], None, prefix) for prefix in (pairs, self.keys_and_values(inputs))]
+        finally:
+            self.positions = positions
+        if not all(self._close(found, whole) for found in behind):
+            raise ModelError(
+                f"{self.name} ({kind}) reads a text otherwise behind the keys and values of its beginning than as a whole: it cannot carry a soft prompt"
+            )
+        self.generate(tokens[0], pairs, most=2, stop=None)
+        if positions == "from_zero" and self._close(self.read_padded(tokens[:, length:], None, pairs), behind[0], 1e-5):
+            raise ModelError(
+                f"positions = 'from_zero' changes nothing in {self.name} ({kind}): it takes places in the row and not positions (ALiBi, or none at all); use 'hugging_face'"
+            )
+
+    def _some_tokens(self) -> Tensor:
+        vocabulary: int = self.model.config.get_text_config().vocab_size
+        return torch.arange(3, 11, device=self.device)[None] % vocabulary
+
+    def _close(self, found: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
+        """Equal but for the rounding of the model's precision, measured by the largest number."""
+        rounding = 0.1 if getattr(self.model, "is_quantized", False) else max(1e-3, 16 * torch.finfo(self.dtype).eps)
+        return float((found.float() - expected.float()).abs().max()) <= (tolerance or rounding) * float(expected.abs().max())
 
 
 def length_of(prefix: Tensor | None) -> int:
@@ -329,6 +464,13 @@ def length_of(prefix: Tensor | None) -> int:
 
 def hidden_at_depths(model: PromptedLM, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None = None) -> list[Tensor]:
     """The input of every block and then the last hidden states, L + 1 tensors (B, T, D), with gradients."""
+    groups = model.rows_read_together(attention_mask, prefix)
+    if groups is not None:
+        states = [torch.zeros(*input_ids.shape, model.shape.hidden, dtype=model.dtype, device=model.device) for _ in range(model.shape.layers + 1)]
+        for rows, width in groups:
+            for state, part in zip(states, hidden_at_depths(model, input_ids[rows, :width], attention_mask[rows, :width], prefix), strict=True):
+                state[rows, :width] = part
+        return states
     inputs: list[Tensor] = []
     with hooked(model.blocks, lambda _module, arguments, named: inputs.append(hidden_of(arguments, named))):
         last = model.read_padded(input_ids, attention_mask, prefix)

@@ -4,7 +4,6 @@ and the signature of the model's owner over all of it."""
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from fedsp.config import Agreement, PackageSection, PolicySection
 from fedsp.config_file import validated
 from fedsp.credentials import sign, verify
 from fedsp.errors import AuxiliaryError, CredentialError, PolicyError, did_you_mean
-from fedsp.storage import write_bytes, write_json
+from fedsp.storage import parse_json, write_bytes, write_json
 
 AGREEMENT, SIGNATURE = "agreement.json", "signature"
 
@@ -56,7 +55,7 @@ def read_agreement(folder: Path) -> Agreement:
         AuxiliaryError: it says nothing, so it is a bare auxiliary model.
     """
     try:
-        values = json.loads((folder / AGREEMENT).read_text(encoding="utf-8"))
+        values = parse_json((folder / AGREEMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AuxiliaryError(
             f"{folder} is no package for clients: its {AGREEMENT} cannot be read; `fedsp distill` makes one from a run.toml with a [federation] section"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedsp.auxiliary import embedding_parameters, empty_auxiliary, parse_plan, planned_config
+from fedsp.auxiliary import embedding_parameters, empty_auxiliary, parse_plan, planned_config, require_kinds
 from fedsp.blocks import find_blocks
 from fedsp.codings import Coding, parse_coding
 from fedsp.compression import write_values
@@ -73,6 +73,7 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
     with torch.device("meta"):
         model = empty_model(global_config)
         auxiliary = empty_auxiliary(planned_config(global_config, plan), plan)
+    require_kinds(find_blocks(model, text.num_hidden_layers, name)[1], find_blocks(auxiliary, plan.depth, name)[1], plan, name)
     shape = shape_of(global_config)
     spec = PromptSpec(config.prompt.space, config.prompt.length, shape)
     message = len(pack({PROMPT: torch.zeros(spec.shape)}))
@@ -81,7 +82,7 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
     follows = asked / clients if clients else 0.0  # of those asked, how many have the broadcast before
     per_round = round(asked * (up + follows * change + (1 - follows) * message))
     whole, small = _count(model), _count(auxiliary)
-    blocks = find_blocks(auxiliary.base_model, plan.depth, name)[1]
+    blocks = find_blocks(auxiliary, plan.depth, name)[1]
     free = {id(p): p.numel() for block, frozen in zip(blocks, plan.frozen, strict=True) if not frozen for p in block.parameters()}
     verbatim = small if not config.distill.steps else small - sum(free.values()) if plan.keeps_verbatim else 0
     handed = small
@@ -136,7 +137,7 @@ def forward_operations(model: Any, depth: int, prompt: int, tokens: int) -> floa
     """Floating-point operations of one forward pass over one example behind a prompt, logits at ANSWER_TOKENS positions; shared depths count each time."""
     text = model.config.get_text_config()
     shape = shape_of(model.config)
-    blocks = find_blocks(model.base_model, depth, "the model")[1]
+    blocks = find_blocks(model, depth, "the model")[1]
     weights: int = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() > 1)
     attention: float = 4.0 * depth * text.num_attention_heads * shape.head_size * tokens * (prompt + tokens)
     operations: float = 2.0 * weights * tokens + attention + 2.0 * shape.hidden * text.vocab_size * min(tokens, ANSWER_TOKENS)
@@ -147,7 +148,7 @@ def _weight_bytes(model: Any, depth: int, precision: Precision) -> int:
     """What the weights of a model take: in few bits the matrices of its blocks, each scale of `4bit` in float32; all else as large as in its precision."""
     each = 2 if precision == "bfloat16" else BYTES_PER_NUMBER
     few = {"8bit": 1.0, "4bit": 0.5 + BYTES_PER_NUMBER / NF4_BLOCK}.get(precision, each)
-    blocks = find_blocks(model.base_model, depth, "the model")[1]
+    blocks = find_blocks(model, depth, "the model")[1]
     matrices = sum({id(p): p.numel() for p in blocks.parameters() if p.dim() > 1}.values())
     return round(few * matrices + each * (_count(model) - matrices))
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedsp.errors import PrivacyError, StorageError
 from fedsp.payload import Payload, as_row, from_row
-from fedsp.storage import sync_folder
+from fedsp.storage import parse_json, sync_folder
 
 LEDGER = "privacy.jsonl"
 _system = SystemRandom()
@@ -192,7 +192,7 @@ class Ledger:
             whole = path.read_bytes().rpartition(b"\n")[0]
             for number, line in enumerate(whole.splitlines(), start=1):
                 try:
-                    entry = json.loads(line)
+                    entry = parse_json(line)
                     _release(entry)
                 except (ValueError, KeyError, TypeError) as error:
                     raise StorageError(

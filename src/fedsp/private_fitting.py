@@ -6,6 +6,7 @@ is post-processing. Lots are Poisson samples, as the accountant assumes, and an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import PrivacyError
 from fedsp.fitting import Fitted, Optimisation, Tensors, descend
+from fedsp.loading import in_few_bits
 from fedsp.models import PromptedLM
 from fedsp.per_example import example_gradients
 from fedsp.privacy import Release, clipped_sum, noise_for, noised_mean, poisson_sample
@@ -73,18 +75,74 @@ def fit_privately(
     *,
     first_step: int = 0,
     moments: Tensors | None = None,
-    at_once: int = 8,
 ) -> Fitted:
-    """AdamW steps on the prompt from private gradients; no loss is told. `at_once` examples go through the model together."""
+    """AdamW steps on the prompt from private gradients; no loss is told.
+
+    Raises:
+        PrivacyError: the model does not read an example by itself.
+    """
+    together = examples_together(model, prompt)
 
     def gradients(lot: list[int]) -> None:
-        prompt.direct.grad = private_gradient(model, prompt, [examples[index] for index in lot], len(examples), steps, at_once)
+        prompt.direct.grad = private_gradient(model, prompt, [examples[index] for index in lot], len(examples), steps, together)
 
     lots = (poisson_sample(len(examples), steps.sampling_rate) for _ in range(steps.count))
     return descend(prompt.trained(), gradients, lots, optimisation, first_step=first_step, moments=moments)
 
 
-def private_gradient(model: PromptedLM, prompt: SoftPrompt, lot: Sequence[Encoded], examples: int, steps: PrivateSteps, at_once: int = 8) -> Tensor:
+TOGETHER = 8
+"""Examples that go through a model together where none of them changes another."""
+
+ALONE = 5e-5
+"""The largest change of an example's gradient, as a share of its length, that counts as rounding: seven neighbours that each move so much move a clipped sum by
+less than a thousandth of the bound."""
+
+
+def examples_together(model: PromptedLM, prompt: SoftPrompt) -> int:
+    """How many examples may go through the model together: a bound on one example bounds nothing where it changes what others contribute.
+
+    Tried out once for each model: an example's gradient by itself, and beside neighbours that change. Where they differ by more than rounding each example is read by
+    itself; so it is in few bits, where LLM.int8 picks outlier columns over a whole batch, which random neighbours need not show.
+
+    Raises:
+        PrivacyError: even by itself an example's gradient depends on what was read before.
+    """
+    if model.together is None:
+        lone = _probe(model, 5, seed=0)
+        crowds = [[_probe(model, length, seed=seed) for seed in range(1, TOGETHER)] for length in _lengths(model)]
+        alone = _gradients(model, prompt, [lone])
+        for crowd in crowds:
+            _gradients(model, prompt, crowd[:1])
+            if _moved(_gradients(model, prompt, [lone]), alone) > ALONE:
+                raise PrivacyError(f"{model.name} reads an example otherwise after another was read, so no bound holds for one example: take another model")
+        beside = max(_moved(_gradients(model, prompt, [lone, *crowd])[:1], alone) for crowd in crowds)
+        model.together = 1 if in_few_bits(model) or beside > ALONE else TOGETHER
+    return model.together
+
+
+def _probe(model: PromptedLM, length: int, seed: int) -> Encoded:
+    """A random example of so many tokens, three of them asked: what is tried out is nobody's text."""
+    vocabulary = model.model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
+    return Encoded(tuple(tokens.tolist()), length - 3)
+
+
+def _lengths(model: PromptedLM) -> list[int]:
+    """A neighbour shorter than the example, one longer, and one that turns the rotations of a model that has such a switch."""
+    switch = [model.switch.positions + 4] if model.switch and model.switch.positions + 4 <= model.max_positions else []
+    return [4, 24, *switch]
+
+
+def _gradients(model: PromptedLM, prompt: SoftPrompt, examples: Sequence[Encoded]) -> Tensor:
+    return example_gradients(model, prompt, collate(examples))[1].flatten(start_dim=1)
+
+
+def _moved(found: Tensor, expected: Tensor) -> float:
+    moved = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
+    return moved if math.isfinite(moved) else math.inf
+
+
+def private_gradient(model: PromptedLM, prompt: SoftPrompt, lot: Sequence[Encoded], examples: int, steps: PrivateSteps, at_once: int = 1) -> Tensor:
     """The noised mean gradient of a lot, of the prompt's shape, float32; clipped, summed and noised in float64 on the processor, which every device can do."""
     total = torch.zeros(prompt.direct.numel(), dtype=torch.float64)
     ordered = sorted(lot, key=lambda row: len(row.ids))

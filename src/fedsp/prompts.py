@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedsp.errors import PromptError, StorageError
 from fedsp.models import ModelShape, PromptedLM
 from fedsp.payload import PROMPT, Payload, check
-from fedsp.storage import read_tensors, write_bytes, write_json, write_tensors
+from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
 
 Space = Literal["key_value", "residual"]
 PEFT_TENSOR = "prompt_embeddings"
@@ -167,7 +167,7 @@ def read_prompt(path: Path) -> SoftPrompt:
     """
     try:
         tensors, metadata = read_tensors(path)
-        fields: dict[str, Any] = json.loads(metadata["spec"])
+        fields: dict[str, Any] = parse_json(metadata["spec"])
         spec = PromptSpec(fields["space"], fields["length"], ModelShape(**fields["model"]))
         values = tensors[PROMPT]
     except StorageError as error:

@@ -44,7 +44,7 @@ from fedsp.parties import Rest
 from fedsp.payload import PROMPT, Payload
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import RoundRecord
-from fedsp.storage import read_tensors, write_bytes, write_json, write_tensors
+from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
 
 CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
 INPUTS, TRAFFIC, GATE_COUNTS, SCORES = "inputs.json", "traffic.jsonl", "gate.jsonl", "scores.jsonl"
@@ -98,7 +98,7 @@ class RunDirectory:
         """
         try:
             values = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             below = sorted(found.parent for found in path.glob(f"*/{CONFIG}"))
             instead = f"; there are {len(below)} in it: name one, such as {below[0]}" if below else ""
             why = error.strerror if isinstance(error, OSError) else error
@@ -166,7 +166,7 @@ class RunDirectory:
         for path in sorted((self.path / "checkpoint").glob("round-*.safetensors"), reverse=True):
             try:
                 tensors, metadata = read_tensors(path)
-                state = json.loads(metadata["standing"])
+                state = parse_json(metadata["standing"])
                 payload, best, optimizer, owed = (_below(tensors, part) for part in ("payload", "best", "optimizer", "owed"))
                 found = Standing(state["round"], payload, best, state["best_round"], state["best_loss"], optimizer, owed)
                 break
@@ -269,8 +269,8 @@ class RunDirectory:
         lines = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
+                lines.append(parse_json(line))
+            except ValueError:
                 continue  # cut short by a kill or a full disk
         return lines
 
@@ -288,7 +288,7 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
         RunError: it cannot be read, or is something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else error})") from error
     missing = [name for name in needed if name not in value] if isinstance(value, dict) else ["a JSON object"]

@@ -19,7 +19,7 @@ from fedsp.auxiliary import MANIFEST, AuxiliaryModel, build_auxiliary, disclosed
 from fedsp.config import RunConfig
 from fedsp.data.encoding import encode_targets
 from fedsp.data.files import Row, read_passages
-from fedsp.data.partition import Partition, make_partition
+from fedsp.data.partition import Partition, group_of, make_partition
 from fedsp.data.tasks import Example, Task, examples_of, find_task, load_rows
 from fedsp.data.topics import find_topics
 from fedsp.distill import Distillation, Progress, distill, packed
@@ -150,7 +150,7 @@ def _kinds(config: RunConfig, train: list[Row], test: list[Row], questions: list
         seed = derive_seed(config.seed, "topics") % 2**32
         return Kinds(*find_topics(questions, test_questions, count=config.partition.topics, seed=seed))
     if column and all(column in row for row in [*train, *test]):
-        return Kinds([str(row[column]) for row in train], [str(row[column]) for row in test])
+        return Kinds([group_of(row, column) for row in train], [group_of(row, column) for row in test])
     return None
 
 
@@ -249,7 +249,7 @@ def make_auxiliary(server: Server, folder: Path, watcher: Watcher) -> AuxiliaryM
         server.seconds["distillation"] = time.perf_counter() - started
     auxiliary.discloses = disclosed_share(auxiliary, server.model)
     auxiliary.save(folder)
-    watcher.say(f"the auxiliary model is in {folder}; it discloses {auxiliary.discloses:.1%} of the global model's parameters bit for bit")
+    watcher.say(f"the auxiliary model discloses {auxiliary.discloses:.1%} of the global model's parameters bit for bit")
     return auxiliary
 
 

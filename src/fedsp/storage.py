@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -60,6 +60,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def move_into_place(folder: Path, target: Path) -> None:
+    """Give a finished folder its name in one step; an empty folder of that name gives way.
+
+    Raises:
+        StorageError: the disk did not take it.
+    """
+    try:
+        folder.rename(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold a lock that ends with the process; False where another holds it and `wait` is off."""
@@ -71,6 +84,33 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text that somebody else wrote.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, names a field twice, or holds a number or a character that nothing can use; the message quotes none of it.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError("a field has the same name as another")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+        if "\\u" in (text if isinstance(text, str) else text.decode(errors="replace")):
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair stands alone, which is no character") from None
+    except ValueError as error:
+        raise ValueError("a number has too many digits" if "digits" in str(error) else str(error)) from None
+    return value
 
 
 def write_json(path: Path, value: object) -> None:

@@ -47,7 +47,7 @@ from fedsp.config_file import apply_override, make_config, read_toml, resolve_pa
 from fedsp.errors import ConfigurationError, FedspError, RunError, StorageError, TrainingDiverged, did_you_mean, first_line
 from fedsp.runs import CONFIG, RESULT, read_json
 from fedsp.server import Watcher
-from fedsp.storage import locked, write_json
+from fedsp.storage import locked, parse_json, write_json
 
 INDEX, FAILURE = "study.json", "failure.json"
 Overlay = dict[str, Any]
@@ -275,7 +275,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         RunError: the folder holds no study.
     """
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: dict[str, Any] = parse_json((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{folder} holds no study: its {INDEX} cannot be read ({error}); `fedsp study` writes one") from error
     return index

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsp.data.tasks import Example
+from fedsp.errors import DataError
 from fedsp.models import Tokenizer
 from fedsp.rows import pad
 
@@ -44,23 +45,73 @@ class Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tokens: int) -> list[Encoded]:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Each text's token ids (T,), with what the tokenizer puts in front of every text, and without what some put behind it: an answer follows, or more text.
+
+    A text that begins with the first token written out gets no second one. So does lm-evaluation-harness's own model.
+    """
+    first = first_token(tokenizer)
+    written = "" if first is None else tokenizer.decode([first])
+    whole = [text for text in dict.fromkeys(texts) if not (written and text.startswith(written))]
+    ids = dict(zip(whole, tokenizer(whole, return_attention_mask=False)["input_ids"], strict=True)) if whole else {}
+    ending = _ending(tokenizer) if ids else []
+    if ending:
+        ids = {text: row[: -len(ending)] if row[-len(ending) :] == ending else row for text, row in ids.items()}
+    return [ids[text] if text in ids else tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+def _ending(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that a tokenizer puts behind every text."""
+    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    start = next((start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare), 0)
+    return whole[start + len(bare) :] if bare else []
+
+
+def first_token(tokenizer: Tokenizer) -> int | None:
+    """What stands where there is no context: the token that begins a text, else the one that ends it; None where a tokenizer has neither."""
+    token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return token
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tokens: int, names: Iterable[str] | None = None) -> list[Encoded]:
     """Encode pairs of a context and a continuation; when one is longer than `max_tokens`, the oldest context goes, never the continuation.
 
-    The whole text is encoded at once and cut where the context alone would end. At least one token of context stays, since the first token
-    of a continuation needs something to be predicted from; so a continuation keeps at most its last `max_tokens` - 1 tokens.
+    The whole text is encoded at once and cut where the context alone would end; where a token reaches over that cut and nothing is left behind it, at the first
+    token that the continuation changes. At least one token of context stays, since the first token of a continuation needs something to be predicted from; so a
+    continuation keeps at most its last `max_tokens` - 1 tokens. `names` says what each pair is called in an error.
+
+    Raises:
+        DataError: a continuation adds and changes no token, or there is nothing that an empty context could begin with.
     """
     split = [_at_the_space(context, continuation) for context, continuation in pairs]
     texts = list(dict.fromkeys(text for context, continuation in split if context for text in (context, context + continuation)))
-    ids = dict(zip(texts, tokenizer(texts, return_attention_mask=False)["input_ids"], strict=True)) if texts else {}
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
+    called = list(names) if names is not None else [f"pair {number}" for number in range(len(split))]
     encoded = []
-    for context, continuation in split:
-        before = ids[context] if context else [first if first is not None else 0]
-        whole = ids[context + continuation] if context else before + tokenizer.encode(continuation, add_special_tokens=False)
+    for name, (context, continuation) in zip(called, split, strict=True):
+        if context:
+            before, whole = ids[context], ids[context + continuation]
+        else:
+            before, whole = _behind_nothing(tokenizer, continuation)
+        start = len(before)
+        if len(whole) <= start:
+            start = next((place for place, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), len(whole))
+        if start >= len(whole):
+            raise DataError(f"{name}: the tokenizer makes no token of an answer, so there is nothing to train on or to score: reword the answer")
+        if not start:  # the context has become part of the answer's first token
+            before, whole = _behind_nothing(tokenizer, context + continuation)
+            start = len(before)
         dropped = max(0, len(whole) - max_tokens)
-        encoded.append(Encoded(tuple(whole[dropped:]), max(1, len(before) - dropped), dropped))
+        encoded.append(Encoded(tuple(whole[dropped:]), max(1, start - dropped), dropped))
     return encoded
+
+
+def _behind_nothing(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """The first token, and it with the tokens of a text behind it, unless the text begins with it."""
+    first, ids = first_token(tokenizer), tokenizer.encode(text, add_special_tokens=False)
+    if first is None:
+        raise DataError("this tokenizer has no token that begins or ends a text, so nothing can stand where a context is empty: give every question a context")
+    return [first], ids if ids[:1] == [first] else [first, *ids]
 
 
 def _at_the_space(context: str, continuation: str) -> tuple[str, str]:
@@ -71,7 +122,7 @@ def _at_the_space(context: str, continuation: str) -> tuple[str, str]:
 
 def encode_targets(tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int) -> list[Encoded]:
     """The context and the right answer of each example: what training reads."""
-    return encode_pairs(tokenizer, ((example.context, example.target) for example in examples), max_tokens)
+    return encode_pairs(tokenizer, ((example.context, example.target) for example in examples), max_tokens, (f"example {example.id}" for example in examples))
 
 
 def collate(rows: Sequence[Encoded]) -> Batch:

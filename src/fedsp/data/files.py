@@ -4,34 +4,51 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
+import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from fedsp.errors import DataError, first_line
+from fedsp.storage import parse_json
 
 Row = dict[str, Any]
+TABLES = {".csv", ".tsv"}
+"""The endings of files that are tables; whatever else is read as a JSON object per line."""
 
 
-def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8", newline="")
+@contextmanager
+def _open(path: Path, what: str) -> Iterator[IO[str]]:
+    """A text file in UTF-8, gzipped or not, with or without a byte order mark, its line ends as they are.
+
+    Raises:
+        DataError: it is missing, or cannot be read as text.
+    """
+    try:
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise DataError(f"there is no {what} {path}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {path}: it is not UTF-8 text; save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL or CSV file, gzipped or not. In a CSV, `choices` is a JSON list.
+    """The rows of a file: a table where its name ends in .csv or .tsv, else one JSON object per line; gzipped where .gz stands behind that. The columns of a table
+    are divided by commas, semicolons or tabs, as its first line is; in it, `choices` is a JSON list.
 
     Raises:
-        DataError: the file is missing, not text, or a line is not a JSON object; the message gives the line number.
+        DataError: the file is missing, not text, or a line cannot be used; the message gives the line number.
     """
-    try:
-        with _open(path) as file:
-            rows = list(_csv_rows(path, file) if ".csv" in path.suffixes else _json_rows(path, file))
-    except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}") from error
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    endings = [ending.lower() for ending in path.suffixes]
+    last = endings[-2] if endings[-1:] == [".gz"] and len(endings) > 1 else endings[-1] if endings else ""
+    with _open(path, "file") as file:
+        rows = list(_table_rows(path, file) if last in TABLES else _json_rows(path, file))
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows
@@ -42,25 +59,59 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): expected one JSON object per line") from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is not JSON ({error}): expected one JSON object per line") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number} is a JSON {type(row).__name__}: expected one JSON object per line")
         yield row | {"__where__": f"{path}, line {number}"}
 
 
-def _csv_rows(path: Path, file: IO[str]) -> Iterable[Row]:
-    reader = csv.DictReader(file)
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        values: Row = {key: value for key, value in row.items() if key is not None}
+def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
+    csv.field_size_limit(sys.maxsize)  # a field is as long as a text may be
+    head = file.readline()
+    divider = max(",;\t", key=lambda mark: len(next(csv.reader([head], delimiter=mark), [])))
+    names = [name.strip() for name in next(csv.reader([head], delimiter=divider), [])]
+    if len(set(names)) < len(names) or "" in names:
+        odd = next((name for name in names if names.count(name) > 1 or not name), "")
+        raise DataError(f"{path}, line 1 has {'a column without a name' if not odd else f'two columns named {odd!r}'}: every column needs a name of its own")
+    reader = csv.reader(file, delimiter=divider, strict=True)
+    line = 2
+    while True:
+        where, before = f"{path}, line {line}", reader.line_num
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{where} cannot be read as a row of a table ({error}): a quotation mark inside a field is doubled, and one that opens is closed"
+            ) from error
+        if fields is None:
+            return
+        line += reader.line_num - before
+        if not fields:
+            continue
+        if len(fields) != len(names):
+            raise DataError(
+                f"{where} has {len(fields)} fields, but the first line names {len(names)} columns: a field that holds {divider!r} stands in quotation marks"
+            )
+        values: Row = dict(zip(names, fields, strict=True))
         if "choices" in values:
             try:
-                values["choices"], values["answer"] = json.loads(values["choices"] or ""), int(values["answer"])
+                values["choices"], values["answer"] = parse_json(values["choices"]), whole_number(values["answer"])
             except (TypeError, ValueError, KeyError) as error:
-                raise DataError(f'{where}: in a CSV, choices is a JSON list such as ["yes", "no"] and answer its index ({error})') from error
+                raise DataError(f'{where}: in a table, choices is a JSON list such as ["yes", "no"] and answer its index ({error})') from error
         yield values | {"__where__": where}
+
+
+def whole_number(text: str) -> int:
+    """The number that a text of digits says.
+
+    Raises:
+        ValueError: it is none; digits alone count.
+    """
+    if not (text.strip().isascii() and text.strip().isdecimal()) or len(text) > 18:
+        raise ValueError("not a whole number")
+    return int(text)
 
 
 def hub_rows(path: str, name: str | None, split: str) -> list[Row]:
@@ -86,13 +137,8 @@ def read_passages(paths: Iterable[str | Path]) -> list[str]:
     """
     passages: list[str] = []
     for path in map(Path, paths):
-        try:
-            with _open(path) as file:
-                found = [passage.strip() for passage in file.read().replace("\r\n", "\n").split("\n\n") if passage.strip()]
-        except FileNotFoundError as error:
-            raise DataError(f"there is no text file {path}") from error
-        except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-            raise DataError(f"cannot read the text file {path}: {error}") from error
+        with _open(path, "text file") as file:
+            found = [passage.strip() for passage in file.read().replace("\r\n", "\n").split("\n\n") if passage.strip()]
         if not found:
             raise DataError(f"the text file {path} holds no text")
         passages += found

@@ -70,7 +70,7 @@ def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, see
         raise DataError(
             f"{missing.get('__where__', 'a row')} has no column {column!r}, which partition.column names; it has {sorted(key for key in missing if key != '__where__')}"
         )
-    values = [str(rows[index][column]) for index in rest]
+    values = [group_of(rows[index], column) for index in rest]
     if section.kind == "natural":
         partitioner = NaturalIdPartitioner(partition_by=column)
     elif section.kind == "dirichlet":
@@ -85,7 +85,20 @@ def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, see
         raise DataError(
             f"partition.values_per_client = {section.values_per_client} for {section.clients} clients leaves {left} examples to nobody: raise either"
         )
-    return {str(rows[part[0]][column]): part for part in clients.values()} if section.kind == "natural" else clients
+    return {group_of(rows[part[0]], column): part for part in clients.values()} if section.kind == "natural" else clients
+
+
+def group_of(row: Row, column: str) -> str:
+    """The group that a row belongs to by one of its columns.
+
+    Raises:
+        DataError: the column holds nothing, or something else than a text or a whole number.
+    """
+    value = row[column]
+    if not isinstance(value, str | int) or value == "":
+        what = "nothing" if value in (None, "") else f"a {type(value).__name__}"
+        raise DataError(f"{row.get('__where__', 'a row')} has {what} in column {column!r}, which partition.column names: expected a text or a whole number")
+    return str(value)
 
 
 def _parts(partitioner: Any, columns: dict[str, list[Any]], section: PartitionSection) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedsp.data.files import Row, hub_rows, read_rows
+from fedsp.data.files import Row, hub_rows, read_rows, whole_number
 from fedsp.errors import DataError, did_you_mean
 
 
@@ -31,6 +31,10 @@ class Example:
     def target(self) -> str:
         """The text that training asks for: the first right choice."""
         return self.choices[self.gold[0]]
+
+
+class WrongType(TypeError):
+    """A field that holds something else than what its place asks for; the message names types and no value."""
 
 
 Render = Callable[[Row], tuple[str, list[str], list[int]]]
@@ -59,8 +63,8 @@ class Task:
             context, choices, gold = (self.plain if plain else self.render)(row)
         except KeyError as error:
             raise DataError(f"{where} has no field {error}: a {self.name} row {_SCHEMA.get(self.name, _SCHEMA['multiple_choice'])}") from error
-        except (TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
-            why = error if isinstance(error, TypeError) else "a value is not one that it can have"  # a TypeError speaks of types, the others may quote the text
+        except (TypeError, ValueError, AttributeError, IndexError, SyntaxError, RecursionError, MemoryError) as error:
+            why = error if isinstance(error, WrongType) else "a value is not one that it can have"  # the others may quote the text
             raise DataError(f"{where} cannot be read as a {self.name} row ({why}): it {_SCHEMA.get(self.name, _SCHEMA['multiple_choice'])}") from error
         if not choices or any(not isinstance(choice, str) or not choice.strip() for choice in choices):
             raise DataError(f"{where} has no choices, or an empty one")
@@ -75,52 +79,79 @@ _SCHEMA = {
 }
 
 
-def _question(row: Row) -> tuple[str, list[str], list[int]]:
-    context = f"{row['context'].lstrip()}\n" if row.get("context") else ""
-    return f"{context}Question: {row['question']}\nAnswer:", _list(row["choices"]), [_index(row["answer"])]
+def _text(row: Row, key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise WrongType(f"{key} is {_kind(value)}, not a text")
+    return value
 
 
-def _continuation(row: Row) -> tuple[str, list[str], list[int]]:
-    context = f"{row['context']}\n" if row.get("context") else ""
-    return f"{context}{row['question']}", _list(row["choices"]), [_index(row["answer"])]
+def _context(row: Row) -> str:
+    return "" if row.get("context") is None else _text(row, "context")
 
 
-def _list(choices: object) -> list[str]:
+def _choices(row: Row) -> list[str]:
+    choices = row["choices"]
     if not isinstance(choices, list):
-        raise TypeError(f"choices is a {type(choices).__name__}, not a list")
+        raise WrongType(f"choices is {_kind(choices)}, not a list")
+    for choice in choices:
+        if not isinstance(choice, str):
+            raise WrongType(f"one of choices is {_kind(choice)}, not a text")
     return choices
 
 
-def _index(answer: object) -> int:
-    if isinstance(answer, bool) or not isinstance(answer, int):
-        raise TypeError(f"answer is a {type(answer).__name__}, not an index")
-    return answer
+def _index(row: Row, key: str = "answer") -> int:
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise WrongType(f"{key} is {_kind(value)}, not an index")
+    return value
+
+
+def _label(row: Row) -> int:
+    """The hub has labels as numbers in some splits and as texts in others."""
+    return whole_number(row["label"]) if isinstance(row["label"], str) else _index(row, "label")
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _question(row: Row) -> tuple[str, list[str], list[int]]:
+    context = _context(row)
+    before = f"{context.lstrip()}\n" if context else ""
+    return f"{before}Question: {_text(row, 'question')}\nAnswer:", _choices(row), [_index(row)]
+
+
+def _continuation(row: Row) -> tuple[str, list[str], list[int]]:
+    context = _context(row)
+    before = f"{context}\n" if context else ""
+    return f"{before}{_text(row, 'question')}", _choices(row), [_index(row)]
 
 
 def _completion(row: Row) -> tuple[str, list[str], list[int]]:
-    return row["prompt"].rstrip(), [row["completion"]], [0]
+    return _text(row, "prompt").rstrip(), [_text(row, "completion")], [0]
 
 
 def _arc(row: Row) -> tuple[str, list[str], list[int]]:
-    return f"Question: {row['question']}\nAnswer:", row["choices"]["text"], [row["choices"]["label"].index(row["answerKey"])]
+    return f"Question: {_text(row, 'question')}\nAnswer:", row["choices"]["text"], [row["choices"]["label"].index(row["answerKey"])]
 
 
 def _openbookqa(row: Row) -> tuple[str, list[str], list[int]]:
-    return row["question_stem"], row["choices"]["text"], [row["choices"]["label"].index(row["answerKey"].lstrip())]
+    return _text(row, "question_stem"), row["choices"]["text"], [row["choices"]["label"].index(row["answerKey"].lstrip())]
 
 
 def _piqa(row: Row) -> tuple[str, list[str], list[int]]:
-    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], [int(row["label"])]
+    return f"Question: {_text(row, 'goal')}\nAnswer:", [row["sol1"], row["sol2"]], [_label(row)]
 
 
 def _sciq(row: Row) -> tuple[str, list[str], list[int]]:
     choices = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
-    return f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", choices, [3]
+    return f"{_text(row, 'support').lstrip()}\nQuestion: {_text(row, 'question')}\nAnswer:", choices, [3]
 
 
 def _hellaswag(row: Row) -> tuple[str, list[str], list[int]]:
-    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return _wikihow(f"{row['activity_label']}: {context}"), [_wikihow(ending) for ending in row["endings"]], [int(row["label"])]
+    context = f"{_text(row, 'ctx_a')} {_text(row, 'ctx_b').capitalize()}"
+    return _wikihow(f"{_text(row, 'activity_label')}: {context}"), [_wikihow(ending) for ending in row["endings"]], [_label(row)]
 
 
 def _wikihow(text: str) -> str:
@@ -135,15 +166,14 @@ def _race(row: Row) -> tuple[str, list[str], list[int]]:
     Training rows have one question each (`ehovy/race`: article, question, options, answer).
     """
     if "problems" not in row:
-        return f"Article: {row['article']}\n\n{row['question']}", list(row["options"]), ["ABCD".index(row["answer"])]
+        return f"Article: {_text(row, 'article')}\n\n{_text(row, 'question')}", list(row["options"]), ["ABCD".index(row["answer"])]
     problems = ast.literal_eval(row["problems"])
-    text = f"Article: {row['article']}\n\n"
+    text = f"Article: {_text(row, 'article')}\n\n"
     for problem in problems[:-1]:
-        answer = problem["options"]["ABCD".index(problem["answer"])]
-        blank = problem["question"][-6:] == "  _  ."
-        text += f"{problem['question'][:-5]}{answer}\n" if blank else f"Question: {problem['question']}\nAnswer: {answer}\n"
+        answer, question = problem["options"]["ABCD".index(problem["answer"])], _text(problem, "question")
+        text += f"{question[:-5]}{answer}\n" if question.endswith("  _  .") else f"Question: {question}\nAnswer: {answer}\n"
     last = problems[-1]
-    return text + last["question"], [last["options"][index] for index in range(4)], ["ABCD".index(last["answer"])]
+    return text + _text(last, "question"), [last["options"][index] for index in range(4)], ["ABCD".index(last["answer"])]
 
 
 def _webqs(row: Row) -> tuple[str, list[str], list[int]]:
@@ -152,7 +182,7 @@ def _webqs(row: Row) -> tuple[str, list[str], list[int]]:
     for answer in sorted(row["answers"]):
         if not answers or not answer.startswith(answers[-1]):
             answers.append(answer)
-    return f"Question: {row['question']}\nAnswer:", answers, list(range(len(answers)))
+    return f"Question: {_text(row, 'question')}\nAnswer:", answers, list(range(len(answers)))
 
 
 _STANDARD = {"train": "train", "validation": "validation", "test": "test"}

@@ -22,7 +22,7 @@ from fedsp.config import NAME, FederationSection, PartyConfig, RunConfig
 from fedsp.config_file import PRESETS, template_of
 from fedsp.credentials import CA, CERTIFICATE, KEY, REGISTER, SIGNING, Member, make_client_credentials, make_server_credentials, read_register
 from fedsp.engines.channel import SOCKET, DistantWire, Socket
-from fedsp.engines.processes import START, Processes, free_port, host_and_port, require_free, wait_for_port
+from fedsp.engines.processes import START, Processes, free_port, host_and_port, reached_from_here, require_free, wait_for_port, written
 from fedsp.engines.remote import Patience, remote
 from fedsp.errors import AuxiliaryError, ConfigurationError, DeploymentError
 from fedsp.experiment import run_experiment
@@ -122,7 +122,7 @@ def _start_superlink(section: FederationSection, register: dict[str, Member], pl
     wait_for_port("127.0.0.1", inner, "superlink", processes)
     node_of = {name: _register(processes, member.public_key) for name, member in register.items()}
     processes.start("gate", *gate_command(host, port, inner, folder, place / GATE_COUNTS))  # only now: a key that is not registered yet is turned away for good
-    wait_for_port("127.0.0.1" if host in ("0.0.0.0", "::", "") else host, port, "gate", processes)
+    wait_for_port(reached_from_here(host), port, "gate", processes)
     bundle = place / "app"
     shutil.rmtree(bundle, ignore_errors=True)
     shutil.copytree(APP, bundle, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
@@ -200,6 +200,6 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
         **preset,
         "preset": "messenger",
         "auxiliary": {**preset["auxiliary"], "folder": "package"},
-        "federation": {"folder": ".", "listen": f"0.0.0.0:{port}"},
+        "federation": {"folder": ".", "listen": written("::" if ":" in host else "0.0.0.0", port)},
     }
     write_bytes(server / "run.toml", template_of(RunConfig, values, "The run of a federation. File names are taken from this folder, but for output.").encode())

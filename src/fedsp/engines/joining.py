@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from fedsp.clients import make_client, make_method
+from fedsp.clients import client_prompt, make_client, make_method, require_independence
 from fedsp.config import PartyConfig
 from fedsp.credentials import CA, CLIENT_KEY, SERVER_PUBLIC
 from fedsp.data.encoding import encode_targets
@@ -27,7 +27,7 @@ from fedsp.data.tasks import examples_of, find_task
 from fedsp.engines.answering import answer
 from fedsp.engines.channel import SOCKET, Socket
 from fedsp.engines.pinned import require_pinning
-from fedsp.engines.processes import Processes, free_port, host_and_port
+from fedsp.engines.processes import Processes, free_port, host_and_port, written
 from fedsp.errors import ConfigurationError, CredentialError, DeploymentError, PayloadError, PolicyError, first_line
 from fedsp.frames import Frame
 from fedsp.loading import choose_device, reduce_precision
@@ -73,6 +73,8 @@ class Client:
             )
         self._method = make_method(self.agreement, self.auxiliary)
         reduce_precision(self.auxiliary, party.precision, "precision")
+        if self.agreement.privacy.unit == "example":
+            require_independence(self.auxiliary, client_prompt(self.agreement, self.auxiliary))
         self._state = Path(party.state) / party.package.sha256[:16]
         self._shape = PromptSpec(self.agreement.prompt.space, self.agreement.prompt.length, self.auxiliary.prompt_shape).shape
         self._last: tuple[Frame, Frame] | None = None
@@ -262,7 +264,7 @@ class Lookout:
                 reached = True
         except ssl.SSLCertVerificationError as error:
             reached = False
-            wrong = f"what answers at {self._address[0]}:{self._address[1]} is not the server that ca.crt vouches for ({error.verify_message}): check `server` and `keys`, and ask the owner of the model"
+            wrong = f"what answers at {written(*self._address)} is not the server that ca.crt vouches for ({error.verify_message}): check `server` and `keys`, and ask the owner of the model"
             if not self._once:
                 raise CredentialError(wrong) from error
             if self._reached:
@@ -271,9 +273,7 @@ class Lookout:
             reached = False
         self._once = self._once or reached
         if reached != self._reached:
-            self._say(
-                "the server answers again" if reached else f"the server does not answer at {self._address[0]}:{self._address[1]}; this client keeps trying"
-            )
+            self._say("the server answers again" if reached else f"the server does not answer at {written(*self._address)}; this client keeps trying")
         self._reached, self._next = reached, time.monotonic() + self._every
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 import subprocess
@@ -104,9 +105,28 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
         ConfigurationError: it is none; `key` says where it stands.
     """
     host, _, port = text.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
-        raise ConfigurationError(f"{key}: {text!r} is no host:port, such as 0.0.0.0:8000")
-    return host, int(port)
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port[:6]) < 65536:
+        raise ConfigurationError(f"{key}: {text!r} is no host:port, such as 0.0.0.0:8000 or [::]:8000")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if (":" in host) != (bare != host) or (bare != host and not _is_ipv6(bare)):
+        raise ConfigurationError(f"{key}: {text!r} is no host:port: an IPv6 address stands in brackets, such as [::1]:8000")
+    return bare, int(port)
+
+
+def _is_ipv6(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return isinstance(ipaddress.ip_address(host), ipaddress.IPv6Address)
+    return False
+
+
+def written(host: str, port: int) -> str:
+    """host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def reached_from_here(host: str) -> str:
+    """The address by which this machine reaches what listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def require_free(host: str, port: int, key: str) -> None:
@@ -116,9 +136,9 @@ def require_free(host: str, port: int, key: str) -> None:
         ConfigurationError: somebody does, or this machine has no such address.
     """
     try:
-        socket.create_server((host, port)).close()
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise ConfigurationError(f"{key}: cannot listen on {host}:{port} ({error.strerror}): end what listens there, or choose another") from error
+        raise ConfigurationError(f"{key}: cannot listen on {written(host, port)} ({error.strerror}): end what listens there, or choose another") from error
 
 
 def wait_for_port(host: str, port: int, name: str, processes: Processes) -> None:
