@@ -146,7 +146,7 @@ def of_these_layers(name: str, sources: list[int], **changes: Any) -> Any:
 @pytest.mark.parametrize("plan", ["ends(1, 1)", "ends(1)", [3, 0], "shared(3)"])
 def test_a_layer_keeps_its_own_settings_where_it_moves_to(plan: Any, tmp_path: Path) -> None:
     """SmolLM3 has no rotations in every fourth layer: which those are is a list in its configuration, and moves with the layers, into the package too."""
-    changes = {"no_rope_layers": [1, 1, 0, 0], "layer_types": ["sliding_attention", "full_attention"] * 2, "use_sliding_window": True}
+    changes: dict[str, Any] = {"no_rope_layers": [1, 1, 0, 0], "layer_types": ["sliding_attention", "full_attention"] * 2, "use_sliding_window": True}
     model, layers = PromptedLM(tiny_causal_lm("smollm3", **changes), "smollm3"), parse_plan(plan, 4)
     auxiliary = build_auxiliary(model, layers, TOKENIZER)
     auxiliary.save(tmp_path)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedsp import cli
+from fedsp import auxiliary, cli, commands
+from fedsp.config_file import read_config
+from fedsp.errors import StorageError
 from fedsp.server import EMBEDDED
 
 QUICK = [
@@ -62,6 +65,14 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
     assert rows[1]["accuracy"] == figures["test"]["accuracy"] and "zero-shot" in out
     code, out, _ = fedsp("generate", run, "Question: The town of", "--tokens", "3")
     assert code == 0 and out.startswith("Question: The town of")
+    for text, more, sentence in [
+        ("", [], "there is no text to complete"),
+        ("caf\udce9", [], "the text to complete is not UTF-8"),
+        ("The town of " * 100, [], "and 40 are to follow, but the model reads"),
+        ("The town", ["--tokens", "5000"], "and 5000 are to follow, but the model reads"),
+    ]:
+        code, out, error = fedsp("generate", run, text, *more)
+        assert code == 2 and sentence in error and not out
     assert fedsp("export", run, tmp_path / "adapter")[0] == 0
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     code, out, _ = fedsp("audit", run, "--only", "disclosure", "--json", tmp_path / "a.json")
@@ -76,6 +87,66 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
     assert code == 0 and "2/2" in out and "finished" in out
     assert fedsp("distill", config, tmp_path / "package", *QUICK)[0] == 0
     assert (tmp_path / "package" / "auxiliary.json").exists()
+
+
+def test_a_distillation_that_fails_leaves_no_package_behind(fedsp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Wherever it fails; and what one that was killed has left is no obstacle to the next."""
+    config, package = tmp_path / "run.toml", tmp_path / "package"
+    assert fedsp("init", config)[0] == 0
+    written: list[str] = []
+
+    def failing(at: int) -> Any:
+        def write(path: Path, *rest: Any, **named: Any) -> Any:
+            written.append(Path(path).name)
+            if len(written) == at:
+                raise StorageError("the disk is full")
+            return whole[write.__name__](path, *rest, **named)
+
+        return write
+
+    whole = {name: getattr(auxiliary, name) for name in ("write_tensors", "write_json")}
+    for at in (1, 2):
+        written.clear()
+        for name in whole:
+            faulty = failing(at)
+            faulty.__name__ = name
+            monkeypatch.setattr(auxiliary, name, faulty)
+        code, _, error = fedsp("distill", config, package, *QUICK)
+        assert code == 2 and "the disk is full" in error and len(written) == at
+        assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+    monkeypatch.undo()
+    (tmp_path / ".package.part").mkdir()
+    (tmp_path / ".package.part" / "model.safetensors").write_bytes(b"half")
+    package.mkdir()
+    assert commands.distill(read_config(config, QUICK), package)["sha256"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["package", "run.toml"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("x = " + "[" * 100_000, "is nested too deeply"),
+        ("x = " + "9" * 5000, "is not a TOML file"),
+        (b"\xff\xfe", "is not a TOML file"),
+        ("\ufeffseed = 1\n", "model"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_a_sentence(fedsp, tmp_path: Path, content: str | bytes, sentence: str) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "run.toml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, _, error = fedsp("plan", tmp_path / "run.toml")
+    assert code == 2 and sentence in error and error.startswith("fedsp: ") and "Traceback" not in error and "9999" not in error
+
+
+def test_words_that_are_no_text_are_a_sentence(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config = tmp_path / "run.toml"
+    fedsp("init", config)
+    for words in (
+        ["run", config, *QUICK, "data.task=caf\udce9"],
+        ["run", config, *QUICK, f"output={tmp_path}/caf\udce9", "seed=1"],
+        ["plan", "caf\udce9.toml"],
+    ):
+        code, _, error = fedsp(*words)
+        assert code == 2 and error.startswith("fedsp: ") and "Traceback" not in error
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from conftest import harness_task
 from fedsp.config import PartitionSection
-from fedsp.data.encoding import IGNORED, Encoded, collate, encode_pairs, training_batches
+from fedsp.data.encoding import IGNORED, Encoded, collate, decode_behind, encode_pairs, encode_targets, encode_texts, training_batches
 from fedsp.data.files import read_passages, read_rows
 from fedsp.data.partition import make_partition
-from fedsp.data.tasks import TASKS, examples_of, find_task
+from fedsp.data.tasks import TASKS, Example, examples_of, find_task
 from fedsp.errors import DataError
 from fedsp.loading import load_tokenizer
-from fedsp.server import EMBEDDED
+from fedsp.server import EMBEDDED, rows_digest
+from tokenizers_made import bpe
 
 TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
 
@@ -125,6 +132,198 @@ def test_bad_rows_are_named_by_line(tmp_path: Path, content: str, sentence: str)
     with pytest.raises(DataError, match=sentence) as error:
         examples_of(TASKS["multiple_choice"], read_rows(path))
     assert "Anna" not in str(error.value), "no example text is in an error"
+
+
+ROW = {"question": "q", "choices": ["a", "b"], "answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"question": None}, "question is null, not a text"),
+        ({"question": ["a", "b"]}, "question is a list, not a text"),
+        ({"question": {"text": "a"}}, "question is a dict, not a text"),
+        ({"question": 7}, "question is a int, not a text"),
+        ({"context": False}, "context is a bool, not a text"),
+        ({"context": 0}, "context is a int, not a text"),
+        ({"choices": ["a", None]}, "one of choices is null, not a text"),
+        ({"choices": ["a", 3]}, "one of choices is a int, not a text"),
+        ({"answer": 1.0}, "answer is a float, not an index"),
+        ({"answer": True}, "answer is a bool, not an index"),
+    ],
+)
+@pytest.mark.parametrize("task", ["multiple_choice", "continuation", "sciq"])
+def test_a_value_that_is_no_text_is_refused_with_its_line(task: str, changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    """And not trained on as "None", or as what Python writes for a list."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | changes) + "\n")
+    with pytest.raises(DataError, match=f"rows.jsonl, line 2 cannot be read as a {task} row \\({sentence}\\)"):
+        examples_of(TASKS[task], read_rows(path))
+
+
+@pytest.mark.parametrize("name", sorted(HUB_ROWS))
+def test_no_field_of_a_hub_row_is_read_as_what_python_writes_for_it(name: str) -> None:
+    """Every text of every schema, replaced by nothing, by a number and by a list."""
+    row = HUB_ROWS[name][0]
+    for key, value in row.items():
+        if not isinstance(value, str):
+            continue
+        for other in (None, 7.5, ["a"]):
+            with pytest.raises(DataError, match="cannot be read as"):
+                examples_of(find_task(name), [row | {key: other}])
+
+
+def test_labels_are_whole_numbers_or_their_digits() -> None:
+    row = HUB_ROWS["hellaswag"][0]
+    for right in (1, "1", " 1 "):
+        assert examples_of(TASKS["hellaswag"], [row | {"label": right}])[0].gold == (1,)
+    wrong: list[Any] = ["1_0", "\u0661", "1.0", "", "+1", "9" * 5000, 1.0, None]
+    for label in wrong:
+        with pytest.raises(DataError, match="row 0 cannot be read"):
+            examples_of(TASKS["hellaswag"], [row | {"label": label}])
+
+
+@pytest.mark.parametrize("task", ["completion"])
+def test_completions_are_texts(task: str) -> None:
+    for row in ({"prompt": None, "completion": "a"}, {"prompt": "a", "completion": 3}):
+        with pytest.raises(DataError, match="not a text"):
+            examples_of(TASKS[task], [row])
+
+
+def test_the_same_rows_in_every_dress(tmp_path: Path) -> None:
+    """Excel's byte order mark, its semicolons, tabs, line ends of every system, a field of a million letters, gzip, and endings in capitals: the same rows, and one digest."""
+    long = "x" * 1_000_000
+    rows = [{"question": f"a; b, c{long}", "choices": ["a", "b"], "answer": 1}, {"question": "two\r\nlines", "choices": ["c", "d"], "answer": 0}]
+    json_lines = "".join(json.dumps(row) + "\n" for row in rows)
+    tables = {}
+    for ending, divider in ((".csv", ","), (".semi.csv", ";"), (".tsv", "\t"), (".CSV", ",")):
+        out = io.StringIO(newline="")
+        writer = csv.writer(out, delimiter=divider, lineterminator="\r\n")
+        writer.writerows([["question", "choices", "answer"], *([row["question"], json.dumps(row["choices"]), row["answer"]] for row in rows)])
+        tables[f"table{ending}"] = out.getvalue()
+    files = {"rows.jsonl": json_lines, "name.csv.jsonl": json_lines, "rows.csv.d/rows": json_lines, "windows.jsonl": json_lines.replace("\n", "\r\n"), **tables}
+    digests = {}
+    for name, text in files.items():
+        for mark in ("utf-8", "utf-8-sig"):
+            for packed in ("", ".gz", ".GZ"):
+                path = tmp_path / mark / f"{name}{packed}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(gzip.compress(text.encode(mark)) if packed else text.encode(mark))
+                found = read_rows(path)
+                assert [{key: value for key, value in row.items() if key != "__where__"} for row in found] == rows, path
+                digests[str(path)] = rows_digest(found)
+    assert len(set(digests.values())) == 1
+    (tmp_path / "marked.txt").write_bytes("\ufefffirst\r\n\r\nsecond".encode())
+    assert read_passages([tmp_path / "marked.txt"]) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('question,choices,answer\nq,"[""a"", ""b""]",1\nq,"[""a"", ""b""]",1,more\n', "line 3 has 4 fields, but the first line names 3 columns"),
+        ('question,choices,answer\nq,"[""a"", ""b""]"\n', "line 2 has 2 fields, but the first line names 3 columns"),
+        ("question,choices,question\nq,[],1\n", "line 1 has two columns named 'question'"),
+        ("question,,answer\nq,[],1\n", "line 1 has a column without a name"),
+        ('question,choices,answer\nq,"[""a"", ""b""]",1_0\n', "line 2: in a table, choices is a JSON list .* and answer its index \\(not a whole number"),
+        ('question,choices,answer\nq,"[""a"", ""b""]",' + "9" * 5000 + "\n", "line 2: in a table"),
+        ("question,choices,answer\nq," + "[" * 100_000 + ",1\n", "line 2: in a table.*nested too deeply"),
+        ('question,choices,answer\nq,"[""a"", ""b""]",1\nopen,"[""a"",1\nq,x,1\n', "line 3 cannot be read as a row of a table"),
+        ('prompt\n"two\nlines"\n"x" y\n', "line 4 cannot be read as a row of a table"),
+    ],
+)
+def test_a_table_that_does_not_fit_its_first_line_is_refused_with_the_line(content: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text(content)
+    with pytest.raises(DataError, match=f"table.csv, {sentence}"):
+        read_rows(tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"question": "half \\ud83d of a pair"}', "half of a surrogate pair stands alone"),
+        ('{"question": ' + "9" * 5000 + "}", "a number has too many digits"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"question": "a", "question": "b"}', "a field has the same name as another"),
+        ('{"question": "a"', "at column"),
+    ],
+)
+def test_json_that_nothing_can_use_is_refused_with_its_line(line: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "whole \\ud83d\\ude00 pair"}\n' + line + "\n")
+    with pytest.raises(DataError, match=f"rows.jsonl, line 2 is not JSON \\(.*{sentence}"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+TABLE_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), min_size=1, max_size=20).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(TABLE_TEXT, st.lists(TABLE_TEXT, min_size=1, max_size=3)), min_size=1, max_size=4), st.sampled_from(",;\t"))
+def test_what_a_spreadsheet_writes_is_read_back(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, list[str]]], divider: str) -> None:
+    path = tmp_path_factory.mktemp("table") / "rows.csv"
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=divider).writerows([["question", "choices", "answer"], *([text, json.dumps(choices), 0] for text, choices in rows)])
+    assert [(row["question"], row["choices"]) for row in read_rows(path)] == rows
+
+
+@pytest.mark.parametrize("column", [None, "", 1.5, ["a"]])
+def test_a_group_is_a_text_or_a_whole_number(column: Any) -> None:
+    rows = [{"owner": "a", "__where__": "f, line 1"}, {"owner": column, "__where__": "f, line 2"}]
+    with pytest.raises(DataError, match="f, line 2 has .* in column 'owner', which partition.column names: expected a text or a whole number"):
+        make_partition(rows, PartitionSection(kind="natural", column="owner"), server_share=0, holdout=0, seed=0)
+
+
+MERGES = [("b", " "), ("b ", "x"), ("a", "b"), (" ", "x"), ("y", "y"), ("c", " "), ("d", " x")]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("abcdxy <s>", max_size=6), st.text("abcdxy ", min_size=1, max_size=5).filter(str.strip), st.booleans(), st.booleans(), st.integers(2, 9))
+def test_whatever_a_tokenizer_merges_an_answer_has_a_token(context: str, answer: str, begins: bool, ends: bool, limit: int) -> None:
+    """Where something is left behind the context, it is what lm-evaluation-harness takes; where nothing is, the tokens that the answer changed."""
+    tokenizer = bpe(MERGES, begins=begins, ends=ends)
+    (full,), (cut,) = (encode_pairs(tokenizer, [(context, f" {answer}")], most) for most in (1000, limit))
+    bare = context.rstrip()
+    assert 1 <= full.start < len(full.ids) and 1 <= cut.start < len(cut.ids) <= limit
+    assert cut.ids == full.ids[-len(cut.ids) :]
+    assert full.ids[-1] != tokenizer.eos_token_id, "nothing ends behind an answer"
+    plain = bpe(MERGES, begins=begins)
+    special = not bare.startswith("<s>")
+    before, whole = (plain.encode(part, add_special_tokens=special) for part in (bare, context + f" {answer}"))
+    if bare and len(whole) > len(before):
+        assert list(full.ids) == [*before, *whole[len(before) :]] and full.start == len(before)
+    else:
+        text = tokenizer.decode(full.ids, skip_special_tokens="<s>" not in context)
+        assert text.removeprefix("<s>") == (context + f" {answer}").removeprefix("<s>")
+    collated = collate([full])
+    assert (collated.labels[0, full.start :] != IGNORED).all()
+
+
+def test_an_answer_without_a_token_is_refused_by_name() -> None:
+    tokenizer = bpe()
+    with pytest.raises(DataError, match="example q7: the tokenizer makes no token of an answer"):
+        encode_targets(tokenizer, [Example("q7", "abc", ("\u0000",), (0,))], 20)
+    with pytest.raises(DataError, match="no token that begins or ends a text"):
+        encode_pairs(bpe(tokens=False), [("", " a")], 20)
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_text_is_begun_as_its_tokenizer_begins_it_and_never_ended(begins: bool, ends: bool) -> None:
+    tokenizer = bpe(begins=begins, ends=ends)
+    first, body = [0] if begins else [], bpe().encode("abc")
+    assert encode_texts(tokenizer, ["abc", "<s>abc", "", "abc</s>"]) == [[*first, *body], [0, *body], first, [*first, *body, 1]]
+    (pair,) = encode_pairs(tokenizer, [("", " a")], 20)
+    assert pair.ids[:1] == (0,) and pair.start == 1
+
+
+def test_what_is_generated_keeps_its_space_and_shows_no_special_token() -> None:
+    backend = Backend(BPE(vocab={word: number for number, word in enumerate(["<s>", "</s>", "\u2581", *"abc"])}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    (ids,) = encode_texts(tokenizer, ["ab"])
+    new = [2, 4, 5, 1, 2, 3]
+    assert tokenizer.decode(new) != " bc a", "which is why the whole text is decoded"
+    assert decode_behind(tokenizer, ids, new) == " bc a"
+    assert decode_behind(tokenizer, [0, *ids], new) == " bc a"
+    assert decode_behind(tokenizer, ids, []) == ""
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

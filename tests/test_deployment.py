@@ -6,6 +6,7 @@ import http.client
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -300,6 +301,23 @@ def test_nothing_is_left_of_a_server_that_was_killed(deployment: Deployment) -> 
     server.kill()
     _, left = psutil.wait_procs(children, 30)
     assert not left
+
+
+def test_a_run_over_ipv6(tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    port = free_port()
+    local, place = make_federation(tmp_path, port, host="[::1]", listen="[::]")
+    deployment = Deployment(place, port)
+    try:
+        server, clients = deployment.serve(), [deployment.join(client) for client in CLIENTS]
+        assert exited(server) == 0, deployment.said("server")
+        assert [exited(client) for client in clients] == [0, 0, 0]
+        assert prompt_bits(deployment.run) == prompt_bits(local.path)
+    finally:
+        deployment.stop()
 
 
 def test_three_of_ten_clients_killed_in_one_round_and_it_completes(tmp_path: Path) -> None:

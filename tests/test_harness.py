@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import harness_task
+from families import tiny_causal_lm
 from fedsp import commands
 from fedsp.data.tasks import examples_of, find_task
-from fedsp.errors import RunError
+from fedsp.errors import DataError, RunError
+from fedsp.models import PromptedLM
 from fedsp.server import score_test
 from test_evaluation import hub_schema, real_rows
 from test_run import settings
+from tokenizers_made import bpe
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with the eval extra")
 
@@ -55,6 +59,78 @@ def test_it_generates_what_fedsp_generate_does_and_stops_where_it_is_told(run: P
     assert text == commands.generate(run, "The town of Badiba:", most=12)
     (cut,) = model.generate_until([asked("generate_until", "The town of Badiba:", {"until": [text[3:5]], "max_gen_toks": 12})])
     assert cut == text.split(text[3:5])[0]
+
+
+def opened_with(tokenizer: Any) -> tuple[Any, Any]:
+    """Our model of the harness over a tiny Llama, and lm-evaluation-harness's own over the same."""
+    from lm_eval.models.huggingface import HFLM
+
+    from fedsp.harness import TunedPrompt
+
+    ours = TunedPrompt.__new__(TunedPrompt)
+    model = PromptedLM(tiny_causal_lm("llama"), "a model")
+    ours._model, ours._tokenizer, ours._max_tokens, ours._prefix = model, tokenizer, 60, None
+    return ours, HFLM(pretrained=tiny_causal_lm("llama"), tokenizer=tokenizer, batch_size=1, device="cpu", max_length=60)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_texts_begin_as_in_the_harness_own_model(begins: bool) -> None:
+    """Empty contexts, contexts that begin with the first token written out, answers that do, merges over the cut."""
+    ours, theirs = opened_with(bpe([("b", " "), ("y", "y")], begins=begins))
+    pairs = [("", " yes"), ("abc", " yes"), ("<s>abc", " yes"), ("", "<s>yes"), ("ab ", "yyes"), ("ab", " yyes")]
+    asked_for = [asked("loglikelihood", *pair) for pair in pairs]
+    for (found, greedy), (expected, theirs_greedy) in zip(ours.loglikelihood(asked_for), theirs.loglikelihood(asked_for), strict=True):
+        assert found == pytest.approx(expected, abs=1e-3) and greedy == theirs_greedy
+
+
+def test_what_is_generated_is_what_the_harness_own_model_generates() -> None:
+    tokenizer = bpe(begins=True)
+    tokenizer.pad_token = "</s>"
+    ours, theirs = opened_with(tokenizer)
+    for settings_asked in (
+        {"max_gen_toks": 40, "until": []},
+        {"max_gen_toks": 50, "until": ["zz"]},
+        {"until": ["q"], "max_tokens": 30, "do_sample": False, "temperature": 0.7},
+    ):
+        for context in ("abc", "a long one, of which the beginning gives way to what is said", "<s>abc"):
+            request = [asked("generate_until", context, dict(settings_asked))]
+            assert ours.generate_until(request) == theirs.generate_until(request)
+
+
+def test_drawn_tokens_follow_the_temperature_and_the_seed() -> None:
+    ours, _ = opened_with(bpe(begins=True))
+
+    def drawn(temperature: float, seed: int) -> str:
+        torch.manual_seed(seed)
+        (text,) = ours.generate_until([asked("generate_until", "abc", {"do_sample": True, "temperature": temperature, "max_gen_toks": 20})])
+        return str(text)
+
+    (greedy,) = ours.generate_until([asked("generate_until", "abc", {"max_gen_toks": 20})])
+    assert drawn(1e-4, 0) == drawn(1e-4, 1) == greedy
+    assert drawn(1.0, 0) == drawn(1.0, 0) != drawn(1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings_asked", "sentence"),
+    [
+        ({"max_gen_toks": 60}, "asks for 60 tokens, but the model reads 60 behind the prompt.*lower max_gen_toks"),
+        ({}, "asks for 256 tokens, but the model reads 60"),
+        ({"max_gen_toks": 5, "top_p": 0.9, "num_beams": 2}, "asks for num_beams, top_p in generation"),
+        ({"max_gen_toks": 5, "do_sample": True}, "do_sample without a temperature"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings_asked: dict[str, Any], sentence: str) -> None:
+    ours, _ = opened_with(bpe())
+    with pytest.raises(RunError, match=sentence):
+        ours.generate_until([asked("generate_until", "abc", settings_asked)])
+
+
+def test_an_empty_context_needs_a_token_that_can_stand_there() -> None:
+    ours, _ = opened_with(bpe(tokens=False))
+    with pytest.raises(RunError, match="empty context, and this tokenizer has no token that begins or ends a text"):
+        ours.generate_until([asked("generate_until", "", {"max_gen_toks": 5})])
+    with pytest.raises(DataError, match="no token that begins or ends a text"):
+        ours.loglikelihood([asked("loglikelihood", "", " a")])
 
 
 def test_without_the_prompt_it_is_another_model_and_what_it_cannot_do_it_says(run: Path) -> None:

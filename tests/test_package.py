@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import ipaddress
 import json
 import shutil
 import ssl
@@ -21,10 +22,11 @@ from fedsp import commands
 from fedsp.cli import main
 from fedsp.config import PartyConfig
 from fedsp.config_file import make_config, read_config, read_party
-from fedsp.credentials import read_register, sign, verify
+from fedsp.credentials import CERTIFICATE, read_register, sign, verify
 from fedsp.engines import pinned
 from fedsp.engines.deployment import gate_command, init_federation, superlink_command
 from fedsp.engines.joining import Client, Lookout, Node, supernode_command
+from fedsp.engines.processes import host_and_port, written
 from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
 from fedsp.frames import Frame
 from fedsp.payload import PROMPT
@@ -38,7 +40,7 @@ from test_remote import Clock
 from test_run import ROWS, questions, settings
 
 
-def make_federation(folder: Path, port: int = 8000, **changes: Any) -> tuple[RunDirectory, Path]:
+def make_federation(folder: Path, port: int = 8000, host: str = "localhost", listen: str = "127.0.0.1", **changes: Any) -> tuple[RunDirectory, Path]:
     """A run in one place, and a federation whose parties hold on disk what they hold in that run, ready to be started."""
     changes = {"server": {"steps": 2, "batch_size": 4}, **changes}
     commands.run(make_config(settings(folder / "local", **changes)))
@@ -46,7 +48,7 @@ def make_federation(folder: Path, port: int = 8000, **changes: Any) -> tuple[Run
     partition = local.partition()
     assert partition
     place = folder / "federation"
-    init_federation(place, sorted(partition["clients"]), f"localhost:{port}")
+    init_federation(place, sorted(partition["clients"]), f"{host}:{port}")
     server, rows = place / "server", ROWS[:60]
     questions(server, "train", [rows[index] for index in partition["server"]])
     register = (server / "register.toml").read_text()
@@ -60,7 +62,7 @@ def make_federation(folder: Path, port: int = 8000, **changes: Any) -> tuple[Run
     values |= {
         "output": str(server / "run"),
         "auxiliary": {"folder": "package"},
-        "federation": {"folder": ".", "listen": f"127.0.0.1:{port}", "wait_seconds": 60.0, "again_seconds": 5.0},
+        "federation": {"folder": ".", "listen": f"{listen}:{port}", "wait_seconds": 60.0, "again_seconds": 5.0},
     }
     (server / "run.toml").write_text(tomli_w.dumps(values))
     made = commands.distill(read_config(server / "run.toml"), server / "package")
@@ -101,6 +103,52 @@ def test_each_party_has_what_it_needs_and_no_more(federation: tuple[RunDirectory
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
     keys = {(place / client / "client.key").read_bytes() for client in ("client-0", "client-1", "client-2")}
     assert len(keys) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.0.0.0:8000", ("0.0.0.0", 8000)),
+        ("server.example.org:1", ("server.example.org", 1)),
+        ("[::1]:8000", ("::1", 8000)),
+        ("[::]:65535", ("::", 65535)),
+        ("[fe80::1]:80", ("fe80::1", 80)),
+    ],
+)
+def test_addresses_of_both_kinds_are_read_and_written(text: str, expected: tuple[str, int]) -> None:
+    assert host_and_port(text, "listen") == expected and written(*expected) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "::1:8000",
+        "[::1]",
+        "[::1]:",
+        "[localhost]:80",
+        "[::1:80",
+        "::1]:80",
+        "[]:80",
+        "[1.2.3.4]:80",
+        "host",
+        ":80",
+        "host:0",
+        "host:65536",
+        "host:" + "9" * 5000,
+    ],
+)
+def test_what_is_no_address_is_a_sentence(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="listen: .* is no host:port"):
+        host_and_port(text, "listen")
+
+
+def test_a_federation_at_an_ipv6_address_has_its_certificate_and_listens_there(tmp_path: Path) -> None:
+    commands.init_federation(tmp_path / "federation", ["a"], "[::1]:8443")
+    server = tmp_path / "federation" / "server"
+    names = x509.load_pem_x509_certificate((server / CERTIFICATE).read_bytes()).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert ipaddress.ip_address("::1") in names.get_values_for_type(x509.IPAddress)
+    assert 'listen = "[::]:8443"' in (server / "run.toml").read_text()
+    assert 'server = "[::1]:8443"' in (tmp_path / "federation" / "a" / "party.toml").read_text()
 
 
 def test_the_certificate_is_for_the_server_s_name_and_chains_to_the_authority(federation: tuple[RunDirectory, Path], tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_projection_takes_up_trains_and_folds() -> None:
 def test_a_long_rope_generates_as_hugging_face_does_and_reads_each_row_by_itself() -> None:
     reference, model = tiny_causal_lm("phi3", **LONG_ROPE), PromptedLM(tiny_causal_lm("phi3", **LONG_ROPE), "phi3")
     row = list(range(5, 17))
-    theirs = reference.generate(torch.tensor([row]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)  # type: ignore[operator]
+    theirs = reference.generate(torch.tensor([row]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert model.generate(torch.tensor(row), None, most=12, stop=None) == theirs[0, len(row) :].tolist()
     rows = [list(range(5, 25)), [7, 8, 9], list(range(40, 57)), list(range(60, 76))]
     padded = pad(rows, model.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +17,7 @@ def bpe(merges: Sequence[tuple[str, str]] = (), *, begins: bool = False, ends: b
     Without `tokens` it knows neither of the two."""
     words = ["<s>", "</s>", *LETTERS_AND_MARKS, *("".join(merge) for merge in merges)]
     backend = Tokenizer(BPE(vocab={word: number for number, word in enumerate(words)}, merges=list(merges)))
+    backend.decoder = decoders.Fuse()
     backend.post_processor = TemplateProcessing(
         single=f"{'<s> ' if begins else ''}$A{' </s>' if ends else ''}", special_tokens=[("<s>", 0), ("</s>", 1)] if begins or ends else []
     )

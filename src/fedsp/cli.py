@@ -305,7 +305,7 @@ def main() -> None:
     try:
         app()
     except FedspError as error:
-        typer.echo(f"fedsp: {error}", err=True)
+        typer.echo(f"fedsp: {error}".encode(errors="backslashreplace").decode(), err=True)
         sys.exit(2)
     except UnicodeEncodeError:
         typer.echo("fedsp: a word of the command is not UTF-8 text: set the terminal to UTF-8, and rename files whose names are not", err=True)

@@ -17,7 +17,7 @@ from fedsp.auxiliary import disclosed_share
 from fedsp.clients import agreement_of
 from fedsp.config import Agreement, RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
-from fedsp.data.encoding import encode_texts
+from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.engines.local import local
 from fedsp.errors import ConfigurationError, DataError, FedspError, RunError
 from fedsp.experiment import robust_rule, run_experiment
@@ -282,8 +282,7 @@ def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool =
         )
     prefix = run.prefix(zero_shot=zero_shot)
     new = run.model.generate(torch.tensor(ids, device=server.model.device), prefix, most=most, stop=tokenizer.eos_token_id)
-    before, whole = (tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False) for part in (ids, [*ids, *new]))
-    return str(whole)[len(before) :]
+    return decode_behind(tokenizer, ids, new)
 
 
 def export(folder: str | Path, to: str | Path) -> Figures:

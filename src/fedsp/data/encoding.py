@@ -67,6 +67,12 @@ def _ending(tokenizer: Tokenizer) -> list[int]:
     return whole[start + len(bare) :] if bare else []
 
 
+def decode_behind(tokenizer: Tokenizer, ids: Sequence[int], new: Sequence[int]) -> str:
+    """What new tokens add to the text of earlier ones, its space included, and no special token."""
+    before, whole = (tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False) for part in (ids, [*ids, *new]))
+    return str(whole)[len(before) :]
+
+
 def first_token(tokenizer: Tokenizer) -> int | None:
     """What stands where there is no context: the token that begins a text, else the one that ends it; None where a tokenizer has neither."""
     token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -76,8 +82,8 @@ def first_token(tokenizer: Tokenizer) -> int | None:
 def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tokens: int, names: Iterable[str] | None = None) -> list[Encoded]:
     """Encode pairs of a context and a continuation; when one is longer than `max_tokens`, the oldest context goes, never the continuation.
 
-    The whole text is encoded at once and cut where the context alone would end; where a token reaches over that cut and nothing is left behind it, at the first
-    token that the continuation changes. At least one token of context stays, since the first token of a continuation needs something to be predicted from; so a
+    As lm-evaluation-harness does it: the context alone, and what the whole text has behind as many tokens. Where a token reaches over that cut and nothing is left
+    behind it, the whole text, cut at the first token that the continuation changes. At least one token of context stays, since the first token of a continuation needs something to be predicted from; so a
     continuation keeps at most its last `max_tokens` - 1 tokens. `names` says what each pair is called in an error.
 
     Raises:
@@ -94,7 +100,9 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tok
         else:
             before, whole = _behind_nothing(tokenizer, continuation)
         start = len(before)
-        if len(whole) <= start:
+        if len(whole) > start:
+            whole = [*before, *whole[start:]]
+        else:
             start = next((place for place, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), len(whole))
         if start >= len(whole):
             raise DataError(f"{name}: the tokenizer makes no token of an answer, so there is nothing to train on or to score: reword the answer")

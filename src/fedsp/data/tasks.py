@@ -141,11 +141,11 @@ def _openbookqa(row: Row) -> tuple[str, list[str], list[int]]:
 
 
 def _piqa(row: Row) -> tuple[str, list[str], list[int]]:
-    return f"Question: {_text(row, 'goal')}\nAnswer:", [row["sol1"], row["sol2"]], [_label(row)]
+    return f"Question: {_text(row, 'goal')}\nAnswer:", [_text(row, "sol1"), _text(row, "sol2")], [_label(row)]
 
 
 def _sciq(row: Row) -> tuple[str, list[str], list[int]]:
-    choices = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
+    choices = [_text(row, key) for key in ("distractor1", "distractor2", "distractor3", "correct_answer")]
     return f"{_text(row, 'support').lstrip()}\nQuestion: {_text(row, 'question')}\nAnswer:", choices, [3]
 
 
