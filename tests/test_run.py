@@ -584,3 +584,13 @@ def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
     )
     code += "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_test_question_that_cannot_be_scored_stops_a_run_before_its_first_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(_tokenizer: Any, examples: Any, _most: int) -> Any:
+        raise DataError(f"example {examples[0].id}: the tokenizer makes no token of an answer")
+
+    monkeypatch.setattr(experiment, "encode_choices", refuses)
+    with pytest.raises(DataError, match=f"example {ROWS[200]['id']}: " if "id" in ROWS[200] else "example 0: "):
+        commands.run(settings(tmp_path))
+    assert not RunDirectory.open(tmp_path / "run").records()

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,14 @@ def _kinds(config: RunConfig, train: list[Row], test: list[Row], questions: list
         seed = derive_seed(config.seed, "topics") % 2**32
         return Kinds(*find_topics(questions, test_questions, count=config.partition.topics, seed=seed))
     if column and all(column in row for row in [*train, *test]):
-        return Kinds([group_of(row, column) for row in train], [group_of(row, column) for row in test])
+        named = partial(_named_group, column)
+        return Kinds(list(map(named, train)), list(map(named, test)))
     return None
+
+
+def _named_group(column: str, row: Row) -> str:
+    """The group of a row, or none: a test question may be of nobody's kind."""
+    return "" if row[column] in (None, "") else group_of(row, column)
 
 
 def open_server(config: RunConfig, questions: Questions) -> Server:
