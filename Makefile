@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test bench unit recipe deployment lint clean
+.PHONY: demo test bench families unit recipe deployment lint clean
 
 demo: .venv/ready
 	$(BIN)/fedsp demo
@@ -19,6 +19,10 @@ bench: .venv/ready-dev
 	for name in startup together evaluation step; do $(BIN)/python benchmarks/$$name.py $$(test $$name = startup || echo "$(if $(REFERENCE),--reference $(REFERENCE))") || exit 1; done
 	$(BIN)/python benchmarks/distillation.py
 	rm -rf bench && $(BIN)/python benchmarks/scale.py bench
+
+# Every family of models that the installed transformers knows, against a slow reference, two minutes: writes docs/results/families.md and fails where something is wrong.
+families: .venv/ready-dev
+	$(BIN)/python tests/family_checks.py docs/results/families.md
 
 unit:
 	$(BIN)/python -m pytest -n auto -m "not recipe and not harness and not study and not deployment"

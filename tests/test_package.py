@@ -40,7 +40,9 @@ from test_remote import Clock
 from test_run import ROWS, questions, settings
 
 
-def make_federation(folder: Path, port: int = 8000, host: str = "localhost", listen: str = "127.0.0.1", **changes: Any) -> tuple[RunDirectory, Path]:
+def make_federation(
+    folder: Path, port: int = 8000, host: str = "localhost", listen: str = "127.0.0.1", runs: int = 2, **changes: Any
+) -> tuple[RunDirectory, Path]:
     """A run in one place, and a federation whose parties hold on disk what they hold in that run, ready to be started."""
     changes = {"server": {"steps": 2, "batch_size": 4}, **changes}
     commands.run(make_config(settings(folder / "local", **changes)))
@@ -62,7 +64,7 @@ def make_federation(folder: Path, port: int = 8000, host: str = "localhost", lis
     values |= {
         "output": str(server / "run"),
         "auxiliary": {"folder": "package"},
-        "federation": {"folder": ".", "listen": f"{listen}:{port}", "wait_seconds": 60.0, "again_seconds": 5.0},
+        "federation": {"folder": ".", "listen": f"{listen}:{port}", "wait_seconds": 60.0, "again_seconds": 5.0, "runs": runs},
     }
     (server / "run.toml").write_text(tomli_w.dumps(values))
     made = commands.distill(read_config(server / "run.toml"), server / "package")
@@ -236,6 +238,14 @@ def test_the_client_counts_rounds_over_restarts_and_stops_at_its_own_limit(place
     assert reason == REFUSALS["policy"] and "3 rounds were answered" in said[0]
 
 
+def test_a_client_answers_as_many_runs_as_the_package_speaks_of(place: Path) -> None:
+    """Over restarts too: an identity is the server's invention, and each run has a budget of its own."""
+    party = party_of(place)
+    assert [respond(Client(party, Watcher()), run=run)[0] for run in ("ab", "cd", "ab")] == ["answered"] * 3
+    reason, said = respond(Client(party, Watcher()), run="ef")
+    assert reason == REFUSALS["policy"] and "the package speaks of 2 runs, and as many were answered" in said[0]
+
+
 def test_a_round_is_answered_once_and_again_only_to_the_very_same_request(place: Path) -> None:
     """Else a server could ask for as many prompts as it likes under one round's name."""
     party = party_of(place)
@@ -257,6 +267,10 @@ def test_a_private_client_keeps_its_own_ledger_and_its_own_limit(tmp_path: Path)
     assert sum(release.count for release in ledger.releases()) == 6 and 5 < ledger.epsilon(1e-5) <= 6.0
     reason, here = respond(Client(party, Watcher()), run="cd", round=1)
     assert reason == REFUSALS["policy"] and "more than this client's budget of epsilon = 6 " in here[0]
+    patient = party_of(place, state=str(tmp_path / "state"))
+    answered = {run: [respond(Client(patient, Watcher()), run=f"{run:x}", round=round)[0] for round in (1, 2, 3)] for run in range(40)}
+    assert [run for run, said_of in answered.items() if "answered" in said_of] == [0, 1]
+    assert Ledger(Path(patient.state) / LEDGER).epsilon(1e-5) <= 12.0, "what was signed, for each of two runs, whatever a server invents"
     for policy, sentence in (
         ({"max_epsilon": 3.0}, "the run may cost epsilon = 6, policy.max_epsilon allows 3"),
         ({"max_delta": 1e-6}, "at delta = 1e-05, policy.max_delta allows 1e-06"),

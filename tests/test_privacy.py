@@ -330,12 +330,97 @@ def test_an_answer_is_given_once_and_a_budget_is_kept(tmp_path: Path) -> None:
     assert torch.equal(method.client_update(party, request).payload[PROMPT], first.payload[PROMPT]) and not first.losses
     assert party.ledger is not None and sum(release.count for release in party.ledger.releases()) == 2
     method.client_update(party, replace(request, round=2))
-    with pytest.raises(PolicyError, match=r"more than the run's budget of epsilon = 4"):
+    with pytest.raises(PolicyError, match="round 1 was answered already: another answer would be another release"):
         method.client_update(party, replace(request, payload=other))
+    with pytest.raises(PolicyError, match=r"more than the run's budget of epsilon = 4"):
+        method.client_update(party, replace(request, round=3))
     with pytest.raises(PolicyError, match="validation by clients"):
         method.client_update(party, replace(request, train=False))
     with pytest.raises(PolicyError, match="more than this client's budget of epsilon = 0.5"):
         method.client_update(replace(party, most=0.5), replace(request, run="another", payload=other))
+
+
+def test_a_round_is_answered_once_for_ever_also_when_its_answer_is_no_longer_kept(tmp_path: Path) -> None:
+    config = make_config(settings(tmp_path, privacy={"unit": "example", "noise_multiplier": 4.0}, round={"rounds": 9}, prompt={"length": 4}))
+    _, party, request = private_party(tmp_path)
+    method = make_method(agreement_of(config, 64), None)
+    for round in range(1, 7):
+        method.client_update(party, replace(request, round=round))
+    assert Rest(party.rest.folder / "answers").rounds() == [4, 5, 6]
+    assert party.ledger is not None
+    paid = party.ledger.releases()
+    for round in (1, 2, 3):
+        with pytest.raises(PolicyError, match=f"round {round} was answered already"):
+            method.client_update(party, replace(request, round=round))
+    method.client_update(party, replace(request, round=5))
+    assert party.ledger.releases() == paid
+
+
+@pytest.mark.parametrize("what", ["removed", "a line less", "a line less and its head", "changed", "another", "head changed", "head removed"])
+def test_a_ledger_that_is_not_the_one_written_last_is_refused(what: str, tmp_path: Path) -> None:
+    path = tmp_path / privacy.LEDGER
+    head = tmp_path / f"{privacy.LEDGER}.head"
+    ledger = Ledger(path)
+    for round in (1, 2, 3):
+        ledger.spend(Release(1.0, 0.5, 2), run="run", round=round)
+        assert Ledger(path).releases() == (Release(1.0, 0.5, 2 * round),)
+    lines = path.read_bytes().splitlines(keepends=True)
+    if what == "removed":
+        path.unlink()
+    elif what.startswith("a line less"):
+        path.write_bytes(b"".join(lines[:2]))
+        if "head" in what:  # a file of another number of lines, as if it had been kept from before
+            head.write_text(json.dumps({"lines": 2, "chain": json.loads(lines[0])["chain"]}))
+    elif what == "changed":
+        path.write_bytes(path.read_bytes().replace(b'"noise_multiplier": 1.0', b'"noise_multiplier": 9.0', 1))
+    elif what == "another":
+        other = Ledger(tmp_path / "other.jsonl")
+        for round in (1, 2, 3):
+            other.spend(Release(9.0, 0.5, 2), run="run", round=round)
+        path.write_bytes(other.path.read_bytes())
+    elif what == "head changed":
+        head.write_text("nonsense")
+    else:
+        head.unlink()
+        assert Ledger(path).releases() == (Release(1.0, 0.5, 6),), "a crash between the line and its head leaves the head behind, and none before the first"
+        return
+    with pytest.raises(StorageError, match="restore .* from a backup"):
+        Ledger(path)
+
+
+def test_a_crash_between_a_line_and_its_head_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path / privacy.LEDGER)
+    ledger.spend(Release(1.0))
+    monkeypatch.setattr(privacy, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ledger.spend(Release(2.0))
+    monkeypatch.undo()
+    again = Ledger(ledger.path)
+    assert again.releases() == (Release(1.0), Release(2.0))
+    again.spend(Release(3.0))
+    assert Ledger(ledger.path).releases() == (Release(1.0), Release(2.0), Release(3.0))
+
+
+@pytest.mark.parametrize(
+    "release", [Release(1.0, 0.5, 0), Release(float("inf")), Release(float("nan")), Release(0.0), Release(1.0, 0.0), Release(1.0, 2.0), Release(1.0, 1.0, -1)]
+)
+def test_what_is_no_release_is_not_written_down(release: Release, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / privacy.LEDGER)
+    with pytest.raises(ValueError, match="is no release"):
+        ledger.spend(release)
+    assert not ledger.path.exists()
+
+
+def test_hardly_any_noise_is_no_promise_and_costs_no_work() -> None:
+    assert epsilon((Release(0.001, 0.5, 1000),), DELTA) == float("inf")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+@pytest.mark.parametrize("key", ["privacy.epsilon", "privacy.clip", "privacy.noise_multiplier", "round.max_change", "client.learning_rate"])
+def test_no_number_of_a_configuration_is_infinite(key: str, value: float, tmp_path: Path) -> None:
+    section, name = key.split(".")
+    with pytest.raises(ConfigurationError, match=key):
+        make_config(settings(tmp_path, **{section: {name: value}}))
 
 
 def test_a_private_client_level_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from fedsp.methods.base import Method, Stage
 from fedsp.methods.private import PrivateAnswers
 from fedsp.models import PromptedLM, Tokenizer
 from fedsp.parties import Party, Rest, Tunable
-from fedsp.privacy import LEDGER, Ledger
+from fedsp.privacy import LEDGER, Ledger, epsilon
 from fedsp.private_fitting import ExamplePrivacy, examples_together
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import derive_seed
@@ -49,6 +50,7 @@ def agreement_of(config: RunConfig, max_tokens: int) -> Agreement:
         clients_validate=config.validation.by == "clients",
         privacy=config.privacy,
         compression=config.compression,
+        runs=config.federation.runs if config.federation else 1,
     )
 
 
@@ -86,6 +88,17 @@ def example_privacy(agreement: Agreement) -> ExamplePrivacy | None:
     if section.unit != "example":
         return None
     return ExamplePrivacy(section.clip, section.delta, agreement.rounds, section.epsilon, section.noise_multiplier)
+
+
+def promised_epsilon(agreement: Agreement, examples: int) -> float:
+    """What all runs under a package may cost each of a client's examples by the signed agreement; infinite where nothing is promised."""
+    privacy = example_privacy(agreement)
+    if privacy is None:
+        return math.inf
+    if privacy.epsilon is not None:
+        return agreement.runs * privacy.epsilon
+    release = privacy.steps(examples, agreement.client.batch_size, agreement.client.speak_steps).release
+    return epsilon((replace(release, count=agreement.runs * agreement.rounds * release.count),), privacy.delta, 1e-3)
 
 
 def make_client(client: str, agreement: Agreement, auxiliary: AuxiliaryModel, rows: list[Encoded], rest: Rest, ledger: Ledger, most: float) -> Party:

@@ -16,6 +16,8 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
+Noise = Annotated[float, Field(ge=0.05, le=1e5)]
+"""Below a twentieth of the bound no epsilon is worth the name, and an accountant would need gigabytes to say so."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What the name of a client in a deployment may be."""
 
@@ -46,9 +48,9 @@ PRECISION = "in which clients hold the frozen auxiliary model in memory: float32
 
 
 class Section(BaseModel):
-    """A table of the file: unknown keys are refused, values never change."""
+    """A table of the file: unknown keys and numbers that are not finite are refused, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -238,7 +240,7 @@ class PrivacySection(Section):
         description="what neighbouring data sets differ by: example: each client adds noise to its own steps, nobody is trusted with text; client: the server, trusted, adds it to the sum",
     )
     epsilon: Rate | None = Field(None, description="what the whole run may cost; the noise is chosen for it")
-    noise_multiplier: Rate | None = Field(None, description="instead of epsilon: standard deviation of the noise, in units of clip")
+    noise_multiplier: Noise | None = Field(None, description="instead of epsilon: standard deviation of the noise, in units of clip")
     delta: float = Field(1e-5, gt=0, lt=1, description="the chance that the promise of epsilon does not hold; well below one in as many units as there are")
     clip: Rate = Field(
         1.0, description="bound on the Euclidean length of an example's gradient, or of a client's whole change; set it on public text, never on private"
@@ -292,6 +294,7 @@ class FederationSection(Section):
     listen: str = Field("0.0.0.0:8000", description="host:port on which clients reach this machine")
     wait_seconds: Rate = Field(600.0, description="seconds that a round waits for asked clients that are not connected; then it goes on without them")
     again_seconds: Rate = Field(120.0, description="seconds after which a client that has not replied is asked once more, then twice as many; it answers once")
+    runs: Positive = Field(1, description="runs that clients answer under one package, which says so and is signed; one that is resumed is the same run")
     reply_seconds: Rate = Field(3600.0, description="seconds that a round waits for replies; later ones are not counted")
 
 
@@ -473,6 +476,7 @@ class Agreement(Section):
     positions: Literal["hugging_face", "from_zero"] = Field(description="of tokens behind the prompt")
     prompt: PromptSection
     client: ClientSection
+    runs: Positive = Field(1, description="runs that a client answers under this package; one that is resumed is the same run")
     clients_validate: bool = Field(description="whether clients hold out a tenth of their examples and report their loss on it")
 
     @model_validator(mode="after")
@@ -504,7 +508,10 @@ class PolicySection(Section):
     methods: list[str] = Field(["fedsp"], description="methods that may be asked for")
     plans: list[str] = Field([], description='layer plans of auxiliary models that are accepted, such as ["ends(2)"]; none: any')
     require_differential_privacy: bool = Field(False, description="take part only in runs with differential privacy at the client, example level")
-    max_epsilon: Rate | None = Field(None, description="what all runs together may cost this client's examples, by its own ledger; none: no bound")
+    max_epsilon: Rate | None = Field(
+        None,
+        description="what all runs together may cost this client's examples, by its own ledger; none: what the package promises that one run costs, times its runs",
+    )
     max_delta: float = Field(1e-5, gt=0, lt=1, description="the largest delta at which an epsilon is taken for a promise")
 
     @model_validator(mode="after")

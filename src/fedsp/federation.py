@@ -250,10 +250,19 @@ def _collect(exchange: Exchange, requests: list[Request], max_change: float) -> 
 
 
 def _clients_loss(updates: Mapping[str, Update], register: Register) -> float | None:
-    """The mean of the clients' validation losses, weighted by the register; what is not a number is not counted."""
-    told = {client: update.validation for client, update in sorted(updates.items()) if update.validation is not None and math.isfinite(update.validation)}
-    total = sum(register[client] for client in told)
-    return sum(register[client] * loss for client, loss in told.items()) / total if total else None
+    """The median of the clients' validation losses, each weighted by the register; what is not a number is not counted. A mean would let one client choose the
+    round: 0 once, and the largest loss that is admitted in every other."""
+    told = sorted(
+        (update.validation, register[update.client]) for update in updates.values() if update.validation is not None and math.isfinite(update.validation)
+    )
+    half, below = sum(weight for _, weight in told) / 2, 0.0
+    for place, (loss, weight) in enumerate(told):
+        below += weight
+        if below > half or place == len(told) - 1:
+            return loss
+        if below == half:
+            return (loss + told[place + 1][0]) / 2
+    return None
 
 
 def _mean_losses(updates: Mapping[str, Update]) -> dict[str, float]:

@@ -36,7 +36,7 @@ class Rest:
         Raises:
             StorageError: that state is damaged.
         """
-        rounds = [number for number in self._rounds() if number < before]
+        rounds = [number for number in self.rounds() if number < before]
         return read_tensors(self._file(rounds[-1]))[0] if rounds else {}
 
     def at(self, round: int) -> Tensors:
@@ -45,7 +45,7 @@ class Rest:
         Raises:
             StorageError: that state is damaged.
         """
-        return read_tensors(self._file(round))[0] if round in self._rounds() else {}
+        return read_tensors(self._file(round))[0] if round in self.rounds() else {}
 
     def save(self, round: int, state: Tensors) -> None:
         """Keep the state that the party has after a round; states that nothing can ask for any more are removed.
@@ -54,13 +54,14 @@ class Rest:
             StorageError: the disk did not take it.
         """
         write_tensors(self._file(round), state)
-        for number in [number for number in self._rounds() if number < round][:-2]:
+        for number in [number for number in self.rounds() if number < round][:-2]:
             self._file(number).unlink()
 
     def _file(self, round: int) -> Path:
         return self.folder / f"round-{round:05d}.safetensors"
 
-    def _rounds(self) -> list[int]:
+    def rounds(self) -> list[int]:
+        """The rounds of which a state is kept, in order."""
         return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.safetensors"))
 
 

@@ -10,6 +10,7 @@ Nothing private is ever drawn from the seed of a run, which others know: neither
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -26,9 +27,11 @@ from torch import Tensor
 
 from fedsp.errors import PrivacyError, StorageError
 from fedsp.payload import Payload, as_row, from_row
-from fedsp.storage import parse_json, sync_folder
+from fedsp.storage import parse_json, sync_folder, write_json
 
 LEDGER = "privacy.jsonl"
+LEAST_NOISE = 0.05
+"""In units of the bound. Below it one release costs an epsilon of over a hundred, which counts as no promise, and as infinite."""
 _system = SystemRandom()
 
 
@@ -133,7 +136,7 @@ def epsilon(releases: tuple[Release, ...], delta: float, interval: float = 1e-4)
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
-    if any(release.noise_multiplier == 0 and release.count for release in releases):
+    if any(release.noise_multiplier < LEAST_NOISE and release.count for release in releases):
         return math.inf
     accountant = PLDAccountant(value_discretization_interval=interval)
     for release in merged(releases):
@@ -179,26 +182,44 @@ def noise_for(target: float, delta: float, sampling_rate: float, count: int) -> 
 class Ledger:
     """What has been released of some text, in a file: one line per release, on the disk before the release leaves. It is never taken back.
 
-    A line that a crash cut short was followed by no release, and is dropped.
+    A line that a crash cut short was followed by no release, and is dropped. Each line carries a digest of itself and of all lines before it, and the newest
+    digest stands in a second file, so that a ledger that was shortened, changed or removed is found out. Whoever takes back both files, and whatever else was
+    written since, is not.
 
     Raises:
-        StorageError: the file cannot be read, or a line of it is no release.
+        StorageError: the file cannot be read, a line of it is no release, or it is not the file that was written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._head = path.with_name(f"{path.name}.head")
         self._entries: list[dict[str, Any]] = []
-        if path.exists():
-            whole = path.read_bytes().rpartition(b"\n")[0]
+        self._chain = ""
+        chains = [self._chain]
+        try:
+            whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+            head = parse_json(self._head.read_bytes()) if self._head.exists() else {"lines": 0, "chain": ""}
             for number, line in enumerate(whole.splitlines(), start=1):
-                try:
-                    entry = parse_json(line)
-                    _release(entry)
-                except (ValueError, KeyError, TypeError) as error:
-                    raise StorageError(
-                        f"line {number} of the privacy ledger {path} is damaged: what was spent is not known; restore the file from a backup"
-                    ) from error
+                entry = _entry(line, self._chain)
+                if entry is None:
+                    raise StorageError(f"line {number} of the privacy ledger {path} is damaged: what was spent is not known; restore the file from a backup")
                 self._entries.append(entry)
+                self._chain = str(entry["chain"])
+                chains.append(self._chain)
+            lines = head["lines"]
+            kept = isinstance(lines, int) and 0 <= lines < len(chains) and chains[lines] == head["chain"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"the privacy ledger {path} or {self._head.name} beside it cannot be read: what was spent is not known; restore both from a backup"
+            ) from error
+        if not kept:
+            raise StorageError(
+                f"the privacy ledger {path} is not the one that was written last: {self._head.name} beside it knows of {lines} lines that it does not hold so; restore both from a backup"
+            )
+
+    def paid(self, run: str, round: int) -> bool:
+        """Whether anything was released in a round of a run."""
+        return any((entry.get("run"), entry.get("round")) == (run, round) for entry in self._entries)
 
     def releases(self, run: str | None = None) -> tuple[Release, ...]:
         """Everything released so far, or all that one run has."""
@@ -214,7 +235,9 @@ class Ledger:
         Raises:
             StorageError: the disk did not take it, so nothing may be released.
         """
-        entry = {**asdict(release), **about}
+        entry: dict[str, Any] = {**asdict(release), **about}
+        _release(entry)
+        entry["chain"] = _chained(entry, self._chain)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = not self.path.exists()
@@ -226,12 +249,37 @@ class Ledger:
                 os.fsync(file.fileno())
             if new:
                 sync_folder(self.path.parent)
+            write_json(self._head, {"lines": len(self._entries) + 1, "chain": entry["chain"]})
         except OSError as error:
             raise StorageError(
                 f"cannot write the privacy ledger {self.path}: {error.strerror or error}; nothing was released; free some space, then resume"
             ) from error
         self._entries.append(entry)
+        self._chain = entry["chain"]
 
 
-def _release(entry: dict[str, Any]) -> Release:
-    return Release(float(entry["noise_multiplier"]), float(entry["sampling_rate"]), int(entry["count"]))
+def _release(entry: Mapping[str, Any]) -> Release:
+    """The release of an entry.
+
+    Raises:
+        ValueError: its numbers are none that a release can have.
+    """
+    release = Release(float(entry["noise_multiplier"]), float(entry["sampling_rate"]), int(entry["count"]))
+    if not (0 < release.noise_multiplier < math.inf and 0 < release.sampling_rate <= 1 and release.count >= 1):
+        raise ValueError(f"{release} is no release: it needs noise, a sampling rate up to 1, and a count of at least 1")
+    return release
+
+
+def _entry(line: bytes, chain: str) -> dict[str, Any] | None:
+    """The entry in a line of a ledger behind the chain so far; None where it is damaged."""
+    try:
+        entry: dict[str, Any] = parse_json(line)
+        _release(entry)
+        return entry if entry["chain"] == _chained(entry, chain) else None
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def _chained(entry: Mapping[str, Any], chain: str) -> str:
+    content = json.dumps({key: value for key, value in entry.items() if key != "chain"}, sort_keys=True)
+    return hashlib.sha256(f"{chain}\n{content}".encode()).hexdigest()

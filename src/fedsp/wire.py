@@ -187,7 +187,7 @@ def _coding(fields: dict[str, Any], name: str) -> Coding:
 
 
 def _figure(value: object, name: str, most: float) -> float:
-    """A figure that a client tells of itself: a number from 0 to `most`, so that no client's word can carry a mean away."""
+    """A figure that a client tells of itself: a number from 0 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
         raise PayloadError(f"the reply's {name} is no number from 0 to {most:g}")
     return float(value)

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from fedsp.clients import client_prompt, make_client, make_method, require_independence
+from fedsp.clients import client_prompt, make_client, make_method, promised_epsilon, require_independence
 from fedsp.config import PartyConfig
 from fedsp.credentials import CA, CLIENT_KEY, SERVER_PUBLIC
 from fedsp.data.encoding import encode_targets
@@ -39,7 +39,7 @@ from fedsp.prompts import PromptSpec
 from fedsp.rounds import Request
 from fedsp.server import Watcher
 from fedsp.storage import locked, write_json
-from fedsp.wire import END, ROOM
+from fedsp.wire import END, LONGEST_HEADER, ROOM
 
 GOODBYE = 4.0
 """Seconds in which Flower's node hands the last answer over."""
@@ -87,7 +87,7 @@ class Client:
             self._say(f"round {json.loads(frame.header)['round']}: asked again, sent the same")
             return self._last[1]
         try:
-            if len(frame.payload) > 4 * math.prod(self._shape) + ROOM:
+            if len(frame.header) > LONGEST_HEADER or len(frame.payload) > 4 * math.prod(self._shape) + ROOM:
                 raise PayloadError("they are more than a prompt has")
             reply = answer(
                 frame,
@@ -112,7 +112,10 @@ class Client:
     def _open(self, frame: Frame, client: str) -> Party:
         rest = Rest(self._state / str(json.loads(frame.header)["run"]))
         ledger = Ledger(Path(self.party.state) / LEDGER)  # one for all packages and runs: the text is the same
-        return make_client(client, self.agreement, self.auxiliary, self.rows, rest, ledger, self.party.policy.max_epsilon or math.inf)
+        most = self.party.policy.max_epsilon
+        if most is None:
+            most = promised_epsilon(self.agreement, len(self.rows))
+        return make_client(client, self.agreement, self.auxiliary, self.rows, rest, ledger, most)
 
     def _allow(self, frame: Frame, request: Request) -> None:
         """Raises PolicyError or PayloadError for a request outside the package's agreement or the client's own floor.
@@ -138,6 +141,9 @@ class Client:
         this, digest = f"{request.run} {request.round}", hashlib.sha256(json.dumps(asked).encode() + pack(request.payload)).hexdigest()
         if answered.get(this, digest) != digest:
             raise PolicyError(f"round {request.round} was answered already, to another request")
+        runs = {key.split()[0] for key in answered}
+        if request.run not in runs and len(runs) >= self.agreement.runs:
+            raise PolicyError(f"the package speaks of {self.agreement.runs} runs, and as many were answered: a new run needs a new package")
         alike = [key for key in answered if (int(key.split()[1]) <= rounds) == request.train]  # the last validation has a count of its own
         if this not in answered and len(alike) >= self.party.policy.max_rounds:
             raise PolicyError(f"{len(alike)} rounds were answered under this package, policy.max_rounds allows no more")

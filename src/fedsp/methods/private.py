@@ -19,8 +19,8 @@ from fedsp.rounds import Request, Update
 class PrivateAnswers:
     """A method, and what its clients promise. The server's side is the method's own: what it makes of private answers is post-processing.
 
-    Losses, times and counts depend on the examples, so none of them leaves. A request that comes again gets the answer that was given: a second one
-    would be a second release.
+    Losses, times and counts depend on the examples, so none of them leaves. A request that comes again gets the answer that was given, for as long as it is kept, and
+    then none: a second one would be a second release. A round that was paid for and whose answer a crash took is paid for again.
     """
 
     method: Method
@@ -42,6 +42,8 @@ class PrivateAnswers:
         given = answers.at(request.round)
         if given and _same(part(given, "asked"), request.payload):
             return Update(request.round, client.id, part(given, "answer"))
+        if client.ledger.paid(request.run, request.round) and (given or max(answers.rounds(), default=0) > request.round):
+            raise PolicyError(f"round {request.round} was answered already: another answer would be another release")
         for work in self.method.work(client, "client"):
             if work.stage.privacy is None:
                 raise PolicyError(f"the stage {work.name!r} has no differential privacy, so no answer of this round would be private")
