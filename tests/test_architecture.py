@@ -16,7 +16,7 @@ FLOORS = [
     {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate", "engines.pinned", "weights", "queries"},
     {"data.encoding", "engines.remote", "attacks"},
     {"fitting", "evaluation", "per_example"},
-    {"auxiliary", "adaptation", "private_fitting", "audit.inversion", "audit.matching"},
+    {"package_check", "auxiliary", "adaptation", "private_fitting", "audit.inversion", "audit.matching"},
     {"parties", "distill", "package"},
     {"methods.base"},
     {
@@ -51,7 +51,7 @@ FLOORS = [
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 EMPTY = {"audit.__init__", "data.__init__", "engines.__init__", "methods.__init__"}
 ONLY_IN = {
-    "transformers": {"blocks", "models", "loading", "auxiliary", "display", "queries"},
+    "transformers": {"blocks", "models", "loading", "auxiliary", "display", "queries", "package_check"},
     "dp_accounting": {"privacy"},
     "flwr": {"engines.flower", "engines.simulation", "engines.app.messenger"},
     "ray": {"engines.simulation"},
@@ -136,6 +136,18 @@ def test_nothing_that_is_read_is_ever_executed(module: str) -> None:
             assert (owner, node.func.attr) not in {("torch", "load"), ("np", "load"), ("numpy", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}, module
         if isinstance(node, ast.keyword) and node.arg in {"allow_pickle", "trust_remote_code"}:
             assert isinstance(node.value, ast.Constant) and node.value.value is False, module
+
+
+def test_no_model_or_tokenizer_is_loaded_without_saying_that_its_code_is_not_run() -> None:
+    loading = [
+        (module, node)
+        for module, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in {"from_pretrained", "from_config"}
+    ]
+    assert len(loading) >= 4
+    for module, call in loading:
+        assert any(word.arg == "trust_remote_code" for word in call.keywords), f"{module}, line {call.lineno}"
 
 
 def test_every_public_thing_has_a_docstring() -> None:

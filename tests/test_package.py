@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import ipaddress
 import json
+import resource
 import shutil
 import ssl
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ import pytest
 import tomli_w
 import torch
 from cryptography import x509
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from fedsp import commands
 from fedsp.cli import main
@@ -29,6 +35,7 @@ from fedsp.engines.joining import Client, Lookout, Node, supernode_command
 from fedsp.engines.processes import host_and_port, written
 from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
 from fedsp.frames import Frame
+from fedsp.package import package_digest, read_agreement, seal_package
 from fedsp.payload import PROMPT
 from fedsp.privacy import LEDGER, Ledger
 from fedsp.prompts import read_prompt
@@ -390,6 +397,94 @@ def test_any_other_package_is_refused(how: str, place: Path) -> None:
     spoil(place / "client-0" / "package")
     with pytest.raises(kind, match=sentence):
         Client(party_of(place), Watcher())
+
+
+def signed_again(place: Path, spoil: Callable[[Path], Any]) -> PartyConfig:
+    """A client whose package the owner of the model has spoiled, signed and told the digest of."""
+    package = place / "client-0" / "package"
+    spoil(package)
+    digest = package_digest(package)
+    (package / "signature").write_text(sign(f"fedsp package 1\n{digest}\n".encode(), place / "server" / "signing.key"))
+    return party_of(place, package={"sha256": digest})
+
+
+def changed(name: str, **values: Any) -> Callable[[Path], Any]:
+    def spoil(package: Path) -> None:
+        known = json.loads((package / name).read_text())
+        (package / name).write_text(json.dumps({**known, **values}))
+
+    return spoil
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "code of its own": (changed("config.json", model_type="vit", auto_map={"AutoModelForCausalLM": "code--Model"}), "of a model of the type 'vit'"),
+    "code by a known type": (changed("config.json", auto_map={"AutoModelForCausalLM": "code--Model"}), "has the key 'auto_map'"),
+    "code of a tokenizer": (changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["code--T", None]}), "names code of its own"),
+    "a file of code": (lambda package: (package / "modeling.py").write_text("raise SystemExit"), "holds 'modeling.py', which no package has"),
+    "a pickle": (lambda package: (package / "pytorch_model.bin").write_bytes(b""), "holds 'pytorch_model.bin', which no package has"),
+    "kernels": (changed("config.json", attn_implementation="kernels-community/flash-attn"), "has the key 'attn_implementation'"),
+    "kernels inside": (changed("config.json", activation_function="kernels-community/gelu"), "activation_function is no text that a configuration needs"),
+    "other weights": (changed("config.json", quantization_config={"load_in_8bit": True}), "has the key 'quantization_config'"),
+    "a compiler": (changed("config.json", model_type="rwkv"), "of a model of the type 'rwkv', which is not among those"),
+    "a terabyte": (changed("config.json", n_positions=2**40), "n_positions is larger than any model needs"),
+    "more than its file": (changed("config.json", n_positions=2**24), "has other weights than its configuration: transformer.wpe.weight"),
+    "a billion layers": (changed("config.json", n_layer=2**23), "does not have the 8 layers of its plan"),
+    "a long list": (changed("config.json", architectures=["x"] * 200_000), "architectures has 200000 entries"),
+    "no type": (changed("config.json", model_type=7), "of a model of the type 7"),
+    "not JSON": (lambda package: (package / "config.json").write_text("[" * 100_000), "nested too deeply"),
+    "another shape of prompt": (changed("auxiliary.json", prompt_shape={"layers": "x"}), "cannot be used"),
+    "no plan": (changed("auxiliary.json", plan=None), "cannot be used"),
+    "a plan of words": (changed("auxiliary.json", plan={"sources": ["a"], "groups": [], "frozen": 3, "prompt_layers": {}}), "cannot be used"),
+}
+
+
+@pytest.mark.parametrize("how", sorted(HOSTILE))
+def test_a_signed_package_runs_no_code_and_takes_no_memory_of_its_own(how: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run code"))
+    spoil, sentence = HOSTILE[how]
+    party = signed_again(place, spoil)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(FedspError, match=sentence):
+        Client(party, Watcher())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10, "KiB"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@hypothesis_settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_whatever_an_owner_writes_into_a_package_is_a_sentence(
+    data: st.DataObject, federation: tuple[RunDirectory, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = tmp_path_factory.mktemp("spoiled") / "federation"
+    (place / "client-0").mkdir(parents=True)
+    shutil.copytree(federation[1] / "server", place / "server", ignore=shutil.ignore_patterns("package", "run"))
+    for entry in (federation[1] / "client-0").iterdir():
+        if entry.name != "state":
+            (shutil.copytree if entry.is_dir() else shutil.copy)(entry, place / "client-0" / entry.name)
+    name = data.draw(st.sampled_from(["config.json", "auxiliary.json", "agreement.json", "tokenizer_config.json"]))
+    known = json.loads((place / "client-0" / "package" / name).read_text())
+    key = data.draw(st.sampled_from(sorted(known)))
+    inner = known[key] if isinstance(known[key], dict) and known[key] and data.draw(st.booleans()) else None
+    if inner is None:
+        spoil = changed(name, **{key: data.draw(JSON)})
+    else:
+        spoil = changed(name, **{key: {**inner, data.draw(st.sampled_from(sorted(inner))): data.draw(JSON)}})
+    party = signed_again(place, spoil)
+    with contextlib.suppress(FedspError):
+        Client(party, Watcher())
+
+
+def test_a_package_that_clients_would_refuse_is_not_sealed(place: Path) -> None:
+    package = place / "server" / "package"
+    (package / "notes.txt").write_text("x")
+    with pytest.raises(AuxiliaryError, match=r"holds 'notes.txt', which no package has"):
+        seal_package(package, read_agreement(package), place / "server" / "signing.key")
 
 
 def test_a_package_of_another_owner_is_refused(place: Path, tmp_path: Path) -> None:

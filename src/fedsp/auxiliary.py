@@ -22,13 +22,15 @@ from transformers import AutoConfig
 from fedsp.blocks import difference, find_blocks, fused
 from fedsp.errors import AuxiliaryError, ConfigurationError, ModelError, StorageError, first_line
 from fedsp.fitting import Tensors, trainable
-from fedsp.loading import empty_model, load_tokenizer, tokenizer_digest
+from fedsp.loading import empty_model, known_keys, load_tokenizer, tokenizer_digest
 from fedsp.models import ModelShape, Positions, PromptedLM, Tokenizer
 from fedsp.storage import parse_json, read_tensors, tensors_digest, write_json, write_tensors
 
 MANIFEST = "auxiliary.json"
 Embeddings = Literal["verbatim", "low_rank", "fresh"]
 WEIGHTS = "model.safetensors"
+MOST_BUFFERS = 1 << 30
+"""Bytes of masks and tables that a model may make for itself beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -301,15 +303,35 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
         )
     if tokenizer_digest(tokenizer) != manifest["tokenizer_sha256"]:
         raise AuxiliaryError(f"the tokenizer in {folder} is not the one that the auxiliary model was made with: get the folder again from the server")
+    _require_shapes(folder, config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()})
     model = empty_auxiliary(config, plan)
-    missing = set(trainable(model)) - set(weights)
-    if missing:
-        raise AuxiliaryError(f"the auxiliary model in {folder} lacks {sorted(missing)[0]}: get the folder again from the server")
     model.load_state_dict(weights, strict=False)
     kept: Embeddings = manifest.get("embeddings", "verbatim")
     auxiliary = AuxiliaryModel(model.requires_grad_(False).to(device), plan, tokenizer, positions=positions, prompt_shape=shape, embeddings=kept)
     auxiliary.discloses = manifest.get("discloses")
     return auxiliary
+
+
+def _require_shapes(folder: Path, config: Any, plan: LayerPlan, shapes: dict[str, tuple[int, ...]]) -> None:
+    """See, on a model without memory, that a configuration asks for the weights that are there, and for little besides.
+
+    Raises:
+        AuxiliaryError: it does not.
+    """
+    if getattr(config.get_text_config(), "num_hidden_layers", None) != plan.depth:
+        raise AuxiliaryError(f"the auxiliary model in {folder} does not have the {plan.depth} layers of its plan: get the folder again from the server")
+    with torch.device("meta"):
+        hollow = empty_auxiliary(config, plan)
+    expected = {name: tuple(parameter.shape) for name, parameter in trainable(hollow).items()}
+    odd = sorted({name for name, _ in set(expected.items()) ^ set(shapes.items())})
+    if odd:
+        raise AuxiliaryError(
+            f"the auxiliary model in {folder} has other weights than its configuration: {odd[0]} is {shapes.get(odd[0], 'missing')}, expected {expected.get(odd[0], 'none')}; get the folder again from the server"
+        )
+    if sum(buffer.numel() * buffer.element_size() for buffer in hollow.buffers()) > MOST_BUFFERS:
+        raise AuxiliaryError(
+            f"the auxiliary model in {folder} asks for more memory beside its weights than {MOST_BUFFERS >> 20} MiB: get the folder again from the server"
+        )
 
 
 def planned_config(config: Any, plan: LayerPlan) -> Any:
@@ -330,7 +352,8 @@ def planned_config(config: Any, plan: LayerPlan) -> Any:
         text.decoder_layers = plan.depth
     text.num_hidden_layers = plan.depth
     try:
-        return type(config).from_dict(json.loads(config.to_json_string()))  # as whoever gets the package reads it
+        values = {key: value for key, value in json.loads(config.to_json_string()).items() if key in known_keys(type(config))}
+        return type(config).from_dict(values)  # as whoever gets the package reads it
     except Exception as error:  # a configuration's own checks raise what they like
         raise AuxiliaryError(f"auxiliary.plan: a {config.model_type} model has no form with the layers {list(plan.sources)}: {first_line(error)}") from error
 

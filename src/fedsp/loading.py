@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import re
 import tempfile
 import weakref
 from importlib.util import find_spec
@@ -170,6 +172,17 @@ def load_tokenizer(name: str) -> Tokenizer:
     except Exception as error:  # as many kinds as there are tokenizers
         raise ModelError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
     return tokenizer
+
+
+def known_keys(kind: type[Any]) -> set[str]:
+    """The keys that the configuration of a family has: those it is made of, those it derives, and their other names. Nothing that names code, kernels or another
+    form of the weights is among them."""
+    named = set(inspect.signature(kind.__init__).parameters).union(*(getattr(base, "__annotations__", {}) for base in kind.__mro__), kind.attribute_map)
+    try:
+        named |= set(kind().to_dict())
+    except Exception:  # a configuration that has no default form
+        named.discard("")
+    return {key for key in named if not re.search("auto_map|implementation|quantization|_plan$|^self$|kwargs", key)}
 
 
 def empty_model(config: Any) -> PreTrainedModel:

@@ -12,7 +12,8 @@ from fedsp.auxiliary import AuxiliaryModel, load_auxiliary, parse_plan
 from fedsp.config import Agreement, PackageSection, PolicySection
 from fedsp.config_file import validated
 from fedsp.credentials import sign, verify
-from fedsp.errors import AuxiliaryError, CredentialError, PolicyError, did_you_mean
+from fedsp.errors import AuxiliaryError, CredentialError, FedspError, PolicyError, did_you_mean, first_line
+from fedsp.package_check import require_harmless
 from fedsp.storage import parse_json, write_bytes, write_json
 
 AGREEMENT, SIGNATURE = "agreement.json", "signature"
@@ -39,10 +40,12 @@ def seal_package(folder: Path, agreement: Agreement, signing_key: Path) -> str:
     """Add the agreement and the signature to an auxiliary model's folder; returns the digest that clients pin.
 
     Raises:
+        AuxiliaryError: it holds what clients refuse.
         CredentialError: the key cannot be used.
         StorageError: the disk did not take it.
     """
     write_json(folder / AGREEMENT, agreement.model_dump())
+    require_harmless(folder)
     digest = package_digest(folder)
     write_bytes(folder / SIGNATURE, sign(_statement(digest), signing_key).encode())
     return digest
@@ -85,7 +88,13 @@ def open_package(section: PackageSection, public_key: Path, device: torch.device
     except CredentialError as error:
         raise CredentialError(f"the package {folder} is refused: {error}") from error
     agreement = read_agreement(folder)
-    return load_auxiliary(folder, device=device, positions=agreement.positions), agreement
+    require_harmless(folder)
+    try:
+        return load_auxiliary(folder, device=device, positions=agreement.positions), agreement
+    except FedspError:
+        raise
+    except Exception as error:  # whatever an owner of a model puts into a package
+        raise AuxiliaryError(f"the package {folder} cannot be used ({type(error).__name__}: {first_line(error)}): ask the owner of the model") from error
 
 
 def hold_against_policy(policy: PolicySection, agreement: Agreement, auxiliary: AuxiliaryModel, examples: int) -> None:
