@@ -36,7 +36,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3", "youtu"],
         _LATENT,
     ),
-    "bert": {"is_decoder": True},
     "cohere_compass_text": {"layer_types": ["full_attention"] * 4, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -45,8 +44,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
     "phi3": {"original_max_position_embeddings": 128},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
-    "roberta": {"is_decoder": True},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
     "qwen4_exp_text": dict.fromkeys(["indexer_n_heads", "indexer_kv_heads", "indexer_budget", "indexer_compress_ratio"], 4) | {"indexer_head_dim": 8},
     "zamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
@@ -78,18 +76,25 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 def _small(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
     names = set(inspect.signature(kind.__init__).parameters).union(*(getattr(base, "__annotations__", {}) for base in kind.__mro__))
     sizes = {name: size for name, size in TINY.items() if name in names or name in kind.attribute_map}
+    decodes = {"is_decoder": True} if "is_decoder" in names and "num_decoder_layers" not in names else {}
     still = {name: 0.0 for name in names if "drop" in name and not re.search("path|pdrop$", name)}
     usual = {name: getattr(kind(), name, None) for name in kind.sub_configs if name in names}
     parts = {name: _small(type(part), SPECIAL.get(part.model_type, {})) for name, part in usual.items() if isinstance(part, PreTrainedConfig)}
-    return kind(**(sizes | still | parts | changes))
+    return kind(**(sizes | still | decodes | parts | changes))
 
 
 def tiny_causal_lm(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A random model of a family, weights large enough that logits differ from token to token."""
+    """A random model of a family, weights large enough that logits differ from token to token; no bias, scale or buffer of it stands where its family starts it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)
+            else:
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+        stored = set(model.state_dict())
+        for name, buffer in model.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                buffer += 0.5 * torch.randn(buffer.shape)
     return model.to(dtype).requires_grad_(False).eval()

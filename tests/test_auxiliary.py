@@ -181,14 +181,22 @@ def test_a_layer_whose_kind_hangs_on_its_place_is_refused_with_both_kinds(family
         torch.testing.assert_close(kept.logits(kept(TOKENS)), model.logits(model(TOKENS)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_that_computes_by_its_place_is_found_out_though_no_setting_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_computes_by_its_place_is_found_out_though_no_setting_says_so(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it adds little to what it is given, and in the precision in which large models are held."""
     attention = LlamaAttention.forward
 
     def by_place(self: Any, hidden_states: Any, *arguments: Any, **named: Any) -> Any:
-        return attention(self, hidden_states * (1 + self.layer_idx), *arguments, **named)
+        made, weights = attention(self, hidden_states, *arguments, **named)
+        return made / (1 + self.layer_idx), weights
 
     monkeypatch.setattr(LlamaAttention, "forward", by_place)
-    model = PromptedLM(tiny_causal_lm("llama"), "a model")
+    made = tiny_causal_lm("llama", dtype=dtype)
+    with torch.no_grad():
+        for parameter in made.model.layers.parameters():
+            if parameter.dim() > 1:
+                parameter *= 0.15
+    model = PromptedLM(made, "a model")
     with pytest.raises(AuxiliaryError, match="layer 3 of a model computes something else at depth 1.*depends on where they stand; keep it at depth 3"):
         build_auxiliary(model, parse_plan([0, 3], 4), TOKENIZER)
 

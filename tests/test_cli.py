@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
     assert code == 0 and out.startswith("Question: The town of")
     for text, more, sentence in [
         ("", [], "there is no text to complete"),
-        ("caf\udce9", [], "the text to complete is not UTF-8"),
+        ("caf\udce9", [], "a word of the command is not UTF-8 text"),
         ("The town of " * 100, [], "and 40 are to follow, but the model reads"),
         ("The town", ["--tokens", "5000"], "and 5000 are to follow, but the model reads"),
     ]:
@@ -117,9 +118,16 @@ def test_a_distillation_that_fails_leaves_no_package_behind(fedsp, tmp_path: Pat
     monkeypatch.undo()
     (tmp_path / ".package.part").mkdir()
     (tmp_path / ".package.part" / "model.safetensors").write_bytes(b"half")
-    package.mkdir()
+    (tmp_path / ".package.part" / "stale.json").write_text("{}")
+    mounted = tmp_path / "mounted"
+    (mounted / ".part").mkdir(parents=True)
+    monkeypatch.chdir(mounted)
+    assert commands.distill(read_config(config, QUICK), ".")["folder"] == str(mounted)
+    assert {"auxiliary.json", "model.safetensors"} <= {path.name for path in mounted.iterdir()} and not (mounted / ".part").exists()
+    shutil.rmtree(mounted)
     assert commands.distill(read_config(config, QUICK), package)["sha256"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["package", "run.toml"]
+    assert "auxiliary.json" in {path.name for path in package.iterdir()} and not (package / "stale.json").exists()
 
 
 @pytest.mark.parametrize(

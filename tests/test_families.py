@@ -7,7 +7,7 @@ import pytest
 from families import REGISTERED
 from family_checks import outcome
 
-SAMPLE = ["cohere", "gemma2", "gpt2", "gpt_neo", "granitemoe", "llama", "mistral", "mpt", "phi3", "smollm3"]
+SAMPLE = ["cohere", "gemma2", "gpt2", "gpt_neo", "dots1", "llama", "mistral", "mpt", "phi3", "smollm3"]
 REFUSED = {
     "deepseek_v3": "several key/value shapes",
     "falcon_h1": "keeps more than keys and values",
@@ -22,6 +22,12 @@ REFUSED = {
 def test_a_family_is_right_in_everything(family: str) -> None:
     found = outcome(family)
     assert not (found.refused or found.not_made or found.refusals or found.wrong), found
+
+
+def test_llama_4_reads_text_and_its_layers_of_two_kinds_are_kept_apart() -> None:
+    found = outcome("llama4_text")
+    assert not (found.refused or found.not_made or found.wrong) and list(found.refusals) == ["packages"]
+    assert "cannot share a layer: is_moe_layer is True in the one and False in the other" in found.refusals["packages"]
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -69,8 +69,8 @@ def opened_with(tokenizer: Any) -> tuple[Any, Any]:
 
     ours = TunedPrompt.__new__(TunedPrompt)
     model = PromptedLM(tiny_causal_lm("llama"), "a model")
-    ours._model, ours._tokenizer, ours._max_tokens, ours._prefix = model, tokenizer, 60, None
-    return ours, HFLM(pretrained=tiny_causal_lm("llama"), tokenizer=tokenizer, batch_size=1, device="cpu", max_length=60)
+    ours._model, ours._tokenizer, ours._max_tokens, ours._prefix = model, tokenizer, 128, None
+    return ours, HFLM(pretrained=tiny_causal_lm("llama"), tokenizer=tokenizer, batch_size=1, device="cpu", max_length=128)
 
 
 @pytest.mark.parametrize("begins", [False, True])
@@ -113,8 +113,8 @@ def test_drawn_tokens_follow_the_temperature_and_the_seed() -> None:
 @pytest.mark.parametrize(
     ("settings_asked", "sentence"),
     [
-        ({"max_gen_toks": 60}, "asks for 60 tokens, but the model reads 60 behind the prompt.*lower max_gen_toks"),
-        ({}, "asks for 256 tokens, but the model reads 60"),
+        ({"max_gen_toks": 128}, "the task asks for 128 tokens, but the model reads 128 behind the prompt.*set max_gen_toks lower"),
+        ({}, "does not say how many, and the harness asks for 256 tokens, but the model reads 128"),
         ({"max_gen_toks": 5, "top_p": 0.9, "num_beams": 2}, "asks for num_beams, top_p in generation"),
         ({"max_gen_toks": 5, "do_sample": True}, "do_sample without a temperature"),
     ],
@@ -129,7 +129,7 @@ def test_an_empty_context_needs_a_token_that_can_stand_there() -> None:
     ours, _ = opened_with(bpe(tokens=False))
     with pytest.raises(RunError, match="empty context, and this tokenizer has no token that begins or ends a text"):
         ours.generate_until([asked("generate_until", "", {"max_gen_toks": 5})])
-    with pytest.raises(DataError, match="no token that begins or ends a text"):
+    with pytest.raises(DataError, match="this tokenizer has none that begins or ends a text"):
         ours.loglikelihood([asked("loglikelihood", "", " a")])
 
 

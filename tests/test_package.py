@@ -143,6 +143,7 @@ def test_addresses_of_both_kinds_are_read_and_written(text: str, expected: tuple
         ":80",
         "host:0",
         "host:65536",
+        "host:0000099999999",
         "host:" + "9" * 5000,
     ],
 )
@@ -485,6 +486,13 @@ def test_a_package_that_clients_would_refuse_is_not_sealed(place: Path) -> None:
     (package / "notes.txt").write_text("x")
     with pytest.raises(AuxiliaryError, match=r"holds 'notes.txt', which no package has"):
         seal_package(package, read_agreement(package), place / "server" / "signing.key")
+
+
+def test_a_key_that_cannot_sign_is_found_out_before_the_distillation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "server" / "signing.key").unlink()
+    monkeypatch.setattr(commands, "make_auxiliary", lambda *_: pytest.fail("it was distilled first"))
+    with pytest.raises(CredentialError, match="cannot read the signing key"):
+        commands.distill(read_config(place / "server" / "run.toml"), place / "server" / "again")
 
 
 def test_a_package_of_another_owner_is_refused(place: Path, tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from conftest import tiny_model
 from families import LONG_ROPE, tiny_causal_lm
-from fedsp import commands, experiment, privacy, private_fitting
+from fedsp import clients, commands, experiment, privacy, private_fitting
 from fedsp.algorithm import FedSP
 from fedsp.clients import agreement_of, make_method
 from fedsp.config import Agreement, PolicySection
 from fedsp.config_file import make_config, validated
 from fedsp.data.encoding import Encoded, collate
+from fedsp.engines import joining
 from fedsp.errors import ConfigurationError, DataError, PolicyError, PrivacyError, StorageError
 from fedsp.fitting import Optimisation
 from fedsp.loading import reduce_precision
@@ -164,7 +165,7 @@ def test_a_broken_example_does_not_stop_a_private_fit(monkeypatch: pytest.Monkey
     model = tiny_model("gpt2")
     prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.zeros(3, 4, 2, 4, 8))
     broken = 0
-    assert examples_together(model, prompt) == 8
+    assert examples_together(model, prompt, 40) == 8
 
     def one_is_not_a_number(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal broken
@@ -215,11 +216,37 @@ def test_an_example_moves_a_clipped_sum_by_the_bound_at_most_in_any_precision(pr
     pytest.importorskip("bitsandbytes", reason="8 bits come with the large extra")
     model = with_outliers(precision)
     prompt = SoftPrompt(PromptSpec("residual", 3, model.shape), torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(3)))
-    together = examples_together(model, prompt)
+    together = examples_together(model, prompt, 40)
     assert together == (8 if precision == "float32" else 1)
     assert most_that_one_moves(model, prompt, lot_of(8), together) <= 1.0005
     if precision == "8bit":
         assert most_that_one_moves(model, prompt, lot_of(8), 8) > 1.005, "together they would not keep the promise"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "gpt_oss", "mpt", "gemma2"])
+def test_an_example_moves_a_clipped_sum_by_the_bound_at_most_in_families_that_could_mix_a_batch(family: str) -> None:
+    model = PromptedLM(tiny_causal_lm(family), "a model")
+    prompt = SoftPrompt(PromptSpec("residual", 3, model.shape), torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3)))
+    assert most_that_one_moves(model, prompt, lot_of(8), examples_together(model, prompt, 40)) <= 1.0005
+
+
+@pytest.mark.parametrize("where", ["run", "join"])
+def test_no_private_run_starts_on_a_model_that_is_refused(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> int:
+        raise PrivacyError("the model reads an example otherwise after another was read")
+
+    if where == "run":
+        monkeypatch.setattr(clients, "examples_together", refuses)
+        with pytest.raises(PrivacyError, match="reads an example otherwise"):
+            commands.run(settings(tmp_path, **EXAMPLE))
+        assert not RunDirectory.open(tmp_path / "run").records() and not list((tmp_path / "run").rglob(privacy.LEDGER))
+        return
+    from test_package import make_federation, party_of
+
+    _, place = make_federation(tmp_path, **EXAMPLE)
+    monkeypatch.setattr(clients, "examples_together", refuses)
+    with pytest.raises(PrivacyError, match="reads an example otherwise"):
+        joining.Client(party_of(place), Watcher())
 
 
 def test_examples_that_change_each_other_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +258,7 @@ def test_examples_that_change_each_other_are_read_one_by_one(monkeypatch: pytest
     assert most_that_one_moves(model, prompt, lot_of(8), 8) > 1.01
     read: list[int] = []
     model.blocks[0].register_forward_pre_hook(lambda _module, arguments: read.append(len(arguments[0])))
-    assert examples_together(model, prompt) == 1
+    assert examples_together(model, prompt, 40) == 1
     read.clear()
     fit_privately(model, prompt, lot_of(8), PrivateSteps(1.0, 1.0, 1.0, 2), Optimisation(1e-2))
     assert read == [1] * 16
@@ -260,7 +287,7 @@ def test_a_long_neighbour_does_not_turn_the_rotations_of_a_short_example(length:
     prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
     tokens = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(6)).tolist()
     lot = [*lot_of(7), Encoded(tuple(tokens[:length]), 2)]
-    assert examples_together(model, prompt) == 8
+    assert examples_together(model, prompt, 40) == 8
     assert most_that_one_moves(model, prompt, lot, 8) <= 1.0005
 
 
@@ -521,7 +548,7 @@ def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path) -> None:
     private = {"unit": "example", "epsilon": 1.0, "delta": 0.5}
     with pytest.raises(PrivacyError, match=r"privacy.delta = 0.5 is no promise for \d+ examples"):
         commands.run(settings(tmp_path / "example", privacy=private))
-    assert sorted(path.name for path in (tmp_path / "example" / "run").iterdir()) == ["config.toml", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "example" / "run").iterdir()) == ["config.toml", "lock", "run.json"]
     with pytest.raises(PrivacyError, match=r"privacy.delta = 0.5 is no promise for 3 clients"):
         commands.run(settings(tmp_path, **(CLIENT | {"privacy": {**CLIENT["privacy"], "delta": 0.5}})))
     with pytest.raises(PrivacyError, match=r"privacy.delta = 0.1 is no promise for 20 examples"):

@@ -171,11 +171,25 @@ def test_a_long_rope_generates_as_hugging_face_does_and_reads_each_row_by_itself
 
 
 def test_dynamic_rotations_end_the_room_where_every_length_has_its_own() -> None:
+    """Hugging Face scales above `max_position_embeddings`, whatever the original length is said to be."""
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
-    assert PromptedLM(tiny_causal_lm("llama", rope_parameters=rope), "llama").max_positions == 64
+    reference, model = tiny_causal_lm("llama", rope_parameters=rope), PromptedLM(tiny_causal_lm("llama", rope_parameters=rope), "llama")
+    assert model.max_positions == 128
+    with torch.no_grad():
+        rows = torch.arange(128)[None] % 90 + 3
+        torch.testing.assert_close(model.logits(model(rows)), reference(input_ids=rows).logits, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "changes", "room"), [("mpt", {"max_seq_len": 40}, 40), ("whisper", {"max_target_positions": 48}, 48), ("gpt2", {}, 128)])
+@pytest.mark.parametrize(
+    ("family", "changes", "room"),
+    [
+        ("mpt", {"max_seq_len": 40}, 40),
+        ("gpt2", {"n_ctx": 40}, 128),
+        ("llama", {"max_sequence_length": 40}, 128),
+        ("whisper", {"max_target_positions": 48}, 48),
+        ("gpt2", {}, 128),
+    ],
+)
 def test_a_model_is_read_as_far_as_it_was_made_for_under_whatever_name(family: str, changes: dict[str, Any], room: int) -> None:
     model = PromptedLM(tiny_causal_lm(family, **changes), family)
     assert model.max_positions == room
@@ -183,9 +197,9 @@ def test_a_model_is_read_as_far_as_it_was_made_for_under_whatever_name(family: s
     assert len(model.generate(torch.tensor(tokens), None, most=50, stop=None)) == 5, "the last one is read from the last position"
 
 
-@pytest.mark.parametrize("family", ["mpt", "bloom"])
+@pytest.mark.parametrize("family", ["mpt", "bloom", "bart"])
 def test_positions_from_zero_are_refused_where_they_change_nothing(family: str) -> None:
-    with pytest.raises(ModelError, match="'from_zero' changes nothing in a model .*ALiBi.*use 'hugging_face'"):
+    with pytest.raises(ModelError, match="'from_zero' changes nothing in a model .*it counts places, the prompt's among them .*use 'hugging_face'"):
         PromptedLM(tiny_causal_lm(family), "a model", positions="from_zero")
 
 

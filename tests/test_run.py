@@ -568,10 +568,40 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         commands.run(settings(tmp_path, round={"rounds": 4}))
     with pytest.raises(RunError, match="another configuration"):
         commands.resume(tmp_path / "run", make_config(settings(tmp_path, seed=5)))
-    with pytest.raises(RunError, match="nothing to resume"):
-        commands.resume(tmp_path / "run")
     with pytest.raises(RunError, match="holds no run"):
         commands.resume(tmp_path / "elsewhere")
+
+
+def test_a_finished_run_is_said_to_be_finished_and_nothing_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = commands.run(settings(tmp_path))
+    bits = prompt_bits(tmp_path / "run")
+    monkeypatch.setattr(experiment, "open_server", lambda *_: pytest.fail("the model was loaded"))
+    said: list[str] = []
+    again = commands.resume(tmp_path / "run", watcher=Watcher(say=said.append))
+    assert again["test"] == figures["test"] and again["folder"] == figures["folder"] and "is finished" in said[0]
+    assert prompt_bits(tmp_path / "run") == bits
+
+
+@pytest.mark.parametrize("how", ["run", "resume"])
+def test_a_run_is_one_process_s_at_a_time(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that go on with it would train twice, and a private run would spend twice."""
+    keep = RunDirectory.keep
+
+    def another_comes(self: RunDirectory, *arguments: Any) -> None:
+        keep(self, *arguments)
+        with pytest.raises(RunError, match="is being run by another process: wait for it, or end it"):
+            commands.resume(self.path)
+        if how == "resume":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDirectory, "keep", another_comes)
+    if how == "run":
+        assert commands.run(settings(tmp_path))["best_round"] >= 0
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            commands.run(settings(tmp_path))
+        monkeypatch.setattr(RunDirectory, "keep", keep)
+        assert commands.resume(tmp_path / "run")["best_round"] >= 0, "a lock ends with its process"
 
 
 @pytest.mark.parametrize("arguments", [["-c", "import fedsp; fedsp.__all__"], ["-m", "fedsp", "--help"]], ids=["import", "help"])

@@ -29,6 +29,9 @@ from fedsp.storage import parse_json, read_tensors, tensors_digest, write_json, 
 MANIFEST = "auxiliary.json"
 Embeddings = Literal["verbatim", "low_rank", "fresh"]
 WEIGHTS = "model.safetensors"
+OF_NO_LAYER = re.compile("architectures|_ids?$|only_layers|indices")
+"""Lists of a configuration that may happen to be as long as there are layers, and do not have an entry for each."""
+
 MOST_BUFFERS = 1 << 30
 """Bytes of masks and tables that a model may make for itself beside its weights."""
 
@@ -149,14 +152,14 @@ class AuxiliaryModel(PromptedLM):
         """The share of the global model's parameters that stand in it bit for bit, where that was found out when it was made."""
 
     def weights(self) -> Tensors:
-        """Every parameter once, on the CPU."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in trainable(self.model).items()}
+        """Every parameter once, and every buffer that belongs to the model (a mixture's routing bias is one), on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in _stored(self.model).items()}
 
     @torch.no_grad()
     def load_weights(self, weights: Tensors) -> None:
         """Copy weights into place; depths that share keep sharing."""
-        for name, parameter in trainable(self.model).items():
-            parameter.copy_(weights[name])
+        for name, tensor in _stored(self.model).items():
+            tensor.copy_(weights[name])
 
     def distillable(self) -> dict[str, nn.Parameter]:
         """What distillation trains: everything, or, where a plan keeps layers verbatim, only the depths that are not, and embeddings that are not."""
@@ -212,8 +215,10 @@ def build_auxiliary(
         raise AuxiliaryError(f"auxiliary.plan: {model.name} has no form with the layers {list(plan.sources)}: {error}") from error
     _fill(auxiliary, model, plan)
     built = AuxiliaryModel(auxiliary.requires_grad_(False), plan, tokenizer, positions=model.positions, prompt_shape=model.shape, embeddings=embeddings)
+    theirs, own = ({depth: made.block_output(depth) for depth in depths} for made, depths in ((model, set(plan.sources)), (built, range(plan.depth))))
     for depth, layer in enumerate(plan.sources):
-        if not built.computes_as(depth, model, layer):
+        expected = theirs[layer]
+        if float((own[depth] - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
             raise AuxiliaryError(
                 f"auxiliary.plan: layer {layer} of {model.name} computes something else at depth {depth}: what this family's layers do depends on where they stand; keep it at depth {layer}"
             )
@@ -312,6 +317,13 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
     return auxiliary
 
 
+def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a file of a model holds: its parameters by name, each once even where depths share it, and its persistent buffers."""
+    parameters = trainable(model)
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {**parameters, **{name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in known}}
+
+
 def _require_shapes(folder: Path, config: Any, plan: LayerPlan, shapes: dict[str, tuple[int, ...]]) -> None:
     """See, on a model without memory, that a configuration asks for the weights that are there, and for little besides.
 
@@ -322,7 +334,7 @@ def _require_shapes(folder: Path, config: Any, plan: LayerPlan, shapes: dict[str
         raise AuxiliaryError(f"the auxiliary model in {folder} does not have the {plan.depth} layers of its plan: get the folder again from the server")
     with torch.device("meta"):
         hollow = empty_auxiliary(config, plan)
-    expected = {name: tuple(parameter.shape) for name, parameter in trainable(hollow).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in _stored(hollow).items()}
     odd = sorted({name for name, _ in set(expected.items()) ^ set(shapes.items())})
     if odd:
         raise AuxiliaryError(
@@ -344,7 +356,7 @@ def planned_config(config: Any, plan: LayerPlan) -> Any:
     text = config.get_text_config()
     layers = text.num_hidden_layers
     for key, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == layers and key not in ("architectures",):
+        if isinstance(value, list | tuple) and len(value) == layers and not OF_NO_LAYER.search(key):
             setattr(text, key, [value[source] for source in plan.sources])
     if getattr(text, "attention_types", None):  # GPT-Neo's other form of attention_layers
         text.attention_types = [[[kind], 1] for kind in text.attention_layers]

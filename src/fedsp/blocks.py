@@ -34,9 +34,11 @@ def rotation_switch(config: PretrainedConfig) -> Switch | None:
     named = getattr(text, "rope_parameters", None) or {}
     found = []
     for rope in [named, *(part for part in named.values() if isinstance(part, dict))]:
-        if rope.get("rope_type") in ("longrope", "dynamic"):
+        if rope.get("rope_type") == "dynamic":
+            found.append(Switch(int(text.max_position_embeddings), True))
+        elif rope.get("rope_type") == "longrope":
             length = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings
-            found.append(Switch(int(length), rope["rope_type"] == "dynamic"))
+            found.append(Switch(int(length), False))
     return min(found, key=lambda switch: switch.positions) if found else None
 
 

@@ -303,12 +303,17 @@ def main() -> None:
     """Run a command; what a user can mend is one sentence on standard error and exit code 2."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: the bars of the libraries underneath are not ours
     try:
+        " ".join(sys.argv).encode()
+    except UnicodeEncodeError:
+        typer.echo("fedsp: a word of the command is not UTF-8 text: set the terminal to UTF-8, and rename files whose names are not", err=True)
+        sys.exit(2)
+    try:
         app()
     except FedspError as error:
         typer.echo(f"fedsp: {error}".encode(errors="backslashreplace").decode(), err=True)
         sys.exit(2)
-    except UnicodeEncodeError:
-        typer.echo("fedsp: a word of the command is not UTF-8 text: set the terminal to UTF-8, and rename files whose names are not", err=True)
+    except UnicodeEncodeError as error:
+        typer.echo(f"fedsp: the terminal cannot show a text, since it takes {error.encoding} only: set it to UTF-8 (PYTHONIOENCODING=utf-8)", err=True)
         sys.exit(2)
 
 

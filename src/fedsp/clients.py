@@ -107,14 +107,14 @@ def make_client(client: str, agreement: Agreement, auxiliary: AuxiliaryModel, ro
     return replace(make_party(client, agreement, auxiliary, client_prompt(agreement, auxiliary), rows, rest), ledger=ledger, most=most)
 
 
-def require_independence(model: PromptedLM, tuned: Tunable) -> None:
-    """See, before anything is trained on an example, that the model reads each by itself.
+def require_independence(model: PromptedLM, tuned: Tunable, longest: int) -> None:
+    """See, before anything is trained on an example of at most `longest` tokens, that the model reads each by itself.
 
     Raises:
         PrivacyError: it does not.
     """
     assert isinstance(tuned, SoftPrompt)
-    examples_together(model, tuned)
+    examples_together(model, tuned, longest)
 
 
 def client_prompt(agreement: Agreement, auxiliary: AuxiliaryModel) -> SoftPrompt:
@@ -161,7 +161,7 @@ def clients_here(
         PrivacyError: something is promised to each example, and the model does not read one by itself.
     """
     if agreement.privacy.unit == "example":
-        require_independence(model, tuned())
+        require_independence(model, tuned(), agreement.max_tokens)
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fedsp.auxiliary import disclosed_share
+from fedsp.auxiliary import MANIFEST, disclosed_share
 from fedsp.clients import agreement_of
 from fedsp.config import Agreement, RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
@@ -26,10 +27,10 @@ from fedsp.parties import Tunable
 from fedsp.payload import Payload
 from fedsp.plan import make_plan
 from fedsp.prompts import SoftPrompt, export_peft, read_prompt
-from fedsp.runs import RunDirectory, differing_keys, find_runs
+from fedsp.runs import LOCK, RunDirectory, differing_keys, find_runs
 from fedsp.server import Server, Watcher, load_questions, make_auxiliary, open_server, score_test
 from fedsp.sides import server_side
-from fedsp.storage import move_into_place, read_tensors
+from fedsp.storage import locked, move_into_place, read_tensors, unfinished_beside
 from fedsp.tracking import tracked
 
 Figures = dict[str, Any]
@@ -47,6 +48,19 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Seq
     for override in overrides:
         apply_override(values, override)
     return make_config(values)
+
+
+@contextmanager
+def _held(directory: RunDirectory) -> Iterator[None]:
+    """A run for this process alone: two that went on with it would train twice and spend twice.
+
+    Raises:
+        RunError: another process has it.
+    """
+    with locked(directory.path / LOCK, wait=False) as held:
+        if not held:
+            raise RunError(f"{directory.path} is being run by another process: wait for it, or end it; nothing was changed")
+        yield
 
 
 def _local(directory: RunDirectory, watcher: Watcher) -> Figures:
@@ -84,7 +98,14 @@ def run(config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequen
         FedspError: whatever cannot be done, as one sentence.
     """
     directory = RunDirectory.create(_suited(as_config(config, overrides), engine))
-    return {"folder": str(directory.path), **tracked(directory, watcher or Watcher(), lambda watcher: ENGINES[engine](directory, watcher))}
+    return _run(directory, watcher or Watcher(), engine)
+
+
+def _run(directory: RunDirectory, watcher: Watcher, engine: str) -> Figures:
+    with _held(directory):
+        if directory.finished:
+            watcher.say(f"the run in {directory.path} is finished")
+        return {"folder": str(directory.path), **tracked(directory, watcher, lambda watcher: ENGINES[engine](directory, watcher))}
 
 
 def _suited(config: RunConfig, engine: str) -> RunConfig:
@@ -97,21 +118,20 @@ def _suited(config: RunConfig, engine: str) -> RunConfig:
 
 
 def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Watcher | None = None, engine: str = "local") -> Figures:
-    """Go on with an unfinished run, to the bits of a run that was never stopped.
+    """Go on with an unfinished run, to the bits of a run that was never stopped. Of a finished one whatever was still to be told is told, to MLflow and to clients
+    elsewhere, and its figures are returned.
 
     Raises:
-        RunError: there is no run, it is finished, or it has another configuration than the one given.
+        RunError: there is no run, another process has it, or it has another configuration than the one given.
     """
     directory = RunDirectory.open(Path(folder))
     if config is not None and (differing := differing_keys(config, directory.config)):
         raise RunError(
             f"{folder} holds a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''}): resume it without a configuration file, or start a new run with output=..."
         )
-    if directory.finished:
-        raise RunError(f"{folder} holds a finished run: there is nothing to resume; `fedsp evaluate {folder}` shows its figures")
     torch.set_num_threads(directory.threads)
     _suited(directory.config, engine)
-    return {"folder": str(directory.path), **tracked(directory, watcher or Watcher(), lambda watcher: ENGINES[engine](directory, watcher))}
+    return _run(directory, watcher or Watcher(), engine)
 
 
 def join(path: str | Path, *, watcher: Watcher | None = None) -> int:
@@ -163,7 +183,7 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
     Raises:
         RunError: the folder is in use.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     require_new(folder)
     whole: Figures = {"device": "auto"} if config.model.device == "split" else {}
     whole |= {"precision": "auto"} if config.model.precision in ("8bit", "4bit") else {}  # a package needs all digits
@@ -180,12 +200,11 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
         seal = partial(seal_package, signing_key=key)
     server = open_server(config, load_questions(config))
     started = time.perf_counter()
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = unfinished_beside(folder)
     try:
         auxiliary = make_auxiliary(server, unfinished, watcher or Watcher())
         digest = seal(unfinished, agreement_of(config, server.max_tokens)) if seal else auxiliary.digest()
-        move_into_place(unfinished, folder)
+        move_into_place(unfinished, folder, last=MANIFEST)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return {
@@ -202,7 +221,7 @@ def require_new(folder: Path) -> None:
     Raises:
         RunError: the folder is in use.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(entry.name != ".part" for entry in folder.iterdir())):
         raise RunError(f"{folder} is in use: give a new folder")
 
 
@@ -276,11 +295,12 @@ def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool =
     run = open_run(folder)
     server, tokenizer = run.server, run.server.tokenizer
     (ids,) = encode_texts(tokenizer, [text])
-    if len(ids) + most > server.max_tokens:
-        raise DataError(
-            f"the text has {len(ids)} tokens and {most} are to follow, but the model reads {server.max_tokens} behind a prompt: shorten it, or ask for fewer"
-        )
+    if not ids:
+        raise DataError("the model's tokenizer makes no token of the text to complete: give other words")
     prefix = run.prefix(zero_shot=zero_shot)
+    room = run.model.max_positions - run.model.first_position(prefix)
+    if len(ids) + most > room:
+        raise DataError(f"the text has {len(ids)} tokens and {most} are to follow, but the model reads {room} behind a prompt: shorten it, or ask for fewer")
     new = run.model.generate(torch.tensor(ids, device=server.model.device), prefix, most=most, stop=tokenizer.eos_token_id)
     return decode_behind(tokenizer, ids, new)
 

@@ -84,8 +84,9 @@ class TooFewClients(FedspError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what another library says, or its kind where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of what another library says, with the next where that only announces it, or its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -51,6 +51,8 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
     Raises:
         FedspError: whatever cannot be done, as one sentence; what was done before stands.
     """
+    if run.finished:
+        return run.result()
     started = time.perf_counter()
     forget_peak_memory()
     config = run.config
@@ -260,7 +262,9 @@ def _some(validation: list[Example], config: RunConfig) -> list[Example]:
 
 def _figures(run: RunDirectory, server: Server, sides: Sides, final: Standing, seconds: float) -> dict[str, Any]:
     records = run.records()
-    return {
+    shortened = max((record["shortened_examples"] for record in records), default=0)
+    of_clients = {} if run.config.privacy.unit == "client" else {"shortened_client_examples": shortened}  # goes from 0 to 1 with one long example of one client
+    return of_clients | {
         "best_round": final.best_round,
         "validation_loss": final.best_loss,
         "bytes_down": sum(record["bytes_down"] for record in records),
@@ -268,7 +272,6 @@ def _figures(run: RunDirectory, server: Server, sides: Sides, final: Standing, s
         "message_bytes": sum(tensor.numel() * 4 for tensor in final.best.values()),
         "package_bytes": sides.auxiliary.bytes if sides.auxiliary else 0,
         "disclosed_share": sides.handed_out,
-        "shortened_client_examples": max((record["shortened_examples"] for record in records), default=0),
         "failures": sum(len(record["failed"]) for record in records),
         "updates": sum(len(record["answered"]) for record in records),
         "seconds": seconds,

@@ -79,16 +79,20 @@ class TunedPrompt(LM):  # type: ignore[misc]
             )
         if sampled and temperature <= 0:
             raise RunError("the task asks for do_sample without a temperature: set one above 0, or leave do_sample out")
-        if most >= self._max_tokens:
-            raise RunError(
-                f"the task asks for {most} tokens, but the model reads {self._max_tokens} behind the prompt, context and answer together: lower max_gen_toks"
+        room = self._model.max_positions - self._model.first_position(self._prefix)
+        if most >= room:
+            whose = (
+                "the task asks for"
+                if {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"} & set(asked)
+                else "the task does not say how many, and the harness asks for"
             )
+            raise RunError(f"{whose} {most} tokens, but the model reads {room} behind the prompt, context and answer together: set max_gen_toks lower")
         ids, first = encode_texts(self._tokenizer, [context])[0], first_token(self._tokenizer)
         if not ids and first is None:
             raise RunError("the task has an empty context, and this tokenizer has no token that begins or ends a text: nothing can stand there")
         ids = ids or [first or 0]
         draw: Callable[[torch.Tensor], int] = lambda logits: int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1))
-        shown = torch.tensor(ids[-(self._max_tokens - most) :], device=self._model.device)
+        shown = torch.tensor(ids[-(room - most) :], device=self._model.device)
         new = self._model.generate(shown, self._prefix, most=most, stop=self._tokenizer.eos_token_id, choose=draw if sampled else None)
         text = str(self._tokenizer.decode(new, skip_special_tokens=True))
         for stop in stops:

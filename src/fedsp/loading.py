@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 import tempfile
 import weakref
@@ -158,6 +159,8 @@ def read_model_config(name: str) -> Any:
 
 
 def _not_loaded(name: str, error: Exception) -> str:
+    if os.path.isdir(name):  # noqa: PTH112  a hub name is no path
+        return f"cannot load the model in the folder {name!r}: {first_line(error)}"
     return f"cannot load the model {name!r}: it is neither a folder with a model nor a name that the hub answers to ({first_line(error)})"
 
 

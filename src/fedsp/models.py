@@ -29,7 +29,7 @@ from fedsp.rows import Padded, Trees, grow, pack
 
 LONGEST_TREE = 2048
 LENGTH_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "max_sequence_length", "n_ctx")
-"""The names under which families keep the longest sequence that they were made for."""
+"""The names under which families keep the longest sequence that they were made for; the first that a configuration has counts."""
 Positions = Literal["hugging_face", "from_zero"]
 Tokenizer = PreTrainedTokenizerBase
 
@@ -54,8 +54,9 @@ class PromptedLM(nn.Module):
     made for: the identity and this very model, unless it is an auxiliary one.
 
     Raises:
-        ModelError: the model has no key/value cache, is an encoder-decoder, has several key/value shapes, or computes its logits from
-            something else than the last hidden states.
+        ModelError: the model has no key/value cache, keeps more than that, is an encoder-decoder, has several key/value shapes, takes no positions from
+            outside, computes its logits from something else than the last hidden states, or reads a text otherwise behind the keys and values of its beginning;
+            or `positions` "from_zero" would change nothing in it.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class PromptedLM(nn.Module):
         """How many examples may go through it together where each is promised something of its own; None until that was tried out."""
         self._output: Any = None
         self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._plain_calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.switch = rotation_switch(model.config)
         """The longest call, in positions, up to which rotations do not depend on how long it is; None where they never do."""
         layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
         if layers is None:
             raise ModelError(f"{name} ({model.config.model_type}) does not say how many layers it has, so fedsp cannot tell them apart")
         self.path_of_blocks, self.blocks = find_blocks(model, layers, name)
+        self._reads_another_s_prompt = prompt_shape is not None  # an auxiliary model's positions are the global one's affair
         self.shape = self._admitted()
         self.prompt_shape = prompt_shape or self.shape
         self.prompt_layers = tuple(prompt_layers if prompt_layers is not None else range(self.shape.layers))
@@ -105,9 +108,8 @@ class PromptedLM(nn.Module):
         """The longest sequence the model was made for, prompt included under the Hugging Face positions."""
         text = self.model.config.get_text_config()
         limits = [getattr(text, name, None) for name in LENGTH_LIMITS]
-        if self.switch is not None and self.switch.every_length:
-            limits.append(self.switch.positions)
-        return min((int(limit) for limit in limits if isinstance(limit, int) and limit > 0), default=1_000_000)
+        longest = next((limit for limit in limits if isinstance(limit, int) and limit > 0), 1_000_000)
+        return min(longest, self.switch.positions) if self.switch is not None and self.switch.every_length else longest
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """Last hidden states (B, T, D), after the final norm, of right-padded tokens (B, T) behind a prefix (P, L, 2, H, K) or
@@ -309,7 +311,8 @@ class PromptedLM(nn.Module):
 
     def keys_and_values(self, inputs: Tensor) -> Tensor:
         """What each block makes of its residual inputs (P, L, D) as tokens 0..P-1: keys and values (P, L, 2, H, K), with gradients; or of one prompt per
-        example, (B, P, L, D), and then (B, P, L, 2, H, K)."""
+        example, (B, P, L, D), and then (B, P, L, 2, H, K). Rotations are those of P positions, whatever text is behind them: a prompt is the same in front of a short
+        text and of one beyond the model's `switch`."""
         batch = inputs if inputs.dim() == 4 else inputs[None]
         length = batch.shape[1]
         if length not in self._block_calls:
@@ -340,16 +343,18 @@ class PromptedLM(nn.Module):
         return torch.stack(inputs, dim=1).float(), pairs.permute(3, 0, 1, 2, 4).float()
 
     @torch.no_grad()
-    def computes_as(self, depth: int, other: PromptedLM, layer: int) -> bool:
-        """Whether the block at `depth` makes of hidden states what block `layer` of another model makes of them, each called as its own model calls it."""
+    def block_output(self, depth: int) -> Tensor:
+        """What the block at a depth adds to hidden states (1, T, D), the same random ones for every model of a hidden size, when it is called as its model calls it;
+        float32, on the CPU."""
         tokens = self._some_tokens()
-        hidden = torch.randn(*tokens.shape, self.shape.hidden, generator=torch.Generator().manual_seed(0))
-        made = []
-        for model, place in ((self, depth), (other, layer)):
-            arguments, named = model._record_block_calls(tokens.shape[1], cached=False)[place]
-            output = model.blocks[place](hidden.to(model.device, model.dtype), *arguments, **named)
-            made.append((output[0] if isinstance(output, tuple) else output).to(self.device))
-        return self._close(*made) if self.dtype == other.dtype else other._close(*made)
+        hidden = torch.randn(*tokens.shape, self.shape.hidden, generator=torch.Generator().manual_seed(0)).to(self.device)
+        if not self._plain_calls:
+            self._plain_calls = self._record_block_calls(tokens.shape[1], cached=False)
+        arguments, named = _map_tensors(self._plain_calls[depth], lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+        block = self.blocks[depth] if self.dtype == torch.float32 else copy.deepcopy(self.blocks[depth]).float()
+        output = block(hidden, *arguments, **named)
+        made: Tensor = output[0] if isinstance(output, tuple) else output
+        return (made - hidden).cpu()
 
     @torch.no_grad()
     def _record_block_calls(self, length: int, *, cached: bool = True) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -442,9 +447,9 @@ class PromptedLM(nn.Module):
                 f"{self.name} ({kind}) reads a text otherwise behind the keys and values of its beginning than as a whole: it cannot carry a soft prompt"
             )
         self.generate(tokens[0], pairs, most=2, stop=None)
-        if positions == "from_zero" and self._close(self.read_padded(tokens[:, length:], None, pairs), behind[0], 1e-5):
+        if positions == "from_zero" and not self._reads_another_s_prompt and self._close(self.read_padded(tokens[:, length:], None, pairs), behind[0], 1e-5):
             raise ModelError(
-                f"positions = 'from_zero' changes nothing in {self.name} ({kind}): it takes places in the row and not positions (ALiBi, or none at all); use 'hugging_face'"
+                f"positions = 'from_zero' changes nothing in {self.name} ({kind}): whatever positions it is given, it counts places, the prompt's among them (as with ALiBi); use 'hugging_face'"
             )
 
     def _some_tokens(self) -> Tensor:
@@ -466,15 +471,28 @@ def hidden_at_depths(model: PromptedLM, input_ids: Tensor, attention_mask: Tenso
     """The input of every block and then the last hidden states, L + 1 tensors (B, T, D), with gradients."""
     groups = model.rows_read_together(attention_mask, prefix)
     if groups is not None:
-        states = [torch.zeros(*input_ids.shape, model.shape.hidden, dtype=model.dtype, device=model.device) for _ in range(model.shape.layers + 1)]
-        for rows, width in groups:
-            for state, part in zip(states, hidden_at_depths(model, input_ids[rows, :width], attention_mask[rows, :width], prefix), strict=True):
-                state[rows, :width] = part
+        parts = [
+            hidden_at_depths(model, input_ids[rows, :width], attention_mask[rows, :width], prefix if prefix is None or prefix.dim() == 5 else prefix[rows])
+            for rows, width in groups
+        ]
+        states = [part.new_zeros(*input_ids.shape, model.shape.hidden) for part in parts[0]]
+        for (rows, width), part in zip(groups, parts, strict=True):
+            for state, found in zip(states, part, strict=True):
+                state[rows.to(state.device), :width] = found
         return states
     inputs: list[Tensor] = []
     with hooked(model.blocks, lambda _module, arguments, named: inputs.append(hidden_of(arguments, named))):
         last = model.read_padded(input_ids, attention_mask, prefix)
     return [*inputs, last]
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A value with every tensor in it changed, through tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(inner, change) for inner in value)
+    return {key: _map_tensors(inner, change) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _swap(value: Any, probe: CapturingCache) -> Any:

@@ -16,6 +16,7 @@ from fedsp.blocks import find_blocks
 from fedsp.codings import Coding, parse_coding
 from fedsp.compression import write_values
 from fedsp.config import RunConfig
+from fedsp.errors import FedspError, ModelError, first_line
 from fedsp.fitting import trainable
 from fedsp.loading import NF4_BLOCK, SPLIT, Precision, empty_model, read_model_config
 from fedsp.models import ModelShape
@@ -66,9 +67,21 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
         ModelError: the model's configuration cannot be had.
         ConfigurationError: the layer plan does not fit it.
     """
+    try:
+        return _counted(config, clients)
+    except FedspError:
+        raise
+    except Exception as error:  # a configuration that says by layer, or not at all, what is counted here
+        raise ModelError(f"{model_name(config)} cannot be planned for: its configuration does not say what is counted ({first_line(error)})") from error
+
+
+def _counted(config: RunConfig, clients: int) -> Plan:
     name = model_name(config)
     global_config = read_model_config(name)
     text = global_config.get_text_config()
+    missing = [key for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size") if getattr(text, key, None) is None]
+    if missing:
+        raise ModelError(f"{name} ({global_config.model_type}) does not say its {missing[0]}: it is no transformer that a soft prompt can be put in front of")
     plan = parse_plan(config.auxiliary.plan, text.num_hidden_layers, config.auxiliary.prompt_layers)
     with torch.device("meta"):
         model = empty_model(global_config)

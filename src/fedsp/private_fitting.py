@@ -81,7 +81,7 @@ def fit_privately(
     Raises:
         PrivacyError: the model does not read an example by itself.
     """
-    together = examples_together(model, prompt)
+    together = examples_together(model, prompt, max(len(row.ids) for row in examples))
 
     def gradients(lot: list[int]) -> None:
         prompt.direct.grad = private_gradient(model, prompt, [examples[index] for index in lot], len(examples), steps, together)
@@ -98,22 +98,30 @@ ALONE = 5e-5
 less than a thousandth of the bound."""
 
 
-def examples_together(model: PromptedLM, prompt: SoftPrompt) -> int:
+def examples_together(model: PromptedLM, prompt: SoftPrompt, longest: int) -> int:
     """How many examples may go through the model together: a bound on one example bounds nothing where it changes what others contribute.
 
-    Tried out once for each model: an example's gradient by itself, and beside neighbours that change. Where they differ by more than rounding each example is read by
-    itself; so it is in few bits, where LLM.int8 picks outlier columns over a whole batch, which random neighbours need not show.
+    Tried out once for each model, on random text: an example's gradient by itself, and beside neighbours that change. Where they differ by more than rounding each
+    example is read by itself; so it is in few bits, where LLM.int8 picks outlier columns over a whole batch, which random neighbours need not show. `longest` is the
+    length of the longest example, in tokens: only where it reaches a switch of the model's rotations is one tried that does.
 
     Raises:
-        PrivacyError: even by itself an example's gradient depends on what was read before.
+        PrivacyError: even by itself an example's gradient depends on what was read before, or is not finite.
     """
     if model.together is None:
         lone = _probe(model, 5, seed=0)
-        crowds = [[_probe(model, length, seed=seed) for seed in range(1, TOGETHER)] for length in _lengths(model)]
+        crowds = [[_probe(model, length, seed=seed) for seed in range(1, TOGETHER)] for length in (4, 24)]
+        if model.switch is not None and (prompt.spec.length if model.positions == "hugging_face" else 0) + longest > model.switch.positions:
+            crowds.append([_probe(model, model.switch.positions + 1, seed=1)])
         alone = _gradients(model, prompt, [lone])
+        if not torch.isfinite(alone).all():
+            raise PrivacyError(
+                f"{model.name} has gradients that are not finite, on random text: no example of anybody would count; take another model or precision"
+            )
+        rounding = _moved(_gradients(model, prompt, [lone]), alone)  # of the same call again: not every device adds in one order
         for crowd in crowds:
             _gradients(model, prompt, crowd[:1])
-            if _moved(_gradients(model, prompt, [lone]), alone) > ALONE:
+            if _moved(_gradients(model, prompt, [lone]), alone) > max(ALONE, 4 * rounding):
                 raise PrivacyError(f"{model.name} reads an example otherwise after another was read, so no bound holds for one example: take another model")
         beside = max(_moved(_gradients(model, prompt, [lone, *crowd])[:1], alone) for crowd in crowds)
         model.together = 1 if in_few_bits(model) or beside > ALONE else TOGETHER
@@ -125,12 +133,6 @@ def _probe(model: PromptedLM, length: int, seed: int) -> Encoded:
     vocabulary = model.model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
     return Encoded(tuple(tokens.tolist()), length - 3)
-
-
-def _lengths(model: PromptedLM) -> list[int]:
-    """A neighbour shorter than the example, one longer, and one that turns the rotations of a model that has such a switch."""
-    switch = [model.switch.positions + 4] if model.switch and model.switch.positions + 4 <= model.max_positions else []
-    return [4, 24, *switch]
 
 
 def _gradients(model: PromptedLM, prompt: SoftPrompt, examples: Sequence[Encoded]) -> Tensor:

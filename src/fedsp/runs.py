@@ -11,6 +11,7 @@ flower/              what Flower's processes wrote, in a deployment
 prompts/             the prompt that stood after each round
 best.safetensors     the best prompt by validation, as the global model reads it (weights, where a baseline tunes those)
 checkpoint/          the last two standings
+lock                 held by the process that runs it
 state/               what the parties keep between rounds
 privacy.jsonl        what was paid for client-level privacy, before each release
 privacy_statement.json   what is promised, of what, to whom, and what is not
@@ -47,7 +48,7 @@ from fedsp.rounds import RoundRecord
 from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
 
 CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
-INPUTS, TRAFFIC, GATE_COUNTS, SCORES = "inputs.json", "traffic.jsonl", "gate.jsonl", "scores.jsonl"
+INPUTS, TRAFFIC, GATE_COUNTS, SCORES, LOCK = "inputs.json", "traffic.jsonl", "gate.jsonl", "scores.jsonl", "lock"
 
 
 class RunDirectory:
@@ -68,7 +69,7 @@ class RunDirectory:
             StorageError: the disk did not take it.
         """
         path = Path(config.output)
-        if (path / CONFIG).exists() and {entry.name for entry in path.iterdir()} - {CONFIG, RUN}:
+        if (path / CONFIG).exists() and {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}:
             other = cls.open(path)
             differing = differing_keys(config, other.config)
             state = (
@@ -81,7 +82,7 @@ class RunDirectory:
             raise RunError(
                 f"{path} holds {state}: {'resume it with `fedsp ' + ('serve' if config.federation else 'run') + ' --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=..."
             )
-        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN}):
+        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}):
             raise RunError(f"{path} is in use and is no run: give an empty or a new folder with output=...")
         run = cls(path, config)
         identity = secrets.token_hex(8)  # no draw comes from it; a run that is done anew is another run to its clients

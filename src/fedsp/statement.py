@@ -16,6 +16,10 @@ from fedsp.private_fitting import PrivateSteps
 from fedsp.runs import RunDirectory
 
 STATEMENT = "privacy_statement.json"
+PUBLISHED = ("best_round", "validation_loss", "message_bytes", "package_bytes", "disclosed_share", "test", "epsilon")
+"""The figures of a run that are told to others at client level: they follow from the broadcasts and the server's own questions. Counts of clients, of their
+examples and of their bytes, and times, do not, and stay with the server."""
+
 NOT_COVERED = [
     "other runs over the same text: their epsilons add to this one, and only a client's own ledger, one for each folder of state, knows of all",
     "the choice of settings: learning rate, clip, rounds, prompt length, if they were chosen by looking at private text",
@@ -46,6 +50,7 @@ def privacy_statement(run: RunDirectory, register: Mapping[str, int], max_tokens
         "delta": delta,
         "accountant": f"dp-accounting {version('dp-accounting')}, privacy loss distributions, rounded up",
         "random_source": "os.urandom, float64, four Box-Muller draws to a number; independent of the run's seed",
+        "published": [f"{name}: told to whoever sees the run's figures" for name in PUBLISHED] if config.privacy.unit == "client" else [],
         "not_covered": NOT_COVERED,
         "sentence": (
             f"Whoever sees {about['observer']} learns of any one {about['of']} no more than {spent} at delta = {delta:g} allows "

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,14 +61,28 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def move_into_place(folder: Path, target: Path) -> None:
-    """Give a finished folder its name in one step; an empty folder of that name gives way.
+def unfinished_beside(target: Path) -> Path:
+    """An empty place for what will become a folder: beside it, or, where the folder is there already (it may be a mount), in it. What an earlier attempt has left
+    there is removed."""
+    place = target / ".part" if target.is_dir() else target.with_name(f".{target.name}.part")
+    shutil.rmtree(place, ignore_errors=True)
+    return place
+
+
+def move_into_place(folder: Path, target: Path, *, last: str) -> None:
+    """Give what was finished its name: the whole folder in one step, or, into a folder that is there already, file by file, the one without which nothing counts
+    `last`.
 
     Raises:
         StorageError: the disk did not take it.
     """
     try:
-        folder.rename(target)
+        if folder.parent == target:
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+                path.rename(target / path.name)
+            folder.rmdir()
+        else:
+            folder.rename(target)
         sync_folder(target.parent)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error

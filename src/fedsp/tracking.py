@@ -19,6 +19,7 @@ from fedsp.errors import ConfigurationError, RunError, first_line
 from fedsp.rounds import RoundRecord
 from fedsp.runs import BEST, CONFIG, RESULT, ROUNDS, RunDirectory, read_json
 from fedsp.server import Watcher
+from fedsp.statement import PUBLISHED
 from fedsp.storage import write_json
 
 EXPERIMENT, MARK = "fedsp", "mlflow.json"
@@ -98,22 +99,31 @@ class MlflowLog:
 
     def round(self, record: RoundRecord) -> None:
         """The figures of a round, at its number."""
-        figures = {"server loss": record.server_loss, "validation loss": record.validation, "bytes up": record.bytes_up, "bytes down": record.bytes_down}
+        figures = {"server loss": record.server_loss, "validation loss": record.validation, "bytes down": record.bytes_down}
         if not self._untold:
             losses = {f"client {name} loss": loss for name, loss in record.client_losses.items()}
-            figures |= {**losses, "update cosine": record.update_cosine, "answered": len(record.answered), "seconds": record.seconds}
+            figures |= {
+                **losses,
+                "update cosine": record.update_cosine,
+                "answered": len(record.answered),
+                "seconds": record.seconds,
+                "bytes up": record.bytes_up,
+            }
+        else:
+            del figures["bytes down"]
         self._metrics(figures, record.round)
 
     def finish(self, figures: Mapping[str, Any]) -> None:
         """The figures of the end, rounds that were kept but not told before the run was stopped, and the artefacts."""
         with contextlib.suppress(self._refusal, OSError):
-            known = {metric.step for metric in self._client.get_metric_history(self._id, "bytes up")}
+            known = {metric.step for metric in self._client.get_metric_history(self._id, "validation loss")}
             for line in self._run.records():
                 if line["round"] not in known:
                     self.round(RoundRecord(**line))
-        numbers = {name: value for name, value in _flat(figures).items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        told = {name: figures[name] for name in PUBLISHED if name in figures} if self._untold else figures
+        numbers = {name: value for name, value in _flat(told).items() if isinstance(value, int | float) and not isinstance(value, bool)}
         self._metrics(numbers, 0)
-        for name in (CONFIG, RESULT, BEST, *([] if self._untold else [ROUNDS])):
+        for name in (CONFIG, BEST, *([] if self._untold else [RESULT, ROUNDS])):
             if (self._run.path / name).exists():
                 self._try(lambda name=name: self._client.log_artifact(self._id, str(self._run.path / name)))  # type: ignore[misc]
         self.end("FINISHED")

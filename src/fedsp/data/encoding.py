@@ -98,7 +98,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tok
         if context:
             before, whole = ids[context], ids[context + continuation]
         else:
-            before, whole = _behind_nothing(tokenizer, continuation)
+            before, whole = _behind_nothing(tokenizer, continuation, name)
         start = len(before)
         if len(whole) > start:
             whole = [*before, *whole[start:]]
@@ -107,18 +107,20 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tok
         if start >= len(whole):
             raise DataError(f"{name}: the tokenizer makes no token of an answer, so there is nothing to train on or to score: reword the answer")
         if not start:  # the context has become part of the answer's first token
-            before, whole = _behind_nothing(tokenizer, context + continuation)
+            before, whole = _behind_nothing(tokenizer, context + continuation, name)
             start = len(before)
         dropped = max(0, len(whole) - max_tokens)
         encoded.append(Encoded(tuple(whole[dropped:]), max(1, start - dropped), dropped))
     return encoded
 
 
-def _behind_nothing(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+def _behind_nothing(tokenizer: Tokenizer, text: str, name: str) -> tuple[list[int], list[int]]:
     """The first token, and it with the tokens of a text behind it, unless the text begins with it."""
     first, ids = first_token(tokenizer), tokenizer.encode(text, add_special_tokens=False)
     if first is None:
-        raise DataError("this tokenizer has no token that begins or ends a text, so nothing can stand where a context is empty: give every question a context")
+        raise DataError(
+            f"{name}: no token of a context is in front of the answer, and this tokenizer has none that begins or ends a text: give the question a longer context"
+        )
     return [first], ids if ids[:1] == [first] else [first, *ids]
 
 

@@ -63,7 +63,8 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
         except ValueError as error:
             raise DataError(f"{path}, line {number} is not JSON ({error}): expected one JSON object per line") from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is a JSON {type(row).__name__}: expected one JSON object per line")
+            what = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(row), "a number")
+            raise DataError(f"{path}, line {number} is {what}: expected one JSON object per line")
         yield row | {"__where__": f"{path}, line {number}"}
 
 

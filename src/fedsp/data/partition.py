@@ -95,7 +95,7 @@ def group_of(row: Row, column: str) -> str:
         DataError: the column holds nothing, or something else than a text or a whole number.
     """
     value = row[column]
-    if not isinstance(value, str | int) or value == "":
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         what = "nothing" if value in (None, "") else f"a {type(value).__name__}"
         raise DataError(f"{row.get('__where__', 'a row')} has {what} in column {column!r}, which partition.column names: expected a text or a whole number")
     return str(value)

@@ -65,12 +65,25 @@ class Task:
             raise DataError(f"{where} has no field {error}: a {self.name} row {_SCHEMA.get(self.name, _SCHEMA['multiple_choice'])}") from error
         except (TypeError, ValueError, AttributeError, IndexError, SyntaxError, RecursionError, MemoryError) as error:
             why = error if isinstance(error, WrongType) else "a value is not one that it can have"  # the others may quote the text
-            raise DataError(f"{where} cannot be read as a {self.name} row ({why}): it {_SCHEMA.get(self.name, _SCHEMA['multiple_choice'])}") from error
+            schema = (
+                _SCHEMA.get(self.name, _SCHEMA["multiple_choice"])
+                if plain
+                else f"has the fields of {self.hub[0] if self.hub else self.name}, or the plain ones"
+            )
+            raise DataError(f"{where} cannot be read as a {self.name} row ({why}): it {schema}") from error
         if not choices or any(not isinstance(choice, str) or not choice.strip() for choice in choices):
-            raise DataError(f"{where} has no choices, or an empty one")
+            raise DataError(f"{where} has no choices, or an empty one: each is a text with at least one letter")
         if any(not 0 <= index < len(choices) for index in gold) or not gold:
             raise DataError(f"{where} has answer {gold[0] if gold else None} but {len(choices)} choices: expected an index from 0 to {len(choices) - 1}")
-        return Example(str(row.get("id", number)), context, tuple(f" {choice if self.hub else choice.lstrip()}" for choice in choices), tuple(gold))
+        return Example(_id(row, number, where), context, tuple(f" {choice if self.hub else choice.lstrip()}" for choice in choices), tuple(gold))
+
+
+def _id(row: Row, number: int, where: str) -> str:
+    """The id of a row, or its number where it has none."""
+    value = row.get("id", number)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{where} has an id that is {_kind(value)}: expected a text or a whole number, or leave it out")
+    return str(value)
 
 
 _SCHEMA = {
@@ -90,14 +103,26 @@ def _context(row: Row) -> str:
     return "" if row.get("context") is None else _text(row, "context")
 
 
-def _choices(row: Row) -> list[str]:
+def _texts(row: Row, key: str = "choices") -> list[str]:
+    values = row[key]
+    if not isinstance(values, list):
+        raise WrongType(f"{key} is {_kind(values)}, not a list")
+    for value in values:
+        if not isinstance(value, str):
+            raise WrongType(f"one of {key} is {_kind(value)}, not a text")
+    return values
+
+
+def _labelled(row: Row) -> tuple[list[str], list[str]]:
+    """The texts of choices and their labels, as ARC and OpenBookQA have them on the hub."""
     choices = row["choices"]
-    if not isinstance(choices, list):
-        raise WrongType(f"choices is {_kind(choices)}, not a list")
-    for choice in choices:
-        if not isinstance(choice, str):
-            raise WrongType(f"one of choices is {_kind(choice)}, not a text")
-    return choices
+    if not isinstance(choices, dict):
+        raise WrongType(f"choices is {_kind(choices)}, not a table of text and label")
+    return _texts(choices, "text"), _texts(choices, "label")
+
+
+def _letter(row: Row) -> int:
+    return ["A", "B", "C", "D"].index(_text(row, "answer"))
 
 
 def _index(row: Row, key: str = "answer") -> int:
@@ -113,19 +138,21 @@ def _label(row: Row) -> int:
 
 
 def _kind(value: object) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+    """What a value is, in the words of JSON."""
+    named = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    return named.get(type(value), f"a {type(value).__name__}")
 
 
 def _question(row: Row) -> tuple[str, list[str], list[int]]:
     context = _context(row)
     before = f"{context.lstrip()}\n" if context else ""
-    return f"{before}Question: {_text(row, 'question')}\nAnswer:", _choices(row), [_index(row)]
+    return f"{before}Question: {_text(row, 'question')}\nAnswer:", _texts(row), [_index(row)]
 
 
 def _continuation(row: Row) -> tuple[str, list[str], list[int]]:
     context = _context(row)
     before = f"{context}\n" if context else ""
-    return f"{before}{_text(row, 'question')}", _choices(row), [_index(row)]
+    return f"{before}{_text(row, 'question')}", _texts(row), [_index(row)]
 
 
 def _completion(row: Row) -> tuple[str, list[str], list[int]]:
@@ -133,11 +160,13 @@ def _completion(row: Row) -> tuple[str, list[str], list[int]]:
 
 
 def _arc(row: Row) -> tuple[str, list[str], list[int]]:
-    return f"Question: {_text(row, 'question')}\nAnswer:", row["choices"]["text"], [row["choices"]["label"].index(row["answerKey"])]
+    texts, labels = _labelled(row)
+    return f"Question: {_text(row, 'question')}\nAnswer:", texts, [labels.index(_text(row, "answerKey"))]
 
 
 def _openbookqa(row: Row) -> tuple[str, list[str], list[int]]:
-    return _text(row, "question_stem"), row["choices"]["text"], [row["choices"]["label"].index(row["answerKey"].lstrip())]
+    texts, labels = _labelled(row)
+    return _text(row, "question_stem"), texts, [labels.index(_text(row, "answerKey").lstrip())]
 
 
 def _piqa(row: Row) -> tuple[str, list[str], list[int]]:
@@ -151,7 +180,7 @@ def _sciq(row: Row) -> tuple[str, list[str], list[int]]:
 
 def _hellaswag(row: Row) -> tuple[str, list[str], list[int]]:
     context = f"{_text(row, 'ctx_a')} {_text(row, 'ctx_b').capitalize()}"
-    return _wikihow(f"{_text(row, 'activity_label')}: {context}"), [_wikihow(ending) for ending in row["endings"]], [_label(row)]
+    return _wikihow(f"{_text(row, 'activity_label')}: {context}"), [_wikihow(ending) for ending in _texts(row, "endings")], [_label(row)]
 
 
 def _wikihow(text: str) -> str:
@@ -166,20 +195,20 @@ def _race(row: Row) -> tuple[str, list[str], list[int]]:
     Training rows have one question each (`ehovy/race`: article, question, options, answer).
     """
     if "problems" not in row:
-        return f"Article: {_text(row, 'article')}\n\n{_text(row, 'question')}", list(row["options"]), ["ABCD".index(row["answer"])]
+        return f"Article: {_text(row, 'article')}\n\n{_text(row, 'question')}", _texts(row, "options"), [_letter(row)]
     problems = ast.literal_eval(row["problems"])
     text = f"Article: {_text(row, 'article')}\n\n"
     for problem in problems[:-1]:
-        answer, question = problem["options"]["ABCD".index(problem["answer"])], _text(problem, "question")
+        answer, question = _texts(problem, "options")[_letter(problem)], _text(problem, "question")
         text += f"{question[:-5]}{answer}\n" if question.endswith("  _  .") else f"Question: {question}\nAnswer: {answer}\n"
     last = problems[-1]
-    return text + _text(last, "question"), [last["options"][index] for index in range(4)], ["ABCD".index(last["answer"])]
+    return text + _text(last, "question"), [_texts(last, "options")[index] for index in range(4)], [_letter(last)]
 
 
 def _webqs(row: Row) -> tuple[str, list[str], list[int]]:
     """Every accepted answer is right; one that starts with another is dropped, since the shorter one is enough."""
     answers: list[str] = []
-    for answer in sorted(row["answers"]):
+    for answer in sorted(_texts(row, "answers")):
         if not answers or not answer.startswith(answers[-1]):
             answers.append(answer)
     return f"Question: {_text(row, 'question')}\nAnswer:", answers, list(range(len(answers)))

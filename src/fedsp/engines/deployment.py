@@ -34,6 +34,9 @@ from fedsp.storage import write_bytes
 from fedsp.wire import END
 
 APP = Path(__file__).parent / "app"
+COMES_BACK = 60.0
+"""Seconds in which a client that is there connects to a server that was started again."""
+
 LINK = "fedsp"
 """The name of our SuperLink in Flower's configuration."""
 
@@ -68,6 +71,8 @@ def serve(run: RunDirectory, watcher: Watcher) -> dict[str, Any]:
         def engine(clients: Clients) -> Exchange:
             return remote(wire, node_of, Patience(section.wait_seconds, section.reply_seconds, section.again_seconds), run.log_traffic, watcher.say, package)
 
+        if run.finished:
+            _wait_for_nodes(wire, node_of)
         figures = run_experiment(run, engine, watcher, {name: member.examples for name, member in register.items()})
         with contextlib.suppress(DeploymentError):  # the run is finished, whether its clients hear of it or not
             _say_goodbye(wire, node_of)
@@ -148,6 +153,13 @@ def _register(processes: Processes, public_key: Path) -> int:
         return int(json.loads(printed[printed.index("{") :])["node-id"])
     except (ValueError, KeyError) as error:
         raise DeploymentError(f"Flower did not register {public_key.name}: {printed.strip()[-300:]}") from error
+
+
+def _wait_for_nodes(wire: DistantWire, node_of: Mapping[str, int]) -> None:
+    """Give clients of a run that is finished the time to come back and hear of it."""
+    until = time.monotonic() + COMES_BACK
+    while set(node_of.values()) - wire.nodes() and time.monotonic() < until:
+        time.sleep(0.5)
 
 
 def _say_goodbye(wire: DistantWire, node_of: Mapping[str, int]) -> None:

@@ -74,7 +74,9 @@ class Client:
         self._method = make_method(self.agreement, self.auxiliary)
         reduce_precision(self.auxiliary, party.precision, "precision")
         if self.agreement.privacy.unit == "example":
-            require_independence(self.auxiliary, client_prompt(self.agreement, self.auxiliary))
+            require_independence(self.auxiliary, client_prompt(self.agreement, self.auxiliary), self.agreement.max_tokens)
+            if self.auxiliary.together == 1:
+                self._say("in this precision examples change each other by rounding, so each goes through the model by itself, which takes longer")
         self._state = Path(party.state) / party.package.sha256[:16]
         self._shape = PromptSpec(self.agreement.prompt.space, self.agreement.prompt.length, self.auxiliary.prompt_shape).shape
         self._last: tuple[Frame, Frame] | None = None

@@ -12,15 +12,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedsp import QUIET
 from fedsp.errors import ConfigurationError, DeploymentError
 
 START = 120.0
 """Seconds that Flower's processes may take to start."""
 
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-"""Environment of every process of Flower's: it tells nobody of itself, and leaves the cores to those that compute."""
-
 FLOWER = QUIET | {
+    "OMP_NUM_THREADS": "1",  # the cores are left to those that compute
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
     "NO_COLOR": "1",
@@ -105,8 +104,8 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
         ConfigurationError: it is none; `key` says where it stands.
     """
     host, _, port = text.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port[:6]) < 65536:
-        raise ConfigurationError(f"{key}: {text!r} is no host:port, such as 0.0.0.0:8000 or [::]:8000")
+    if not host or not (port.isascii() and port.isdecimal()) or len(port) > 5 or not 0 < int(port) < 65536:
+        raise ConfigurationError(f"{key}: {text[:80]!r} is no host:port, such as 0.0.0.0:8000 or [::]:8000")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if (":" in host) != (bare != host) or (bare != host and not _is_ipv6(bare)):
         raise ConfigurationError(f"{key}: {text!r} is no host:port: an IPv6 address stands in brackets, such as [::1]:8000")

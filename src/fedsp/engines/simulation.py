@@ -14,12 +14,12 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsp import QUIET
 from fedsp.auxiliary import load_auxiliary
 from fedsp.clients import Clients, open_clients
 from fedsp.config_file import read_config
 from fedsp.engines.answering import answer
 from fedsp.engines.flower import GridWire, make_client_app
-from fedsp.engines.processes import QUIET
 from fedsp.engines.remote import Patience, remote
 from fedsp.errors import DeploymentError
 from fedsp.experiment import run_experiment
