@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,47 @@ def test_a_configuration_that_cannot_be_read_is_a_sentence(fedsp, tmp_path: Path
     (tmp_path / "run.toml").write_bytes(content if isinstance(content, bytes) else content.encode())
     code, _, error = fedsp("plan", tmp_path / "run.toml")
     assert code == 2 and sentence in error and error.startswith("fedsp: ") and "Traceback" not in error and "9999" not in error
+
+
+def test_figures_go_through_links_and_into_pipes(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """And replace no device and no link."""
+    config = tmp_path / "run.toml"
+    fedsp("init", config)
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("target.json")
+    assert fedsp("plan", config, *QUICK, "--json", tmp_path / "link.json")[0] == 0
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "target.json").read_text())["layers"]
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    assert fedsp("plan", config, *QUICK, "--json", tmp_path / "pipe")[0] == 0
+    reader.join(20)
+    assert json.loads(read[0])["layers"] and not (tmp_path / "pipe").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["prompt.init_text=" + "A long text. " * 40], "File name too long"),
+        (["data.train=" + "x" * 400], "File name too long"),
+        (["output=" + "x" * 400], "File name too long"),
+        (['data.train="a\\u0000b"'], "data.train: it holds a NUL character"),
+        (["client.batch_size=99999999999"], "client.batch_size: Input should be less than or equal to 65536"),
+        (["profile=robust", "aggregation.malicious=1e-320"], "aggregation.malicious: Input should be greater"),
+    ],
+)
+def test_values_of_a_size_that_nothing_can_use_are_a_sentence(fedsp, tmp_path: Path, words: list[str], sentence: str) -> None:  # type: ignore[no-untyped-def]
+    config = tmp_path / "run.toml"
+    fedsp("init", config)
+    code, _, error = fedsp("run", config, *QUICK, f"output={tmp_path / 'run'}", *words)
+    assert code == 2 and sentence in error and error.startswith("fedsp: ") and "Traceback" not in error
+
+
+def test_a_file_in_the_way_of_a_folder_is_a_sentence(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "file").write_text("")
+    code, _, error = fedsp("federation", "init", tmp_path / "file" / "x", "--clients", "a")
+    assert code == 2 and "Not a directory" in error and error.startswith("fedsp: ")
 
 
 def test_words_that_are_no_text_are_a_sentence(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

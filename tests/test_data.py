@@ -22,7 +22,7 @@ from conftest import harness_task
 from fedsp.config import PartitionSection
 from fedsp.data.encoding import IGNORED, Encoded, collate, decode_behind, encode_pairs, encode_targets, encode_texts, training_batches
 from fedsp.data.files import read_passages, read_rows
-from fedsp.data.partition import make_partition
+from fedsp.data.partition import make_partition, read_partition
 from fedsp.data.tasks import TASKS, Example, examples_of, find_task
 from fedsp.errors import DataError
 from fedsp.loading import load_tokenizer
@@ -263,6 +263,59 @@ def test_json_that_nothing_can_use_is_refused_with_its_line(line: str, sentence:
     (tmp_path / "rows.jsonl").write_text('{"question": "whole \\ud83d\\ude00 pair"}\n' + line + "\n")
     with pytest.raises(DataError, match=f"rows.jsonl, line 2 is not JSON \\(.*{sentence}"):
         read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ('sep=;\nquestion;answer;choices\nq;1;"[""a"", ""b""]"\n', 1),
+        ('\n\r\nquestion,answer,choices\nq,1,"[""a"", ""b""]"\n,,\n\n', 1),
+        ('question,"answer",choices,"a\nname"\nq,1,"[""a"", ""b""]",x\nq,1,"[""a"", ""b""]",y\n', 2),
+    ],
+)
+def test_what_excel_puts_around_a_table_is_not_the_table(content: str, rows: int, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(content, newline="")
+    found = read_rows(tmp_path / "t.csv")
+    assert len(found) == rows and all((row["question"], row["answer"], row["choices"]) == ("q", 1, ["a", "b"]) for row in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("t.csv", b"question|answer\nq|1\n", "divides its columns by '|': save the table with commas"),
+        ("t.csv", b"prompt,completion\na,b,\n", "line 2 ends in more dividers"),
+        ("t.csv", b"prompt,completion\na\0,b\n", "line 2 holds a NUL character"),
+        ("t.csv", b"\n\nprompt,completion\na\n", "line 4 has 1 fields, but the first line names 2"),
+        ("t.csv", "prompt\ta".encode("utf-16"), "it is UTF-16 .*save it as CSV UTF-8"),
+        ("t.xlsx", b"PK\x03\x04\xff\xff", "it is a spreadsheet or an archive; export the sheet as CSV"),
+        ("t.jsonl", b'{"prompt": "a\\u0000"}', "line 1 is not JSON .a text holds a NUL"),
+        ("t.jsonl", b"null", "line 1 is null: expected one JSON object"),
+    ],
+)
+def test_what_is_no_table_or_text_says_what_it_is(name: str, content: bytes, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=sentence):
+        read_rows(tmp_path / name)
+
+
+def test_a_text_without_letters_between_nul_characters_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes("the text".encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"holds NUL characters, which no text has \(it may be UTF-16\)"):
+        read_passages([tmp_path / "t.txt"])
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"server": [0], "validation": [], "clients": 5},
+        {"server": []},
+        {"server": [3], "validation": [], "clients": {}},
+        {"server": ["x"], "validation": [], "clients": {}},
+    ],
+)
+def test_a_partition_that_was_damaged_or_is_of_other_rows_is_a_sentence(written: Any) -> None:
+    with pytest.raises(DataError, match="the partition that the run wrote down"):
+        read_partition(written, 3)
 
 
 TABLE_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), min_size=1, max_size=20).filter(str.strip)

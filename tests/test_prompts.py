@@ -11,17 +11,19 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, MambaConfig, T5Config
 from transformers.activations import NewGELUActivation
 
 from conftest import FAMILIES, tiny_model
 from families import LONG_ROPE, tiny_causal_lm
 from fedsp.errors import ModelError, PayloadError, PromptError
-from fedsp.loading import load_model
+from fedsp.loading import load_model, require_vocabulary
 from fedsp.models import ModelShape, PromptedLM, hidden_at_depths
 from fedsp.payload import PROMPT, check
 from fedsp.prompts import PromptSpec, SoftPrompt, export_peft, import_peft, initial_values, read_prompt
 from fedsp.rows import pack, pad
+from tokenizers_made import bpe
 
 TOKENS = torch.tensor([[5, 9, 33, 8, 71, 2, 60]])
 
@@ -278,6 +280,34 @@ def test_bad_prompts_are_refused_in_a_sentence(tmp_path: Path) -> None:
         read_prompt(tmp_path / "cut.safetensors")
     with pytest.raises(PromptError, match="2 tokens, a prompt of 3"):
         initial_values(prompt.spec, model, scale=None, tokens=TOKENS[0, :2], seed=0)
+
+
+@pytest.mark.parametrize("how", ["a layer", "the head", "layers", "not finite"])
+def test_a_model_that_lacks_weights_is_refused_and_not_filled_with_random_ones(how: str, tmp_path: Path) -> None:
+    made = tiny_causal_lm("llama")
+    if how == "not finite":
+        made.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
+    made.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    gone = {"a layer": "layers.2.self_attn", "the head": "lm_head"}.get(how, "nothing")
+    save_file({name: tensor for name, tensor in tensors.items() if gone not in name}, path, {"format": "pt"})
+    if how == "layers":
+        made.config.num_hidden_layers, made.config.layer_types = 6, None
+        made.config.save_pretrained(tmp_path)
+    if how == "not finite":
+        with pytest.raises(ModelError, match="makes logits that are not finite of a few tokens"):
+            load_model(str(tmp_path), device="cpu")
+        return
+    with pytest.raises(ModelError, match=r"lacks \d+ of its weights, .* the first: they would be random"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_a_tokenizer_that_makes_more_tokens_than_a_model_has_is_refused() -> None:
+    model = PromptedLM(tiny_causal_lm("llama"), "a model")
+    require_vocabulary(model, bpe())
+    with pytest.raises(ModelError, match="a model has embeddings of 97 tokens, its tokenizer makes 102: they do not belong together"):
+        require_vocabulary(model, bpe([("a", letter) for letter in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"]))
 
 
 def test_models_that_cannot_work_are_refused_by_name(tmp_path: Path) -> None:

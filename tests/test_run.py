@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fedsp.clients import Clients, agreement_of, make_client, make_method
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded
 from fedsp.engines.local import local
-from fedsp.errors import AuxiliaryError, DataError, FedspError, RunError, StorageError, TooFewClients, TrainingDiverged
+from fedsp.errors import AuxiliaryError, DataError, FedspError, PromptError, RunError, StorageError, TooFewClients, TrainingDiverged
 from fedsp.experiment import run_experiment
 from fedsp.federation import Rules, Standing, federate
 from fedsp.methods import base
@@ -30,7 +31,7 @@ from fedsp.models import ModelShape
 from fedsp.parties import Party, Rest
 from fedsp.payload import PROMPT, Payload, pack
 from fedsp.privacy import Ledger
-from fedsp.prompts import PromptSpec, read_prompt
+from fedsp.prompts import PromptSpec, SoftPrompt, read_prompt
 from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed, sample_clients
 from fedsp.runs import RunDirectory
 from fedsp.server import EMBEDDED, Server, Watcher
@@ -583,6 +584,42 @@ def test_a_finished_run_is_said_to_be_finished_and_nothing_is_trained_again(tmp_
 
 
 @pytest.mark.parametrize("how", ["run", "resume"])
+def test_a_test_file_that_changed_since_is_not_evaluated_in_silence(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(RunError, match=r"was begun with another data.test: bring back what it was"):
+        commands.evaluate(tmp_path / "run")
+    assert commands.evaluate(tmp_path / "run", split="validation")[0]["examples"] == 12
+
+
+def test_a_server_whose_own_steps_diverge_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDiverged, match="round 1, server: what it tuned has numbers that are not finite: lower server.learning_rate"):
+        commands.run(settings(tmp_path, server={"steps": 1, "learning_rate": 1e38, "weight_decay": 10.0}))
+
+
+def test_more_answers_than_a_round_asks_for_are_refused_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(FedspError, match="round.min_clients: 5 clients must answer, but a round asks 3; set it to 3 at most"):
+        make_config(settings(tmp_path, round={"min_clients": 5}))
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"5", b"null", b'{"round": 1}'])
+def test_an_odd_line_of_a_journal_hides_no_other_run(line: bytes, tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    shutil.copytree(tmp_path / "run", tmp_path / "spoiled")
+    with open(tmp_path / "spoiled" / "rounds.jsonl", "ab") as file:
+        file.write(line + b"\n")
+    assert [row["state"] for row in commands.list_runs(tmp_path)] == ["finished", "finished"]
+
+
+def test_a_prompt_that_leaves_no_room_for_text_is_refused(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    spec = read_prompt(tmp_path / "run" / "best.safetensors").spec
+    SoftPrompt(replace(spec, length=255)).save(tmp_path / "long.safetensors")
+    with pytest.raises(PromptError, match="a prompt of 255 tokens leaves 1 of the model's 256 positions for text"):
+        commands.evaluate(tmp_path / "run", prompt=tmp_path / "long.safetensors")
+
+
 def test_a_run_is_one_process_s_at_a_time(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that go on with it would train twice, and a private run would spend twice."""
     keep = RunDirectory.keep

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsp import QUIET, commands
+from fedsp import commands
 from fedsp.errors import RunError
+from fedsp.quiet import QUIET
 from test_run import settings
 
 pytestmark = pytest.mark.study

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from fedsp.blocks import difference, find_blocks, fused
 from fedsp.errors import AuxiliaryError, ConfigurationError, ModelError, StorageError, first_line
 from fedsp.fitting import Tensors, trainable
-from fedsp.loading import empty_model, known_keys, load_tokenizer, tokenizer_digest
+from fedsp.loading import empty_model, known_keys, load_tokenizer, require_vocabulary, tokenizer_digest
 from fedsp.models import ModelShape, Positions, PromptedLM, Tokenizer
 from fedsp.storage import parse_json, read_tensors, tensors_digest, write_json, write_tensors
 
@@ -294,7 +294,9 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
         plan = LayerPlan(*(tuple(manifest["plan"][key]) for key in ("sources", "groups", "frozen", "prompt_layers")))
         shape = ModelShape(**manifest["prompt_shape"])
         weights, _ = read_tensors(folder / WEIGHTS)
-        expected = [manifest["sha256"]] + ([digest] if digest else [])
+        expected = [str(manifest["sha256"])] + ([digest] if digest else [])
+        tokenizer_expected, kept = str(manifest["tokenizer_sha256"]), cast(Embeddings, str(manifest.get("embeddings", "verbatim")))
+        discloses = None if manifest.get("discloses") is None else float(manifest["discloses"])
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = load_tokenizer(str(folder))
     except FileNotFoundError as error:
@@ -306,14 +308,14 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
         raise AuxiliaryError(
             f"the auxiliary model in {folder} has the SHA-256 digest {found[:16]}..., expected {next(v for v in expected if v != found)[:16]}...: get the folder again from the server"
         )
-    if tokenizer_digest(tokenizer) != manifest["tokenizer_sha256"]:
+    if tokenizer_digest(tokenizer) != tokenizer_expected:
         raise AuxiliaryError(f"the tokenizer in {folder} is not the one that the auxiliary model was made with: get the folder again from the server")
     _require_shapes(folder, config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()})
     model = empty_auxiliary(config, plan)
     model.load_state_dict(weights, strict=False)
-    kept: Embeddings = manifest.get("embeddings", "verbatim")
     auxiliary = AuxiliaryModel(model.requires_grad_(False).to(device), plan, tokenizer, positions=positions, prompt_shape=shape, embeddings=kept)
-    auxiliary.discloses = manifest.get("discloses")
+    require_vocabulary(auxiliary, tokenizer)
+    auxiliary.discloses = discloses
     return auxiliary
 
 

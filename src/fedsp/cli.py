@@ -312,6 +312,11 @@ def main() -> None:
     except FedspError as error:
         typer.echo(f"fedsp: {error}".encode(errors="backslashreplace").decode(), err=True)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        typer.echo(f"fedsp: {str(error.filename)[:200]} cannot be used ({error.strerror}): name another file or folder", err=True)
+        sys.exit(2)
     except UnicodeEncodeError as error:
         typer.echo(f"fedsp: the terminal cannot show a text, since it takes {error.encoding} only: set it to UTF-8 (PYTHONIOENCODING=utf-8)", err=True)
         sys.exit(2)
@@ -334,6 +339,10 @@ def _write(path: Path | None, figures: dict[str, Any]) -> None:
 
     if path is not None:
         try:
-            write_bytes(path, (json.dumps(figures, indent=2, default=str) + "\n").encode())
+            data = (json.dumps(figures, indent=2, default=str) + "\n").encode()
+            if path.exists() and not path.is_file():  # a terminal, a pipe: nothing to put in its place
+                path.write_bytes(data)
+            else:
+                write_bytes(path.resolve(), data)
         except FedspError as error:
             raise DataError(f"the figures above could not be written: {error}") from error

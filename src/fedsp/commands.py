@@ -20,15 +20,15 @@ from fedsp.config import Agreement, RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.engines.local import local
-from fedsp.errors import ConfigurationError, DataError, FedspError, RunError
+from fedsp.errors import ConfigurationError, DataError, FedspError, PromptError, RunError
 from fedsp.experiment import robust_rule, run_experiment
-from fedsp.models import PromptedLM
+from fedsp.models import PromptedLM, length_of
 from fedsp.parties import Tunable
 from fedsp.payload import Payload
 from fedsp.plan import make_plan
 from fedsp.prompts import SoftPrompt, export_peft, read_prompt
 from fedsp.runs import LOCK, RunDirectory, differing_keys, find_runs
-from fedsp.server import Server, Watcher, load_questions, make_auxiliary, open_server, score_test
+from fedsp.server import LEAST_ROOM, Server, Watcher, examples_digest, load_questions, make_auxiliary, open_server, score_test
 from fedsp.sides import server_side
 from fedsp.storage import locked, move_into_place, read_tensors, unfinished_beside
 from fedsp.tracking import tracked
@@ -277,10 +277,15 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
         raise DataError(f"unknown split {split!r}: choose test or validation")
     if not splits[split]:
         raise DataError(f"the run in {folder} has no {split} questions: name a file in data.{split}")
+    RunDirectory.open(Path(folder)).hold_known({f"data.{split}": examples_digest(splits[split])})
     rows = []
     for bare in (True, False) if zero_shot else (False,):
         prefix = run.prefix(zero_shot=bare)
-        room = min(server.max_tokens, server.model.max_positions - (0 if prefix is None else prefix.shape[0]))
+        room = min(server.max_tokens, server.model.max_positions - server.model.first_position(prefix))
+        if room < LEAST_ROOM:
+            raise PromptError(
+                f"a prompt of {length_of(prefix)} tokens leaves {room} of the model's {server.model.max_positions} positions for text: use a shorter one"
+            )
         figures, _ = score_test(run.model, prefix, splits[split], questions.task, server.tokenizer, room)
         rows.append({"prompt": "zero-shot" if bare else "tuned prompt" if isinstance(run.tuned, SoftPrompt) else "tuned weights", **figures})
     return rows
@@ -355,7 +360,7 @@ def list_runs(folder: str | Path) -> list[Figures]:
             rows.append({"folder": str(path), "method": "-", "model": "-", "task": "-", "rounds": "-", "validation_loss": None, "state": "unreadable"})
             continue
         records, config = directory.records(), directory.config
-        validation = [record["validation"] for record in records if record["validation"] is not None]
+        validation = [record["validation"] for record in records if isinstance(record.get("validation"), float)]
         rows.append(
             {
                 "folder": str(path),

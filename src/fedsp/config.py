@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from fedsp.codings import parse_coding
 
 Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Batch = Annotated[int, Field(ge=1, le=1 << 16)]
+Width = Annotated[int, Field(ge=1, le=1 << 16)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
@@ -51,6 +53,13 @@ class Section(BaseModel):
     """A table of the file: unknown keys and numbers that are not finite are refused, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: object) -> object:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("it holds a NUL character, which no text of a configuration has; write it without")
+        return value
 
 
 class ModelSection(Section):
@@ -112,7 +121,7 @@ class AuxiliarySection(Section):
         "verbatim",
         description="verbatim: those of the global model; low_rank: what embedding_rank of their directions say; fresh: random; the last two are then distilled with the rest",
     )
-    embedding_rank: Positive = Field(32, description="rank of low_rank")
+    embedding_rank: Width = Field(32, description="rank of low_rank")
     precision: ClientPrecision = Field("float32", description=PRECISION + "; simulated clients, all of them")
     folder: str | None = Field(None, description="an auxiliary model already made by `fedsp distill`; none: it is made at the start of the run")
 
@@ -124,7 +133,7 @@ class DistillSection(Section):
     text: list[str] = Field(description="text files (.gz too), blank lines between passages; ['server'] alone for the server's own examples")
     learning_rate: Rate = Field(description="of AdamW")
     weight_decay: Decay = Field(0.01, description="of AdamW")
-    batch_size: Positive = Field(8, description="sequences per step")
+    batch_size: Batch = Field(8, description="sequences per step")
     sequence_length: int = Field(128, ge=2, description="tokens per sequence")
     sequences: Positive = Field(512, description="sequences at most; their teacher states are computed once and kept: in memory, and beyond 1 GiB on the disk")
     match_depths: Decay = Field(0.0, description="weight of the mean squared error at every depth; 0 is the paper")
@@ -139,11 +148,11 @@ class PromptSection(Section):
     """The soft prompt."""
 
     space: Literal["key_value", "residual"] = Field(description="key_value: keys and values travel; residual: inputs of each block travel, half the bytes")
-    length: Positive = Field(description="virtual tokens")
+    length: Annotated[int, Field(ge=1, le=8192)] = Field(description="virtual tokens")
     init: str = Field(description="text: activations of real text; normal: random; or a file that fedsp wrote")
     init_text: str | None = Field(None, description="file whose first tokens give the activations; none: the distillation text")
     init_scale: Rate = Field(0.02, description="standard deviation of init = normal")
-    projection: Count = Field(0, description="hidden size of the projection MLP (the authors use 512); 0: none")
+    projection: Annotated[int, Field(ge=0, le=1 << 16)] = Field(0, description="hidden size of the projection MLP (the authors use 512); 0: none")
     tuned_at: Literal["all", "verbatim"] = Field(
         "all", description="all: at every depth; verbatim: only where clients hold the very layer of the global model; elsewhere the first prompt stays"
     )
@@ -179,7 +188,7 @@ class ClientSection(Section):
     learning_rate: Rate = Field(description="of AdamW on the prompt")
     align_learning_rate: Rate = Field(5e-4, description="of AdamW on the auxiliary model")
     weight_decay: Decay = Field(description="of AdamW")
-    batch_size: Positive = Field(16, description="examples per step")
+    batch_size: Batch = Field(16, description="examples per step")
     warmup: Share = Field(0.1, description="share of all steps of all rounds in which the learning rate rises; then it falls linearly to 0; the server's too")
     proximal: Decay = Field(0.0, description="FedProx's mu: half of it times the squared distance from what was received is added to the loss; 0: none")
     keep_optimizer: bool = Field(description="whether AdamW's moments rest with each client, and with the server, between rounds; false: fresh each round")
@@ -191,7 +200,7 @@ class ServerSection(Section):
     steps: Count = Field(description="steps on the prompt through the global model; 0: none")
     learning_rate: Rate = Field(description="of AdamW on the prompt")
     weight_decay: Decay = Field(description="of AdamW")
-    batch_size: Positive = Field(16, description="examples per step")
+    batch_size: Batch = Field(16, description="examples per step")
     public_steps: Count = Field(
         0, description="steps on the distillation text, without labels, before the others: towards what the auxiliary model says under the same prompt; 0: none"
     )
@@ -204,7 +213,7 @@ class AggregationSection(Section):
     rule: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "centred_clipping", "trust"] = Field(
         "mean", description="mean, or a rule that some clients' lies cannot carry away; trust: by agreement with the server's own step (FLTrust)"
     )
-    malicious: Share = Field(
+    malicious: Annotated[float, Field(ge=0.001, le=1)] = Field(
         0.2,
         description="share of the asked clients that may lie: what a rule other than mean must bear, rounded down; with too few clients for it, or for one liar, the run is refused",
     )
@@ -265,7 +274,7 @@ class CompressionSection(Section):
 class LoraSection(Section):
     """Low-rank adapters, for method = "lora"."""
 
-    rank: Positive = Field(8, description="rank of each adapter")
+    rank: Width = Field(8, description="rank of each adapter")
     alpha: Rate = Field(16.0, description="adapters are scaled by alpha / rank")
     targets: list[str] = Field([], description="names of linear modules, such as c_attn; none: those that PEFT names for the model's family")
 
@@ -338,6 +347,10 @@ class RunConfig(Section):
             raise ValueError("partition.topics: a partition goes by a column or by topics; set one of them")
         if self.method != "fedsp":
             self._baseline()
+        if self.partition.clients and self.partition.kind != "natural" and not self.federation and self.privacy.unit != "client":
+            asked = self.round.asked(self.partition.clients)
+            if asked and self.round.min_clients > asked:
+                raise ValueError(f"round.min_clients: {self.round.min_clients} clients must answer, but a round asks {asked}; set it to {asked} at most")
         if self.attack.kind != "none" and self.federation:
             raise ValueError("attack.kind: attacks are simulated, and the clients of a [federation] are real; set it to 'none'")
         if self.aggregation.max_loss_rise is not None and self.validation.by != "server":

@@ -163,7 +163,7 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Make the file names in `values` independent of the working directory: relative ones are taken from the configuration's folder."""
 
     def resolve(name: Any) -> Any:
-        return str(folder / name) if isinstance(name, str) and name not in ("embedded", "server", "text", "normal", "") and (folder / name).exists() else name
+        return str(folder / name) if isinstance(name, str) and name not in ("embedded", "server", "text", "normal", "") and _is_there(folder / name) else name
 
     for section, key in [
         ("data", "train"),
@@ -181,6 +181,13 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
     table = values.get("distill")
     if isinstance(table, dict) and isinstance(table.get("text"), list):
         table["text"] = [resolve(name) for name in table["text"]]
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a text that is no name of a file
+        return False
 
 
 def _fault(root: type[Section], fault: dict[str, Any]) -> str:

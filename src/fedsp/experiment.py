@@ -37,7 +37,7 @@ from fedsp.redistillation import redistilling
 from fedsp.robust import Robust
 from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed
 from fedsp.runs import RunDirectory
-from fedsp.server import Questions, Server, Watcher, load_questions, open_server, rows_digest, score_test
+from fedsp.server import Questions, Server, Watcher, examples_digest, load_questions, open_server, rows_digest, score_test
 from fedsp.sides import Sides, open_sides
 from fedsp.statement import STATEMENT, privacy_statement
 from fedsp.storage import write_json
@@ -62,7 +62,8 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
         _check_promises(config, run, server)
     sides = open_sides(server, run, watcher, register)
     auxiliary = sides.auxiliary
-    run.pin({"data.train": rows_digest(questions.train), "auxiliary model": auxiliary.digest() if auxiliary else "none"})
+    tests = {f"data.{split}": examples_digest(examples) for split, examples in (("validation", questions.validation), ("test", questions.test))}
+    run.pin({"data.train": rows_digest(questions.train), "auxiliary model": auxiliary.digest() if auxiliary else "none", **tests})
     run.write_partition(questions.partition.to_json())
     standing = run.standing(watcher.say)
     own = questions.held(questions.partition.server)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, ParamSpec, TypeVar
 
+import torch
+
 from fedsp.aggregation import Combine, ServerOptimizer, WeightedMean, admit, update_cosine
 from fedsp.codings import FLOAT32, Coding
 from fedsp.compression import difference, say
@@ -117,6 +119,8 @@ def federate(
             if not gate.passed:
                 aggregated, optimizer = _plus(sent, standing.owed), standing.optimizer
             payload, server_loss = server_update(server, aggregated, round, own_seed)
+            if not all(torch.isfinite(tensor).all() for tensor in payload.values()):
+                raise TrainingDiverged("what it tuned has numbers that are not finite: lower server.learning_rate")
         except TrainingDiverged as error:
             raise TrainingDiverged(f"round {round}, server: {error}; the prompt of round {standing.round} is kept") from error
         standing = replace(standing, round=round, optimizer=optimizer)

@@ -66,9 +66,15 @@ def load_model(name: str, *, device: str = "auto", positions: Positions = "huggi
     if offloaded:
         placed["offload_folder"] = offloaded.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if half else torch.float32, trust_remote_code=False, **placed)
+        dtype = torch.bfloat16 if half else torch.float32
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **placed)
     except Exception as error:  # whatever a family's own code raises
         raise ModelError(f"cannot load the weights of the model {name!r}: {first_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the model {name!r} lacks {len(missing)} of its weights, {missing[0]} the first: they would be random; get it whole, or as a causal language model"
+        )
     if offloaded:
         weakref.finalize(model, offloaded.cleanup)
     model.requires_grad_(False)
@@ -162,6 +168,17 @@ def _not_loaded(name: str, error: Exception) -> str:
     if os.path.isdir(name):  # noqa: PTH112  a hub name is no path
         return f"cannot load the model in the folder {name!r}: {first_line(error)}"
     return f"cannot load the model {name!r}: it is neither a folder with a model nor a name that the hub answers to ({first_line(error)})"
+
+
+def require_vocabulary(model: PromptedLM, tokenizer: Tokenizer) -> None:
+    """See that a model has an embedding for every token of its tokenizer.
+
+    Raises:
+        ModelError: it has not; the message has both sizes.
+    """
+    tokens, embeddings = 1 + max(tokenizer.get_vocab().values(), default=0), model.model.get_input_embeddings().num_embeddings
+    if tokens > embeddings:
+        raise ModelError(f"{model.name} has embeddings of {embeddings} tokens, its tokenizer makes {tokens}: they do not belong together")
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -423,6 +423,8 @@ class PromptedLM(nn.Module):
         self._output = copy.copy(made[0])
         if getattr(self._output, "past_key_values", None) is not None:
             self._output.past_key_values = None
+        if not torch.isfinite(output.logits).all():
+            raise ModelError(f"{self.name} ({kind}) makes logits that are not finite of a few tokens: its weights are damaged, or not for this precision")
         read = self.read_padded(tokens, torch.ones_like(tokens))
         if not self._close(read, made[0].last_hidden_state.to(self.device)):
             raise ModelError(f"{self.name} ({kind}) reads a text otherwise where positions that count from 0 are given: fedsp does not know how it counts")

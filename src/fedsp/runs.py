@@ -22,6 +22,7 @@ NAME.json            what `fedsp audit --only NAME` measured: disclosure, model,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import secrets
@@ -169,9 +170,9 @@ class RunDirectory:
                 tensors, metadata = read_tensors(path)
                 state = parse_json(metadata["standing"])
                 payload, best, optimizer, owed = (_below(tensors, part) for part in ("payload", "best", "optimizer", "owed"))
-                found = Standing(state["round"], payload, best, state["best_round"], state["best_loss"], optimizer, owed)
+                found = Standing(int(state["round"]), payload, best, int(state["best_round"]), state["best_loss"], optimizer, owed)
                 break
-            except (StorageError, KeyError, ValueError) as error:
+            except (StorageError, KeyError, ValueError, TypeError) as error:
                 say(f"the checkpoint {path.name} is damaged and is not used; the one before it is, where there is one ({error})")
                 path.unlink()
         done = found.round if found else 0
@@ -246,6 +247,15 @@ class RunDirectory:
         if changed:
             raise RunError(f"{self.path} was begun with another {' and another '.join(changed)}: bring back what it was, or start a new run")
 
+    def hold_known(self, inputs: dict[str, str]) -> None:
+        """The same for inputs that the run may not have written down.
+
+        Raises:
+            RunError: one is not what it was.
+        """
+        known = self._json(INPUTS) if (self.path / INPUTS).exists() else {}
+        self.hold({name: digest for name, digest in inputs.items() if name in known})
+
     def log_traffic(self, round: int, client: str, direction: str, sizes: dict[str, int]) -> None:
         """Write down a message that crossed the wire: bytes by name. What was sent before a kill was sent, so nothing is ever taken back."""
         self._append(TRAFFIC, json.dumps({"round": round, "client": client, "direction": direction, "bytes": sizes}))
@@ -268,11 +278,11 @@ class RunDirectory:
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.path / name
         lines = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                lines.append(parse_json(line))
-            except ValueError:
-                continue  # cut short by a kill or a full disk
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):  # cut short by a kill or a full disk
+                entry = parse_json(line)
+                if isinstance(entry, dict):
+                    lines.append(entry)
         return lines
 
     def _json(self, name: str, *needed: str) -> dict[str, Any]:

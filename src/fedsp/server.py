@@ -20,20 +20,23 @@ from fedsp.auxiliary import MANIFEST, AuxiliaryModel, build_auxiliary, disclosed
 from fedsp.config import RunConfig
 from fedsp.data.encoding import encode_targets
 from fedsp.data.files import Row, read_passages
-from fedsp.data.partition import Partition, group_of, make_partition
+from fedsp.data.partition import Partition, group_of, make_partition, read_partition
 from fedsp.data.tasks import Example, Task, examples_of, find_task, load_rows
 from fedsp.data.topics import find_topics
 from fedsp.distill import Distillation, Progress, distill, packed
 from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, PromptError
 from fedsp.evaluation import Scored, score, summarise
 from fedsp.fitting import Optimisation
-from fedsp.loading import load_model, load_tokenizer, tokenizer_digest
+from fedsp.loading import load_model, load_tokenizer, require_vocabulary, tokenizer_digest
 from fedsp.models import PromptedLM, Tokenizer
 from fedsp.prompts import PromptSpec, SoftPrompt, import_peft, initial_values, read_prompt
 from fedsp.rounds import RoundRecord, derive_seed
 
 TOPIC = "topic"
 """The column under which topics divide rows."""
+
+LEAST_ROOM = 8
+"""Tokens of text that a prompt must leave room for."""
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -102,6 +105,11 @@ def rows_digest(rows: list[Row]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def examples_digest(examples: list[Example]) -> str:
+    """SHA-256 of examples in their order, as they are scored."""
+    return hashlib.sha256(json.dumps([[example.context, example.choices, example.gold] for example in examples]).encode()).hexdigest()
+
+
 def load_questions(config: RunConfig, written: dict[str, Any] | None = None) -> Questions:
     """Read the rows, and divide them as was `written` down, or anew from the seed.
 
@@ -120,7 +128,7 @@ def load_questions(config: RunConfig, written: dict[str, Any] | None = None) -> 
     test = examples_of(task, test_rows)
     kinds = _kinds(config, train, test_rows, [example.context for example in examples], [example.context for example in test])
     if written:
-        partition = Partition(**written)
+        partition = read_partition(written, len(train))
     else:
         labelled = [row | {TOPIC: topic} for row, topic in zip(train, kinds.train, strict=True)] if kinds and config.partition.topics else train
         holdout = 0.0 if validation or config.validation.by != "server" else config.data.holdout
@@ -172,7 +180,9 @@ def open_server(config: RunConfig, questions: Questions) -> Server:
     precision = "float32" if tunes_weights else config.model.precision
     model = load_model(name, device=config.model.device, positions=config.model.positions, precision=precision)
     model.recompute = config.model.recompute
-    return Server(config, model, load_tokenizer(name), questions, token_limit(config, model))
+    tokenizer = load_tokenizer(name)
+    require_vocabulary(model, tokenizer)
+    return Server(config, model, tokenizer, questions, token_limit(config, model))
 
 
 def token_limit(config: RunConfig, model: PromptedLM) -> int:
@@ -182,7 +192,7 @@ def token_limit(config: RunConfig, model: PromptedLM) -> int:
         PromptError: the prompt leaves no room for text.
     """
     room = model.max_positions - (config.prompt.length if config.model.positions == "hugging_face" else 0)
-    if room < 8:
+    if room < LEAST_ROOM:
         raise PromptError(f"prompt.length = {config.prompt.length} leaves {room} of the model's {model.max_positions} positions for text: use a shorter prompt")
     return min(room, config.data.max_tokens or room)
 

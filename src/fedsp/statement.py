@@ -14,12 +14,9 @@ from fedsp.config import RunConfig
 from fedsp.privacy import LEDGER, Ledger, Release, epsilon, merged
 from fedsp.private_fitting import PrivateSteps
 from fedsp.runs import RunDirectory
+from fedsp.tracking import PUBLISHED
 
 STATEMENT = "privacy_statement.json"
-PUBLISHED = ("best_round", "validation_loss", "message_bytes", "package_bytes", "disclosed_share", "test", "epsilon")
-"""The figures of a run that are told to others at client level: they follow from the broadcasts and the server's own questions. Counts of clients, of their
-examples and of their bytes, and times, do not, and stay with the server."""
-
 NOT_COVERED = [
     "other runs over the same text: their epsilons add to this one, and only a client's own ledger, one for each folder of state, knows of all",
     "the choice of settings: learning rate, clip, rounds, prompt length, if they were chosen by looking at private text",

@@ -19,10 +19,12 @@ from fedsp.errors import ConfigurationError, RunError, first_line
 from fedsp.rounds import RoundRecord
 from fedsp.runs import BEST, CONFIG, RESULT, ROUNDS, RunDirectory, read_json
 from fedsp.server import Watcher
-from fedsp.statement import PUBLISHED
 from fedsp.storage import write_json
 
 EXPERIMENT, MARK = "fedsp", "mlflow.json"
+PUBLISHED = ("best_round", "validation_loss", "message_bytes", "package_bytes", "disclosed_share", "test", "epsilon")
+"""The figures of a run that are told to others at client level: they follow from the broadcasts and the server's own questions. Counts of clients, of their
+examples and of their bytes, and times, do not, and stay with the server."""
 
 
 def tracked(run: RunDirectory, watcher: Watcher, experiment: Callable[[Watcher], dict[str, Any]]) -> dict[str, Any]:

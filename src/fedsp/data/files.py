@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -33,9 +34,18 @@ def _open(path: Path, what: str) -> Iterator[IO[str]]:
     except FileNotFoundError as error:
         raise DataError(f"there is no {what} {path}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"cannot read {path}: it is not UTF-8 text; save it as UTF-8") from error
+        raise DataError(f"cannot read {path}: {_what_it_is(error.object)}") from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _what_it_is(data: bytes) -> str:
+    """What a file is that is not UTF-8 text, and what to do."""
+    if data.startswith(b"PK\x03\x04"):
+        return "it is a spreadsheet or an archive; export the sheet as CSV (UTF-8)"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "it is UTF-16 (Excel's 'Unicode text'); save it as CSV UTF-8"
+    return "it is not UTF-8 text; save it as UTF-8"
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -60,6 +70,8 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
             continue
         try:
             row = parse_json(line)
+            if "\\u0000" in line and _holds_nul(row):
+                raise ValueError("a text holds a NUL character")
         except ValueError as error:
             raise DataError(f"{path}, line {number} is not JSON ({error}): expected one JSON object per line") from error
         if not isinstance(row, dict):
@@ -70,14 +82,27 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
 
 def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
     csv.field_size_limit(sys.maxsize)  # a field is as long as a text may be
-    head = file.readline()
-    divider = max(",;\t", key=lambda mark: len(next(csv.reader([head], delimiter=mark), [])))
-    names = [name.strip() for name in next(csv.reader([head], delimiter=divider), [])]
+    head, line = "", 1
+    while not head.strip():
+        part = file.readline()
+        if not part:
+            return
+        head, line = part, line + 1
+    divider = ""
+    if head.lower().startswith("sep=") and len(head.strip()) == 5:  # a line for Excel alone
+        divider, head, line = head.strip()[4], file.readline(), line + 1
+    while head.count('"') % 2 and (part := file.readline()):  # a name over several lines
+        head, line = head + part, line + 1
+    divider = divider or max(",;\t", key=lambda mark: len(_names(head, mark)))
+    names = _names(head, divider)
+    if len(names) == 1 and "|" in names[0]:
+        raise DataError(f"{path}, line {line - 1} divides its columns by '|': save the table with commas, semicolons or tabs")
     if len(set(names)) < len(names) or "" in names:
         odd = next((name for name in names if names.count(name) > 1 or not name), "")
-        raise DataError(f"{path}, line 1 has {'a column without a name' if not odd else f'two columns named {odd!r}'}: every column needs a name of its own")
+        raise DataError(
+            f"{path}, line {line - 1} has {'a column without a name' if not odd else f'two columns named {odd!r}'}: every column needs a name of its own"
+        )
     reader = csv.reader(file, delimiter=divider, strict=True)
-    line = 2
     while True:
         where, before = f"{path}, line {line}", reader.line_num
         try:
@@ -89,8 +114,12 @@ def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
         if fields is None:
             return
         line += reader.line_num - before
-        if not fields:
+        if not any(field.strip() for field in fields):
             continue
+        if any("\0" in field for field in fields):
+            raise DataError(f"{where} holds a NUL character, which no text has: save the table as UTF-8")
+        if len(fields) > len(names) and not any(fields[len(names) :]):
+            raise DataError(f"{where} ends in more dividers ({divider!r}) than the first line: remove those at its end")
         if len(fields) != len(names):
             raise DataError(
                 f"{where} has {len(fields)} fields, but the first line names {len(names)} columns: a field that holds {divider!r} stands in quotation marks"
@@ -102,6 +131,16 @@ def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
             except (TypeError, ValueError, KeyError) as error:
                 raise DataError(f'{where}: in a table, choices is a JSON list such as ["yes", "no"] and answer its index ({error})') from error
         yield values | {"__where__": where}
+
+
+def _names(head: str, divider: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader(io.StringIO(head, newline=""), delimiter=divider), [])]
+
+
+def _holds_nul(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_nul, [*value, *value.values()] if isinstance(value, dict) else value))
+    return isinstance(value, str) and "\0" in value
 
 
 def whole_number(text: str) -> int:
@@ -139,7 +178,10 @@ def read_passages(paths: Iterable[str | Path]) -> list[str]:
     passages: list[str] = []
     for path in map(Path, paths):
         with _open(path, "text file") as file:
-            found = [passage.strip() for passage in file.read().replace("\r\n", "\n").split("\n\n") if passage.strip()]
+            text = file.read().replace("\r\n", "\n")
+        if "\0" in text:
+            raise DataError(f"the text file {path} holds NUL characters, which no text has (it may be UTF-16): save it as UTF-8")
+        found = [passage.strip() for passage in text.split("\n\n") if passage.strip()]
         if not found:
             raise DataError(f"the text file {path} holds no text")
         passages += found

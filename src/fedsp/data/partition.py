@@ -29,6 +29,22 @@ class Partition:
         return asdict(self)
 
 
+def read_partition(written: dict[str, Any], rows: int) -> Partition:
+    """A partition as it was written down, of so many rows.
+
+    Raises:
+        DataError: it is none, or of other rows.
+    """
+    try:
+        partition = Partition(list(written["server"]), list(written["validation"]), {str(name): list(held) for name, held in written["clients"].items()})
+        held = [*partition.server, *partition.validation, *(row for owned in partition.clients.values() for row in owned)]
+        if all(isinstance(row, int) and 0 <= row < rows for row in held):
+            return partition
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError("the partition that the run wrote down is damaged: restore its partition.json, or start a new run") from error
+    raise DataError(f"the partition that the run wrote down is not of these {rows} rows of data.train: bring back the file that the run was begun with")
+
+
 def make_partition(rows: Sequence[Row], section: PartitionSection, *, server_share: float, holdout: float, seed: int) -> Partition:
     """Hold out validation rows, give the server its share, and divide the rest among the clients.
 

@@ -181,6 +181,8 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
         StorageError: the disk did not take it.
     """
     host, port = host_and_port(address, "--address")
+    if host in ("0.0.0.0", "::"):
+        raise ConfigurationError(f"--address: {address!r} is where a server listens and nowhere that clients can reach; name the server's machine")
     if not host.isascii():
         raise ConfigurationError(f"--address: {host!r} has letters that a certificate cannot: write the name in its ASCII form, xn--...")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedsp import QUIET
 from fedsp.errors import ConfigurationError, DeploymentError
+from fedsp.quiet import QUIET
 
 START = 120.0
 """Seconds that Flower's processes may take to start."""
@@ -109,13 +110,23 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if (":" in host) != (bare != host) or (bare != host and not _is_ipv6(bare)):
         raise ConfigurationError(f"{key}: {text!r} is no host:port: an IPv6 address stands in brackets, such as [::1]:8000")
+    if bare == host and not (re.fullmatch(HOST, host) and len(host) <= 253 and (not host.rpartition(".")[2].isdecimal() or _is_ip(host))):
+        raise ConfigurationError(f"{key}: {text[:80]!r} is no host:port: {host[:60]!r} is neither a name of letters, digits, dashes and dots nor an address")
     return bare, int(port)
 
 
-def _is_ipv6(host: str) -> bool:
+HOST = r"(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*\.?"
+"""The name of a machine; letters of any script, which a certificate may still refuse."""
+
+
+def _is_ip(host: str) -> bool:
     with contextlib.suppress(ValueError):
-        return isinstance(ipaddress.ip_address(host), ipaddress.IPv6Address)
+        return bool(ipaddress.ip_address(host))
     return False
+
+
+def _is_ipv6(host: str) -> bool:
+    return ":" in host and _is_ip(host.partition("%")[0])
 
 
 def written(host: str, port: int) -> str:

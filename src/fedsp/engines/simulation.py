@@ -14,7 +14,6 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsp import QUIET
 from fedsp.auxiliary import load_auxiliary
 from fedsp.clients import Clients, open_clients
 from fedsp.config_file import read_config
@@ -25,6 +24,7 @@ from fedsp.errors import DeploymentError
 from fedsp.experiment import run_experiment
 from fedsp.frames import Frame
 from fedsp.loading import choose_device, reduce_precision
+from fedsp.quiet import QUIET
 from fedsp.rounds import Exchange
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher, load_questions
