@@ -10,8 +10,8 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "fedsp"
 FLOORS = [
-    {"errors", "quiet", "frames", "codings", "rows", "engines.leash", "__init__"},
-    {"blocks", "storage", "payload", "config", "comparison", "engines.channel", "engines.processes", "data.topics", "audit.epsilon"},
+    {"errors", "quiet", "frames", "codings", "rows", "engines.leash"},
+    {"__init__", "blocks", "storage", "payload", "config", "comparison", "engines.channel", "engines.processes", "data.topics", "audit.epsilon"},
     {"config_file", "rounds", "models", "compression", "data.files", "credentials", "engines.flower", "privacy", "robust", "audit.statistics"},
     {"loading", "data.tasks", "data.partition", "prompts", "aggregation", "wire", "engines.gate", "engines.pinned", "weights", "queries"},
     {"data.encoding", "engines.remote", "attacks"},

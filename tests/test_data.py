@@ -318,7 +318,7 @@ def test_a_partition_that_was_damaged_or_is_of_other_rows_is_a_sentence(written:
         read_partition(written, 3)
 
 
-TABLE_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), min_size=1, max_size=20).filter(str.strip)
+TABLE_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), min_size=1, max_size=20).filter(str.strip)
 
 
 @settings(max_examples=60, deadline=None)

@@ -583,7 +583,6 @@ def test_a_finished_run_is_said_to_be_finished_and_nothing_is_trained_again(tmp_
     assert prompt_bits(tmp_path / "run") == bits
 
 
-@pytest.mark.parametrize("how", ["run", "resume"])
 def test_a_test_file_that_changed_since_is_not_evaluated_in_silence(tmp_path: Path) -> None:
     commands.run(settings(tmp_path))
     path = tmp_path / "test.jsonl"
@@ -620,6 +619,7 @@ def test_a_prompt_that_leaves_no_room_for_text_is_refused(tmp_path: Path) -> Non
         commands.evaluate(tmp_path / "run", prompt=tmp_path / "long.safetensors")
 
 
+@pytest.mark.parametrize("how", ["run", "resume"])
 def test_a_run_is_one_process_s_at_a_time(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that go on with it would train twice, and a private run would spend twice."""
     keep = RunDirectory.keep

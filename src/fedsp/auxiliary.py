@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from fedsp.blocks import difference, find_blocks, fused
 from fedsp.errors import AuxiliaryError, ConfigurationError, ModelError, StorageError, first_line
 from fedsp.fitting import Tensors, trainable
-from fedsp.loading import empty_model, known_keys, load_tokenizer, require_vocabulary, tokenizer_digest
+from fedsp.loading import empty_model, known_keys, load_tokenizer, tokenizer_digest
 from fedsp.models import ModelShape, Positions, PromptedLM, Tokenizer
 from fedsp.storage import parse_json, read_tensors, tensors_digest, write_json, write_tensors
 
@@ -314,7 +314,6 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
     model = empty_auxiliary(config, plan)
     model.load_state_dict(weights, strict=False)
     auxiliary = AuxiliaryModel(model.requires_grad_(False).to(device), plan, tokenizer, positions=positions, prompt_shape=shape, embeddings=kept)
-    require_vocabulary(auxiliary, tokenizer)
     auxiliary.discloses = discloses
     return auxiliary
 

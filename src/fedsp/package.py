@@ -13,6 +13,7 @@ from fedsp.config import Agreement, PackageSection, PolicySection
 from fedsp.config_file import validated
 from fedsp.credentials import sign, verify
 from fedsp.errors import AuxiliaryError, CredentialError, FedspError, PolicyError, did_you_mean, first_line
+from fedsp.loading import require_vocabulary
 from fedsp.package_check import require_harmless
 from fedsp.storage import parse_json, write_bytes, write_json
 
@@ -90,7 +91,9 @@ def open_package(section: PackageSection, public_key: Path, device: torch.device
     agreement = read_agreement(folder)
     require_harmless(folder)
     try:
-        return load_auxiliary(folder, device=device, positions=agreement.positions), agreement
+        auxiliary = load_auxiliary(folder, device=device, positions=agreement.positions)
+        require_vocabulary(auxiliary, auxiliary.tokenizer)
+        return auxiliary, agreement
     except FedspError:
         raise
     except Exception as error:  # whatever an owner of a model puts into a package

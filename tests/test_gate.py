@@ -1,0 +1,179 @@
+"""The one open port of a deployment, as whoever can reach it meets it: nobody is authenticated yet, and nobody may keep it from others."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from fedsp.credentials import CA, CERTIFICATE, KEY
+from fedsp.engines import gate
+from fedsp.engines.deployment import init_federation
+from fedsp.engines.processes import free_port
+
+SIGNED = {"flwr-public-key": "a", "flwr-signature": "b"}
+
+
+class Upstream:
+    """What stands for the SuperLink: it notes what reaches it, and answers with the length of the body."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        body, more = b"", True
+        while more:
+            event = await receive()
+            body, more = body + event.get("body", b""), event.get("more_body", False)
+        self.seen.append((scope["path"], len(body)))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(len(body)).encode()})
+
+
+@contextlib.contextmanager
+def serving(app: Any, folder: Path, port: int, **more: Any) -> Iterator[None]:
+    tls: dict[str, Any] = {"ssl_certfile": folder / CERTIFICATE, "ssl_keyfile": folder / KEY}
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1, **tls, **more))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("gate") / "federation"
+    init_federation(place, ["a"], "127.0.0.1:8000")
+    return place / "server"
+
+
+@pytest.fixture()
+def opened(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Upstream, ssl.SSLContext]]:
+    monkeypatch.setattr(gate, "HEADERS_WITHIN", 1.0)
+    monkeypatch.setattr(gate, "BODY_WITHIN", 1.5)
+    monkeypatch.setattr(gate, "EACH", 8)
+    upstream, inner, outer = Upstream(), free_port(), free_port()
+    with serving(upstream, folder, inner), serving(gate.Gate(inner, folder / CA, tmp_path / "counts"), folder, outer, **gate.SERVING):
+        yield f"https://127.0.0.1:{outer}", upstream, ssl.create_default_context(cafile=str(folder / CA))
+
+
+def dial(url: str, context: ssl.SSLContext) -> ssl.SSLSocket:
+    return context.wrap_socket(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 5), server_hostname="127.0.0.1")
+
+
+def closed(connection: ssl.SSLSocket, seconds: float = 6.0) -> bool:
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def test_a_signed_call_is_passed_on_and_counted(opened: Any, tmp_path: Path) -> None:
+    url, upstream, context = opened
+    reply = httpx.post(f"{url}/v1/fleet/pull-messages", content=b"x" * 1000, headers=SIGNED, verify=context)
+    assert (reply.status_code, reply.text, upstream.seen) == (200, "1000", [("/v1/fleet/pull-messages", 1000)])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("POST", "/v1/control/start-run", SIGNED, 404),
+        ("GET", "/v1/fleet/pull", SIGNED, 404),
+        ("POST", "/v1/fleet/../control/start-run", SIGNED, 404),
+        ("POST", "/v1/fleet/%2e%2e/control/start-run", SIGNED, 404),
+        ("POST", "/v1/fleet/%00", SIGNED, 404),
+        ("POST", "/v1/fleet/a%2Fb", SIGNED, 404),
+        ("POST", "/v1/fleet//control", SIGNED, 404),
+        ("POST", "/v1/fleet/pull?x=1", SIGNED, 404),
+        ("POST", "/v1/fleet/", SIGNED, 404),
+        ("POST", "/v1/fleet/pull", {}, 401),
+        ("POST", "/v1/fleet/pull", {"flwr-public-key": "a"}, 401),
+    ],
+)
+def test_nothing_else_is(method: str, path: str, headers: dict[str, str], status: int, opened: Any) -> None:
+    url, upstream, context = opened
+    connection = dial(url, context)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    connection.sendall(f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\nconnection: close\r\n{lines}\r\n".encode())
+    assert connection.recv(4096).startswith(f"HTTP/1.1 {status} ".encode())
+    assert not upstream.seen
+
+
+def test_a_body_without_signature_is_not_waited_for(opened: Any) -> None:
+    url, _, context = opened
+    connection = dial(url, context)
+    connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n\r\n")
+    assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
+
+
+def test_a_body_that_comes_slowly_or_is_too_large_ends(opened: Any) -> None:
+    url, upstream, context = opened
+    signed = b"flwr-public-key: a\r\nflwr-signature: b\r\n"
+    slow = dial(url, context)
+    slow.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + signed + b"\r\n")
+    for _ in range(4):
+        slow.sendall(b"x")
+        time.sleep(0.5)  # each piece in time, the whole not
+    slow.settimeout(5)
+    assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
+    reply = httpx.post(f"{url}/v1/fleet/push", content=b"x" * (gate.LARGEST + 1), headers=SIGNED, verify=context)
+    assert reply.status_code == 413 and not upstream.seen
+
+
+def test_headers_without_end_or_that_do_not_come_are_cut_off(opened: Any) -> None:
+    url, upstream, context = opened
+    large = dial(url, context)
+    with contextlib.suppress(OSError):
+        large.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\n" + b"".join(b"x-%d: %s\r\n" % (n, b"y" * 1000) for n in range(200)))
+    assert closed(large)
+    silent = dial(url, context)
+    trickle = dial(url, context)
+    trickle.sendall(b"POST /v1/fleet/pull HTT")
+    assert closed(silent) and closed(trickle)
+    assert not upstream.seen
+
+
+def test_one_address_cannot_keep_the_gate_from_others(opened: Any) -> None:
+    """Connections above its share are cut, and those that it has wait for nobody else's body."""
+    url, upstream, context = opened
+    signed = b"flwr-public-key: a\r\nflwr-signature: b\r\n"
+    held = [dial(url, context) for _ in range(gate.EACH - 1)]
+    for connection in held:
+        connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + signed + b"\r\nx")
+    reply = httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=SIGNED, verify=context)
+    assert reply.status_code == 200 and upstream.seen == [("/v1/fleet/pull", 1)]
+    more = []
+    for _ in range(6):
+        with contextlib.suppress(OSError):
+            more.append(dial(url, context))
+    assert sum(closed(connection, 0.3) for connection in more) >= len(more) - 2
+    for connection in held:
+        connection.close()
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=SIGNED, verify=context).status_code == 200:
+                return
+        time.sleep(0.1)
+    pytest.fail("the share of an address is not given back")
