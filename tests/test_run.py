@@ -17,6 +17,7 @@ import torch
 
 from fedsp import clients as clients_side
 from fedsp import commands, experiment, fitting, loading, server
+from fedsp.algorithm import FedSP
 from fedsp.auxiliary import load_auxiliary
 from fedsp.clients import Clients, agreement_of, make_client, make_method
 from fedsp.config_file import make_config
@@ -592,9 +593,12 @@ def test_a_test_file_that_changed_since_is_not_evaluated_in_silence(tmp_path: Pa
     assert commands.evaluate(tmp_path / "run", split="validation")[0]["examples"] == 12
 
 
-def test_a_server_whose_own_steps_diverge_stops_the_run(tmp_path: Path) -> None:
+def test_a_server_whose_own_steps_diverge_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FedSP, "server_update", lambda _self, _server, aggregated, *_: ({PROMPT: aggregated[PROMPT] * float("nan")}, 1.0))
     with pytest.raises(TrainingDiverged, match="round 1, server: what it tuned has numbers that are not finite: lower server.learning_rate"):
-        commands.run(settings(tmp_path, server={"steps": 1, "learning_rate": 1e38, "weight_decay": 10.0}))
+        commands.run(settings(tmp_path, server={"steps": 1}))
+    with pytest.raises(FedspError, match="server.learning_rate: Input should be less than or equal to 100"):
+        make_config(settings(tmp_path, server={"steps": 1, "learning_rate": 1e23}))
 
 
 def test_more_answers_than_a_round_asks_for_are_refused_beforehand(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ Batch = Annotated[int, Field(ge=1, le=1 << 16)]
 Width = Annotated[int, Field(ge=1, le=1 << 16)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+LearningRate = Annotated[float, Field(gt=0, le=100)]
 Decay = Annotated[float, Field(ge=0)]
 Noise = Annotated[float, Field(ge=0.05, le=1e5)]
 """Below a twentieth of the bound no epsilon is worth the name, and an accountant would need gigabytes to say so."""
@@ -131,7 +132,7 @@ class DistillSection(Section):
 
     steps: Count = Field(description="optimizer steps; 0: hand out the layers as they are")
     text: list[str] = Field(description="text files (.gz too), blank lines between passages; ['server'] alone for the server's own examples")
-    learning_rate: Rate = Field(description="of AdamW")
+    learning_rate: LearningRate = Field(description="of AdamW")
     weight_decay: Decay = Field(0.01, description="of AdamW")
     batch_size: Batch = Field(8, description="sequences per step")
     sequence_length: int = Field(128, ge=2, description="tokens per sequence")
@@ -172,7 +173,7 @@ class RoundSection(Section):
     optimizer: Literal["none", "momentum", "adam"] = Field(
         "none", description="what the server makes of the mean: none takes it, momentum and adam take its change as a gradient (FedAvgM, FedAdam)"
     )
-    learning_rate: Rate = Field(1.0, description="of momentum and adam at the server")
+    learning_rate: LearningRate = Field(1.0, description="of momentum and adam at the server")
     momentum: Share = Field(0.9, description="of momentum at the server; adam's beta_1")
 
     def asked(self, clients: int) -> int:
@@ -185,8 +186,8 @@ class ClientSection(Section):
 
     align_steps: Count = Field(description="stage 1, steps on its auxiliary model with the prompt frozen; 0: no alternating training")
     speak_steps: Count = Field(description="stage 2, steps on the prompt with the auxiliary model frozen")
-    learning_rate: Rate = Field(description="of AdamW on the prompt")
-    align_learning_rate: Rate = Field(5e-4, description="of AdamW on the auxiliary model")
+    learning_rate: LearningRate = Field(description="of AdamW on the prompt")
+    align_learning_rate: LearningRate = Field(5e-4, description="of AdamW on the auxiliary model")
     weight_decay: Decay = Field(description="of AdamW")
     batch_size: Batch = Field(16, description="examples per step")
     warmup: Share = Field(0.1, description="share of all steps of all rounds in which the learning rate rises; then it falls linearly to 0; the server's too")
@@ -198,13 +199,13 @@ class ServerSection(Section):
     """What the server does after aggregation, with its own labelled share."""
 
     steps: Count = Field(description="steps on the prompt through the global model; 0: none")
-    learning_rate: Rate = Field(description="of AdamW on the prompt")
+    learning_rate: LearningRate = Field(description="of AdamW on the prompt")
     weight_decay: Decay = Field(description="of AdamW")
     batch_size: Batch = Field(16, description="examples per step")
     public_steps: Count = Field(
         0, description="steps on the distillation text, without labels, before the others: towards what the auxiliary model says under the same prompt; 0: none"
     )
-    public_learning_rate: Rate = Field(1e-2, description="of AdamW in those steps")
+    public_learning_rate: LearningRate = Field(1e-2, description="of AdamW in those steps")
 
 
 class AggregationSection(Section):
