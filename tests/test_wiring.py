@@ -107,6 +107,20 @@ def test_noise_has_all_the_digits_and_all_the_draws(monkeypatch: pytest.MonkeyPa
     assert float(noise.std()) == pytest.approx(1.0, abs=0.1)
 
 
+def test_every_bit_of_a_draw_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest of its 53 too, and what is added to a sum is not rounded on the way."""
+    drawn = []
+    for lowest in (0, 1):
+        numbers = torch.full((4, 2), (1 << 52) + lowest, dtype=torch.int64)
+        parts = iter([row.numpy().tobytes() for row in numbers])
+        monkeypatch.setattr(os, "urandom", lambda _count, parts=parts: next(parts))
+        drawn.append(privacy.gaussian((1,)))
+    monkeypatch.undo()
+    assert not torch.equal(*drawn)
+    noised = privacy.noised_mean(torch.zeros(1000), bound=1.0, noise_multiplier=1.0, expected=1.0)
+    assert (noised.float().double() != noised).double().mean() > 0.99
+
+
 def first(note: Callable[..., object], function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that is noted before it is done."""
 
