@@ -213,14 +213,14 @@ def test_weights_come_from_the_register_alone() -> None:
     assert torch.allclose(standing.payload[PROMPT], torch.full((400,), 0.75))
 
 
-def test_a_change_is_judged_by_its_root_mean_square_at_the_very_edge() -> None:
+@pytest.mark.parametrize("most", [0.25, 4.0])
+def test_a_change_is_judged_by_its_root_mean_square_at_the_very_edge(most: float) -> None:
     request = Request("run", 1, "a", 0, {PROMPT: torch.zeros(400)})
-    for size, admitted in ((0.999, True), (1.001, False)):
-        refusal = admit(reply("a", {PROMPT: torch.full((400,), size)}), {"a": request}, {}, 1.0)
-        assert (refusal is None) == admitted, refusal
     one = torch.zeros(400)
-    one[0] = 19.9  # its root mean square is 0.995: not the largest number, and not the length
-    assert admit(reply("a", {PROMPT: one}), {"a": request}, {}, 1.0) is None
+    one[0] = 19.9 * most  # its root mean square is 0.995 of the most: neither its largest number nor its length is
+    for payload, admitted in ((torch.full((400,), 0.999 * most), True), (torch.full((400,), 1.001 * most), False), (one, True)):
+        refusal = admit(reply("a", {PROMPT: payload}), {"a": request}, {}, most)
+        assert (refusal is None) == admitted, refusal
 
 
 def test_an_aggregate_that_is_thrown_away_leaves_no_momentum() -> None:
