@@ -29,7 +29,7 @@ from fedsp.cli import main
 from fedsp.config import PartyConfig
 from fedsp.config_file import make_config, read_config, read_party
 from fedsp.credentials import CERTIFICATE, read_register, sign, verify
-from fedsp.engines import pinned
+from fedsp.engines import joining, pinned
 from fedsp.engines.deployment import gate_command, init_federation, superlink_command
 from fedsp.engines.joining import Client, Lookout, Node, supernode_command
 from fedsp.engines.processes import host_and_port, written
@@ -301,6 +301,14 @@ def test_a_private_client_keeps_its_own_ledger_and_its_own_limit(tmp_path: Path)
 def test_a_limit_on_epsilon_needs_a_promise(place: Path) -> None:
     with pytest.raises(PolicyError, match="so no epsilon holds, and policy.max_epsilon = 3 asks for one"):
         Client(party_of(place, policy={"max_epsilon": 3.0}), Watcher())
+
+
+@pytest.mark.parametrize(("header", "payload"), [(5000, 0), (0, 4 * 4 * 8 * 128 + 1025)])
+def test_a_message_larger_than_a_request_is_not_even_read(header: int, payload: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    client = Client(party_of(place), Watcher(say=said.append))
+    monkeypatch.setattr(joining, "answer", lambda *_, **__: pytest.fail("it was read"))
+    assert client.respond(Frame("x" * header, b"x" * payload)) == Frame("") and "they are more than a prompt has" in said[0]
 
 
 def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place: Path) -> None:

@@ -167,6 +167,10 @@ def join(party: PartyConfig, watcher: Watcher) -> int:
         FedspError: the client cannot take part, or Flower's process on this machine has ended.
     """
     client = Client(party, watcher)
+    if client.agreement.privacy.unit != "example":
+        watcher.say(
+            "this run has no differential privacy: a dishonest owner of the model could make a package whose answers tell words of your text; policy.require_differential_privacy refuses such runs"
+        )
     host, port = host_and_port(party.server, "server")
     for name in (CA, CLIENT_KEY, SERVER_PUBLIC):
         if not (Path(party.keys) / name).is_file():
