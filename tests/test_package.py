@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from families import tiny_causal_lm
 from fedsp import commands
 from fedsp.cli import main
 from fedsp.config import PartyConfig
@@ -36,6 +37,7 @@ from fedsp.engines.processes import host_and_port, written
 from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
 from fedsp.frames import Frame
 from fedsp.package import package_digest, read_agreement, seal_package
+from fedsp.package_check import require_harmless
 from fedsp.payload import PROMPT
 from fedsp.privacy import LEDGER, Ledger
 from fedsp.prompts import read_prompt
@@ -498,6 +500,16 @@ def test_whatever_an_owner_writes_into_a_package_is_a_sentence(
     party = signed_again(place, spoil)
     with contextlib.suppress(FedspError):
         Client(party, Watcher())
+
+
+def test_a_large_base_of_rotations_is_no_size(tmp_path: Path) -> None:
+    tiny_causal_lm("llama", rope_parameters={"rope_type": "default", "rope_theta": 50_000_000}).config.save_pretrained(tmp_path)
+    require_harmless(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["rope_parameters"]["factor"] = 2**40
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(AuxiliaryError, match="factor is larger than any model needs"):
+        require_harmless(tmp_path)
 
 
 def test_a_package_that_clients_would_refuse_is_not_sealed(place: Path) -> None:

@@ -216,9 +216,9 @@ def _bounded(path: Path, key: str, value: Any) -> None:
     if isinstance(value, dict | list):
         if len(value) > LONGEST:
             raise AuxiliaryError(f"{path}: {key} has {len(value)} entries, more than any model needs; ask the owner of the model")
-        for inner in value.values() if isinstance(value, dict) else value:
-            _bounded(path, key, inner)
-    elif isinstance(value, int) and abs(value) > LARGEST:
+        for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
+            _bounded(path, name, inner)
+    elif isinstance(value, int) and abs(value) > LARGEST and "theta" not in key:  # the base of rotations, by which nothing is made
         raise AuxiliaryError(f"{path}: {key} is larger than any model needs ({LARGEST}); ask the owner of the model")
     elif isinstance(value, str) and (len(value) > LONGEST or re.search(r"kernels?[-_/]", value)):
         raise AuxiliaryError(f"{path}: {key} is no text that a configuration needs; ask the owner of the model")
