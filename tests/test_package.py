@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from families import tiny_causal_lm
 from fedsp import commands
 from fedsp.cli import main
+from fedsp.codings import parse_coding
 from fedsp.config import PartyConfig
 from fedsp.config_file import make_config, read_config, read_party
 from fedsp.credentials import CERTIFICATE, read_register, sign, verify
@@ -241,6 +242,7 @@ def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
         ({"round": 4}, "policy", "round 4 is not one of the 3"),
         ({"round": 2, "train": False}, "policy", "round 2 is not one of the 3"),
         ({"round": 4, "train": False}, "policy", "round 4 is not one of the 3"),
+        ({"answer_in": parse_coding("int8")}, "policy", "asks for an answer in int8, the package speaks of float32"),
         ({"payload": {PROMPT: torch.zeros(4, 8, 127)}}, "request", "expected"),
         ({"payload": {PROMPT: torch.full((4, 8, 128), float("nan"))}}, "request", "not finite"),
     ],
