@@ -293,6 +293,11 @@ def test_a_private_client_keeps_its_own_ledger_and_its_own_limit(tmp_path: Path)
     patient = party_of(place, state=str(tmp_path / "state"))
     answered = {run: [respond(Client(patient, Watcher()), run=f"{run:x}", round=round)[0] for round in (1, 2, 3)] for run in range(40)}
     assert [run for run, said_of in answered.items() if "answered" in said_of] == [0, 1]
+    asked = write_request(Request("0", 1, "client-0", 1, {PROMPT: torch.zeros(4, 8, 128)}), patient.package.sha256)
+    opened = Client(patient, Watcher())
+    assert opened._open(asked, "client-0").most == 12.0 and Client(party, Watcher())._open(asked, "client-0").most == 6.0
+    opened.agreement = opened.agreement.model_copy(update={"privacy": opened.agreement.privacy.model_copy(update={"epsilon": None, "noise_multiplier": 4.0})})
+    assert 0 < opened._open(asked, "client-0").most < 12.0, "by noise alone: what both runs cost with it"
     assert Ledger(Path(patient.state) / LEDGER).epsilon(1e-5) <= 12.0, "what was signed, for each of two runs, whatever a server invents"
     for policy, sentence in (
         ({"max_epsilon": 3.0}, "the run may cost epsilon = 6, policy.max_epsilon allows 3"),

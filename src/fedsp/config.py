@@ -214,7 +214,7 @@ class AggregationSection(Section):
     rule: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "centred_clipping", "trust"] = Field(
         "mean", description="mean, or a rule that some clients' lies cannot carry away; trust: by agreement with the server's own step (FLTrust)"
     )
-    malicious: Annotated[float, Field(ge=0.001, le=1)] = Field(
+    malicious: Share = Field(
         0.2,
         description="share of the asked clients that may lie: what a rule other than mean must bear, rounded down; with too few clients for it, or for one liar, the run is refused",
     )
@@ -224,6 +224,13 @@ class AggregationSection(Section):
         None,
         description="acceptance gate: the aggregate is tried on the server's validation questions, and thrown away if its loss is more than this share above the lowest so far; none: no gate",
     )
+
+    @field_validator("malicious")
+    @classmethod
+    def _some_or_none(cls, share: float) -> float:
+        if 0 < share < 0.001:
+            raise ValueError("less than a thousandth is no client of any federation; set it to 0, or to the share that may lie")
+        return share
 
     @property
     def robust(self) -> bool:
