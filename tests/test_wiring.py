@@ -298,3 +298,22 @@ def test_what_a_package_discloses_is_counted_whole() -> None:
             parameter.add_(1.0)
     same: int = sum(parameter.numel() for name, parameter in model.model.named_parameters() if ".layers.1." not in name and ".layers.2." not in name)
     assert disclosed_share(auxiliary, model) == pytest.approx(same / sum(parameter.numel() for parameter in model.model.parameters()), abs=1e-6)
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_one_liar_of_ten_does_not_choose_the_round(lies: bool) -> None:
+    """What clients report in a round is their loss under the prompt of the round before. A mean would go by the one who says 0 once, and the most otherwise."""
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5}
+
+    def exchange(requests: list[Request]) -> list[Update]:
+        told = [
+            Update(request.round, request.client, request.payload, validation=losses[request.round] + int(request.client[1:]) / 100) for request in requests
+        ]
+        if lies:
+            told[0] = replace(told[0], validation=0.0 if requests[0].round == 3 else 1e4)
+        return told
+
+    method: Any = Nothing()
+    rules = replace(RULES, rounds=3, validate_by="clients")
+    final = federate(method, None, {f"c{index}": 1 for index in range(10)}, exchange, rules, standing=None, validate=lambda _: 0.0, keep=lambda *_: None)  # type: ignore[arg-type]
+    assert final.best_round == 1 and final.best_loss == pytest.approx(1.045 if not lies else 1.055, abs=0.011)
