@@ -223,6 +223,14 @@ def test_an_example_moves_a_clipped_sum_by_the_bound_at_most_in_any_precision(pr
         assert most_that_one_moves(model, prompt, lot_of(8), 8) > 1.005, "together they would not keep the promise"
 
 
+def test_what_was_tried_out_in_one_precision_is_not_taken_for_another() -> None:
+    model = PromptedLM(tiny_causal_lm("llama"), "a model")
+    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
+    assert examples_together(model, prompt, 40) == 8
+    reduce_precision(model, "bfloat16", "precision")
+    assert examples_together(model, prompt, 40) == 1
+
+
 @pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "gpt_oss", "mpt", "gemma2"])
 def test_an_example_moves_a_clipped_sum_by_the_bound_at_most_in_families_that_could_mix_a_batch(family: str) -> None:
     model = PromptedLM(tiny_causal_lm(family), "a model")
