@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from fedsp.auxiliary import MANIFEST, disclosed_share
 from fedsp.clients import agreement_of
-from fedsp.config import Agreement, RunConfig
+from fedsp.config import RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.engines.local import local
@@ -189,7 +188,6 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
     whole |= {"precision": "auto"} if config.model.precision in ("8bit", "4bit") else {}  # a package needs all digits
     sections = {"auxiliary": config.auxiliary.model_copy(update={"folder": None}), "model": config.model.model_copy(update=whole)}
     config = config.model_copy(update=sections)
-    seal: Callable[[Path, Agreement], str] | None = None
     if config.federation:
         _require_flower()
         from fedsp.credentials import SIGNING, sign
@@ -197,13 +195,12 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
 
         key = Path(config.federation.folder) / SIGNING
         sign(b"", key)  # a key that cannot be used is not found out after the distillation
-        seal = partial(seal_package, signing_key=key)
     server = open_server(config, load_questions(config))
     started = time.perf_counter()
     unfinished = unfinished_beside(folder)
     try:
         auxiliary = make_auxiliary(server, unfinished, watcher or Watcher())
-        digest = seal(unfinished, agreement_of(config, server.max_tokens)) if seal else auxiliary.digest()
+        digest = seal_package(unfinished, agreement_of(config, server.max_tokens), key) if config.federation else auxiliary.digest()
         move_into_place(unfinished, folder, last=MANIFEST)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -229,6 +226,7 @@ def require_new(folder: Path) -> None:
 class OpenRun:
     """The server's side of a run: the global model, as the run's method reads it, and the best that was tuned."""
 
+    directory: RunDirectory
     server: Server
     model: PromptedLM
     tuned: Tunable
@@ -257,8 +255,8 @@ def open_run(folder: str | Path) -> OpenRun:
     model, tuned = server_side(server)
     if isinstance(tuned, SoftPrompt):
         prompt = read_prompt(directory.best).to(server.model.device)
-        return OpenRun(server, model, prompt, prompt.payload(), {})
-    return OpenRun(server, model, tuned, read_tensors(directory.best)[0], tuned.payload())
+        return OpenRun(directory, server, model, prompt, prompt.payload(), {})
+    return OpenRun(directory, server, model, tuned, read_tensors(directory.best)[0], tuned.payload())
 
 
 def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | None = None, zero_shot: bool = True) -> list[Figures]:
@@ -277,11 +275,11 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
         raise DataError(f"unknown split {split!r}: choose test or validation")
     if not splits[split]:
         raise DataError(f"the run in {folder} has no {split} questions: name a file in data.{split}")
-    RunDirectory.open(Path(folder)).hold_known({f"data.{split}": examples_digest(splits[split])})
+    run.directory.hold_known({f"data.{split}": examples_digest(splits[split])})
     rows = []
     for bare in (True, False) if zero_shot else (False,):
         prefix = run.prefix(zero_shot=bare)
-        room = min(server.max_tokens, server.model.max_positions - server.model.first_position(prefix))
+        room = min(server.max_tokens, server.model.room_behind(length_of(prefix)))
         if room < LEAST_ROOM:
             raise PromptError(
                 f"a prompt of {length_of(prefix)} tokens leaves {room} of the model's {server.model.max_positions} positions for text: use a shorter one"
@@ -303,7 +301,7 @@ def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool =
     if not ids:
         raise DataError("the model's tokenizer makes no token of the text to complete: give other words")
     prefix = run.prefix(zero_shot=zero_shot)
-    room = run.model.max_positions - run.model.first_position(prefix)
+    room = run.model.room_behind(length_of(prefix))
     if len(ids) + most > room:
         raise DataError(f"the text has {len(ids)} tokens and {most} are to follow, but the model reads {room} behind a prompt: shorten it, or ask for fewer")
     new = run.model.generate(torch.tensor(ids, device=server.model.device), prefix, most=most, stop=tokenizer.eos_token_id)

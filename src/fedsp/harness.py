@@ -23,6 +23,7 @@ from fedsp.data.encoding import encode_texts, first_token
 from fedsp.data.tasks import Example
 from fedsp.errors import RunError
 from fedsp.evaluation import score
+from fedsp.models import length_of
 
 
 @register_model("fedsp")
@@ -79,7 +80,7 @@ class TunedPrompt(LM):  # type: ignore[misc]
             )
         if sampled and temperature <= 0:
             raise RunError("the task asks for do_sample without a temperature: set one above 0, or leave do_sample out")
-        room = self._model.max_positions - self._model.first_position(self._prefix)
+        room = self._model.room_behind(length_of(self._prefix))
         if most >= room:
             whose = (
                 "the task asks for"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -198,10 +199,8 @@ def known_keys(kind: type[Any]) -> set[str]:
     """The keys that the configuration of a family has: those it is made of, those it derives, and their other names. Nothing that names code, kernels or another
     form of the weights is among them."""
     named = set(inspect.signature(kind.__init__).parameters).union(*(getattr(base, "__annotations__", {}) for base in kind.__mro__), kind.attribute_map)
-    try:
+    with contextlib.suppress(Exception):  # a configuration that has no default form
         named |= set(kind().to_dict())
-    except Exception:  # a configuration that has no default form
-        named.discard("")
     return {key for key in named if not re.search("auto_map|implementation|quantization|_plan$|^self$|kwargs", key)}
 
 

@@ -126,17 +126,26 @@ class PromptedLM(nn.Module):
 
     def read_padded(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         """The same, each row by itself."""
-        groups = self.rows_read_together(attention_mask, prefix)
-        if groups is None:
-            return self._read(input_ids, attention_mask, prefix)
-        assert attention_mask is not None
-        hidden = torch.zeros(*input_ids.shape, self.shape.hidden, dtype=self.dtype, device=self.device)
-        for rows, width in groups:
-            own = prefix if prefix is None or prefix.dim() == 5 else prefix[rows]
-            hidden[rows, :width] = self._read(input_ids[rows, :width], attention_mask[rows, :width], own)
+        (hidden,) = self.read_apart(lambda *call: [self._read(*call)], input_ids, attention_mask, prefix)
         return hidden
 
-    def rows_read_together(self, attention_mask: Tensor | None, prefix: Tensor | None) -> list[tuple[Tensor, int]] | None:
+    def read_apart(
+        self, read: Callable[[Tensor, Tensor | None, Tensor | None], list[Tensor]], input_ids: Tensor, attention_mask: Tensor | None, prefix: Tensor | None
+    ) -> list[Tensor]:
+        """What `read` makes of tokens, mask and prefix, tensors (B, T, D), with rows apart that may not share a call."""
+        groups = self._rows_read_together(attention_mask, prefix)
+        if groups is None:
+            return read(input_ids, attention_mask, prefix)
+        assert attention_mask is not None
+        whole: list[Tensor] = []
+        for rows, width in groups:
+            part = read(input_ids[rows, :width], attention_mask[rows, :width], prefix if prefix is None or prefix.dim() == 5 else prefix[rows])
+            whole = whole or [found.new_zeros(*input_ids.shape, found.shape[-1]) for found in part]
+            for state, found in zip(whole, part, strict=True):
+                state[rows.to(state.device), :width] = found
+        return whole
+
+    def _rows_read_together(self, attention_mask: Tensor | None, prefix: Tensor | None) -> list[tuple[Tensor, int]] | None:
         """The rows of a padded batch (B, T) that may share a call, and their longest length; None where all of them may. A rotation that changes with the longest
         position of a call would let a long row change the short ones."""
         if self.switch is None or attention_mask is None:
@@ -149,7 +158,15 @@ class PromptedLM(nn.Module):
 
     def first_position(self, prefix: Tensor | None) -> int:
         """The position of the first token behind a prefix."""
-        return length_of(prefix) if self.positions == "hugging_face" else 0
+        return self.positions_taken(length_of(prefix))
+
+    def room_behind(self, length: int) -> int:
+        """The tokens that the model reads behind a prefix of this length."""
+        return self.max_positions - self.positions_taken(length)
+
+    def positions_taken(self, length: int) -> int:
+        """The positions that a prefix of this length takes from a text behind it."""
+        return length if self.positions == "hugging_face" else 0
 
     def rotated_alike(self, one: int, other: int) -> bool:
         """Whether calls that reach so many positions rotate alike, so that what the one has cached serves the other."""
@@ -471,21 +488,14 @@ def length_of(prefix: Tensor | None) -> int:
 
 def hidden_at_depths(model: PromptedLM, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None = None) -> list[Tensor]:
     """The input of every block and then the last hidden states, L + 1 tensors (B, T, D), with gradients."""
-    groups = model.rows_read_together(attention_mask, prefix)
-    if groups is not None:
-        parts = [
-            hidden_at_depths(model, input_ids[rows, :width], attention_mask[rows, :width], prefix if prefix is None or prefix.dim() == 5 else prefix[rows])
-            for rows, width in groups
-        ]
-        states = [part.new_zeros(*input_ids.shape, model.shape.hidden) for part in parts[0]]
-        for (rows, width), part in zip(groups, parts, strict=True):
-            for state, found in zip(states, part, strict=True):
-                state[rows.to(state.device), :width] = found
-        return states
-    inputs: list[Tensor] = []
-    with hooked(model.blocks, lambda _module, arguments, named: inputs.append(hidden_of(arguments, named))):
-        last = model.read_padded(input_ids, attention_mask, prefix)
-    return [*inputs, last]
+
+    def read(*call: Any) -> list[Tensor]:
+        inputs: list[Tensor] = []
+        with hooked(model.blocks, lambda _module, arguments, named: inputs.append(hidden_of(arguments, named))):
+            last = model.read_padded(*call)
+        return [*inputs, last]
+
+    return model.read_apart(read, input_ids, attention_mask, prefix)
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -111,7 +111,7 @@ def examples_together(model: PromptedLM, prompt: SoftPrompt, longest: int) -> in
     if model.together is None:
         lone = _probe(model, 5, seed=0)
         crowds = [[_probe(model, length, seed=seed) for seed in range(1, TOGETHER)] for length in (4, 24)]
-        if model.switch is not None and (prompt.spec.length if model.positions == "hugging_face" else 0) + longest > model.switch.positions:
+        if model.switch is not None and model.positions_taken(prompt.spec.length) + longest > model.switch.positions:
             crowds.append([_probe(model, model.switch.positions + 1, seed=1)])
         alone = _gradients(model, prompt, [lone])
         if not torch.isfinite(alone).all():

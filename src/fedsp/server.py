@@ -191,7 +191,7 @@ def token_limit(config: RunConfig, model: PromptedLM) -> int:
     Raises:
         PromptError: the prompt leaves no room for text.
     """
-    room = model.max_positions - (config.prompt.length if config.model.positions == "hugging_face" else 0)
+    room = model.room_behind(config.prompt.length)
     if room < LEAST_ROOM:
         raise PromptError(f"prompt.length = {config.prompt.length} leaves {room} of the model's {model.max_positions} positions for text: use a shorter prompt")
     return min(room, config.data.max_tokens or room)

@@ -101,7 +101,7 @@ class MlflowLog:
 
     def round(self, record: RoundRecord) -> None:
         """The figures of a round, at its number."""
-        figures = {"server loss": record.server_loss, "validation loss": record.validation, "bytes down": record.bytes_down}
+        figures = {"server loss": record.server_loss, "validation loss": record.validation}
         if not self._untold:
             losses = {f"client {name} loss": loss for name, loss in record.client_losses.items()}
             figures |= {
@@ -110,9 +110,8 @@ class MlflowLog:
                 "answered": len(record.answered),
                 "seconds": record.seconds,
                 "bytes up": record.bytes_up,
+                "bytes down": record.bytes_down,
             }
-        else:
-            del figures["bytes down"]
         self._metrics(figures, record.round)
 
     def finish(self, figures: Mapping[str, Any]) -> None:

@@ -83,8 +83,8 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tok
     """Encode pairs of a context and a continuation; when one is longer than `max_tokens`, the oldest context goes, never the continuation.
 
     As lm-evaluation-harness does it: the context alone, and what the whole text has behind as many tokens. Where a token reaches over that cut and nothing is left
-    behind it, the whole text, cut at the first token that the continuation changes. At least one token of context stays, since the first token of a continuation needs something to be predicted from; so a
-    continuation keeps at most its last `max_tokens` - 1 tokens. `names` says what each pair is called in an error.
+    behind it, the whole text, cut at the first token that the continuation changes. At least one token of context stays, since the first token of a continuation
+    needs something to be predicted from; so a continuation keeps at most its last `max_tokens` - 1 tokens. `names` says what each pair is called in an error.
 
     Raises:
         DataError: a continuation adds and changes no token, or there is nothing that an empty context could begin with.
