@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import socket
 import ssl
@@ -14,13 +15,24 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedsp.credentials import CA, CERTIFICATE, KEY
+from fedsp.credentials import CA, CERTIFICATE, CLIENT_KEY, KEY
 from fedsp.engines import gate
 from fedsp.engines.deployment import init_federation
 from fedsp.engines.processes import free_port
 
-SIGNED = {"flwr-public-key": "a", "flwr-signature": "b"}
+
+def signed(key: Any, time: str = "2026-01-01T00:00:00+00:00") -> dict[str, str]:
+    """The headers of a call, as Flower's node signs it."""
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    signature = key.sign(time.encode(), ec.ECDSA(hashes.SHA256()))
+    return {"flwr-public-key": base64.b64encode(public).decode(), "flwr-signature": base64.b64encode(signature).decode(), "flwr-timestamp": time}
+
+
+def lines(headers: dict[str, str]) -> bytes:
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
 
 
 class Upstream:
@@ -59,8 +71,15 @@ def serving(app: Any, folder: Path, port: int, **more: Any) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("gate") / "federation"
-    init_federation(place, ["a"], "127.0.0.1:8000")
+    init_federation(place, ["a", "b"], "127.0.0.1:8000")
     return place / "server"
+
+
+@pytest.fixture(scope="module")
+def headers(folder: Path) -> dict[str, dict[str, str]]:
+    """What each registered client's calls carry."""
+    keys = {name: serialization.load_ssh_private_key((folder.parent / name / CLIENT_KEY).read_bytes(), None) for name in ("a", "b")}
+    return {name: signed(key) for name, key in keys.items()}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +89,8 @@ def running(folder: Path) -> Iterator[tuple[str, Upstream, ssl.SSLContext]]:
         patch.setattr(gate, "HEADERS_WITHIN", 2.0)
         patch.setattr(gate, "BODY_WITHIN", 3.0)
         patch.setattr(gate, "EACH", 8)
-        with serving(upstream, folder, inner), serving(gate.Gate(inner, folder / CA, folder / "counts"), folder, outer, **gate.SERVING):
+        patch.setattr(gate, "HELD", 10 << 20)
+        with serving(upstream, folder, inner), serving(gate.Gate(inner, folder, folder / "counts"), folder, outer, **gate.SERVING):
             yield f"https://127.0.0.1:{outer}", upstream, ssl.create_default_context(cafile=str(folder / CA))
 
 
@@ -96,49 +116,62 @@ def closed(connection: ssl.SSLSocket, seconds: float = 12.0) -> bool:
     return True
 
 
-def test_a_signed_call_is_passed_on(opened: Any) -> None:
+def test_a_signed_call_is_passed_on(opened: Any, headers: Any) -> None:
     url, upstream, context = opened
-    reply = httpx.post(f"{url}/v1/fleet/pull-messages", content=b"x" * 1000, headers=SIGNED, verify=context)
+    reply = httpx.post(f"{url}/v1/fleet/pull-messages", content=b"x" * 1000, headers=headers["a"], verify=context)
     assert (reply.status_code, reply.text, upstream.seen) == (200, "1000", [("/v1/fleet/pull-messages", 1000)])
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "headers", "status"),
+    ("method", "path"),
     [
-        ("POST", "/v1/control/start-run", SIGNED, 404),
-        ("GET", "/v1/fleet/pull", SIGNED, 404),
-        ("POST", "/v1/fleet/../control/start-run", SIGNED, 404),
-        ("POST", "/v1/fleet/%2e%2e/control/start-run", SIGNED, 404),
-        ("POST", "/v1/fleet/%00", SIGNED, 404),
-        ("POST", "/v1/fleet/a%2Fb", SIGNED, 404),
-        ("POST", "/v1/fleet//control", SIGNED, 404),
-        ("POST", "/v1/fleet/pull?x=1", SIGNED, 404),
-        ("POST", "/v1/fleet/", SIGNED, 404),
-        ("POST", "/v1/fleet/pull", {}, 401),
-        ("POST", "/v1/fleet/pull", {"flwr-public-key": "a"}, 401),
+        ("POST", "/v1/control/start-run"),
+        ("GET", "/v1/fleet/pull"),
+        ("POST", "/v1/fleet/../control/start-run"),
+        ("POST", "/v1/fleet/%2e%2e/control/start-run"),
+        ("POST", "/v1/fleet/%00"),
+        ("POST", "/v1/fleet/a%2Fb"),
+        ("POST", "/v1/fleet//control"),
+        ("POST", "/v1/fleet/pull?x=1"),
+        ("POST", "/v1/fleet/"),
     ],
 )
-def test_nothing_else_is(method: str, path: str, headers: dict[str, str], status: int, opened: Any) -> None:
+def test_nothing_else_is(method: str, path: str, opened: Any, headers: Any) -> None:
     url, upstream, context = opened
     connection = dial(url, context)
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    connection.sendall(f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\nconnection: close\r\n{lines}\r\n".encode())
-    assert connection.recv(4096).startswith(f"HTTP/1.1 {status} ".encode())
+    connection.sendall(f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\nconnection: close\r\n".encode() + lines(headers["a"]) + b"\r\n")
+    assert connection.recv(4096).startswith(b"HTTP/1.1 404 ")
     assert not upstream.seen
 
 
-def test_a_body_without_signature_is_not_waited_for(opened: Any) -> None:
-    url, _, context = opened
-    connection = dial(url, context)
-    connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n\r\n")
-    assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
-
-
-def test_a_body_that_comes_slowly_or_is_too_large_ends(opened: Any) -> None:
+@pytest.mark.parametrize("wrong", ["nothing", "a header less", "an unknown key", "another's signature", "another time", "no base64", "no signature"])
+def test_a_body_is_not_waited_for_unless_a_registered_client_has_signed(wrong: str, opened: Any, headers: Any) -> None:
     url, upstream, context = opened
-    signed = b"flwr-public-key: a\r\nflwr-signature: b\r\n"
+    call = dict(headers["a"])
+    if wrong == "nothing":
+        call = {}
+    elif wrong == "a header less":
+        del call["flwr-timestamp"]
+    elif wrong == "an unknown key":
+        call = signed(ec.generate_private_key(ec.SECP384R1()))
+    elif wrong == "another's signature":
+        call["flwr-signature"] = headers["b"]["flwr-signature"]
+    elif wrong == "another time":
+        call["flwr-timestamp"] = "2026-01-01T00:00:01+00:00"
+    elif wrong == "no base64":
+        call["flwr-public-key"] = "?"
+    else:
+        call["flwr-signature"] = base64.b64encode(b"x").decode()
+    connection = dial(url, context)
+    connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n" + lines(call) + b"\r\n")
+    assert connection.recv(4096).startswith(b"HTTP/1.1 412 " if wrong == "an unknown key" else b"HTTP/1.1 401 ")
+    assert not upstream.seen
+
+
+def test_a_body_that_comes_slowly_or_is_too_large_ends(opened: Any, headers: Any) -> None:
+    url, upstream, context = opened
     slow = dial(url, context)
-    slow.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + signed + b"\r\n")
+    slow.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + lines(headers["a"]) + b"\r\n")
     slow.settimeout(0.5)
     until, said = time.monotonic() + 15, b""
     while not said and time.monotonic() < until:  # each piece in time, the whole not
@@ -146,8 +179,21 @@ def test_a_body_that_comes_slowly_or_is_too_large_ends(opened: Any) -> None:
             slow.sendall(b"x")
             said = slow.recv(4096)
     assert said.startswith(b"HTTP/1.1 408 ")
-    reply = httpx.post(f"{url}/v1/fleet/push", content=b"x" * (gate.LARGEST + 1), headers=SIGNED, verify=context)
+    reply = httpx.post(f"{url}/v1/fleet/push", content=b"x" * (gate.LARGEST + 1), headers=headers["a"], verify=context)
     assert reply.status_code == 413 and not upstream.seen
+
+
+def test_one_client_cannot_take_the_memory_of_others(opened: Any, headers: Any) -> None:
+    url, upstream, context = opened
+    first = dial(url, context)
+    first.sendall(b"POST /v1/fleet/push HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n" + lines(headers["a"]) + b"\r\n" + b"x" * 7_900_000)
+    refused = httpx.post(f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["a"], verify=context)
+    other = httpx.post(f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["b"], verify=context)
+    assert (refused.status_code, other.status_code, upstream.seen) == (503, 200, [("/v1/fleet/push", 7_000_000)])
+    first.sendall(b"x" * 100_000)
+    assert first.recv(4096).startswith(b"HTTP/1.1 200 ")
+    again = httpx.post(f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["a"], verify=context)
+    assert again.status_code == 200, "the share of a client is not given back"
 
 
 def test_headers_without_end_or_that_do_not_come_are_cut_off(opened: Any) -> None:
@@ -163,15 +209,14 @@ def test_headers_without_end_or_that_do_not_come_are_cut_off(opened: Any) -> Non
     assert not upstream.seen
 
 
-def test_one_address_cannot_keep_the_gate_from_others(opened: Any) -> None:
+def test_one_address_cannot_keep_the_gate_from_others(opened: Any, headers: Any) -> None:
     """Connections above its share are cut, and those that it has wait for nobody else's body."""
     url, upstream, context = opened
-    signed = b"flwr-public-key: a\r\nflwr-signature: b\r\n"
     held = []
     for _ in range(gate.EACH - 1):
         held.append(connection := dial(url, context))
-        connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + signed + b"\r\nx")
-    reply = httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=SIGNED, verify=context)
+        connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + lines(headers["a"]) + b"\r\nx")
+    reply = httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context)
     assert reply.status_code == 200 and upstream.seen == [("/v1/fleet/pull", 1)]
     more = []
     for _ in range(6):
@@ -184,7 +229,7 @@ def test_one_address_cannot_keep_the_gate_from_others(opened: Any) -> None:
     until = time.monotonic() + 20
     while time.monotonic() < until:
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=SIGNED, verify=context).status_code == 200:
+            if httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context).status_code == 200:
                 return
         time.sleep(0.1)
     pytest.fail("the share of an address is not given back")

@@ -121,6 +121,25 @@ def read_register(folder: Path) -> dict[str, Member]:
     return register
 
 
+def client_keys(folder: Path) -> dict[bytes, ec.EllipticCurvePublicKey]:
+    """The public keys of the clients in a server's register, by their PEM form, in which Flower's calls name them.
+
+    Raises:
+        ConfigurationError: the register cannot be read.
+        CredentialError: a key in it cannot be.
+    """
+    keys: dict[bytes, ec.EllipticCurvePublicKey] = {}
+    for member in read_register(folder).values():
+        try:
+            key = serialization.load_ssh_public_key(member.public_key.read_bytes())
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            raise CredentialError(f"cannot read the client's public key {member.public_key}: {error}") from error
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise CredentialError(f"{member.public_key} is no ECDSA key: take the one that `fedsp federation init` made for this client")
+        keys[key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)] = key
+    return keys
+
+
 def sign(statement: bytes, key: Path) -> str:
     """The Ed25519 signature of a statement, in hexadecimal.
 
