@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from fedsp.config_file import PRESETS, make_config, read_config, template
+from fedsp.config_file import PRESETS, PROFILES, make_config, read_config, template
 from fedsp.errors import ConfigurationError
 
 SMALL = {"model": {"name": "embedded"}, "data": {}, "distill": {"text": ["x.txt"]}}
@@ -78,7 +79,29 @@ def test_the_written_template_is_the_preset(preset: str, tmp_path: Path) -> None
     text = "" if preset == "paper" else 'distill.text=["x.txt"]'
     read = read_config(path, ["model.name=embedded", *([text] if text else [])])
     assert read == make_config({"preset": preset, "model": {"name": "embedded"}, "data": {}, **({} if preset == "paper" else {"distill": {"text": ["x.txt"]}})})
-    assert set(tomllib.loads(path.read_text())) >= {"preset", "seed", "data", "round", "client"}
+    set_there = tomllib.loads(path.read_text())
+    assert set_there.pop("preset") == preset and set(set_there) >= {"data", "round", "client"} and not any(set_there.values()), "only the preset is set"
+    for line in path.read_text().splitlines()[2:]:
+        assert re.match(r"(# )?\w+ = .*  # .+|\[\w+\]  # .+|$", line), line
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_profile_or_preset_given_beside_a_written_template_counts(preset: str, profile: str, tmp_path: Path) -> None:
+    """A template that set every default would silently overrule both."""
+    path = tmp_path / "run.toml"
+    path.write_text(template("messenger"))
+    set_here = [
+        "model.name=embedded",
+        'distill.text=["x.txt"]',
+        f"preset={preset}",
+        f"profile={profile}",
+        *(["client.align_steps=0"] if profile == "dp-example" else []),
+    ]
+    read = read_config(path, set_here)
+    for section, values in {**PRESETS[preset], **PROFILES[profile]}.items():
+        expected = {**PRESETS[preset].get(section, {}), **PROFILES[profile].get(section, {}), **({"text": ["x.txt"]} if section == "distill" else {})}
+        assert getattr(read, section).model_dump().items() >= expected.items(), (section, values)
 
 
 def test_overrides_are_toml_and_paths_follow_the_file(tmp_path: Path) -> None:

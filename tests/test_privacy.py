@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,13 @@ from fedsp.parties import Party, Rest
 from fedsp.payload import PROMPT, Payload, as_row
 from fedsp.per_example import example_gradients, example_losses
 from fedsp.privacy import Ledger, Release, clipped_sum, epsilon, gaussian, noise_for, noised_mean, poisson_sample, private_mean
-from fedsp.private_fitting import ExamplePrivacy, PrivateSteps, examples_together, fit_privately, private_gradient
+from fedsp.private_fitting import ALONE, ExamplePrivacy, PrivateSteps, examples_together, fit_privately, private_gradient
 from fedsp.prompts import PromptSpec, SoftPrompt
 from fedsp.rounds import Request
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
 from fedsp.statement import privacy_statement
-from fedsp.storage import locked
+from fedsp.storage import locked, write_json
 from test_run import settings
 
 DELTA = 1e-5
@@ -339,6 +340,7 @@ def test_a_private_run_pays_first_and_tells_nothing_else(tmp_path: Path) -> None
     statement = json.loads((folder / "privacy_statement.json").read_text())
     assert statement["unit"] == "example" and 7 < statement["epsilon"] <= 8.0 and statement["delta"] == DELTA
     assert "epsilon" in statement["sentence"] and statement["not_covered"]
+    assert 0 < statement["self_test"]["largest_difference"] <= ALONE == statement["self_test"]["allowed"] and statement["self_test"]["examples_together"] == 8
 
 
 def test_two_private_runs_of_one_seed_differ(tmp_path: Path) -> None:
@@ -372,7 +374,18 @@ def test_an_answer_is_given_once_and_a_budget_is_kept(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="validation by clients"):
         method.client_update(party, replace(request, train=False))
     with pytest.raises(PolicyError, match="more than this client's budget of epsilon = 0.5"):
-        method.client_update(replace(party, most=0.5), replace(request, run="another", payload=other))
+        method.client_update(replace(party, most=0.5, rest=Rest(tmp_path / "another")), replace(request, run="another", payload=other))
+
+
+def test_a_client_whose_ledger_was_taken_away_answers_nothing(tmp_path: Path) -> None:
+    """The ledger and its head may both be gone: what was answered is still there."""
+    method, party, request = private_party(tmp_path)
+    method.client_update(party, request)
+    assert party.ledger is not None
+    for path in (party.ledger.path, party.ledger.path.with_name(f"{privacy.LEDGER}.head")):
+        path.unlink()
+    with pytest.raises(StorageError, match="does not know of round 1, which was answered.* restore it from a backup"):
+        method.client_update(replace(party, ledger=Ledger(party.ledger.path)), replace(request, round=2))
 
 
 def test_a_round_is_answered_once_for_ever_also_when_its_answer_is_no_longer_kept(tmp_path: Path) -> None:
@@ -391,7 +404,9 @@ def test_a_round_is_answered_once_for_ever_also_when_its_answer_is_no_longer_kep
     assert party.ledger.releases() == paid
 
 
-@pytest.mark.parametrize("what", ["removed", "a line less", "a line less and its head", "changed", "another", "head changed", "head removed"])
+@pytest.mark.parametrize(
+    "what", ["removed", "a line less", "a line less and its head", "changed", "another", "head changed", "head removed", "the head of two lines before"]
+)
 def test_a_ledger_that_is_not_the_one_written_last_is_refused(what: str, tmp_path: Path) -> None:
     path = tmp_path / privacy.LEDGER
     head = tmp_path / f"{privacy.LEDGER}.head"
@@ -415,12 +430,32 @@ def test_a_ledger_that_is_not_the_one_written_last_is_refused(what: str, tmp_pat
         path.write_bytes(other.path.read_bytes())
     elif what == "head changed":
         head.write_text("nonsense")
-    else:
+    elif what == "head removed":
         head.unlink()
-        assert Ledger(path).releases() == (Release(1.0, 0.5, 6),), "a crash between the line and its head leaves the head behind, and none before the first"
-        return
+    else:
+        head.write_text(json.dumps({"lines": 1, "chain": json.loads(lines[0])["chain"]}))
     with pytest.raises(StorageError, match="restore .* from a backup"):
         Ledger(path)
+
+
+def test_a_crash_between_a_line_of_the_ledger_and_its_head_loses_nothing(tmp_path: Path) -> None:
+    """However often it comes: each time the head is a line behind, and before the first line there is none."""
+    path, head = tmp_path / privacy.LEDGER, tmp_path / f"{privacy.LEDGER}.head"
+
+    def killed_at(round: int, written: list[int], where: Path, values: dict[str, Any]) -> None:
+        if values["lines"] == round:
+            raise OSError(5, "killed")
+        written.append(values["lines"])
+        write_json(where, values)
+
+    for round in (1, 2, 3, 4):
+        ledger, written = Ledger(path), list[int]()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(privacy, "write_json", partial(killed_at, round, written))
+            with pytest.raises(StorageError, match="nothing was released"):
+                ledger.spend(Release(1.0, 0.5, 2), run="run", round=round)
+        assert Ledger(path).releases() == (Release(1.0, 0.5, 2 * round),) and written == ([round - 1] if round > 1 else [])
+    assert json.loads(head.read_bytes())["lines"] == 3
 
 
 def test_a_crash_between_a_line_and_its_head_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,6 +644,26 @@ def test_a_client_level_server_pays_before_it_releases(tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         commands.run(settings(tmp_path, **CLIENT))
     assert sum(release.count for release in Ledger(tmp_path / "run" / privacy.LEDGER).releases()) == 1
+
+
+def test_a_client_level_run_whose_ledger_was_taken_away_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep, kept = RunDirectory.keep, 0
+
+    def killed(self: RunDirectory, *arguments: Any) -> None:
+        nonlocal kept
+        kept += 1
+        if kept == 2:
+            raise KeyboardInterrupt
+        keep(self, *arguments)
+
+    monkeypatch.setattr(RunDirectory, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        commands.run(settings(tmp_path, **CLIENT))
+    monkeypatch.setattr(RunDirectory, "keep", keep)
+    for path in (tmp_path / "run").glob(f"{privacy.LEDGER}*"):
+        path.unlink()
+    with pytest.raises(StorageError, match="knows of fewer releases than the 1 rounds that are done.* restore it from a backup"):
+        commands.resume(tmp_path / "run")
 
 
 def test_a_spent_budget_stops_a_client_level_run(tmp_path: Path) -> None:

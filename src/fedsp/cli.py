@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from fedsp.errors import ConfigurationError, DataError, FedspError, RunError
+from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, FedspError, RunError
 
 if TYPE_CHECKING:
     from fedsp.config import RunConfig
@@ -50,7 +50,7 @@ def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("run.toml"),
     preset: Annotated[str, typer.Option(help="messenger, or paper for FedSP to the letter.")] = "messenger",
 ) -> None:
-    """Write a commented run.toml with every key, its default and its unit."""
+    """Write a commented run.toml with every key of a run and its default."""
     from fedsp.config_file import PRESETS, template
     from fedsp.errors import did_you_mean
     from fedsp.storage import write_bytes
@@ -60,7 +60,8 @@ def init(
     if path.exists():
         raise ConfigurationError(f"{path} exists: give another name or remove it")
     write_bytes(path, template(preset).encode())
-    typer.echo(f"{path} is written: set model.name and data.train, then `fedsp plan {path}` and `fedsp run {path}`")
+    public = "" if PRESETS[preset]["distill"]["text"] else ", distill.text"
+    typer.echo(f"{path} is written: set model.name, data.train{public} and data.test, then `fedsp plan {path}` and `fedsp run {path}`")
 
 
 @app.command()
@@ -148,6 +149,37 @@ def join(party: Annotated[Path, typer.Argument(help="This client's TOML file; `f
         display.print(f"the run is finished; {answered} requests were answered")
 
 
+@app.command()
+def inspect(
+    package: Annotated[Path, typer.Argument(help="The folder that the owner of the model has handed over.")],
+    text: Annotated[
+        Optional[Path],
+        typer.Option(help="A text file in the model's language, yours or anybody's: nothing leaves this machine. Otherwise a short English one."),
+    ] = None,
+    reference: Annotated[
+        Optional[str], typer.Option(help="A model that you trust, hub name or folder: the package's matrices are held against those of its layers.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Look at a package before joining: is it a language model, or was it made by hand to tell words of your text? Exit code 2 where something is unusual."""
+    from fedsp import commands
+    from fedsp.display import Display, figures_table, rows_table
+
+    with Display() as display:
+        found = commands.inspect(package, text=text, reference=reference)
+        display.print(figures_table("Package", {key: found[key] for key in ("sha256", "differential_privacy")} | found["figures"]))
+        display.print(rows_table("Weight matrices, the unlikeliest first", found["tensors"][:5]))
+        display.print(rows_table("Attention", found["attention"]))
+        for sentence in found["unusual"]:
+            display.print(f"unusual: {sentence}")
+    _write(json_file, found)
+    if found["unusual"]:
+        raise AuxiliaryError(
+            f"{package} is unusual in {len(found['unusual'])} ways: ask the owner of the model why before you join, or set policy.require_differential_privacy"
+        )
+    typer.echo("Nothing unusual was found, which proves nothing: a trap can be hidden in a model that reads well (docs/security.md).")
+
+
 federation = typer.Typer(name="federation", help="Prepare a deployment.", no_args_is_help=True)
 app.add_typer(federation)
 
@@ -173,7 +205,7 @@ def audit(
     only: Annotated[
         Optional[str],
         typer.Option(
-            help="Some of them, with commas: disclosure, model, membership, inversion, epsilon; traffic, depths. Otherwise the first four, and epsilon where one is promised."
+            help="Some of them, with commas: disclosure, model, membership, inversion, trap, epsilon; traffic, depths. Otherwise the first five, and epsilon where one is promised."
         ),
     ] = None,
     shadows: Annotated[int, typer.Option(help="Shadow runs of the membership audit; each costs about as much as the run's rounds did.")] = 16,

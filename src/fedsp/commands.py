@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 
-from fedsp.auxiliary import MANIFEST, disclosed_share
+from fedsp.auxiliary import MANIFEST, disclosed_share, load_auxiliary
 from fedsp.clients import agreement_of
 from fedsp.config import RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
 from fedsp.data.encoding import decode_behind, encode_texts
+from fedsp.data.files import read_passages
 from fedsp.engines.local import local
 from fedsp.errors import ConfigurationError, DataError, FedspError, PromptError, RunError
 from fedsp.experiment import robust_rule, run_experiment
+from fedsp.inspection import inspect_auxiliary
+from fedsp.loading import choose_device, load_model
 from fedsp.models import PromptedLM, length_of
 from fedsp.parties import Tunable
 from fedsp.payload import Payload
 from fedsp.plan import make_plan
 from fedsp.prompts import SoftPrompt, export_peft, read_prompt
 from fedsp.runs import LOCK, RunDirectory, differing_keys, find_runs
-from fedsp.server import LEAST_ROOM, Server, Watcher, examples_digest, load_questions, make_auxiliary, open_server, score_test
+from fedsp.server import EMBEDDED, LEAST_ROOM, Server, Watcher, examples_digest, load_questions, make_auxiliary, open_server, score_test
 from fedsp.sides import server_side
 from fedsp.storage import locked, move_into_place, read_tensors, unfinished_beside
 from fedsp.tracking import tracked
@@ -210,6 +213,27 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Watcher | None = 
         "disclosed_share": disclosed_share(auxiliary, server.model) if auxiliary.discloses is None else auxiliary.discloses,
         "seconds": time.perf_counter() - started,
     }
+
+
+def inspect(folder: str | Path, *, text: str | Path | None = None, reference: str | None = None) -> Figures:
+    """What a package looks like to whoever is handed it (`fedsp.inspection`), on a text file, or on the text that comes with fedsp, and beside a model that is trusted,
+    by hub name or folder; with the digest to compare with the owner's.
+
+    Raises:
+        FedspError: the package, the text or the model cannot be used.
+    """
+    _require_flower()
+    from fedsp.package import AGREEMENT, package_digest, read_agreement
+    from fedsp.package_check import require_harmless
+
+    folder = Path(folder)
+    digest = package_digest(folder)
+    require_harmless(folder)
+    private = (folder / AGREEMENT).exists() and read_agreement(folder).privacy.unit == "example"
+    auxiliary = load_auxiliary(folder, device=choose_device("auto"), positions="hugging_face")
+    trusted = load_model(reference, precision="float32") if reference else None
+    words = "\n\n".join(read_passages([text or EMBEDDED / "public.txt"]))
+    return {"folder": str(folder), "sha256": digest, "differential_privacy": private, **inspect_auxiliary(auxiliary, words, trusted)}
 
 
 def require_new(folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from fedsp.config import PartyConfig, RunConfig, Section
 from fedsp.errors import ConfigurationError, did_you_mean, first_line
@@ -214,30 +215,35 @@ def _section(root: type[Section], path: list[Any]) -> type[Section]:
 
 def template(preset: str) -> str:
     """A commented `run.toml` with every key of a run in one place, its default under the preset, and its description."""
-    return template_of(RunConfig, {"preset": preset, **PRESETS[preset]}, "A fedsp run. Every key with its default; what is commented out has none.")
+    return template_of(RunConfig, {"preset": preset}, "A fedsp run.", PRESETS[preset])
 
 
-def template_of(root: type[Section], values: Mapping[str, Any], title: str) -> str:
-    """A commented TOML file with every key of a configuration: `values` where given, else the defaults. Optional sections appear where `values` has them."""
-    lines = [f"# {title}", ""]
+def template_of(root: type[Section], values: Mapping[str, Any], title: str, defaults: Mapping[str, Any] | None = None) -> str:
+    """A commented TOML file with every key of a configuration: those of `values` as given, and all others, behind a #, with their defaults, `defaults` before the
+    program's own, so that a preset or a profile still has its say. Optional sections appear where `values` has them."""
+    filled = defaults or {}
+    lines = [f"# {title} Behind a # stands every other key with its default: take the # away to set one.", ""]
     for name, field in root.model_fields.items():
         section: Any = _section(root, [name])
         if not (isinstance(section, type) and issubclass(section, Section)):
-            lines.append(_template_line(name, values.get(name, None if field.is_required() else field.default), field.description))
+            lines.append(_template_line(name, values, filled, field))
             continue
         if field.default is None and name not in values:
             continue
         lines += ["", f"[{name}]  # {(section.__doc__ or '').strip()}"]
-        given = values.get(name, {})
-        lines += [
-            _template_line(key, given.get(key, None if inner.is_required() else inner.default), inner.description)
-            for key, inner in section.model_fields.items()
-        ]
+        lines += [_template_line(key, values.get(name, {}), filled.get(name, {}), inner) for key, inner in section.model_fields.items()]
     return "\n".join(lines) + "\n"
 
 
-def _template_line(key: str, value: Any, description: str | None) -> str:
-    if value is None:
-        return f"# {key} =   # {description}"
-    text = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"') if isinstance(value, str | list) else f"{value}"
-    return f"{key} = {text}  # {description}"
+def _template_line(key: str, values: Mapping[str, Any], defaults: Mapping[str, Any], field: FieldInfo) -> str:
+    value = values.get(key, defaults.get(key, None if field.is_required() else field.default))
+    text = (
+        ""
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else repr(value).replace("'", '"')
+        if isinstance(value, str | list)
+        else f"{value}"
+    )
+    return f"{'' if key in values else '# '}{key} = {text}  # {field.description}"

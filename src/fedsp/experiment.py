@@ -24,7 +24,7 @@ from fedsp.config import RunConfig
 from fedsp.cost import measure
 from fedsp.data.encoding import Encoded, encode_targets
 from fedsp.data.tasks import Example, Task
-from fedsp.errors import PrivacyError
+from fedsp.errors import PrivacyError, StorageError
 from fedsp.evaluation import Scored, by_client, encode_choices
 from fedsp.federation import Rules, Standing, federate
 from fedsp.loading import in_few_bits
@@ -84,7 +84,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Exchange], wat
         return loss
 
     def state(asking: Sequence[str] = ()) -> dict[str, Any] | None:
-        statement = privacy_statement(run, sides.clients.register, server.max_tokens, asking)
+        statement = privacy_statement(run, sides.clients.register, server.max_tokens, asking, tried=auxiliary or sides.model)
         if statement:
             write_json(run.path / STATEMENT, statement)
         return statement
@@ -224,6 +224,7 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
 
     Raises:
         PrivacyError: no noise is enough, or delta is no promise for so many clients.
+        StorageError: the ledger is not the one that the rounds so far were paid from.
         TooFewClients: fewer are asked than the robust rule needs.
     """
     privacy, rounds = config.privacy, config.round.rounds
@@ -235,7 +236,11 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
         expected = config.round.asked(clients)
         rate = expected / clients
         noise = privacy.noise_multiplier or noise_for(privacy.epsilon or 0.0, privacy.delta, rate, rounds)
-        ledger = Ledger(run.path / LEDGER)
+        ledger, done = Ledger(run.path / LEDGER), len(run.records())
+        if sum(release.count for release in ledger.releases()) < done:
+            raise StorageError(
+                f"the privacy ledger {ledger.path} knows of fewer releases than the {done} rounds that are done: what was spent is not known; restore it from a backup"
+            )
         return {"combine": PrivateMean(privacy.clip, noise, rate, expected, privacy.delta, privacy.epsilon, ledger), "sampling_rate": rate}
     robust = robust_rule(config, clients)
     return {"combine": robust} if robust else {}

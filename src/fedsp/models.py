@@ -79,6 +79,8 @@ class PromptedLM(nn.Module):
         self._first = (next(model.parameters()),)  # in a tuple, so that it is not this module's own
         self.together: int | None = None
         """How many examples may go through it together where each is promised something of its own; None until that was tried out."""
+        self.largest_difference: float | None = None
+        """By which share of its length neighbours changed an example's gradient at most when it was; None until then."""
         self._output: Any = None
         self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._plain_calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

@@ -183,8 +183,8 @@ class Ledger:
     """What has been released of some text, in a file: one line per release, on the disk before the release leaves. It is never taken back.
 
     A line that a crash cut short was followed by no release, and is dropped. Each line carries a digest of itself and of all lines before it, and the newest
-    digest stands in a second file, so that a ledger that was shortened, changed or removed is found out. Whoever takes back both files, and whatever else was
-    written since, is not.
+    digest stands in a second file, so that a ledger of which either was shortened, changed or removed is found out. What both were taken back to is held against
+    what was released since (`PrivateAnswers`, `rules_of`).
 
     Raises:
         StorageError: the file cannot be read, a line of it is no release, or it is not the file that was written.
@@ -207,7 +207,8 @@ class Ledger:
                 self._chain = str(entry["chain"])
                 chains.append(self._chain)
             lines = head["lines"]
-            kept = isinstance(lines, int) and 0 <= lines < len(chains) and chains[lines] == head["chain"]
+            self._behind = lines == len(self._entries) - 1  # a crash came between a line and its head
+            kept = isinstance(lines, int) and max(0, len(self._entries) - 1) <= lines < len(chains) and chains[lines] == head["chain"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"the privacy ledger {path} or {self._head.name} beside it cannot be read: what was spent is not known; restore both from a backup"
@@ -240,6 +241,8 @@ class Ledger:
         entry["chain"] = _chained(entry, self._chain)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._behind:
+                self._write_head()
             new = not self.path.exists()
             with open(self.path, "ab+") as file:
                 file.seek(0)
@@ -249,13 +252,17 @@ class Ledger:
                 os.fsync(file.fileno())
             if new:
                 sync_folder(self.path.parent)
-            write_json(self._head, {"lines": len(self._entries) + 1, "chain": entry["chain"]})
+            self._entries.append(entry)
+            self._chain = entry["chain"]
+            self._write_head()
         except OSError as error:
             raise StorageError(
                 f"cannot write the privacy ledger {self.path}: {error.strerror or error}; nothing was released; free some space, then resume"
             ) from error
-        self._entries.append(entry)
-        self._chain = entry["chain"]
+
+    def _write_head(self) -> None:
+        write_json(self._head, {"lines": len(self._entries), "chain": self._chain})
+        self._behind = False
 
 
 def _release(entry: Mapping[str, Any]) -> Release:

@@ -124,6 +124,7 @@ def examples_together(model: PromptedLM, prompt: SoftPrompt, longest: int) -> in
             if _moved(_gradients(model, prompt, [lone]), alone) > max(ALONE, 4 * rounding):
                 raise PrivacyError(f"{model.name} reads an example otherwise after another was read, so no bound holds for one example: take another model")
         beside = max(_moved(_gradients(model, prompt, [lone, *crowd])[:1], alone) for crowd in crowds)
+        model.largest_difference = beside
         model.together = 1 if in_few_bits(model) or beside > ALONE else TOGETHER
     return model.together
 

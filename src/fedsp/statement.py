@@ -11,8 +11,9 @@ from typing import Any
 
 from fedsp.clients import agreement_of, example_privacy
 from fedsp.config import RunConfig
+from fedsp.models import PromptedLM
 from fedsp.privacy import LEDGER, Ledger, Release, epsilon, merged
-from fedsp.private_fitting import PrivateSteps
+from fedsp.private_fitting import ALONE, PrivateSteps
 from fedsp.runs import RunDirectory
 from fedsp.tracking import PUBLISHED
 
@@ -27,11 +28,13 @@ NOT_COVERED = [
 ]
 
 
-def privacy_statement(run: RunDirectory, register: Mapping[str, int], max_tokens: int, asking: Sequence[str] = ()) -> dict[str, Any] | None:
+def privacy_statement(
+    run: RunDirectory, register: Mapping[str, int], max_tokens: int, asking: Sequence[str] = (), *, tried: PromptedLM | None = None
+) -> dict[str, Any] | None:
     """The statement of a run as it stands after its last round; None where no promise is made.
 
     At example level it is the worst over clients, each counted for every round it was asked in, whether its answer arrived or not, and for the one that it is
-    about to be asked in (`asking`). Where clients are elsewhere the server does not know how many examples they have, so what their ledgers hold it to is stated.
+    about to be asked in (`asking`), with what its self-test found of the model that clients read with (`tried`). Where clients are elsewhere the server does not know how many examples they have, so what their ledgers hold it to is stated.
     """
     config = run.config
     if config.privacy.unit == "none" or not register:
@@ -39,7 +42,7 @@ def privacy_statement(run: RunDirectory, register: Mapping[str, int], max_tokens
     if config.privacy.unit == "client":
         about = _client_level(run, register)
     else:
-        about = _elsewhere(run) if config.federation else _example_level(run, register, max_tokens, asking)
+        about = _elsewhere(run) if config.federation else _example_level(run, register, max_tokens, asking) | _self_test(tried)
     spent, delta = "an epsilon that only its own ledger knows" if about["epsilon"] is None else f"epsilon = {about['epsilon']:.3g}", config.privacy.delta
     return about | {
         "adjacency": f"one {about['of']} added or removed",
@@ -77,6 +80,13 @@ def _example_level(run: RunDirectory, register: Mapping[str, int], max_tokens: i
         "worst_client": worst,
         "epsilon_by_client": spent,
     }
+
+
+def _self_test(tried: PromptedLM | None) -> dict[str, Any]:
+    """What a client found before it began: by which share of its length other examples of a step changed one's gradient at most, and how many then share one."""
+    if tried is None or tried.largest_difference is None:
+        return {}
+    return {"self_test": {"largest_difference": tried.largest_difference, "allowed": ALONE, "examples_together": tried.together}}
 
 
 def _elsewhere(run: RunDirectory) -> dict[str, Any]:

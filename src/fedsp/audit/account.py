@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedsp.audit.tables import DISCLOSURE, EPSILON, INVERSION, MEMBERSHIP, MODEL, Finding, holds, interval, read_found
+from fedsp.audit.tables import DISCLOSURE, EPSILON, INVERSION, MEMBERSHIP, MODEL, TRAP, Finding, holds, interval, read_found
 from fedsp.errors import RunError
 from fedsp.robust import RULES, liars_of
 from fedsp.runs import RunDirectory, read_json
@@ -53,7 +53,7 @@ def _of_the_text(run: RunDirectory, asked: int) -> list[str]:
     if not asked:
         return ["No client was asked: what was trained on lies where the model does."]
     said = ["The server sees every client's update: there is no secure aggregation."]
-    told, read = read_found(run.path, MEMBERSHIP), read_found(run.path, INVERSION)
+    told, read, trapped = (read_found(run.path, file) for file in (MEMBERSHIP, INVERSION, TRAP))
     if told:
         best = {row["observer"]: row for row in sorted(told["rows"], key=lambda row: float(row["auc"][0]))}
         each = "; ".join(f"{who} {interval(row['auc'], '{:.2f}')} by {row['attack']}" for who, row in best.items())
@@ -72,7 +72,12 @@ def _of_the_text(run: RunDirectory, asked: int) -> list[str]:
         said.append(
             f"Out of ten plausible texts a client's update picks the right one in {interval(picked['right'], '{:.0%}')}; a guess does in {picked['guess']:.0%}."
         )
-    missing = [f"`{name}`" for name, found in (("membership", told), ("inversion", read)) if not found]
+    if trapped:
+        row = trapped["rows"][0]
+        said.append(
+            f"With a package made for it, a dishonest owner of the model is told rightly of {interval(row['right'], '{:.0%}')} of the words that it seeks whether they stand in a client's {row['examples']:.0f} examples, in one round; a guess does of 50%."
+        )
+    missing = [f"`{name}`" for name, found in (("membership", told), ("inversion", read), ("trap", trapped)) if not found]
     if missing and _audited(run, asked):
         said.append(f"Not measured: the audit{'s' if len(missing) > 1 else ''} {' and '.join(missing)}.")
     return said

@@ -15,6 +15,7 @@ from fedsp.audit.model import audit_model
 from fedsp.audit.promise import audit_epsilon, check_promise
 from fedsp.audit.shadows import check_audited
 from fedsp.audit.tables import TABLES, Figures, Finding
+from fedsp.audit.trap import audit_trap
 from fedsp.commands import traffic
 from fedsp.errors import ConfigurationError, RunError, did_you_mean
 from fedsp.runs import RunDirectory
@@ -80,7 +81,7 @@ def check(folder: Path, only: str | None, options: Options) -> dict[str, str]:
         RunError: the run is not finished, or one that was named, or all, are not for it.
     """
     run = RunDirectory.open(folder)
-    usual = ["disclosure", "model", "membership", "inversion", *(["epsilon"] if run.config.privacy.unit != "none" else [])]
+    usual = ["disclosure", "model", "membership", "inversion", "trap", *(["epsilon"] if run.config.privacy.unit != "none" else [])]
     names = usual if only is None else [name.strip() for name in only.split(",") if name.strip()]
     unknown = next((name for name in names if name not in AUDITS), None)
     if unknown is not None or not names:
@@ -149,5 +150,6 @@ AUDITS: dict[str, Audit] = {
         _membership,
     ),
     "inversion": Audit(lambda folder, options, watcher: audit_inversion(folder, examples=options.texts, watcher=watcher), TABLES["inversion"], _inversion),
+    "trap": Audit(lambda folder, options, watcher: audit_trap(folder, watcher=watcher), TABLES["trap"], lambda run, options: check_audited(run)),
     "epsilon": Audit(lambda folder, options, watcher: audit_epsilon(folder, watcher=watcher), TABLES["epsilon"], lambda run, options: check_promise(run)),
 }

@@ -10,7 +10,9 @@ from typing import Any
 from fedsp.errors import RunError
 from fedsp.runs import read_json
 
-DISCLOSURE, DEPTHS, MEMBERSHIP, INVERSION, MODEL, EPSILON = (f"{name}.json" for name in ("disclosure", "depths", "membership", "inversion", "model", "epsilon"))
+DISCLOSURE, DEPTHS, MEMBERSHIP, INVERSION, MODEL, EPSILON, TRAP = (
+    f"{name}.json" for name in ("disclosure", "depths", "membership", "inversion", "model", "epsilon", "trap")
+)
 NEAR = 0.1
 """Relative distance of a tensor up to which it counts as nearly disclosed."""
 
@@ -177,6 +179,19 @@ def model_tables(figures: Figures) -> list[Finding]:
     ]
 
 
+def trap_tables(figures: Figures) -> list[Finding]:
+    """What would a dishonest owner of the model learn?"""
+    private = "no differential privacy" if figures["epsilon"] is None else f"epsilon = {figures['epsilon']:.3g}"
+    rows = [
+        {"examples of a client": f"{row['examples']:.0f}", "words": row["words"], "told rightly": interval(row["right"], "{:.0%}"), "by guessing": "50%"}
+        for row in figures["rows"]
+    ]
+    looked = [{"package": name, "unusual": "; ".join(found) or "nothing"} for name, found in figures["unusual"].items()]
+    title = f"a package made to tell words: {figures['clients']} clients, one round of {figures['steps']} steps of {figures['batch_size']} examples, {private}"
+    note = "Of each word, whether it stands in the client's text; half of them do. One way to make such a package, and not the best: others may read more, or be harder to see."
+    return [Finding(title, rows, note), Finding("what `fedsp inspect` says of it", looked)]
+
+
 def epsilon_tables(figures: Figures) -> list[Finding]:
     """Is the promise kept, as far as can be seen?"""
     row = {
@@ -206,6 +221,7 @@ TABLES: dict[str, Callable[[Figures], list[Finding]]] = {
     "model": model_tables,
     "membership": membership_tables,
     "inversion": inversion_tables,
+    "trap": trap_tables,
     "epsilon": epsilon_tables,
 }
 """The tables of what the audit of each name left in its file."""

@@ -209,11 +209,12 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
         )
     entries = "".join(f'\n[clients."{name}"]\npublic_key = "clients/{name}.pub"\nexamples = 1\n' for name in clients)
     write_bytes(server / REGISTER, f"# The clients of this federation. examples: how much a client's prompt weighs in the mean.\n{entries}".encode())
-    preset = PRESETS["messenger"]
     values = {
-        **preset,
         "preset": "messenger",
-        "auxiliary": {**preset["auxiliary"], "folder": "package"},
+        "auxiliary": {"folder": "package"},
         "federation": {"folder": ".", "listen": written("::" if ":" in host else "0.0.0.0", port)},
     }
-    write_bytes(server / "run.toml", template_of(RunConfig, values, "The run of a federation. File names are taken from this folder, but for output.").encode())
+    write_bytes(
+        server / "run.toml",
+        template_of(RunConfig, values, "The run of a federation. File names are taken from this folder, but for output.", PRESETS["messenger"]).encode(),
+    )

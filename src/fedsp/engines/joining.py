@@ -75,6 +75,7 @@ class Client:
         reduce_precision(self.auxiliary, party.precision, "precision")
         if self.agreement.privacy.unit == "example":
             require_independence(self.auxiliary, client_prompt(self.agreement, self.auxiliary), self.agreement.max_tokens)
+            self._say(f"self-test: neighbours change an example's gradient by {self.auxiliary.largest_difference:.1e} of its length at most")
             if self.auxiliary.together == 1:
                 self._say("in this precision examples change each other by rounding, so each goes through the model by itself, which takes longer")
         self._state = Path(party.state) / party.package.sha256[:16]
@@ -169,7 +170,7 @@ def join(party: PartyConfig, watcher: Watcher) -> int:
     client = Client(party, watcher)
     if client.agreement.privacy.unit != "example":
         watcher.say(
-            "this run has no differential privacy: a dishonest owner of the model could make a package whose answers tell words of your text; policy.require_differential_privacy refuses such runs"
+            "this run has no differential privacy: a dishonest owner of the model could make a package whose answers tell words of your text; `fedsp inspect` finds clumsy ones, policy.require_differential_privacy refuses such runs"
         )
     host, port = host_and_port(party.server, "server")
     for name in (CA, CLIENT_KEY, SERVER_PUBLIC):

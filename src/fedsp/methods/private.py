@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedsp.errors import PolicyError
+from fedsp.errors import PolicyError, StorageError
 from fedsp.methods.base import Method, Side, Work, part
 from fedsp.parties import Party, Rest
 from fedsp.payload import Payload
@@ -34,11 +34,16 @@ class PrivateAnswers:
 
         Raises:
             PolicyError: what is asked cannot be answered privately, or the client's budget is spent.
+            StorageError: an answer was given that the ledger does not know of.
         """
         assert client.ledger is not None
         if not request.train:
             raise PolicyError("validation by clients is not covered by differential privacy")
         answers = Rest(client.rest.folder / "answers")
+        if unpaid := [number for number in answers.rounds() if not client.ledger.paid(request.run, number)]:
+            raise StorageError(
+                f"the privacy ledger {client.ledger.path} does not know of round {unpaid[0]}, which was answered: what was spent is not known; restore it from a backup"
+            )
         given = answers.at(request.round)
         if given and _same(part(given, "asked"), request.payload):
             return Update(request.round, client.id, part(given, "answer"))
