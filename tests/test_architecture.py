@@ -17,7 +17,7 @@ FLOORS = [
     {"data.encoding", "engines.remote", "attacks"},
     {"fitting", "evaluation", "per_example"},
     {"package_check", "auxiliary", "adaptation", "private_fitting", "audit.inversion", "audit.matching"},
-    {"parties", "distill", "package"},
+    {"parties", "distill", "package", "inspection"},
     {"methods.base"},
     {
         "algorithm",
@@ -40,7 +40,7 @@ FLOORS = [
     {"experiment", "plan", "engines.local", "display"},
     {"engines.simulation", "engines.deployment", "engines.joining", "audit.shadows"},
     {"audit.levels"},
-    {"commands", "engines.app.messenger", "audit.membership", "audit.inverting", "audit.model", "audit.promise", "audit.account"},
+    {"commands", "engines.app.messenger", "audit.membership", "audit.inverting", "audit.model", "audit.promise", "audit.account", "audit.trap"},
     {"demo", "harness", "study", "finished_run", "audit.auditing"},
     {"results"},
     {"figures", "tables"},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class Upstream:
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []
+        self.headers: dict[str, str] = {}
+        self.gate: Any = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -49,7 +52,9 @@ class Upstream:
             event = await receive()
             body, more = body + event.get("body", b""), event.get("more_body", False)
         self.seen.append((scope["path"], len(body)))
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        self.headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        status = 503 if body == b"busy" else 200
+        await send({"type": "http.response.start", "status": status, "headers": [(b"X-Said", b"Yes"), (b"content-encoding", b"identity")]})
         await send({"type": "http.response.body", "body": str(len(body)).encode()})
 
 
@@ -90,14 +95,23 @@ def running(folder: Path) -> Iterator[tuple[str, Upstream, ssl.SSLContext]]:
         patch.setattr(gate, "BODY_WITHIN", 3.0)
         patch.setattr(gate, "EACH", 8)
         patch.setattr(gate, "HELD", 10 << 20)
-        with serving(upstream, folder, inner), serving(gate.Gate(inner, folder, folder / "counts"), folder, outer, **gate.SERVING):
+        upstream.gate = gate.Gate(inner, folder, folder / "counts")
+        with serving(upstream, folder, inner), serving(upstream.gate, folder, outer, **gate.SERVING):
             yield f"https://127.0.0.1:{outer}", upstream, ssl.create_default_context(cafile=str(folder / CA))
 
 
 @pytest.fixture()
 def opened(running: tuple[str, Upstream, ssl.SSLContext]) -> tuple[str, Upstream, ssl.SSLContext]:
+    until(lambda: not gate.Guarded.open)  # connections of the test before
     running[1].seen.clear()
     return running
+
+
+def until(there: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def dial(url: str, context: ssl.SSLContext) -> ssl.SSLSocket:
@@ -114,6 +128,14 @@ def closed(connection: ssl.SSLSocket, seconds: float = 12.0) -> bool:
     except OSError:
         return True
     return True
+
+
+def test_a_node_that_is_not_registered_hears_what_flower_says() -> None:
+    from flwr.supercore.error import ApiErrorCode
+    from flwr.supercore.error.catalog import API_ERROR_MAP
+
+    said = API_ERROR_MAP[ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED]
+    assert said.http_status_code == 412 and json.loads(gate.UNKNOWN_NODE) == {"code": ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "detail": said.public_message}
 
 
 def test_a_signed_call_is_passed_on(opened: Any, headers: Any) -> None:
@@ -168,6 +190,49 @@ def test_a_body_is_not_waited_for_unless_a_registered_client_has_signed(wrong: s
     assert not upstream.seen
 
 
+def test_what_belongs_to_the_call_is_passed_on_and_what_belongs_to_the_connection_is_not(opened: Any, headers: Any) -> None:
+    url, upstream, context = opened
+    more = {"content-type": "application/protobuf", "te": "trailers", "Keep-Alive": "timeout=5", "x-of-ours": "1"}
+    reply = httpx.post(f"{url}/v1/fleet/pull", content=b"abc", headers={**headers["a"], **more}, verify=context)
+    assert upstream.headers.items() >= {**headers["a"], "content-type": "application/protobuf", "x-of-ours": "1"}.items()
+    assert "te" not in upstream.headers and "keep-alive" not in upstream.headers and upstream.headers["host"] != httpx.URL(url).netloc.decode()
+    assert reply.headers["x-said"] == "Yes" and "content-encoding" not in reply.headers and reply.text == "3"
+    assert httpx.post(f"{url}/v1/fleet/pull", content=b"busy", headers=headers["a"], verify=context).status_code == 503
+
+
+def test_what_was_passed_on_is_counted_when_the_gate_stops(folder: Path, headers: Any, tmp_path: Path) -> None:
+    upstream, inner, outer = Upstream(), free_port(), free_port()
+    url, context = f"https://127.0.0.1:{outer}/v1/fleet", ssl.create_default_context(cafile=str(folder / CA))
+    counts = tmp_path / "counts"
+    for more in (True, False):
+        with serving(upstream, folder, inner), serving(gate.Gate(inner, folder, counts), folder, outer, **gate.SERVING):
+            for path, body in (("pull", b"x" * 10), ("pull", b"x" * 7), ("push/object", b"x" * 1000), ("pull", b"busy")) if more else ():
+                httpx.post(f"{url}/{path}", content=body, headers=headers["a"], verify=context)
+            httpx.post(f"{url}/pull", content=b"x", verify=context)
+        assert [json.loads(line) for line in counts.read_text().splitlines()] == [{"pull": [2, 17, 3], "push/object": [1, 1000, 4]}], "one line, no refusals"
+
+
+def test_an_upstream_that_is_gone_is_no_fault_of_the_gate(folder: Path, headers: Any, tmp_path: Path) -> None:
+    outer = free_port()
+    with serving(gate.Gate(free_port(), folder, tmp_path / "counts"), folder, outer, **gate.SERVING):
+        context = ssl.create_default_context(cafile=str(folder / CA))
+        assert httpx.post(f"https://127.0.0.1:{outer}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context).status_code == 503
+    assert not (tmp_path / "counts").exists()
+
+
+def test_requests_above_an_address_s_share_are_told_so(opened: Any, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over connections that were there before: each request counts while it is answered, and not longer."""
+    url, upstream, context = opened
+    with httpx.Client(verify=context) as client:
+        assert client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 200
+        monkeypatch.setattr(gate, "EACH", 0)
+        assert client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 429
+        monkeypatch.setattr(gate, "EACH", 1)
+        for _ in range(3):
+            assert client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 200
+    assert len(upstream.seen) == 4
+
+
 def test_a_body_that_comes_slowly_or_is_too_large_ends(opened: Any, headers: Any) -> None:
     url, upstream, context = opened
     slow = dial(url, context)
@@ -187,6 +252,7 @@ def test_one_client_cannot_take_the_memory_of_others(opened: Any, headers: Any) 
     url, upstream, context = opened
     first = dial(url, context)
     first.sendall(b"POST /v1/fleet/push HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n" + lines(headers["a"]) + b"\r\n" + b"x" * 7_900_000)
+    until(lambda: sum(upstream.gate._held.values()) == 7_900_000)
     refused = httpx.post(f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["a"], verify=context)
     other = httpx.post(f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["b"], verify=context)
     assert (refused.status_code, other.status_code, upstream.seen) == (503, 200, [("/v1/fleet/push", 7_000_000)])

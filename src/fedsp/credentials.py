@@ -140,6 +140,15 @@ def client_keys(folder: Path) -> dict[bytes, ec.EllipticCurvePublicKey]:
     return keys
 
 
+def has_signed(key: ec.EllipticCurvePublicKey, statement: bytes, signature: bytes) -> bool:
+    """Whether a client's key made this signature, as Flower's nodes make theirs: ECDSA with SHA-256."""
+    try:
+        key.verify(signature, statement, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        return False
+    return True
+
+
 def sign(statement: bytes, key: Path) -> str:
     """The Ed25519 signature of a statement, in hexadecimal.
 

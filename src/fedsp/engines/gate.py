@@ -23,13 +23,9 @@ from typing import Any, ClassVar
 
 import httpx
 import uvicorn
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.supercore.error import ApiErrorCode
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedsp.credentials import CA, CERTIFICATE, KEY, client_keys
+from fedsp.credentials import CA, CERTIFICATE, KEY, client_keys, has_signed
 
 PASSED = re.compile(r"/v1/fleet/[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 """The paths that are passed on, whole: no dots, no percent signs, nothing that another reader could take for another path."""
@@ -53,7 +49,7 @@ AT_ONCE, EACH = 256, 128
 HEADERS_WITHIN, BODY_WITHIN = 15.0, 60.0
 """Seconds in which a connection must have sent the headers of a request, and a request its whole body."""
 
-UNKNOWN_NODE = json.dumps({"code": int(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED), "detail": "Failed to activate SuperNode."}).encode()
+UNKNOWN_NODE = b'{"code": 2004, "detail": "Failed to activate SuperNode."}'
 """What Flower says to a node whose key it does not know, which tells the node that trying again is of no use."""
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -141,10 +137,8 @@ class Gate:
             raise Refused(401) from error
         if key not in self._keys:
             raise Refused(412, UNKNOWN_NODE)
-        try:
-            self._keys[key].verify(signature, when, ec.ECDSA(hashes.SHA256()))
-        except InvalidSignature as error:
-            raise Refused(401) from error
+        if not has_signed(self._keys[key], when, signature):
+            raise Refused(401)
         return key
 
     async def _read(self, body: bytearray, client: bytes, receive: Receive) -> int:
