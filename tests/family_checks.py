@@ -30,7 +30,7 @@ from transformers import DynamicCache
 from families import REGISTERED, tiny_causal_lm, tiny_config
 from fedsp.auxiliary import build_auxiliary, load_auxiliary, parse_plan
 from fedsp.config_file import make_config
-from fedsp.data.encoding import collate, encode_pairs
+from fedsp.data.encoding import Encoded, collate, encode_pairs
 from fedsp.data.tasks import Example
 from fedsp.errors import FedspError
 from fedsp.evaluation import score
@@ -38,7 +38,9 @@ from fedsp.fitting import answer_loss
 from fedsp.loading import load_tokenizer
 from fedsp.models import PromptedLM
 from fedsp.package_check import FAMILIES
+from fedsp.per_example import example_gradients
 from fedsp.plan import make_plan
+from fedsp.private_fitting import PrivateSteps, examples_together, private_gradient
 from fedsp.prompts import PromptSpec, SoftPrompt, export_peft, initial_values
 from fedsp.rows import pad
 from fedsp.server import EMBEDDED
@@ -57,6 +59,8 @@ class Family:
         self.name = name
         self.reference = tiny_causal_lm(name)
         self.model = PromptedLM(tiny_causal_lm(name), name)
+        self.moved: dict[str, tuple[float, int]] = {}
+        """By precision: how far one of eight examples moves the clipped sum of a private step, in units of the bound, and how many of them share a call."""
 
     def prompt(self, space: str) -> SoftPrompt:
         spec = PromptSpec(space, PROMPT, self.model.shape)  # type: ignore[arg-type]
@@ -282,6 +286,23 @@ def longest_text(family: Family, _: Path) -> None:
     close(family.model.logits(family.model(torch.tensor([row])))[0], family.alone(row))
 
 
+def one_example_moves_one_bound(family: Family, _: Path) -> None:
+    drawn = torch.randint(3, 97, (8, 12), generator=torch.Generator().manual_seed(5)).tolist()
+    lot = [Encoded(tuple(row[: 6 + place % 7]), 3) for place, row in enumerate(drawn)]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = PromptedLM(tiny_causal_lm(family.name, dtype=dtype).requires_grad_(False), family.name)
+        prompt = family.prompt("residual")
+        together = examples_together(model, prompt, 12)
+        bound = 0.1 * float(example_gradients(model, prompt, collate(lot[:1]))[1].norm())
+        quiet = PrivateSteps(bound, 0.0, 1.0, 1)
+        whole, *without = (
+            private_gradient(model, prompt, some, 1, quiet, together).double() for some in (lot, *(lot[:out] + lot[out + 1 :] for out in range(8)))
+        )
+        moved = max(float((whole - rest).norm()) for rest in without) / bound
+        family.moved[str(dtype).removeprefix("torch.")] = moved, together
+        assert 0.5 < moved <= 1.0005, moved
+
+
 CHECKS: dict[str, Callable[[Family, Path], None]] = {
     check.__name__.replace("_", " "): check
     for check in (
@@ -298,6 +319,7 @@ CHECKS: dict[str, Callable[[Family, Path], None]] = {
         packages,
         peft_export,
         bfloat16,
+        one_example_moves_one_bound,
     )
 }
 
@@ -312,6 +334,7 @@ class Outcome:
     not_made: str | None = None
     refusals: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
+    moved: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 def outcome(name: str) -> Outcome:
@@ -349,6 +372,7 @@ def outcome(name: str) -> Outcome:
             found.refusals[check] = str(error)
         except Exception:
             found.wrong[check] = traceback.format_exc(limit=-2)
+    found.moved = family.moved
     return found
 
 
@@ -367,6 +391,7 @@ def table(outcomes: list[Outcome]) -> str:
         f"tokens, windows of 4) against a second copy that reads one unpadded row at a time: {', '.join(CHECKS)}. `make families` makes this page and fails",
         "where something is wrong; `make test` tries ten of them.",
         "",
+        *_moves(outcomes),
         f"**Right in everything, {len(whole)}:** {', '.join(found.family for found in whole)}.",
         "",
         f"**Right, but for what is refused in a sentence, {len(partly)}:**",
@@ -384,6 +409,20 @@ def table(outcomes: list[Outcome]) -> str:
         rows = [(found.family, getattr(found, reason)) for found in outcomes if getattr(found, reason)]
         lines += ["", f"**{title}, {len(rows)}:**", "", "| family | why |", "|---|---|", *(f"| {family} | {why} |" for family, why in rows)]
     return "\n".join(line.replace("<", "&lt;") for line in lines) + "\n"
+
+
+def _moves(outcomes: list[Outcome]) -> list[str]:
+    """A sentence for each precision on what one example does to the clipped sum of a private step."""
+    lines = []
+    for precision in ("float32", "bfloat16"):
+        moved = {found.family: found.moved[precision] for found in outcomes if precision in found.moved}
+        alone = sorted(family for family, (_, together) in moved.items() if together == 1)
+        most = max((most for most, _ in moved.values()), default=0.0)
+        who = f"all but {', '.join(sorted(set(moved) - set(alone)))}" if len(moved) - len(alone) <= 8 else ", ".join(alone) or "none"
+        lines.append(
+            f"In {precision} one of eight examples moves the clipped sum of a private step by {most:.4f} bounds at most, over {len(moved)} families; those that read examples one by one: {who}."
+        )
+    return [*lines, ""]
 
 
 def right_in_everything(page: str) -> set[str]:

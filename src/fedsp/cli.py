@@ -35,7 +35,7 @@ def demo(
     output: Annotated[Optional[Path], typer.Option(help="Keep the runs in this new folder; otherwise they are thrown away.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Tune the embedded model with ten clients who never see it, and with four controls, in about two minutes."""
+    """Tune the embedded model with ten clients who never see it, and with four controls, in about three minutes."""
     from fedsp.demo import demo as run_demo
     from fedsp.display import Display, demo_table
 

@@ -148,7 +148,9 @@ class DistillSection(Section):
 class PromptSection(Section):
     """The soft prompt."""
 
-    space: Literal["key_value", "residual"] = Field(description="key_value: keys and values travel; residual: inputs of each block travel, half the bytes")
+    space: Literal["key_value", "residual"] = Field(
+        description="key_value: keys and values travel; residual: inputs of each block travel, half the bytes where every head has keys of its own"
+    )
     length: Annotated[int, Field(ge=1, le=8192)] = Field(description="virtual tokens")
     init: str = Field(description="text: activations of real text; normal: random; or a file that fedsp wrote")
     init_text: str | None = Field(None, description="file whose first tokens give the activations; none: the distillation text")

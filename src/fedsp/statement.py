@@ -15,7 +15,7 @@ from fedsp.models import PromptedLM
 from fedsp.privacy import LEDGER, Ledger, Release, epsilon, merged
 from fedsp.private_fitting import ALONE, PrivateSteps
 from fedsp.runs import RunDirectory
-from fedsp.tracking import PUBLISHED
+from fedsp.tracking import PUBLISHED, PUBLISHED_BESIDES
 
 STATEMENT = "privacy_statement.json"
 NOT_COVERED = [
@@ -50,7 +50,10 @@ def privacy_statement(
         "delta": delta,
         "accountant": f"dp-accounting {version('dp-accounting')}, privacy loss distributions, rounded up",
         "random_source": "os.urandom, float64, four Box-Muller draws to a number; independent of the run's seed",
-        "published": [f"{name}: told to whoever sees the run's figures" for name in PUBLISHED] if config.privacy.unit == "client" else [],
+        "published": [f"{name}: told to whoever sees the run's figures" for name in PUBLISHED]
+        + [f"{what}: told to MLflow, if the run is tracked" for what in PUBLISHED_BESIDES]
+        if config.privacy.unit == "client"
+        else [],
         "not_covered": NOT_COVERED,
         "sentence": (
             f"Whoever sees {about['observer']} learns of any one {about['of']} no more than {spent} at delta = {delta:g} allows "

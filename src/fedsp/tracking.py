@@ -24,7 +24,10 @@ from fedsp.storage import write_json
 EXPERIMENT, MARK = "fedsp", "mlflow.json"
 PUBLISHED = ("best_round", "validation_loss", "message_bytes", "package_bytes", "disclosed_share", "test", "epsilon")
 """The figures of a run that are told to others at client level: they follow from the broadcasts and the server's own questions. Counts of clients, of their
-examples and of their bytes, and times, do not, and stay with the server."""
+examples and of their bytes do not, and stay with the server."""
+
+PUBLISHED_BESIDES = ("server loss and validation loss of each round, and when it ended", "the configuration", "the best prompt")
+"""What else MLflow is told of a run at client level."""
 
 
 def tracked(run: RunDirectory, watcher: Watcher, experiment: Callable[[Watcher], dict[str, Any]]) -> dict[str, Any]:
