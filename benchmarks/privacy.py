@@ -150,6 +150,24 @@ def _of_a_server(row: dict[str, Any]) -> bool:
     return row["observed"] or row["level"].startswith("a lot of ")
 
 
+def trap(runs: Runs) -> Iterator[str]:
+    """Words told by a package made for it, a row for each run: of a client with few examples, and with all that it has."""
+    rows = []
+    for method, folders in sorted(runs.items()):
+        figures = read(folders, "trap.json")
+        if figures:
+            told = [
+                f"{spread((one['rows'][number]['right'] for one in figures), '{:.0%}')} of {sum(one['rows'][number]['words'] for one in figures)}"
+                for number in (0, 1)
+            ]
+            seen = [f"{sum(bool(one['unusual'][which]) for one in figures)} of {len(figures)}" for which in ("the run's own", "the trap")]
+            rows.append([method, *told, *seen])
+    if rows:
+        sizes = next(one for folders in runs.values() for one in read(folders, "trap.json"))["rows"]
+        few, everything = (f"{size['examples']:.0f} examples a client" for size in sizes)
+        yield table(["run", few, everything, "honest packages called unusual", "traps called unusual"], rows)
+
+
 def model(runs: Runs) -> Iterator[str]:
     names = {
         "disclosed_share": "{:.0%}",
@@ -190,6 +208,6 @@ if __name__ == "__main__":
     parser.add_argument("study", type=Path, nargs="+", help="folders of studies")
     for study in parser.parse_args().study:
         found = runs_of(study)
-        for tables in (utility, strongest, membership, inversion, model):
+        for tables in (utility, strongest, membership, inversion, trap, model):
             for one in tables(found):
                 print(f"\n{study.name}, {tables.__name__}\n\n{one}")

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fedsp.cli import main
 from fedsp.codings import parse_coding
 from fedsp.config import PartyConfig
 from fedsp.config_file import make_config, read_config, read_party
-from fedsp.credentials import CERTIFICATE, read_register, sign, verify
+from fedsp.credentials import CERTIFICATE, client_key, has_signed, read_register, sign, verify
 from fedsp.engines import joining, pinned
 from fedsp.engines.deployment import gate_command, init_federation, superlink_command
 from fedsp.engines.joining import Client, Lookout, Node, supernode_command
@@ -45,7 +46,7 @@ from fedsp.prompts import read_prompt
 from fedsp.rounds import Request, Update, derive_seed
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
-from fedsp.wire import END, REFUSALS, read_reply, write_request
+from fedsp.wire import END, REFUSALS, read_reply, signed_reply, write_request
 from test_remote import Clock
 from test_run import ROWS, questions, settings
 
@@ -215,12 +216,18 @@ def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(federa
     first = read_prompt(local.path / "prompts" / "round-00001.safetensors").values()
     request = Request("ab", 2, "client-0", derive_seed(0, "client", "client-0", 2), {PROMPT: first})
     frame = write_request(request, client.party.package.sha256)
-    reply = read_reply(client.respond(frame), request)
+    reply = read_reply(unsigned(client, frame), request)
     assert isinstance(reply, Update), reply
     assert client.respond(frame) == client.respond(frame), "asked again, it says the same"
     assert json.loads((place / "client-0" / "state" / client.party.package.sha256[:16] / "rounds.json").read_text()).keys() == {"ab 2"}
     assert len(said) == 3 and "received 16,7" in said[0] and "speak loss" in said[0] and said[1] == "round 2: asked again, sent the same"
     assert not any(word in line for line in said for word in ("town of", "trade of", "animal of"))
+
+
+def unsigned(client: Client, request: Frame) -> Frame:
+    """A client's reply, once its signature was held against the key in the server's register."""
+    registered = client_key(Path(client.party.keys).parent / "server" / "clients" / f"{client.party.name}.pub")
+    return signed_reply(client.respond(request), request, partial(has_signed, registered))
 
 
 def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
@@ -229,7 +236,7 @@ def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
     request = Request(**values)
     said: list[str] = []
     client._say = said.append
-    reply = read_reply(client.respond(write_request(request, client.party.package.sha256)), request)
+    reply = read_reply(unsigned(client, write_request(request, client.party.package.sha256)), request)
     return getattr(reply, "reason", "answered"), said
 
 
@@ -284,7 +291,7 @@ def test_a_private_client_keeps_its_own_ledger_and_its_own_limit(tmp_path: Path)
     for run, round in (("ab", 1), ("ab", 1), ("ab", 2), ("ab", 3)):
         client = Client(party, Watcher())
         request = Request(run, round, "client-0", 1, {PROMPT: torch.zeros(4, 8, 128)})
-        said = json.loads(client.respond(write_request(request, party.package.sha256)).header)
+        said = json.loads(unsigned(client, write_request(request, party.package.sha256)).header)
         assert (said["kind"], said["losses"], said["seconds"], said["shortened"]) == ("update", {}, 0.0, 0)
     ledger = Ledger(Path(party.state) / LEDGER)
     assert sum(release.count for release in ledger.releases()) == 6 and 5 < ledger.epsilon(1e-5) <= 6.0
@@ -378,7 +385,7 @@ def test_a_flower_that_cannot_be_pinned_is_refused(unpinned: Any, module: str, n
 def test_a_request_about_another_package_is_refused(place: Path) -> None:
     client = Client(party_of(place), Watcher())
     request = Request("ab", 1, "client-0", 1, {PROMPT: torch.zeros(4, 8, 128)})
-    reply = read_reply(client.respond(write_request(request, "0" * 64)), request)
+    reply = read_reply(unsigned(client, write_request(request, "0" * 64)), request)
     assert getattr(reply, "reason", "") == REFUSALS["policy"]
 
 

@@ -7,17 +7,21 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedsp import commands
 from fedsp.clients import Clients
 from fedsp.codings import parse_coding
 from fedsp.compression import write_values
 from fedsp.config_file import make_config
+from fedsp.credentials import has_signed
 from fedsp.engines.answering import answer
 from fedsp.engines.channel import DistantWire, Socket, carry, connect
 from fedsp.engines.remote import Patience, remote
@@ -28,7 +32,7 @@ from fedsp.payload import PROMPT, Payload, pack
 from fedsp.rounds import Exchange, Failure, Request, Update
 from fedsp.runs import RunDirectory
 from fedsp.server import Watcher
-from fedsp.wire import CannotRead, read_request, write_refusal, write_update
+from fedsp.wire import CannotRead, read_request, sign_reply, write_refusal, write_update
 from test_run import prompt_bits, settings
 
 Respond = Callable[[int, Frame], "Frame | str | None"]
@@ -101,6 +105,34 @@ ALL = {11, 22, 33}
 def test_everybody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch)
     assert outcome(ListWire(good, lambda: ALL)) == {"a": "ok", "b": "ok", "c": "ok"}
+
+
+def test_a_reply_counts_only_with_its_client_s_signature_over_the_request_that_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else speaks from the node that was asked, another registered client or the server's own machine, is not the client."""
+    Clock(monkeypatch)
+    secrets = {client: ec.generate_private_key(ec.SECP384R1()) for client in NODES}
+
+    def signer(client: str) -> Callable[[bytes], bytes]:
+        return lambda statement: secrets[client].sign(statement, ec.ECDSA(hashes.SHA256()))
+
+    keys = {client: partial(has_signed, secret.public_key()) for client, secret in secrets.items()}
+    answered: dict[str, Frame] = {}
+
+    def speak(node: int, frame: Frame) -> Frame:
+        client = read_request(frame).client
+        answered[client] = sign_reply(good(node, frame), frame, signer("a" if client == "b" else client))
+        return good(node, frame) if client == "c" else answered[client]
+
+    replies = {reply.client: reply for reply in remote(ListWire(speak, lambda: ALL), NODES, Patience(), QUIET, QUIET, "", keys)(REQUESTS)}
+    assert isinstance(replies["a"], Update)
+    for client in "bc":
+        reply = replies[client]
+        assert isinstance(reply, Failure) and reply.reason == "the reply is not signed with the client's key, or answers another request" and reply.bytes_up
+    again = [replace(request, seed=8) for request in REQUESTS]
+    other = {
+        reply.client: reply for reply in remote(ListWire(lambda node, frame: answered["a"], lambda: ALL), NODES, Patience(), QUIET, QUIET, "", keys)(again)
+    }
+    assert all(isinstance(reply, Failure) for reply in other.values()), "a signed reply is of one request: it cannot be played again"
 
 
 def test_a_client_that_comes_late_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ from fedsp.errors import PayloadError, TrainingDiverged
 from fedsp.frames import Frame
 from fedsp.payload import PROMPT, pack
 from fedsp.rounds import Failure, Request, Update
-from fedsp.wire import REFUSALS, read_reply, read_request, write_refusal, write_request, write_update
+from fedsp.wire import REFUSALS, read_reply, read_request, sign_reply, signed_reply, write_refusal, write_request, write_update
 
 PROMPT_SENT = {PROMPT: torch.linspace(-1, 1, 4 * 8 * 16).reshape(4, 8, 16)}
 REQUEST = Request("0123456789abcdef", 3, "hospital-a", 12345678901234567, PROMPT_SENT)
@@ -48,6 +49,47 @@ def test_requests_and_replies_survive_the_way() -> None:
     assert isinstance(reply, Update) and torch.equal(reply.payload[PROMPT], REPLY.payload[PROMPT])
     assert (reply.losses, reply.validation, reply.shortened, reply.bytes_up) == ({"speak": 2.5}, 1.25, 2, len(GOOD.payload))
     assert verdict(GOOD) is None
+
+
+SECRET = hashlib.sha256(b"the client's").digest()
+
+
+def keyed(statement: bytes) -> bytes:
+    """A signature that only whoever has the secret can make."""
+    return hmac.digest(SECRET, statement, "sha256")
+
+
+def genuine(statement: bytes, signature: bytes) -> bool:
+    return hmac.compare_digest(keyed(statement), signature)
+
+
+ASKED = write_request(REQUEST)
+SIGNED = sign_reply(GOOD, ASKED, keyed)
+
+
+@given(place=st.integers(0, 10_000), letter=st.characters(codec="utf-8"), how=st.sampled_from(["replace", "insert", "cut"]))
+def test_a_signed_reply_is_taken_as_it_was_signed_and_in_no_other_way(place: int, letter: str, how: str) -> None:
+    assert signed_reply(SIGNED, ASKED, genuine) == GOOD
+    at = place % len(SIGNED.header)
+    header = SIGNED.header[:at] + (letter + SIGNED.header[at + (how == "replace") :] if how != "cut" else "")
+    changed = replace(SIGNED, header=header)
+    try:
+        assert signed_reply(changed, ASKED, genuine) == GOOD, "what bytes.fromhex reads alike, blanks between digits, is the same signature"
+    except PayloadError as error:
+        assert str(error) == "the reply is not signed with the client's key, or answers another request"
+
+
+def test_a_signature_is_for_one_request_and_its_payload_is_under_it() -> None:
+    for other in (replace(REQUEST, seed=1), replace(REQUEST, run="ab"), replace(REQUEST, round=4), replace(REQUEST, payload={PROMPT: PROMPT_SENT[PROMPT] + 1})):
+        with pytest.raises(PayloadError, match="not signed with the client's key, or answers another request"):
+            signed_reply(SIGNED, write_request(other), genuine)
+    with pytest.raises(PayloadError, match="not signed"):
+        signed_reply(SIGNED, write_request(REQUEST, "another package"), genuine)
+    swapped = signed_reply(replace(SIGNED, payload=SIGNED.payload[:-1] + b"x"), ASKED, genuine)
+    assert "SHA-256" in str(getattr(read_reply(swapped, REQUEST), "reason", "")), "the header that is signed has the payload's digest"
+    for nothing in (GOOD, Frame(""), Frame("\n"), Frame("zz\n" + GOOD.header)):
+        with pytest.raises(PayloadError, match="not signed"):
+            signed_reply(nothing, ASKED, genuine)
 
 
 def test_a_validation_reply_carries_no_prompt() -> None:

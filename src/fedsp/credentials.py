@@ -20,6 +20,7 @@ import datetime
 import ipaddress
 import os
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,14 +131,39 @@ def client_keys(folder: Path) -> dict[bytes, ec.EllipticCurvePublicKey]:
     """
     keys: dict[bytes, ec.EllipticCurvePublicKey] = {}
     for member in read_register(folder).values():
-        try:
-            key = serialization.load_ssh_public_key(member.public_key.read_bytes())
-        except (OSError, ValueError, UnsupportedAlgorithm) as error:
-            raise CredentialError(f"cannot read the client's public key {member.public_key}: {error}") from error
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise CredentialError(f"{member.public_key} is no ECDSA key: take the one that `fedsp federation init` made for this client")
+        key = client_key(member.public_key)
         keys[key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)] = key
     return keys
+
+
+def client_key(path: Path) -> ec.EllipticCurvePublicKey:
+    """A client's public key.
+
+    Raises:
+        CredentialError: it cannot be read, or is of another kind.
+    """
+    try:
+        key = serialization.load_ssh_public_key(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise CredentialError(f"cannot read the client's public key {path}: {error}") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise CredentialError(f"{path} is no ECDSA key: take the one that `fedsp federation init` made for this client")
+    return key
+
+
+def client_signer(path: Path) -> Callable[[bytes], bytes]:
+    """What signs statements with a client's private key.
+
+    Raises:
+        CredentialError: it cannot be read, or is of another kind.
+    """
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CredentialError(f"cannot read this client's key {path}: {error}; it comes with the folder that `fedsp federation init` made") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise CredentialError(f"{path} is no ECDSA key: take the one that `fedsp federation init` made for this client")
+    return lambda statement: key.sign(statement, ec.ECDSA(hashes.SHA256()))
 
 
 def has_signed(key: ec.EllipticCurvePublicKey, statement: bytes, signature: bytes) -> bool:

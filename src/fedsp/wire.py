@@ -50,6 +50,33 @@ class CannotRead(PayloadError):
         self.request, self.code = request, code
 
 
+def sign_reply(reply: Frame, request: Frame, sign: Callable[[bytes], bytes]) -> Frame:
+    """A reply with its client's signature, in hexadecimal, on a line before the header: over the very request that it answers, and over what it says, whose header has
+    the digest of the payload."""
+    return replace(reply, header=f"{sign(_statement(reply, request)).hex()}\n{reply.header}")
+
+
+def signed_reply(frame: Frame, request: Frame, has_signed: Callable[[bytes, bytes], bool]) -> Frame:
+    """The reply without its signature; `has_signed` says of a statement and a signature whether the client's key made it.
+
+    Raises:
+        PayloadError: it is not signed by that key, or for another request.
+    """
+    signature, divided, header = frame.header.partition("\n")
+    reply = replace(frame, header=header)
+    try:
+        genuine = bool(divided) and has_signed(_statement(reply, request), bytes.fromhex(signature))
+    except ValueError:
+        genuine = False
+    if not genuine:
+        raise PayloadError("the reply is not signed with the client's key, or answers another request")
+    return reply
+
+
+def _statement(reply: Frame, request: Frame) -> bytes:
+    return f"fedsp reply 1\n{hashlib.sha256(request.header.encode()).hexdigest()}\n{reply.header}".encode()
+
+
 def write_request(request: Request, package: str = "", *, follows: bool = False) -> Frame:
     """A request as it travels, with the digest of the package that it is about. It `follows` where the client has the broadcast of the round before: then,
     where there is one, only the change travels."""

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,19 @@ import torch
 from fedsp.clients import Clients, agreement_of
 from fedsp.config import NAME, FederationSection, PartyConfig, RunConfig
 from fedsp.config_file import PRESETS, template_of
-from fedsp.credentials import CA, CERTIFICATE, KEY, REGISTER, SIGNING, Member, make_client_credentials, make_server_credentials, read_register
+from fedsp.credentials import (
+    CA,
+    CERTIFICATE,
+    KEY,
+    REGISTER,
+    SIGNING,
+    Member,
+    client_key,
+    has_signed,
+    make_client_credentials,
+    make_server_credentials,
+    read_register,
+)
 from fedsp.engines.channel import SOCKET, DistantWire, Socket
 from fedsp.engines.processes import START, Processes, free_port, host_and_port, reached_from_here, require_free, wait_for_port, written
 from fedsp.engines.remote import Patience, remote
@@ -51,6 +64,7 @@ def serve(run: RunDirectory, watcher: Watcher) -> dict[str, Any]:
     """
     section = _server_section(run.config)
     register = read_register(Path(section.folder))
+    keys = {name: partial(has_signed, client_key(member.public_key)) for name, member in register.items()}
     torch.set_num_threads(run.threads)
     with ExitStack() as stack:
         listening = Socket(os.environ.get(SOCKET))
@@ -69,7 +83,8 @@ def serve(run: RunDirectory, watcher: Watcher) -> dict[str, Any]:
         package = package_digest(Path(str(run.config.auxiliary.folder)))
 
         def engine(clients: Clients) -> Exchange:
-            return remote(wire, node_of, Patience(section.wait_seconds, section.reply_seconds, section.again_seconds), run.log_traffic, watcher.say, package)
+            patience = Patience(section.wait_seconds, section.reply_seconds, section.again_seconds)
+            return remote(wire, node_of, patience, run.log_traffic, watcher.say, package, keys)
 
         if run.finished:
             _wait_for_nodes(wire, node_of)

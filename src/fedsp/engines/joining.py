@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fedsp.clients import client_prompt, make_client, make_method, promised_epsilon, require_independence
 from fedsp.config import PartyConfig
-from fedsp.credentials import CA, CLIENT_KEY, SERVER_PUBLIC
+from fedsp.credentials import CA, CLIENT_KEY, SERVER_PUBLIC, client_signer
 from fedsp.data.encoding import encode_targets
 from fedsp.data.files import read_rows
 from fedsp.data.tasks import examples_of, find_task
@@ -39,7 +39,7 @@ from fedsp.prompts import PromptSpec
 from fedsp.rounds import Request
 from fedsp.server import Watcher
 from fedsp.storage import locked, write_json
-from fedsp.wire import END, LONGEST_HEADER, ROOM
+from fedsp.wire import END, LONGEST_HEADER, ROOM, sign_reply
 
 GOODBYE = 4.0
 """Seconds in which Flower's node hands the last answer over."""
@@ -62,6 +62,7 @@ class Client:
     def __init__(self, party: PartyConfig, watcher: Watcher) -> None:
         self.party = party
         self._say = watcher.say
+        self._sign = client_signer(Path(party.keys) / CLIENT_KEY)
         examples = examples_of(find_task(party.data.task), read_rows(Path(party.data.train)))
         device = choose_device(party.device)
         self.auxiliary, self.agreement = open_package(party.package, Path(party.keys) / SERVER_PUBLIC, device)
@@ -103,9 +104,10 @@ class Client:
         except PayloadError as error:
             self._say(f"received {_amount(frame)} that are no request: {error}")
             return Frame("")
+        reply = sign_reply(reply, frame, self._sign)
         self._last = frame, reply
         self.answered += 1
-        said = json.loads(reply.header)
+        said = json.loads(reply.header.partition("\n")[2])
         what = said.get("losses") or said.get("code") or ""
         self._say(
             f"round {said['round']}: received {_amount(frame)}, sent {_amount(reply)}: {said['kind']} {what if isinstance(what, str) else _figures(what)}"
@@ -167,15 +169,15 @@ def join(party: PartyConfig, watcher: Watcher) -> int:
     Raises:
         FedspError: the client cannot take part, or Flower's process on this machine has ended.
     """
+    host, port = host_and_port(party.server, "server")
+    for name in (CA, CLIENT_KEY, SERVER_PUBLIC):
+        if not (Path(party.keys) / name).is_file():
+            raise ConfigurationError(f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp federation init` made for this client")
     client = Client(party, watcher)
     if client.agreement.privacy.unit != "example":
         watcher.say(
             "this run has no differential privacy: a dishonest owner of the model could make a package whose answers tell words of your text; `fedsp inspect` finds clumsy ones, policy.require_differential_privacy refuses such runs"
         )
-    host, port = host_and_port(party.server, "server")
-    for name in (CA, CLIENT_KEY, SERVER_PUBLIC):
-        if not (Path(party.keys) / name).is_file():
-            raise ConfigurationError(f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp federation init` made for this client")
     require_pinning()
     with ExitStack() as stack:
         if not stack.enter_context(locked(Path(party.state) / "lock", wait=False)):

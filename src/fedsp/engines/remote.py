@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from fedsp.errors import PayloadError
 from fedsp.frames import Answer, Frame
 from fedsp.rounds import Exchange, Failure, Request, Update
-from fedsp.wire import REFUSALS, read_reply, write_request
+from fedsp.wire import REFUSALS, read_reply, signed_reply, write_request
 
 
 class Wire(Protocol):
@@ -68,8 +69,21 @@ class _Asked:
         return f"not connected for {patience.wait:g} s" if now - self.seen > patience.wait else None
 
 
-def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: Traffic, say: Callable[[str], None], package: str = "") -> Exchange:
-    """An exchange over a wire. `node_of` says which node is whose; a reply counts only from the node that was asked, and only once.
+HasSigned = Callable[[bytes, bytes], bool]
+"""Whether a client's key made a signature of a statement."""
+
+
+def remote(
+    wire: Wire,
+    node_of: Mapping[str, int],
+    patience: Patience,
+    traffic: Traffic,
+    say: Callable[[str], None],
+    package: str = "",
+    keys: Mapping[str, HasSigned] | None = None,
+) -> Exchange:
+    """An exchange over a wire. `node_of` says which node is whose; a reply counts only from the node that was asked, only once, and, with `keys`, only with
+    its client's signature over the request that it answers.
 
     `package` is the digest of the package that the clients must have; it goes with each request. Where a request can travel as a change, it does to clients
     that have answered the round before; one that has lost that broadcast says so, and gets the whole.
@@ -81,6 +95,7 @@ def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: 
         started = time.monotonic()
         open = {request.client: _Asked(request, started, follows=has.get(request.client) == request.round - 1) for request in requests}
         client_of: dict[str, str] = {}
+        sent: dict[str, Frame] = {}
         changes: set[str] = set()
         """Messages that carry a change only: two copies of one may be waiting for a client that was restarted."""
         named: list[str] = []
@@ -92,7 +107,7 @@ def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: 
                 one.first = now if one.first is None else one.first
                 one.interval = 2 * one.interval or patience.again
                 one.again, one.down = now + one.interval, one.down + len(frame.payload)
-                client_of[message] = client
+                client_of[message], sent[message] = client, frame
                 if one.follows:
                     changes.add(message)
                 traffic(requests[0].round, client, "down", frame.sizes())
@@ -103,7 +118,12 @@ def remote(wire: Wire, node_of: Mapping[str, int], patience: Patience, traffic: 
             traffic(one.request.round, client, "up", answer.frame.sizes())
             if answer.node != node_of[client]:
                 return Failure(one.request.round, client, "the reply came from another node", len(answer.frame.payload))
-            return read_reply(answer.frame, one.request)
+            if keys is None:
+                return read_reply(answer.frame, one.request)
+            try:
+                return read_reply(signed_reply(answer.frame, sent[answer.message], keys[client]), one.request)
+            except PayloadError as error:
+                return Failure(one.request.round, client, str(error), len(answer.frame.payload))
 
         while open:
             connected, now = wire.nodes(), time.monotonic()
