@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -299,3 +300,124 @@ def test_one_address_cannot_keep_the_gate_from_others(opened: Any, headers: Any)
                 return
         time.sleep(0.1)
     pytest.fail("the share of an address is not given back")
+
+
+class Call:
+    """One request as an ASGI server hands it to the gate, and what came back; what stands for the SuperLink answers with `reply`."""
+
+    def __init__(self, app: gate.Gate, headers: dict[str, str], reply: httpx.Response | None = None) -> None:
+        self.app, self.passed = app, list[httpx.Request]()
+        self.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            self.passed.append(request)
+            return reply or httpx.Response(200, content=b"yes")
+
+        app._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+
+    async def __call__(self, *events: dict[str, Any], client: tuple[str, int] | None = ("10.0.0.1", 1), **scope: Any) -> tuple[int, list[Any], bytes]:
+        told: list[Any] = []
+        coming = iter(events)
+
+        async def receive() -> dict[str, Any]:
+            event = next(coming)
+            if "wait" in event:
+                await event["wait"]
+                event = next(coming)
+            return event
+
+        async def send(event: Any) -> None:
+            told.append(event)
+
+        path = "/v1/fleet/pull"
+        whole = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": self.headers, "client": client}
+        await self.app({**whole, **scope}, receive, send)
+        start, body = told
+        assert (start["type"], body["type"]) == ("http.response.start", "http.response.body")
+        return start["status"], start["headers"], body["body"]
+
+
+def part(size: int, *, more: bool = False) -> dict[str, Any]:
+    return {"type": "http.request", "body": b"x" * size, "more_body": more}
+
+
+@pytest.fixture()
+def app(folder: Path, tmp_path: Path) -> gate.Gate:
+    return gate.Gate(1, folder, tmp_path / "counts")
+
+
+def test_bounds_are_met_exactly(app: gate.Gate, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "LARGEST", 100)
+    monkeypatch.setattr(gate, "HELD", 150)
+    call = Call(app, headers["a"])
+    assert asyncio.run(call(part(60, more=True), part(40)))[0] == 200 and len(call.passed[0].content) == 100
+    assert asyncio.run(call(part(60, more=True), part(41))) == (413, [], b"")
+    assert asyncio.run(call({"type": "http.request", "more_body": True}, part(5)))[0] == 200 and len(call.passed[1].content) == 5
+    assert asyncio.run(call({"type": "http.request"}))[0] == 200 and call.passed[2].content == b""
+    assert asyncio.run(call(part(60, more=True), {"type": "http.disconnect"})) == (400, [], b"")
+
+    async def two(second: int) -> list[tuple[int, list[Any], bytes]]:
+        gone_on = asyncio.Event()
+        first = asyncio.ensure_future(call(part(90, more=True), {"wait": gone_on.wait()}, part(0)))
+        await asyncio.sleep(0)
+        answers = [await call(part(second))]
+        gone_on.set()
+        return [await first, *answers]
+
+    assert [status for status, _, _ in asyncio.run(two(60))] == [200, 200]
+    assert [status for status, _, _ in asyncio.run(two(61))] == [200, 503]
+    assert not any(app._held.values()), "what was held is given back, of refused calls too"
+
+
+def test_requests_are_counted_by_address_while_they_are_answered(app: gate.Gate, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "EACH", 2)
+    call = Call(app, headers["a"])
+
+    async def crowd() -> list[int]:
+        gone_on = asyncio.Event()
+        held = [asyncio.ensure_future(call(part(1, more=True), {"wait": gone_on.wait()}, part(1))) for _ in range(2)]
+        await asyncio.sleep(0)
+        found = [(await call(part(1)))[0], (await call(part(1), client=("10.0.0.2", 1)))[0], (await call(part(1), client=None))[0]]
+        assert app._of_address == {"10.0.0.1": 2}
+        gone_on.set()
+        return found + [(await one)[0] for one in held] + [(await call(part(1)))[0]]
+
+    assert asyncio.run(crowd()) == [429, 200, 200, 200, 200, 200]
+    assert not app._of_address, "addresses that have none are forgotten"
+
+
+@pytest.mark.parametrize(("status", "counted"), [(200, True), (399, True), (400, False), (503, False)])
+def test_only_what_was_answered_is_counted(status: int, counted: bool, app: gate.Gate, headers: Any) -> None:
+    said = httpx.Response(status, headers={"Connection": "close", "X-One": "1", "Content-Encoding": "identity"}, content=b"what is said")
+    found, kept, body = asyncio.run(Call(app, headers["a"], said)(part(7)))
+    assert (found, kept, body) == (status, [(b"x-one", b"1")], b"what is said")
+    assert app._counts == ({"pull": [1, 7, 12]} if counted else {})
+
+
+def test_an_upstream_s_fault_is_an_empty_answer_and_is_not_counted(app: gate.Gate, headers: Any) -> None:
+    call = Call(app, headers["a"])
+
+    def broken(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("gone")
+
+    app._client = httpx.AsyncClient(transport=httpx.MockTransport(broken))
+    assert asyncio.run(call(part(7))) == (503, [], b"") and not app._counts
+
+
+def test_the_gate_says_when_it_has_started_and_stopped(app: gate.Gate) -> None:
+    told: list[Any] = []
+    events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+
+    async def receive() -> Any:
+        return next(events)
+
+    async def send(event: Any) -> None:
+        told.append(event)
+
+    asyncio.run(app({"type": "lifespan"}, receive, send))
+    assert told == [{"type": "lifespan.startup.complete"}, {"type": "lifespan.shutdown.complete"}]
+
+
+def test_a_signature_with_what_is_no_base64_is_none(app: gate.Gate, headers: Any) -> None:
+    call = Call(app, {**headers["a"], "flwr-signature": headers["a"]["flwr-signature"] + "\n!"})
+    assert asyncio.run(call(part(7))) == (401, [], b"") and not call.passed

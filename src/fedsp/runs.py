@@ -253,8 +253,9 @@ class RunDirectory:
         Raises:
             RunError: one is not what it was.
         """
-        known = self._json(INPUTS) if (self.path / INPUTS).exists() else {}
-        self.hold({name: digest for name, digest in inputs.items() if name in known})
+        if (self.path / INPUTS).exists():
+            known = self._json(INPUTS)
+            self.hold({name: digest for name, digest in inputs.items() if name in known})
 
     def log_traffic(self, round: int, client: str, direction: str, sizes: dict[str, int]) -> None:
         """Write down a message that crossed the wire: bytes by name. What was sent before a kill was sent, so nothing is ever taken back."""
