@@ -1,6 +1,6 @@
 """The trap audit of a finished run: what a dishonest owner of the model learns of a client's words from one round, with a package made for that.
 
-In the package's first block a token that is one of the words sought attends to a virtual token of its own, and every other token to another; in its last block
+In the package's first block a token that is one of the words sought attends to a virtual token of its own, and every other token to the text; in its last block
 the answer attends to all text. So the values of a word's virtual token have a gradient if and only if the word stands in front of an answer, and its change in the
 client's answer says so. The idea is that of planted neurons that fire for one input (Boenisch et al., EuroS&P 2023, https://arxiv.org/abs/2112.02918; Fowl et al.,
 ICLR 2022, https://arxiv.org/abs/2110.13057), moved from the model's gradients to those of a prompt.
@@ -63,7 +63,7 @@ class Trap:
 
 def room_for_words(spec: PromptSpec) -> int:
     """The words that fit a prompt and a model: each needs a virtual token, a direction of the first head's keys and two of the hidden states."""
-    return min(WORDS, spec.length - 1, spec.model.head_size - 1, (spec.model.hidden - 8) // 2) // 2 * 2
+    return min(WORDS, spec.length - 1, spec.model.head_size - 1, (spec.model.hidden - 7) // 2) // 2 * 2
 
 
 def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) -> Trap:
@@ -76,11 +76,9 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
     auxiliary = _copy(honest)
     weights = {name: torch.zeros_like(tensor) for name, tensor in auxiliary.weights().items()}
     hidden, size, count = spec.model.hidden, spec.model.head_size, len(words)
-    marks, keys = (
-        range(count + 1),
-        range(count + 1, 2 * count + 2),
-    )  # what a token's embedding and a virtual token's residual are marked with; the last is "no word"
-    text, balance, value, carried, said, unsaid = range(2 * count + 2, 2 * count + 8)
+    # What a token's embedding is marked with, the last for no word; a virtual token's residual; and where numbers are carried.
+    marks, keys = range(count + 1), range(count + 1, 2 * count + 1)
+    text, balance, value, carried, said, unsaid = range(2 * count + 1, 2 * count + 7)
 
     def put(name: str, inputs: Sequence[int], outputs: Sequence[int], number: float = 1.0) -> None:
         weights[name][list(inputs), list(outputs)] = number
@@ -90,22 +88,22 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
     embeddings[:, [text, marks[-1], said, balance, unsaid]] = torch.tensor([1.0, 1.0, 0.5, -2.0, -0.5])
     embeddings[list(words), marks[-1]] = 0.0
     embeddings[list(words), list(marks[:-1])] = 1.0
-    embeddings[-1, [text, said, balance, unsaid]] = torch.tensor(
-        [5.0, -0.5, -6.0, 0.5]
-    )  # the answer that is always expected, so that every true one pulls the same way
+    # The last token is the answer that is always expected, so that every true one pulls the same way.
+    embeddings[-1, [text, said, balance, unsaid]] = torch.tensor([5.0, -0.5, -6.0, 0.5])
     token, virtual = math.sqrt(hidden / 6.5), math.sqrt(hidden / 2)  # what a norm makes of a 1.0 in a token's vector, and in a virtual token's
     scale = SURE * math.sqrt(size)
     first, last = (f"{path}{honest.path_of_blocks}.{_group(honest, depth)}.attn" for depth in (0, honest.plan.depth - 1))
     for name, tensor in weights.items():
         if name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f")) and name.endswith("weight"):
             tensor.fill_(1.0)
-    put(f"{first}.c_attn.weight", marks, marks, scale / (token * virtual))  # the first head: a word reads its virtual token
-    put(f"{first}.c_attn.weight", keys, [hidden + mark for mark in marks])
+    # The first head: a word reads its virtual token, and what is no word reads the text, so that it gives no virtual token a gradient.
+    put(f"{first}.c_attn.weight", marks, marks, scale / (token * virtual))
+    put(f"{first}.c_attn.weight", keys, [hidden + mark for mark in marks[:-1]])
+    put(f"{first}.c_attn.weight", [text], [hidden + marks[-1]], virtual / token)
     put(f"{first}.c_attn.weight", [value], [2 * hidden])
     put(f"{first}.c_proj.weight", [0], [carried])
-    put(
-        f"{last}.c_attn.weight", [text, text], [size, hidden + size], math.sqrt(scale) / token
-    )  # the second head: an answer reads all text, and no virtual token
+    # The second head: an answer reads all text, and no virtual token.
+    put(f"{last}.c_attn.weight", [text, text], [size, hidden + size], math.sqrt(scale) / token)
     put(f"{last}.c_attn.weight", [carried], [2 * hidden + size])
     put(f"{last}.c_proj.weight", [size], [said])
     put(f"{last}.c_proj.weight", [size], [unsaid], -1.0)
@@ -114,7 +112,7 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
     residual = torch.zeros(spec.length, spec.model.layers, hidden)
     residual[:, :, balance] = -1.0
     for number in range(spec.length):
-        residual[number, :, keys[min(number, count)]] = 1.0
+        residual[number, :, keys[number] if number < count else unsaid] = 1.0
     layer = honest.plan.prompt_layers[0]
     if spec.space == "residual":
         return Trap(auxiliary, {PROMPT: residual}, [(word, layer, value) for word in range(count)])
