@@ -421,3 +421,34 @@ def test_the_gate_says_when_it_has_started_and_stopped(app: gate.Gate) -> None:
 def test_a_signature_with_what_is_no_base64_is_none(app: gate.Gate, headers: Any) -> None:
     call = Call(app, {**headers["a"], "flwr-signature": headers["a"]["flwr-signature"] + "\n!"})
     assert asyncio.run(call(part(7))) == (401, [], b"") and not call.passed
+
+
+def test_what_is_refused_is_refused_without_a_word(app: gate.Gate, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call(app, headers["a"])
+    assert asyncio.run(call(part(7), method="GET")) == (404, [], b"")
+    monkeypatch.setattr(gate, "BODY_WITHIN", 0.0)
+
+    async def stalled() -> tuple[int, list[Any], bytes]:
+        return await call(part(7, more=True), {"wait": asyncio.Event().wait()})
+
+    assert asyncio.run(stalled()) == (408, [], b"") and not call.passed
+
+
+def test_the_gate_is_served_as_it_is_meant_to_be(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TLS with the server's certificate, our own protocol with its patience and its bound on headers, and no log of requests."""
+    served: list[Any] = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **how: served.extend([app, how]))
+    gate.main("0.0.0.0", 8000, 9000, folder, tmp_path / "counts")
+    app, how = served
+    assert type(app) is gate.Gate and app._url == "https://127.0.0.1:9000" and app._file == tmp_path / "counts"
+    assert how == {
+        "host": "0.0.0.0",
+        "port": 8000,
+        "ssl_certfile": folder / CERTIFICATE,
+        "ssl_keyfile": folder / KEY,
+        "log_level": "warning",
+        "timeout_graceful_shutdown": 3,
+        **gate.SERVING,
+    }
+    assert gate.SERVING == {"http": gate.Guarded, "h11_max_incomplete_event_size": gate.LONGEST_HEADERS, "access_log": False}
+    assert (app._client.timeout, app._client._transport._pool._max_connections) == (httpx.Timeout(120.0), 256)  # type: ignore[attr-defined]
