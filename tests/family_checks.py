@@ -416,11 +416,10 @@ def _moves(outcomes: list[Outcome]) -> list[str]:
     lines = []
     for precision in ("float32", "bfloat16"):
         moved = {found.family: found.moved[precision] for found in outcomes if precision in found.moved}
-        alone = sorted(family for family, (_, together) in moved.items() if together == 1)
+        alone = sum(together == 1 for _, together in moved.values())
         most = max((most for most, _ in moved.values()), default=0.0)
-        who = f"all but {', '.join(sorted(set(moved) - set(alone)))}" if len(moved) - len(alone) <= 8 else ", ".join(alone) or "none"
         lines.append(
-            f"In {precision} one of eight examples moves the clipped sum of a private step by {most:.4f} bounds at most, over {len(moved)} families; those that read examples one by one: {who}."
+            f"In {precision} one of eight examples moves the clipped sum of a private step by {most:.4f} bounds at most, over {len(moved)} families, {alone} of which read examples one by one there."
         )
     return [*lines, ""]
 
