@@ -285,6 +285,10 @@ def test_one_address_cannot_keep_the_gate_from_others(opened: Any, headers: Any)
         connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + lines(headers["a"]) + b"\r\nx")
     reply = httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context)
     assert reply.status_code == 200 and upstream.seen == [("/v1/fleet/pull", 1)]
+    other = httpx.HTTPTransport(verify=context, local_address="127.0.0.2")
+    with httpx.Client(transport=other) as elsewhere:
+        for _ in range(3):
+            assert elsewhere.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 200
     more = []
     for _ in range(6):
         with contextlib.suppress(OSError):
@@ -450,5 +454,5 @@ def test_the_gate_is_served_as_it_is_meant_to_be(folder: Path, tmp_path: Path, m
         "timeout_graceful_shutdown": 3,
         **gate.SERVING,
     }
-    assert gate.SERVING == {"http": gate.Guarded, "h11_max_incomplete_event_size": gate.LONGEST_HEADERS, "access_log": False}
+    assert {"http": gate.Guarded, "h11_max_incomplete_event_size": gate.LONGEST_HEADERS, "access_log": False} == gate.SERVING
     assert (app._client.timeout, app._client._transport._pool._max_connections) == (httpx.Timeout(120.0), 256)  # type: ignore[attr-defined]

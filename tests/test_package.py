@@ -38,7 +38,7 @@ from fedsp.engines.joining import Client, Lookout, Node, supernode_command
 from fedsp.engines.processes import host_and_port, written
 from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
 from fedsp.frames import Frame
-from fedsp.package import package_digest, read_agreement, seal_package
+from fedsp.package import hold_against_policy, package_digest, read_agreement, seal_package
 from fedsp.package_check import require_harmless
 from fedsp.payload import PROMPT
 from fedsp.privacy import LEDGER, Ledger
@@ -531,6 +531,26 @@ def test_a_package_that_clients_would_refuse_is_not_sealed(place: Path) -> None:
     (package / "notes.txt").write_text("x")
     with pytest.raises(AuxiliaryError, match=r"holds 'notes.txt', which no package has"):
         seal_package(package, read_agreement(package), place / "server" / "signing.key")
+
+
+def test_a_private_run_within_a_policy_is_joined_to_the_last_digit(place: Path) -> None:
+    agreement = read_agreement(place / "server" / "package")
+    private = agreement.model_copy(update={"privacy": agreement.privacy.model_copy(update={"unit": "example", "epsilon": 6.0, "delta": 1e-5})})
+    policy = party_of(place).policy.model_copy(
+        update={"require_differential_privacy": True, "max_epsilon": 6.0, "max_delta": 1e-5, "max_rounds": private.rounds, "min_examples": 9}
+    )
+    nobody: Any = None  # no plans are asked for
+    hold_against_policy(policy, private, nobody, 9)
+    for change, examples in (({"max_epsilon": 5.99}, 9), ({"max_delta": 0.99e-5}, 9), ({"max_rounds": private.rounds - 1}, 9), ({}, 8)):
+        with pytest.raises(PolicyError, match=f"policy.{next(iter(change), 'min_examples')}"):
+            hold_against_policy(policy.model_copy(update=change), private, nobody, examples)
+
+
+def test_an_agreement_that_says_something_else_is_named_by_its_file(place: Path) -> None:
+    path = place / "server" / "package" / "agreement.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rounds": -1, "more": 1}))
+    with pytest.raises(ConfigurationError, match=r"server/package/agreement\.json has 2 faults"):
+        read_agreement(place / "server" / "package")
 
 
 def test_a_key_that_cannot_sign_is_found_out_before_the_distillation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
