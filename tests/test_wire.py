@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from fedsp.aggregation import admit
+from fedsp.codings import parse_coding
 from fedsp.errors import PayloadError, TrainingDiverged
 from fedsp.frames import Frame
 from fedsp.payload import PROMPT, pack
@@ -49,6 +50,39 @@ def test_requests_and_replies_survive_the_way() -> None:
     assert isinstance(reply, Update) and torch.equal(reply.payload[PROMPT], REPLY.payload[PROMPT])
     assert (reply.losses, reply.validation, reply.shortened, reply.bytes_up) == ({"speak": 2.5}, 1.25, 2, len(GOOD.payload))
     assert verdict(GOOD) is None
+
+
+def test_an_answer_says_six_figures_and_no_more() -> None:
+    update = replace(REPLY, seconds=0.12345, spikes=3, bytes_up=7, bytes_down=8)
+    frame = write_update(update, b"x", parse_coding("int8"))
+    assert json.loads(frame.header) == {
+        "fedsp": 1,
+        "kind": "update",
+        "coding": "int8",
+        "round": 3,
+        "client": "hospital-a",
+        "losses": {"speak": 2.5},
+        "validation": 1.25,
+        "seconds": 0.123,
+        "shortened": 2,
+        "spikes": 3,
+        "sha256": hashlib.sha256(b"x").hexdigest(),
+    }
+    read = read_reply(write_update(update, pack(update.payload)), REQUEST)
+    assert isinstance(read, Update) and (read.seconds, read.spikes, read.shortened) == (0.123, 3, 2)
+    asked = json.loads(write_request(replace(REQUEST, answer_in=parse_coding("sign"))).header)
+    assert asked == {
+        "fedsp": 1,
+        "kind": "train",
+        "package": "",
+        "run": REQUEST.run,
+        "round": 3,
+        "client": "hospital-a",
+        "seed": REQUEST.seed,
+        "coding": "float32",
+        "answer": "sign",
+        "sha256": hashlib.sha256(pack(PROMPT_SENT)).hexdigest(),
+    }
 
 
 SECRET = hashlib.sha256(b"the client's").digest()
