@@ -24,7 +24,7 @@ from fedsp.errors import PayloadError, TrainingDiverged
 from fedsp.frames import Frame
 from fedsp.payload import PROMPT, pack
 from fedsp.rounds import Failure, Request, Update
-from fedsp.wire import REFUSALS, read_reply, read_request, sign_reply, signed_reply, write_refusal, write_request, write_update
+from fedsp.wire import REFUSALS, ROOM, read_reply, read_request, sign_reply, signed_reply, write_refusal, write_request, write_update
 
 PROMPT_SENT = {PROMPT: torch.linspace(-1, 1, 4 * 8 * 16).reshape(4, 8, 16)}
 REQUEST = Request("0123456789abcdef", 3, "hospital-a", 12345678901234567, PROMPT_SENT)
@@ -83,6 +83,26 @@ def test_an_answer_says_six_figures_and_no_more() -> None:
         "answer": "sign",
         "sha256": hashlib.sha256(pack(PROMPT_SENT)).hexdigest(),
     }
+
+
+def test_bounds_of_a_reply_are_met_to_the_last_byte() -> None:
+    most = 4 * PROMPT_SENT[PROMPT].numel() + ROOM
+    for size, said in ((most, "SHA-256"), (most + 1, f"has {most + 1} bytes, more than the {most} that a prompt can have")):
+        assert said in str(verdict(replace(GOOD, payload=b"x" * size)))
+    eight = {f"stage_{'abcdefgh'[number]}": 1e4 for number in range(8)}
+    for losses, why in (
+        (eight, None),
+        ({**eight, "more": 1.0}, "losses are not a few numbers"),
+        ({"a": 1e4 + 1}, "is no number from 0 to 10000"),
+        ({"a" * 21: 1.0}, "not a few"),
+    ):
+        assert (verdict(forged(GOOD.payload, losses=losses)) is None) if why is None else why in str(verdict(forged(GOOD.payload, losses=losses)))
+    header = json.loads(GOOD.header)
+    del header["coding"], header["spikes"]
+    read = read_reply(Frame(json.dumps(header), GOOD.payload), REQUEST)
+    assert isinstance(read, Update) and read.spikes == 0, "as a client of an earlier version answers, in numbers as they are"
+    unknown = write_refusal(REQUEST, "policy").header.replace('"policy"', '"whatever"')
+    assert getattr(read_reply(Frame(unknown), REQUEST), "reason", "") == "the client refused and gave no known reason"
 
 
 SECRET = hashlib.sha256(b"the client's").digest()
