@@ -71,6 +71,12 @@ def test_the_cosine_between_updates_is_the_mean_over_pairs() -> None:
     assert update_cosine(payloads, sent) == pytest.approx((0.8 + 0.0 + 0.0) / 3)
     assert update_cosine({name: payloads[name] for name in "pq"}, sent) == pytest.approx(0.8)
     assert update_cosine({name: payloads[name] for name in ("p", "still")}, sent) is None and update_cosine({}, sent) is None
+    generator = torch.Generator().manual_seed(0)
+    zero = {"a": torch.zeros(1000)}
+    small = {name: {"a": 1e-4 * torch.randn(1000, generator=generator)} for name in "pqr"}
+    unit = [small[name]["a"].double() / small[name]["a"].double().norm() for name in "pqr"]
+    exact = sum(float(unit[one] @ unit[other]) for one, other in ((0, 1), (0, 2), (1, 2))) / 3
+    assert update_cosine(small, zero) == pytest.approx(exact, abs=1e-14), "however short, and in float64"
 
 
 @pytest.mark.parametrize("kind", ["none", "momentum", "adam"])

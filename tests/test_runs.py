@@ -14,7 +14,7 @@ import torch
 from fedsp import runs
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
-from fedsp.errors import RunError, StorageError
+from fedsp.errors import ConfigurationError, RunError, StorageError
 from fedsp.federation import Standing
 from fedsp.models import ModelShape
 from fedsp.payload import PROMPT
@@ -94,6 +94,9 @@ def test_a_folder_without_a_run_says_so_and_names_what_is_below(tmp_path: Path) 
     (tmp_path / "a" / "config.toml").write_text("[")
     with pytest.raises(RunError, match=r"holds no run: its config\.toml cannot be read \(Invalid initial character"):
         RunDirectory.open(tmp_path / "a")
+    (tmp_path / "b" / "config.toml").write_text((tmp_path / "b" / "config.toml").read_text() + "\n[more]\n")
+    with pytest.raises(ConfigurationError, match=r"b/config\.toml has 1 fault:\n  more: unknown key"):
+        RunDirectory.open(tmp_path / "b")
     (tmp_path / "a" / "run.json").unlink()
     (tmp_path / "c").mkdir()
     assert find_runs(tmp_path) == [tmp_path / "b"]

@@ -85,6 +85,14 @@ def test_an_answer_says_six_figures_and_no_more() -> None:
     }
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_what_is_asked_survives_the_way(train: bool) -> None:
+    frame = write_request(replace(REQUEST, train=train))
+    assert json.loads(frame.header)["kind"] == ("train" if train else "validate") and read_request(frame).train is train
+    with pytest.raises(PayloadError, match="the message is no request"):
+        read_request(replace(frame, header=frame.header.replace('"train"' if train else '"validate"', '"look"')))
+
+
 def test_bounds_of_a_reply_are_met_to_the_last_byte() -> None:
     most = 4 * PROMPT_SENT[PROMPT].numel() + ROOM
     for size, said in ((most, "SHA-256"), (most + 1, f"has {most + 1} bytes, more than the {most} that a prompt can have")):
@@ -134,6 +142,9 @@ def test_a_signed_reply_is_taken_as_it_was_signed_and_in_no_other_way(place: int
 
 
 def test_a_signature_is_for_one_request_and_its_payload_is_under_it() -> None:
+    made = sign_reply(GOOD, write_request(REQUEST), keyed)
+    assert made.header.partition("\n")[2] == GOOD.header and len(bytes.fromhex(made.header.partition("\n")[0])) == 32 and made.payload == GOOD.payload
+    assert signed_reply(made, write_request(REQUEST), genuine) == GOOD
     for other in (replace(REQUEST, seed=1), replace(REQUEST, run="ab"), replace(REQUEST, round=4), replace(REQUEST, payload={PROMPT: PROMPT_SENT[PROMPT] + 1})):
         with pytest.raises(PayloadError, match="not signed with the client's key, or answers another request"):
             signed_reply(SIGNED, write_request(other), genuine)
