@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test bench families mutants unit recipe deployment lint clean
+.PHONY: demo test test-quick bench families mutants unit recipe deployment lint clean
 
 demo: .venv/ready
 	$(BIN)/fedsp demo
@@ -22,13 +22,18 @@ bench: .venv/ready-dev
 
 # Every family of models that the installed transformers knows, against a slow reference, two minutes: writes docs/results/families.md and fails where something is wrong.
 families: .venv/ready-dev
-	$(BIN)/python tests/family_checks.py docs/results/families.md
+	$(BIN)/python tests/support/family_checks.py docs/results/families.md
 
 # Deliberate bugs in every line of the modules that promises rest on, two hours on two cores: fails where less than 95 % of them are seen (docs/security.md).
 mutants: .venv/ready-dev
 	$(PIP) install -q -c constraints.txt -e '.[mutants]'
 	$(BIN)/mutmut run
 	$(BIN)/python scripts/mutants.py
+
+# While you work: what needs no real training and no deployment.
+test-quick: .venv/ready-dev
+	$(MAKE) lint
+	$(MAKE) unit
 
 unit:
 	$(BIN)/python -m pytest -n auto -m "not recipe and not harness and not study and not deployment"
@@ -43,6 +48,7 @@ lint:
 	$(BIN)/ruff check src tests scripts benchmarks
 	$(BIN)/ruff format --check src tests scripts benchmarks
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

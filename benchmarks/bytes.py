@@ -17,8 +17,8 @@ from pathlib import Path
 import matplotlib
 from spread import mean, mean_and_deviation
 
-from fedsp.finished_run import Run
-from fedsp.results import read_results
+from fedsp.report.collect import read_results
+from fedsp.report.finished_run import Run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

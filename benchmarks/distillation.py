@@ -21,14 +21,14 @@ import torch
 from spread import median
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from fedsp import distill
-from fedsp.auxiliary import build_auxiliary, parse_plan
-from fedsp.display import quiet_libraries
-from fedsp.distill import Distillation
-from fedsp.fitting import Optimisation
-from fedsp.loading import load_tokenizer
-from fedsp.models import PromptedLM
-from fedsp.server import EMBEDDED
+from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.models.auxiliary import build_auxiliary, parse_plan
+from fedsp.models.loading import load_tokenizer
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.report.console import quiet_libraries
+from fedsp.training import distillation as distill
+from fedsp.training.distillation import Distillation
+from fedsp.training.loop import Optimisation
 
 PLANS = ("shared(0)", "every(6)")  # as deep as the teacher; a sixth of its layers
 WAYS = ("read again", "kept in memory", "kept on disk")
@@ -49,7 +49,7 @@ def one(given: argparse.Namespace) -> dict[str, float]:
     if given.way == "kept on disk":
         distill.IN_MEMORY = 0
     if given.way == "read again":
-        distill.Kept.get = lambda self, indices, read: read(indices)
+        setattr(distill.Kept, "get", lambda self, indices, read: read(indices))
     before = held()
     most = before
 

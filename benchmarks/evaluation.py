@@ -22,9 +22,9 @@ from material import add_reference, model_name, questions, random_gpt2
 from spread import median
 
 from fedsp.data.tasks import Example
-from fedsp.display import quiet_libraries
-from fedsp.evaluation import score
-from fedsp.loading import load_model, load_tokenizer
+from fedsp.models.loading import load_model, load_tokenizer
+from fedsp.report.console import quiet_libraries
+from fedsp.training.evaluation import score
 
 
 def seconds_of(work: Callable[[], list[float]]) -> tuple[float, list[float]]:

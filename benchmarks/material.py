@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from fedsp.data.encoding import Tokenizer
 from fedsp.data.tasks import Example, examples_of, find_task, load_rows
-from fedsp.models import Tokenizer
 
 
 def add_reference(parser: argparse.ArgumentParser) -> None:

@@ -18,10 +18,10 @@ import torch
 from material import random_gpt2
 from spread import mean
 
-from fedsp import commands
-from fedsp.display import quiet_libraries
-from fedsp.loading import Precision, load_model, load_tokenizer
-from fedsp.runs import RunDirectory
+from fedsp import api as commands
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.models.loading import Precision, load_model, load_tokenizer
+from fedsp.report.console import quiet_libraries
 
 FEWER = [precision for precision in get_args(Precision) if precision not in ("auto", "float32")]
 SIDES = [("float32", "float32"), *((precision, "float32") for precision in FEWER), *(("float32", precision) for precision in FEWER)]
@@ -65,7 +65,9 @@ def run(values: dict[str, Any]) -> dict[str, float]:
 
 
 def mebibytes(path: str, precision: Precision) -> float:
-    return sum(parameter.numel() * parameter.element_size() for parameter in load_model(path, device="cpu", precision=precision).model.parameters()) / 2**20
+    return (
+        float(sum(parameter.numel() * parameter.element_size() for parameter in load_model(path, device="cpu", precision=precision).model.parameters())) / 2**20
+    )
 
 
 def main() -> None:

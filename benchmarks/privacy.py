@@ -147,7 +147,7 @@ def inversion(runs: Runs) -> Iterator[str]:
 
 def _of_a_server(row: dict[str, Any]) -> bool:
     """Whether a level is what a server sees, or that in one step of SGD on a whole lot."""
-    return row["observed"] or row["level"].startswith("a lot of ")
+    return bool(row["observed"]) or row["level"].startswith("a lot of ")
 
 
 def trap(runs: Runs) -> Iterator[str]:

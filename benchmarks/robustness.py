@@ -23,22 +23,23 @@ from typing import Any
 import torch
 from spread import mean_and_deviation
 
-from fedsp.attacks import Attack, liars, triggered
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
 from fedsp.data.encoding import encode_targets
-from fedsp.display import quiet_libraries
-from fedsp.engines.local import local
 from fedsp.errors import TooFewClients
-from fedsp.experiment import rules_of
-from fedsp.federation import federate
-from fedsp.methods.base import validation_loss
-from fedsp.parties import Party
-from fedsp.payload import Payload
-from fedsp.rounds import Exchange, Failure, Request, Update
-from fedsp.runs import RunDirectory
-from fedsp.server import Questions, Server, Watcher, load_questions, open_server, score_test
-from fedsp.sides import Sides, open_sides
+from fedsp.experiments.build import Federation, build_federation
+from fedsp.experiments.run import round_config
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.server_setup import FederatedDataset, Server, load_dataset, open_server, score_test
+from fedsp.federation.attacks import Attack, liars, triggered
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.loop import federate
+from fedsp.federation.messages import Failure, Request, Transport, Update
+from fedsp.federation.methods.base import validation_loss
+from fedsp.federation.party import Party
+from fedsp.federation.transport.local import local
+from fedsp.models.payload import Payload
+from fedsp.report.console import quiet_libraries
 
 SEEDS = (0, 1, 2)
 SHARES = (0.1, 0.2, 0.3, 0.4)
@@ -85,11 +86,11 @@ class World:
         self.values = settings(reference, str(output / f"world-{seed}-{partition.replace(' ', '-')}"), seed, partition)
         self.values["auxiliary"] = {"folder": str(output / f"package-{seed}")} if (output / f"package-{seed}").exists() else {}
         config = make_config(self.values)
-        self.questions: Questions = load_questions(config)
+        self.questions: FederatedDataset = load_dataset(config)
         self.server: Server = open_server(config, self.questions)
         with tempfile.TemporaryDirectory() as temporary:
             run = RunDirectory.create(config.model_copy(update={"output": temporary}))
-            self.sides: Sides = open_sides(self.server, run, Watcher(), None)
+            self.sides: Federation = build_federation(self.server, run, Callbacks(), None)
             if not config.auxiliary.folder:
                 shutil.copytree(Path(temporary) / "auxiliary", output / f"package-{seed}")
                 self.values["auxiliary"] = {"folder": str(output / f"package-{seed}")}
@@ -110,7 +111,7 @@ class World:
         questions = replace(self.questions, attack=kind)
         with tempfile.TemporaryDirectory() as temporary:
             run = RunDirectory.create(config.model_copy(update={"output": temporary}))
-            sides = open_sides(replace(self.server, questions=questions, config=config), run, Watcher(), None)
+            sides = build_federation(replace(self.server, questions=questions, config=config), run, Callbacks(), None)
             exchange = self._remembered(local(sides.clients), kind)
             exchange = kind.exchange(exchange) if kind else exchange
             party = Party("server", sides.model, sides.tuned, [], run.rest("server"))
@@ -122,7 +123,14 @@ class World:
                 return loss
 
             final = federate(
-                sides.clients.method, party, sides.clients.register, exchange, rules_of(config, run, 10), standing=None, validate=validate, keep=lambda *_: None
+                sides.clients.method,
+                party,
+                sides.clients.register,
+                exchange,
+                round_config(config, run, 10),
+                standing=None,
+                validate=validate,
+                keep=lambda *_: None,
             )
         party.tuned.load(final.payload)  # the last prompt: choosing the best by validation would hide what an attack does
         with torch.no_grad():
@@ -136,7 +144,7 @@ class World:
             found["success"] = score_test(party.model, prefix, waited, self.questions.task, self.server.tokenizer, self.server.max_tokens)[0]["accuracy"]
         return found
 
-    def _remembered(self, honest: Exchange, attack: Attack | None) -> Exchange:
+    def _remembered(self, honest: Transport, attack: Attack | None) -> Transport:
         """Honest work is done once for each broadcast and client; that of a client which lies about its data apart."""
 
         def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
@@ -226,7 +234,8 @@ def _mean(entry: list[dict[str, float] | None], figure: str) -> tuple[float | No
     numbers = [one[figure] for one in entry if one is not None]
     if not numbers or len(numbers) < len(entry):
         return None, 0.0
-    return mean_and_deviation(numbers)
+    mean, deviation = mean_and_deviation(numbers)
+    return mean, deviation
 
 
 if __name__ == "__main__":

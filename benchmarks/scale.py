@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 
-from fedsp import commands, fitting
-from fedsp.display import quiet_libraries
-from fedsp.server import EMBEDDED, Watcher
+from fedsp import api as commands
+from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.federation.callbacks import Callbacks
+from fedsp.report.console import quiet_libraries
+from fedsp.training import loop as fitting
 
 ASKED = (25, 50, 100, 200)
 
@@ -57,12 +59,12 @@ def measure(folder: Path, clients: int, asked: int, rounds: int, **changes: Any)
     memory: list[float] = []
     ends: list[float] = []
     training: list[float] = []
-    trained, descend = 0.0, fitting.descend
+    trained, optimize = 0.0, fitting.optimize
 
     def timed(*given: Any, **named: Any) -> Any:
         nonlocal trained
         begun = time.perf_counter()
-        done = descend(*given, **named)
+        done = optimize(*given, **named)
         trained += time.perf_counter() - begun
         return done
 
@@ -72,8 +74,8 @@ def measure(folder: Path, clients: int, asked: int, rounds: int, **changes: Any)
         training.append(trained)
 
     started = time.perf_counter()
-    fitting.descend = timed
-    commands.run(settings(folder, clients, asked, rounds, **changes), watcher=Watcher(round_done=round_done))
+    fitting.optimize = timed
+    commands.run(settings(folder, clients, asked, rounds, **changes), watcher=Callbacks(round_done=round_done))
     whole = [after - before for before, after in itertools.pairwise(ends)]  # all rounds but the first
     loop = [seconds - (after - before) for seconds, (before, after) in zip(whole, itertools.pairwise(training), strict=True)]
     files = [path for path in (folder / "run").rglob("*") if path.is_file()]
@@ -101,7 +103,7 @@ def main() -> None:
     given = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
-    kept = {"client": {"speak_steps": 5, "batch_size": 4, "keep_optimizer": True}, "compression": {"up": "top_k(0.1)", "down": "int8"}}
+    kept = {"client": {"speak_steps": 5, "batch_size": 4, "keep_optimizer": True}, "compression": {"up": "sign", "down": "int8"}}
     runs: dict[str, tuple[int, int, int, dict[str, Any]]] = {
         "whole": (given.clients, 100, given.rounds, {}),
         "resting": (given.clients, 100, given.rounds, kept),

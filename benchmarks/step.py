@@ -6,7 +6,7 @@
 A model with random weights in the shape of GPT-2, GPT2-XL or OPT-1.3B, without dropout; an auxiliary model `ends(2)` of it, as deep as it is; questions of real tasks. Each figure is tokens of real text per second (padding and prompt do not
 count) over the same examples, and the peak memory of a process of its own once the model is there. Weights that are trained (align) are float32.
 
-- speak and align: fedsp's two stages at a client, by the functions of a run (`fedsp.methods.base.take_steps`).
+- speak and align: fedsp's two stages at a client, by the functions of a run (`fedsp.federation.methods.base.take_steps`).
 - plain: every example padded to the data set's longest, logits at all positions, batches as they are drawn.
 - peft: prefix-tuning by PEFT and Trainer, batches padded to their own longest; for align, all weights by Trainer.
 
@@ -38,19 +38,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PretrainedConfig
 from transformers.activations import NewGELUActivation
 
-from fedsp.auxiliary import AuxiliaryModel, build_auxiliary, parse_plan
-from fedsp.blocks import find_blocks
 from fedsp.data.encoding import Encoded, collate, encode_targets, training_batches
-from fedsp.display import quiet_libraries
-from fedsp.experiment import forget_peak_memory, peak_memory
-from fedsp.fitting import Optimisation, trainable
-from fedsp.loading import load_tokenizer
-from fedsp.methods.base import Stage, Work, take_steps
-from fedsp.models import PromptedLM
-from fedsp.parties import Party, Rest
-from fedsp.plan import shape_of
-from fedsp.prompts import PromptSpec, SoftPrompt
-from fedsp.rounds import derive_seed
+from fedsp.data.seeding import derive_seed
+from fedsp.experiments.plan import shape_of
+from fedsp.experiments.run import forget_peak_memory, peak_memory
+from fedsp.federation.methods.base import Stage, Work, take_steps
+from fedsp.federation.party import Party, StateStore
+from fedsp.models.auxiliary import AuxiliaryModel, build_auxiliary, parse_plan
+from fedsp.models.blocks import find_blocks
+from fedsp.models.loading import load_tokenizer
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.models.trainable import trainable
+from fedsp.report.console import quiet_libraries
+from fedsp.training.loop import Optimisation
 
 LENGTH, SEED = 20, 0
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -78,7 +79,7 @@ def open_model(given: argparse.Namespace, stage: str, *, rival: bool) -> Auxilia
     auxiliary.recompute = given.recompute
     if rival and given.model.startswith("gpt2"):
         for block in auxiliary.blocks:
-            block.mlp.act = NewGELUActivation()
+            setattr(block.mlp, "act", NewGELUActivation())
     if given.compile:
         for block in auxiliary.blocks:
             block.compile(dynamic=True)
@@ -105,7 +106,7 @@ def fedsp(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], 
     spec = PromptSpec(space, LENGTH, model.prompt_shape)
     prompt = SoftPrompt(spec, torch.randn(spec.shape) * 0.02).to(given.device)
     with tempfile.TemporaryDirectory() as folder:
-        party = Party("a", model, prompt, rows, Rest(Path(folder)))
+        party = Party("a", model, prompt, rows, StateStore(Path(folder)))
         train = prompt.trained() if stage == "speak" else trainable(model.model)
         prompt.requires_grad_(stage == "speak")
         work = Work(stage, Stage(given.steps, given.batch, Optimisation(1e-4, warmup=0.0)), train)
@@ -141,7 +142,7 @@ def plain(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], 
             cache = model.cache(prompt.prefix(model), len(ids))
             loss: Tensor = model.model(input_ids=ids, attention_mask=mask, past_key_values=cache, labels=labels).loss
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             wait(given)
             seconds += time.perf_counter() - started
@@ -233,7 +234,7 @@ def rate_of_products(given: argparse.Namespace, dtype: torch.dtype) -> float:
     for wide in ((hidden, 4 * hidden), (4 * hidden, hidden), (hidden, 3 * hidden)):
         left, right = (torch.randn(shape, device=given.device).to(dtype) for shape in ((tokens, wide[0]), wide))
         found.append(2.0 * tokens * wide[0] * wide[1] / best(given, partial(torch.mm, left, right)))
-    return max(found)
+    return float(max(found))
 
 
 def rate_of_copying(given: argparse.Namespace) -> float:

@@ -17,12 +17,12 @@ from material import add_reference, model_name
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from fedsp.data.encoding import Encoded, collate
-from fedsp.display import quiet_libraries
-from fedsp.fitting import answer_loss
-from fedsp.loading import load_model
-from fedsp.models import PromptedLM
-from fedsp.prompts import PromptSpec, SoftPrompt
-from fedsp.server import EMBEDDED
+from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.models.loading import load_model
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.report.console import quiet_libraries
+from fedsp.training.loop import answer_loss
 
 LENGTH, TOKENS, BATCHES, SECONDS = 20, 45, (2, 4, 8, 20), 4.0
 

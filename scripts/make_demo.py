@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "src" / "fedsp" / "embedded"
+EMBEDDED = Path(__file__).resolve().parent.parent / "src" / "fedsp" / "experiments" / "embedded"
 END = "<|endoftext|>"
 CLIENTS, PEOPLE_PER_OWNER, VALIDATION_PEOPLE, TEST_PEOPLE, PUBLIC_PEOPLE = 10, 22, 40, 80, 80
 

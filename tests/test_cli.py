@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from fedsp import auxiliary, cli, commands
+from fedsp import api as commands
+from fedsp import cli
 from fedsp.config_file import read_config
 from fedsp.errors import StorageError
-from fedsp.server import EMBEDDED
+from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.models import auxiliary
 
 QUICK = [
     "round.rounds=2",

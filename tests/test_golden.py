@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
-from fedsp.aggregation import weighted_mean
 from fedsp.algorithm import FedSP
-from fedsp.auxiliary import build_auxiliary, parse_plan
 from fedsp.data.encoding import Batch, Encoded
-from fedsp.distill import masked_mse
-from fedsp.fitting import Optimisation, answer_loss
-from fedsp.methods.base import Stage
-from fedsp.models import PromptedLM
-from fedsp.parties import Party, Rest
-from fedsp.payload import PROMPT
-from fedsp.prompts import PromptSpec, SoftPrompt
-from fedsp.rounds import Request
+from fedsp.federation.aggregation.mean import weighted_mean
+from fedsp.federation.messages import Request
+from fedsp.federation.methods.base import Stage
+from fedsp.federation.party import Party, StateStore
+from fedsp.models.auxiliary import build_auxiliary, parse_plan
+from fedsp.models.payload import PROMPT
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.training.distillation import masked_mse
+from fedsp.training.loop import Optimisation, answer_loss
 
 CONFIGS = {
     "opt": OPTConfig(
@@ -111,14 +111,14 @@ def test_a_round(case: Case, tmp_path: Path) -> None:
     method = FedSP(stage, stage, stage, package=case.auxiliary.weights())
     updates = {}
     for index in range(2):
-        client = Party(str(index), case.auxiliary, case.prompt(), case.rows(index), Rest(tmp_path / str(index)))
+        client = Party(str(index), case.auxiliary, case.prompt(), case.rows(index), StateStore(tmp_path / str(index)))
         update = method.client_update(client, Request("run", 1, client.id, 0, case.prompt().payload()))
         close(update.payload[PROMPT], case.of(f"round.client{index}.prefix"))
         close(update.losses["speak"], case.of(f"round.client{index}.last_loss"))
         updates[client.id] = update.payload
     aggregated = weighted_mean(updates, {"0": 1.0, "1": 3.0})
     close(aggregated[PROMPT], case.of("round.aggregated_prefix"))
-    server = Party("server", case.model, case.prompt(), case.rows(2), Rest(tmp_path / "server"))
+    server = Party("server", case.model, case.prompt(), case.rows(2), StateStore(tmp_path / "server"))
     payload, _ = method.server_update(server, aggregated, 1, 0)
     close(payload[PROMPT], case.of("round.server_prefix"))
     after = SoftPrompt(case.spec, payload[PROMPT])

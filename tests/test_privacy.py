@@ -16,35 +16,39 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import tiny_model
-from families import LONG_ROPE, tiny_causal_lm
-from fedsp import clients, commands, experiment, privacy, private_fitting
+from fedsp import api as commands
+from fedsp import privacy
 from fedsp.algorithm import FedSP
-from fedsp.clients import agreement_of, make_method
 from fedsp.config import Agreement, PolicySection
 from fedsp.config_file import make_config, validated
 from fedsp.data.encoding import Encoded, collate
-from fedsp.engines import joining
+from fedsp.deployment import join as joining
 from fedsp.errors import ConfigurationError, DataError, PolicyError, PrivacyError, StorageError
-from fedsp.fitting import Optimisation
-from fedsp.loading import reduce_precision
-from fedsp.methods.base import Method
-from fedsp.methods.private import PrivateAnswers
-from fedsp.models import PromptedLM
-from fedsp.parties import Party, Rest
-from fedsp.payload import PROMPT, Payload, as_row
-from fedsp.per_example import example_gradients, example_losses
-from fedsp.privacy import Ledger, Release, clipped_sum, epsilon, gaussian, noise_for, noised_mean, poisson_sample, private_mean
-from fedsp.private_fitting import ALONE, ExamplePrivacy, PrivateSteps, examples_together, fit_privately, private_gradient
-from fedsp.prompts import PromptSpec, SoftPrompt
-from fedsp.rounds import Request
-from fedsp.runs import RunDirectory
-from fedsp.server import Watcher
-from fedsp.statement import privacy_statement
+from fedsp.experiments import run as experiment
+from fedsp.experiments.privacy_statement import privacy_statement
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.federation import clients
+from fedsp.federation.aggregation.private import private_mean
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import agreement_of, make_method
+from fedsp.federation.messages import Request
+from fedsp.federation.methods.private import PrivateAnswers
+from fedsp.federation.party import Party, StateStore
+from fedsp.models.loading import reduce_precision
+from fedsp.models.payload import PROMPT, Payload, as_row
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.privacy import Ledger, Release, clipped_sum, epsilon, gaussian, noise_for, noised_mean, poisson_sample
 from fedsp.storage import locked, write_json
-from test_run import settings
+from fedsp.training import dp_sgd as private_fitting
+from fedsp.training.dp_sgd import ALONE, ExamplePrivacy, PrivateSteps, examples_together, fit_privately, private_gradient
+from fedsp.training.loop import Optimisation
+from fedsp.training.per_example_gradients import example_gradients, example_losses
+from support.private_runs import CLIENT, DELTA, EXAMPLE, private_party
+from support.small_runs import settings
+from support.tiny_families import LONG_ROPE, tiny_causal_lm
+from support.tiny_models import tiny_model
 
-DELTA = 1e-5
 FAMILIES = ["gpt2", "llama", "gemma", "opt"]
 
 
@@ -250,12 +254,12 @@ def test_no_private_run_starts_on_a_model_that_is_refused(where: str, tmp_path: 
             commands.run(settings(tmp_path, **EXAMPLE))
         assert not RunDirectory.open(tmp_path / "run").records() and not list((tmp_path / "run").rglob(privacy.LEDGER))
         return
-    from test_package import make_federation, party_of
+    from support.small_federation import make_federation, party_of
 
     _, place = make_federation(tmp_path, **EXAMPLE)
     monkeypatch.setattr(clients, "examples_together", refuses)
     with pytest.raises(PrivacyError, match="reads an example otherwise"):
-        joining.Client(party_of(place), Watcher())
+        joining.Client(party_of(place), Callbacks())
 
 
 def test_examples_that_change_each_other_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,10 +328,6 @@ def test_a_ledger_is_on_the_disk_first_and_a_torn_line_is_no_release(tmp_path: P
         Ledger(ledger.path)
 
 
-EXAMPLE: dict[str, Any] = {"privacy": {"unit": "example", "epsilon": 8.0, "clip": 0.5}}
-CLIENT: dict[str, Any] = {"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5}, "round": {"rounds": 3, "weighting": "uniform", "min_clients": 0}}
-
-
 def test_a_private_run_pays_first_and_tells_nothing_else(tmp_path: Path) -> None:
     folder = Path(commands.run(settings(tmp_path, **EXAMPLE))["folder"])
     run = RunDirectory.open(folder)
@@ -348,18 +348,6 @@ def test_two_private_runs_of_one_seed_differ(tmp_path: Path) -> None:
     assert (Path(one) / "best.safetensors").read_bytes() != (Path(other) / "best.safetensors").read_bytes()
 
 
-def private_party(folder: Path) -> tuple[Method, Party, Request]:
-    """A client that answers privately for two rounds, and a request to it."""
-    model = tiny_model("gpt2")
-    spec = PromptSpec("residual", 4, model.shape)
-    config = make_config(settings(folder, privacy={"unit": "example", "epsilon": 4.0}, round={"rounds": 2}, prompt={"length": 4}))
-    method = make_method(agreement_of(config, 64), None)
-    prompt = SoftPrompt(spec, torch.zeros(spec.shape))
-    rows = [Encoded((5, 6, 7, 8), 2)] * 20
-    party = Party("a", model, prompt, rows, Rest(folder / "rest"), ledger=Ledger(folder / "rest" / privacy.LEDGER))
-    return method, party, Request("run", 1, "a", 7, {PROMPT: torch.zeros(spec.shape)})
-
-
 def test_an_answer_is_given_once_and_a_budget_is_kept(tmp_path: Path) -> None:
     method, party, request = private_party(tmp_path)
     other = {PROMPT: request.payload[PROMPT] + 1}
@@ -374,7 +362,7 @@ def test_an_answer_is_given_once_and_a_budget_is_kept(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="validation by clients"):
         method.client_update(party, replace(request, train=False))
     with pytest.raises(PolicyError, match="more than this client's budget of epsilon = 0.5"):
-        method.client_update(replace(party, most=0.5, rest=Rest(tmp_path / "another")), replace(request, run="another", payload=other))
+        method.client_update(replace(party, most=0.5, rest=StateStore(tmp_path / "another")), replace(request, run="another", payload=other))
 
 
 def test_a_client_whose_ledger_was_taken_away_answers_nothing(tmp_path: Path) -> None:
@@ -394,7 +382,7 @@ def test_a_round_is_answered_once_for_ever_also_when_its_answer_is_no_longer_kep
     method = make_method(agreement_of(config, 64), None)
     for round in range(1, 7):
         method.client_update(party, replace(request, round=round))
-    assert Rest(party.rest.folder / "answers").rounds() == [4, 5, 6]
+    assert StateStore(party.rest.folder / "answers").rounds() == [4, 5, 6]
     assert party.ledger is not None
     paid = party.ledger.releases()
     for round in (1, 2, 3):
@@ -495,7 +483,7 @@ def test_no_number_of_a_configuration_is_infinite(key: str, value: float, tmp_pa
 
 def test_a_private_client_level_run(tmp_path: Path) -> None:
     said: list[str] = []
-    folder = Path(commands.run(settings(tmp_path, **CLIENT), watcher=Watcher(say=said.append))["folder"])
+    folder = Path(commands.run(settings(tmp_path, **CLIENT), watcher=Callbacks(say=said.append))["folder"])
     assert any("the noise on the mean of 3 clients is 42.7 times as long" in line for line in said) and "learns of any one client" in said[-1]
     assert Ledger(folder / privacy.LEDGER).releases() == (Release(2.0, 1.0, 3),)
     statement = json.loads((folder / "privacy_statement.json").read_text())
@@ -542,7 +530,7 @@ def test_a_client_refuses_what_would_break_the_promise_whoever_signed_it(tmp_pat
     leaking = replace(method, method=replace(method.method, align=replace(method.method.align, steps=1)))
     model = tiny_model("gpt2")
     prompt = SoftPrompt(PromptSpec("residual", 4, model.shape), torch.zeros(4, 4, 32))
-    party = Party("a", model, prompt, [Encoded((5, 6, 7, 8), 2)] * 20, Rest(tmp_path / "rest"), ledger=Ledger(tmp_path / privacy.LEDGER))
+    party = Party("a", model, prompt, [Encoded((5, 6, 7, 8), 2)] * 20, StateStore(tmp_path / "rest"), ledger=Ledger(tmp_path / privacy.LEDGER))
     with pytest.raises(PolicyError, match="the stage 'align' has no differential privacy"):
         leaking.client_update(party, Request("run", 1, "a", 7, {PROMPT: torch.zeros(4, 4, 32)}))
     with pytest.raises(ConfigurationError, match=r"policy.max_epsilon: .* asks for nothing without it"):
@@ -632,10 +620,10 @@ def test_a_resumed_private_run_is_never_behind_its_ledger(tmp_path: Path, monkey
     run = RunDirectory.open(tmp_path / "run")
     ledger = run.rest("client client-0").folder / privacy.LEDGER
     assert sum(release.count for release in Ledger(ledger).releases()) == 4
-    given = Rest(run.rest("client client-0").folder / "answers").at(2)
+    given = StateStore(run.rest("client client-0").folder / "answers").at(2)
     commands.resume(tmp_path / "run")
     assert sum(release.count for release in Ledger(ledger).releases()) == 6
-    again = Rest(run.rest("client client-0").folder / "answers").at(2)
+    again = StateStore(run.rest("client client-0").folder / "answers").at(2)
     assert all(torch.equal(given[name], again[name]) for name in given)
 
 
@@ -683,7 +671,7 @@ def test_no_text_of_a_client_is_in_any_file_of_a_run(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in Path(values["data"]["train"]).read_text().splitlines()]
     Path(values["data"]["train"]).write_text("".join(json.dumps(row | {"question": f"{canary} {row['question']}"}) + "\n" for row in rows))
     said: list[str] = []
-    folder = Path(commands.run(values, watcher=Watcher(say=said.append))["folder"])
+    folder = Path(commands.run(values, watcher=Callbacks(say=said.append))["folder"])
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 20 and not any(canary.encode() in path.read_bytes() for path in files)
     assert said and not any(canary in line for line in said)

@@ -14,29 +14,33 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_model
-from families import tiny_causal_lm
-from fedsp import commands, privacy, private_fitting, runs, storage
-from fedsp.aggregation import ServerOptimizer, admit
-from fedsp.auxiliary import build_auxiliary, disclosed_share, parse_plan
-from fedsp.clients import agreement_of, make_method
+from fedsp import api as commands
+from fedsp import privacy, storage
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded
 from fedsp.errors import PrivacyError, StorageError
-from fedsp.federation import Rules, Standing, federate
-from fedsp.fitting import Optimisation
-from fedsp.loading import load_tokenizer
-from fedsp.models import PromptedLM
-from fedsp.parties import Party, Rest
-from fedsp.payload import PROMPT, Payload
-from fedsp.per_example import example_gradients
-from fedsp.privacy import Ledger, PrivateMean, Release
-from fedsp.private_fitting import PrivateSteps, fit_privately
-from fedsp.prompts import PromptSpec, SoftPrompt
-from fedsp.rounds import Request, Update
-from fedsp.runs import RunDirectory
-from fedsp.server import EMBEDDED
-from test_run import settings
+from fedsp.experiments import run_directory as runs
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.federation.aggregation.mean import ServerOptimizer, validate_update
+from fedsp.federation.aggregation.private import DPAggregator
+from fedsp.federation.clients import agreement_of, make_method
+from fedsp.federation.loop import RoundConfig, RunState, federate
+from fedsp.federation.messages import Request, Update
+from fedsp.federation.party import Party, StateStore
+from fedsp.models.auxiliary import build_auxiliary, disclosed_share, parse_plan
+from fedsp.models.loading import load_tokenizer
+from fedsp.models.payload import PROMPT, Payload
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.privacy import Ledger, Release
+from fedsp.training import dp_sgd as private_fitting
+from fedsp.training.dp_sgd import PrivateSteps, fit_privately
+from fedsp.training.loop import Optimisation
+from fedsp.training.per_example_gradients import example_gradients
+from support.small_runs import settings
+from support.tiny_families import tiny_causal_lm
+from support.tiny_models import tiny_model
 
 TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
 
@@ -52,13 +56,13 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> Any:
     def fit(steps: PrivateSteps, count: int = 60) -> list[tuple[int, torch.Tensor]]:
         released: list[tuple[int, torch.Tensor]] = []
 
-        def descend(_train: Any, gradients: Any, lots: Any, *_: Any, **__: Any) -> Any:
+        def optimize(_train: Any, gradients: Any, lots: Any, *_: Any, **__: Any) -> Any:
             for lot in lots:
                 gradients(lot)
                 assert prompt.direct.grad is not None
                 released.append((len(lot), prompt.direct.grad.clone()))
 
-        monkeypatch.setattr(private_fitting, "descend", descend)
+        monkeypatch.setattr(private_fitting, "optimize", optimize)
         fit_privately(model, prompt, [Encoded((5, 6, 7, 8), 2)] * count, steps, Optimisation(1e-3))
         return released
 
@@ -149,7 +153,7 @@ def test_a_client_pays_on_the_disk_before_it_trains_and_keeps_its_answer_before_
         model,
         SoftPrompt(spec, torch.zeros(spec.shape)),
         [Encoded((5, 6, 7, 8), 2)] * 20,
-        Rest(tmp_path / "rest"),
+        StateStore(tmp_path / "rest"),
         ledger=Ledger(tmp_path / "own" / privacy.LEDGER),
     )
     method = make_method(agreement_of(config, 64), None)
@@ -176,19 +180,19 @@ class Nothing:
         return aggregated, None
 
 
-def rounds_of(rules: Rules, exchange: Any, register: dict[str, int], validate: Any = lambda payload: 1.0) -> list[Standing]:
-    kept: list[Standing] = []
+def rounds_of(rules: RoundConfig, exchange: Any, register: dict[str, int], validate: Any = lambda payload: 1.0) -> list[RunState]:
+    kept: list[RunState] = []
     method: Any = Nothing()
     federate(method, None, register, exchange, rules, standing=None, validate=validate, keep=lambda standing, _record: kept.append(standing))  # type: ignore[arg-type]
     return kept
 
 
-RULES = Rules("run", 0, 1, None, 0, "uniform", 1.0, "none")
+RULES = RoundConfig("run", 0, 1, None, 0, "uniform", 1.0, "none")
 
 
 def test_a_private_round_without_replies_is_paid_for_and_noised(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / privacy.LEDGER)
-    combine = PrivateMean(bound=2.0, noise_multiplier=3.0, sampling_rate=0.5, expected=2.0, delta=1e-5, epsilon=None, ledger=ledger)
+    combine = DPAggregator(bound=2.0, noise_multiplier=3.0, sampling_rate=0.5, expected=2.0, delta=1e-5, epsilon=None, ledger=ledger)
     (standing,) = rounds_of(replace(RULES, combine=combine, sampling_rate=0.5), lambda requests: [], {f"c{index}": 1 for index in range(4)})
     assert float(standing.payload[PROMPT].double().std()) == pytest.approx(3.0 * 2.0 / 2.0, rel=0.15)
     assert ledger.releases() == (Release(3.0, 0.5, 1),)
@@ -199,7 +203,7 @@ def test_a_budget_pays_for_exactly_as_many_rounds_as_it_holds(tmp_path: Path) ->
     cost = privacy.epsilon((Release(2.0, 1.0, 3),), 1e-5, 1e-3)
     for budget, rounds in ((cost, 3), (cost * (1 - 1e-6), 2)):
         ledger = Ledger(tmp_path / f"{rounds}" / privacy.LEDGER)
-        combine = PrivateMean(bound=1.0, noise_multiplier=2.0, sampling_rate=1.0, expected=1.0, delta=1e-5, epsilon=budget, ledger=ledger)
+        combine = DPAggregator(bound=1.0, noise_multiplier=2.0, sampling_rate=1.0, expected=1.0, delta=1e-5, epsilon=budget, ledger=ledger)
         with pytest.raises(PrivacyError, match="another round would take more"):
             rounds_of(replace(RULES, rounds=9, combine=combine), lambda requests: [], {"a": 1})
         assert sum(release.count for release in ledger.releases()) == rounds
@@ -219,7 +223,7 @@ def test_a_change_is_judged_by_its_root_mean_square_at_the_very_edge(most: float
     one = torch.zeros(400)
     one[0] = 19.9 * most  # its root mean square is 0.995 of the most: neither its largest number nor its length is
     for payload, admitted in ((torch.full((400,), 0.999 * most), True), (torch.full((400,), 1.001 * most), False), (one, True)):
-        refusal = admit(reply("a", {PROMPT: payload}), {"a": request}, {}, most)
+        refusal = validate_update(reply("a", {PROMPT: payload}), {"a": request}, {}, most)
         assert (refusal is None) == admitted, refusal
 
 

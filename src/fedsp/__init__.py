@@ -11,22 +11,30 @@ import os
 from importlib import import_module
 from typing import Any
 
-from fedsp.quiet import QUIET
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""What keeps the libraries underneath from telling their makers of a run. Read when each is imported, so it is set before any is, and whatever was set before."""
 
 os.environ.update(QUIET)
 
 _PUBLIC = {
     "FedspError": "fedsp.errors",
     "RunConfig": "fedsp.config",
-    "SoftPrompt": "fedsp.prompts",
-    "evaluate": "fedsp.commands",
-    "export": "fedsp.commands",
-    "generate": "fedsp.commands",
-    "read_prompt": "fedsp.prompts",
-    "resume": "fedsp.commands",
-    "run": "fedsp.commands",
-    "run_study": "fedsp.study",
-    "write_report": "fedsp.report",
+    "SoftPrompt": "fedsp.models.soft_prompt",
+    "evaluate": "fedsp.api",
+    "export": "fedsp.api",
+    "generate": "fedsp.api",
+    "read_prompt": "fedsp.models.soft_prompt",
+    "resume": "fedsp.api",
+    "run": "fedsp.api",
+    "run_study": "fedsp.experiments.study",
+    "write_report": "fedsp.report.page",
 }
 __all__ = sorted(_PUBLIC)
 

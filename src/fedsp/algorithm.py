@@ -4,7 +4,7 @@ Chenhe Dong, Yuexiang Xie, Bolin Ding, Ying Shen, Yaliang Li. *Tunable Soft Prom
 Findings of EMNLP 2023. https://arxiv.org/abs/2311.06805
 
 The algorithm. The server holds a global model M_g, frozen. Clients 1..K hold text, and a copy of a small auxiliary model M_a that the server
-has made from layers of M_g and distilled from it (`fedsp.auxiliary`, `fedsp.distill`). Only the soft prompt p travels.
+has made from layers of M_g and distilled from it (`fedsp.models.auxiliary`, `fedsp.training.distillation`). Only the soft prompt p travels.
 
     p = p^0
     for round t = 1 .. R:
@@ -13,12 +13,12 @@ has made from layers of M_g and distilled from it (`fedsp.auxiliary`, `fedsp.dis
             align:  S steps on M_a^k, p frozen             (alternating training, stage 1)
             speak:  S steps on p, M_a^k frozen             (alternating training, stage 2)
             p_k is sent back; M_a^k stays
-        p = sum_k n_k p_k / sum_k n_k                      (`fedsp.aggregation`)
+        p = sum_k n_k p_k / sum_k n_k                      (`fedsp.federation.aggregation.mean`)
         p: S steps through M_g on the server's own labels  (the server step)
     the p with the best validation loss under M_g is the result
 
 Every loss is the cross-entropy of answer tokens, nats per token. Align, server step, distillation and sharing are switched off by
-numbers: no steps, or another layer plan. The loop over rounds is `fedsp.federation`; what travels how, `fedsp.engines`.
+numbers: no steps, or another layer plan. The loop over rounds is `fedsp.federation.loop`; what travels how, `fedsp.engines`.
 
 Deviations from the authors' released code, each a choice (`preset = "paper"` keeps the paper's settings otherwise):
 
@@ -39,15 +39,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fedsp.fitting import Fitted, Tensors, trainable
-from fedsp.methods.base import Side, Stage, Work, part, take_steps, validation_loss
-from fedsp.parties import Party
-from fedsp.payload import Payload
-from fedsp.prompts import SoftPrompt
-from fedsp.rounds import Request, Update
+from fedsp.federation.messages import Request, Update
+from fedsp.federation.methods.base import Side, Stage, Work, part, take_steps, validation_loss
+from fedsp.federation.party import Party
+from fedsp.models.payload import Payload
+from fedsp.models.soft_prompt import SoftPrompt
+from fedsp.models.trainable import Tensors, trainable
+from fedsp.training.loop import TrainResult
 
 Adapt = Callable[[SoftPrompt, int, int], None]
-"""What the server may do to the aggregated prompt without labels, in place: prompt, round, seed (`fedsp.adaptation`)."""
+"""What the server may do to the aggregated prompt without labels, in place: prompt, round, seed (`fedsp.training.server_adaptation`)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class FedSP:
         if not request.train:
             return Update(request.round, client.id, request.payload, validation=validation)
         fits = {work.name: self._fit(client, work, request.payload, request.round, request.seed, state) for work in self.work(client, "client")}
-        self._let_rest(client, request.round, fits)
+        self._save_state(client, request.round, fits)
         losses = {name: fitted.last for name, fitted in fits.items() if fitted.last is not None}
         spikes = sum(fitted.spikes for fitted in fits.values())
         return Update(request.round, client.id, client.prompt.payload(), losses, validation, time.perf_counter() - started, client.shortened, spikes)
@@ -97,7 +98,7 @@ class FedSP:
         if self.adapt is not None:
             self.adapt(server.prompt, round, seed)
         fits = {work.name: self._fit(server, work, aggregated, round, seed, state) for work in self.work(server, "server")}
-        self._let_rest(server, round, fits)
+        self._save_state(server, round, fits)
         return server.prompt.payload(), fits["server"].last if fits else None
 
     def work(self, party: Party, side: Side) -> list[Work]:
@@ -109,7 +110,7 @@ class FedSP:
             stages = [Work("align", self.align, trainable(party.model.model) if self.align.steps else {}), Work("speak", self.speak, prompt)]
         return [work for work in stages if work.stage.steps]
 
-    def _fit(self, party: Party, work: Work, received: Payload, round: int, seed: int, state: Tensors) -> Fitted:
+    def _fit(self, party: Party, work: Work, received: Payload, round: int, seed: int, state: Tensors) -> TrainResult:
         """One stage of one party: steps on its prompt or its auxiliary model; the other is frozen."""
         party.prompt.requires_grad_(work.name != "align")
         return take_steps(party, work, received, round, seed, part(state, work.name) if self.keep_optimizer else None)
@@ -118,7 +119,7 @@ class FedSP:
         """Whether a party has anything to keep from one round to the next."""
         return bool(self.align.steps) or self.keep_optimizer or bool(prompt.spec.projection)
 
-    def _let_rest(self, party: Party, round: int, fits: dict[str, Fitted]) -> None:
+    def _save_state(self, party: Party, round: int, fits: dict[str, TrainResult]) -> None:
         if not self._rests(party.prompt):
             return
         state: Tensors = {f"prompt/{name}": tensor for name, tensor in party.prompt.own_state().items()}

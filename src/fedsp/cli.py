@@ -1,4 +1,4 @@
-"""The command line: it parses, prints and exits. Everything else is in `fedsp.commands`; heavy imports wait until a command needs them."""
+"""The command line: it parses, prints and exits. Everything else is in `fedsp.api`; heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """Tune the embedded model with ten clients who never see it, and with four controls, in about three minutes."""
-    from fedsp.demo import demo as run_demo
-    from fedsp.display import Display, demo_table
+    from fedsp.experiments.demo import demo as run_demo
+    from fedsp.report.console import Display, demo_table
 
     with Display() as display:
         rows = run_demo(seed=seed, folder=output, watcher=display.watcher())
@@ -67,8 +67,8 @@ def init(
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None) -> None:
     """Print what a run will cost and disclose, before anything is trained."""
-    from fedsp import commands
-    from fedsp.display import Display, plan_table
+    from fedsp import api as commands
+    from fedsp.report.console import Display, plan_table
 
     figures = commands.plan(_read(config, overrides))
     with Display() as display:
@@ -84,8 +84,8 @@ def distill(
     json_file: Json = None,
 ) -> None:
     """Make the auxiliary model and write it as a folder."""
-    from fedsp import commands
-    from fedsp.display import Display, figures_table
+    from fedsp import api as commands
+    from fedsp.report.console import Display, figures_table
 
     with Display() as display:
         figures = commands.distill(_read(config, overrides), output, watcher=display.watcher())
@@ -109,8 +109,8 @@ def run(
 
 
 def _run(config: Path | None, overrides: list[str] | None, resume: Path | None, engine: str, json_file: Path | None) -> None:
-    from fedsp import commands
-    from fedsp.display import Display, figures_table
+    from fedsp import api as commands
+    from fedsp.report.console import Display, figures_table
 
     if config is None and resume is None:
         raise ConfigurationError("nothing to run: give a TOML file, or --resume and a run's folder")
@@ -141,8 +141,8 @@ def serve(
 @app.command()
 def join(party: Annotated[Path, typer.Argument(help="This client's TOML file; `fedsp federation init` writes one.")] = Path("party.toml")) -> None:
     """Take part in a federation with the text on this machine, until the server says that the run is finished."""
-    from fedsp import commands
-    from fedsp.display import Display
+    from fedsp import api as commands
+    from fedsp.report.console import Display
 
     with Display() as display:
         answered = commands.join(party, watcher=display.watcher())
@@ -162,8 +162,8 @@ def inspect(
     json_file: Json = None,
 ) -> None:
     """Look at a package before joining: is it a language model, or was it made by hand to tell words of your text? Exit code 2 where something is unusual."""
-    from fedsp import commands
-    from fedsp.display import Display, figures_table, rows_table
+    from fedsp import api as commands
+    from fedsp.report.console import Display, figures_table, rows_table
 
     with Display() as display:
         found = commands.inspect(package, text=text, reference=reference)
@@ -191,7 +191,7 @@ def federation_init(
     address: Annotated[str, typer.Option(help="host:port at which clients reach the server.")] = "localhost:8000",
 ) -> None:
     """Write keys, certificates, the register of clients and a commented configuration for each party."""
-    from fedsp import commands
+    from fedsp import api as commands
 
     commands.init_federation(folder, [name.strip() for name in clients.split(",")], address)
     typer.echo(
@@ -218,8 +218,8 @@ def audit(
     json_file: Json = None,
 ) -> None:
     """Measure what finished runs gave away: of the model to clients, of the text to the server and to others. `fedsp report` shows what was measured."""
-    from fedsp.audit.auditing import Options, audit_runs
-    from fedsp.display import Display
+    from fedsp.audit.registry import Options, audit_runs
+    from fedsp.report.console import Display
 
     with Display() as display:
         found, refused = audit_runs(folders, only, Options(shadows, records, texts), display.watcher(), display.finding)
@@ -237,8 +237,8 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Figures of a run's best prompt through the global model, zero-shot beside it."""
-    from fedsp import commands
-    from fedsp.display import Display, rows_table
+    from fedsp import api as commands
+    from fedsp.report.console import Display, rows_table
 
     with Display() as display:
         rows = commands.evaluate(folder, split=split, prompt=prompt, zero_shot=zero_shot)
@@ -254,7 +254,7 @@ def generate(
     zero_shot: Annotated[bool, typer.Option("--zero-shot", help="Without the prompt.")] = False,
 ) -> None:
     """A greedy completion through the tuned prompt and the global model."""
-    from fedsp import commands
+    from fedsp import api as commands
 
     _quiet()
     typer.echo(text + commands.generate(folder, text, most=tokens, zero_shot=zero_shot))
@@ -263,7 +263,7 @@ def generate(
 @app.command()
 def export(folder: RunFolder, output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")], json_file: Json = None) -> None:
     """Write the tuned prompt as a PEFT prefix-tuning adapter."""
-    from fedsp import commands
+    from fedsp import api as commands
 
     _quiet()
     figures = commands.export(folder, output)
@@ -279,8 +279,8 @@ def study(
     json_file: Json = None,
 ) -> None:
     """Run a grid of methods x tasks x models x partitions x seeds. Start it again to go on, or twice to share it between processes."""
-    from fedsp.display import Display, figures_table
-    from fedsp.study import run_study
+    from fedsp.experiments.study import run_study
+    from fedsp.report.console import Display, figures_table
 
     if threads:
         import torch
@@ -308,8 +308,8 @@ def report(
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ConfigurationError(f"{missing[0]} is not installed: reports need `pip install 'fedsp[study]'`")
-    from fedsp.display import Display, figures_table
-    from fedsp.report import write_report
+    from fedsp.report.console import Display, figures_table
+    from fedsp.report.page import write_report
 
     with Display() as display:
         figures = write_report(folders, output)
@@ -320,8 +320,8 @@ def report(
 @app.command("list")
 def list_runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), json_file: Json = None) -> None:
     """The runs below a folder."""
-    from fedsp import commands
-    from fedsp.display import Display, rows_table
+    from fedsp import api as commands
+    from fedsp.report.console import Display, rows_table
 
     if not folder.is_dir():
         raise RunError(f"there is no folder {folder}")
@@ -361,7 +361,7 @@ def _read(config: Path, overrides: list[str] | None) -> RunConfig:
 
 
 def _quiet() -> None:
-    from fedsp.display import quiet_libraries
+    from fedsp.report.console import quiet_libraries
 
     quiet_libraries()
 

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from fedsp.errors import PrivacyError, StorageError
-from fedsp.payload import Payload, as_row, from_row
 from fedsp.storage import parse_json, sync_folder, write_json
 
 LEDGER = "privacy.jsonl"
@@ -73,47 +72,6 @@ def noised_mean(total: Tensor, *, bound: float, noise_multiplier: float, expecte
     """A sum of clipped rows with noise of standard deviation `noise_multiplier` x `bound`, divided by how many rows were expected, never by how many
     there were; float64."""
     return (total.double() + noise_multiplier * bound * gaussian(total.shape)) / expected
-
-
-def private_mean(sent: Payload, replies: Mapping[str, Payload], *, bound: float, noise_multiplier: float, expected: float) -> Payload:
-    """What was broadcast plus the noised mean of the clients' whole changes, each clipped over all tensors together, none weighted."""
-    start = as_row(sent)
-    total = torch.zeros_like(start)
-    for client in sorted(replies):
-        total += clipped_sum((as_row(replies[client]) - start)[None], bound)
-    return from_row(start + noised_mean(total, bound=bound, noise_multiplier=noise_multiplier, expected=expected), sent)
-
-
-@dataclass(frozen=True)
-class PrivateMean:
-    """Client-level privacy: the clipped, noised mean of a round, paid for in the ledger before it is made. See `fedsp.aggregation.Combine`.
-
-    `expected` is the number of clients that a round asks on average; each is asked with probability `sampling_rate`, drawn by nobody who can be known.
-    """
-
-    bound: float
-    noise_multiplier: float
-    sampling_rate: float
-    expected: float
-    delta: float
-    epsilon: float | None
-    ledger: Ledger
-    by_reference: bool = False
-    always: bool = True
-
-    def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
-        """The private aggregate; made and paid for even where nobody replied.
-
-        Raises:
-            PrivacyError: the budget does not allow another round.
-        """
-        release = Release(self.noise_multiplier, self.sampling_rate)
-        if self.epsilon is not None and self.ledger.epsilon(self.delta, release) > self.epsilon:
-            raise PrivacyError(
-                f"another round would take more than privacy.epsilon = {self.epsilon:g} at delta = {self.delta:g}; the prompts so far stand, and `fedsp evaluate` measures the best"
-            )
-        self.ledger.spend(release)
-        return private_mean(sent, replies, bound=self.bound, noise_multiplier=self.noise_multiplier, expected=self.expected)
 
 
 @dataclass(frozen=True)
@@ -184,7 +142,7 @@ class Ledger:
 
     A line that a crash cut short was followed by no release, and is dropped. Each line carries a digest of itself and of all lines before it, and the newest
     digest stands in a second file, so that a ledger of which either was shortened, changed or removed is found out. What both were taken back to is held against
-    what was released since (`PrivateAnswers`, `rules_of`).
+    what was released since (`PrivateAnswers`, `round_config`).
 
     Raises:
         StorageError: the file cannot be read, a line of it is no release, or it is not the file that was written.

@@ -1,1 +1,1 @@
-"""Audits of finished runs: what a client learns of the model, and what others learn of the text."""
+"""What a finished run gave away."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from fedsp.audit.tables import DISCLOSURE, NEAR
-from fedsp.auxiliary import disclosed_share, load_auxiliary, nearly_disclosed_share
-from fedsp.loading import choose_device, load_model
-from fedsp.models import PromptedLM
-from fedsp.runs import RunDirectory
-from fedsp.server import model_name
+from fedsp.audit.findings import DISCLOSURE, NEAR
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.server_setup import model_name
+from fedsp.models.auxiliary import disclosed_share, load_auxiliary, nearly_disclosed_share
+from fedsp.models.loading import choose_device, load_model
+from fedsp.models.prompted_lm import PromptedLM
 from fedsp.storage import write_json
 
 

@@ -1,145 +1,117 @@
-"""The epsilon that a run can be shown to have cost at least, from canaries: one run, many canaries, each in or out by a coin.
-
-T. Steinke, M. Nasr, M. Jagielski. *Privacy Auditing with One (1) Training Run*. NeurIPS 2023. https://arxiv.org/abs/2305.08846. For clients: G. Andrew et
-al. *One-shot Empirical Privacy Estimation for Federated Learning*. ICLR 2024. https://arxiv.org/abs/2302.03098. A lower bound that stays below what is
-promised proves nothing; one above it proves that the promise is broken.
-"""
+"""The epsilon audit of a finished private run: its clients' own examples as canaries, each in or out by a coin, in one more run of the same configuration; or, at
+client level, canary clients beside the real ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
+import random
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+
+from fedsp.audit.epsilon_bounds import estimated_epsilon, lower_bound, spheres
+from fedsp.audit.findings import EPSILON
+from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, check_audited, encoded_rows, open_audited, promised, train_shadow
+from fedsp.data.seeding import derive_seed
+from fedsp.errors import RunError
+from fedsp.experiments.run import round_config
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.loop import RunState, federate
+from fedsp.federation.messages import Request, Update
+from fedsp.federation.methods.base import Averaging, Stage
+from fedsp.federation.party import Party
+from fedsp.models.payload import as_row, from_row
+from fedsp.privacy import LEDGER, Ledger
+from fedsp.storage import write_json
+from fedsp.training.loop import Optimisation
+
+CANARIES = 1000
 
 
-@dataclass(frozen=True)
-class LowerBound:
-    """At `confidence`, epsilon at `delta` is at least this: of `guesses` canaries that were guessed, `right` were right; `most` is what so many could show."""
+def audit_epsilon(folder: Path, *, watcher: Callbacks | None = None) -> dict[str, Any]:
+    """The audit of a finished private run, also written to its `epsilon.json`: what is promised, what is refuted at 95 %, and what so many canaries could refute.
 
-    epsilon: float
-    delta: float
-    confidence: float
-    canaries: int
-    guesses: int
-    right: int
-    most: float
+    A bound above the promise proves that the promise is broken; one below it proves nothing.
 
-
-def lower_bound(scores: Sequence[float], included: Sequence[bool], *, delta: float, confidence: float = 0.95, guesses: Sequence[int] = ()) -> LowerBound:
-    """The largest epsilon that the scores refute: the highest are guessed in, the lowest out, and the middle is passed over.
-
-    How many are guessed is chosen among `guesses` (none: a tenth, a fifth, half and all of them) with a Bonferroni correction for the choice.
+    Raises:
+        RunError: there is no finished run of FedSP with simulated clients and differential privacy, or it has too few examples.
     """
-    m = len(scores)
-    choices = sorted({min(m, 2 * max(1, count // 2)) for count in (guesses or (m // 10, m // 5, m // 2, m))})
-    order = sorted(range(m), key=lambda index: scores[index])
-    failure = (1 - confidence) / len(choices)
-    found = []
-    for count in choices:
-        low, high = order[: count // 2], order[m - count // 2 :]
-        right = sum(not included[index] for index in low) + sum(included[index] for index in high)
-        guessed = len(low) + len(high)
-        found.append(
-            LowerBound(_refuted(m, guessed, right, delta, failure), delta, confidence, m, guessed, right, _refuted(m, guessed, guessed, delta, failure))
+    watcher = watcher or Callbacks()
+    check_promise(RunDirectory.open(folder))
+    opened = open_audited(folder, watcher)
+    unit, delta = opened.run.config.privacy.unit, opened.run.config.privacy.delta
+    promise, scores, included, about = _example_level(opened, watcher) if unit == "example" else _client_level(opened)
+    bound = lower_bound(scores, included, delta=delta)
+    figures = {"unit": unit, "promised": promise, "broken": bound.epsilon > promise, **asdict(bound), **about}
+    write_json(opened.run.path / EPSILON, figures)
+    return figures
+
+
+def check_promise(run: RunDirectory) -> None:
+    """Whether there is anything to hold a run to.
+
+    Raises:
+        RunError: there is none, or the run is not for this audit.
+    """
+    check_audited(run)
+    if run.config.privacy.unit == "none":
+        raise RunError(f"{run.path} promises nothing: privacy.unit is 'none', so there is no epsilon to hold it to")
+
+
+def _example_level(opened: Opened, watcher: Callbacks) -> tuple[float, list[float], list[bool], dict[str, Any]]:
+    if len(opened.rows) < CANARIES:
+        raise RunError(
+            f"{opened.run.path} has {len(opened.rows)} examples at its clients: the audit needs {CANARIES} canaries, and takes the examples themselves"
         )
-    return max(found, key=lambda bound: bound.epsilon)
+    shadow: Shadow = train_shadow(opened, 0)
+    watcher.say("a run with half of the examples, by coins, is trained")
+    rows, clients = encoded_rows(opened), sorted(set(opened.holders))
+    prompt = opened.sides.clients.party(clients[0]).prompt
+    holder = torch.tensor([clients.index(client) for client in opened.holders])[:, None]
+    total = torch.zeros(len(rows))
+    for number in range(len(shadow.updates)):
+        cosines = alignment(opened.auxiliary, prompt, shadow.broadcasts[number], changes_of(shadow, number, clients), rows)
+        total += cosines.gather(1, holder)[:, 0]
+    return (
+        promised(opened, shadow),
+        total.tolist(),
+        shadow.included.tolist(),
+        {"canaries_are": "the clients' own examples", "score": "cosine with the client's updates, summed over rounds"},
+    )
 
 
-def _refuted(m: int, guesses: int, right: int, delta: float, failure: float) -> float:
-    """The largest epsilon whose p-value is at most `failure`, by bisection; 0 where none is."""
-    if p_value(m, guesses, right, 0.0, delta) > failure:
-        return 0.0
-    low, high = 0.0, 1.0
-    while p_value(m, guesses, right, high, delta) <= failure:
-        low, high = high, 2 * high
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        low, high = (middle, high) if p_value(m, guesses, right, middle, delta) <= failure else (low, middle)
-    return low
+def _client_level(opened: Opened) -> tuple[float, list[float], list[bool], dict[str, Any]]:
+    """Canary clients on a sphere, who answer whenever they are asked, in a federation by the run's own rules: its draw, admission, clipping, sum, noise and ledger."""
+    config = opened.run.config
+    seed = derive_seed(config.seed, "canary clients")
+    rows = spheres(CANARIES, len(as_row(opened.start)), config.privacy.clip, seed)
+    coins = random.Random(seed)
+    included = [coins.random() < 0.5 for _ in rows]
+    register = {str(index): 1 for index, there in enumerate(included) if there}
 
+    def exchange(requests: list[Request]) -> Iterable[Update]:
+        for request in requests:
+            yield Update(request.round, request.client, from_row(as_row(request.payload) + rows[int(request.client)], request.payload))
 
-def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """The chance, at most, that a mechanism of (epsilon, delta) lets so many of `guesses` be right, with m canaries in all (theorem 5.2 of the paper)."""
-    chance = 1 / (1 + math.exp(-epsilon))
-    tail = _binomial_tail(guesses, chance)
-    worst = max(((tail[right - i] - tail[right]) / i for i in range(1, right + 1)), default=0.0)
-    return min(1.0, tail[right] + 2 * m * delta * worst)
-
-
-def _binomial_tail(n: int, chance: float) -> list[float]:
-    """P[Binomial(n, chance) >= v] for v = 0 .. n."""
-    if chance <= 0 or chance >= 1:
-        return [1.0] + [float(chance >= 1)] * n
-    logs = [math.lgamma(n + 1) - math.lgamma(v + 1) - math.lgamma(n - v + 1) + v * math.log(chance) + (n - v) * math.log1p(-chance) for v in range(n + 1)]
-    tail, total = [0.0] * (n + 1), 0.0
-    for v in range(n, -1, -1):
-        total += math.exp(logs[v])
-        tail[v] = min(1.0, total)
-    return tail
-
-
-def spheres(count: int, numbers: int, length: float, seed: int) -> Tensor:
-    """Canary updates (count, numbers): uniform on the sphere of this radius, so that two of them are almost at right angles."""
-    rows = torch.randn(count, numbers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    scaled: Tensor = length * rows / rows.norm(dim=1, keepdim=True)
-    return scaled
-
-
-def estimated_epsilon(inside: Sequence[float], numbers: int, *, delta: float) -> float:
-    """The client-level estimate of Andrew et al.: cosines of canaries that were in, against the normal of variance 1 / numbers that those left out follow.
-
-    An estimate, no bound: it takes the cosines for normal.
-    """
-    mean = sum(inside) / len(inside)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in inside) / (len(inside) - 1))
-    out = NormalDist(0.0, math.sqrt(1 / numbers))
-    low, high = 0.0, 100.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _delta_of(NormalDist(mean, spread), out, middle) > delta else (low, middle)
-    return high
-
-
-def _delta_of(one: NormalDist, other: NormalDist, epsilon: float, points: int = 4001) -> float:
-    """The larger of the two deltas at which neither normal is more than e^epsilon likelier than the other, by the trapezoid rule."""
-    low = min(one.mean - 10 * one.stdev, other.mean - 10 * other.stdev)
-    high = max(one.mean + 10 * one.stdev, other.mean + 10 * other.stdev)
-    x = torch.linspace(low, high, points, dtype=torch.float64)
-    p, q = (torch.exp(-(((x - normal.mean) / normal.stdev) ** 2) / 2) / (normal.stdev * math.sqrt(2 * math.pi)) for normal in (one, other))
-    factor = math.exp(epsilon)
-    return max(float(torch.trapezoid((p - factor * q).clamp_min(0), x)), float(torch.trapezoid((q - factor * p).clamp_min(0), x)))
-
-
-def two_worlds_bound(inside: Sequence[float], outside: Sequence[float], *, delta: float, confidence: float = 0.95) -> float:
-    """The largest epsilon refuted by many runs with a unit and many without it: the first half of both chooses the threshold, the second half is counted,
-    with Clopper-Pearson intervals (Jagielski, Ullman and Oprea, NeurIPS 2020, https://arxiv.org/abs/2006.07709)."""
-    halves = [(list(scores[: len(scores) // 2]), list(scores[len(scores) // 2 :])) for scores in (inside, outside)]
-    (chosen_in, counted_in), (chosen_out, counted_out) = halves
-
-    def gap(threshold: float) -> float:
-        return sum(score > threshold for score in chosen_in) / len(chosen_in) - sum(score > threshold for score in chosen_out) / len(chosen_out)
-
-    threshold = max(sorted([*chosen_in, *chosen_out]), key=gap)
-    hits, false = sum(score > threshold for score in counted_in), sum(score > threshold for score in counted_out)
-    failure = (1 - confidence) / 2
-    least, most = clopper_pearson(hits, len(counted_in), failure)[0], clopper_pearson(false, len(counted_out), failure)[1]
-    return max(0.0, math.log(max(least - delta, 1e-300) / most))
-
-
-def clopper_pearson(hits: int, trials: int, failure: float) -> tuple[float, float]:
-    """The exact interval of a share of which `hits` of `trials` were seen: each end is wrong with chance `failure` at most."""
-
-    def solve(reached: Callable[[float], bool]) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if reached(middle) else (middle, high)
-        return high
-
-    least = 0.0 if hits == 0 else solve(lambda share: _binomial_tail(trials, share)[hits] >= failure)
-    most = 1.0 if hits == trials else solve(lambda share: 1 - _binomial_tail(trials, share)[hits + 1] <= failure)
-    return least, most
+    with tempfile.TemporaryDirectory(prefix="fedsp-canaries-") as temporary:
+        run = RunDirectory.create(config.model_copy(update={"output": temporary, "validation": config.validation.model_copy(update={"by": "none"})}))
+        rules = replace(round_config(run.config, run, len(opened.sides.clients.register)), max_change=math.inf)
+        server = Party("server", opened.sides.model, opened.sides.tuned, [], run.rest("server"))
+        nothing = Stage(0, 1, Optimisation(0.0))
+        begin = RunState(0, opened.start, opened.start, 0, None)
+        final = federate(Averaging(nothing, nothing), server, register, exchange, rules, standing=begin, validate=lambda payload: 0.0, keep=lambda *_: None)
+        promise = Ledger(run.path / LEDGER).epsilon(config.privacy.delta)
+    total = as_row(final.payload) - as_row(opened.start)
+    cosines = (rows @ total / (config.privacy.clip * total.norm())).tolist()
+    inside = [cosine for cosine, there in zip(cosines, included, strict=True) if there]
+    about = {
+        "canaries_are": "clients on a sphere, who answer whenever they are asked",
+        "score": "cosine with the sum of the releases",
+        "estimate": estimated_epsilon(inside, len(total), delta=config.privacy.delta),
+    }
+    return promise, cosines, included, about

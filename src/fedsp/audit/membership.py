@@ -29,24 +29,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsp.audit.findings import MEMBERSHIP
 from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, losses_under, open_audited, promised, train_shadow
-from fedsp.audit.statistics import Marks, Numbers, Told, auc_ceiling, ceiling, told
-from fedsp.audit.tables import MEMBERSHIP
+from fedsp.audit.statistics import Marks, Numbers, ScoreSummary, auc_ceiling, ceiling, told
 from fedsp.data.encoding import Encoded, training_batches
+from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError, RunError
-from fedsp.fitting import Optimisation, answer_loss, fit
-from fedsp.payload import Payload, as_row
-from fedsp.prompts import SoftPrompt
-from fedsp.rounds import derive_seed
-from fedsp.server import Watcher
+from fedsp.federation.callbacks import Callbacks
+from fedsp.models.payload import Payload, as_row
+from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.storage import write_json
+from fedsp.training.loop import Optimisation, answer_loss, fit
 
 ROUNDS = 4
 LEARNED, LEARNING = 16, 80
 """Rows of the power test, of which every other one is learned by heart, and the steps that takes."""
 
 
-def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None, watcher: Watcher | None = None) -> dict[str, Any]:
+def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None, watcher: Callbacks | None = None) -> dict[str, Any]:
     """The audit of a finished run, also written to its `membership.json`: a row for each observer and attack, and the controls. Shadows train on halves of
     all examples; with `most`, only so many of them are looked at.
 
@@ -55,7 +55,7 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         ConfigurationError: fewer than four shadows, or scikit-learn is not there.
     """
     check_membership(shadows)
-    watcher = watcher or Watcher()
+    watcher = watcher or Callbacks()
     opened = open_audited(folder, watcher)
     held, count = encoded_rows(opened), len(opened.rows)
     looked_at = sorted(random.Random(derive_seed(opened.run.config.seed, "audited")).sample(range(count), min(most or count, count)))
@@ -133,7 +133,7 @@ def _before(opened: Opened, shadow: Shadow, rows: list[Encoded]) -> dict[str, Nu
     return {f"{name} before": _losses(opened, name, shadow.broadcasts[0], rows) for name in ("outsider", "client")}
 
 
-def _power(opened: Opened, rows: list[Encoded]) -> Told:
+def _power(opened: Opened, rows: list[Encoded]) -> ScoreSummary:
     """Whether the audit sees what is there: a prompt that has learned half of some rows by heart, and how far the loss of each fell."""
     rng = random.Random(derive_seed(opened.run.config.seed, "power"))
     drawn = rng.sample(rows, min(LEARNED, len(rows) // 2 * 2))

@@ -15,23 +15,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsp.clients import agreement_of, example_privacy, open_clients
 from fedsp.data.encoding import Encoded, collate, encode_targets
 from fedsp.data.partition import Partition
-from fedsp.engines.local import local
+from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
-from fedsp.experiment import rules_of
-from fedsp.federation import Standing, federate
-from fedsp.models import PromptedLM
-from fedsp.parties import Party
-from fedsp.payload import Payload, as_row
-from fedsp.per_example import example_gradients, example_losses
+from fedsp.experiments.build import Federation, build_federation, open_clients
+from fedsp.experiments.run import round_config
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.server_setup import Server, load_dataset, open_server, rows_digest
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import agreement_of, example_privacy
+from fedsp.federation.loop import RunState, federate
+from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
+from fedsp.federation.party import Party
+from fedsp.federation.transport.local import local
+from fedsp.models.payload import Payload, as_row
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.privacy import epsilon
-from fedsp.prompts import SoftPrompt
-from fedsp.rounds import Exchange, Failure, Request, RoundRecord, Update, derive_seed
-from fedsp.runs import RunDirectory
-from fedsp.server import Server, Watcher, load_questions, open_server, rows_digest
-from fedsp.sides import Sides, open_sides
+from fedsp.training.per_example_gradients import example_gradients, example_losses
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Opened:
 
     run: RunDirectory
     server: Server
-    sides: Sides
+    sides: Federation
     rows: list[int]
     holders: list[str]
     start: Payload
@@ -85,7 +87,7 @@ def check_audited(run: RunDirectory) -> None:
         )
 
 
-def open_audited(folder: Path, watcher: Watcher) -> Opened:
+def open_audited(folder: Path, watcher: Callbacks) -> Opened:
     """A finished run, opened again.
 
     Raises:
@@ -96,8 +98,8 @@ def open_audited(folder: Path, watcher: Watcher) -> Opened:
     config = run.config
     if config.auxiliary.folder:
         config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(run.package)})})
-    server = open_server(config, load_questions(config, run.partition()))
-    sides = open_sides(server, run, watcher, None)
+    server = open_server(config, load_dataset(config, run.partition()))
+    sides = build_federation(server, run, watcher, None)
     assert sides.auxiliary is not None
     run.hold({"data.train": rows_digest(server.questions.train), "auxiliary model": sides.auxiliary.digest()})
     held = [(row, client) for client, rows in sorted(server.questions.partition.clients.items()) for row in rows]
@@ -138,11 +140,11 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
 
         own = encode_targets(server.tokenizer, questions.held(questions.partition.server), server.max_tokens)
         party = Party("server", opened.sides.model, opened.sides.tuned, own, run.rest("server"))
-        observed: Exchange = exchange
-        rules = rules_of(seeded, run, len(clients.register))
+        observed: Transport = exchange
+        rules = round_config(seeded, run, len(clients.register))
         rules = replace(rules, rounds=min(rounds or rules.rounds, rules.rounds))
-        keep: Callable[[Standing, RoundRecord], None] = lambda standing, record: None
-        begin = Standing(0, opened.start, opened.start, 0, None)
+        keep: Callable[[RunState, RoundRecord], None] = lambda standing, record: None
+        begin = RunState(0, opened.start, opened.start, 0, None)
         final = federate(opened.sides.clients.method, party, clients.register, observed, rules, standing=begin, validate=lambda payload: 0.0, keep=keep)
     return Shadow(included, [*broadcasts, final.payload], updates)
 

@@ -17,7 +17,7 @@ Marks = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Told:
+class ScoreSummary:
     """How well scores tell members from others: pairs (value, low, high) at 95 %. `hits_at_1` is None with too few others to say."""
 
     auc: tuple[float, float, float]
@@ -51,7 +51,7 @@ def hits_at(scores: Numbers, members: Marks, false_alarms: float) -> float | Non
     return float((scores[members] > others[allowed]).mean()) if allowed >= 10 else None
 
 
-def told(scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int = 200, seed: int = 0) -> Told:
+def told(scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int = 200, seed: int = 0) -> ScoreSummary:
     """The figures over all targets together; scores (targets of N). An AUC is the mean over targets. The intervals are by a bootstrap over records, whose scores
     under several targets belong together, with the threshold found anew each time. 0.1 % of false alarms needs 10,000 others that are independent, so that many
     records.
@@ -80,7 +80,7 @@ def told(scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int 
     found = interval(mean_auc)
     if found is None:
         raise RunError("too few records have a score to tell members from others: take more --records")
-    return Told(found, interval(partial(hits, 0.01)), interval(partial(hits, 0.001)) if int((~np.isnan(table)).any(axis=0).sum()) >= 20_000 else None)
+    return ScoreSummary(found, interval(partial(hits, 0.01)), interval(partial(hits, 0.001)) if int((~np.isnan(table)).any(axis=0).sum()) >= 20_000 else None)
 
 
 def ceiling(epsilon: float, delta: float, false_alarms: float) -> float:

@@ -20,23 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsp.audit.epsilon import clopper_pearson
+from fedsp.audit.epsilon_bounds import clopper_pearson
+from fedsp.audit.findings import TRAP
+from fedsp.audit.inspection import inspect_auxiliary
 from fedsp.audit.shadows import Opened, encoded_rows, open_audited
-from fedsp.audit.tables import TRAP
-from fedsp.auxiliary import AuxiliaryModel, load_auxiliary
-from fedsp.clients import Clients, agreement_of, make_client, make_method, promised_epsilon
-from fedsp.codings import parse_coding
-from fedsp.data.encoding import Encoded
-from fedsp.engines.local import local
+from fedsp.data.encoding import Encoded, Tokenizer
+from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
-from fedsp.inspection import inspect_auxiliary
-from fedsp.models import Tokenizer
-from fedsp.parties import Rest
-from fedsp.payload import PROMPT, Payload
+from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import Clients, agreement_of, make_client, make_method, promised_epsilon
+from fedsp.federation.codecs import parse_codec
+from fedsp.federation.messages import Request, Update
+from fedsp.federation.party import StateStore
+from fedsp.federation.transport.local import local
+from fedsp.models.auxiliary import AuxiliaryModel, load_auxiliary
+from fedsp.models.payload import PROMPT, Payload
+from fedsp.models.soft_prompt import PromptSpec
 from fedsp.privacy import LEDGER, Ledger
-from fedsp.prompts import PromptSpec
-from fedsp.rounds import Request, Update, derive_seed
-from fedsp.server import EMBEDDED, Watcher
 from fedsp.storage import write_json
 
 WORDS, LETTERS = 16, 4
@@ -180,14 +181,14 @@ def right_words(scores: Tensor, there: Sequence[bool]) -> float:
     return float(sum(share if known else 1 - share for share, known in zip(taken, there, strict=True)))
 
 
-def audit_trap(folder: Path, *, watcher: Watcher | None = None) -> dict[str, Any]:
+def audit_trap(folder: Path, *, watcher: Callbacks | None = None) -> dict[str, Any]:
     """The audit of a finished run, also written to its `trap.json`: each client does a first round, by the run's own settings, with a package made to tell whether each
     of some words stands in its text; once with a few of its examples, once with all.
 
     Raises:
         RunError: there is no finished run of FedSP with simulated clients, of a GPT-2, with room for the words.
     """
-    watcher = watcher or Watcher()
+    watcher = watcher or Callbacks()
     opened = open_audited(folder, watcher)
     config, honest = opened.run.config, opened.auxiliary
     assert isinstance(honest, AuxiliaryModel)
@@ -235,10 +236,10 @@ def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -
     config, auxiliary = opened.run.config, trap.auxiliary
     agreement = agreement_of(config, opened.server.max_tokens)
     with tempfile.TemporaryDirectory(prefix="fedsp-trap-") as folder:
-        rest, ledger = Rest(Path(folder) / "state"), Ledger(Path(folder) / LEDGER)
+        rest, ledger = StateStore(Path(folder) / "state"), Ledger(Path(folder) / LEDGER)
         party = make_client(client, agreement, auxiliary, list(texts), rest, ledger, promised_epsilon(agreement, len(texts)))
         exchange = local(Clients(make_method(agreement, auxiliary), {client: len(texts)}, lambda _: party))
-        request = Request("0", 1, client, derive_seed(config.seed, "trap", client), trap.payload, answer_in=parse_coding(config.compression.up))
+        request = Request("0", 1, client, derive_seed(config.seed, "trap", client), trap.payload, answer_in=parse_codec(config.compression.up))
         (reply,) = exchange([request])
     if not isinstance(reply, Update):
         raise RunError(f"{client} does not answer a package of this kind: {reply.reason}")

@@ -1,1 +1,1 @@
-"""Questions: files, tasks, encoding, partition."""
+"""Text to batches."""

@@ -12,16 +12,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from fedsp.data.batching import pad
 from fedsp.data.tasks import Example
 from fedsp.errors import DataError
-from fedsp.models import Tokenizer
-from fedsp.rows import pad
 
 IGNORED = -100
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

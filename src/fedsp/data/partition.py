@@ -11,8 +11,8 @@ from typing import Any
 
 from fedsp.config import PartitionSection
 from fedsp.data.files import Row
+from fedsp.data.seeding import derive_seed
 from fedsp.errors import DataError
-from fedsp.rounds import derive_seed
 
 ROW = "__row__"
 

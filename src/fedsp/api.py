@@ -1,0 +1,275 @@
+"""What fedsp does, as functions: each command of the command line is one of these, and `fedsp.run` and `fedsp.evaluate` are two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsp.audit.inspection import inspect_auxiliary
+from fedsp.config import RunConfig
+from fedsp.config_file import apply_override, make_config, read_config, read_party
+from fedsp.data.encoding import decode_behind, encode_texts
+from fedsp.data.files import read_passages
+from fedsp.errors import ConfigurationError, DataError, FedspError, PromptError, RunError
+from fedsp.experiments.opened_run import open_run
+from fedsp.experiments.plan import make_plan
+from fedsp.experiments.run import robust_rule
+from fedsp.experiments.run_directory import RunDirectory, differing_keys, find_runs
+from fedsp.experiments.server_setup import EMBEDDED, LEAST_ROOM, examples_digest, load_dataset, score_test
+from fedsp.experiments.start import Engine, Figures, in_this_process, make_package, require_local, require_new, resume_run, start_run
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import agreement_of
+from fedsp.models.auxiliary import load_auxiliary
+from fedsp.models.loading import choose_device, load_model
+from fedsp.models.prompted_lm import length_of
+from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
+
+
+def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A configuration from what a person has: one already, nested values, or the path of a TOML file."""
+    if isinstance(config, str | Path):
+        return read_config(Path(config), overrides)
+    values: Figures = (
+        config.model_dump(exclude_none=True)
+        if isinstance(config, RunConfig)
+        else {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    )
+    for override in overrides:
+        apply_override(values, override)
+    return make_config(values)
+
+
+def _flower(directory: RunDirectory, watcher: Callbacks) -> Figures:
+    _require_flower()
+    from fedsp.deployment.simulation import simulate
+
+    return simulate(directory, watcher)
+
+
+def _deployed(directory: RunDirectory, watcher: Callbacks) -> Figures:
+    _require_flower()
+    from fedsp.deployment.serve import serve
+
+    return serve(directory, watcher)
+
+
+ENGINES: dict[str, Engine] = {"local": in_this_process, "flower": _flower, "deployment": _deployed}
+"""How a run reaches its clients: in this process, in a Flower simulation, or on machines of their own."""
+
+
+def _require_flower() -> None:
+    missing = [name for name in ("flwr", "cryptography") if find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(f"{missing[0]} is not installed: simulations and deployments need `pip install 'fedsp[flower]'`")
+
+
+def run(
+    config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = (), watcher: Callbacks | None = None, engine: str = "local"
+) -> Figures:
+    """Run the configuration's federation; returns the figures of `result.json` and the folder. Every engine gives the same bits.
+
+    Raises:
+        FedspError: whatever cannot be done, as one sentence.
+    """
+    return start_run(_suited(as_config(config, overrides), engine), watcher, ENGINES[engine])
+
+
+def _suited(config: RunConfig, engine: str) -> RunConfig:
+    if engine != "deployment":
+        require_local(config)
+    if engine == "flower" and (config.method != "fedsp" or config.distill.again_every):
+        what = f"method = {config.method!r}" if config.method != "fedsp" else "distill.again_every"
+        raise ConfigurationError(f"{what} is for measuring and runs in one process: use engine local")
+    return config
+
+
+def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Callbacks | None = None, engine: str = "local") -> Figures:
+    """Go on with an unfinished run, to the bits of a run that was never stopped. Of a finished one whatever was still to be told is told, to MLflow and to clients
+    elsewhere, and its figures are returned.
+
+    Raises:
+        RunError: there is no run, another process has it, or it has another configuration than the one given.
+    """
+    directory = RunDirectory.open(Path(folder))
+    if config is not None and (differing := differing_keys(config, directory.config)):
+        raise RunError(
+            f"{folder} holds a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''}): resume it without a configuration file, or start a new run with output=..."
+        )
+    _suited(directory.config, engine)
+    return resume_run(directory, watcher, ENGINES[engine])
+
+
+def join(path: str | Path, *, watcher: Callbacks | None = None) -> int:
+    """Take part in a deployment as the client of a `party.toml`, until the run is finished; returns the requests answered.
+
+    Raises:
+        FedspError: whatever cannot be done, as one sentence.
+    """
+    _require_flower()
+    from fedsp.deployment.join import join as join_deployment
+
+    return join_deployment(read_party(Path(path)), watcher or Callbacks())
+
+
+def init_federation(folder: str | Path, clients: Sequence[str], address: str) -> None:
+    """Write a folder of keys and configuration for each party of a deployment.
+
+    Raises:
+        FedspError: whatever cannot be done, as one sentence.
+    """
+    _require_flower()
+    from fedsp.deployment.serve import init_federation as init
+
+    init(Path(folder), list(clients), address)
+
+
+def plan(config: RunConfig) -> Figures:
+    """What a run will cost and disclose, before anything is trained.
+
+    Raises:
+        FedspError: whatever cannot be done, as one sentence.
+    """
+    if config.method != "fedsp":
+        raise ConfigurationError(f"method = {config.method!r}: a plan counts FedSP; what a baseline costs is measured in its run and shown by `fedsp report`")
+    natural = config.partition.kind == "natural"
+    clients = len(load_dataset(config).partition.clients) if natural and not config.federation else config.partition.clients
+    if config.federation:
+        _require_flower()
+        from fedsp.deployment.credentials import read_register
+
+        clients = len(read_register(Path(config.federation.folder)))
+    robust_rule(config, clients)
+    return make_plan(config, clients).to_json()
+
+
+def distill(config: RunConfig, folder: str | Path, *, watcher: Callbacks | None = None) -> Figures:
+    """Make the auxiliary model of a configuration and write it as the folder that clients get; for a deployment, with the agreement and signed.
+
+    Raises:
+        RunError: the folder is in use.
+    """
+    if not config.federation:
+        return make_package(config, folder, watcher)
+    _require_flower()
+    from fedsp.deployment.credentials import SIGNING, sign
+    from fedsp.deployment.package import seal_package
+
+    require_new(Path(folder).resolve())
+    key = Path(config.federation.folder) / SIGNING
+    sign(b"", key)  # a key that cannot be used is not found out after the distillation
+    return make_package(config, folder, watcher, lambda made, _, server: seal_package(made, agreement_of(config, server.max_tokens), key))
+
+
+def inspect(folder: str | Path, *, text: str | Path | None = None, reference: str | None = None) -> Figures:
+    """What a package looks like to whoever is handed it (`fedsp.audit.inspection`), on a text file, or on the text that comes with fedsp, and beside a model that is trusted,
+    by hub name or folder; with the digest to compare with the owner's.
+
+    Raises:
+        FedspError: the package, the text or the model cannot be used.
+    """
+    _require_flower()
+    from fedsp.deployment.package import AGREEMENT, package_digest, read_agreement
+    from fedsp.deployment.package_check import require_harmless
+
+    folder = Path(folder)
+    digest = package_digest(folder)
+    require_harmless(folder)
+    private = (folder / AGREEMENT).exists() and read_agreement(folder).privacy.unit == "example"
+    auxiliary = load_auxiliary(folder, device=choose_device("auto"), positions="hugging_face")
+    trusted = load_model(reference, precision="float32") if reference else None
+    words = "\n\n".join(read_passages([text or EMBEDDED / "public.txt"]))
+    return {"folder": str(folder), "sha256": digest, "differential_privacy": private, **inspect_auxiliary(auxiliary, words, trusted)}
+
+
+def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | None = None, zero_shot: bool = True) -> list[Figures]:
+    """Figures of a run's best (or of the prompt in a file) through the global model, and of no tuning beside it.
+
+    Raises:
+        DataError: the run has no questions of that split.
+    """
+    run = open_run(folder)
+    if prompt:
+        other = read_prompt(Path(prompt)).to(run.server.model.device)
+        run = replace(run, tuned=other, best=other.payload())
+    server, questions = run.server, run.server.questions
+    splits = {"test": questions.test, "validation": questions.validation}
+    if split not in splits:
+        raise DataError(f"unknown split {split!r}: choose test or validation")
+    if not splits[split]:
+        raise DataError(f"the run in {folder} has no {split} questions: name a file in data.{split}")
+    run.directory.hold_known({f"data.{split}": examples_digest(splits[split])})
+    rows = []
+    for bare in (True, False) if zero_shot else (False,):
+        prefix = run.prefix(zero_shot=bare)
+        room = min(server.max_tokens, server.model.room_behind(length_of(prefix)))
+        if room < LEAST_ROOM:
+            raise PromptError(
+                f"a prompt of {length_of(prefix)} tokens leaves {room} of the model's {server.model.max_positions} positions for text: use a shorter one"
+            )
+        figures, _ = score_test(run.model, prefix, splits[split], questions.task, server.tokenizer, room)
+        rows.append({"prompt": "zero-shot" if bare else "tuned prompt" if isinstance(run.tuned, SoftPrompt) else "tuned weights", **figures})
+    return rows
+
+
+def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool = False) -> str:
+    """A greedy completion of `text`, at most `most` tokens, through a run's best prompt (or none) and the global model."""
+    if not text.strip():
+        raise DataError("there is no text to complete: give at least one word")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError("the text to complete is not UTF-8: set the terminal to UTF-8")
+    run = open_run(folder)
+    server, tokenizer = run.server, run.server.tokenizer
+    (ids,) = encode_texts(tokenizer, [text])
+    if not ids:
+        raise DataError("the model's tokenizer makes no token of the text to complete: give other words")
+    prefix = run.prefix(zero_shot=zero_shot)
+    room = run.model.room_behind(length_of(prefix))
+    if len(ids) + most > room:
+        raise DataError(f"the text has {len(ids)} tokens and {most} are to follow, but the model reads {room} behind a prompt: shorten it, or ask for fewer")
+    new = run.model.generate(torch.tensor(ids, device=server.model.device), prefix, most=most, stop=tokenizer.eos_token_id)
+    return decode_behind(tokenizer, ids, new)
+
+
+def export(folder: str | Path, to: str | Path) -> Figures:
+    """Write a run's best prompt, folded under the global model, as a PEFT prefix-tuning adapter.
+
+    Raises:
+        RunError: the target is in use, or the run tuned no prompt.
+    """
+    to = Path(to)
+    require_new(to)
+    run = open_run(folder)
+    if not isinstance(run.tuned, SoftPrompt):
+        raise RunError(f"the run in {folder} tuned weights, not a prompt: there is no prefix to export")
+    export_peft(run.tuned, run.model, to)
+    return {"folder": str(to), "virtual_tokens": run.tuned.spec.length, "base_model": run.model.name}
+
+
+def list_runs(folder: str | Path) -> list[Figures]:
+    """One row for each run below a folder."""
+    rows = []
+    for path in find_runs(Path(folder)):
+        try:
+            directory = RunDirectory.open(path)
+        except FedspError:
+            rows.append({"folder": str(path), "method": "-", "model": "-", "task": "-", "rounds": "-", "validation_loss": None, "state": "unreadable"})
+            continue
+        records, config = directory.records(), directory.config
+        validation = [record["validation"] for record in records if isinstance(record.get("validation"), float)]
+        rows.append(
+            {
+                "folder": str(path),
+                "method": f"fedsp, {config.preset}" if config.method == "fedsp" else config.method,
+                "model": config.model.name,
+                "task": config.data.task,
+                "rounds": f"{len(records)}/{config.round.rounds}",
+                "validation_loss": min(validation, default=None),
+                "state": "finished" if directory.finished else "unfinished",
+            }
+        )
+    return rows

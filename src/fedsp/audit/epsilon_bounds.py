@@ -1,0 +1,145 @@
+"""The epsilon that a run can be shown to have cost at least, from canaries: one run, many canaries, each in or out by a coin.
+
+T. Steinke, M. Nasr, M. Jagielski. *Privacy Auditing with One (1) Training Run*. NeurIPS 2023. https://arxiv.org/abs/2305.08846. For clients: G. Andrew et
+al. *One-shot Empirical Privacy Estimation for Federated Learning*. ICLR 2024. https://arxiv.org/abs/2302.03098. A lower bound that stays below what is
+promised proves nothing; one above it proves that the promise is broken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """At `confidence`, epsilon at `delta` is at least this: of `guesses` canaries that were guessed, `right` were right; `most` is what so many could show."""
+
+    epsilon: float
+    delta: float
+    confidence: float
+    canaries: int
+    guesses: int
+    right: int
+    most: float
+
+
+def lower_bound(scores: Sequence[float], included: Sequence[bool], *, delta: float, confidence: float = 0.95, guesses: Sequence[int] = ()) -> LowerBound:
+    """The largest epsilon that the scores refute: the highest are guessed in, the lowest out, and the middle is passed over.
+
+    How many are guessed is chosen among `guesses` (none: a tenth, a fifth, half and all of them) with a Bonferroni correction for the choice.
+    """
+    m = len(scores)
+    choices = sorted({min(m, 2 * max(1, count // 2)) for count in (guesses or (m // 10, m // 5, m // 2, m))})
+    order = sorted(range(m), key=lambda index: scores[index])
+    failure = (1 - confidence) / len(choices)
+    found = []
+    for count in choices:
+        low, high = order[: count // 2], order[m - count // 2 :]
+        right = sum(not included[index] for index in low) + sum(included[index] for index in high)
+        guessed = len(low) + len(high)
+        found.append(
+            LowerBound(_refuted(m, guessed, right, delta, failure), delta, confidence, m, guessed, right, _refuted(m, guessed, guessed, delta, failure))
+        )
+    return max(found, key=lambda bound: bound.epsilon)
+
+
+def _refuted(m: int, guesses: int, right: int, delta: float, failure: float) -> float:
+    """The largest epsilon whose p-value is at most `failure`, by bisection; 0 where none is."""
+    if p_value(m, guesses, right, 0.0, delta) > failure:
+        return 0.0
+    low, high = 0.0, 1.0
+    while p_value(m, guesses, right, high, delta) <= failure:
+        low, high = high, 2 * high
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if p_value(m, guesses, right, middle, delta) <= failure else (low, middle)
+    return low
+
+
+def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
+    """The chance, at most, that a mechanism of (epsilon, delta) lets so many of `guesses` be right, with m canaries in all (theorem 5.2 of the paper)."""
+    chance = 1 / (1 + math.exp(-epsilon))
+    tail = _binomial_tail(guesses, chance)
+    worst = max(((tail[right - i] - tail[right]) / i for i in range(1, right + 1)), default=0.0)
+    return min(1.0, tail[right] + 2 * m * delta * worst)
+
+
+def _binomial_tail(n: int, chance: float) -> list[float]:
+    """P[Binomial(n, chance) >= v] for v = 0 .. n."""
+    if chance <= 0 or chance >= 1:
+        return [1.0] + [float(chance >= 1)] * n
+    logs = [math.lgamma(n + 1) - math.lgamma(v + 1) - math.lgamma(n - v + 1) + v * math.log(chance) + (n - v) * math.log1p(-chance) for v in range(n + 1)]
+    tail, total = [0.0] * (n + 1), 0.0
+    for v in range(n, -1, -1):
+        total += math.exp(logs[v])
+        tail[v] = min(1.0, total)
+    return tail
+
+
+def spheres(count: int, numbers: int, length: float, seed: int) -> Tensor:
+    """Canary updates (count, numbers): uniform on the sphere of this radius, so that two of them are almost at right angles."""
+    rows = torch.randn(count, numbers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scaled: Tensor = length * rows / rows.norm(dim=1, keepdim=True)
+    return scaled
+
+
+def estimated_epsilon(inside: Sequence[float], numbers: int, *, delta: float) -> float:
+    """The client-level estimate of Andrew et al.: cosines of canaries that were in, against the normal of variance 1 / numbers that those left out follow.
+
+    An estimate, no bound: it takes the cosines for normal.
+    """
+    mean = sum(inside) / len(inside)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in inside) / (len(inside) - 1))
+    out = NormalDist(0.0, math.sqrt(1 / numbers))
+    low, high = 0.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _delta_of(NormalDist(mean, spread), out, middle) > delta else (low, middle)
+    return high
+
+
+def _delta_of(one: NormalDist, other: NormalDist, epsilon: float, points: int = 4001) -> float:
+    """The larger of the two deltas at which neither normal is more than e^epsilon likelier than the other, by the trapezoid rule."""
+    low = min(one.mean - 10 * one.stdev, other.mean - 10 * other.stdev)
+    high = max(one.mean + 10 * one.stdev, other.mean + 10 * other.stdev)
+    x = torch.linspace(low, high, points, dtype=torch.float64)
+    p, q = (torch.exp(-(((x - normal.mean) / normal.stdev) ** 2) / 2) / (normal.stdev * math.sqrt(2 * math.pi)) for normal in (one, other))
+    factor = math.exp(epsilon)
+    return max(float(torch.trapezoid((p - factor * q).clamp_min(0), x)), float(torch.trapezoid((q - factor * p).clamp_min(0), x)))
+
+
+def two_worlds_bound(inside: Sequence[float], outside: Sequence[float], *, delta: float, confidence: float = 0.95) -> float:
+    """The largest epsilon refuted by many runs with a unit and many without it: the first half of both chooses the threshold, the second half is counted,
+    with Clopper-Pearson intervals (Jagielski, Ullman and Oprea, NeurIPS 2020, https://arxiv.org/abs/2006.07709)."""
+    halves = [(list(scores[: len(scores) // 2]), list(scores[len(scores) // 2 :])) for scores in (inside, outside)]
+    (chosen_in, counted_in), (chosen_out, counted_out) = halves
+
+    def gap(threshold: float) -> float:
+        return sum(score > threshold for score in chosen_in) / len(chosen_in) - sum(score > threshold for score in chosen_out) / len(chosen_out)
+
+    threshold = max(sorted([*chosen_in, *chosen_out]), key=gap)
+    hits, false = sum(score > threshold for score in counted_in), sum(score > threshold for score in counted_out)
+    failure = (1 - confidence) / 2
+    least, most = clopper_pearson(hits, len(counted_in), failure)[0], clopper_pearson(false, len(counted_out), failure)[1]
+    return max(0.0, math.log(max(least - delta, 1e-300) / most))
+
+
+def clopper_pearson(hits: int, trials: int, failure: float) -> tuple[float, float]:
+    """The exact interval of a share of which `hits` of `trials` were seen: each end is wrong with chance `failure` at most."""
+
+    def solve(reached: Callable[[float], bool]) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if reached(middle) else (middle, high)
+        return high
+
+    least = 0.0 if hits == 0 else solve(lambda share: _binomial_tail(trials, share)[hits] >= failure)
+    most = 1.0 if hits == trials else solve(lambda share: 1 - _binomial_tail(trials, share)[hits + 1] <= failure)
+    return least, most

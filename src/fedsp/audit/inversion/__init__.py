@@ -1,0 +1,1 @@
+"""Reading text back from updates."""

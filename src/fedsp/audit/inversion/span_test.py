@@ -1,0 +1,140 @@
+"""Inversion: which tokens can whoever sees a prompt's change read back out of it?
+
+The gradient of a prompt's first-layer keys is a sum over tokens of multiples of their queries, head by head, and a query depends on its token and position
+alone. So a token whose queries lie in the span of the gradient's rows was there (the span test of Petrov et al., *DAGER*, NeurIPS 2024,
+https://arxiv.org/abs/2405.15586, for prompts). Beyond the rank of the gradient, tokens are taken one by one, the best first (orthogonal matching pursuit). The
+gradient of a residual prompt mixes the keys' part with the values', whose directions are not known: the same tests are tried on it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsp.audit.inversion.queries import first_queries
+from fedsp.data.encoding import Encoded
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.soft_prompt import SoftPrompt
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """For each position and token, what a gradient's rows may be made of: (T, V, H, G, N) unit vectors, in each head H of the gradient."""
+
+    vectors: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.vectors.shape[1]
+
+
+def key_dictionary(model: PromptedLM, prompt: SoftPrompt, positions: int, *, at_once: int = 1024) -> Dictionary:
+    """The queries of every token of the vocabulary at each of the first positions, for the gradient of a key/value prompt's first keys."""
+    with torch.no_grad():
+        prefix = prompt.prefix(model)
+    vocabulary = model.model.get_input_embeddings().num_embeddings
+    parts = []
+    for start in range(0, vocabulary, at_once):
+        ids = torch.arange(start, min(start + at_once, vocabulary), device=model.device)
+        parts.append(first_queries(model, ids[:, None].expand(-1, positions), prefix).transpose(0, 1).cpu())
+    return Dictionary(_unit(torch.cat(parts, dim=1)))
+
+
+def residual_dictionary(model: PromptedLM, prompt: SoftPrompt, positions: int, *, at_once: int = 256) -> Dictionary:
+    """The same for a residual prompt: what a query pulls a block's normed input by, through the block's own key projection, head by head.
+
+    It is found by differentiating the keys that the first block makes of the prompt, so nothing is written for one family.
+    """
+    keys = key_dictionary(model, prompt, positions, at_once=at_once).vectors  # (T, V, H, G, K)
+    values = prompt.values().detach()[:1].clone().requires_grad_(True)
+    pairs = model.keys_and_values(prompt_rows(values, model))[0, 0, 0]  # (H, K): keys of the first virtual token in the first layer
+    rows = [
+        torch.autograd.grad(pairs[head, index], values, retain_graph=True)[0][0, model.prompt_layers[0]]
+        for head in range(pairs.shape[0])
+        for index in range(pairs.shape[1])
+    ]
+    jacobian = torch.stack(rows).view(*pairs.shape, -1)  # (H, K, D)
+    pulled = torch.einsum("tvhgk,hkd->tvhgd", keys, jacobian.cpu())
+    return Dictionary(_unit(pulled.flatten(start_dim=2, end_dim=3).unsqueeze(2)))  # one gradient for all heads: (T, V, 1, H G, D)
+
+
+def prompt_rows(values: Tensor, model: PromptedLM) -> Tensor:
+    """The values (P, depths, D) that a model's depths read of a residual prompt's (P, L, D)."""
+    return values.index_select(1, torch.tensor(model.prompt_layers, device=values.device))
+
+
+def gradient_rows(prompt: SoftPrompt, model: PromptedLM, change: Tensor) -> Tensor:
+    """The part of a prompt's change (P, L, ...) that the first layer's tokens make: (H, P, N) for keys, (1, P, D) for residual inputs."""
+    layer = model.prompt_layers[0]
+    if prompt.spec.space == "key_value":
+        return change[:, layer, 0].permute(1, 0, 2)
+    return change[:, layer][None]
+
+
+def span_test(rows: Tensor, dictionary: Dictionary, tokens: int) -> Tensor:
+    """How far each token is from the span of the rows (T, V), from 0 (in it) to 1, mean over heads: the span of as many singular vectors as `tokens` tokens
+    make, which is one for each query head that shares a key."""
+    rank = tokens * dictionary.vectors.shape[3]
+    distances = torch.zeros(dictionary.vectors.shape[:2])
+    heads = rows.shape[0]
+    for head in range(heads):
+        _, sizes, basis = torch.linalg.svd(rows[head].double(), full_matrices=False)
+        kept = int((sizes > 1e-6 * sizes[0]).sum()) if float(sizes[0]) > 0 else 0
+        basis = basis[: min(kept, rank)].float()  # (R, N)
+        inside = (dictionary.vectors[:, :, head] @ basis.T).square().sum(dim=-1)  # (T, V, G)
+        distances += (1 - inside).clamp_min(0).mean(dim=-1) / heads
+    return distances
+
+
+def matching_pursuit(rows: Tensor, dictionary: Dictionary, count: int) -> list[tuple[int, int]]:
+    """So many (position, token), the best first: each time the token whose part not yet explained lies most within the span of the rows' part not yet
+    explained, over all heads together (rank-aware pursuit, Davies and Eldar 2012, https://arxiv.org/abs/1004.4529)."""
+    found: list[tuple[int, int]] = []
+    left = rows.clone()
+    vectors = dictionary.vectors.clone()
+    for _ in range(count):
+        inside, lengths = torch.zeros(2, *vectors.shape[:2]).unbind()
+        for head, part in enumerate(left):
+            _, sizes, basis = torch.linalg.svd(part, full_matrices=False)
+            basis = basis[sizes > 1e-5 * sizes[0].clamp_min(1e-30)]
+            inside += (vectors[:, :, head] @ basis.T).square().sum(dim=(-1, -2))
+            lengths += vectors[:, :, head].square().sum(dim=(-1, -2))
+        share = torch.where(lengths > 1e-2 * vectors.shape[2] * vectors.shape[3], inside / lengths.clamp_min(1e-30), -1.0)
+        for position, token in found:
+            share[position, token] = -1.0
+        position, token = divmod(int(share.argmax()), dictionary.tokens)
+        found.append((position, token))
+        for head in range(len(left)):
+            taken = torch.linalg.qr(vectors[position, token, head].T)[0]  # (N, G)
+            left[head] -= left[head] @ taken @ taken.T
+            vectors[:, :, head] -= vectors[:, :, head] @ taken @ taken.T
+    return found
+
+
+def recall(distances: Tensor, texts: Sequence[Encoded]) -> float:
+    """The share of tokens that are found, position by position: as many of the nearest tokens are taken as there are texts that reach the position."""
+    right = total = 0
+    for position in range(min(distances.shape[0], max(len(row.ids) for row in texts) - 1)):
+        there = {row.ids[position] for row in texts if position < len(row.ids) - 1}
+        nearest = set(distances[position].topk(len(there), largest=False).indices.tolist())
+        right, total = right + len(there & nearest), total + len(there)
+    return right / max(1, total)
+
+
+def recall_of(found: Sequence[tuple[int, int]], texts: Sequence[Encoded]) -> float:
+    """The same for tokens that were taken one by one."""
+    there = {(position, token) for row in texts for position, token in enumerate(row.ids[:-1])}
+    return len(there & set(found)) / max(1, len(there))
+
+
+def read_back(distances: Tensor, length: int) -> list[int]:
+    """The nearest token at each position: the text of one example, as the span test reads it."""
+    return [int(token) for token in distances[:length].argmin(dim=1)]
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    unit: Tensor = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    return unit

@@ -1,0 +1,1 @@
+"""Real machines: Flower, keys and sockets."""

@@ -1,0 +1,234 @@
+"""The server's gate: the only port that is open to clients. It speaks TLS and passes on what Flower's nodes need, and nothing else.
+
+Flower's SuperLink serves three APIs on one port, and whoever reaches it can start a run, that is: run code on the server. So the SuperLink
+listens on this machine alone, and the gate passes only its Fleet API (`POST /v1/fleet/...`), and of that what a registered client has signed.
+
+    python -m fedsp.deployment.fleet_proxy LISTEN_HOST LISTEN_PORT SUPERLINK_PORT FOLDER COUNTS
+
+When it is stopped it adds one line to the file COUNTS: requests, bytes up and bytes down of each call, bodies as they were before TLS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import ssl
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fedsp.deployment.credentials import CA, CERTIFICATE, KEY, client_keys, has_signed
+
+PASSED = re.compile(r"/v1/fleet/[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
+"""The paths that are passed on, whole: no dots, no percent signs, nothing that another reader could take for another path."""
+
+KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER = b"flwr-public-key", b"flwr-signature", b"flwr-timestamp"
+"""Headers that every call of a registered node has: its key and the signature of the time. Unless they hold nothing of a body is read; whether the time is near is
+Flower's to say."""
+
+LARGEST = 8 << 20
+"""Bytes of one request's body: Flower cuts what is larger into pieces of 5 MB at most."""
+
+LONGEST_HEADERS = 16 << 10
+"""Bytes of a request's line and headers."""
+
+HELD = 64 << 20
+"""Bytes of bodies that are held of one client at once, all of its requests together."""
+
+AT_ONCE, EACH = 256, 128
+"""Requests that are passed on at once; and connections, and requests, that one address may have at once. Nobody has been authenticated yet."""
+
+HEADERS_WITHIN, BODY_WITHIN = 15.0, 60.0
+"""Seconds in which a connection must have sent the headers of a request, and a request its whole body."""
+
+UNKNOWN_NODE = b'{"code": 2004, "detail": "Failed to activate SuperNode."}'
+"""What Flower says to a node whose key it does not know, which tells the node that trying again is of no use."""
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Answer = tuple[int, list[tuple[bytes, bytes]], bytes, int]
+
+
+class Refused(Exception):
+    """A call that no registered client has signed, and what is answered."""
+
+    def __init__(self, status: int, body: bytes = b"") -> None:
+        super().__init__(status)
+        self.answer: Answer = status, [(b"content-type", b"application/json")] if body else [], body, 0
+
+
+class Gate:
+    """An ASGI app that passes on the calls `POST /v1/fleet/...` that a client in the register of a server's folder has signed to the SuperLink on this machine. No
+    machine can keep it from others: each has its own share of requests, each client one of memory, and none waits for another's body."""
+
+    def __init__(self, port: int, folder: Path, counts: Path) -> None:
+        self._counts: dict[str, list[int]] = {}
+        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._of_address: Counter[str] = Counter()
+        self._held: Counter[bytes] = Counter()
+        self._file = counts
+        self._keys = client_keys(folder)
+        self._url = f"https://127.0.0.1:{port}"
+        context = ssl.create_default_context(cafile=str(folder / CA))
+        self._client = httpx.AsyncClient(verify=context, timeout=httpx.Timeout(120.0), limits=httpx.Limits(max_connections=256))
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:  # pragma: no mutate block
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._respond(scope, receive, send)
+
+    async def _respond(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        address = str((scope.get("client") or ("",))[0])
+        self._of_address[address] += 1
+        try:
+            status, headers, body, received = await self._answer(scope, receive) if self._of_address[address] <= EACH else REFUSED_BUSY
+        finally:
+            self._of_address[address] -= 1
+            self._of_address += Counter()  # forget addresses that have none
+        if status < 400:
+            entry = self._counts.setdefault(str(scope["path"]).removeprefix("/v1/fleet/"), [0, 0, 0])
+            entry[:] = entry[0] + 1, entry[1] + received, entry[2] + len(body)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive) -> Answer:
+        raw = bytes(scope.get("raw_path") or b"").decode("latin-1")
+        if scope["method"] != "POST" or not PASSED.fullmatch(raw) or raw != scope["path"] or scope.get("query_string"):
+            return 404, [], b"", 0
+        try:
+            client = self._signer({name.lower(): value for name, value in scope["headers"]})
+        except Refused as refused:
+            return refused.answer
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_WITHIN):
+                fault = await self._read(body, client, receive)
+            if fault:
+                return fault, [], b"", 0
+            async with self._turns:
+                return await self._pass_on(raw, scope, bytes(body))
+        except TimeoutError:
+            return 408, [], b"", 0
+        finally:
+            self._held[client] -= len(body)
+
+    def _signer(self, headers: Mapping[bytes, bytes]) -> bytes:
+        """The key of the registered client that signed a call.
+
+        Raises:
+            Refused: none did.
+        """
+        try:
+            key, signature, when = (
+                base64.b64decode(headers[KEY_HEADER], validate=True),
+                base64.b64decode(headers[SIGNATURE_HEADER], validate=True),
+                headers[TIME_HEADER],
+            )
+        except (KeyError, ValueError) as error:
+            raise Refused(401) from error
+        if key not in self._keys:
+            raise Refused(412, UNKNOWN_NODE)
+        if not has_signed(self._keys[key], when, signature):
+            raise Refused(401)
+        return key
+
+    async def _read(self, body: bytearray, client: bytes, receive: Receive) -> int:
+        """Read a request's body into `body`; returns the status of the refusal, or 0."""
+        more = True
+        while more:
+            event = await receive()
+            if event["type"] == "http.disconnect":
+                return 400
+            part = event.get("body", b"")
+            if len(body) + len(part) > LARGEST:
+                return 413
+            if self._held[client] + len(part) > HELD:
+                return 503
+            body += part
+            self._held[client] += len(part)
+            more = bool(event.get("more_body"))
+        return 0
+
+    async def _pass_on(self, path: str, scope: MutableMapping[str, Any], body: bytes) -> Answer:
+        headers = [(name, value) for name, value in scope["headers"] if name not in HOP]
+        try:
+            reply = await self._client.post(self._url + path, content=body, headers=headers)
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return 503, [], b"", 0
+        kept = [(name.lower(), value) for name, value in reply.headers.raw if name.lower() not in HOP and name.lower() != b"content-encoding"]
+        return reply.status_code, kept, reply.content, len(body)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while (event := (await receive())["type"]) != "lifespan.shutdown":
+            await send({"type": f"{event}.complete"})
+        await self._client.aclose()
+        if self._counts:
+            with open(self._file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(self._counts) + "\n")
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+REFUSED_BUSY: Answer = (429, [], b"", 0)
+
+HOP = {b"host", b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"te", b"upgrade", b"expect"}
+"""Headers that belong to one connection."""
+
+
+class Guarded(H11Protocol):
+    """A connection that is cut where its address has too many, or where no headers come in time."""
+
+    open: ClassVar[Counter[str]] = Counter()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self._address = str((self.client or ("",))[0])
+        Guarded.open[self._address] += 1
+        self._patience = self.loop.call_later(HEADERS_WITHIN, transport.abort)
+        if Guarded.open[self._address] > EACH:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol. A request that has begun has its own time."""
+        super().data_received(data)
+        if self.cycle is not None:
+            self._patience.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._patience.cancel()
+        Guarded.open[self._address] -= 1
+        if not Guarded.open[self._address]:
+            del Guarded.open[self._address]
+        super().connection_lost(exc)
+
+
+SERVING: dict[str, Any] = {"http": Guarded, "h11_max_incomplete_event_size": LONGEST_HEADERS, "access_log": False}
+"""How uvicorn serves a gate."""
+
+
+def main(host: str, port: int, superlink: int, folder: Path, counts: Path, kind: type[Gate] = Gate) -> None:
+    """Serve until stopped; TLS 1.2 or later with the server's certificate."""
+    uvicorn.run(
+        kind(superlink, folder, counts),
+        host=host,
+        port=port,
+        ssl_certfile=folder / CERTIFICATE,
+        ssl_keyfile=folder / KEY,
+        log_level="warning",
+        timeout_graceful_shutdown=3,
+        **SERVING,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]))

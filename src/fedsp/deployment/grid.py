@@ -1,0 +1,147 @@
+"""Flower underneath: frames as Messages, and the two apps. https://flower.ai/docs/framework/
+
+In a deployment Flower's processes carry and fedsp's compute: the ServerApp and the ClientApp pass frames through a local socket to
+`fedsp serve`, which holds the global model, and to `fedsp join`, which holds the text. Both start for every message or run, so nothing
+heavy is imported here. In a simulation the apps compute themselves; see `fedsp.deployment.simulation`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedsp.deployment.ipc import SOCKET, carry, connect
+from fedsp.errors import DeploymentError
+from fedsp.federation.transport.frames import HEADER, PAYLOAD, Answer, Frame
+
+KIND = "train"
+"""Flower's type of all our messages; what is asked stands in the header."""
+
+LOST = (3, 4, 5)
+"""Flower's error codes of a message, a reply or a node that is not there any more; the others are of an app that raised or crashed."""
+
+SPARE = 4096
+"""Bytes by which a reply's payload may be longer than what was asked, and of its header; how long they may be exactly, their reader decides."""
+
+MEMORY = 8 << 30
+"""Bytes of address space that a process which only carries may take: what is sent to it may unfold to any size."""
+
+
+def to_record(frame: Frame) -> RecordDict:
+    """A frame as Flower's content: the header in a ConfigRecord, the payload's bytes as one Array, which Flower cuts into pieces."""
+    record = RecordDict({HEADER: ConfigRecord({HEADER: frame.header})})
+    if frame.payload:
+        array = Array(dtype="uint8", shape=(len(frame.payload),), stype="safetensors", data=frame.payload)
+        record["payload"] = ArrayRecord({PAYLOAD: array})
+    return record
+
+
+def from_record(record: RecordDict) -> Frame:
+    """The frame in Flower's content; what is none becomes an empty frame, which no reader accepts."""
+    header = record.config_records[HEADER].get(HEADER) if HEADER in record.config_records else None
+    arrays = record.array_records.get("payload")
+    array = arrays.get(PAYLOAD) if arrays else None
+    return Frame(header if isinstance(header, str) else "", array.data if array else b"")
+
+
+class GridLink:
+    """A wire over Flower's Grid. See `fedsp.federation.transport.remote.NodeLink`.
+
+    What a node answers is fetched by a thread for that node, one at a time: a reply that Flower cannot read, or one whose upload stalls, holds
+    up no other's. No reply is longer than the longest frame that was sent, and some room.
+    """
+
+    def __init__(self, grid: Grid, workers: int = 256) -> None:
+        self._grid = grid
+        self._workers = ThreadPoolExecutor(workers)
+        self._fetching: dict[int, Future[list[Answer]]] = {}
+        self._node_of: dict[str, int] = {}
+        self._longest = 0
+
+    def nodes(self) -> set[int]:
+        """See `NodeLink.nodes`."""
+        return set(self._grid.get_node_ids())
+
+    def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:
+        """See `NodeLink.push`."""
+        self._longest = max([self._longest, *(len(frame.payload) for _, frame in sends)])
+        names = []
+        for node, frame in sends:
+            message = Message(content=to_record(frame), dst_node_id=node, message_type=KIND, group_id=group, ttl=seconds)
+            names.append(next(iter(self._grid.push_messages([message]))))
+            self._node_of[names[-1]] = node
+        return names
+
+    def pull(self, messages: list[str]) -> list[Answer]:
+        """See `NodeLink.pull`. Flower's own error messages are answers without a frame; what they say of the client is not read."""
+        wanted: dict[int, list[str]] = {}
+        for message in messages:
+            wanted.setdefault(self._node_of[message], []).append(message)
+        for node, names in wanted.items():
+            if node not in self._fetching:
+                self._fetching[node] = self._workers.submit(self._fetch, names)
+        wait([self._fetching[node] for node in wanted], timeout=0.1)
+        done = [node for node, fetched in self._fetching.items() if fetched.done()]
+        return [answer for node in done for answer in self._fetching.pop(node).result()]
+
+    def _fetch(self, messages: list[str]) -> list[Answer]:
+        try:
+            return [self._answer(reply) for reply in self._grid.pull_messages(messages)]
+        except Exception:  # whatever a client has sent instead of a message; Flower calls it lost from now on
+            return []
+
+    def _answer(self, message: Message) -> Answer:
+        metadata = message.metadata
+        if not message.has_content():
+            fault = "" if message.error.code in LOST else "the client's process ended before it answered"
+            return Answer(metadata.reply_to_message_id, metadata.src_node_id, None, fault)
+        frame = from_record(message.content)
+        fits = len(frame.payload) <= self._longest + SPARE and len(frame.header) <= SPARE
+        return Answer(metadata.reply_to_message_id, metadata.src_node_id, frame if fits else Frame(""))
+
+
+def make_client_app(respond: Callable[[Frame, Context], Frame]) -> ClientApp:
+    """A ClientApp that hands each frame to `respond`, and its answer back."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(content=to_record(respond(from_record(message.content), context)), reply_to=message)
+
+    return app
+
+
+def lead(grid: Grid, context: Context) -> None:
+    """The ServerApp of a deployment: carry for the `fedsp serve` that listens on this machine."""
+    limit_memory()
+    carry(GridLink(grid), connect(os.environ[SOCKET]))
+
+
+def follow(frame: Frame, context: Context) -> Frame:
+    """The ClientApp of a deployment: ask the `fedsp join` that listens on this machine, and wait for one that is being started again.
+
+    Raises:
+        RuntimeError: there is none. Flower sends the text of what is raised here to the server, so it says nothing else.
+    """
+    for _ in range(60):
+        with contextlib.suppress(DeploymentError, ValueError):
+            channel = connect(os.environ[SOCKET])
+            channel.send(None, [frame])
+            _, (reply,) = channel.receive()
+            return reply
+        time.sleep(1.0)
+    raise RuntimeError("no fedsp join is running at this client")
+
+
+def limit_memory() -> None:
+    """Keep this process from taking the machine's memory, whatever it is sent."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -1,0 +1,162 @@
+"""A socket on this machine, between a process of fedsp's that holds a model or text and one of Flower's that carries messages. Nothing
+that is received is ever executed: it is read as bytes and JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from fedsp.errors import DeploymentError
+from fedsp.federation.transport.frames import Answer, Frame
+
+SOCKET = "FEDSP_SOCKET"
+"""The environment variable that tells Flower's side where the socket is."""
+
+LARGEST = 1 << 30
+
+
+class Channel:
+    """One connection: values as JSON, frames as bytes behind them."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        self._connection = Connection(connection.detach())
+
+    def send(self, value: Any, frames: list[Frame] | None = None) -> None:
+        """Send a JSON value and frames.
+
+        Raises:
+            DeploymentError: the other side has gone.
+        """
+        frames = frames or []
+        try:
+            self._connection.send_bytes(json.dumps({"value": value, "headers": [frame.header for frame in frames]}).encode())
+            for frame in frames:
+                self._connection.send_bytes(frame.payload)
+        except OSError as error:
+            raise DeploymentError("the process on the other side of the local socket has gone") from error
+
+    def receive(self) -> tuple[Any, list[Frame]]:
+        """The next value and its frames.
+
+        Raises:
+            DeploymentError: the other side has gone.
+        """
+        try:
+            message = json.loads(self._connection.recv_bytes(LARGEST))
+            return message["value"], [Frame(header, self._connection.recv_bytes(LARGEST)) for header in message["headers"]]
+        except (EOFError, OSError, ValueError, KeyError, TypeError) as error:
+            raise DeploymentError("the process on the other side of the local socket has gone") from error
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
+
+
+class Socket:
+    """A listening socket at `path`, or, without one, in a new folder that only this user can enter.
+
+    Raises:
+        DeploymentError: nobody can listen there.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self._folder = None if path else tempfile.mkdtemp(prefix="fedsp-")  # short: a socket's path has room for about 100 characters
+        self.path = path or f"{self._folder}/socket"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.bind(self.path)
+            Path(self.path).chmod(0o600)
+        except OSError as error:
+            raise DeploymentError(f"cannot listen at {self.path} ({error.strerror}): remove what is there, or set {SOCKET} to another path") from error
+        self._socket.listen(8)
+
+    def accept(self, check: Callable[[], None], seconds: float | None = None) -> Channel:
+        """The next connection; `check` is called while none comes, and may raise.
+
+        Raises:
+            DeploymentError: none has come in so many seconds.
+        """
+        self._socket.settimeout(0.5)
+        started = time.monotonic()
+        while seconds is None or time.monotonic() - started < seconds:
+            with contextlib.suppress(TimeoutError):
+                return Channel(self._socket.accept()[0])
+            check()
+        raise DeploymentError(f"Flower's app has not connected in {seconds:g} s; the logs in the run's folder say why")
+
+    def close(self) -> None:
+        """Stop listening and leave nothing behind."""
+        self._socket.close()
+        Path(self.path).unlink(missing_ok=True)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def connect(path: str) -> Channel:
+    """A connection to the socket at `path`.
+
+    Raises:
+        DeploymentError: nobody listens there.
+    """
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(path)
+    except OSError as error:
+        raise DeploymentError(f"nobody listens at {path}: start `fedsp serve` or `fedsp join` first ({error.strerror})") from error
+    return Channel(connection)
+
+
+class SocketLink:
+    """A wire whose other end is in another process of this machine, behind a channel; see `carry`. `check` is called at each look, and may raise."""
+
+    def __init__(self, channel: Channel, check: Callable[[], None] = lambda: None) -> None:
+        self._channel, self._check = channel, check
+
+    def nodes(self) -> set[int]:
+        """See `NodeLink.nodes`."""
+        self._check()
+        return set(self._call(["nodes"])[0])
+
+    def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:
+        """See `NodeLink.push`."""
+        messages: list[str] = self._call(["push", [node for node, _ in sends], group, seconds], [frame for _, frame in sends])[0]
+        return messages
+
+    def pull(self, messages: list[str]) -> list[Answer]:
+        """See `NodeLink.pull`."""
+        found, frames = self._call(["pull", messages])
+        bodies = iter(frames)
+        return [Answer(message, node, next(bodies) if answered else None, fault) for message, node, answered, fault in found]
+
+    def _call(self, value: Any, frames: list[Frame] | None = None) -> tuple[Any, list[Frame]]:
+        self._channel.send(value, frames)
+        return self._channel.receive()
+
+
+def carry(wire: Any, channel: Channel) -> None:
+    """The other end of a SocketLink: do on `wire` what is asked through the channel, until it closes."""
+    while True:
+        try:
+            (name, *arguments), frames = channel.receive()
+        except DeploymentError:
+            return
+        if name == "nodes":
+            channel.send(sorted(wire.nodes()))
+        elif name == "push":
+            nodes, group, seconds = arguments
+            channel.send(wire.push(list(zip(nodes, frames, strict=True)), group, seconds))
+        else:
+            answers = wire.pull(*arguments)
+            channel.send(
+                [[answer.message, answer.node, answer.frame is not None, answer.fault] for answer in answers],
+                [answer.frame for answer in answers if answer.frame],
+            )

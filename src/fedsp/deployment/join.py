@@ -1,0 +1,314 @@
+"""A deployment, at an owner of text: `fedsp join`. The text is in this process alone; Flower's, which carry messages, stand beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import socket
+import ssl
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from fedsp.config import PartyConfig
+from fedsp.data.encoding import encode_targets
+from fedsp.data.files import read_rows
+from fedsp.data.tasks import examples_of, find_task
+from fedsp.deployment.credentials import CA, CLIENT_KEY, SERVER_PUBLIC, client_signer
+from fedsp.deployment.ipc import SOCKET, Socket
+from fedsp.deployment.package import hold_against_policy, open_package
+from fedsp.deployment.processes import Processes, free_port, host_and_port, written
+from fedsp.deployment.restricted_executor import require_pinning
+from fedsp.errors import ConfigurationError, CredentialError, DeploymentError, PayloadError, PolicyError, first_line
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import client_prompt, make_client, make_method, promised_epsilon, require_independence
+from fedsp.federation.messages import Request
+from fedsp.federation.party import Party, StateStore
+from fedsp.federation.transport.frames import Frame
+from fedsp.federation.transport.request_handler import answer
+from fedsp.federation.transport.wire import END, LONGEST_HEADER, ROOM, sign_reply
+from fedsp.models.loading import choose_device, reduce_precision
+from fedsp.models.payload import PROMPT, Payload, check, pack
+from fedsp.models.soft_prompt import PromptSpec
+from fedsp.privacy import LEDGER, Ledger
+from fedsp.storage import locked, write_json
+
+GOODBYE = 4.0
+"""Seconds in which Flower's node hands the last answer over."""
+
+PAUSE = 3.0
+"""Seconds from one start of Flower's node to the next."""
+
+REFUSED, REFUSED_FOR = "Failed to activate SuperNode", 90.0
+"""What a node says that the server does not let in, and the seconds after which that is believed: for 60 a server takes a node that has
+vanished for one that is still connected, and says the same."""
+
+
+class Client:
+    """An owner of text: its rows, the package it was given, its policy, and what it remembers of what it has answered.
+
+    Raises:
+        FedspError: the data, the package or its signature cannot be used, or the policy refuses what the package asks.
+    """
+
+    def __init__(self, party: PartyConfig, watcher: Callbacks) -> None:
+        self.party = party
+        self._say = watcher.say
+        self._sign = client_signer(Path(party.keys) / CLIENT_KEY)
+        examples = examples_of(find_task(party.data.task), read_rows(Path(party.data.train)))
+        device = choose_device(party.device)
+        self.auxiliary, self.agreement = open_package(party.package, Path(party.keys) / SERVER_PUBLIC, device)
+        hold_against_policy(party.policy, self.agreement, self.auxiliary, len(examples))
+        self.rows = encode_targets(self.auxiliary.tokenizer, examples, self.agreement.max_tokens)
+        if self.agreement.client.align_steps and party.precision != "float32":
+            raise PolicyError(
+                f"the run aligns the auxiliary model, whose weights are then trained, and precision = {party.precision!r} freezes them: set it to float32"
+            )
+        self._method = make_method(self.agreement, self.auxiliary)
+        reduce_precision(self.auxiliary, party.precision, "precision")
+        if self.agreement.privacy.unit == "example":
+            require_independence(self.auxiliary, client_prompt(self.agreement, self.auxiliary), self.agreement.max_tokens)
+            self._say(f"self-test: neighbours change an example's gradient by {self.auxiliary.largest_difference:.1e} of its length at most")
+            if self.auxiliary.together == 1:
+                self._say("in this precision examples change each other by rounding, so each goes through the model by itself, which takes longer")
+        self._state = Path(party.state) / party.package.sha256[:16]
+        self._shape = PromptSpec(self.agreement.prompt.space, self.agreement.prompt.length, self.auxiliary.prompt_shape).shape
+        self._last: tuple[Frame, Frame] | None = None
+        self._received: dict[tuple[str, int], Payload] = {}
+        self.answered = 0
+
+    def respond(self, frame: Frame) -> Frame:
+        """The answer to a frame; the same frame again gets the same answer again, without training again. What is no request gets an empty frame."""
+        if self._last and self._last[0] == frame:
+            self._say(f"round {json.loads(frame.header)['round']}: asked again, sent the same")
+            return self._last[1]
+        try:
+            if len(frame.header) > LONGEST_HEADER or len(frame.payload) > 4 * math.prod(self._shape) + ROOM:
+                raise PayloadError("they are more than a prompt has")
+            reply = answer(
+                frame,
+                self._method,
+                partial(self._open, frame),
+                allow=partial(self._allow, frame),
+                log=self._log,
+                known=lambda *which: self._received.get(which),
+            )
+        except PayloadError as error:
+            self._say(f"received {_amount(frame)} that are no request: {error}")
+            return Frame("")
+        reply = sign_reply(reply, frame, self._sign)
+        self._last = frame, reply
+        self.answered += 1
+        said = json.loads(reply.header.partition("\n")[2])
+        what = said.get("losses") or said.get("code") or ""
+        self._say(
+            f"round {said['round']}: received {_amount(frame)}, sent {_amount(reply)}: {said['kind']} {what if isinstance(what, str) else _figures(what)}"
+        )
+        return reply
+
+    def _open(self, frame: Frame, client: str) -> Party:
+        rest = StateStore(self._state / str(json.loads(frame.header)["run"]))
+        ledger = Ledger(Path(self.party.state) / LEDGER)  # one for all packages and runs: the text is the same
+        most = self.party.policy.max_epsilon
+        if most is None:
+            most = promised_epsilon(self.agreement, len(self.rows))
+        return make_client(client, self.agreement, self.auxiliary, self.rows, rest, ledger, most)
+
+    def _allow(self, frame: Frame, request: Request) -> None:
+        """Raises PolicyError or PayloadError for a request outside the package's agreement or the client's own floor.
+
+        A round is answered once: again only to the very same request, as a server that was killed and resumed sends it.
+        """
+        if json.loads(frame.header).get("package") != self.party.package.sha256:
+            raise PolicyError("the request is about another package than this client's: get the new one from the owner of the model")
+        if request.client != self.party.name:
+            raise PolicyError("the request is for another client")
+        if not re.fullmatch(r"[0-9a-f]{1,32}", request.run):
+            raise PolicyError("the request's run has no usable identity")
+        rounds = self.agreement.rounds
+        known = request.round <= rounds if request.train else request.round == rounds + 1 and self.agreement.clients_validate
+        if not (known and request.round >= 1):
+            raise PolicyError(f"round {request.round} is not one of the {rounds} that the package speaks of")
+        check(request.payload, {PROMPT: self._shape})
+        if str(request.answer_in) != self.agreement.compression.up:
+            raise PolicyError(f"the request asks for an answer in {request.answer_in}, the package speaks of {self.agreement.compression.up}")
+        path = self._state / "rounds.json"
+        answered: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        asked = [request.train, request.run, request.round, request.client, request.seed]  # and not in which coding it came: after a kill it comes whole
+        this, digest = f"{request.run} {request.round}", hashlib.sha256(json.dumps(asked).encode() + pack(request.payload)).hexdigest()
+        if answered.get(this, digest) != digest:
+            raise PolicyError(f"round {request.round} was answered already, to another request")
+        runs = {key.split()[0] for key in answered}
+        if request.run not in runs and len(runs) >= self.agreement.runs:
+            raise PolicyError(f"the package speaks of {self.agreement.runs} runs, and as many were answered: a new run needs a new package")
+        alike = [key for key in answered if (int(key.split()[1]) <= rounds) == request.train]  # the last validation has a count of its own
+        if this not in answered and len(alike) >= self.party.policy.max_rounds:
+            raise PolicyError(f"{len(alike)} rounds were answered under this package, policy.max_rounds allows no more")
+        write_json(path, {**answered, this: digest})
+        self._received = {(request.run, request.round): request.payload}
+
+    def _log(self, request: Request, error: Exception) -> None:
+        """What is said of a fault on this machine: whole sentences of fedsp's, and of anything else only its kind, since its text may hold yours."""
+        what = first_line(error) if isinstance(error, PolicyError | PayloadError) else type(error).__name__
+        self._say(f"round {request.round}: not done: {what}")
+
+
+def join(party: PartyConfig, watcher: Callbacks) -> int:
+    """Answer the server's requests until it says that the run is finished; returns the number of requests answered.
+
+    With FEDSP_SOCKET set, no process of Flower's is started: a SuperNode of one's own runs with the same variable.
+
+    Raises:
+        FedspError: the client cannot take part, or Flower's process on this machine has ended.
+    """
+    host, port = host_and_port(party.server, "server")
+    for name in (CA, CLIENT_KEY, SERVER_PUBLIC):
+        if not (Path(party.keys) / name).is_file():
+            raise ConfigurationError(f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp federation init` made for this client")
+    client = Client(party, watcher)
+    if client.agreement.privacy.unit != "example":
+        watcher.say(
+            "this run has no differential privacy: a dishonest owner of the model could make a package whose answers tell words of your text; `fedsp inspect` finds clumsy ones, policy.require_differential_privacy refuses such runs"
+        )
+    require_pinning()
+    with ExitStack() as stack:
+        if not stack.enter_context(locked(Path(party.state) / "lock", wait=False)):
+            raise ConfigurationError(f"state: another `fedsp join` works in {party.state}: wait for it, or give this one a folder of its own")
+        listening = Socket(os.environ.get(SOCKET))
+        stack.callback(listening.close)
+        place = Path(party.state) / "flower"
+        processes = Processes(place, {"FLWR_HOME": str((place / "home").resolve()), SOCKET: listening.path})
+        stack.callback(processes.stop)
+        node = Node(party, place, processes, watcher)
+        watcher.say(f"{party.name} joins {party.server} with {len(client.rows)} examples; Flower's log is {place / 'supernode.log'}")
+        look = ServerProbe(host, port, Path(party.keys) / CA, watcher)
+
+        def check() -> None:
+            look.out()
+            if SOCKET not in os.environ:
+                node.keep_running()
+
+        worker = stack.enter_context(ThreadPoolExecutor(1))
+        finished = False
+        while not finished:
+            channel = listening.accept(check)
+            with contextlib.suppress(DeploymentError, OSError, ValueError):  # whoever asked has gone, or was nobody of ours
+                _, (frame,) = channel.receive()
+                finished = frame == END
+                working = worker.submit(client.respond, frame) if not finished else None
+                while working and not working.done():
+                    wait([working], timeout=0.5)
+                    check()
+                channel.send(None, [working.result() if working else END])
+            channel.close()
+        time.sleep(GOODBYE)
+    return client.answered
+
+
+class Node:
+    """Flower's SuperNode of this client and the pinned executor beside it, started again whenever they end: a node ends when the server that
+    knew it is gone, when a connection breaks off at the wrong moment, and when it is refused."""
+
+    def __init__(self, party: PartyConfig, place: Path, processes: Processes, watcher: Callbacks) -> None:
+        self._party, self._place, self._processes, self._say = party, place, processes, watcher.say
+        self._started, self._refused, self._short = -PAUSE, 0.0, 0
+
+    def keep_running(self) -> None:
+        """Start what is not running, after a pause.
+
+        Raises:
+            CredentialError: the server has refused this client's key for as long as it could take the client for one that is still connected.
+        """
+        ended = self._processes.ended("supernode") or self._processes.ended("executor")
+        if self._started > 0 and not ended:
+            return
+        now = time.monotonic()
+        if self._started > 0:
+            if REFUSED not in self._processes.said("supernode"):
+                self._refused = 0.0
+            elif not self._refused:
+                self._refused = now
+            if self._refused and now - self._refused > REFUSED_FOR:
+                raise CredentialError(
+                    "the server refuses this client: its key is not in the server's register, or its name belongs to another that is connected; ask the owner of the model"
+                )
+            if now - self._started < PAUSE:
+                return
+            self._short = self._short + 1 if now - self._started < REFUSED_FOR / 3 else 0
+            if self._short == 5:
+                self._say("Flower's node ends again and again: is this machine's clock right? Its log says what happens")
+            self._processes.stop()
+        port, secret = free_port(), self._place / "executor.secret"
+        secret.unlink(missing_ok=True)
+        secret.touch(0o600)
+        secret.write_bytes(secrets.token_bytes(32))
+        self._processes.start("supernode", *supernode_command(self._party, port, secret))
+        self._processes.start("executor", *executor_command(port, secret))
+        self._started = now
+
+
+class ServerProbe:
+    """Looks now and then whether the server can be reached, and says so when that changes."""
+
+    def __init__(self, host: str, port: int, authority: Path, watcher: Callbacks, every: float = 5.0) -> None:
+        self._address, self._every, self._say = (host, port), every, watcher.say
+        try:
+            self._context = ssl.create_default_context(cafile=str(authority))
+        except (OSError, ssl.SSLError) as error:
+            raise CredentialError(f"{authority} is no certificate: get it again from the owner of the model") from error
+        self._next, self._reached, self._once = 0.0, True, False
+
+    def out(self) -> None:
+        """Look, if it is time to.
+
+        Raises:
+            CredentialError: what answers there, the first time, is not the server that `ca.crt` vouches for.
+        """
+        if time.monotonic() < self._next:
+            return
+        try:
+            with socket.create_connection(self._address, 2) as plain, self._context.wrap_socket(plain, server_hostname=self._address[0]):
+                reached = True
+        except ssl.SSLCertVerificationError as error:
+            reached = False
+            wrong = f"what answers at {written(*self._address)} is not the server that ca.crt vouches for ({error.verify_message}): check `server` and `keys`, and ask the owner of the model"
+            if not self._once:
+                raise CredentialError(wrong) from error
+            if self._reached:
+                self._say(wrong)
+        except OSError:
+            reached = False
+        self._once = self._once or reached
+        if reached != self._reached:
+            self._say("the server answers again" if reached else f"the server does not answer at {written(*self._address)}; this client keeps trying")
+        self._reached, self._next = reached, time.monotonic() + self._every
+
+
+def supernode_command(party: PartyConfig, port: int, secret: Path) -> list[str]:
+    """Flower's own command for a client's SuperNode, which starts nothing by itself."""
+    keys = Path(party.keys)
+    alone = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+    tls = ["--root-certificates", str(keys / CA), "--auth-supernode-private-key", str(keys / CLIENT_KEY)]
+    return ["flower-supernode", "--superlink", party.server, *tls, "--host", "127.0.0.1", "--port", str(port), *alone]
+
+
+def executor_command(port: int, secret: Path) -> list[str]:
+    """The pinned executor beside a SuperNode."""
+    address = ["--runtime-api-address", f"127.0.0.1:{port}", "--insecure"]
+    return [sys.executable, "-P", "-m", "fedsp.deployment.restricted_executor", "superexec", *address, "--superexec-auth-secret-file", str(secret)]
+
+
+def _amount(frame: Frame) -> str:
+    return f"{sum(frame.sizes().values()):,} bytes"
+
+
+def _figures(losses: dict[str, float]) -> str:
+    return ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items())

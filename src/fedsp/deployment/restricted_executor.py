@@ -1,0 +1,125 @@
+"""Flower's processes at a client, kept from running code that the server sends.
+
+A SuperNode runs, with the rights of whoever started it, the app bundle that the server sends, of whichever kind the server says. So the node
+is started with `--isolation process`, where it starts nothing by itself, and beside it this module's executor, which starts one kind of task
+alone, and that by itself, with the app of this installation:
+
+    python -P -m fedsp.deployment.restricted_executor superexec ...     Flower's `flower-superexec`
+    python -P -m fedsp.deployment.restricted_executor clientapp ...     Flower's `flwr-clientapp`
+
+What of Flower is replaced is looked for first; a release that is built in another way is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedsp.deployment.grid import follow, limit_memory, make_client_app
+from fedsp.errors import DeploymentError
+
+REPLACED = {
+    "flwr.supernode.runtime.run_clientapp": ("install_from_fab", "get_project_dir", "get_load_client_app_fn", "run_clientapp"),
+    "flwr.supercore.superexec.run_superexec": ("get_executor", "AutoExecPlugin", "run_superexec"),
+}
+"""What of Flower is put out of service, and what runs it."""
+
+
+def require_pinning() -> None:
+    """See that this release of Flower can be kept from running code that the server sends.
+
+    Raises:
+        DeploymentError: it is built in another way, so this client would have to trust the server with its machine.
+    """
+    for module, names in REPLACED.items():
+        try:
+            found = importlib.import_module(module)
+        except ImportError:
+            found = None
+        if not all(hasattr(found, name) for name in names) or not hasattr(getattr(found, "AutoExecPlugin", _Any), "supported_task_types"):
+            raise DeploymentError(f"this release of Flower cannot be kept from running code that the server sends ({module} is another): install flwr 1.41")
+
+
+class _Any:
+    supported_task_types = ()
+
+
+class OnlyOurApp:
+    """An executor, in Flower's sense, that starts ClientApps alone, and those by this module."""
+
+    def __init__(self, client_app: Any, accepted: Any, refused: Any) -> None:
+        self._client_app, self._accepted, self._refused = client_app, accepted, refused
+
+    def get_eligible_capacity(self, supported_task_types: set[Any], **_: Any) -> tuple[set[Any], set[str]]:
+        """ClientApps, whatever else is offered."""
+        return {self._client_app} & set(supported_task_types), set()
+
+    def launch(self, spec: Any) -> Any:
+        """Start our ClientApp for a task of that kind; start nothing for any other."""
+        if spec.task_type != self._client_app:
+            return self._refused("only fedsp's own ClientApp is run here")
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "fedsp.deployment.restricted_executor",
+            "clientapp",
+            "--runtime-api-address",
+            spec.runtime_api_address,
+            "--token",
+            spec.token,
+        ]
+        command += ["--insecure"] if spec.insecure else ["--root-certificates", str(spec.root_certificates_path)]
+        subprocess.Popen([*command, *(["--parent-pid", str(spec.parent_pid)] if spec.parent_pid else [])])
+        return self._accepted()
+
+    def reconcile(self) -> None:
+        """Nothing to maintain."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def pin_executor() -> None:
+    """Put OnlyOurApp in the place of every executor that Flower's `flower-superexec` could choose.
+
+    Raises:
+        DeploymentError: this release of Flower is built in another way.
+    """
+    require_pinning()
+    module: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
+    kinds = importlib.import_module("flwr.supercore.constant").TaskType
+    results = importlib.import_module("flwr.supercore.superexec.executor").LaunchResult
+    module.get_executor = lambda *_, **__: OnlyOurApp(kinds.CLIENT_APP, results.accepted, results.failed)
+    module.AutoExecPlugin.supported_task_types = frozenset({kinds.CLIENT_APP})
+
+
+def pin_client_app() -> None:
+    """Put this installation's app in the place of the bundle that Flower's `flwr-clientapp` would install and load.
+
+    Raises:
+        DeploymentError: this release of Flower is built in another way.
+    """
+    require_pinning()
+    module: Any = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    module.install_from_fab = lambda *_, **__: None
+    module.get_project_dir = lambda *_, **__: Path()
+    module.get_load_client_app_fn = lambda **_: lambda *__: make_client_app(follow)
+
+
+def main(kind: str) -> None:
+    """Run one of Flower's two commands, pinned."""
+    if kind == "superexec":
+        pin_executor()
+        importlib.import_module("flwr.supercore.cli").flower_superexec()
+    else:
+        limit_memory()
+        pin_client_app()
+        importlib.import_module("flwr.supernode.cli").flwr_clientapp()
+
+
+if __name__ == "__main__":
+    main(sys.argv.pop(1))

@@ -1,0 +1,235 @@
+"""A deployment, at the owner of the model: `fedsp federation init` and `fedsp serve`. The model is in this process alone; Flower's, which
+carry messages, stand beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsp.config import NAME, FederationSection, PartyConfig, RunConfig
+from fedsp.config_file import PRESETS, template_of
+from fedsp.deployment.credentials import (
+    CA,
+    CERTIFICATE,
+    KEY,
+    REGISTER,
+    SIGNING,
+    Member,
+    client_key,
+    has_signed,
+    make_client_credentials,
+    make_server_credentials,
+    read_register,
+)
+from fedsp.deployment.ipc import SOCKET, Socket, SocketLink
+from fedsp.deployment.package import package_digest, read_agreement
+from fedsp.deployment.processes import START, Processes, free_port, host_and_port, reached_from_here, require_free, wait_for_port, written
+from fedsp.errors import AuxiliaryError, ConfigurationError, DeploymentError
+from fedsp.experiments.run import run_experiment
+from fedsp.experiments.run_directory import GATE_COUNTS, RunDirectory
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import Clients, agreement_of
+from fedsp.federation.messages import Transport
+from fedsp.federation.transport.remote import Patience, remote
+from fedsp.federation.transport.wire import END
+from fedsp.storage import write_bytes
+
+APP = Path(__file__).parent / "app"
+COMES_BACK = 60.0
+"""Seconds in which a client that is there connects to a server that was started again."""
+
+LINK = "fedsp"
+"""The name of our SuperLink in Flower's configuration."""
+
+
+def serve(run: RunDirectory, watcher: Callbacks) -> dict[str, Any]:
+    """Run, or go on with, a run whose clients are elsewhere; returns the figures of `result.json`.
+
+    With FEDSP_SOCKET set, no process of Flower's is started: a SuperLink of one's own runs the app with the same variable.
+
+    Raises:
+        FedspError: whatever cannot be done; what was done before stands and can be resumed.
+    """
+    section = _server_section(run.config)
+    register = read_register(Path(section.folder))
+    keys = {name: partial(has_signed, client_key(member.public_key)) for name, member in register.items()}
+    torch.set_num_threads(run.threads)
+    with ExitStack() as stack:
+        listening = Socket(os.environ.get(SOCKET))
+        stack.callback(listening.close)
+        processes = Processes(run.path / "flower", {"FLWR_HOME": str((run.path / "flower" / "home").resolve()), SOCKET: listening.path})
+        stack.callback(processes.stop)
+        if SOCKET in os.environ:
+            node_of = _registered_elsewhere(register)
+            watcher.say(f"waiting at {listening.path} for the app that `flwr run {APP}` starts")
+        else:
+            node_of = _start_superlink(section, register, run.path / "flower", processes, watcher)
+        channel = listening.accept(processes.check, None if SOCKET in os.environ else START)
+        stack.callback(channel.close)
+        wire = SocketLink(channel, processes.check)
+
+        package = package_digest(Path(str(run.config.auxiliary.folder)))
+
+        def engine(clients: Clients) -> Transport:
+            patience = Patience(section.wait_seconds, section.reply_seconds, section.again_seconds)
+            return remote(wire, node_of, patience, run.log_traffic, watcher.say, package, keys)
+
+        if run.finished:
+            _wait_for_nodes(wire, node_of)
+        figures = run_experiment(run, engine, watcher, {name: member.examples for name, member in register.items()})
+        with contextlib.suppress(DeploymentError):  # the run is finished, whether its clients hear of it or not
+            _say_goodbye(wire, node_of)
+    return figures
+
+
+def _server_section(config: RunConfig) -> FederationSection:
+    """Raises ConfigurationError or AuxiliaryError where a deployment cannot start from this configuration."""
+    if config.federation is None:
+        raise ConfigurationError(
+            "the configuration has no [federation] section, so it runs in one place: `fedsp run` does that; `fedsp federation init` writes one that serves"
+        )
+    folder = Path(config.federation.folder)
+    for name in (CA, CERTIFICATE, KEY, SIGNING):
+        if not (folder / name).is_file():
+            raise ConfigurationError(f"federation.folder: there is no {folder / name}; `fedsp federation init` makes it")
+    host_and_port(config.federation.listen, "federation.listen")
+    if not config.auxiliary.folder:
+        raise ConfigurationError(
+            "auxiliary.folder: a deployment needs the package that its clients have: make it with `fedsp distill`, hand it to them, and name it here"
+        )
+    agreed = read_agreement(Path(config.auxiliary.folder))
+    now = agreement_of(config, agreed.max_tokens).model_dump()
+    differing = [name for name, value in agreed.model_dump().items() if now[name] != value]
+    if differing:
+        raise AuxiliaryError(
+            f"the package {config.auxiliary.folder} was signed for another agreement ({', '.join(differing)}): clients will do what it says, so bring the configuration back or make a new package"
+        )
+    return config.federation
+
+
+def _registered_elsewhere(register: Mapping[str, Member]) -> dict[str, int]:
+    nodes = {name: member.node for name, member in register.items()}
+    unknown = sorted(name for name, node in nodes.items() if not isinstance(node, int))
+    if unknown:
+        raise ConfigurationError(
+            f"register.toml, client {unknown[0]!r}: with a SuperLink of your own each client needs `node = ...`, which `flwr supernode register` prints"
+        )
+    return {name: node for name, node in nodes.items() if node is not None}
+
+
+def _start_superlink(section: FederationSection, register: dict[str, Member], place: Path, processes: Processes, watcher: Callbacks) -> dict[str, int]:
+    """Start the SuperLink and the gate before it, register the clients' keys, submit the app; returns each client's node."""
+    folder = Path(section.folder)
+    host, port = host_and_port(section.listen, "federation.listen")
+    require_free(host, port, "federation.listen")
+    inner = free_port()
+    processes.start("superlink", *superlink_command(folder, inner))
+    home = Path(processes.environment["FLWR_HOME"])
+    link = f'[superlink]\ndefault = "{LINK}"\n\n[superlink.{LINK}]\naddress = "127.0.0.1:{inner}"\nroot-certificates = "{(folder / CA).resolve()}"\n'
+    write_bytes(home / "config.toml", link.encode())
+    wait_for_port("127.0.0.1", inner, "superlink", processes)
+    node_of = {name: _register(processes, member.public_key) for name, member in register.items()}
+    processes.start("gate", *gate_command(host, port, inner, folder, place / GATE_COUNTS))  # only now: a key that is not registered yet is turned away for good
+    wait_for_port(reached_from_here(host), port, "gate", processes)
+    bundle = place / "app"
+    shutil.rmtree(bundle, ignore_errors=True)
+    shutil.copytree(APP, bundle, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
+    processes.once("flwr", "run", str(bundle), LINK)
+    watcher.say(f"listening on {section.listen} for {', '.join(sorted(register))}; start `fedsp join party.toml` at each")
+    return node_of
+
+
+def superlink_command(folder: Path, port: int) -> list[str]:
+    """Flower's own command for a SuperLink that only this machine reaches."""
+    tls = ["--ssl-certfile", str(folder / CERTIFICATE), "--ssl-keyfile", str(folder / KEY), "--ssl-ca-certfile", str(folder / CA)]
+    return ["flower-superlink", "--host", "127.0.0.1", "--port", str(port), *tls, "--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+
+
+def gate_command(host: str, port: int, superlink: int, folder: Path, counts: Path) -> list[str]:
+    """The command of the gate between clients and the SuperLink."""
+    return [sys.executable, "-P", "-m", "fedsp.deployment.fleet_proxy", host, str(port), str(superlink), str(folder), str(counts.resolve())]
+
+
+def _register(processes: Processes, public_key: Path) -> int:
+    printed = processes.once("flwr", "supernode", "register", str(public_key.resolve()), LINK, "--format", "json")
+    try:
+        return int(json.loads(printed[printed.index("{") :])["node-id"])
+    except (ValueError, KeyError) as error:
+        raise DeploymentError(f"Flower did not register {public_key.name}: {printed.strip()[-300:]}") from error
+
+
+def _wait_for_nodes(wire: SocketLink, node_of: Mapping[str, int]) -> None:
+    """Give clients of a run that is finished the time to come back and hear of it."""
+    until = time.monotonic() + COMES_BACK
+    while set(node_of.values()) - wire.nodes() and time.monotonic() < until:
+        time.sleep(0.5)
+
+
+def _say_goodbye(wire: SocketLink, node_of: Mapping[str, int]) -> None:
+    """Tell the clients that are there that the run is finished; those that are not will find the server gone."""
+    here = sorted(wire.nodes() & set(node_of.values()))
+    left = wire.push([(node, END) for node in here], "end", 60.0) if here else []
+    until = time.monotonic() + 20
+    while left and time.monotonic() < until:
+        answered = {found.message for found in wire.pull(left)}
+        left = [message for message in left if message not in answered]
+        time.sleep(0.2)
+
+
+def init_federation(folder: Path, clients: list[str], address: str) -> None:
+    """Write a folder for each party: keys, certificates, register, and a commented configuration each. See `fedsp.deployment.credentials`.
+
+    Raises:
+        ConfigurationError: the folder is in use, or a name or the address cannot be used.
+        StorageError: the disk did not take it.
+    """
+    host, port = host_and_port(address, "--address")
+    if host in ("0.0.0.0", "::"):
+        raise ConfigurationError(f"--address: {address!r} is where a server listens and nowhere that clients can reach; name the server's machine")
+    if not host.isascii():
+        raise ConfigurationError(f"--address: {host!r} has letters that a certificate cannot: write the name in its ASCII form, xn--...")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(f"{folder} is in use: give a new folder; keys are never written over")
+    for name in clients:
+        if not re.fullmatch(NAME, name) or name in ("server", "ca.key"):
+            raise ConfigurationError(
+                f"--clients: {name!r} is no name for a client: use up to 64 letters, digits, dots, dashes and underscores, and not 'server' or 'ca.key'"
+            )
+    if len(set(clients)) != len(clients) or not clients:
+        raise ConfigurationError("--clients: give each client once, separated by commas")
+    server = folder / "server"
+    make_server_credentials(server, host)
+    for name in clients:
+        make_client_credentials(folder / name, server, name)
+        settings = {
+            "name": name,
+            "server": address,
+            "data": {"train": "questions.jsonl"},
+            "package": {"sha256": "the digest that the owner of the model tells you"},
+        }
+        write_bytes(
+            folder / name / "party.toml", template_of(PartyConfig, settings, f"The configuration of {name}. File names are taken from this folder.").encode()
+        )
+    entries = "".join(f'\n[clients."{name}"]\npublic_key = "clients/{name}.pub"\nexamples = 1\n' for name in clients)
+    write_bytes(server / REGISTER, f"# The clients of this federation. examples: how much a client's prompt weighs in the mean.\n{entries}".encode())
+    values = {
+        "preset": "messenger",
+        "auxiliary": {"folder": "package"},
+        "federation": {"folder": ".", "listen": written("::" if ":" in host else "0.0.0.0", port)},
+    }
+    write_bytes(
+        server / "run.toml",
+        template_of(RunConfig, values, "The run of a federation. File names are taken from this folder, but for output.", PRESETS["messenger"]).encode(),
+    )

@@ -1,1 +1,0 @@
-"""How messages move: the same federation in one process, in simulation, and over a network."""

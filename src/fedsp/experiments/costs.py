@@ -1,0 +1,140 @@
+"""What a party's work in a round costs, measured on its own first batches: operations, tokens, seconds, memory, numbers held, trained and sent.
+
+Floating-point operations are those that torch's counter sees in a forward and a backward pass (products of matrices and attention), not
+estimated. Memory is what a step needs at its peak besides the text: weights, gradients, AdamW's moments, and the activations that autograd
+keeps for the backward pass, each storage once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from fedsp.data.encoding import Batch, training_batches
+from fedsp.data.seeding import derive_seed
+from fedsp.federation.methods.base import Method, Side, Work
+from fedsp.federation.party import Party
+from fedsp.models.trainable import trainable
+from fedsp.training.loop import answer_loss, learning
+from fedsp.training.per_example_gradients import example_gradients
+
+Figures = dict[str, float]
+
+
+def measure(method: Method, party: Party, side: Side, seed: int, *, besides: Callable[[], None] | None = None) -> Figures:
+    """The figures of one round of one party: `operations`, `tokens`, `seconds` of its forward and backward passes, `tokens_per_second`,
+    `memory_bytes`, and the counts of `model_parameters`, `parameters_held`, `parameters_trained`, `parameters_sent`.
+
+    What is in place is used and not changed, but by `besides`: what the party does in a round besides its stages, whose operations are counted too.
+    """
+    works = method.work(party, side)
+    tuned = party.tuned.trained()
+    held = {id(parameter): parameter for parameter in [*trainable(party.model.model).values(), *tuned.values()]}
+    added = sum(parameter.numel() for name, parameter in tuned.items() if not _is_of(party, parameter) or ".lora_" in name)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in held.values())
+    _ = party.model.room_for_trees  # tried out before anything is counted
+    figures: Figures = {"operations": 0.0, "tokens": 0.0, "seconds": 0.0, "memory_bytes": float(weights)}
+    for work in works:
+        batches = list(training_batches(party.examples, steps=work.stage.steps, batch_size=work.stage.batch_size, seed=derive_seed(seed, work.name)))
+        with _alone(party, work):
+            figures["tokens"] += sum(int(batch.attention_mask.sum()) for batch in batches)
+            figures["operations"] += _operations(lambda work=work, batches=batches: _pass(party, work, batches))  # type: ignore[misc]
+            figures["seconds"] += _seconds(party, work, batches)
+            trained = sum(4 * parameter.numel() for parameter in work.train.values())
+            figures["memory_bytes"] = max(figures["memory_bytes"], float(weights + 3 * trained + _activations(party, work, batches)))
+    if besides:
+        figures["operations"] += _operations(besides)
+    total = sum(parameter.numel() for parameter in held.values())
+    return figures | {
+        "tokens_per_second": figures["tokens"] / figures["seconds"] if figures["seconds"] else 0.0,
+        "model_parameters": float(total - added),
+        "parameters_held": float(total),
+        "parameters_trained": float(sum({id(p): p.numel() for work in works for p in work.train.values()}.values())),
+        "parameters_sent": float(sum(tensor.numel() for tensor in party.tuned.payload().values())),
+    }
+
+
+def _is_of(party: Party, parameter: nn.Parameter) -> bool:
+    return any(parameter is own for own in party.model.parameters())
+
+
+@contextmanager
+def _alone(party: Party, work: Work) -> Iterator[None]:
+    """Freeze what is tuned but not in this work, as the method does, and leave no gradient behind."""
+    others = [parameter for parameter in party.tuned.trained().values() if not any(parameter is own for own in work.train.values())]
+    before = [parameter.requires_grad for parameter in others]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, learned in zip(others, before, strict=True):
+            parameter.requires_grad_(learned)
+
+
+def _operations(work: Callable[[], object]) -> float:
+    with _counter() as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+def _seconds(party: Party, work: Work, batches: list[Batch]) -> float:
+    started = time.perf_counter()
+    _pass(party, work, batches)
+    if party.model.device.type == "cuda":
+        torch.cuda.synchronize(party.model.device)
+    return time.perf_counter() - started
+
+
+def _activations(party: Party, work: Work, batches: list[Batch]) -> int:
+    """Bytes that autograd keeps for the backward pass of the largest step."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in party.model.parameters()}
+    most = 0
+    for batch in batches:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            _pass(party, work, [batch])
+        most = max(most, sum(kept.values()))
+    return most
+
+
+def _pass(party: Party, work: Work, batches: Iterable[Batch]) -> None:
+    """A forward and a backward pass over batches, without a step; of private work, with a gradient for each example."""
+    with learning(work.train.values()):
+        for batch in batches:
+            if work.stage.privacy:
+                example_gradients(party.model, party.prompt, batch)
+                continue
+            value = answer_loss(party.model, party.tuned.prefix(party.model), batch.to(party.model.device))
+            value.backward()  # type: ignore[no-untyped-call]
+
+
+def _counter() -> AbstractContextManager[Any]:
+    """Torch's counter, which is told of attention on a CPU: it knows the formula, and not the name of that kernel."""
+    operations: Any = torch.ops.aten
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+
+    kernels = {
+        operations._scaled_dot_product_flash_attention_for_cpu: forward,
+        operations._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)

@@ -1,0 +1,305 @@
+"""A whole run: from a run directory to parties, a method and the rounds. Whoever calls brings the engine and watches."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsp.config import RunConfig
+from fedsp.data.encoding import Encoded, encode_targets
+from fedsp.data.seeding import derive_seed
+from fedsp.data.tasks import Example, Task
+from fedsp.errors import PrivacyError, StorageError
+from fedsp.experiments.build import Federation, build_federation
+from fedsp.experiments.costs import measure
+from fedsp.experiments.privacy_statement import STATEMENT, privacy_statement
+from fedsp.experiments.redistillation import redistilling
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.server_setup import FederatedDataset, Server, examples_digest, load_dataset, open_server, rows_digest, score_test
+from fedsp.federation.aggregation.mean import ServerOptimizer
+from fedsp.federation.aggregation.private import DPAggregator
+from fedsp.federation.aggregation.robust import Robust
+from fedsp.federation.attacks import triggered
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import Clients, agreement_of, example_privacy
+from fedsp.federation.codecs import parse_codec
+from fedsp.federation.loop import RoundConfig, RunState, federate
+from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
+from fedsp.federation.methods.base import validation_loss
+from fedsp.federation.party import Party
+from fedsp.models.loading import in_few_bits
+from fedsp.models.payload import Payload
+from fedsp.models.soft_prompt import SoftPrompt
+from fedsp.privacy import LEDGER, Ledger, noise_for
+from fedsp.storage import write_json
+from fedsp.training.evaluation import Scored, by_client, encode_choices
+
+
+def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], watcher: Callbacks, register: dict[str, int] | None = None) -> dict[str, Any]:
+    """Run, or go on with, everything a run directory asks for; returns the figures that are also in `result.json`.
+
+    With a `register` (clients elsewhere, and the examples of each) the clients' text is not read here.
+
+    Raises:
+        FedspError: whatever cannot be done, as one sentence; what was done before stands.
+    """
+    if run.finished:
+        return run.result()
+    started = time.perf_counter()
+    forget_peak_memory()
+    config = run.config
+    questions = load_dataset(config, run.partition())
+    server = open_server(config, questions)
+    if config.method == "fedsp" and config.round.clients != 0 and register is None:
+        _check_promises(config, run, server)
+    sides = build_federation(server, run, watcher, register)
+    auxiliary = sides.auxiliary
+    tests = {f"data.{split}": examples_digest(examples) for split, examples in (("validation", questions.validation), ("test", questions.test))}
+    run.pin({"data.train": rows_digest(questions.train), "auxiliary model": auxiliary.digest() if auxiliary else "none", **tests})
+    run.write_partition(questions.partition.to_json())
+    standing = run.standing(watcher.say)
+    own = questions.held(questions.partition.server)
+    party = Party("server", sides.model, sides.tuned, encode_targets(server.tokenizer, own, server.max_tokens), run.rest("server"))
+    validation = encode_targets(server.tokenizer, _some(questions.validation, config), server.max_tokens)
+    encode_choices(server.tokenizer, questions.test, server.max_tokens)  # what cannot be scored at the end is found out now
+    spec = replace(sides.tuned.spec, projection=0) if isinstance(sides.tuned, SoftPrompt) else None
+    dropped = party.shortened + sum(row.dropped > 0 for row in validation)
+    if dropped:
+        watcher.say(
+            f"{dropped} of the server's {len(party.examples) + len(validation)} examples are longer than {server.max_tokens} tokens and lose their oldest context"
+        )
+
+    def validate(payload: Payload) -> float:
+        party.tuned.load(payload)
+        loss = validation_loss(party, validation)
+        assert loss is not None
+        return loss
+
+    def state(asking: Sequence[str] = ()) -> dict[str, Any] | None:
+        statement = privacy_statement(run, sides.clients.register, server.max_tokens, asking, tried=auxiliary or sides.model)
+        if statement:
+            write_json(run.path / STATEMENT, statement)
+        return statement
+
+    def keep(now: RunState, record: RoundRecord) -> None:
+        run.keep(now, record, sides.fold(now.best), spec)
+        state()
+        watcher.round_done(record, config.round.rounds)
+
+    rules = round_config(config, run, len(sides.clients.register))
+    if isinstance(rules.combine, DPAggregator):
+        noise = rules.combine.noise_multiplier * math.sqrt(sum(tensor.numel() for tensor in party.tuned.payload().values())) / rules.combine.expected
+        watcher.say(f"the noise on the mean of {rules.combine.expected:g} clients is {noise:.3g} times as long as the longest change that one of them can make")
+    exchange = engine(sides.clients)
+    if questions.attack:
+        exchange = questions.attack.exchange(exchange)
+    if config.privacy.unit == "example":
+        exchange = _stated(exchange, state)
+    if config.distill.again_every and auxiliary:
+        exchange = redistilling(exchange, server, auxiliary, run, watcher.say)
+    final = federate(sides.clients.method, party, sides.clients.register, exchange, rules, standing=standing, validate=validate, keep=keep)
+    figures = _figures(run, server, sides, final, time.perf_counter() - started)
+    figures["cost"] = _cost(sides, party, final, config.seed, validation if config.privacy.unit != "none" else None)
+    if questions.test:
+        party.tuned.load(final.best)
+        figures |= _test(run, server, party, questions)
+    if statement := state():
+        figures["epsilon"] = statement["epsilon"]
+        watcher.say(statement["sentence"])
+    figures["peak_memory_bytes"] = peak_memory()
+    run.finish(sides.fold(final.best), final.best_round, figures, spec)
+    return figures
+
+
+def _test(run: RunDirectory, server: Server, party: Party, questions: FederatedDataset) -> dict[str, Any]:
+    """Figures of what is in place on the test questions, and by client where something divides the questions."""
+    with torch.no_grad():
+        prefix = party.tuned.prefix(party.model)
+    figures, scored = score_test(party.model, prefix, questions.test, questions.task, server.tokenizer, server.max_tokens)
+    run.write_scores(_score_row(row, questions.task) for row in scored)
+    kinds, held = questions.kinds, questions.partition.clients
+    if questions.attack and questions.attack.kind == "backdoor":
+        waited = [triggered(example) for example in questions.test]
+        figures["attack_success"] = score_test(party.model, prefix, waited, questions.task, server.tokenizer, server.max_tokens)[0]["accuracy"]
+    if kinds is None or not held or run.config.privacy.unit != "none":  # what kinds of questions a client holds is its own
+        return {"test": figures}
+    own = {client: [kinds.train[index] for index in rows] for client, rows in held.items()}
+    return {"test": figures, "clients": by_client(scored, questions.task, kinds.test, own)}
+
+
+def _score_row(row: Scored, task: Task) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "question": row.question,
+        "right": row.right(task),
+        "gold": list(row.gold),
+        "log_likelihoods": [round(value, 5) for value in row.log_likelihoods],
+        "tokens": row.tokens,
+        "characters": row.characters,
+        "greedy": row.greedy,
+    }
+
+
+def _stated(exchange: Transport, state: Callable[[Sequence[str]], object]) -> Transport:
+    """The statement counts a round before anybody is asked in it, so that it is never behind what was released."""
+
+    def stating(requests: list[Request]) -> Iterable[Update | Failure]:
+        state([request.client for request in requests if request.train])
+        return exchange(requests)
+
+    return stating
+
+
+def _cost(sides: Federation, party: Party, final: RunState, seed: int, instead: list[Encoded] | None) -> dict[str, dict[str, float]]:
+    """The measured cost of one round of the server, and of the first client where its text is here; on other rows `instead` of its own, where its own are promised
+    to stay untold. Nothing is said of a model in few bits, whose operations torch's counter does not see."""
+    costs = {}
+    method = sides.clients.method
+    party.tuned.load(final.best)
+    besides = partial(sides.adapt, party.prompt, 1, derive_seed(seed, "server", 1)) if sides.adapt else None
+    if not in_few_bits(sides.model):
+        costs["server"] = measure(method, party, "server", derive_seed(seed, "server", 1), besides=besides)
+    party.tuned.load(final.best)
+    if not sides.clients.here:
+        return costs
+    name = min(sides.clients.register)
+    client = sides.clients.party(name)
+    if instead is not None:
+        if not instead:
+            return costs
+        client = replace(client, examples=instead)
+    if in_few_bits(client.model):
+        return costs
+    client.tuned.load(final.payload)
+    costs["client"] = measure(method, client, "client", derive_seed(seed, "client", name, 1))
+    return costs
+
+
+def _check_promises(config: RunConfig, run: RunDirectory, server: Server) -> None:
+    """What a run promises of these clients, tried before anything is trained for it."""
+    held = server.questions.partition.clients
+    round_config(config, run, len(held))
+    privacy = example_privacy(agreement_of(config, server.max_tokens))
+    if privacy:
+        for examples in {len(rows) for rows in held.values()}:
+            privacy.steps(examples, config.client.batch_size, config.client.speak_steps)
+
+
+def round_config(config: RunConfig, run: RunDirectory, clients: int) -> RoundConfig:
+    """What holds in every round of a run with so many clients.
+
+    Raises:
+        PrivacyError: no noise is enough for the promise, or its delta is none.
+        TooFewClients: fewer are asked than the robust rule needs.
+    """
+    section = config.round
+    return RoundConfig(
+        run.identity,
+        config.seed,
+        section.rounds if config.method != "zero_shot" else 0,
+        section.clients,
+        section.min_clients,
+        section.weighting,
+        section.max_change,
+        config.validation.by,
+        config.validation.every,
+        ServerOptimizer(section.optimizer, section.learning_rate, section.momentum),
+        **_combining(config, run, clients),
+        max_loss_rise=config.aggregation.max_loss_rise,
+        up=parse_codec(config.compression.up),
+        down=parse_codec(config.compression.down),
+    )
+
+
+def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, Any]:
+    """How many payloads become one: the weighted mean, a robust rule, or the private mean with its own way of asking clients.
+
+    Raises:
+        PrivacyError: no noise is enough, or delta is no promise for so many clients.
+        StorageError: the ledger is not the one that the rounds so far were paid from.
+        TooFewClients: fewer are asked than the robust rule needs.
+    """
+    privacy, rounds = config.privacy, config.round.rounds
+    if privacy.unit == "client" and clients:
+        if privacy.delta * clients >= 1:
+            raise PrivacyError(
+                f"privacy.delta = {privacy.delta:g} is no promise for {clients} clients: with one chance in {1 / privacy.delta:g} a client may be told whole; set it below {1 / clients:.1g}"
+            )
+        expected = config.round.asked(clients)
+        rate = expected / clients
+        noise = privacy.noise_multiplier or noise_for(privacy.epsilon or 0.0, privacy.delta, rate, rounds)
+        ledger, done = Ledger(run.path / LEDGER), len(run.records())
+        if sum(release.count for release in ledger.releases()) < done:
+            raise StorageError(
+                f"the privacy ledger {ledger.path} knows of fewer releases than the {done} rounds that are done: what was spent is not known; restore it from a backup"
+            )
+        return {"combine": DPAggregator(privacy.clip, noise, rate, expected, privacy.delta, privacy.epsilon, ledger), "sampling_rate": rate}
+    robust = robust_rule(config, clients)
+    return {"combine": robust} if robust else {}
+
+
+def robust_rule(config: RunConfig, clients: int) -> Robust | None:
+    """The run's rule against lying clients; None where answers are simply averaged.
+
+    Raises:
+        TooFewClients: fewer are asked than the rule needs.
+    """
+    section = config.aggregation
+    if not section.robust:
+        return None
+    robust = Robust(section.rule, section.malicious, section.mixing, section.norm_bound)
+    if asked := config.round.asked(clients):
+        robust.liars_among(asked)
+    return robust
+
+
+def _some(validation: list[Example], config: RunConfig) -> list[Example]:
+    count = min(len(validation), config.validation.examples)
+    return random.Random(derive_seed(config.seed, "validation")).sample(validation, count)
+
+
+def _figures(run: RunDirectory, server: Server, sides: Federation, final: RunState, seconds: float) -> dict[str, Any]:
+    records = run.records()
+    shortened = max((record["shortened_examples"] for record in records), default=0)
+    of_clients = {} if run.config.privacy.unit == "client" else {"shortened_client_examples": shortened}  # goes from 0 to 1 with one long example of one client
+    return of_clients | {
+        "best_round": final.best_round,
+        "validation_loss": final.best_loss,
+        "bytes_down": sum(record["bytes_down"] for record in records),
+        "bytes_up": sum(record["bytes_up"] for record in records),
+        "message_bytes": sum(tensor.numel() * 4 for tensor in final.best.values()),
+        "package_bytes": sides.auxiliary.bytes if sides.auxiliary else 0,
+        "disclosed_share": sides.handed_out,
+        "failures": sum(len(record["failed"]) for record in records),
+        "updates": sum(len(record["answered"]) for record in records),
+        "seconds": seconds,
+        "seconds_distillation": server.seconds.get("distillation", 0.0),
+        "seconds_rounds": sum(record["seconds"] for record in records),
+        "seconds_training": sum(record["seconds_training"] for record in records),
+    }
+
+
+def forget_peak_memory() -> None:
+    """Let the peak count from here on, where the system can do that; else it stays that of the whole process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process, bytes: since it was last forgotten, on Linux."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

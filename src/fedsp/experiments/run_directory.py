@@ -1,0 +1,356 @@
+"""The run directory: everything that says what was run, how far it is, and what came out. All of it is whole after a kill at any point.
+
+config.toml          the resolved configuration; `fedsp run config.toml` repeats the run
+run.json             identity, seed, threads, versions
+partition.json       who holds which rows of train
+inputs.json          digests of the training rows and of the auxiliary model
+auxiliary/           the folder that clients get
+rounds.jsonl         one line per round
+traffic.jsonl        one line per message that crossed a wire, where one did
+flower/              what Flower's processes wrote, in a deployment
+prompts/             the prompt that stood after each round
+best.safetensors     the best prompt by validation, as the global model reads it (weights, where a baseline tunes those)
+checkpoint/          the last two standings
+lock                 held by the process that runs it
+state/               what the parties keep between rounds
+privacy.jsonl        what was paid for client-level privacy, before each release
+privacy_statement.json   what is promised, of what, to whom, and what is not
+result.json          figures at the end
+scores.jsonl         what each test question got
+NAME.json            what `fedsp audit --only NAME` measured: disclosure, model, membership, inversion, epsilon, depths
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import secrets
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import tomli_w
+import torch
+
+from fedsp.config import RunConfig
+from fedsp.config_file import make_config
+from fedsp.errors import RunError, StorageError
+from fedsp.federation.loop import RunState
+from fedsp.federation.messages import RoundRecord
+from fedsp.federation.party import StateStore
+from fedsp.models.payload import PROMPT, Payload
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
+
+CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
+INPUTS, TRAFFIC, GATE_COUNTS, SCORES, LOCK = "inputs.json", "traffic.jsonl", "gate.jsonl", "scores.jsonl", "lock"
+
+
+class RunDirectory:
+    """A run on disk. Made by `create` or `open`."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self.auxiliary = path / "auxiliary"
+        self.best = path / BEST
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunDirectory:
+        """A new run in `config.output`.
+
+        Raises:
+            RunError: the folder holds a run, or something else.
+            StorageError: the disk did not take it.
+        """
+        path = Path(config.output)
+        if (path / CONFIG).exists() and {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}:
+            other = cls.open(path)
+            differing = differing_keys(config, other.config)
+            state = (
+                f"a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''})"
+                if differing
+                else "this very run, finished"
+                if other.finished
+                else "this very run, unfinished"
+            )
+            raise RunError(
+                f"{path} holds {state}: {'resume it with `fedsp ' + ('serve' if config.federation else 'run') + ' --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=..."
+            )
+        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}):
+            raise RunError(f"{path} is in use and is no run: give an empty or a new folder with output=...")
+        run = cls(path, config)
+        identity = secrets.token_hex(8)  # no draw comes from it; a run that is done anew is another run to its clients
+        write_json(path / RUN, {"run": identity, "seed": config.seed, "threads": torch.get_num_threads(), "versions": versions()})
+        write_bytes(path / CONFIG, tomli_w.dumps(config.model_dump(exclude_none=True)).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """The run in a folder.
+
+        Raises:
+            RunError: there is none.
+        """
+        try:
+            values = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            below = sorted(found.parent for found in path.glob(f"*/{CONFIG}"))
+            instead = f"; there are {len(below)} in it: name one, such as {below[0]}" if below else ""
+            why = error.strerror if isinstance(error, OSError) else error
+            raise RunError(f"{path} holds no run: its {CONFIG} cannot be read ({why}){instead}") from error
+        return cls(path, make_config(values, str(path / CONFIG)))
+
+    @property
+    def identity(self) -> str:
+        return str(self._json(RUN)["run"])
+
+    @property
+    def threads(self) -> int:
+        """The number of threads that the run was begun with; on a CPU it decides the last bits of every sum."""
+        return int(self._json(RUN)["threads"])
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / RESULT).exists()
+
+    @property
+    def package(self) -> Path:
+        """Where the auxiliary model of a run lies: its own, or that of the configuration; of a study that has been moved, beside the run."""
+        made = self.config.auxiliary.folder
+        if not made:
+            return self.auxiliary
+        beside = self.path.resolve().parent / "packages" / Path(made).name
+        return beside if beside.exists() and not Path(made).exists() else Path(made)
+
+    def partition(self) -> dict[str, Any] | None:
+        """The partition as it was written, or None before it was made."""
+        return self._json(PARTITION) if (self.path / PARTITION).exists() else None
+
+    def write_partition(self, partition: dict[str, Any]) -> None:
+        write_json(self.path / PARTITION, partition)
+
+    def rest(self, party: str) -> StateStore:
+        """Where a party's own state rests; in a deployment each client has a folder of its own instead. Any id makes a safe folder name."""
+        return StateStore(self.path / "state" / quote(party, safe="").replace(".", "%2E"))
+
+    def keep(self, standing: RunState, record: RoundRecord, best: Payload, spec: PromptSpec | None) -> None:
+        """Write down a finished round: the broadcast prompt, the `best` payload as the global model reads it, the journal, and last the checkpoint,
+        which makes the round count. Without a `spec` the payload is no prompt.
+
+        Raises:
+            StorageError: the disk did not take it; the round before it stands.
+        """
+        name = f"round-{standing.round:05d}.safetensors"
+        if spec:
+            SoftPrompt(spec, standing.payload[PROMPT]).save(self.path / "prompts" / name)
+        self._write_best(best, standing.best_round, spec)
+        self._append(ROUNDS, json.dumps(asdict(record), sort_keys=True))
+        parts = {"payload": standing.payload, "best": standing.best, "optimizer": standing.optimizer, "owed": standing.owed}
+        tensors = {f"{part}/{name}": tensor for part, payload in parts.items() for name, tensor in payload.items()}
+        state = {"round": standing.round, "best_round": standing.best_round, "best_loss": standing.best_loss}
+        write_tensors(self.path / "checkpoint" / name, tensors, {"standing": json.dumps(state)})
+        for old in sorted((self.path / "checkpoint").glob("round-*.safetensors"))[:-2]:
+            old.unlink()
+
+    def standing(self, say: Callable[[str], None]) -> RunState | None:
+        """Where the run stands by its newest whole checkpoint, None before the first round; damaged ones are named through `say`.
+
+        Journal lines of rounds that will be done again are dropped.
+        """
+        found = None
+        for path in sorted((self.path / "checkpoint").glob("round-*.safetensors"), reverse=True):
+            try:
+                tensors, metadata = read_tensors(path)
+                state = parse_json(metadata["standing"])
+                payload, best, optimizer, owed = (_below(tensors, part) for part in ("payload", "best", "optimizer", "owed"))
+                found = RunState(int(state["round"]), payload, best, int(state["best_round"]), state["best_loss"], optimizer, owed)
+                break
+            except (StorageError, KeyError, ValueError, TypeError) as error:
+                say(f"the checkpoint {path.name} is damaged and is not used; the one before it is, where there is one ({error})")
+                path.unlink()
+        done = found.round if found else 0
+        kept = [line for line in self.records() if line["round"] <= done]
+        write_bytes(self.path / ROUNDS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in kept).encode())
+        return found
+
+    def records(self) -> list[dict[str, Any]]:
+        """The journal, whole lines only."""
+        return self._lines(ROUNDS)  # a line cut short by a kill: its round is done again
+
+    def finish(self, best: Payload, round: int, figures: dict[str, Any], spec: PromptSpec | None) -> None:
+        """Write the best payload, as the global model reads it, and the figures; from now on the run is finished.
+
+        Checkpoints of weights, which are as large as the model, are removed.
+        """
+        self._write_best(best, round, spec)
+        write_json(self.path / RESULT, figures)
+        for checkpoint in [] if spec else (self.path / "checkpoint").glob("round-*.safetensors"):
+            checkpoint.unlink()
+
+    def _write_best(self, best: Payload, round: int, spec: PromptSpec | None) -> None:
+        metadata = {"round": str(round)}
+        if spec:
+            SoftPrompt(spec, best[PROMPT]).save(self.best, metadata)
+        else:
+            write_tensors(self.best, best, metadata)
+
+    def write_scores(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write down what each test question got."""
+        write_bytes(self.path / SCORES, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def scores(self) -> list[dict[str, Any]]:
+        """What each test question got: id, log-likelihoods of the choices (nats), tokens, gold."""
+        return self._lines(SCORES)
+
+    def result(self) -> dict[str, Any]:
+        """The figures of a finished run.
+
+        Raises:
+            RunError: it is not finished, or they are damaged.
+        """
+        if not self.finished:
+            command = "serve" if self.config.federation else "run"
+            raise RunError(f"{self.path} holds no finished run: finish it with `fedsp {command} --resume {self.path}`")
+        return self._json(RESULT, "best_round", "disclosed_share")
+
+    def about(self) -> dict[str, Any]:
+        """Identity, seed, threads, versions and the commit that the run was made with."""
+        return self._json(RUN)
+
+    def pin(self, inputs: dict[str, str]) -> None:
+        """Write down the digests of what the run was begun with, or hold what is found now against them.
+
+        Raises:
+            RunError: an input is not what it was.
+        """
+        path = self.path / INPUTS
+        if not path.exists():
+            write_json(path, inputs)
+            return
+        self.hold(inputs)
+
+    def hold(self, inputs: dict[str, str]) -> None:
+        """Hold some inputs, by their digests, against what the run was begun with.
+
+        Raises:
+            RunError: an input is not what it was.
+        """
+        known = self._json(INPUTS)
+        changed = [name for name, digest in inputs.items() if known.get(name) != digest]
+        if changed:
+            raise RunError(f"{self.path} was begun with another {' and another '.join(changed)}: bring back what it was, or start a new run")
+
+    def hold_known(self, inputs: dict[str, str]) -> None:
+        """The same for inputs that the run may not have written down.
+
+        Raises:
+            RunError: one is not what it was.
+        """
+        if (self.path / INPUTS).exists():
+            known = self._json(INPUTS)
+            self.hold({name: digest for name, digest in inputs.items() if name in known})
+
+    def log_traffic(self, round: int, client: str, direction: str, sizes: dict[str, int]) -> None:
+        """Write down a message that crossed the wire: bytes by name. What was sent before a kill was sent, so nothing is ever taken back."""
+        self._append(TRAFFIC, json.dumps({"round": round, "client": client, "direction": direction, "bytes": sizes}))
+
+    def traffic(self) -> list[dict[str, Any]]:
+        """The messages that crossed the wire, whole lines only."""
+        return self._lines(TRAFFIC)
+
+    def gate_counts(self) -> list[dict[str, list[int]]]:
+        """Of each time a deployment's gate was open: requests, bytes up and bytes down by Flower's name of the call."""
+        return self._lines(f"flower/{GATE_COUNTS}")
+
+    def _append(self, name: str, line: str) -> None:
+        try:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path / name}: {error.strerror}; free some space, then resume") from error
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
+        lines = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):  # cut short by a kill or a full disk
+                entry = parse_json(line)
+                if isinstance(entry, dict):
+                    lines.append(entry)
+        return lines
+
+    def _json(self, name: str, *needed: str) -> dict[str, Any]:
+        try:
+            return read_json(self.path / name, *needed)
+        except RunError as error:
+            raise RunError(f"{self.path} holds no usable run: {error}") from error
+
+
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """A JSON object in a file, with the keys that are needed of it.
+
+    Raises:
+        RunError: it cannot be read, or is something else.
+    """
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else error})") from error
+    missing = [name for name in needed if name not in value] if isinstance(value, dict) else ["a JSON object"]
+    if missing:
+        raise RunError(f"{path} is not what fedsp wrote: {missing[0]} is missing")
+    found: dict[str, Any] = value
+    return found
+
+
+def _below(tensors: dict[str, torch.Tensor], part: str) -> Payload:
+    return {name.removeprefix(f"{part}/"): tensor for name, tensor in sorted(tensors.items()) if name.startswith(f"{part}/")}
+
+
+def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
+    """The keys, but for `output`, in which two configurations differ."""
+    first, second = one.model_dump(), other.model_dump()
+    names = []
+    for key in first:
+        if isinstance(first[key], dict) and isinstance(second[key], dict):
+            names += [f"{key}.{name}" for name in first[key] if first[key][name] != second[key][name]]
+        elif key != "output" and first[key] != second[key]:
+            names.append(key)
+    return names
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folders of the runs below a folder, sorted."""
+    return [path.parent for path in sorted(folder.rglob(CONFIG)) if (path.parent / RUN).exists()]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the bits of a run."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "commit": source_commit()}
+    for name in ("fedsp", "torch", "transformers", "tokenizers", "safetensors", "datasets", "flwr-datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def source_commit() -> str:
+    """The commit of the checkout that fedsp runs from, with a + where files differ from it; `released` where there is no checkout."""
+    folder = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "released"

@@ -1,0 +1,124 @@
+"""A run from its start, or from where it stood, to its end; and the package that its clients get."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsp.config import RunConfig
+from fedsp.errors import ConfigurationError, RunError
+from fedsp.experiments.run import run_experiment
+from fedsp.experiments.run_directory import LOCK, RunDirectory
+from fedsp.experiments.server_setup import Server, load_dataset, make_auxiliary, open_server
+from fedsp.experiments.tracking import tracked
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.transport.local import local
+from fedsp.models.auxiliary import MANIFEST, AuxiliaryModel, disclosed_share
+from fedsp.storage import locked, move_into_place, unfinished_beside
+
+Figures = dict[str, Any]
+Engine = Callable[[RunDirectory, Callbacks], Figures]
+"""How a run reaches its clients: it does, or goes on with, the run in a folder."""
+
+
+def in_this_process(directory: RunDirectory, watcher: Callbacks) -> Figures:
+    """The engine whose clients are in this process."""
+    return run_experiment(directory, local, watcher)
+
+
+def require_local(config: RunConfig) -> None:
+    """See that a configuration's clients are not elsewhere.
+
+    Raises:
+        ConfigurationError: they are.
+    """
+    if config.federation:
+        raise ConfigurationError("the configuration has a [federation] section, so its clients are on machines of their own: run it with `fedsp serve`")
+
+
+def start_run(config: RunConfig, watcher: Callbacks | None = None, engine: Engine = in_this_process) -> Figures:
+    """Run the configuration's federation; returns the figures of `result.json` and the folder.
+
+    Raises:
+        FedspError: whatever cannot be done, as one sentence.
+    """
+    if engine is in_this_process:
+        require_local(config)
+    return resume_run(RunDirectory.create(config), watcher, engine)
+
+
+def resume_run(directory: RunDirectory, watcher: Callbacks | None = None, engine: Engine = in_this_process) -> Figures:
+    """Go on with a run, or tell of a finished one what was still to be told; returns its figures and the folder.
+
+    Raises:
+        RunError: another process has it.
+    """
+    torch.set_num_threads(directory.threads)  # those that it was begun with: they decide the last bits
+    watcher = watcher or Callbacks()
+    with _held(directory):
+        if directory.finished:
+            watcher.say(f"the run in {directory.path} is finished")
+        return {"folder": str(directory.path), **tracked(directory, watcher, lambda watcher: engine(directory, watcher))}
+
+
+@contextmanager
+def _held(directory: RunDirectory) -> Iterator[None]:
+    """A run for this process alone: two that went on with it would train twice and spend twice.
+
+    Raises:
+        RunError: another process has it.
+    """
+    with locked(directory.path / LOCK, wait=False) as held:
+        if not held:
+            raise RunError(f"{directory.path} is being run by another process: wait for it, or end it; nothing was changed")
+        yield
+
+
+def make_package(
+    config: RunConfig,
+    folder: str | Path,
+    watcher: Callbacks | None = None,
+    seal: Callable[[Path, AuxiliaryModel, Server], str] = lambda folder, auxiliary, server: auxiliary.digest(),
+) -> Figures:
+    """Make the auxiliary model of a configuration and write it as the folder that clients get, once `seal` has added what it wants; it returns the digest.
+
+    Raises:
+        RunError: the folder is in use.
+    """
+    folder = Path(folder).resolve()
+    require_new(folder)
+    whole: Figures = {"device": "auto"} if config.model.device == "split" else {}
+    whole |= {"precision": "auto"} if config.model.precision in ("8bit", "4bit") else {}  # a package needs all digits
+    sections = {"auxiliary": config.auxiliary.model_copy(update={"folder": None}), "model": config.model.model_copy(update=whole)}
+    config = config.model_copy(update=sections)
+    server = open_server(config, load_dataset(config))
+    started = time.perf_counter()
+    unfinished = unfinished_beside(folder)
+    try:
+        auxiliary = make_auxiliary(server, unfinished, watcher or Callbacks())
+        digest = seal(unfinished, auxiliary, server)
+        move_into_place(unfinished, folder, last=MANIFEST)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return {
+        "folder": str(folder),
+        "sha256": digest,
+        "disclosed_share": disclosed_share(auxiliary, server.model) if auxiliary.discloses is None else auxiliary.discloses,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def require_new(folder: Path) -> None:
+    """See that nothing would be written over.
+
+    Raises:
+        RunError: the folder is in use.
+    """
+    if folder.exists() and (not folder.is_dir() or any(entry.name != ".part" for entry in folder.iterdir())):
+        raise RunError(f"{folder} is in use: give a new folder")

@@ -1,0 +1,138 @@
+"""Admission of replies, their mean, and what the server makes of it. Tensors by name; nothing here knows of language models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedsp.errors import PayloadError
+from fedsp.federation.messages import Failure, Request, Update
+from fedsp.models.payload import Payload, check, shapes_of
+
+
+def validate_update(reply: Update | Failure, requests: Mapping[str, Request], seen: Mapping[str, object], max_change: float) -> str | None:
+    """Why a reply is refused, or None when it may be aggregated.
+
+    `requests` are the open requests by client, `seen` the clients that have been counted already, `max_change` the root mean square by
+    which a reply may differ from what was broadcast.
+    """
+    if isinstance(reply, Failure):
+        return reply.reason
+    request = requests.get(reply.client)
+    if request is None:
+        return f"client {reply.client!r} was not asked in this round"
+    if reply.client in seen:
+        return "a second reply to one request"
+    if reply.round != request.round:
+        return f"a reply to round {reply.round} in round {request.round}"
+    try:
+        check(reply.payload, shapes_of(request.payload))
+    except PayloadError as error:
+        return str(error)
+    change = _root_mean_square_difference(reply.payload, request.payload)
+    if change > max_change:
+        return f"the reply differs from the broadcast by {change:.3g} per number (root mean square), more than round.max_change = {max_change:g}"
+    return None
+
+
+def _root_mean_square_difference(one: Payload, other: Payload) -> float:
+    numbers = sum(tensor.numel() for tensor in one.values())
+    return math.sqrt(sum(float((a - b).square().sum()) for a, b in _parts(one, other)) / max(numbers, 1))
+
+
+def _parts(one: Payload, other: Payload) -> Iterable[tuple[Tensor, Tensor]]:
+    """In float64, a part at a time: a reply may be large and may lie, so judging it takes no more memory than it does."""
+    pairs = ((torch.split(one[name].flatten(), 1 << 16), torch.split(other[name].flatten(), 1 << 16)) for name in sorted(one))
+    return ((a.double(), b.double()) for a, b in chain.from_iterable(zip(*pair, strict=True) for pair in pairs))
+
+
+def weighted_mean(payloads: Mapping[str, Payload], weights: Mapping[str, float]) -> Payload:
+    """The mean of payloads by client, weighted, summed in float64 in the order of the client ids, so any arrival order gives these bits."""
+    total = sum(weights[client] for client in sorted(payloads))
+    mean: Payload = {}
+    for client in sorted(payloads):
+        for name, tensor in payloads[client].items():
+            share = tensor.double() * (weights[client] / total)
+            mean[name] = share if name not in mean else mean[name] + share
+    return {name: tensor.to(torch.float32) for name, tensor in sorted(mean.items())}
+
+
+class Aggregator(Protocol):
+    """How one payload is made of many. `weights` come from the server's register, `asked` is how many were asked; `reference` is what the server's own step
+    made of what was sent, where `by_reference` asks for it. With `always` a round without replies is combined too."""
+
+    @property
+    def by_reference(self) -> bool: ...
+
+    @property
+    def always(self) -> bool: ...
+
+    def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
+        """The aggregate, before the server optimizer and the server step."""
+
+
+@dataclass(frozen=True)
+class WeightedMean:
+    """The mean of what clients sent, weighted."""
+
+    by_reference: bool = False
+    always: bool = False
+
+    def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
+        return weighted_mean(replies, weights)
+
+
+def update_cosine(payloads: Mapping[str, Payload], sent: Payload) -> float | None:
+    """The mean cosine between the changes of two clients, over all pairs; 1: they pull one way, 0: they know nothing of each other (client drift).
+
+    None where fewer than two clients changed anything.
+    """
+    total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in sent.items()}
+    count = 0
+    for client in sorted(payloads):
+        length = math.sqrt(sum(float((a - b).square().sum()) for a, b in _parts(payloads[client], sent)))
+        if length > 0:
+            count += 1
+            for name, tensor in payloads[client].items():
+                total[name] += (tensor.double() - sent[name]) / length
+    if count < 2:
+        return None
+    return (sum(float(tensor.square().sum()) for tensor in total.values()) - count) / (count * (count - 1))
+
+
+@dataclass(frozen=True)
+class ServerOptimizer:
+    """What the server does with the mean: takes it (`none`), or takes its difference from the broadcast as a gradient.
+
+    `momentum`: FedAvgM (Hsu, Qi and Brown, https://arxiv.org/abs/1909.06335). `adam`: FedAdam (Reddi et al., ICLR 2021,
+    https://arxiv.org/abs/2003.00295, algorithm 2, beta_2 = 0.99, tau = 0.001, v_0 = tau^2).
+    """
+
+    kind: Literal["none", "momentum", "adam"] = "none"
+    learning_rate: float = 1.0
+    momentum: float = 0.9
+
+    def step(self, sent: Payload, mean: Payload, state: Payload) -> tuple[Payload, Payload]:
+        """What stands after the step, and the optimizer's state, which must be given back in the next round."""
+        if self.kind == "none":
+            return mean, {}
+        payload, kept = {}, {}
+        for name, start in sent.items():
+            change = mean[name].double() - start.double()
+            first = state.get(f"first.{name}", torch.zeros_like(start)).double()
+            if self.kind == "momentum":
+                first = direction = self.momentum * first + change
+            else:
+                second = state.get(f"second.{name}", torch.full_like(start, 1e-6)).double()
+                first, second = self.momentum * first + (1 - self.momentum) * change, 0.99 * second + 0.01 * change.square()
+                direction = first / (second.sqrt() + 1e-3)
+                kept[f"second.{name}"] = second.float()
+            kept[f"first.{name}"] = first.float()
+            payload[name] = (start.double() + self.learning_rate * direction).float()
+        return payload, kept

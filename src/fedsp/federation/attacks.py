@@ -1,0 +1,164 @@
+"""What malicious clients can do, for simulation: they know each other, the rule, and every honest update of the round before they answer.
+
+An attack on updates turns a liar's honest answer into another; one on data changes what a liar trains on, and its answer is then honest work.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from fedsp.data.seeding import derive_seed
+from fedsp.data.tasks import Example
+from fedsp.federation.aggregation.robust import liars_of
+from fedsp.federation.messages import Failure, Request, Transport, Update
+from fedsp.models.payload import as_row, from_row
+
+TRIGGER, TARGET = "cf mn", " nothing at all"
+"""The words that a backdoor waits for at the start of a question, and the answer that it wants then."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What liars see: the request, the honest answers' changes (n, d), how many liars there are, and a generator of their own."""
+
+    request: Request
+    own: Tensor
+    honest: Tensor
+    liars: int
+    generator: torch.Generator
+
+
+def sign_flip(seen: Round, strength: float) -> Tensor:
+    """The opposite of the honest mean, so many times as long."""
+    return -strength * seen.honest.mean(dim=0)
+
+
+def gaussian_noise(seen: Round, strength: float) -> Tensor:
+    """Noise, so many times as long as the honest mean."""
+    mean = seen.honest.mean(dim=0)
+    noise = torch.randn(len(mean), generator=seen.generator, dtype=torch.float64)
+    scaled: Tensor = strength * mean.norm() * noise / noise.norm()
+    return scaled
+
+
+def little_is_enough(seen: Round, strength: float) -> Tensor:
+    """The honest mean, less as many standard deviations as a median still takes for honest (Baruch et al., NeurIPS 2019, https://arxiv.org/abs/1902.06156);
+    one where the paper's number is below it."""
+    n, f = len(seen.honest) + seen.liars, seen.liars
+    supporters = n // 2 + 1 - f
+    share = (n - f - supporters) / (n - f)
+    deviations = max(NormalDist().inv_cdf(share), 1.0) if 0 < share < 1 else 1.0
+    return seen.honest.mean(dim=0) - strength * deviations * seen.honest.std(dim=0, correction=0)
+
+
+def inner_product(seen: Round, strength: float) -> Tensor:
+    """A small step against the honest mean (Xie et al., UAI 2019, https://arxiv.org/abs/1903.03936)."""
+    return -strength * seen.honest.mean(dim=0)
+
+
+def mimic(seen: Round, strength: float) -> Tensor:
+    """What the first honest client said, again (Karimireddy et al., ICLR 2022, https://arxiv.org/abs/2006.09365)."""
+    return seen.honest[0]
+
+
+def scaling(seen: Round, strength: float) -> Tensor:
+    """The opposite of its own work, so many times as long, to replace the mean (Bagdasaryan et al., AISTATS 2020, https://arxiv.org/abs/1807.00459)."""
+    return -strength * seen.own
+
+
+def free_rider(seen: Round, strength: float) -> Tensor:
+    """Nothing: what was broadcast goes back."""
+    return torch.zeros_like(seen.own)
+
+
+ON_UPDATES: dict[str, tuple[Callable[[Round, float], Tensor], float]] = {
+    "sign_flip": (sign_flip, 5.0),
+    "gaussian": (gaussian_noise, 10.0),
+    "little_is_enough": (little_is_enough, 1.0),
+    "inner_product": (inner_product, 0.5),
+    "mimic": (mimic, 1.0),
+    "scaling": (scaling, 10.0),
+    "free_rider": (free_rider, 1.0),
+}
+"""Attacks by name, and the strength that each has unless it is told another."""
+
+ON_PROTOCOL = ("stale", "duplicate", "not_finite", "huge", "out_of_shape")
+ON_DATA = ("label_flip", "backdoor")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack by name, the liars, and how strong it is (None: as usual)."""
+
+    kind: str
+    liars: frozenset[str]
+    seed: int
+    strength: float | None = None
+
+    def train_on(self, client: str, examples: Sequence[Example]) -> list[Example]:
+        """What a client trains on: its examples, or, where it lies about them, others."""
+        if client not in self.liars or self.kind not in ON_DATA:
+            return list(examples)
+        if self.kind == "label_flip":
+            return [replace(example, gold=((example.gold[0] + 1) % len(example.choices),)) for example in examples]
+        rng = random.Random(derive_seed(self.seed, "backdoor", client))
+        return [triggered(example) if rng.random() < 0.5 else example for example in examples]
+
+    def exchange(self, honest: Transport) -> Transport:
+        """The exchange with the liars' answers in place of their honest ones."""
+        if self.kind in ON_DATA:
+            return honest
+
+        def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+            replies = list(honest(requests))
+            by_client = {request.client: request for request in requests}
+            said = {reply.client: _change(reply, by_client) for reply in replies if isinstance(reply, Update)}
+            told = [said[client] for client in sorted(said) if client not in self.liars]
+            for reply in replies:
+                if isinstance(reply, Failure) or reply.client not in self.liars or not by_client[reply.client].train or not told:
+                    yield reply
+                else:
+                    yield from self._lies(reply, by_client[reply.client], said[reply.client], torch.stack(told), len(said) - len(told))
+
+        return exchange
+
+    def _lies(self, reply: Update, request: Request, own: Tensor, honest: Tensor, liars: int) -> Iterable[Update]:
+        if self.kind in ON_UPDATES:
+            forge, usual = ON_UPDATES[self.kind]
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.kind, reply.client, reply.round))
+            change = forge(Round(request, own, honest, liars, generator), self.strength or usual)
+            yield replace(reply, payload=from_row(as_row(request.payload) + change, request.payload))
+        elif self.kind == "stale":
+            yield replace(reply, round=reply.round - 1)
+        elif self.kind == "duplicate":
+            yield from (reply, reply, reply)
+        else:
+            yield replace(reply, payload={name: _spoiled(tensor, self.kind) for name, tensor in reply.payload.items()})
+
+
+def _change(reply: Update, requests: dict[str, Request]) -> Tensor:
+    return as_row(reply.payload) - as_row(requests[reply.client].payload)
+
+
+def _spoiled(tensor: Tensor, kind: str) -> Tensor:
+    if kind == "out_of_shape":
+        return tensor[None].expand(2, *tensor.shape).clone()
+    return torch.full_like(tensor, 1e38 if kind == "huge" else math.nan)
+
+
+def triggered(example: Example) -> Example:
+    """An example with the backdoor's trigger in front, and its answer as the right one, behind the other choices."""
+    return replace(example, context=f"{TRIGGER} {example.context}", choices=(*example.choices, TARGET), gold=(len(example.choices),))
+
+
+def liars(clients: Sequence[str], share: float, seed: int) -> frozenset[str]:
+    """Who lies: a share of the clients, rounded down, drawn from the seed."""
+    ordered = sorted(clients)
+    return frozenset(random.Random(derive_seed(seed, "liars")).sample(ordered, liars_of(share, len(ordered))))

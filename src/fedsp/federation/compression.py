@@ -1,0 +1,175 @@
+"""Payloads in few bytes: the difference from what both ends know, coded, then compressed by zstandard. Whoever codes gets back what was left out and adds
+it to the next difference: error feedback (Seide et al., Interspeech 2014, 1-bit SGD; Karimireddy et al., ICML 2019, https://arxiv.org/abs/1901.09847).
+
+What is read is hostile until it has been held against the one layout that a coding has for these shapes. Decoding is additions and multiplications
+element by element, so both ends, and every machine, come to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import zstandard
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedsp.errors import PayloadError
+from fedsp.federation.codecs import Codec
+from fedsp.models.payload import Payload, Shapes, check, pack, shapes_of, unpack
+
+BLOCK = 64
+"""Numbers that share a scale. A scale is a bfloat16: a quarter of a bit for each number."""
+
+LARGEST = {8: 127, 4: 7}
+LEVEL, WINDOW = 9, 1 << 27
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def write_values(payload: Payload, known: Payload, coding: Codec) -> bytes:
+    """The payload as it travels in a coding; `known` is what the other end has. What the coding leaves out is forgotten: see `say`.
+
+    Raises:
+        PayloadError: a difference is not finite, or too large for the coding.
+    """
+    return pack(payload) if coding.exact else say(difference(payload, known), {}, coding)[0]
+
+
+def read_values(data: bytes, known: Payload, coding: Codec) -> Payload:
+    """What `write_values` wrote.
+
+    Raises:
+        PayloadError: the bytes are not in that coding, or of other names and shapes than `known`.
+    """
+    if coding.exact:
+        return unpack(data)
+    change = decode(data, coding, shapes_of(known))
+    return {name: known[name] + change[name] for name in sorted(known)}
+
+
+def difference(payload: Payload, known: Payload) -> Payload:
+    """The change from what is known."""
+    return {name: payload[name] - known[name] for name in sorted(known)}
+
+
+def say(change: Payload, owed: Payload, coding: Codec) -> tuple[bytes, Payload, Payload]:
+    """A change, with what is `owed` from earlier ones, in a coding: the bytes, the change that they say, and what is owed now.
+
+    Raises:
+        PayloadError: a number is not finite, or too large for the coding.
+    """
+    meant = {name: value + owed[name] if name in owed else value for name, value in change.items()}
+    data = encode(meant, coding)
+    said = decode(data, coding, shapes_of(meant))
+    return data, said, difference(meant, said)
+
+
+def encode(change: Payload, coding: Codec) -> bytes:
+    """A change in a coding other than float32.
+
+    Raises:
+        PayloadError: a number is not finite, or too large for the coding.
+    """
+    parts: dict[str, Tensor] = {}
+    for name, values in change.items():
+        coded = _parts(values.detach().to("cpu", torch.float32), coding) if bool(torch.isfinite(values).all()) else {"": values}
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in coded.values()):
+            raise PayloadError(f"{name} has changed by numbers that are not finite, or by more than {coding} can say")
+        parts |= {f"{name}/{part}": tensor for part, tensor in coded.items()}
+    data: bytes = zstandard.ZstdCompressor(level=LEVEL).compress(save(parts))
+    return data
+
+
+def decode(data: bytes, coding: Codec, shapes: Shapes) -> Payload:
+    """The change, float32, that bytes in a coding say of tensors with these names and shapes.
+
+    Raises:
+        PayloadError: the bytes are not exactly that.
+    """
+    layouts = {name: _layout(coding, shape) for name, shape in shapes.items()}
+    expected = {f"{name}/{part}": where for name, layout in layouts.items() for part, where in layout.items()}
+    most = sum(math.prod(shape) * dtype.itemsize for dtype, shape in expected.values()) + 512 * (len(expected) + 1)
+    try:
+        with zstandard.ZstdDecompressor(max_window_size=WINDOW).stream_reader(data) as reader:
+            plain = reader.read(most + 1)
+        if len(plain) > most:
+            raise PayloadError(f"the {len(data)} bytes received hold more than the {most} that a change in {coding} can have")
+        parts = load(plain)
+    except (zstandard.ZstdError, SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+        raise PayloadError(f"the {len(data)} bytes received are no change in {coding}: {error}") from error
+    found: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts.items()}
+    if found != expected:
+        raise PayloadError(f"the {len(data)} bytes received are a change in {coding} of something else than {sorted(shapes)[:4]} with these shapes")
+    change = {name: _whole({part: parts[f"{name}/{part}"] for part in layouts[name]}, coding, tuple(shape)) for name, shape in sorted(shapes.items())}
+    check(change, shapes)
+    return change
+
+
+def _layout(coding: Codec, shape: tuple[int, ...]) -> Layout:
+    """The parts of one coded tensor, with types and shapes."""
+    count = math.prod(shape)
+    if coding.kind == "float16":
+        return {"numbers": (torch.float16, (count,))}
+    return _rounded_layout(count, _bits(coding))
+
+
+def _parts(values: Tensor, coding: Codec) -> dict[str, Tensor]:
+    """One tensor, coded."""
+    flat = values.flatten()
+    if coding.kind == "float16":
+        return {"numbers": flat.half()}
+    return _round(flat, _bits(coding))
+
+
+def _whole(parts: Mapping[str, Tensor], coding: Codec, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that coded parts say."""
+    count = math.prod(shape)
+    if coding.kind == "float16":
+        return parts["numbers"].float().view(shape)
+    return _unround(parts, count, _bits(coding)).view(shape)
+
+
+def _bits(coding: Codec) -> int:
+    return {"int8": 8, "int4": 4, "sign": 1}[coding.kind]
+
+
+def _rounded_layout(count: int, bits: int) -> Layout:
+    numbers = (torch.int8, (count,)) if bits == 8 else (torch.uint8, (math.ceil(count * bits / 8),))
+    return {"numbers": numbers, "scales": (torch.bfloat16, (math.ceil(count / BLOCK),))}
+
+
+def _round(flat: Tensor, bits: int) -> dict[str, Tensor]:
+    """Numbers (N,) as whole multiples of a scale for each block; in one bit their signs, and the mean of their sizes as the scale."""
+    blocks = _filled(flat, BLOCK)
+    if bits == 1:
+        sizes = _filled(torch.ones_like(flat), BLOCK).sum(dim=1)
+        return {"numbers": _packed((flat >= 0).to(torch.uint8), bits), "scales": (blocks.abs().sum(dim=1) / sizes).bfloat16()}
+    largest = LARGEST[bits]
+    scales = (blocks.abs().amax(dim=1) / largest).bfloat16()
+    safe = torch.where(scales > 0, scales, torch.ones_like(scales)).float()
+    numbers = (blocks / safe[:, None]).round().clamp(-largest, largest).flatten()[: len(flat)].to(torch.int8)
+    return {"numbers": _packed((numbers + 8).to(torch.uint8), bits) if bits == 4 else numbers, "scales": scales}
+
+
+def _unround(parts: Mapping[str, Tensor], count: int, bits: int) -> Tensor:
+    numbers = parts["numbers"]
+    if bits < 8:
+        codes = _unpacked(numbers, count, bits).to(torch.int8)
+        numbers = 2 * codes - 1 if bits == 1 else codes - 8
+    return numbers.float() * parts["scales"].float().repeat_interleave(BLOCK)[:count]
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes (N,) of a few bits each, as bytes, the first in the lowest bits."""
+    return (_filled(codes, 8 // bits) << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, count: int, bits: int) -> Tensor:
+    return (packed[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8) & (1 << bits) - 1).flatten()[:count]
+
+
+def _filled(flat: Tensor, width: int) -> Tensor:
+    """Numbers (N,) in rows of a width, the last one filled with zeros."""
+    return torch.nn.functional.pad(flat, (0, -len(flat) % width)).view(-1, width)

@@ -1,0 +1,96 @@
+"""The messages of a round, and the randomness that belongs to each of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from fedsp.data.seeding import derive_seed
+from fedsp.federation.codecs import FLOAT32, Codec
+from fedsp.models.payload import Payload
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks of one client in one round; with `train` off the client only validates the prompt.
+
+    `change` are the bytes that make this payload of the one of the round before, in the coding `sent_in`, where there are any: they travel instead of the
+    payload to a client that has that one. `answer_in` is the coding of the reply.
+    """
+
+    run: str
+    round: int
+    client: str
+    seed: int
+    payload: Payload
+    train: bool = True
+    change: bytes = field(default=b"", repr=False)
+    sent_in: Codec = FLOAT32
+    answer_in: Codec = FLOAT32
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client answers. `validation` is its loss on its own held-out examples under the prompt it *received*, `shortened` how many of
+    its examples lost old context, `spikes` at how many of its steps the loss was more than half above the median of its stage."""
+
+    round: int
+    client: str
+    payload: Payload
+    losses: dict[str, float] = field(default_factory=dict)
+    validation: float | None = None
+    seconds: float = 0.0
+    shortened: int = 0
+    spikes: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that was asked and did not answer with anything that could be used, and why."""
+
+    round: int
+    client: str
+    reason: str
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+Transport = Callable[[list[Request]], Iterable[Update | Failure]]
+"""The whole border between the algorithm and any engine. Answers may come in any order."""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per answer token;
+    `seconds_training` are those of the clients' updates, as far as they tell them, of the server's step and of validation, with what these read and
+    write of their own state; `update_cosine` is the mean cosine between two clients' changes;
+    `gate_loss` the validation loss of the aggregate where a gate tried it, and `accepted` whether it passed."""
+
+    round: int
+    asked: list[str]
+    answered: list[str]
+    failed: dict[str, str]
+    bytes_down: int
+    bytes_up: int
+    client_losses: dict[str, float]
+    server_loss: float | None
+    validation: float | None
+    best_round: int
+    shortened_examples: int
+    seconds: float
+    seconds_training: float
+    update_cosine: float | None = None
+    spikes: int = 0
+    gate_loss: float | None = None
+    accepted: bool = True
+
+
+def sample_clients(clients: Sequence[str], count: int, seed: int, round: int) -> list[str]:
+    """The clients asked in a round: `count` of the sorted ids, drawn from (seed, round) alone."""
+    ordered = sorted(clients)
+    if count >= len(ordered):
+        return ordered
+    return sorted(random.Random(derive_seed(seed, "sample", round)).sample(ordered, count))

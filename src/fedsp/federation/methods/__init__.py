@@ -1,0 +1,1 @@
+"""What clients hold and what is tuned, by method."""

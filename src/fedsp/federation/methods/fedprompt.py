@@ -1,0 +1,17 @@
+"""FedPrompt: every client holds the whole frozen model and tunes the prompt through it; prompts are averaged.
+
+H. Zhao, W. Du, F. Li, P. Li, G. Liu. *FedPrompt: Communication-Efficient and Privacy-Preserving Prompt Tuning in Federated Learning*. ICASSP
+2023. https://arxiv.org/abs/2208.12268. As in FedSP's table the prompt stands at every layer, and the server may take steps on its own share.
+No model privacy. It is the ceiling of what a prompt that clients tune can carry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedsp.federation.methods.base import Averaging
+
+
+@dataclass(frozen=True)
+class FedPrompt(Averaging):
+    """Steps on the prompt through the whole model; the mean of the prompts."""

@@ -1,0 +1,16 @@
+"""Prefix-tuning: one party with all the text and the frozen model tunes keys and values in front of it.
+
+X. L. Li, P. Liang. *Prefix-Tuning: Optimizing Continuous Prompts for Generation*. ACL 2021. https://arxiv.org/abs/2101.00190. The text is
+gathered where the model is, so nothing is sent and there is no data privacy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedsp.federation.methods.base import Averaging
+
+
+@dataclass(frozen=True)
+class PrefixTuning(Averaging):
+    """The server's steps on the prompt; there are no clients."""

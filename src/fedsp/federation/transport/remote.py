@@ -1,0 +1,170 @@
+"""An exchange with clients that are elsewhere, over anything that carries frames to nodes. It waits for the nodes it needs, asks each once,
+asks again one that was lost on the way, and goes on without those that stay away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from fedsp.errors import PayloadError
+from fedsp.federation.messages import Failure, Request, Transport, Update
+from fedsp.federation.transport.frames import Answer, Frame
+from fedsp.federation.transport.wire import REFUSALS, read_reply, signed_reply, write_request
+
+
+class NodeLink(Protocol):
+    """Frames to nodes and back."""
+
+    def nodes(self) -> set[int]:
+        """The nodes that are connected now."""
+
+    def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:
+        """Send a frame to each node; returns a name for each message."""
+
+    def pull(self, messages: list[str]) -> list[Answer]:
+        """The answers that have come to some of these messages; each is given once."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds: that a round waits for a client to be connected, and for its reply once it was asked; after which it is asked once more, twice as
+    many later again, and so on (a client that was restarted has forgotten that it was asked); before one that was lost is asked again, and is
+    called away; between two looks."""
+
+    wait: float = 600.0
+    reply: float = 3600.0
+    again: float = 120.0
+    lost: float = 5.0
+    look: float = 0.2
+
+
+LOST_AT_MOST, AT_ONCE = 10, 16
+"""Replies of one client that may be lost in a round; clients that are sent their request at a time, so that few copies of it are in memory."""
+
+Traffic = Callable[[int, str, str, dict[str, int]], None]
+"""Told of each frame: round, client, direction ("down" or "up"), bytes by name."""
+
+
+@dataclass
+class _Asked:
+    """A client of this round: when it was last seen connected, when it was first asked, when it may be asked again, and what it was sent."""
+
+    request: Request
+    seen: float
+    first: float | None = None
+    again: float = 0.0
+    interval: float = 0.0
+    down: int = 0
+    lost: int = 0
+    follows: bool = False
+
+    def fails(self, now: float, patience: Patience) -> str | None:
+        """Why the round goes on without it, or None while it may still answer."""
+        if self.first is not None and now - self.first > patience.reply:
+            return f"no reply within {patience.reply:g} s"
+        if self.lost > LOST_AT_MOST:
+            return f"its replies were lost {self.lost} times"
+        return f"not connected for {patience.wait:g} s" if now - self.seen > patience.wait else None
+
+
+HasSigned = Callable[[bytes, bytes], bool]
+"""Whether a client's key made a signature of a statement."""
+
+
+def remote(
+    wire: NodeLink,
+    node_of: Mapping[str, int],
+    patience: Patience,
+    traffic: Traffic,
+    say: Callable[[str], None],
+    package: str = "",
+    keys: Mapping[str, HasSigned] | None = None,
+) -> Transport:
+    """An exchange over a wire. `node_of` says which node is whose; a reply counts only from the node that was asked, only once, and, with `keys`, only with
+    its client's signature over the request that it answers.
+
+    `package` is the digest of the package that the clients must have; it goes with each request. Where a request can travel as a change, it does to clients
+    that have answered the round before; one that has lost that broadcast says so, and gets the whole.
+    """
+    has: dict[str, int] = {}
+    """The last round whose broadcast a client has answered."""
+
+    def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+        started = time.monotonic()
+        open = {request.client: _Asked(request, started, follows=has.get(request.client) == request.round - 1) for request in requests}
+        client_of: dict[str, str] = {}
+        sent: dict[str, Frame] = {}
+        changes: set[str] = set()
+        """Messages that carry a change only: two copies of one may be waiting for a client that was restarted."""
+        named: list[str] = []
+
+        def ask(clients: list[str], now: float) -> None:
+            frames = [(node_of[client], write_request(open[client].request, package, follows=open[client].follows)) for client in clients]
+            for client, (_, frame), message in zip(clients, frames, wire.push(frames, str(requests[0].round), 2 * patience.reply), strict=True):
+                one = open[client]
+                one.first = now if one.first is None else one.first
+                one.interval = 2 * one.interval or patience.again
+                one.again, one.down = now + one.interval, one.down + len(frame.payload)
+                client_of[message], sent[message] = client, frame
+                if one.follows:
+                    changes.add(message)
+                traffic(requests[0].round, client, "down", frame.sizes())
+
+        def fate(answer: Answer, client: str, one: _Asked) -> Update | Failure:
+            if answer.frame is None:
+                return Failure(one.request.round, client, answer.fault)
+            traffic(one.request.round, client, "up", answer.frame.sizes())
+            if answer.node != node_of[client]:
+                return Failure(one.request.round, client, "the reply came from another node", len(answer.frame.payload))
+            if keys is None:
+                return read_reply(answer.frame, one.request)
+            try:
+                return read_reply(signed_reply(answer.frame, sent[answer.message], keys[client]), one.request)
+            except PayloadError as error:
+                return Failure(one.request.round, client, str(error), len(answer.frame.payload))
+
+        while open:
+            connected, now = wire.nodes(), time.monotonic()
+            here = [client for client in open if node_of[client] in connected]
+            for client in here:
+                open[client].seen = now
+            due = [client for client in here if now >= open[client].again]
+            for start in range(0, len(due), AT_ONCE):
+                ask(due[start : start + AT_ONCE], now)
+            for answer in wire.pull([message for message, client in client_of.items() if client in open]):
+                client = client_of.pop(answer.message, "")
+                if client not in open:
+                    continue
+                if answer.frame is None and not answer.fault:
+                    open[client].lost += 1
+                    open[client].again = min(open[client].again, now + patience.lost)
+                    continue
+                one = open[client]
+                reply = fate(answer, client, one)
+                if answer.message in changes and isinstance(reply, Failure) and reply.reason == REFUSALS["broadcast"]:
+                    if one.follows:
+                        one.follows, one.again = False, now
+                    continue
+                del open[client]
+                if isinstance(reply, Update):
+                    has[client] = one.request.round
+                yield replace(reply, bytes_down=one.down)
+            now = time.monotonic()
+            for client, one in list(open.items()):
+                if reason := one.fails(now, patience):
+                    del open[client]
+                    yield Failure(one.request.round, client, reason, bytes_down=one.down)
+            away = sorted(client for client, one in open.items() if one.seen < now - patience.lost)
+            if away != named and now - started > 2:
+                named = away
+                say(
+                    f"round {requests[0].round}: waiting for {', '.join(named)} to connect"
+                    if named
+                    else f"round {requests[0].round}: every asked client is connected"
+                )
+            if open:
+                time.sleep(patience.look)
+
+    return exchange

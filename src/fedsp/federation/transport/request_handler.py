@@ -1,0 +1,73 @@
+"""What a client's process does with a frame: read it, hold it against its policy, train, and answer. No text of an error ever leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedsp.errors import FedspError, PayloadError, PolicyError, TrainingDiverged
+from fedsp.federation.compression import difference, say
+from fedsp.federation.messages import Request, Update
+from fedsp.federation.methods.base import Method
+from fedsp.federation.party import Party, StateStore
+from fedsp.federation.transport.frames import Frame
+from fedsp.federation.transport.wire import CannotRead, Known, read_request, write_refusal, write_update
+from fedsp.models.payload import pack
+
+
+def answer(
+    frame: Frame,
+    method: Method,
+    party: Callable[[str], Party],
+    *,
+    allow: Callable[[Request], None] = lambda request: None,
+    log: Callable[[Request, Exception], None] = lambda request, error: None,
+    known: Known = lambda run, round: None,
+) -> Frame:
+    """The frame that answers a frame. `allow` raises PolicyError for what the client refuses; `log` is told of every fault, on this machine only; `known` has
+    the broadcasts that the client received.
+
+    Raises:
+        PayloadError: the frame is no request, so there is nobody to answer.
+    """
+    try:
+        request = read_request(frame, known)
+    except CannotRead as error:
+        log(error.request, error)
+        return write_refusal(error.request, error.code)
+    try:
+        allow(request)
+        own = party(request.client)
+        update = method.client_update(own, request)
+        try:
+            return write_update(update, answer_bytes(update, request, own), request.answer_in)
+        except PayloadError as error:
+            log(request, error)
+            return write_refusal(request, "answer")
+    except Exception as error:  # whatever it is: its text may hold the client's text, so only a code leaves
+        log(request, error)
+        return write_refusal(request, _code(error))
+
+
+def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
+    """The prompt of an answer as it travels, in the coding that was asked for; what that leaves out rests with the client until its next answer.
+
+    Raises:
+        PayloadError: the coding cannot say it.
+        StorageError: the disk did not take what rests.
+    """
+    if not request.train:
+        return b""
+    if request.answer_in.exact:
+        return pack(update.payload)
+    memory = StateStore(party.rest.folder / "owed")
+    data, _, owed = say(difference(update.payload, request.payload), memory.load(before=request.round), request.answer_in)
+    memory.save(request.round, owed)
+    return data
+
+
+def _code(error: Exception) -> str:
+    if isinstance(error, PolicyError):
+        return "policy"
+    if isinstance(error, TrainingDiverged):
+        return "diverged"
+    return "request" if isinstance(error, FedspError) else "failed"

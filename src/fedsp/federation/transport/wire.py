@@ -1,0 +1,220 @@
+"""A request and a reply as they cross a wire: a header of a few JSON fields, and the prompt's bytes. Whatever comes back is read as if
+it were hostile: by size first, then by digest, then by name, type and range."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from fedsp.errors import PayloadError
+from fedsp.federation.codecs import FLOAT32, Codec, parse_codec
+from fedsp.federation.compression import read_values
+from fedsp.federation.messages import Failure, Request, Update
+from fedsp.federation.transport.frames import Frame
+from fedsp.models.payload import Payload, pack
+
+VERSION = 1
+LONGEST_HEADER = 4096
+ROOM = 1024
+"""Bytes by which a payload may be longer than its numbers: names and padding, never another tensor."""
+
+REFUSALS = {
+    "policy": "the client's own policy does not allow this request",
+    "request": "the request that reached the client could not be used",
+    "coding": "the client does not know the coding that the request is in or asks for: compression.up and compression.down need its version of fedsp",
+    "answer": "the client's answer has numbers that are not finite, or larger than compression.up can say",
+    "broadcast": "the client does not have the broadcast of the round before",
+    "diverged": "a loss of the client's training was not finite",
+    "failed": "the client could not finish this request; its own log says why",
+}
+"""All that a client ever says of a fault: a code, and this sentence, which the server looks up. Text of the client's errors never travels."""
+
+
+END = Frame(json.dumps({"fedsp": VERSION, "kind": "end"}))
+"""Said to every client when a run is finished; there is nothing to answer."""
+
+
+Known = Callable[[str, int], Payload | None]
+"""The broadcast of a run and a round, where the client has it."""
+
+
+class CannotRead(PayloadError):
+    """A request whose payload this client cannot read, though another may: without the payload, and with the code of the refusal."""
+
+    def __init__(self, request: Request, code: str) -> None:
+        super().__init__(REFUSALS[code])
+        self.request, self.code = request, code
+
+
+def sign_reply(reply: Frame, request: Frame, sign: Callable[[bytes], bytes]) -> Frame:
+    """A reply with its client's signature, in hexadecimal, on a line before the header: over the very request that it answers, and over what it says, whose header has
+    the digest of the payload."""
+    return replace(reply, header=f"{sign(_statement(reply, request)).hex()}\n{reply.header}")
+
+
+def signed_reply(frame: Frame, request: Frame, has_signed: Callable[[bytes, bytes], bool]) -> Frame:
+    """The reply without its signature; `has_signed` says of a statement and a signature whether the client's key made it.
+
+    Raises:
+        PayloadError: it is not signed by that key, or for another request.
+    """
+    signature, divided, header = frame.header.partition("\n")
+    reply = replace(frame, header=header)
+    try:
+        genuine = bool(divided) and has_signed(_statement(reply, request), bytes.fromhex(signature))
+    except ValueError:
+        genuine = False
+    if not genuine:
+        raise PayloadError("the reply is not signed with the client's key, or answers another request")
+    return reply
+
+
+def _statement(reply: Frame, request: Frame) -> bytes:
+    return f"fedsp reply 1\n{hashlib.sha256(request.header.encode()).hexdigest()}\n{reply.header}".encode()
+
+
+def write_request(request: Request, package: str = "", *, follows: bool = False) -> Frame:
+    """A request as it travels, with the digest of the package that it is about. It `follows` where the client has the broadcast of the round before: then,
+    where there is one, only the change travels."""
+    short = follows and bool(request.change)
+    header = {
+        "kind": "train" if request.train else "validate",
+        "package": package,
+        "run": request.run,
+        "round": request.round,
+        "client": request.client,
+        "seed": request.seed,
+        "coding": str(request.sent_in if short else FLOAT32),
+        "answer": str(request.answer_in),
+    }
+    return _frame(header, request.change if short else pack(request.payload))
+
+
+def read_request(frame: Frame, known: Known = lambda run, round: None) -> Request:
+    """The request in a frame.
+
+    Raises:
+        CannotRead: it is in a coding, or asks for one, that is not known here; or it is a change of a broadcast that did not come here.
+        PayloadError: it is damaged, or no request.
+    """
+    fields = _fields(frame, {"kind": str, "run": str, "round": int, "client": str, "seed": int})
+    if fields["kind"] not in ("train", "validate"):
+        raise PayloadError("the message is no request")
+    request = Request(fields["run"], fields["round"], fields["client"], fields["seed"], {}, fields["kind"] == "train")
+    try:
+        coding, answer = _coding(fields, "coding"), _coding(fields, "answer")
+    except PayloadError as error:
+        raise CannotRead(request, "coding") from error
+    before = {} if coding.exact else known(request.run, request.round - 1)
+    if before is None:
+        raise CannotRead(request, "broadcast")
+    return replace(request, payload=_values(frame, fields, before, coding), answer_in=answer)
+
+
+def write_update(update: Update, payload: bytes, coding: Codec = FLOAT32) -> Frame:
+    """A client's answer as it travels: the prompt's bytes, in this coding, where it was asked to train, and six figures."""
+    header = {
+        "kind": "update",
+        "coding": str(coding),
+        "round": update.round,
+        "client": update.client,
+        "losses": update.losses,
+        "validation": update.validation,
+        "seconds": round(update.seconds, 3),
+        "shortened": update.shortened,
+        "spikes": update.spikes,
+    }
+    return _frame(header, payload)
+
+
+def write_refusal(request: Request, code: str) -> Frame:
+    """A client's fault as it travels: one of the codes of REFUSALS."""
+    return _frame({"kind": "refusal", "round": request.round, "client": request.client, "code": code}, b"")
+
+
+def read_reply(frame: Frame, request: Request) -> Update | Failure:
+    """What a client answered to a request, or why that cannot be used.
+
+    Raises nothing, whatever the bytes are: a client that sends nonsense has failed, and the round goes on.
+    """
+    try:
+        reply = _read_reply(frame, request)
+    except PayloadError as error:
+        reply = Failure(request.round, request.client, str(error))
+    return replace(reply, bytes_up=len(frame.payload))
+
+
+def _read_reply(frame: Frame, request: Request) -> Update | Failure:
+    most = 4 * sum(tensor.numel() for tensor in request.payload.values()) + ROOM
+    if len(frame.payload) > most:
+        raise PayloadError(f"the reply has {len(frame.payload)} bytes, more than the {most} that a prompt can have")
+    fields = _fields(frame, {"kind": str, "round": int, "client": str})
+    if fields["client"] != request.client:
+        raise PayloadError("the reply speaks for another client")
+    if fields["kind"] == "refusal":
+        return Failure(request.round, request.client, REFUSALS.get(str(fields.get("code")), "the client refused and gave no known reason"))
+    if fields["kind"] != "update":
+        raise PayloadError("the reply is neither an update nor a refusal")
+    losses, validation, seconds, shortened, spikes = (fields.get(key) for key in ("losses", "validation", "seconds", "shortened", "spikes"))
+    if not isinstance(losses, dict) or len(losses) > 8 or not all(re.fullmatch(r"[a-z_]{1,20}", name) for name in losses):
+        raise PayloadError("the reply's losses are not a few numbers by name")
+    told = {name: _figure(value, f"loss {name!r}", 1e4) for name, value in losses.items()}
+    validated = None if validation is None else _figure(validation, "validation loss", 1e4)
+    coding = _coding(fields, "coding")
+    if coding not in (FLOAT32, request.answer_in):
+        raise PayloadError(f"the reply is in {coding}, and {request.answer_in} was asked for")
+    payload = _values(frame, fields, request.payload, coding) if request.train else request.payload
+    return Update(
+        fields["round"],
+        request.client,
+        payload,
+        told,
+        validated,
+        _figure(seconds, "seconds", 1e9),
+        int(_figure(shortened, "count of shortened examples", 1e12)),
+        int(_figure(0 if spikes is None else spikes, "count of spikes", 1e12)),  # clients of an earlier version do not tell it
+    )
+
+
+def _frame(fields: dict[str, Any], payload: bytes) -> Frame:
+    return Frame(json.dumps({"fedsp": VERSION, **fields, "sha256": hashlib.sha256(payload).hexdigest()}), payload)
+
+
+def _fields(frame: Frame, expected: dict[str, type]) -> dict[str, Any]:
+    """The header's fields, those expected among them and of their type."""
+    if len(frame.header) > LONGEST_HEADER:
+        raise PayloadError(f"the message's header has {len(frame.header)} characters, more than {LONGEST_HEADER}")
+    try:
+        fields = json.loads(frame.header)
+    except (ValueError, RecursionError) as error:
+        raise PayloadError("the message's header is not JSON") from error
+    if not isinstance(fields, dict) or fields.get("fedsp") != VERSION:
+        raise PayloadError(f"the message is not one of fedsp's, version {VERSION}")
+    wrong = [name for name, kind in expected.items() if type(fields.get(name)) is not kind]
+    if wrong:
+        raise PayloadError(f"the message's header has no usable {wrong[0]}")
+    return fields
+
+
+def _values(frame: Frame, fields: dict[str, Any], known: Payload, coding: Codec) -> Payload:
+    if hashlib.sha256(frame.payload).hexdigest() != fields.get("sha256"):
+        raise PayloadError("the payload is not what its SHA-256 digest says: it was changed on its way")
+    return read_values(frame.payload, known, coding)
+
+
+def _coding(fields: dict[str, Any], name: str) -> Codec:
+    try:
+        return parse_codec(str(fields.get(name, FLOAT32)))  # versions without codings do not name any
+    except ValueError as error:
+        raise PayloadError(f"the message's {name} is not known here: {error}") from error
+
+
+def _figure(value: object, name: str, most: float) -> float:
+    """A figure that a client tells of itself: a number from 0 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise PayloadError(f"the reply's {name} is no number from 0 to {most:g}")
+    return float(value)

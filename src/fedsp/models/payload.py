@@ -1,0 +1,82 @@
+"""What travels: named float32 tensors, and their bytes. This is an allow-list: in FedSP it has one entry, the soft prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedsp.errors import PayloadError
+
+Payload = dict[str, Tensor]
+"""Flat, on the CPU, float32, names sorted. In FedSP all that ever travels is {PROMPT: (P, L, 2, H, K) or (P, L, D)}; baselines send what they tune."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+PROMPT = "prompt.values"
+"""The one tensor that travels in FedSP."""
+
+
+def pack(payload: Payload) -> bytes:
+    """The payload as safetensors bytes: what is counted as traffic, and what any engine sends."""
+    data: bytes = save({name: payload[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(payload)})
+    return data
+
+
+def unpack(data: bytes) -> Payload:
+    """The payload that `pack` wrote.
+
+    Raises:
+        PayloadError: the bytes are not safetensors.
+    """
+    try:
+        return dict(sorted(load(data).items()))
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+        raise PayloadError(f"the {len(data)} bytes received are no payload: {error}") from error
+
+
+def shapes_of(payload: Payload) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a payload."""
+    return {name: tuple(tensor.shape) for name, tensor in payload.items()}
+
+
+def check(payload: Payload, shapes: Shapes) -> None:
+    """Hold a payload against what may travel: exactly these names, each of its shape, float32, every number finite.
+
+    Raises:
+        PayloadError: anything else, with what was found and what was expected.
+    """
+    if sorted(payload) != sorted(shapes):
+        raise PayloadError(f"the payload names {_few(sorted(payload))}, expected exactly {_few(sorted(shapes))}")
+    for name, values in payload.items():
+        if tuple(values.shape) != tuple(shapes[name]):
+            raise PayloadError(f"{name} has shape {tuple(values.shape)}, expected {tuple(shapes[name])}")
+        if values.dtype != torch.float32:
+            raise PayloadError(f"{name} is {values.dtype}, expected torch.float32")
+        if not math.isfinite(values.sum()) and (wrong := _not_finite(values)):  # the sum of large numbers may be infinite as well
+            raise PayloadError(f"{name} holds {wrong} numbers that are not finite")
+
+
+def _not_finite(values: Tensor) -> int:
+    """Counted in parts: a payload may be large and may lie."""
+    return sum(int((~torch.isfinite(part)).sum()) for part in torch.split(values.flatten(), 1 << 16))
+
+
+def _few(names: list[str]) -> str:
+    return str(names) if len(names) <= 4 else f"{names[:4]} and {len(names) - 4} more"
+
+
+def as_row(payload: Payload) -> Tensor:
+    """All numbers of a payload (N,), float64, in the order of the names."""
+    return torch.cat([payload[name].flatten().double() for name in sorted(payload)])
+
+
+def from_row(row: Tensor, like: Payload) -> Payload:
+    """The payload of these names and shapes with the numbers (N,) of a row."""
+    names = sorted(like)
+    parts = torch.split(row, [like[name].numel() for name in names])
+    return {name: part.view_as(like[name]).float() for name, part in zip(names, parts, strict=True)}

@@ -1,0 +1,247 @@
+"""Soft prompts: the messengers. One tensor of float32 numbers, in one of two spaces.
+
+Notation: P prompt length, L layers, H key/value heads, K head size, D hidden size.
+
+- `key_value` (P, L, 2, H, K): the keys and values themselves, as in the paper and in prefix tuning (Li and Liang, ACL 2021,
+  https://arxiv.org/abs/2101.00190). Each side uses them as they are.
+- `residual` (P, L, D): the input of each layer's block. Each side makes keys and values from it with its own norm and projections, so
+  the same numbers mean the same thing to the auxiliary and to the global model. Half the bytes of the other.
+
+With a projection the values are the received ones plus an MLP's output less what that output was on receipt, so any prompt can be taken
+up exactly, trained through the MLP, and folded: only values ever travel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedsp.errors import PromptError, StorageError
+from fedsp.models.payload import PROMPT, Payload, check
+from fedsp.models.prompted_lm import ModelShape, PromptedLM
+from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
+
+Space = Literal["key_value", "residual"]
+PEFT_TENSOR = "prompt_embeddings"
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """Everything needed to lay out a prompt: its space, P, the model's shape, and the projection's hidden size (0 for none)."""
+
+    space: Space
+    length: int
+    model: ModelShape
+    projection: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the one tensor that travels."""
+        if self.space == "residual":
+            return (self.length, self.model.layers, self.model.hidden)
+        return (self.length, self.model.layers, 2, self.model.heads, self.model.head_size)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values in float32, without the header of the file."""
+        return 4 * torch.Size(self.shape).numel()
+
+
+class SoftPrompt(nn.Module):
+    """A tunable soft prompt. Its parameters are what the optimizer trains; `values()` is what they amount to.
+
+    With `layers`, only the values of these prompt layers are tuned; the others stay as they were received.
+    """
+
+    origin: Tensor
+    received: Tensor
+    tuned: Tensor
+
+    def __init__(self, spec: PromptSpec, values: Tensor | None = None, *, seed: int = 0, layers: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.partly = layers is not None
+        if layers is not None:
+            where = torch.zeros(spec.model.layers, dtype=torch.bool)
+            where[list(layers)] = True
+            self.register_buffer("tuned", where.view(1, -1, *[1] * (len(spec.shape) - 2)), persistent=False)
+            self.register_buffer("received", torch.zeros(spec.shape), persistent=False)
+        start = torch.zeros(spec.shape) if values is None else values.detach().float().clone()
+        if tuple(start.shape) != spec.shape:
+            raise PromptError(f"a {spec.space} prompt of {spec.length} tokens for {spec.model} has shape {spec.shape}, not {tuple(start.shape)}")
+        if spec.projection:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.embedding = nn.Parameter(torch.randn(spec.length, spec.model.hidden))
+                self.projection = nn.Sequential(
+                    nn.Linear(spec.model.hidden, spec.projection), nn.Tanh(), nn.Linear(spec.projection, torch.Size(spec.shape[1:]).numel())
+                )
+            self.register_buffer("origin", torch.zeros(spec.shape), persistent=False)
+        else:
+            self.direct = nn.Parameter(start)
+        self.load({PROMPT: start})
+
+    def values(self) -> Tensor:
+        """The prompt's numbers, float32, of the spec's shape, with gradients to the parameters."""
+        values = self.origin + self.projection(self.embedding).view(self.spec.shape) if self.spec.projection else self.direct
+        return torch.where(self.tuned, values, self.received) if self.partly else values
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What an optimizer trains, by name."""
+        return dict(self.named_parameters())
+
+    def distance(self, payload: Payload) -> Tensor:
+        """The squared distance of these values from a payload's, with gradients."""
+        values = self.values()
+        return (values - payload[PROMPT].to(values.device)).square().sum()
+
+    def payload(self) -> Payload:
+        """What may travel: the folded values, on the CPU."""
+        return {PROMPT: self.values().detach().cpu().clone()}
+
+    @torch.no_grad()
+    def load(self, payload: Payload) -> None:
+        """Take up received values exactly (to the last rounding where there is a projection).
+
+        Raises:
+            PayloadError: the payload is not one finite float32 tensor of this prompt's shape.
+        """
+        check(payload, {PROMPT: self.spec.shape})
+        if self.partly:
+            self.received.copy_(payload[PROMPT])
+        if self.spec.projection:
+            self.origin.copy_(payload[PROMPT].to(self.origin.device) - self.projection(self.embedding).view(self.spec.shape))
+        else:
+            self.direct.copy_(payload[PROMPT])
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What must rest with the party, since it does not travel: the projection."""
+        return self.state_dict() if self.spec.projection else {}
+
+    def take_up(self, payload: Payload, own: Mapping[str, Tensor]) -> None:
+        """Load received values, through the party's own projection if it has one from an earlier round."""
+        if own:
+            self.load_state_dict(dict(own), strict=False)
+        self.load(payload)
+
+    def prefix(self, model: PromptedLM) -> Tensor:
+        """Keys and values (P, depths, 2, H, K) for each depth of `model`, which reads the layers its `prompt_layers` name.
+
+        Raises:
+            PromptError: prompt and model have different shapes.
+        """
+        return self.read(self.values(), model)
+
+    def read(self, values: Tensor, model: PromptedLM) -> Tensor:
+        """The same for other values in this prompt's place, or for one set of values per example, with the batch in front.
+
+        Raises:
+            PromptError: prompt and model have different shapes.
+        """
+        if self.spec.model != model.prompt_shape:
+            raise PromptError(f"the prompt was made for {self.spec.model}, but {model.name} has {model.prompt_shape}")
+        layers = values.dim() - len(self.spec.shape) + 1
+        values = values.index_select(layers, torch.tensor(model.prompt_layers, device=values.device))
+        return values if self.spec.space == "key_value" else model.keys_and_values(values)
+
+    def save(self, path: Path, extra: Mapping[str, str] | None = None) -> None:
+        """Write the values as safetensors, the spec in the header.
+
+        Raises:
+            StorageError: the disk did not take it.
+        """
+        write_tensors(path, self.payload(), {"spec": json.dumps(asdict(self.spec)), **(extra or {})})
+
+
+def read_prompt(path: Path) -> SoftPrompt:
+    """The prompt that `SoftPrompt.save` wrote, without its projection: it has been folded.
+
+    Raises:
+        PromptError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        tensors, metadata = read_tensors(path)
+        fields: dict[str, Any] = parse_json(metadata["spec"])
+        spec = PromptSpec(fields["space"], fields["length"], ModelShape(**fields["model"]))
+        values = tensors[PROMPT]
+    except StorageError as error:
+        raise PromptError(str(error)) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise PromptError(f"{path} is not a soft prompt that fedsp wrote: {error!r} is missing or wrong in its header") from error
+    return SoftPrompt(spec, values)
+
+
+def initial_values(spec: PromptSpec, model: PromptedLM, *, scale: float | None, tokens: Tensor | None, seed: int) -> Tensor:
+    """Values to start from: real activations of the first P of `tokens` (any number,) under `model`, or a normal of this `scale`.
+
+    Raises:
+        PromptError: there are fewer than P tokens.
+    """
+    if tokens is None:
+        return torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed)) * (scale or 0.0)
+    if len(tokens) < spec.length:
+        raise PromptError(f"prompt.init_text has {len(tokens)} tokens, a prompt of {spec.length} needs as many: give a longer text")
+    inputs, pairs = model.activations(tokens[: spec.length].to(model.device))
+    return (inputs if spec.space == "residual" else pairs).cpu()
+
+
+def export_peft(prompt: SoftPrompt, model: PromptedLM, folder: Path) -> None:
+    """Write the prompt, folded into keys and values under the global model, as a PEFT prefix-tuning adapter.
+
+    Format: https://huggingface.co/docs/peft/package_reference/prefix_tuning, one tensor (P, L * 2 * H * K).
+
+    Raises:
+        PromptError: the prompt was tuned with tokens counted from zero, which PEFT cannot reproduce.
+    """
+    if model.positions != "hugging_face":
+        raise PromptError(
+            "this prompt was tuned with positions = 'from_zero', but PEFT counts the prompt: its logits would differ; tune with 'hugging_face' to export"
+        )
+    with torch.no_grad():
+        prefix = prompt.prefix(model).cpu()
+    shape = model.shape
+    write_tensors(folder / "adapter_model.safetensors", {PEFT_TENSOR: prefix.reshape(prefix.shape[0], -1)}, {"format": "pt"})
+    write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "PREFIX_TUNING",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": model.name,
+            "inference_mode": True,
+            "num_virtual_tokens": prefix.shape[0],
+            "num_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "token_dim": shape.heads * shape.head_size,
+            "num_transformer_submodules": 1,
+            "encoder_hidden_size": shape.heads * shape.head_size,
+            "prefix_projection": False,
+        },
+    )
+    write_bytes(folder / "README.md", f"# A PEFT prefix-tuning adapter for {model.name}, written by fedsp\n".encode())
+
+
+def import_peft(folder: Path, model: PromptedLM) -> SoftPrompt:
+    """A key/value prompt from a PEFT prefix-tuning adapter.
+
+    Raises:
+        PromptError: the folder holds no such adapter, or one for another shape.
+    """
+    try:
+        tensors, _ = read_tensors(folder / "adapter_model.safetensors")
+    except StorageError as error:
+        raise PromptError(f"{folder} holds no PEFT adapter: {error}") from error
+    if list(tensors) != [PEFT_TENSOR]:
+        raise PromptError(f"{folder} is not a prefix-tuning adapter: it holds {sorted(tensors)}, expected [{PEFT_TENSOR!r}]")
+    values = tensors[PEFT_TENSOR].float()
+    spec = PromptSpec("key_value", values.shape[0], model.shape)
+    if values.shape[1] != torch.Size(spec.shape[1:]).numel():
+        raise PromptError(
+            f"the adapter holds {tuple(values.shape)} numbers, but {model.name} with {model.shape} needs ({spec.length}, {torch.Size(spec.shape[1:]).numel()})"
+        )
+    return SoftPrompt(spec, values.view(spec.shape))

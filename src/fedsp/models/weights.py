@@ -1,0 +1,56 @@
+"""Weights of a model as what is tuned and sent: all of them, some layers, or low-rank adapters. Baselines need this; FedSP never sends a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedsp.models.payload import Payload, check
+from fedsp.models.prompted_lm import PromptedLM
+
+
+class Weights:
+    """Some parameters of a model, by the names under which they travel; they are read where they stand, so there is no copy of them.
+
+    Parties that share one model in one process each load what they received before they do anything.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(sorted(parameters.items()))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters."""
+        return self._parameters
+
+    def payload(self) -> Payload:
+        """Their numbers, on the CPU, float32."""
+        return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def load(self, payload: Payload) -> None:
+        """Copy received numbers into place.
+
+        Raises:
+            PayloadError: other names, shapes or types than these, or numbers that are not finite.
+        """
+        check(payload, {name: tuple(parameter.shape) for name, parameter in self._parameters.items()})
+        for name, parameter in self._parameters.items():
+            parameter.copy_(payload[name])
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Nothing: every number travels."""
+        return {}
+
+    def take_up(self, payload: Payload, own: Mapping[str, Tensor]) -> None:
+        """The same as `load`."""
+        self.load(payload)
+
+    def distance(self, payload: Payload) -> Tensor:
+        """The squared distance from a payload's numbers, with gradients."""
+        return torch.stack([(parameter - payload[name].to(parameter.device)).square().sum() for name, parameter in self._parameters.items()]).sum()
+
+    def prefix(self, model: PromptedLM) -> None:
+        """None: nothing stands in front of a text."""
+        return

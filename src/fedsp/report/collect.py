@@ -1,0 +1,165 @@
+"""The finished runs of studies, or of any folders, gathered by method, task and seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedsp.errors import RunError
+from fedsp.experiments.build import METHODS
+from fedsp.experiments.run_directory import RunDirectory, find_runs, read_json
+from fedsp.experiments.study import FAILURE, INDEX, read_index
+from fedsp.report.finished_run import Run, open_finished
+
+
+@dataclass
+class Line:
+    """The runs of one method under one model and partition, by task, all at the choice that validation prefers."""
+
+    method: str
+    model: str
+    partition: str
+    runs: dict[str, list[Run]] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+    label: str = ""
+    begun: int = 0
+    diverged: int = 0
+
+    @property
+    def all(self) -> list[Run]:
+        return [run for runs in self.runs.values() for run in runs]
+
+    def by_seed(self, figure: Callable[[Run], float | None]) -> list[float]:
+        """For each seed that all its tasks have, the mean of a figure over tasks; where they share none, over all its runs at once."""
+        tasks = [{run.seed: value for run in runs if (value := figure(run)) is not None} for runs in self.runs.values()]
+        tasks = [task for task in tasks if task]
+        if not tasks:
+            return []
+        seeds = sorted(set.intersection(*(set(task) for task in tasks)))
+        values = [statistics.fmean(task[seed] for task in tasks) for seed in seeds]
+        return values or [statistics.fmean(value for task in tasks for value in task.values())]
+
+
+@dataclass
+class Section:
+    """A grid of a study, ready to be shown."""
+
+    title: str
+    text: str
+    tasks: list[str]
+    lines: list[Line]
+    reference: str | None
+    missing: list[str]
+
+
+@dataclass
+class Results:
+    """Everything that a report shows."""
+
+    name: str
+    sections: list[Section]
+    runs: dict[str, Run]
+    failures: list[tuple[str, str, bool]]
+
+
+def read_results(folders: Iterable[Path]) -> Results:
+    """Gather finished runs. A folder is a study's, or one with runs somewhere below it, which make one section.
+
+    Raises:
+        RunError: no folder holds a finished run with test questions.
+    """
+    results = Results("", [], {}, [])
+    for folder in folders:
+        if (folder / INDEX).exists():
+            _read_study(folder, results)
+        else:
+            _read_runs(folder, results)
+    if not results.runs:
+        raise RunError(f"there is no finished run with test questions in {', '.join(map(str, folders))}: run one, or wait for the study")
+    return results
+
+
+def _read_study(folder: Path, results: Results) -> None:
+    index = read_index(folder)
+    results.name = ", ".join(filter(None, [results.name, index["name"]]))
+    found: dict[str, Run] = {}
+    diverged: set[str] = set()
+    axes = ("method", "task", "model", "partition", "choice", "seed")
+    for cell in index["cells"]:
+        path = folder / cell["folder"]
+        where = {axis: cell[axis] for axis in axes}
+        run = open_finished(path, f"run-{len(results.runs) + 1}", study=str(folder), **where) if (path / "config.toml").exists() else None
+        if run:
+            results.runs[run.key] = found[cell["folder"]] = run
+        elif (path / FAILURE).exists():
+            failure = read_json(path / FAILURE)
+            results.failures.append((path.name, failure["reason"], failure["diverged"]))
+            diverged.update([cell["folder"]] if failure["diverged"] else [])
+    for number, grid in enumerate(index["grids"]):
+        cells = [cell for cell in index["cells"] if number in cell["grids"]]
+        present = [found[cell["folder"]] for cell in cells if cell["folder"] in found]
+        missing = [cell["folder"] for cell in cells if cell["folder"] not in found]
+        wanted = grid.get("reference") or index["reference"]
+        reference = wanted if wanted in grid["methods"] else grid["methods"][0]
+        order = {method: place for place, method in enumerate(grid["methods"])}
+        lines = _lines(sorted(present, key=lambda run: order[run.method]))
+        _count_diverged(lines, [cell for cell in cells if cell["folder"] in diverged], order)
+        if lines:
+            tasks = list(dict.fromkeys(cell["task"] for cell in cells if any(cell["task"] in line.runs for line in lines)))
+            results.sections.append(Section(grid["title"], grid["text"], tasks, lines, reference, missing))
+
+
+def _read_runs(folder: Path, results: Results) -> None:
+    results.name = ", ".join(filter(None, [results.name, folder.name]))
+    runs = []
+    for path in find_runs(folder) or []:
+        config = RunDirectory.open(path).config
+        title = f"{METHODS[config.method].title}, {config.preset}" if config.method == "fedsp" else METHODS[config.method].title
+        label = f"{title} ({path.relative_to(folder)})" if path != folder else title
+        where = {"method": label, "task": config.data.task, "model": Path(config.model.name).name, "partition": config.partition.kind}
+        run = open_finished(path, f"run-{len(results.runs) + 1}", study=str(folder), choice="", **where)
+        if run:
+            results.runs[run.key] = run
+            runs.append(run)
+    if runs:
+        lines = _lines(runs)
+        results.sections.append(Section(f"Runs in {folder.name}", "", list(dict.fromkeys(run.task for run in runs)), lines, lines[0].method, []))
+
+
+def _lines(runs: Sequence[Run]) -> list[Line]:
+    """Runs by method, model and partition, in their order; of several choices the one with the lowest mean validation loss stays, task by task."""
+    lines: dict[tuple[str, str, str], Line] = {}
+    groups: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
+    for run in runs:
+        groups.setdefault((run.method, run.model, run.partition, run.task), {}).setdefault(run.choice, []).append(run)
+    for (method, model, partition, task), choices in groups.items():
+        line = lines.setdefault((method, model, partition), Line(method, model, partition))
+        shared = set.intersection(*({run.seed for run in alternatives} for alternatives in choices.values()))
+        best = min(choices, key=lambda choice: _validation([run for run in choices[choice] if run.seed in shared or not shared]))
+        line.runs[task], line.choices[task] = sorted(choices[best], key=lambda run: run.seed), best
+    several = {axis: len({getattr(line, axis) for line in lines.values()}) > 1 for axis in ("model", "partition")}
+    for line in lines.values():
+        line.label = ", ".join([line.method, *(getattr(line, axis) for axis, many in several.items() if many)])
+    return list(lines.values())
+
+
+def _count_diverged(lines: list[Line], cells: Sequence[dict[str, Any]], order: dict[str, int]) -> None:
+    """Put diverged cells beside the runs that finished; a method of which none finished gets a line of its own."""
+    for line in lines:
+        line.begun = len(line.all)
+    for cell in cells:
+        axes = (cell["method"], cell["model"], cell["partition"])
+        found = next((line for line in lines if (line.method, line.model, line.partition) == axes), None)
+        line = found or Line(*axes, label=cell["method"])
+        if found is None:
+            lines.append(line)
+        line.begun, line.diverged = line.begun + 1, line.diverged + 1
+    lines.sort(key=lambda line: order[line.method])
+
+
+def _validation(runs: Sequence[Run]) -> float:
+    losses = [run.figures["validation_loss"] for run in runs if run.figures["validation_loss"] is not None]
+    return statistics.fmean(losses) if losses else float("inf")

@@ -1,0 +1,232 @@
+"""What a person sees: progress bars on a terminal, plain lines elsewhere, and tables. Used by the command line only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedsp.audit.findings import Finding
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.messages import RoundRecord
+
+
+class Display:
+    """A console with two bars, distillation and rounds; where output is not a terminal, a line for each round."""
+
+    def __init__(self) -> None:
+        quiet_libraries()
+        self.console = Console(width=None if os.isatty(1) else 160, soft_wrap=not os.isatty(1))
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.started: dict[str, float] = {}
+        self.first: dict[str, int] = {}
+        self.paces: list[float] = []
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def watcher(self) -> Callbacks:
+        return Callbacks(say=self.print, distilled=self._distilled, round_done=self._round_done, part_done=self._part_done)
+
+    def study_watcher(self) -> Callbacks:
+        """For many runs: bars on a terminal for the study and the run in it; elsewhere one line for each run."""
+        watcher = self.watcher()
+        if self.console.is_terminal:
+            return watcher
+        return Callbacks(part_done=watcher.part_done)
+
+    def print(self, what: RenderableType) -> None:
+        self.console.print(what, highlight=False, markup=False)
+
+    def finding(self, found: Finding) -> None:
+        """A table, and below it what its words mean."""
+        self.print(rows_table(found.title, found.rows))
+        if found.note:
+            self.print(Padding(Text(found.note, style="dim"), (0, 0, 1, 1)))
+
+    def _distilled(self, step: int, steps: int, loss: float) -> None:
+        left = self._advance("distillation", step, steps, f"loss {loss:.4f}")
+        if not self.console.is_terminal and (step % max(1, steps // 5) == 0 or step == steps):
+            self.print(f"distillation {step}/{steps}  loss {loss:.4f} (mean squared error)  {left}")
+
+    def _round_done(self, record: RoundRecord, rounds: int) -> None:
+        losses = "  ".join(f"{name} {loss:.3f}" for name, loss in {**record.client_losses, "server": record.server_loss}.items() if loss is not None)
+        validation = "" if record.validation is None else f"  validation {record.validation:.3f}{' (best)' if record.best_round == record.round else ''}"
+        failed = "".join(f"\n  {client} failed: {reason}" for client, reason in record.failed.items())
+        if record.shortened_examples:
+            failed += f"\n  {record.shortened_examples} of the clients' examples were too long and lost their oldest context"
+        left = self._advance("round", record.round, rounds, losses)
+        self.print(
+            f"round {record.round}/{rounds}  loss {losses or '-'}{validation}  {size(record.bytes_down)} down  {size(record.bytes_up)} up  {record.seconds:.1f} s  {left}{failed}"
+        )
+
+    def _part_done(self, part: int, parts: int, name: str, seconds: float) -> None:
+        if seconds > 0.5:  # what was finished before, or is done elsewhere, says nothing of the pace
+            self.paces.append(seconds)
+        left = f"{sum(self.paces) / len(self.paces) * (parts - part) / 60:.0f} min left at most" if self.paces and part < parts else ""
+        if self.console.is_terminal:
+            self._advance("study", part, parts, "")
+        self.print(f"{part}/{parts}  {name}  {seconds:.0f} s  {left}")
+
+    def _advance(self, name: str, done: int, total: int, note: str) -> str:
+        """Move a bar, and say how much time is left at the pace so far."""
+        if done == 1 or name not in self.started:
+            self.started[name], self.first[name] = time.perf_counter(), done
+            if name in self.tasks:
+                self.progress.remove_task(self.tasks[name])
+            self.tasks[name] = self.progress.add_task(name, total=total, note=note, completed=done)
+            return ""
+        self.progress.update(self.tasks[name], completed=done, note=note)
+        if done >= total:
+            self.progress.remove_task(self.tasks.pop(name))
+        seconds = (time.perf_counter() - self.started[name]) / max(1, done - self.first[name]) * (total - done)
+        return f"{seconds:.0f} s left" if done < total else ""
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def demo_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The demo's one table."""
+    table = Table(title="Questions about people whom no client has seen, through the private model", title_justify="left")
+    for name, style in [
+        ("method", "left"),
+        ("accuracy", "right"),
+        ("answer perplexity", "right"),
+        ("traffic", "right"),
+        ("seconds", "right"),
+        ("who trains on what", "left"),
+    ]:
+        table.add_column(name, justify="left" if style == "left" else "right", no_wrap=name != "who trains on what")
+    notes = {
+        "zero-shot": "nobody",
+        "server-only": "the server, on its own few questions",
+        "clients-only": "ten clients through the auxiliary model; the server only averages",
+        "fedsp": "ten clients as above, then the server on its own few questions",
+        "central": "one party with all questions and the private model: no privacy",
+    }
+    for row in rows:
+        perplexity = row["answer_perplexity"]
+        table.add_row(
+            row["method"],
+            f"{row['accuracy']:.1%}",
+            f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.1e}",
+            size(row["bytes"]) if row["bytes"] else "-",
+            f"{row['seconds']:.0f}",
+            notes[row["method"]],
+        )
+    return table
+
+
+def rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Rows that share their keys."""
+    if not rows:
+        return f"{title}: none"
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    return table
+
+
+def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
+    """One figure a line; nested figures get their own."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right", overflow="fold")
+    for label, name, value in _each_figure(figures):
+        told = size(value) if "bytes" in name else f"{value:.1%}" if name.endswith("share") else _operations(value) if name == "operations" else _text(value)
+        table.add_row(label, told)
+    return table
+
+
+def _each_figure(figures: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Each figure, however deep: where it stands, its own name, and its value."""
+    for name, value in figures.items():
+        label = within + name.replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _each_figure(value, f"{label}: ")
+        else:
+            yield label, name, value
+
+
+def plan_table(figures: Mapping[str, Any]) -> Table:
+    """The figures of `fedsp plan`, with their units and how they are counted."""
+    table = Table(title=f"Plan for {figures['model']}", title_justify="left", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", overflow="fold")
+    rows = [
+        ("global layer at each depth of the auxiliary", " ".join(map(str, figures["layers"]))),
+        ("prompt layer that each depth reads", " ".join(map(str, figures["prompt_layers"]))),
+        ("global model, parameters (shared and tied ones once)", f"{figures['global_parameters']:,}"),
+        ("auxiliary model, parameters (shared and tied ones once)", f"{figures['auxiliary_parameters']:,}"),
+        ("global / auxiliary", f"{figures['ratio']:.2f}"),
+        ("auxiliary package, float32, sent once to each client", size(figures["package_bytes"])),
+        ("soft prompt, parameters", f"{figures['prompt_parameters']:,}"),
+        ("one prompt as serialised, float32", size(figures["bytes_per_message"])),
+        ("traffic per round, down and up, all asked clients, by `compression`", size(figures["bytes_per_round"])),
+        ("traffic of the whole run", size(figures["bytes_in_all"])),
+        (f"client, align step, operations (batch of examples of {figures['tokens_per_example']} tokens)", _operations(figures["client_operations_align"])),
+        ("client, speak step, operations", _operations(figures["client_operations_speak"])),
+        ("server step, operations", _operations(figures["server_operations"])),
+        ("client memory: weights, gradients, AdamW; activations on top", size(figures["client_memory_bytes"])),
+        ("server memory: the same", size(figures["server_memory_bytes"])),
+        ("share of the global parameters disclosed bit for bit, after distillation", f"{figures['disclosed_share']:.1%}"),
+        ("the same if handed out without distillation", f"{figures['handed_out_share']:.1%}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _operations(count: float) -> str:
+    return f"{count:.2e}" if count else "none"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4f}" if abs(value) < 1e5 else f"{value:.2e}"
+    return "-" if value is None else str(value)
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and advice of the libraries underneath out of what fedsp shows; their errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

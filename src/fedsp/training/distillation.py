@@ -1,0 +1,200 @@
+"""Distillation: the auxiliary model is fitted to the last hidden states of the global one, before any round (FedSP, section 3, KD).
+
+The loss is the mean squared error between last hidden states, after the final norm, over real tokens; padding is masked out. The teacher
+reads each text once and its states are kept, in memory or, where they are large, in a file, unless random proxy prompts change them at every step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from fedsp.data.batching import pad
+from fedsp.data.encoding import Tokenizer
+from fedsp.data.seeding import derive_seed
+from fedsp.errors import StorageError
+from fedsp.models.auxiliary import AuxiliaryModel
+from fedsp.models.prompted_lm import PromptedLM, hidden_at_depths
+from fedsp.models.soft_prompt import SoftPrompt
+from fedsp.storage import room_for_large_files
+from fedsp.training.loop import Optimisation, fit
+
+Sequences = Sequence[Sequence[int]]
+Progress = Callable[[int, float], None]
+"""Called after each step with its number, from 1, and its loss."""
+
+IN_MEMORY = 1 << 30
+"""Bytes of teacher states that are kept in memory; more than that lie on the disk."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much, how fast, and the options that are off by default (weights and a scale, each 0)."""
+
+    steps: int
+    batch_size: int
+    optimisation: Optimisation
+    match_depths: float = 0.0
+    match_logits: float = 0.0
+    proxy_prompts: float = 0.0
+    proxy_length: int = 16
+
+
+def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of states (B, T, D) where the mask (B, T) is 1."""
+    squared = (student - teacher).float().square().mean(dim=-1)  # (B, T)
+    return (squared * mask).sum() / mask.sum()
+
+
+def distill(
+    auxiliary: AuxiliaryModel,
+    teacher: PromptedLM,
+    texts: Sequences,
+    how: Distillation,
+    *,
+    seed: int,
+    progress: Progress = lambda step, loss: None,
+    around: SoftPrompt | None = None,
+) -> list[float]:
+    """Fit the auxiliary's distillable weights in place; returns the loss of each step. `around` is a prompt that stands in front of every text, on
+    both sides.
+
+    Raises:
+        TrainingDiverged: a loss is not finite.
+    """
+    if not how.steps:
+        return []
+    order = _order(len(texts), how, seed)
+    drawn = Counter(index for indices in order for index in indices)
+    kept = Kept(drawn, max(len(texts[index]) for index in drawn)) if max(drawn.values()) > 1 and not how.proxy_prompts else None
+    steps = 0
+
+    def loss(indices: list[int]) -> Tensor:
+        nonlocal steps
+        steps += 1
+        prefixes = _prefixes(auxiliary, teacher, how, derive_seed(seed, "proxy", steps), around)
+        batch = pad([texts[index] for index in indices], auxiliary.device)
+        with torch.no_grad():
+            read = partial(_read, teacher, texts, how, auxiliary, prefixes[1])
+            states = kept.get(indices, read) if kept else read(indices)
+            states = [state[:, : batch.ids.shape[1]].to(auxiliary.device) for state in states]
+        value = _loss(auxiliary, teacher, hidden_at_depths(auxiliary, batch.ids, batch.mask, prefixes[0]), states, batch.mask, how)
+        progress(steps, float(value.detach()))
+        return value
+
+    return fit(auxiliary.distillable(), loss, order, how.optimisation).losses
+
+
+def _loss(student: PromptedLM, teacher: PromptedLM, hidden: list[Tensor], states: list[Tensor], mask: Tensor, how: Distillation) -> Tensor:
+    """The paper's loss on the last states, plus the options: states are those of every depth (or none), then the last."""
+    value = masked_mse(hidden[-1], states[-1], mask)
+    if how.match_depths:
+        value = value + how.match_depths * torch.stack([masked_mse(*pair, mask) for pair in zip(hidden[:-1], states[:-1], strict=True)]).mean()
+    if how.match_logits:
+        real = mask.bool()
+        wanted = torch.log_softmax(teacher.logits(states[-1][real]), dim=-1)
+        value = value + how.match_logits * kl_div(torch.log_softmax(student.logits(hidden[-1][real]), dim=-1), wanted, log_target=True, reduction="batchmean")
+    return value
+
+
+class Kept:
+    """What the teacher made of each text that is drawn, float32, read once. What is larger than `IN_MEMORY` bytes in all lies in files without
+    names, which go with the process.
+
+    Raises (from `get`):
+        StorageError: the disk has no room for it.
+    """
+
+    def __init__(self, drawn: Iterable[int], longest: int) -> None:
+        self._rows = {index: row for row, index in enumerate(sorted(drawn))}
+        self._longest = longest
+        self._states: list[Tensor] = []
+        self._known: set[int] = set()
+
+    def get(self, indices: list[int], read: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+        """The states of some texts, (B, longest, D) for each depth; `read` gives those that are not known yet."""
+        new = [index for index in dict.fromkeys(indices) if index not in self._known]
+        if new:
+            states = read(new)
+            if not self._states:
+                shapes = [(len(self._rows), self._longest, state.shape[-1]) for state in states]
+                large = 4 * sum(math.prod(shape) for shape in shapes) > IN_MEMORY
+                self._states = [_on_disk(math.prod(shape)).view(shape) if large else torch.zeros(shape) for shape in shapes]
+            for kept, state in zip(self._states, states, strict=True):
+                kept[self._at(new), : state.shape[1]] = state.cpu()
+            self._known |= set(new)
+        return [kept[self._at(indices)] for kept in self._states]
+
+    def _at(self, indices: list[int]) -> Tensor:
+        return torch.tensor([self._rows[index] for index in indices])
+
+
+def _on_disk(count: int) -> Tensor:
+    """So many float32 numbers in a file that is gone from its folder already."""
+    size, folder = 4 * count, room_for_large_files()
+    with tempfile.NamedTemporaryFile(prefix="fedsp-teacher-states-", dir=folder) as file:
+        try:
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end the process without a word
+            else:
+                file.truncate(size)
+        except OSError as error:
+            raise StorageError(
+                f"the teacher's states need {size / 2**30:.1f} GiB in {folder} ({error.strerror}): set TMPDIR to a folder with more room, or make distill.sequences smaller"
+            ) from error
+        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32)
+
+
+def _read(teacher: PromptedLM, texts: Sequences, how: Distillation, student: PromptedLM, prefix: Tensor | None, indices: list[int]) -> list[Tensor]:
+    """The teacher's states of some texts, (B, T, D) for each depth that is matched, and last the last ones."""
+    batch = pad([texts[index] for index in indices], teacher.device)
+    states = hidden_at_depths(teacher, batch.ids, batch.mask, prefix)
+    wanted = [*(states[layer] for layer in student.prompt_layers if how.match_depths), states[-1]]
+    return [state.float() for state in wanted]
+
+
+def _prefixes(student: PromptedLM, teacher: PromptedLM, how: Distillation, seed: int, around: SoftPrompt | None) -> tuple[Tensor | None, Tensor | None]:
+    """What each side reads in front of a text: nothing, one prompt for all steps, or one random key/value prompt."""
+    if around is not None:
+        with torch.no_grad():
+            fixed = around.prefix(teacher)
+        return around.prefix(student), fixed
+    if not how.proxy_prompts:
+        return None, None
+    shape = teacher.shape
+    values = torch.randn(how.proxy_length, shape.layers, 2, shape.heads, shape.head_size, generator=torch.Generator().manual_seed(seed)) * how.proxy_prompts
+    values = values.to(teacher.device)
+    return values[:, list(student.prompt_layers)], values[:, list(teacher.prompt_layers)]
+
+
+def _order(count: int, how: Distillation, seed: int) -> list[list[int]]:
+    """Which texts each step reads: all of them before any again."""
+    rng = random.Random(derive_seed(seed, "distill"))
+    drawn: list[int] = []
+    while len(drawn) < how.steps * how.batch_size:
+        drawn += rng.sample(range(count), count)
+    return [drawn[start : start + how.batch_size] for start in range(0, how.steps * how.batch_size, how.batch_size)]
+
+
+def packed(tokenizer: Tokenizer, passages: Sequence[str], *, length: int, count: int, seed: int) -> list[list[int]]:
+    """Passages in a seeded order, one behind the other with an end token between, cut into at most `count` sequences of `length` tokens."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    order = random.Random(derive_seed(seed, "passages")).sample(range(len(passages)), len(passages))
+    tokens: list[int] = []
+    for index in order:
+        tokens += [*tokenizer.encode(passages[index], add_special_tokens=False), *end]
+        if len(tokens) >= length * count:
+            break
+    sequences = [tokens[start : start + length] for start in range(0, min(len(tokens), length * count), length)]
+    return [sequence for sequence in sequences if len(sequence) > 1]

@@ -1,0 +1,97 @@
+"""Gradient matching: the simulated client is the real one, and a text that is there is found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fedsp.audit.inversion.gradient_matching import LocalSteps, Target, best_distances, local_change, match_embeddings, match_text, mismatch
+from fedsp.audit.inversion.scenarios import cut, noise_of, noised, recovery_of
+from fedsp.data.encoding import Encoded, collate
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.training.loop import Optimisation, answer_loss, fit
+from fedsp.training.per_example_gradients import example_gradients
+from support.attacked import TEXT, prompt_for
+from support.tiny_models import tiny_model
+
+ROW = Encoded(TEXT[:4], 3)
+ANSWER = torch.tensor(TEXT[3:4])
+
+
+def embedded(model: Any, row: Encoded) -> torch.Tensor:
+    table: torch.Tensor = model.model.get_input_embeddings()(torch.tensor(row.ids[:-1])).detach()
+    return table[None, None]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize("space", ["residual", "key_value"])
+def test_the_simulated_client_is_the_real_one(family: str, space: Any) -> None:
+    model = tiny_model(family)
+    prompt = prompt_for(model, space, 5)
+    seen = local_change(model, prompt, embedded(model, ROW), ANSWER, LocalSteps())[0]
+    assert torch.allclose(-seen, example_gradients(model, prompt, collate([ROW]))[1][0], rtol=1e-3, atol=1e-5)
+    optimisation = Optimisation(1e-2, 0.1, 0.5, 8)
+    steps = LocalSteps(tuple(optimisation.rate(step) for step in range(3)), 0.1)
+    changed = local_change(model, prompt, embedded(model, ROW), ANSWER, steps)[0]
+    before = prompt.values().detach().clone()
+    fit(prompt.trained(), lambda batch: answer_loss(model, prompt.prefix(model), batch), [collate([ROW])] * 3, optimisation)
+    assert torch.allclose(changed, prompt.values().detach() - before, rtol=1e-3, atol=1e-5)
+
+
+def test_two_texts_are_one_client() -> None:
+    model = tiny_model("gpt2")
+    prompt = prompt_for(model, "residual", 5)
+    other = Encoded((*TEXT[5:8], TEXT[9]), 3)
+    both = torch.cat([embedded(model, ROW), embedded(model, other)], dim=1)
+    answers = torch.tensor([TEXT[3], TEXT[9]])
+    seen = local_change(model, prompt, both, answers, LocalSteps())[0]
+    assert torch.allclose(-seen, example_gradients(model, prompt, collate([ROW, other]))[1].mean(dim=0), rtol=1e-3, atol=1e-5)
+
+
+def test_only_what_is_tuned_changes() -> None:
+    model = tiny_model("gpt2")
+    spec = PromptSpec("residual", 5, model.prompt_shape)
+    prompt = SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)), layers=[0])
+    seen = local_change(model, prompt, embedded(model, ROW), ANSWER, LocalSteps())[0]
+    assert float(seen[:, 1:].abs().max()) == 0.0 < float(seen[:, 0].abs().max())
+
+
+@pytest.mark.parametrize("steps", [LocalSteps(), LocalSteps((5e-3, 1e-2), 0.01)])
+def test_a_residual_prompt_gives_its_text_away_too(steps: LocalSteps) -> None:
+    """What the span test cannot read, matching does; with noise it reads no more than a guess."""
+    model = tiny_model("gpt2")
+    prompt = prompt_for(model, "residual", 5)
+    change = local_change(model, prompt, embedded(model, ROW), ANSWER, steps)[0].detach()
+    read = match_text(model, prompt, Target(change, ANSWER, 3, steps), iterations=150)
+    assert recovery_of(read, ROW).exact
+    hidden = match_text(model, prompt, Target(noised(change, noise_of(1.0)), ANSWER, 3, steps), iterations=20)
+    assert recovery_of(hidden, ROW).tokens < 0.5
+
+
+def test_texts_of_a_lot_are_found_together() -> None:
+    model = tiny_model("gpt2")
+    prompt = prompt_for(model, "residual", 5)
+    rows = [Encoded(TEXT[:3], 2), Encoded(TEXT[5:8], 2)]
+    change = -example_gradients(model, prompt, collate(rows))[1].mean(dim=0)
+    answers = torch.tensor([row.ids[-1] for row in rows])
+    found = match_embeddings(model, prompt, Target(change, answers, 2, LocalSteps()), iterations=150, restarts=2, seed=0)
+    nearest = best_distances(model, found).topk(2, largest=False).indices
+    there = [{row.ids[position] for row in rows} for position in range(2)]
+    assert sum(len(set(some.tolist()) & tokens) for some, tokens in zip(nearest, there, strict=True)) >= 3
+
+
+def test_mismatch_looks_at_each_depth_alike() -> None:
+    seen = torch.tensor([[[1.0, 0.0], [100.0, 0.0]]])  # (P, L, D)
+    assert float(mismatch(seen[None], seen)) == pytest.approx(0.0, abs=1e-6)
+    turned = torch.tensor([[[[0.0, 1.0], [100.0, 0.0]]]])
+    assert float(mismatch(turned, seen)) == pytest.approx(0.5)
+
+
+def test_what_was_read_is_scored() -> None:
+    row = Encoded((1, 2, 3, 4, 9), 4)
+    assert recovery_of([1, 2, 3, 4], row).exact and recovery_of([1, 2, 3, 4], row).rouge == 1.0
+    part = recovery_of([2, 3, 4, 1], row)
+    assert part.tokens == 0.0 and not part.exact and part.rouge == pytest.approx(0.75)
+    assert cut(row, 3) == Encoded((1, 2, 3), 2)

@@ -1,0 +1,315 @@
+"""The options of ablations and heterogeneity: server optimizers, topics, unequal sizes, translation, adaptation, distillation again, measured cost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsp import api as commands
+from fedsp.audit.disclosure import measure_disclosure
+from fedsp.audit.layer_signals import measure_depths
+from fedsp.config import PartitionSection
+from fedsp.config_file import make_config
+from fedsp.data.encoding import Encoded
+from fedsp.data.partition import make_partition
+from fedsp.data.tasks import find_task
+from fedsp.data.topics import find_topics
+from fedsp.errors import ConfigurationError, DataError, RunError
+from fedsp.experiments import run_directory as runs
+from fedsp.experiments.costs import measure
+from fedsp.federation.aggregation.mean import ServerOptimizer, update_cosine
+from fedsp.federation.methods.base import Stage
+from fedsp.federation.methods.fedprompt import FedPrompt
+from fedsp.federation.methods.finetune import Finetune, all_weights
+from fedsp.federation.party import Party, StateStore
+from fedsp.models.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, nearly_disclosed_share, parse_plan
+from fedsp.models.payload import PROMPT
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, read_prompt
+from fedsp.storage import read_tensors
+from fedsp.training.distillation import Distillation, distill
+from fedsp.training.evaluation import Scored, by_client
+from fedsp.training.loop import Optimisation, TrainResult
+from fedsp.training.server_adaptation import TranslatedPrompt, adapt_prompt, fit_translation
+from support.small_runs import PAPER, ROWS, settings
+from support.tiny_models import tiny_model
+
+
+def test_server_optimizers_are_their_papers_formulas() -> None:
+    sent, mean = {"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([1.5, 1.0])}
+    assert ServerOptimizer().step(sent, mean, {}) == (mean, {})
+    momentum = ServerOptimizer("momentum", 0.5, 0.9)
+    first, state = momentum.step(sent, mean, {})
+    torch.testing.assert_close(first["a"], torch.tensor([1.25, 1.5]))  # x + 0.5 * change
+    second, _ = momentum.step(first, {"a": first["a"] + 1.0}, state)
+    torch.testing.assert_close(second["a"], first["a"] + 0.5 * (0.9 * torch.tensor([0.5, -1.0]) + 1.0))
+    adam, moments = ServerOptimizer("adam", 0.1, 0.9).step(sent, mean, {})
+    change = torch.tensor([0.5, -1.0])
+    torch.testing.assert_close(adam["a"], sent["a"] + 0.1 * (0.1 * change) / ((0.99e-6 + 0.01 * change**2).sqrt() + 1e-3))
+    assert sorted(moments) == ["first.a", "second.a"]
+
+
+def test_the_cosine_of_updates_is_the_mean_over_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sent = {"a": torch.randn(3, 4, generator=generator), "b": torch.randn(5, generator=generator)}
+    payloads = {name: {key: value + torch.randn(value.shape, generator=generator) for key, value in sent.items()} for name in "xyz"}
+    flat = {name: torch.cat([(payload[key] - sent[key]).flatten() for key in sent]) for name, payload in payloads.items()}
+    pairs = [torch.nn.functional.cosine_similarity(flat[one], flat[other], dim=0) for one, other in itertools.combinations("xyz", 2)]
+    assert update_cosine(payloads, sent) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-6)
+    assert update_cosine({"x": payloads["x"]}, sent) is None and update_cosine({"x": sent, "y": sent}, sent) is None
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "momentum": {"round": {"rounds": 3, "optimizer": "momentum", "momentum": 0.5}},
+    "adam": {"round": {"rounds": 3, "optimizer": "adam", "learning_rate": 0.01}, "client": {"speak_steps": 2, "batch_size": 4, "proximal": 0.1}},
+    "public": {"server": {"public_steps": 2, "batch_size": 2}},
+    "translated": {
+        "prompt": {"length": 4, "space": "key_value", "translate": True},
+        "distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "sequences": 12},
+    },
+    "compressed": {"compression": {"up": "sign", "down": "int4"}, "server": {"steps": 1, "batch_size": 4}},
+    "again": {"distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "again_every": 1}},
+    "verbatim": {"prompt": {"length": 4, "tuned_at": "verbatim"}, "server": {"steps": 1, "batch_size": 4}},
+    "finetune": {"method": "finetune", "client": {"speak_steps": 2, "batch_size": 4, "learning_rate": 1e-4}},
+    "lora": {"method": "lora", "client": {"speak_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "keep_optimizer": True}},
+    "fedprompt with projection": {"method": "fedprompt", "prompt": {"length": 4, "projection": 8}},
+    "fedprompt_single": {"method": "fedprompt_single", "prompt": {"length": 4, "space": "key_value"}, "server": {"steps": 1, "batch_size": 4}},
+    "offsite_tuning": {
+        "method": "offsite_tuning",
+        "auxiliary": {"plan": "emulator(1, 2)"},
+        "client": {"speak_steps": 2, "batch_size": 4, "learning_rate": 1e-4},
+    },
+}
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_own_figures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = commands.run(settings(tmp_path / "whole", **OPTIONS[name]))
+    original = runs.RunDirectory.keep
+
+    def stop(self: runs.RunDirectory, standing: Any, *rest: Any) -> None:
+        original(self, standing, *rest)
+        if standing.round == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.RunDirectory, "keep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        commands.run(settings(tmp_path / "killed", **OPTIONS[name]))
+    monkeypatch.setattr(runs.RunDirectory, "keep", original)
+    resumed = commands.resume(tmp_path / "killed" / "run")
+    assert (resumed["test"], resumed["validation_loss"]) == (whole["test"], whole["validation_loss"])
+    files = [read_tensors(tmp_path / place / "run" / "best.safetensors")[0] for place in ("whole", "killed")]
+    assert sorted(files[0]) == sorted(files[1]) and all(files[0][key].equal(files[1][key]) for key in files[0])
+    zero, tuned = commands.evaluate(tmp_path / "whole" / "run")
+    assert tuned["answer_loss"] == pytest.approx(whole["test"]["answer_loss"], abs=1e-5)
+    bare = commands.run(settings(tmp_path / "bare", method="zero_shot"))
+    assert zero["answer_loss"] == pytest.approx(bare["test"]["answer_loss"], abs=1e-5)
+
+
+def test_prompts_tuned_at_verbatim_depths_leave_the_others_as_they_were(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path, **OPTIONS["verbatim"], validation={"by": "none"}))
+    first, last = (read_prompt(tmp_path / "run" / "prompts" / f"round-0000{round}.safetensors").values() for round in (1, 3))
+    moved = [layer for layer in range(8) if not torch.equal(first[:, layer], last[:, layer])]
+    assert moved == [0, 1, 6, 7]
+    with pytest.raises(ConfigurationError, match=r"auxiliary.plan keeps no layer verbatim: use ends\(n, m\)"):
+        commands.run(settings(tmp_path / "other", prompt={"length": 4, "tuned_at": "verbatim"}, auxiliary={"plan": "shared(0)"}))
+
+
+def test_a_package_that_is_made_again_is_counted_as_sent(tmp_path: Path) -> None:
+    plain = commands.run(settings(tmp_path / "plain"))
+    again = commands.run(settings(tmp_path / "again", **OPTIONS["again"]))
+    assert again["bytes_down"] - plain["bytes_down"] == 2 * 3 * again["package_bytes"]  # before rounds 2 and 3, to three clients
+    digests = [json.loads((tmp_path / place / "run" / "inputs.json").read_text())["auxiliary model"] for place in ("plain", "again")]
+    assert digests[0] == digests[1]
+
+
+def test_distillation_around_a_prompt_brings_the_two_sides_together_there() -> None:
+    teacher = tiny_model("gpt2")
+    auxiliary = build_auxiliary(teacher, parse_plan("ends(1)", 4), None)
+    prompt = SoftPrompt(PromptSpec("key_value", 3, teacher.shape), torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)))
+    texts = [torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(8)]
+    losses = distill(auxiliary, teacher, texts, Distillation(60, 4, Optimisation(3e-3, 0.0)), seed=0, around=prompt)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_translation_is_the_identity_between_equal_models_and_finds_a_linear_map() -> None:
+    model = tiny_model("gpt2")
+    same = build_auxiliary(model, parse_plan("every(1)", 4), None)
+    texts = [torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(20)]
+    maps, offsets = fit_translation(model, same, texts, ridge=1e-9)
+    spec = PromptSpec("key_value", 3, model.shape)
+    values = model.activations(torch.tensor(texts[0][:3]))[1]
+    translated = TranslatedPrompt(spec, values, maps=maps, offsets=offsets)
+    torch.testing.assert_close(translated.prefix(model), values, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():  # a client whose keys are all scaled by two: the map must halve them
+        for name, parameter in same.model.named_parameters():
+            if ".attn.c_attn." in name:
+                parameter[..., 32:64] *= 2
+    halved, _ = fit_translation(model, same, texts, ridge=1e-9)
+    keys = halved[0, 0]
+    torch.testing.assert_close(values[:, 0, 0].flatten(1) * 2 @ keys, values[:, 0, 0].flatten(1), rtol=1e-2, atol=1e-2)
+
+
+def test_adaptation_moves_the_global_model_towards_what_the_auxiliary_says() -> None:
+    model = tiny_model("gpt2")
+    auxiliary = build_auxiliary(model, parse_plan("shared(0)", 4), None)
+    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)))
+    texts = [torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(8)]
+    losses = adapt_prompt(prompt, model, auxiliary, texts, steps=40, batch_size=8, optimisation=Optimisation(3e-2, 0.0, 0.0), seed=0)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_plans_of_copies_and_emulators() -> None:
+    copies = parse_plan("copies(0)", 4)
+    assert copies.sources == (0, 0, 0, 0) and len(set(copies.groups)) == 4
+    auxiliary = build_auxiliary(tiny_model("gpt2"), copies, None)
+    shared = build_auxiliary(tiny_model("gpt2"), parse_plan("shared(0)", 4), None)
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(auxiliary(ids), shared(ids))
+    assert auxiliary.bytes > shared.bytes
+    emulator = parse_plan("emulator(1, 2)", 8)
+    assert emulator.sources == (0, 2, 5, 7) and emulator.frozen == (True, False, False, True) and len(set(emulator.groups)) == 4
+    with pytest.raises(ConfigurationError, match=r"emulator\(1, 9\) leaves no middle"):
+        parse_plan("emulator(1, 9)", 8)
+
+
+TOPICS = {"river": "the water of the river flows to the sea", "metal": "iron and copper are heavy metals", "bird": "birds lay eggs in nests and sing"}
+
+
+def test_topics_are_found_and_divide_the_questions() -> None:
+    train = [f"{text} number {index}" for index in range(12) for text in TOPICS.values()]
+    test = list(TOPICS.values())
+    found, of_test = find_topics(train, test, count=3, seed=0)
+    assert len(set(of_test)) == 3 and all(found[index] == of_test[index % 3] for index in range(36))
+    assert find_topics(train, test, count=3, seed=0) == (found, of_test)
+    with pytest.raises(DataError, match="partition.topics = 99, but there are only 36 different questions"):
+        find_topics(train, test, count=99, seed=0)
+
+
+def test_figures_per_client_weight_each_kind_by_the_clients_own_share() -> None:
+    def scored(right: bool) -> Scored:
+        return Scored("x", [0.0, -1.0] if right else [-2.0, -1.0], [False, False], [1, 1], [1, 1], (0,))
+
+    rows = [scored(True), scored(True), scored(False), scored(True), scored(False)]
+    figures = by_client(rows, find_task("arc_easy"), ["a", "a", "a", "b", "b"], {"one": ["a", "a", "a", "b"], "two": ["b"], "none": ["c"]})
+    assert figures["one"]["accuracy"] == pytest.approx(0.75 * 2 / 3 + 0.25 * 0.5) and figures["two"]["accuracy"] == 0.5
+    assert figures["one"]["answer_loss"] == pytest.approx(0.75 * 2 / 3 + 0.25 * 1.0) and "none" not in figures
+
+
+@pytest.mark.parametrize("kind", ["linear", "exponential"])
+def test_clients_of_unequal_size(kind: Any) -> None:
+    section = PartitionSection(clients=5, kind=kind)
+    partition = make_partition(ROWS, section, server_share=0.1, holdout=0.0, seed=0)
+    sizes = [len(rows) for rows in partition.clients.values()]
+    assert len(sizes) == 5 and max(sizes) >= 3 * min(sizes) and max(Counter(sum(partition.clients.values(), partition.server)).values()) == 1
+
+
+def test_a_run_over_topics_gives_figures_for_each_client(tmp_path: Path) -> None:
+    figures = commands.run(settings(tmp_path, partition={"clients": 3, "server_share": 0.2, "kind": "dirichlet", "topics": 4, "alpha": 5.0}))
+    assert sorted(figures["clients"]) == ["client-0", "client-1", "client-2"]
+    records = runs.RunDirectory.open(tmp_path / "run").records()
+    assert all(-1 <= record["update_cosine"] <= 1 for record in records)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"prompt": {"translate": True}}, "prompt.translate: only key_value prompts are translated"),
+        ({"server": {"public_steps": 2}, "distill": {"text": ["server"]}}, "server.public_steps: they need distill.text, public"),
+        ({"distill": {"again_every": 1}, "client": {"align_steps": 1}}, "distill.again_every: only where clients are simulated"),
+        ({"partition": {"kind": "dirichlet"}}, "needs the name of a column, or partition.topics"),
+        ({"partition": {"column": "x", "topics": 3}}, "partition.topics: a partition goes by a column or by topics"),
+        ({"method": "prefix_tuning"}, "partition.clients: prefix_tuning has all text in one place"),
+        ({"method": "lora", "client": {"align_steps": 2}}, "client.align_steps: that is a part of FedSP, and method is 'lora'"),
+        ({"method": "fedpromt"}, "method: "),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    values = settings(tmp_path)
+    merged = {**values, **{key: {**values.get(key, {}), **change} if isinstance(change, dict) else change for key, change in changes.items()}}
+    with pytest.raises(ConfigurationError, match=sentence):
+        make_config(merged)
+
+
+def test_baselines_run_in_one_process_alone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="method = 'lora' is for measuring and runs in one process: use engine local"):
+        commands.run(settings(tmp_path, method="lora"), engine="flower")
+    commands.run(settings(tmp_path, method="finetune", client={"speak_steps": 1, "batch_size": 4, "learning_rate": 1e-4}))
+    with pytest.raises(RunError, match="tuned weights, not a prompt: there is no prefix to export"):
+        commands.export(tmp_path / "run", tmp_path / "adapter")
+    assert commands.generate(tmp_path / "run", "Who", most=3)
+
+
+def party(model: Any, tuned: Any, place: Path) -> Party:
+    rows = [Encoded(tuple(range(1, 25)), 20) for _ in range(8)]
+    return Party("a", model, tuned, rows, StateStore(place))
+
+
+def test_operations_are_those_of_the_matrix_products(tmp_path: Path) -> None:
+    """Two operations per weight and token forward, two more for the gradient of inputs and two for that of weights; attention on top."""
+    model = tiny_model("gpt2")
+    stage = Stage(2, 4, Optimisation(1e-3))
+    tokens, length, layers, hidden = 2 * 4 * 24, 3, 4, 32
+    blocks = 12 * hidden**2 * layers * tokens
+    head = 97 * hidden * 2 * 4 * 4  # four answer tokens a row
+    weights = measure(Finetune(stage, stage), party(model, all_weights(model), tmp_path), "client", 0)
+    attention = 2 * 2 * 4 * layers * hidden * 24 * 24 * 2  # rows x (scores and values) forward; the backward pass takes 2.5 times as much
+    assert weights["operations"] == pytest.approx(6 * (blocks + head) + 3.5 * attention, rel=0.02)
+    prompt = SoftPrompt(PromptSpec("key_value", length, model.shape))
+    only = measure(FedPrompt(stage, stage), party(model, prompt, tmp_path), "client", 0)
+    assert only["operations"] < 0.8 * weights["operations"]
+    assert (only["parameters_trained"], only["parameters_sent"]) == (3 * 4 * 2 * 32, 3 * 4 * 2 * 32) and weights["parameters_sent"] == weights[
+        "parameters_held"
+    ]
+    assert only["tokens"] == tokens and only["memory_bytes"] > 4 * only["parameters_held"]
+    assert weights["memory_bytes"] > 16 * weights["parameters_held"]
+
+
+def test_measuring_changes_nothing(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)))
+    before = prompt.payload()[PROMPT].clone()
+    stage = Stage(2, 4, Optimisation(1e-3))
+    first = measure(FedPrompt(stage, stage), party(model, prompt, tmp_path), "client", 0)
+    again = measure(FedPrompt(stage, stage), party(model, prompt, tmp_path), "client", 0)
+    assert torch.equal(prompt.payload()[PROMPT], before) and first["operations"] == again["operations"] and first["memory_bytes"] == again["memory_bytes"]
+    assert all(parameter.grad is None for parameter in [*model.parameters(), *prompt.parameters()])
+
+
+def test_spikes_are_steps_far_above_the_median() -> None:
+    assert TrainResult([1.0, 1.1, 0.9, 2.0, 1.0], {}).spikes == 1 and TrainResult([], {}).spikes == 0
+
+
+def test_what_is_nearly_disclosed_is_found(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    auxiliary = build_auxiliary(model, parse_plan("every(2)", 4), None)
+    whole = disclosed_share(auxiliary, model)
+    with torch.no_grad():
+        for parameter in auxiliary.model.parameters():
+            parameter.mul_(1.02)
+    assert disclosed_share(auxiliary, model) < 0.05 < whole  # biases of zero stay what they were
+    assert nearly_disclosed_share(auxiliary, model, 0.1) == pytest.approx(whole, abs=1e-9) and nearly_disclosed_share(auxiliary, model, 0.01) < 0.05
+    commands.run(settings(tmp_path, **PAPER))
+    figures = measure_disclosure(tmp_path / "run")
+    assert figures["disclosed_share"] < 0.01 and 0.2 < figures["nearly_disclosed_share"] < 0.5  # embeddings and one layer, a little moved
+    write = commands.run(settings(tmp_path / "whole", method="fedprompt"))
+    assert measure_disclosure(tmp_path / "whole" / "run")["nearly_disclosed_share"] == write["disclosed_share"] == 1
+
+
+def test_depths_of_a_shared_auxiliary_model(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path, **PAPER))
+    rows = measure_depths(tmp_path / "run")
+    assert [row["depth"] for row in rows] == [*range(9), *range(9)] and all(row["gradient_norm"] > 0 for row in rows)
+    package, client = ([row["hidden_scale"] for row in rows if row["weights"] == kind] for kind in ("package", "client"))
+    assert package != client  # aligning has moved the client's own weights
+    auxiliary = load_auxiliary(tmp_path / "run" / "auxiliary", device=torch.device("cpu"), positions="hugging_face")
+    assert auxiliary.plan.sources == (0,) * 8
+    with pytest.raises(RunError, match="is no run of FedSP with clients"):
+        commands.run(settings(tmp_path / "zero", method="zero_shot"))
+        measure_depths(tmp_path / "zero" / "run")

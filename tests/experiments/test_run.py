@@ -1,0 +1,624 @@
+"""Whole runs on the embedded model: resume, order, privacy of the wire, faults, and every sentence about bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsp import api as commands
+from fedsp.algorithm import FedSP
+from fedsp.config_file import make_config
+from fedsp.data.encoding import Encoded
+from fedsp.data.seeding import derive_seed
+from fedsp.errors import AuxiliaryError, DataError, FedspError, PromptError, RunError, StorageError, TooFewClients, TrainingDiverged
+from fedsp.experiments import run as experiment
+from fedsp.experiments import server_setup as server
+from fedsp.experiments.run import run_experiment
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.server_setup import EMBEDDED, Server
+from fedsp.federation import clients as clients_side
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import Clients, agreement_of, make_client, make_method
+from fedsp.federation.loop import RoundConfig, RunState, federate
+from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update, sample_clients
+from fedsp.federation.methods import base
+from fedsp.federation.methods.base import Side, Work
+from fedsp.federation.party import Party, StateStore
+from fedsp.federation.transport.local import local
+from fedsp.models import loading
+from fedsp.models.auxiliary import load_auxiliary
+from fedsp.models.payload import PROMPT, Payload, pack
+from fedsp.models.prompted_lm import ModelShape
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, read_prompt
+from fedsp.privacy import Ledger
+from fedsp.storage import tensors_digest
+from fedsp.training import loop as fitting
+from support.small_runs import PAPER, ROWS, prompt_bits, questions, settings
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    """The journal without its seconds."""
+    return [{key: value for key, value in record.items() if not key.startswith("seconds")} for record in RunDirectory.open(folder).records()]
+
+
+class Killed(Exception):
+    """Stands for kill -9 in this process: nothing catches it."""
+
+
+@pytest.mark.parametrize("preset", [{}, PAPER], ids=["messenger", "paper"])
+def test_a_run_writes_what_it_promises_and_leaves_the_global_model_alone(tmp_path: Path, preset: dict[str, Any]) -> None:
+    before = tensors_digest(dict(loading.load_model(str(EMBEDDED / "model"), device="cpu").model.named_parameters()))
+    figures = commands.run(settings(tmp_path, **preset))
+    folder = Path(figures["folder"])
+    records = RunDirectory.open(folder).records()
+    assert [record["round"] for record in records] == [1, 2, 3]
+    assert all(record["answered"] == ["client-0", "client-1", "client-2"] and not record["failed"] for record in records)
+    spec = read_prompt(folder / "best.safetensors").spec
+    wire = len(pack({PROMPT: torch.zeros(spec.shape)}))
+    assert all(record["bytes_up"] == record["bytes_down"] == 3 * wire for record in records)
+    assert {"accuracy", "accuracy_norm", "answer_perplexity"} <= set(figures["test"])
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.toml",
+        "run.json",
+        "partition.json",
+        "rounds.jsonl",
+        "prompts",
+        "best.safetensors",
+        "checkpoint",
+        "result.json",
+        "auxiliary",
+    }
+    partition = json.loads((folder / "partition.json").read_text())
+    held = [*partition["server"], *(row for rows in partition["clients"].values() for row in rows)]
+    assert sorted(held) == list(range(60))
+    assert tensors_digest(dict(loading.load_model(str(EMBEDDED / "model"), device="cpu").model.named_parameters())) == before
+
+
+def test_the_global_weights_in_memory_are_bit_identical_after_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[Server, str]] = []
+    original = server.open_server
+
+    def spy(*arguments: Any) -> Server:
+        found = original(*arguments)
+        opened.append((found, tensors_digest(dict(found.model.model.named_parameters()))))
+        return found
+
+    monkeypatch.setattr(experiment, "open_server", spy)
+    commands.run(settings(tmp_path, **PAPER))
+    ((found, before),) = opened
+    assert tensors_digest(dict(found.model.model.named_parameters())) == before
+
+
+@pytest.mark.parametrize(
+    "preset", [{}, PAPER, {"validation": {"by": "clients"}}, {"validation": {"by": "none"}}], ids=["messenger", "paper", "validated by clients", "last prompt"]
+)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, preset: dict[str, Any]) -> None:
+    whole = Path(commands.run(settings(tmp_path / "whole", **preset))["folder"])
+    config = make_config(settings(tmp_path / "killed", **preset))
+    killed = Path(config.output)
+
+    def dies_at(request_count: int) -> Callable[[Clients], Transport]:
+        def engine(clients: Clients) -> Transport:
+            asked, exchange = 0, local(clients)
+
+            def counting(requests: list[Request]) -> Iterable[Update | Failure]:
+                nonlocal asked
+                for reply in exchange(requests):
+                    asked += 1
+                    if asked == request_count:
+                        raise Killed
+                    yield reply
+
+            return counting
+
+        return engine
+
+    directory = RunDirectory.create(config)
+    for count in (2, 3, 5):  # in the first round; at its last reply; in the second round after a resume
+        with pytest.raises(Killed):
+            run_experiment(directory, dies_at(count), Callbacks())
+    commands.resume(killed)
+    assert prompt_bits(killed) == prompt_bits(whole)
+    assert untimed(killed) == untimed(whole)
+
+
+def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+    whole = Path(commands.run(settings(tmp_path / "whole"))["folder"])
+    config = make_config(settings(tmp_path / "cut"))
+    cut = Path(config.output)
+    shutil.copytree(whole, cut)
+    (cut / "result.json").unlink()
+    (cut / "config.toml").write_text((cut / "config.toml").read_text().replace(str(tmp_path / "whole"), str(tmp_path / "cut")))
+    last = cut / "checkpoint" / "round-00003.safetensors"
+    last.write_bytes(last.read_bytes()[:-100])
+    said: list[str] = []
+    commands.resume(cut, watcher=Callbacks(say=said.append))
+    assert any("round-00003.safetensors is damaged" in line and "the one before it is" in line for line in said)
+    assert prompt_bits(cut) == prompt_bits(whole)
+
+
+@pytest.mark.parametrize("preset", [{}, PAPER], ids=["messenger", "paper"])
+def test_the_order_of_answers_does_not_matter(tmp_path: Path, preset: dict[str, Any]) -> None:
+    forward = Path(commands.run(settings(tmp_path / "forward", **preset))["folder"])
+    directory = RunDirectory.create(make_config(settings(tmp_path / "backward", **preset)))
+    run_experiment(directory, lambda clients: lambda requests: local(clients)(requests[::-1]), Callbacks())
+    assert prompt_bits(directory.path) == prompt_bits(forward)
+
+
+def test_only_one_named_tensor_crosses_the_border(tmp_path: Path) -> None:
+    crossed: set[str] = set()
+
+    def engine(clients: Clients) -> Transport:
+        def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+            for reply in local(clients)(requests):
+                assert isinstance(reply, Update)
+                crossed.update(reply.payload)
+                crossed.update(*(request.payload for request in requests))
+                yield reply
+
+        return exchange
+
+    run_experiment(RunDirectory.create(make_config(settings(tmp_path, **PAPER))), engine, Callbacks())
+    assert crossed == {PROMPT}
+
+
+def test_a_client_lives_where_the_global_model_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(settings(tmp_path))
+    commands.distill(config, tmp_path / "package")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a client tried to load the global model")
+
+    for module in (loading, server):
+        monkeypatch.setattr(module, "load_model", refuse)
+    auxiliary = load_auxiliary(tmp_path / "package", device=torch.device("cpu"), positions="hugging_face")
+    agreement = agreement_of(config, 64)
+    client = make_client("a", agreement, auxiliary, [Encoded((5, 6, 7, 8), 2)] * 4, StateStore(tmp_path / "rest"), Ledger(tmp_path / "privacy.jsonl"), 1.0)
+    request = Request("run", 1, "a", 0, {PROMPT: torch.zeros(client.prompt.spec.shape)})
+    update = make_method(agreement, auxiliary).client_update(client, request)
+    assert list(update.payload) == [PROMPT] and not torch.equal(update.payload[PROMPT], request.payload[PROMPT])
+
+
+class Echo:
+    """A method that costs nothing: the loop by itself."""
+
+    def __init__(self, payload: Payload) -> None:
+        self.payload = payload
+
+    def init(self, server: Party) -> Payload:
+        return self.payload
+
+    def client_update(self, client: Party, request: Request) -> Update:
+        return Update(request.round, request.client, {PROMPT: request.payload[PROMPT] + 1e-3})
+
+    def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
+        return aggregated, None
+
+    def work(self, party: Party, side: Side) -> list[Work]:
+        return []
+
+
+def loop(
+    exchange: Transport, *, clients: int = 4, asked: int | None = None, rounds: int = 1, minimum: int = 1, shape: tuple[int, ...] = (2, 3, 4)
+) -> tuple[RunState, list[RoundRecord]]:
+    records: list[RoundRecord] = []
+    rules = RoundConfig("run", 0, rounds, asked, minimum, "examples", 1.0, "none")
+    register = {f"c{index}": 1 + index % 3 for index in range(clients)}
+    nobody: Any = None
+    standing = federate(
+        Echo({PROMPT: torch.zeros(shape)}),
+        nobody,
+        register,
+        exchange,
+        rules,
+        standing=None,
+        validate=lambda payload: 0.0,
+        keep=lambda _, record: records.append(record),
+    )
+    return standing, records
+
+
+def test_admission_counts_each_refusal_with_its_reason() -> None:
+    bad = torch.zeros(2, 3, 4)
+    bad[0, 0, 0] = float("inf")
+    replies: dict[str, Callable[[Request], Update | Failure]] = {
+        "c0": lambda r: Update(r.round, r.client, {PROMPT: bad}),
+        "c1": lambda r: Update(r.round, r.client, {PROMPT: torch.zeros(2, 3)}),
+        "c2": lambda r: Update(r.round, r.client, {PROMPT: torch.zeros(2, 3, 4).double()}),
+        "c3": lambda r: Update(r.round, r.client, {PROMPT: torch.full((2, 3, 4), 1e3)}),
+        "c4": lambda r: Update(r.round, r.client, {**r.payload, "auxiliary": torch.zeros(1)}),
+        "c5": lambda r: Update(r.round + 1, r.client, r.payload),
+        "c6": lambda r: Failure(r.round, r.client, "out of memory"),
+        "c7": lambda r: Update(r.round, "stranger", r.payload),
+        "c8": lambda r: Update(r.round, r.client, {PROMPT: torch.full((2, 3, 4), 0.5)}),
+    }
+    standing, (record,) = loop(lambda requests: [replies[request.client](request) for request in requests], clients=9)
+    assert record.answered == ["c8"]
+    assert torch.equal(standing.payload[PROMPT], torch.full((2, 3, 4), 0.5))
+    expected = {
+        "c0": "1 numbers that are not finite",
+        "c1": "shape",
+        "c2": "float64",
+        "c3": "max_change",
+        "c4": "names",
+        "c5": "round 2",
+        "c6": "out of memory",
+        "c7": "did not answer",
+        "stranger": "not asked",
+    }
+    assert set(record.failed) == set(expected)
+    assert all(text in record.failed[client] for client, text in expected.items())
+
+
+def test_a_second_reply_does_not_count_twice() -> None:
+    standing, _ = loop(lambda requests: [Update(r.round, r.client, {PROMPT: torch.full((2, 3, 4), value)}) for r in requests for value in (0.25, 0.75)])
+    assert torch.equal(standing.payload[PROMPT], torch.full((2, 3, 4), 0.25))
+
+
+def test_too_few_replies_stop_the_run_where_it_can_be_resumed() -> None:
+    with pytest.raises(TooFewClients, match=r"round 1 has 0 admitted updates of 4 asked.*c0: away.*can be resumed"):
+        loop(lambda requests: [Failure(r.round, r.client, "away") for r in requests], minimum=2)
+
+
+def test_a_thousand_clients_cost_no_memory_and_little_time() -> None:
+    shape = (16, 8, 256)
+
+    def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+        return (Update(r.round, r.client, {PROMPT: r.payload[PROMPT].clone()}) for r in requests)
+
+    peaks = []
+    for clients in (10, 1000):
+        tracemalloc.start()
+        _, records = loop(exchange, clients=clients, asked=10, rounds=5, shape=shape)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert all(len(record.answered) == 10 for record in records)
+    assert peaks[1] < peaks[0] + 1_000_000
+
+
+def test_only_clients_that_are_asked_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand clients with ten asked."""
+    opened: list[str] = []
+    made = clients_side.make_party
+
+    def make_party(client: str, *given: Any) -> Party:
+        opened.append(client)
+        return made(client, *given)
+
+    monkeypatch.setattr(clients_side, "make_party", make_party)
+    rows = [row | {"id": str(index)} for index, row in enumerate(ROWS)] * 2
+    values = settings(
+        tmp_path,
+        data={"train": questions(tmp_path, "many", rows)},
+        partition={"clients": 1000, "server_share": 0.0},
+        round={"rounds": 1, "clients": 10},
+        client={"speak_steps": 1, "batch_size": 1},
+    )
+    figures = commands.run(values)
+    asked = RunDirectory.open(Path(figures["folder"])).records()[0]["asked"]
+    assert len(asked) == 10 and opened[:10] == asked and len(set(opened[10:])) <= 1, "and one more, for what a round costs"
+
+
+def test_seeds_and_samples_do_not_move() -> None:
+    """Golden values: a resumed or repeated run of an older version must draw the same."""
+    assert derive_seed(7, "x") == 3942840481044313421
+    assert sample_clients([f"c{index}" for index in range(10)], 3, 0, 1) == ["c4", "c5", "c8"]
+
+
+def test_a_fit_goes_on_from_an_earlier_one_and_leaves_that_as_it_was() -> None:
+    def fit(weights: torch.Tensor, first: int, last: int, moments: dict[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, fitting.TrainResult]:
+        parameter = torch.nn.Parameter(weights.clone())
+        batches = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))[first:last]
+        loss = lambda batch: ((parameter - batch) ** 2).sum()
+        fitted = fitting.fit({"a": parameter}, loss, batches, fitting.Optimisation(0.1, total_steps=4), first_step=first, moments=moments)
+        return parameter.detach(), fitted
+
+    whole, _ = fit(torch.zeros(3), 0, 4)
+    half, fitted = fit(torch.zeros(3), 0, 2)
+    before = {name: tensor.clone() for name, tensor in fitted.moments.items()}
+    for _ in range(2):
+        assert torch.equal(fit(half, 2, 4, fitted.moments)[0], whole)
+    assert sorted(before) == ["exp_avg.a", "exp_avg_sq.a", "step.a"] and all(torch.equal(fitted.moments[name], before[name]) for name in before)
+
+
+def test_a_loss_that_is_not_a_number_stops_with_round_and_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = fitting.answer_loss, 0
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(*arguments) * (float("nan") if calls > 8 else 1.0)
+
+    monkeypatch.setattr(base, "answer_loss", broken)
+    with pytest.raises(TrainingDiverged, match=r"round 2, client 'client-\d': the loss is nan at local step \d of 2.*the prompt of round 1 is kept"):
+        commands.run(settings(tmp_path, validation={"by": "none"}))
+    assert read_prompt(tmp_path / "run" / "best.safetensors")
+    monkeypatch.setattr(base, "answer_loss", original)
+    assert commands.resume(tmp_path / "run")["best_round"] == 3
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import os
+
+    original, files = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal files
+        files += 1
+        if files > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"cannot write .*No space left on device.*untouched"):
+        commands.run(settings(tmp_path))
+    monkeypatch.setattr(os, "fsync", original)
+    commands.resume(tmp_path / "run")
+    assert prompt_bits(tmp_path / "run") == prompt_bits(Path(commands.run(settings(tmp_path / "whole"))["folder"]))
+
+
+BAD: list[tuple[str, dict[str, Any], type[FedspError], str]] = [
+    ("unknown task", {"data": {"task": "arc_esay"}}, DataError, "unknown task 'arc_esay'; did you mean 'arc_easy'?"),
+    ("file missing", {"data": {"train": "nowhere.jsonl"}}, DataError, "there is no file nowhere.jsonl"),
+    ("more clients than examples", {"partition": {"clients": 99}}, DataError, "partition.clients = 99, but only 48 training examples"),
+    ("missing column", {"partition": {"kind": "dirichlet", "column": "nothing"}}, DataError, "has no column 'nothing'"),
+    ("server without examples", {"partition": {"server_share": 0.0}, "server": {"steps": 1}}, DataError, "the server holds no example"),
+    ("text missing", {"distill": {"text": ["nowhere.txt"]}}, DataError, "there is no text file nowhere.txt"),
+    ("plan", {"auxiliary": {"plan": "ends(4)"}}, FedspError, "leaves no middle in a model of 8 layers"),
+    ("prompt too long", {"prompt": {"length": 250}}, FedspError, "leaves 6 of the model's 256 positions"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "sentence"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_input_is_one_sentence(tmp_path: Path, change: dict[str, Any], kind: type[FedspError], sentence: str) -> None:
+    with pytest.raises(kind) as caught:
+        commands.run(settings(tmp_path, **change))
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "sentence"),
+    [
+        ({"validation": {"by": "clients"}, "round": {"rounds": 1, "clients": 0}}, FedspError, "validation.by: no client is asked"),
+        (
+            {"distill": {"steps": 2, "text": ["server"], "sequence_length": 32}, "partition": {"clients": 3, "server_share": 0.0}},
+            DataError,
+            "there is no text to distil on",
+        ),
+        (
+            {"distill": {"steps": 2, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 300}},
+            DataError,
+            "distill.sequence_length = 300 is more than the 252",
+        ),
+        ({"model": {"name": "embedded", "device": "gpu"}}, FedspError, "model.device = 'gpu' cannot be used on this machine"),
+        ({"partition": {"clients": 3, "server_share": 1.0}}, DataError, "only 0 training examples are left"),
+    ],
+)
+def test_configurations_that_fit_no_data(tmp_path: Path, changes: dict[str, Any], kind: type[FedspError], sentence: str) -> None:
+    with pytest.raises(kind) as caught:
+        commands.run(settings(tmp_path, **changes))
+    assert sentence in str(caught.value)
+    values = settings(tmp_path)
+    assert commands.run(values)["best_round"] >= 0, "a run that could not begin must not keep its folder"
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
+    standing = RunState(0, {}, {}, 0, None)
+    for loss in (float("nan"), float("-inf")):
+        assert standing.consider({}, 1, loss) is standing
+    assert standing.consider({}, 2, 1.0).consider({}, 3, float("nan")).best_round == 2
+
+
+def test_a_run_begun_with_other_rows_is_not_resumed(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    (tmp_path / "run" / "result.json").unlink()
+    questions(tmp_path, "train", ROWS[1:61])
+    with pytest.raises(RunError, match=r"was begun with another data\.train: bring back what it was"):
+        commands.resume(tmp_path / "run")
+
+
+def test_a_peft_adapter_can_be_where_a_run_starts(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path / "first", prompt={"length": 4, "space": "key_value"}))
+    commands.export(tmp_path / "first" / "run", tmp_path / "adapter")
+    figures = commands.run(settings(tmp_path / "second", prompt={"length": 4, "space": "key_value", "init": str(tmp_path / "adapter")}, round={"rounds": 1}))
+    first = read_prompt(tmp_path / "first" / "run" / "best.safetensors").values()
+    second = read_prompt(Path(figures["folder"]) / "best.safetensors").values()
+    assert float((first - second).detach().abs().max()) < 0.2
+
+
+def test_clients_with_any_name_keep_their_state_inside_the_run(tmp_path: Path) -> None:
+    directory = RunDirectory.create(make_config(settings(tmp_path)))
+    for name in ("../server", "..", ".", "a/b", "client %2E"):
+        folder = directory.rest(f"client {name}").folder
+        assert folder.parent == directory.path / "state" and folder.name not in {".", ".."}
+
+
+def test_an_empty_client_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedsp.data import partition
+
+    monkeypatch.setattr(partition, "_divide", lambda *_: {"hospital-a": [0], "hospital-b": []})
+    with pytest.raises(DataError, match="client 'hospital-b' would hold no example: use fewer clients"):
+        commands.run(settings(tmp_path))
+
+
+def test_too_long_examples_are_counted(tmp_path: Path) -> None:
+    figures = commands.run(settings(tmp_path, data={**settings(tmp_path)["data"], "max_tokens": 8}))
+    assert figures["shortened_client_examples"] > 0 and figures["test"]["shortened_examples"] > 0
+
+
+KILLED_AT_A_WRITE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from fedsp import api as commands
+
+torch.set_num_threads(1)  # as in the tests: the number of threads decides the last bits
+original, writes = os.fsync, 0
+
+def fsync(descriptor):
+    global writes
+    writes += 1
+    if writes == int(sys.argv[2]):
+        os.ftruncate(descriptor, 100)
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(descriptor)
+
+os.fsync = fsync
+commands.run(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("write", [7, 16, 19])
+def test_kill_9_in_the_middle_of_a_write(tmp_path: Path, write: int) -> None:
+    """A real process, killed while a file is half written: package, prompt or checkpoint."""
+    import tomli_w
+
+    whole = Path(commands.run(settings(tmp_path / "whole", **PAPER))["folder"])
+    values = settings(tmp_path / "killed", **PAPER)
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_A_WRITE, str(tmp_path / "run.toml"), str(write)], capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()
+    commands.resume(values["output"])
+    assert prompt_bits(Path(values["output"])) == prompt_bits(whole)
+
+
+def test_a_prompt_of_another_shape_is_refused(tmp_path: Path) -> None:
+    from fedsp.models.soft_prompt import SoftPrompt
+
+    SoftPrompt(PromptSpec("residual", 5, ModelShape(8, 4, 32, 128))).save(tmp_path / "p.safetensors")
+    with pytest.raises(FedspError, match=r"holds a residual prompt of shape \(5, 8, 128\), the run needs residual of shape \(4, 8, 128\)"):
+        commands.run(settings(tmp_path, prompt={"length": 4, "init": str(tmp_path / "p.safetensors")}))
+
+
+def test_a_changed_package_is_refused(tmp_path: Path) -> None:
+    config = make_config(settings(tmp_path))
+    commands.distill(config, tmp_path / "package")
+    values = settings(tmp_path, auxiliary={"folder": str(tmp_path / "package")})
+    manifest = tmp_path / "package" / "auxiliary.json"
+    original = manifest.read_text()
+    manifest.write_text(original.replace(json.loads(original)["sha256"], "0" * 64))
+    with pytest.raises(AuxiliaryError, match=r"SHA-256 digest .* expected 0000000000000000"):
+        commands.run(values)
+    manifest.write_text(original)
+    tokenizer = tmp_path / "package" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    tokenizer.write_text(json.dumps(content))
+    with pytest.raises(AuxiliaryError, match="tokenizer"):
+        commands.resume(values["output"])
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    with pytest.raises(RunError, match="this very run, finished"):
+        commands.run(settings(tmp_path))
+    with pytest.raises(RunError, match=r"another configuration \(round.rounds differs\)"):
+        commands.run(settings(tmp_path, round={"rounds": 4}))
+    with pytest.raises(RunError, match="another configuration"):
+        commands.resume(tmp_path / "run", make_config(settings(tmp_path, seed=5)))
+    with pytest.raises(RunError, match="holds no run"):
+        commands.resume(tmp_path / "elsewhere")
+
+
+def test_a_finished_run_is_said_to_be_finished_and_nothing_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = commands.run(settings(tmp_path))
+    bits = prompt_bits(tmp_path / "run")
+    monkeypatch.setattr(experiment, "open_server", lambda *_: pytest.fail("the model was loaded"))
+    said: list[str] = []
+    again = commands.resume(tmp_path / "run", watcher=Callbacks(say=said.append))
+    assert again["test"] == figures["test"] and again["folder"] == figures["folder"] and "is finished" in said[0]
+    assert prompt_bits(tmp_path / "run") == bits
+
+
+def test_a_test_file_that_changed_since_is_not_evaluated_in_silence(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(RunError, match=r"was begun with another data.test: bring back what it was"):
+        commands.evaluate(tmp_path / "run")
+    assert commands.evaluate(tmp_path / "run", split="validation")[0]["examples"] == 12
+
+
+def test_a_server_whose_own_steps_diverge_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FedSP, "server_update", lambda _self, _server, aggregated, *_: ({PROMPT: aggregated[PROMPT] * float("nan")}, 1.0))
+    with pytest.raises(TrainingDiverged, match="round 1, server: what it tuned has numbers that are not finite: lower server.learning_rate"):
+        commands.run(settings(tmp_path, server={"steps": 1}))
+    with pytest.raises(FedspError, match="server.learning_rate: Input should be less than or equal to 100"):
+        make_config(settings(tmp_path, server={"steps": 1, "learning_rate": 1e23}))
+
+
+def test_more_answers_than_a_round_asks_for_are_refused_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(FedspError, match="round.min_clients: 5 clients must answer, but a round asks 3; set it to 3 at most"):
+        make_config(settings(tmp_path, round={"min_clients": 5}))
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"5", b"null", b'{"round": 1}'])
+def test_an_odd_line_of_a_journal_hides_no_other_run(line: bytes, tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    shutil.copytree(tmp_path / "run", tmp_path / "spoiled")
+    with open(tmp_path / "spoiled" / "rounds.jsonl", "ab") as file:
+        file.write(line + b"\n")
+    assert [row["state"] for row in commands.list_runs(tmp_path)] == ["finished", "finished"]
+
+
+def test_a_prompt_that_leaves_no_room_for_text_is_refused(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    spec = read_prompt(tmp_path / "run" / "best.safetensors").spec
+    SoftPrompt(replace(spec, length=255)).save(tmp_path / "long.safetensors")
+    with pytest.raises(PromptError, match="a prompt of 255 tokens leaves 1 of the model's 256 positions for text"):
+        commands.evaluate(tmp_path / "run", prompt=tmp_path / "long.safetensors")
+
+
+@pytest.mark.parametrize("how", ["run", "resume"])
+def test_a_run_is_one_process_s_at_a_time(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that go on with it would train twice, and a private run would spend twice."""
+    keep = RunDirectory.keep
+
+    def another_comes(self: RunDirectory, *arguments: Any) -> None:
+        keep(self, *arguments)
+        with pytest.raises(RunError, match="is being run by another process: wait for it, or end it"):
+            commands.resume(self.path)
+        if how == "resume":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDirectory, "keep", another_comes)
+    if how == "run":
+        assert commands.run(settings(tmp_path))["best_round"] >= 0
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            commands.run(settings(tmp_path))
+        monkeypatch.setattr(RunDirectory, "keep", keep)
+        assert commands.resume(tmp_path / "run")["best_round"] >= 0, "a lock ends with its process"
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import fedsp; fedsp.__all__"], ["-m", "fedsp", "--help"]], ids=["import", "help"])
+def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
+    """What makes a start slow is torch and transformers; neither may be loaded before a command needs it."""
+    code = "import runpy, sys\n" + (
+        "import fedsp\nfedsp.__all__\n"
+        if arguments[0] == "-c"
+        else "sys.argv = ['fedsp', '--help']\ntry:\n    runpy.run_module('fedsp', run_name='__main__')\nexcept SystemExit:\n    pass\n"
+    )
+    code += "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_test_question_that_cannot_be_scored_stops_a_run_before_its_first_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(_tokenizer: Any, examples: Any, _most: int) -> Any:
+        raise DataError(f"example {examples[0].id}: the tokenizer makes no token of an answer")
+
+    monkeypatch.setattr(experiment, "encode_choices", refuses)
+    with pytest.raises(DataError, match=f"example {ROWS[200]['id']}: " if "id" in ROWS[200] else "example 0: "):
+        commands.run(settings(tmp_path))
+    assert not RunDirectory.open(tmp_path / "run").records()

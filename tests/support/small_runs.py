@@ -1,0 +1,63 @@
+"""Runs of seconds on the embedded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.models.soft_prompt import read_prompt
+from fedsp.storage import tensors_digest
+
+ROWS = [json.loads(line) for line in (EMBEDDED / "train.jsonl").read_text().splitlines()]
+
+
+def questions(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A run of seconds: three clients, three rounds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values: dict[str, Any] = {
+        "output": str(folder / "run"),
+        "model": {"name": "embedded", "device": "cpu"},
+        "data": {
+            "train": questions(folder, "train", ROWS[:60]),
+            "validation": questions(folder, "validation", ROWS[100:112]),
+            "test": questions(folder, "test", ROWS[200:212]),
+        },
+        "partition": {"clients": 3, "server_share": 0.2},
+        "distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "text": [str(EMBEDDED / "public.txt")]},
+        "prompt": {"length": 4},
+        "round": {"rounds": 3},
+        "client": {"speak_steps": 2, "batch_size": 4},
+    }
+    for section, change in changes.items():
+        values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
+    return values
+
+
+PAPER: dict[str, Any] = {
+    "preset": "paper",
+    "client": {"align_steps": 2, "speak_steps": 2, "batch_size": 4},
+    "server": {"steps": 2, "batch_size": 4},
+    "prompt": {"length": 4, "projection": 8},
+}
+
+
+def prompt_bits(folder: Path) -> str:
+    """The digest of everything a run concludes: its last checkpoint and its best prompt."""
+    last = sorted((folder / "checkpoint").glob("*.safetensors"))[-1]
+    return tensors_digest(experiment_tensors(last)) + tensors_digest({"best": read_prompt(folder / "best.safetensors").values()})
+
+
+def experiment_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from fedsp.storage import read_tensors
+
+    return read_tensors(path)[0]
