@@ -246,19 +246,24 @@ def test_what_is_no_json_object_says_so(tmp_path: Path) -> None:
 
 
 def test_the_commit_is_that_of_the_checkout_and_says_when_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = tmp_path / "__init__.py"
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "experiments" / "run_directory.py"))
+    package = tmp_path / "src" / "fedsp"
+    (package / "experiments").mkdir(parents=True)
+    where = package / "__init__.py"
+    monkeypatch.setattr(runs, "__file__", str(package / "experiments" / "run_directory.py"))
     where.write_text("x")
     assert source_commit() == "released"
     for arguments in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"]):
         subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
     commit = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert source_commit() == commit
+    (tmp_path / "beside.txt").write_text("x")
+    assert source_commit() == commit, "what else is in the checkout is not what fedsp runs from"
     where.write_text("y")
     assert source_commit() == f"{commit}+"
+    subprocess.run(["git", "-C", str(tmp_path), "rm", "-q", "-r", "--cached", "src"], check=True)
+    assert source_commit() == "released", "installed into a checkout of something else"
     found = versions()
-    assert (
-        found["torch"] == torch.__version__ and found["fedsp"] and {"python", "platform", "commit", "transformers", "tokenizers", "safetensors"} <= set(found)
-    )
+    libraries = {"fedsp", "torch", "transformers", "tokenizers", "safetensors", "datasets", "flwr-datasets"}
+    assert found["torch"] == torch.__version__ and set(found) == {"python", "platform", "commit"} | libraries and "not installed" not in found.values()
     monkeypatch.setattr(runs, "version", lambda name: (_ for _ in ()).throw(PackageNotFoundError(name)))
     assert versions()["torch"] == "not installed"

@@ -105,6 +105,10 @@ def test_bounds_of_a_reply_are_met_to_the_last_byte() -> None:
         ({"a" * 21: 1.0}, "not a few"),
     ):
         assert (verdict(forged(GOOD.payload, losses=losses)) is None) if why is None else why in str(verdict(forged(GOOD.payload, losses=losses)))
+    for name, most_of_it, called in (("seconds", 1e9, "seconds"), ("shortened", 1e12, "count of shortened examples"), ("spikes", 1e12, "count of spikes")):
+        assert verdict(forged(GOOD.payload, **{name: most_of_it})) is None
+        assert verdict(forged(GOOD.payload, **{name: most_of_it + 1})) == f"the reply's {called} is no number from 0 to {most_of_it:g}"
+    assert "the reply's loss 'a' is no number" in str(verdict(forged(GOOD.payload, losses={"a": -1})))
     header = json.loads(GOOD.header)
     del header["coding"], header["spikes"]
     read = read_reply(Frame(json.dumps(header), GOOD.payload), REQUEST)
