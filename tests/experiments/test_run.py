@@ -21,6 +21,7 @@ from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import AuxiliaryError, DataError, FedspError, PromptError, RunError, StorageError, TooFewClients, TrainingDiverged
+from fedsp.experiments import build
 from fedsp.experiments import run as experiment
 from fedsp.experiments import server_setup as server
 from fedsp.experiments.run import run_experiment
@@ -295,7 +296,7 @@ def test_only_clients_that_are_asked_are_opened(tmp_path: Path, monkeypatch: pyt
         opened.append(client)
         return made(client, *given)
 
-    monkeypatch.setattr(clients_side, "make_party", make_party)
+    monkeypatch.setattr(build, "make_party", make_party)
     rows = [row | {"id": str(index)} for index, row in enumerate(ROWS)] * 2
     values = settings(
         tmp_path,
