@@ -25,6 +25,7 @@ from fedsp.cli import app
 from fedsp.errors import ConfigurationError, RunError, TrainingDiverged
 from fedsp.experiments import run_directory as runs
 from fedsp.experiments import study
+from fedsp.experiments.start import start_run
 from fedsp.federation.callbacks import Callbacks
 from fedsp.models.soft_prompt import read_prompt
 from fedsp.report.collect import read_results
@@ -84,8 +85,8 @@ def test_a_study_runs_each_cell_once_and_shares_packages(finished: Path, monkeyp
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished cell was run again")
 
-    monkeypatch.setattr(study, "run", never)
-    monkeypatch.setattr(study, "resume", never)
+    monkeypatch.setattr(study, "start_run", never)
+    monkeypatch.setattr(study, "resume_run", never)
     again = study.run_study(finished.parent.parent / "study.toml")
     assert again["finished"] == 10 and before == {path: (path / "result.json").stat().st_mtime_ns for path in folders}
 
@@ -335,10 +336,9 @@ def test_what_diverged_stays_in_the_table_of_stability(tmp_path: Path, monkeypat
 
     methods = {"zero-shot": {"method": "zero_shot"}, "FedPrompt": {"method": "fedprompt"}}
     path = study_file(tmp_path, methods=methods, reference="zero-shot", seeds=[0], grids=[{"title": "One", "methods": list(methods)}])
-    original = commands.run
-    monkeypatch.setattr(study, "run", lambda config, **rest: diverge() if config.method == "fedprompt" else original(config, **rest))
+    monkeypatch.setattr(study, "start_run", lambda config, *rest: diverge() if config.method == "fedprompt" else start_run(config, *rest))
     assert study.run_study(path)["failed"] == 1
-    monkeypatch.setattr(study, "run", diverge)
+    monkeypatch.setattr(study, "start_run", diverge)
     assert study.run_study(path)["failed"] == 1  # what diverged is not tried again
     write_report([tmp_path / "studies" / "small"], tmp_path / "report")
     assert "| FedPrompt | 1 of 1 |" in (tmp_path / "report" / "report.md").read_text()
