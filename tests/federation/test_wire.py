@@ -23,7 +23,18 @@ from fedsp.federation.aggregation.mean import validate_update
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.messages import Failure, Request, Update
 from fedsp.federation.transport.frames import Frame
-from fedsp.federation.transport.wire import REFUSALS, ROOM, read_reply, read_request, sign_reply, signed_reply, write_refusal, write_request, write_update
+from fedsp.federation.transport.wire import (
+    LONGEST_HEADER,
+    REFUSALS,
+    ROOM,
+    read_reply,
+    read_request,
+    sign_reply,
+    signed_reply,
+    write_refusal,
+    write_request,
+    write_update,
+)
 from fedsp.models.payload import PROMPT, pack
 
 PROMPT_SENT = {PROMPT: torch.linspace(-1, 1, 4 * 8 * 16).reshape(4, 8, 16)}
@@ -108,6 +119,9 @@ def test_bounds_of_a_reply_are_met_to_the_last_byte() -> None:
     for name, most_of_it, called in (("seconds", 1e9, "seconds"), ("shortened", 1e12, "count of shortened examples"), ("spikes", 1e12, "count of spikes")):
         assert verdict(forged(GOOD.payload, **{name: most_of_it})) is None
         assert verdict(forged(GOOD.payload, **{name: most_of_it + 1})) == f"the reply's {called} is no number from 0 to {most_of_it:g}"
+    room = LONGEST_HEADER - len(json.dumps(json.loads(GOOD.header) | {"more": ""}))
+    assert verdict(forged(GOOD.payload, more="x" * room)) is None
+    assert f"has {LONGEST_HEADER + 1} characters, more than {LONGEST_HEADER}" in str(verdict(forged(GOOD.payload, more="x" * (room + 1))))
     assert "the reply's loss 'a' is no number" in str(verdict(forged(GOOD.payload, losses={"a": -1})))
     header = json.loads(GOOD.header)
     del header["coding"], header["spikes"]
