@@ -18,7 +18,7 @@ has made from layers of M_g and distilled from it (`fedsp.models.auxiliary`, `fe
     the p with the best validation loss under M_g is the result
 
 Every loss is the cross-entropy of answer tokens, nats per token. Align, server step, distillation and sharing are switched off by
-numbers: no steps, or another layer plan. The loop over rounds is `fedsp.federation.loop`; what travels how, `fedsp.engines`.
+numbers: no steps, or another layer plan. The loop over rounds is `fedsp.federation.loop`; what travels how, `fedsp.federation.transport`.
 
 Deviations from the authors' released code, each a choice (`preset = "paper"` keeps the paper's settings otherwise):
 

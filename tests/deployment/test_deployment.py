@@ -57,7 +57,7 @@ class Deployment:
         return process
 
     def join(self, client: str, refused_for: float = 90.0) -> subprocess.Popen[bytes]:
-        patience = f"from fedsp.engines import joining; joining.REFUSED_FOR = {refused_for}"
+        patience = f"from fedsp.deployment import join; join.REFUSED_FOR = {refused_for}"
         code = f"import sys; {patience}; sys.argv = ['fedsp', 'join', 'party.toml']; from fedsp.cli import main; main()"
         return self.start(self.place / client, "join.log", "-c", code)
 
