@@ -285,10 +285,12 @@ def test_one_address_cannot_keep_the_gate_from_others(opened: Any, headers: Any)
         connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + lines(headers["a"]) + b"\r\nx")
     reply = httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context)
     assert reply.status_code == 200 and upstream.seen == [("/v1/fleet/pull", 1)]
-    other = httpx.HTTPTransport(verify=context, local_address="127.0.0.2")
-    with httpx.Client(transport=other) as elsewhere:
-        for _ in range(3):
-            assert elsewhere.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 200
+    port, call = int(url.rpartition(":")[2]), b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n" + lines(headers["a"]) + b"\r\nx"
+    elsewhere = [socket.create_connection(("127.0.0.1", port), 5, source_address=("127.0.0.2", 0)) for _ in range(gate.EACH)]
+    for connection in [context.wrap_socket(one, server_hostname="127.0.0.1") for one in elsewhere]:
+        connection.sendall(call)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 "), "another address has a share of its own, all of it"
+        connection.close()
     more = []
     for _ in range(6):
         with contextlib.suppress(OSError):
