@@ -601,9 +601,8 @@ def test_profiles_fill_in_what_the_file_leaves_out(tmp_path: Path) -> None:
         make_config({**values, "profile": "secure"})
 
 
-def test_a_resumed_private_run_is_never_behind_its_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill between the release and the checkpoint: the answers that were given are given again, and nothing is paid twice."""
-    values = settings(tmp_path, **EXAMPLE)
+def run_killed_in_its_second_round(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between what it releases and the checkpoint that makes the round count."""
     keep, kept = RunDirectory.keep, 0
 
     def killed(self: RunDirectory, *arguments: Any) -> None:
@@ -613,10 +612,16 @@ def test_a_resumed_private_run_is_never_behind_its_ledger(tmp_path: Path, monkey
             raise KeyboardInterrupt
         keep(self, *arguments)
 
-    monkeypatch.setattr(RunDirectory, "keep", killed)
-    with pytest.raises(KeyboardInterrupt):
-        commands.run(values)
-    monkeypatch.setattr(RunDirectory, "keep", keep)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "keep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            commands.run(values)
+
+
+def test_a_resumed_private_run_is_never_behind_its_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the release and the checkpoint: the answers that were given are given again, and nothing is paid twice."""
+    values = settings(tmp_path, **EXAMPLE)
+    run_killed_in_its_second_round(values, monkeypatch)
     run = RunDirectory.open(tmp_path / "run")
     ledger = run.rest("client client-0").folder / privacy.LEDGER
     assert sum(release.count for release in Ledger(ledger).releases()) == 4
@@ -635,19 +640,7 @@ def test_a_client_level_server_pays_before_it_releases(tmp_path: Path, monkeypat
 
 
 def test_a_client_level_run_whose_ledger_was_taken_away_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep, kept = RunDirectory.keep, 0
-
-    def killed(self: RunDirectory, *arguments: Any) -> None:
-        nonlocal kept
-        kept += 1
-        if kept == 2:
-            raise KeyboardInterrupt
-        keep(self, *arguments)
-
-    monkeypatch.setattr(RunDirectory, "keep", killed)
-    with pytest.raises(KeyboardInterrupt):
-        commands.run(settings(tmp_path, **CLIENT))
-    monkeypatch.setattr(RunDirectory, "keep", keep)
+    run_killed_in_its_second_round(settings(tmp_path, **CLIENT), monkeypatch)
     for path in (tmp_path / "run").glob(f"{privacy.LEDGER}*"):
         path.unlink()
     with pytest.raises(StorageError, match="knows of fewer releases than the 1 rounds that are done.* restore it from a backup"):
