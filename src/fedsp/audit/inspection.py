@@ -58,7 +58,7 @@ def inspect_auxiliary(auxiliary: AuxiliaryModel, text: str, reference: PromptedL
     silent, alike = _gradients(auxiliary, rows)
     heads = max(1, sum(row["heads"] for row in attention))
     figures = {
-        "tensor_distance": max((max(row["from_family"], row["from_reference"] or 0.0) for row in tensors), default=0.0),
+        "tensor_distance": max(map(_farthest, tensors), default=0.0),
         "zero_share": max((row["zero_share"] for row in tensors), default=0.0),
         "excess_loss": loss - uniform,
         "dead_head_share": sum(row["dead"] for row in attention) / heads,
@@ -91,7 +91,12 @@ def _tensors(auxiliary: AuxiliaryModel, reference: PromptedLM | None) -> list[di
         shape = [key for key in SHAPE if not (name in reduced and key == "rank_share")]
         others = [_distance(look, other, [*shape, *SCALE]) for other_name, other in trusted.items() if _kind(other_name) == _kind(name)]
         rows.append({"tensor": name, **look, "from_family": _distance(look, family[name], shape), "from_reference": min(others, default=None)})
-    return sorted(rows, key=lambda row: -max(row["from_family"], row["from_reference"] or 0.0))
+    return sorted(rows, key=_farthest, reverse=True)
+
+
+def _farthest(row: Mapping[str, Any]) -> float:
+    """How far a matrix is from its family, or from what is trusted, whichever is more."""
+    return float(max(row["from_family"], row["from_reference"] or 0.0))
 
 
 def _kind(name: str) -> str:
@@ -110,15 +115,19 @@ def _looks(model: nn.Module) -> dict[str, dict[str, float]]:
         matrix = parameter.detach().double().flatten(1)
         matrix = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
         sizes = torch.linalg.eigvalsh(matrix.T @ matrix).clamp_min(0).sqrt()
-        shares = sizes / sizes.sum().clamp_min(1e-300)
         deviation = float(matrix.std())
         found[name] = {
             "deviation": deviation,
             "largest": float(matrix.abs().max()) / max(deviation, 1e-300),
             "zero_share": float((matrix == 0).double().mean()),
-            "rank_share": math.exp(-float((shares * shares.clamp_min(1e-300).log()).sum())) / len(sizes),
+            "rank_share": _effective_number(sizes / sizes.sum().clamp_min(1e-300)) / len(sizes),
         }
     return found
+
+
+def _effective_number(shares: Tensor) -> float:
+    """How many of some shares (N,) there are in effect: the exponential of their entropy."""
+    return math.exp(-float((shares * shares.clamp_min(1e-300).log()).sum()))
 
 
 def _distance(one: Mapping[str, float], other: Mapping[str, float], keys: Sequence[str]) -> float:
@@ -174,6 +183,5 @@ def _gradients(auxiliary: AuxiliaryModel, rows: Sequence[Sequence[int]]) -> tupl
     largest = gradients.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)
     silent = float((gradients.abs() <= 1e-9 * largest).all(dim=0).double().mean())
     unit = gradients / gradients.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    spread = torch.linalg.eigvalsh(unit @ unit.T).clamp_min(0) / len(rows)
-    directions = math.exp(-float((spread * spread.clamp_min(1e-300).log()).sum()))
+    directions = _effective_number(torch.linalg.eigvalsh(unit @ unit.T).clamp_min(0) / len(rows))
     return silent, 1 - (directions - 1) / (len(rows) - 1)

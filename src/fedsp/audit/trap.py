@@ -198,7 +198,7 @@ def audit_trap(folder: Path, *, watcher: Callbacks | None = None) -> dict[str, A
     held = {client: [row for row, holder in zip(rows, opened.holders, strict=True) if holder == client] for client in sorted(set(opened.holders))}
     table = []
     for most in (QUESTIONS, None):
-        tried = [_told(opened, honest, client, held, most) for client in held]
+        tried = [_told(opened, honest, spec, client, held, most) for client in held]
         words, right = sum(one for one, _ in tried), sum(one for _, one in tried)
         examples = sum(min(most or len(own), len(own)) for own in held.values()) / len(held)
         table.append({"examples": examples, "words": words, "right": (right / words, *clopper_pearson(round(right), words, 0.025))})
@@ -215,13 +215,11 @@ def audit_trap(folder: Path, *, watcher: Callbacks | None = None) -> dict[str, A
     return figures
 
 
-def _told(opened: Opened, honest: AuxiliaryModel, client: str, held: dict[str, list[Encoded]], most: int | None) -> tuple[int, float]:
+def _told(opened: Opened, honest: AuxiliaryModel, spec: PromptSpec, client: str, held: dict[str, list[Encoded]], most: int | None) -> tuple[int, float]:
     """The words that are sought in some of a client's examples, and of how many it is told rightly whether they stand there."""
-    config = opened.run.config
-    rng = random.Random(derive_seed(config.seed, "trap", client, most or 0))
+    rng = random.Random(derive_seed(opened.run.config.seed, "trap", client, most or 0))
     texts = held[client] if most is None else rng.sample(held[client], min(most, len(held[client])))
     others = [row for other, own in held.items() for row in own if other != client]
-    spec = PromptSpec(config.prompt.space, config.prompt.length, honest.prompt_shape)
     words, there = draw_words(texts, others or held[client], opened.server.tokenizer, room_for_words(spec), rng)
     trap = make_trap(honest, spec, words)
     return len(words), right_words(trap.read(_answer(opened, trap, client, texts)), there)

@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedsp.config import NAME, FederationSection, PartyConfig, RunConfig
 from fedsp.config_file import PRESETS, template_of
 from fedsp.deployment.credentials import (
@@ -65,7 +63,6 @@ def serve(run: RunDirectory, watcher: Callbacks) -> dict[str, Any]:
     section = _server_section(run.config)
     register = read_register(Path(section.folder))
     keys = {name: partial(has_signed, client_key(member.public_key)) for name, member in register.items()}
-    torch.set_num_threads(run.threads)
     with ExitStack() as stack:
         listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
