@@ -36,7 +36,6 @@ Deviations from the authors' released code, each a choice (`preset = "paper"` ke
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fedsp.federation.messages import Request, Update
@@ -46,9 +45,6 @@ from fedsp.models.payload import Payload
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.models.trainable import Tensors, trainable
 from fedsp.training.loop import TrainResult
-
-Adapt = Callable[[SoftPrompt, int, int], None]
-"""What the server may do to the aggregated prompt without labels, in place: prompt, round, seed (`fedsp.training.server_adaptation`)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,6 @@ class FedSP:
     server: Stage
     keep_optimizer: bool = False
     package: Tensors = field(default_factory=dict, repr=False)
-    adapt: Adapt | None = field(default=None, repr=False)
 
     def init(self, server: Party) -> Payload:
         """One prompt for all."""
@@ -91,12 +86,10 @@ class FedSP:
 
     def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
         """Steps on the aggregated prompt through the frozen global model. See `Method.server_update`."""
-        if not self.server.steps and self.adapt is None:
+        if not self.server.steps:
             return aggregated, None
         state = server.rest.load(before=round) if self._rests(server.prompt) else {}
         server.prompt.take_up(aggregated, part(state, "prompt"))
-        if self.adapt is not None:
-            self.adapt(server.prompt, round, seed)
         fits = {work.name: self._fit(server, work, aggregated, round, seed, state) for work in self.work(server, "server")}
         self._save_state(server, round, fits)
         return server.prompt.payload(), fits["server"].last if fits else None

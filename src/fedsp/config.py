@@ -137,7 +137,6 @@ class DistillSection(Section):
     sequences: Positive = Field(512, description="sequences at most; their teacher states are computed once and kept: in memory, and beyond 1 GiB on the disk")
     match_depths: Decay = Field(0.0, description="weight of the mean squared error at every depth; 0 is the paper")
     match_logits: Decay = Field(0.0, description="weight of the KL divergence of next-token distributions, nats; 0 is the paper")
-    proxy_prompts: Decay = Field(0.0, description="scale of a random prompt put on both sides at each step; 0 is the paper; teacher states cannot be kept then")
     again_every: Count = Field(
         0, description="rounds after which the package is distilled again, around the prompt as it stands, and handed out again; 0: never"
     )
@@ -154,12 +153,6 @@ class PromptSection(Section):
     init_text: str | None = Field(None, description="file whose first tokens give the activations; none: the distillation text")
     init_scale: Rate = Field(0.02, description="standard deviation of init = normal")
     projection: Annotated[int, Field(ge=0, le=1 << 16)] = Field(0, description="hidden size of the projection MLP (the authors use 512); 0: none")
-    tuned_at: Literal["all", "verbatim"] = Field(
-        "all", description="all: at every depth; verbatim: only where clients hold the very layer of the global model; elsewhere the first prompt stays"
-    )
-    translate: bool = Field(
-        False, description="key_value prompts only: the server reads them through one linear map per layer, fitted on the distillation text"
-    )
 
 
 class RoundSection(Section):
@@ -170,11 +163,11 @@ class RoundSection(Section):
     min_clients: Count = Field(1, description="admitted updates that a round needs; with fewer the run stops and can be resumed")
     weighting: Literal["examples", "uniform"] = Field("examples", description="weights of the mean, from the server's register of examples")
     max_change: Rate = Field(1.0, description="root mean square by which a reply may differ from the broadcast prompt, per number")
-    optimizer: Literal["none", "momentum", "adam"] = Field(
-        "none", description="what the server makes of the mean: none takes it, momentum and adam take its change as a gradient (FedAvgM, FedAdam)"
+    optimizer: Literal["none", "momentum"] = Field(
+        "none", description="what the server does with the aggregated update: none applies it; momentum accumulates it (FedAvgM)"
     )
-    learning_rate: LearningRate = Field(1.0, description="of momentum and adam at the server")
-    momentum: Share = Field(0.9, description="of momentum at the server; adam's beta_1")
+    learning_rate: LearningRate = Field(1.0, description="server learning rate of momentum, a factor of the accumulated update")
+    momentum: Share = Field(0.9, description="server momentum, for optimizer = 'momentum'")
 
     def asked(self, clients: int) -> int:
         """How many of so many clients a round asks."""
@@ -202,10 +195,6 @@ class ServerSection(Section):
     learning_rate: LearningRate = Field(description="of AdamW on the prompt")
     weight_decay: Decay = Field(description="of AdamW")
     batch_size: Batch = Field(16, description="examples per step")
-    public_steps: Count = Field(
-        0, description="steps on the distillation text, without labels, before the others: towards what the auxiliary model says under the same prompt; 0: none"
-    )
-    public_learning_rate: LearningRate = Field(1e-2, description="of AdamW in those steps")
 
 
 class AggregationSection(Section):
@@ -366,12 +355,6 @@ class RunConfig(Section):
         if self.aggregation.rule == "trust" and not self.server.steps:
             raise ValueError("aggregation.rule: trust goes by the server's own step; set server.steps above 0")
         self._private()
-        if self.prompt.translate and self.prompt.space != "key_value":
-            raise ValueError("prompt.translate: only key_value prompts are translated; a residual prompt is read by each side's own layers")
-        if self.prompt.translate and (self.prompt.tuned_at != "all" or self.distill.again_every):
-            raise ValueError("prompt.translate: it goes with prompt.tuned_at = 'all' and distill.again_every = 0")
-        if self.server.public_steps and (self.distill.text in ([], ["server"]) or self.round.clients == 0):
-            raise ValueError("server.public_steps: they need distill.text, public, and clients whose prompts are adapted")
         if self.distill.again_every and (self.federation or self.client.align_steps or not self.distill.steps):
             raise ValueError("distill.again_every: only where clients are simulated, do not align, and distill.steps is above 0")
         if self.distill.steps and not self.distill.text and not self.auxiliary.folder:
@@ -431,9 +414,6 @@ class RunConfig(Section):
         fedsp_only = {
             "federation": self.federation is not None,
             "client.align_steps": self.client.align_steps > 0,
-            "prompt.translate": self.prompt.translate,
-            "prompt.tuned_at": self.prompt.tuned_at != "all",
-            "server.public_steps": self.server.public_steps > 0,
             "distill.again_every": self.distill.again_every > 0,
             "privacy.unit": self.privacy.unit == "example",
         }

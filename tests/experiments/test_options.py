@@ -1,8 +1,7 @@
-"""The options of ablations and heterogeneity: server optimizers, topics, unequal sizes, translation, adaptation, distillation again, measured cost."""
+"""The options of ablations and heterogeneity: server optimizers, topics, unequal sizes, distillation again, measured cost."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -23,58 +22,24 @@ from fedsp.data.topics import find_topics
 from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.experiments import run_directory as runs
 from fedsp.experiments.costs import measure
-from fedsp.federation.aggregation.mean import ServerOptimizer, update_cosine
 from fedsp.federation.methods.base import Stage
 from fedsp.federation.methods.fedprompt import FedPrompt
 from fedsp.federation.methods.finetune import Finetune, all_weights
 from fedsp.federation.party import Party, StateStore
 from fedsp.models.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, nearly_disclosed_share, parse_plan
 from fedsp.models.payload import PROMPT
-from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, read_prompt
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.storage import read_tensors
 from fedsp.training.distillation import Distillation, distill
 from fedsp.training.evaluation import Scored, by_client
 from fedsp.training.loop import Optimisation, TrainResult
-from fedsp.training.server_adaptation import TranslatedPrompt, adapt_prompt, fit_translation
 from support.small_runs import PAPER, ROWS, settings
 from support.tiny_models import tiny_model
 
-
-def test_server_optimizers_are_their_papers_formulas() -> None:
-    sent, mean = {"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([1.5, 1.0])}
-    assert ServerOptimizer().step(sent, mean, {}) == (mean, {})
-    momentum = ServerOptimizer("momentum", 0.5, 0.9)
-    first, state = momentum.step(sent, mean, {})
-    torch.testing.assert_close(first["a"], torch.tensor([1.25, 1.5]))  # x + 0.5 * change
-    second, _ = momentum.step(first, {"a": first["a"] + 1.0}, state)
-    torch.testing.assert_close(second["a"], first["a"] + 0.5 * (0.9 * torch.tensor([0.5, -1.0]) + 1.0))
-    adam, moments = ServerOptimizer("adam", 0.1, 0.9).step(sent, mean, {})
-    change = torch.tensor([0.5, -1.0])
-    torch.testing.assert_close(adam["a"], sent["a"] + 0.1 * (0.1 * change) / ((0.99e-6 + 0.01 * change**2).sqrt() + 1e-3))
-    assert sorted(moments) == ["first.a", "second.a"]
-
-
-def test_the_cosine_of_updates_is_the_mean_over_pairs() -> None:
-    generator = torch.Generator().manual_seed(0)
-    sent = {"a": torch.randn(3, 4, generator=generator), "b": torch.randn(5, generator=generator)}
-    payloads = {name: {key: value + torch.randn(value.shape, generator=generator) for key, value in sent.items()} for name in "xyz"}
-    flat = {name: torch.cat([(payload[key] - sent[key]).flatten() for key in sent]) for name, payload in payloads.items()}
-    pairs = [torch.nn.functional.cosine_similarity(flat[one], flat[other], dim=0) for one, other in itertools.combinations("xyz", 2)]
-    assert update_cosine(payloads, sent) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-6)
-    assert update_cosine({"x": payloads["x"]}, sent) is None and update_cosine({"x": sent, "y": sent}, sent) is None
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
-    "momentum": {"round": {"rounds": 3, "optimizer": "momentum", "momentum": 0.5}},
-    "adam": {"round": {"rounds": 3, "optimizer": "adam", "learning_rate": 0.01}, "client": {"speak_steps": 2, "batch_size": 4, "proximal": 0.1}},
-    "public": {"server": {"public_steps": 2, "batch_size": 2}},
-    "translated": {
-        "prompt": {"length": 4, "space": "key_value", "translate": True},
-        "distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "sequences": 12},
-    },
+    "momentum": {"round": {"rounds": 3, "optimizer": "momentum", "momentum": 0.5}, "client": {"speak_steps": 2, "batch_size": 4, "proximal": 0.1}},
     "compressed": {"compression": {"up": "sign", "down": "int4"}, "server": {"steps": 1, "batch_size": 4}},
     "again": {"distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "again_every": 1}},
-    "verbatim": {"prompt": {"length": 4, "tuned_at": "verbatim"}, "server": {"steps": 1, "batch_size": 4}},
     "finetune": {"method": "finetune", "client": {"speak_steps": 2, "batch_size": 4, "learning_rate": 1e-4}},
     "lora": {"method": "lora", "client": {"speak_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "keep_optimizer": True}},
     "fedprompt with projection": {"method": "fedprompt", "prompt": {"length": 4, "projection": 8}},
@@ -112,15 +77,6 @@ def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_o
     assert zero["answer_loss"] == pytest.approx(bare["test"]["answer_loss"], abs=1e-5)
 
 
-def test_prompts_tuned_at_verbatim_depths_leave_the_others_as_they_were(tmp_path: Path) -> None:
-    commands.run(settings(tmp_path, **OPTIONS["verbatim"], validation={"by": "none"}))
-    first, last = (read_prompt(tmp_path / "run" / "prompts" / f"round-0000{round}.safetensors").values() for round in (1, 3))
-    moved = [layer for layer in range(8) if not torch.equal(first[:, layer], last[:, layer])]
-    assert moved == [0, 1, 6, 7]
-    with pytest.raises(ConfigurationError, match=r"auxiliary.plan keeps no layer verbatim: use ends\(n, m\)"):
-        commands.run(settings(tmp_path / "other", prompt={"length": 4, "tuned_at": "verbatim"}, auxiliary={"plan": "shared(0)"}))
-
-
 def test_a_package_that_is_made_again_is_counted_as_sent(tmp_path: Path) -> None:
     plain = commands.run(settings(tmp_path / "plain"))
     again = commands.run(settings(tmp_path / "again", **OPTIONS["again"]))
@@ -136,33 +92,6 @@ def test_distillation_around_a_prompt_brings_the_two_sides_together_there() -> N
     texts = [torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(8)]
     losses = distill(auxiliary, teacher, texts, Distillation(60, 4, Optimisation(3e-3, 0.0)), seed=0, around=prompt)
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-
-
-def test_translation_is_the_identity_between_equal_models_and_finds_a_linear_map() -> None:
-    model = tiny_model("gpt2")
-    same = build_auxiliary(model, parse_plan("every(1)", 4), None)
-    texts = [torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(20)]
-    maps, offsets = fit_translation(model, same, texts, ridge=1e-9)
-    spec = PromptSpec("key_value", 3, model.shape)
-    values = model.activations(torch.tensor(texts[0][:3]))[1]
-    translated = TranslatedPrompt(spec, values, maps=maps, offsets=offsets)
-    torch.testing.assert_close(translated.prefix(model), values, rtol=1e-3, atol=1e-3)
-    with torch.no_grad():  # a client whose keys are all scaled by two: the map must halve them
-        for name, parameter in same.model.named_parameters():
-            if ".attn.c_attn." in name:
-                parameter[..., 32:64] *= 2
-    halved, _ = fit_translation(model, same, texts, ridge=1e-9)
-    keys = halved[0, 0]
-    torch.testing.assert_close(values[:, 0, 0].flatten(1) * 2 @ keys, values[:, 0, 0].flatten(1), rtol=1e-2, atol=1e-2)
-
-
-def test_adaptation_moves_the_global_model_towards_what_the_auxiliary_says() -> None:
-    model = tiny_model("gpt2")
-    auxiliary = build_auxiliary(model, parse_plan("shared(0)", 4), None)
-    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)))
-    texts = [torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(8)]
-    losses = adapt_prompt(prompt, model, auxiliary, texts, steps=40, batch_size=8, optimisation=Optimisation(3e-2, 0.0, 0.0), seed=0)
-    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_plans_of_copies_and_emulators() -> None:
@@ -220,8 +149,6 @@ def test_a_run_over_topics_gives_figures_for_each_client(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"prompt": {"translate": True}}, "prompt.translate: only key_value prompts are translated"),
-        ({"server": {"public_steps": 2}, "distill": {"text": ["server"]}}, "server.public_steps: they need distill.text, public"),
         ({"distill": {"again_every": 1}, "client": {"align_steps": 1}}, "distill.again_every: only where clients are simulated"),
         ({"partition": {"kind": "dirichlet"}}, "needs the name of a column, or partition.topics"),
         ({"partition": {"column": "x", "topics": 3}}, "partition.topics: a partition goes by a column or by topics"),

@@ -79,28 +79,19 @@ def test_the_cosine_between_updates_is_the_mean_over_pairs() -> None:
     assert update_cosine(small, zero) == pytest.approx(exact, abs=1e-14), "however short, and in float64"
 
 
-@pytest.mark.parametrize("kind", ["none", "momentum", "adam"])
+@pytest.mark.parametrize("kind", ["none", "momentum"])
 def test_a_server_optimizer_is_its_paper_s(kind: str) -> None:
     optimizer = ServerOptimizer(kind, learning_rate=0.5, momentum=0.8)  # type: ignore[arg-type]
     sent: Payload = {"a": torch.tensor([1.0, -2.0])}
     state: Payload = {}
-    value, first, second = [1.0, -2.0], [0.0, 0.0], [1e-6, 1e-6]
+    value, momentum = [1.0, -2.0], [0.0, 0.0]
     for mean in ([3.0, -2.5], [0.0, 1.0], [2.0, 2.0]):
         stepped, state = optimizer.step(sent, {"a": torch.tensor(mean)}, state)
         for place in range(2):
-            change = mean[place] - value[place]
-            if kind == "momentum":
-                first[place] = 0.8 * first[place] + change
-                value[place] += 0.5 * first[place]
-            elif kind == "adam":
-                first[place] = 0.8 * first[place] + 0.2 * change
-                second[place] = 0.99 * second[place] + 0.01 * change**2
-                value[place] += 0.5 * first[place] / (math.sqrt(second[place]) + 1e-3)
-            else:
-                value[place] = mean[place]
+            momentum[place] = 0.8 * momentum[place] + mean[place] - value[place]
+            value[place] = value[place] + 0.5 * momentum[place] if kind == "momentum" else mean[place]
         assert stepped["a"].tolist() == pytest.approx(value, rel=1e-5) and stepped["a"].dtype == torch.float32
-        assert set(state) == {"none": set(), "momentum": {"first.a"}, "adam": {"first.a", "second.a"}}[kind]
-        assert all(tensor.dtype == torch.float32 for tensor in state.values())
+        assert set(state) == ({"a"} if kind == "momentum" else set()) and all(tensor.dtype == torch.float32 for tensor in state.values())
         sent = stepped
 
 

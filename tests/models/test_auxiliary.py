@@ -208,7 +208,7 @@ def test_the_plan_refuses_what_cannot_be_built(tmp_path: Path) -> None:
         make_plan(config("shared(0)", str(tmp_path)), clients=2)
 
 
-OPTIONS: list[dict[str, float]] = [{}, {"match_depths": 1.0}, {"match_logits": 1.0}, {"proxy_prompts": 0.5}]
+OPTIONS: list[dict[str, float]] = [{}, {"match_depths": 1.0}, {"match_logits": 1.0}]
 
 
 @pytest.mark.parametrize("options", [{}, {"match_depths": 1.0}], ids=str)
@@ -278,7 +278,7 @@ def test_distillation_lowers_the_loss_and_keeps_verbatim_what_it_says(plan: str,
             return float(masked_mse(auxiliary(batch), teacher(batch), torch.ones_like(batch)))
 
     start = distance()
-    losses = distill(auxiliary, teacher, texts, Distillation(12, 4, Optimisation(1e-3), **options, proxy_length=4), seed=0)
+    losses = distill(auxiliary, teacher, texts, Distillation(12, 4, Optimisation(1e-3), **options), seed=0)
     assert len(losses) == 12 and distance() < start
     changed = {name for name, value in auxiliary.weights().items() if not torch.equal(value, before[name])}
     if plan == "ends(2)":

@@ -7,17 +7,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 
-from torch import Tensor
-
-from fedsp.algorithm import Adapt
 from fedsp.config import Agreement, RunConfig
 from fedsp.data.encoding import Encoded, Tokenizer, encode_targets
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import FederatedDataset, Server, first_tokens, initial_prompt, make_auxiliary, public_sequences, token_limit
+from fedsp.experiments.server_setup import FederatedDataset, Server, initial_prompt, make_auxiliary, token_limit
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, absent_clients, agreement_of, client_prompt, make_method, make_party, require_independence, stages, tuned_layers
+from fedsp.federation.clients import Clients, absent_clients, agreement_of, client_prompt, make_method, make_party, require_independence, stages
 from fedsp.federation.methods.base import Averaging, Method
 from fedsp.federation.methods.fedprompt import FedPrompt
 from fedsp.federation.methods.fedprompt_single import FedPromptSingle, reading_one_layer
@@ -28,13 +25,10 @@ from fedsp.federation.methods.zero_shot import ZeroShot
 from fedsp.federation.party import Party, Tunable
 from fedsp.models.auxiliary import AuxiliaryModel, build_auxiliary, disclosed_share, parse_plan
 from fedsp.models.loading import reduce_precision
-from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.models.weights import Weights
 from fedsp.privacy import LEDGER, Ledger
-from fedsp.training.loop import Optimisation
-from fedsp.training.server_adaptation import TranslatedPrompt, adapt_prompt, fit_translation
 
 
 @dataclass(frozen=True)
@@ -60,8 +54,7 @@ METHODS: dict[str, About] = {
 
 @dataclass
 class Federation:
-    """A method and its parties. `fold` gives a payload as the global model reads it; `handed_out` is the share of the global model's numbers that
-    clients hold bit for bit."""
+    """A method and its parties. `handed_out` is the share of the global model's numbers that clients hold bit for bit."""
 
     method: Method
     model: PromptedLM
@@ -69,8 +62,6 @@ class Federation:
     clients: Clients
     auxiliary: AuxiliaryModel | None = None
     handed_out: float = 0.0
-    fold: Callable[[Payload], Payload] = lambda payload: payload
-    adapt: Adapt | None = None
 
 
 def server_side(server: Server) -> tuple[PromptedLM, Tunable]:
@@ -95,7 +86,7 @@ def server_side(server: Server) -> tuple[PromptedLM, Tunable]:
     if config.method == "offsite_tuning":
         outer = [source for source, frozen in zip(plan.sources, plan.frozen, strict=True) if frozen]
         return model, outer_layers(model, outer, outer)
-    prompt = initial_prompt(server, tuned_layers(config.prompt, plan) if config.method == "fedsp" else None)
+    prompt = initial_prompt(server)
     if config.method == "fedprompt_single":
         one = reading_one_layer(model)
         return one, _prompt_like(prompt, one, config)
@@ -130,23 +121,16 @@ def _fedsp(server: Server, run: RunDirectory, watcher: Callbacks, register: dict
     auxiliary = make_auxiliary(server, run.auxiliary, watcher) if asks else None
     model, tuned = server_side(server)
     assert isinstance(tuned, SoftPrompt)
-    fold: Callable[[Payload], Payload] = lambda payload: payload
-    if config.prompt.translate and auxiliary:
-        maps, offsets = fit_translation(model, auxiliary, public_sequences(server))
-        values = _in_the_auxiliary_space(tuned.values().detach().clone(), auxiliary, first_tokens(server))
-        translated = TranslatedPrompt(tuned.spec, values, maps=maps, offsets=offsets, seed=derive_seed(config.seed, "prompt")).to(model.device)
-        tuned, fold = translated, lambda payload: translated.translated(payload, model)
     handed_out = _handed_out(server, auxiliary)
     if auxiliary:
         reduce_precision(auxiliary, config.auxiliary.precision, "auxiliary.precision")
     agreement = agreement_of(config, server.max_tokens)
-    adapt = _adapt(server, auxiliary) if config.server.public_steps and auxiliary else None
-    method = make_method(agreement, auxiliary, config.server, adapt)
+    method = make_method(agreement, auxiliary, config.server)
     if auxiliary and register is None:
         clients = replace(open_clients(config, auxiliary, server.questions, run), method=method)
     else:
         clients = absent_clients(method, register or {})
-    return Federation(method, model, tuned, clients, auxiliary, handed_out, fold, adapt)
+    return Federation(method, model, tuned, clients, auxiliary, handed_out)
 
 
 def _handed_out(server: Server, auxiliary: AuxiliaryModel | None) -> float:
@@ -160,27 +144,6 @@ def _handed_out(server: Server, auxiliary: AuxiliaryModel | None) -> float:
             "auxiliary.folder: the package does not say what it discloses, as an earlier version made it: make it again with `fedsp distill`"
         )
     return disclosed_share(auxiliary, server.model)
-
-
-def _in_the_auxiliary_space(values: Tensor, auxiliary: AuxiliaryModel, tokens: Tensor | None) -> Tensor:
-    """A first prompt (P, L, 2, H, K) of a text's activations, as the auxiliary model itself has them, where it reads a layer."""
-    if tokens is not None:
-        pairs = auxiliary.activations(tokens[: len(values)].to(auxiliary.device))[1]
-        for depth, layer in reversed(list(enumerate(auxiliary.prompt_layers))):  # of several depths that read a layer, the first, as for the maps
-            values[:, layer] = pairs[:, depth]
-    return values
-
-
-def _adapt(server: Server, auxiliary: AuxiliaryModel) -> Adapt:
-    section, texts = server.config.server, public_sequences(server)
-    how = Optimisation(section.public_learning_rate, 0.0, 0.0)
-
-    def adapt(prompt: SoftPrompt, round: int, seed: int) -> None:
-        adapt_prompt(
-            prompt, server.model, auxiliary, texts, steps=section.public_steps, batch_size=section.batch_size, optimisation=how, seed=derive_seed(seed, round)
-        )
-
-    return adapt
 
 
 AVERAGING: dict[str, type[Averaging]] = {

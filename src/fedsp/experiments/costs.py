@@ -28,11 +28,11 @@ from fedsp.training.per_example_gradients import example_gradients
 Figures = dict[str, float]
 
 
-def measure(method: Method, party: Party, side: Side, seed: int, *, besides: Callable[[], None] | None = None) -> Figures:
+def measure(method: Method, party: Party, side: Side, seed: int) -> Figures:
     """The figures of one round of one party: `operations`, `tokens`, `seconds` of its forward and backward passes, `tokens_per_second`,
     `memory_bytes`, and the counts of `model_parameters`, `parameters_held`, `parameters_trained`, `parameters_sent`.
 
-    What is in place is used and not changed, but by `besides`: what the party does in a round besides its stages, whose operations are counted too.
+    What is in place is used and not changed.
     """
     works = method.work(party, side)
     tuned = party.tuned.trained()
@@ -49,8 +49,6 @@ def measure(method: Method, party: Party, side: Side, seed: int, *, besides: Cal
             figures["seconds"] += _seconds(party, work, batches)
             trained = sum(4 * parameter.numel() for parameter in work.train.values())
             figures["memory_bytes"] = max(figures["memory_bytes"], float(weights + 3 * trained + _activations(party, work, batches)))
-    if besides:
-        figures["operations"] += _operations(besides)
     total = sum(parameter.numel() for parameter in held.values())
     return figures | {
         "tokens_per_second": figures["tokens"] / figures["seconds"] if figures["seconds"] else 0.0,

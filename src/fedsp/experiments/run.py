@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], wa
         return statement
 
     def keep(now: RunState, record: RoundRecord) -> None:
-        run.keep(now, record, sides.fold(now.best), spec)
+        run.keep(now, record, now.best, spec)
         state()
         watcher.round_done(record, config.round.rounds)
 
@@ -118,7 +117,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], wa
         figures["epsilon"] = statement["epsilon"]
         watcher.say(statement["sentence"])
     figures["peak_memory_bytes"] = peak_memory()
-    run.finish(sides.fold(final.best), final.best_round, figures, spec)
+    run.finish(final.best, final.best_round, figures, spec)
     return figures
 
 
@@ -167,9 +166,8 @@ def _cost(sides: Federation, party: Party, final: RunState, seed: int, instead: 
     costs = {}
     method = sides.clients.method
     party.tuned.load(final.best)
-    besides = partial(sides.adapt, party.prompt, 1, derive_seed(seed, "server", 1)) if sides.adapt else None
     if not in_few_bits(sides.model):
-        costs["server"] = measure(method, party, "server", derive_seed(seed, "server", 1), besides=besides)
+        costs["server"] = measure(method, party, "server", derive_seed(seed, "server", 1))
     party.tuned.load(final.best)
     if not sides.clients.here:
         return costs

@@ -272,14 +272,12 @@ def fit_auxiliary(server: Server, auxiliary: AuxiliaryModel, *, progress: Progre
         Optimisation(section.learning_rate, section.weight_decay, 0.1, section.steps),
         section.match_depths,
         section.match_logits,
-        section.proxy_prompts,
-        server.config.prompt.length,
     )
     distill(auxiliary, server.model, public_sequences(server), how, seed=server.config.seed, progress=progress, around=around)
 
 
-def initial_prompt(server: Server, layers: list[int] | None = None) -> SoftPrompt:
-    """The prompt that is broadcast in round 1; with `layers`, only these layers of it are tuned.
+def initial_prompt(server: Server) -> SoftPrompt:
+    """The prompt that is broadcast in round 1.
 
     Raises:
         PromptError: the text is too short, or a file holds a prompt of another shape.
@@ -287,7 +285,7 @@ def initial_prompt(server: Server, layers: list[int] | None = None) -> SoftPromp
     section = server.config.prompt
     spec = PromptSpec(section.space, section.length, server.model.shape, section.projection)
     seed = derive_seed(server.config.seed, "prompt")
-    return SoftPrompt(spec, _first_values(server, spec, seed), seed=seed, layers=layers).to(server.model.device)
+    return SoftPrompt(spec, _first_values(server, spec, seed), seed=seed).to(server.model.device)
 
 
 def _first_values(server: Server, spec: PromptSpec, seed: int) -> torch.Tensor:

@@ -7,15 +7,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fedsp.algorithm import Adapt, FedSP
-from fedsp.config import Agreement, ClientSection, PromptSection, RunConfig, ServerSection
+from fedsp.algorithm import FedSP
+from fedsp.config import Agreement, ClientSection, RunConfig, ServerSection
 from fedsp.data.encoding import Encoded
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import ConfigurationError
 from fedsp.federation.methods.base import Method, Stage
 from fedsp.federation.methods.private import PrivateAnswers
 from fedsp.federation.party import Party, StateStore, Tunable
-from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan
+from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.privacy import Ledger, epsilon
@@ -65,7 +64,7 @@ def stages(client: ClientSection, server: ServerSection | None, rounds: int) -> 
     }
 
 
-def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: ServerSection | None = None, adapt: Adapt | None = None) -> Method:
+def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: ServerSection | None = None) -> Method:
     """FedSP with the agreement's numbers. Where no client is asked there is no auxiliary model."""
     steps, privacy = stages(agreement.client, server, agreement.rounds), example_privacy(agreement)
     if privacy:
@@ -74,7 +73,6 @@ def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: 
         **steps,
         keep_optimizer=agreement.client.keep_optimizer,
         package=auxiliary.weights() if auxiliary and agreement.client.align_steps else {},
-        adapt=adapt,
     )
     return PrivateAnswers(method, privacy) if privacy else method
 
@@ -118,21 +116,7 @@ def client_prompt(agreement: Agreement, auxiliary: AuxiliaryModel) -> SoftPrompt
     """The prompt that a client loads what it receives into."""
     section = agreement.prompt
     spec = PromptSpec(section.space, section.length, auxiliary.prompt_shape, section.projection)
-    prompt = SoftPrompt(spec, seed=derive_seed(agreement.seed, "prompt"), layers=tuned_layers(section, auxiliary.plan))
-    return prompt.to(auxiliary.device)
-
-
-def tuned_layers(section: PromptSection, plan: LayerPlan) -> list[int] | None:
-    """The prompt layers that are tuned; None for all.
-
-    Raises:
-        ConfigurationError: only verbatim layers are wanted, and the plan has none.
-    """
-    if section.tuned_at == "all":
-        return None
-    if not plan.keeps_verbatim:
-        raise ConfigurationError("prompt.tuned_at = 'verbatim', but auxiliary.plan keeps no layer verbatim: use ends(n, m) or emulator(n, m)")
-    return sorted(layer for layer, frozen in zip(plan.prompt_layers, plan.frozen, strict=True) if frozen)
+    return SoftPrompt(spec, seed=derive_seed(agreement.seed, "prompt")).to(auxiliary.device)
 
 
 def make_party(client: str, agreement: Agreement, model: PromptedLM, tuned: Tunable, rows: list[Encoded], rest: StateStore) -> Party:

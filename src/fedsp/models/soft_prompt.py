@@ -14,7 +14,7 @@ up exactly, trained through the MLP, and folded: only values ever travel.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,24 +54,13 @@ class PromptSpec:
 
 
 class SoftPrompt(nn.Module):
-    """A tunable soft prompt. Its parameters are what the optimizer trains; `values()` is what they amount to.
-
-    With `layers`, only the values of these prompt layers are tuned; the others stay as they were received.
-    """
+    """A tunable soft prompt. Its parameters are what the optimizer trains; `values()` is what they amount to."""
 
     origin: Tensor
-    received: Tensor
-    tuned: Tensor
 
-    def __init__(self, spec: PromptSpec, values: Tensor | None = None, *, seed: int = 0, layers: Sequence[int] | None = None) -> None:
+    def __init__(self, spec: PromptSpec, values: Tensor | None = None, *, seed: int = 0) -> None:
         super().__init__()
         self.spec = spec
-        self.partly = layers is not None
-        if layers is not None:
-            where = torch.zeros(spec.model.layers, dtype=torch.bool)
-            where[list(layers)] = True
-            self.register_buffer("tuned", where.view(1, -1, *[1] * (len(spec.shape) - 2)), persistent=False)
-            self.register_buffer("received", torch.zeros(spec.shape), persistent=False)
         start = torch.zeros(spec.shape) if values is None else values.detach().float().clone()
         if tuple(start.shape) != spec.shape:
             raise PromptError(f"a {spec.space} prompt of {spec.length} tokens for {spec.model} has shape {spec.shape}, not {tuple(start.shape)}")
@@ -89,8 +78,7 @@ class SoftPrompt(nn.Module):
 
     def values(self) -> Tensor:
         """The prompt's numbers, float32, of the spec's shape, with gradients to the parameters."""
-        values = self.origin + self.projection(self.embedding).view(self.spec.shape) if self.spec.projection else self.direct
-        return torch.where(self.tuned, values, self.received) if self.partly else values
+        return self.origin + self.projection(self.embedding).view(self.spec.shape) if self.spec.projection else self.direct
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What an optimizer trains, by name."""
@@ -113,8 +101,6 @@ class SoftPrompt(nn.Module):
             PayloadError: the payload is not one finite float32 tensor of this prompt's shape.
         """
         check(payload, {PROMPT: self.spec.shape})
-        if self.partly:
-            self.received.copy_(payload[PROMPT])
         if self.spec.projection:
             self.origin.copy_(payload[PROMPT].to(self.origin.device) - self.projection(self.embedding).view(self.spec.shape))
         else:

@@ -1,7 +1,7 @@
 """Distillation: the auxiliary model is fitted to the last hidden states of the global one, before any round (FedSP, section 3, KD).
 
 The loss is the mean squared error between last hidden states, after the final norm, over real tokens; padding is masked out. The teacher
-reads each text once and its states are kept, in memory or, where they are large, in a file, unless random proxy prompts change them at every step.
+reads each text once and its states are kept, in memory or, where they are large, in a file.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ class Distillation:
     optimisation: Optimisation
     match_depths: float = 0.0
     match_logits: float = 0.0
-    proxy_prompts: float = 0.0
-    proxy_length: int = 16
 
 
 def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -77,13 +75,13 @@ def distill(
         return []
     order = _order(len(texts), how, seed)
     drawn = Counter(index for indices in order for index in indices)
-    kept = Kept(drawn, max(len(texts[index]) for index in drawn)) if max(drawn.values()) > 1 and not how.proxy_prompts else None
+    kept = Kept(drawn, max(len(texts[index]) for index in drawn)) if max(drawn.values()) > 1 else None
     steps = 0
 
     def loss(indices: list[int]) -> Tensor:
         nonlocal steps
         steps += 1
-        prefixes = _prefixes(auxiliary, teacher, how, derive_seed(seed, "proxy", steps), around)
+        prefixes = _prefixes(auxiliary, teacher, around)
         batch = pad([texts[index] for index in indices], auxiliary.device)
         with torch.no_grad():
             read = partial(_read, teacher, texts, how, auxiliary, prefixes[1])
@@ -164,18 +162,13 @@ def _read(teacher: PromptedLM, texts: Sequences, how: Distillation, student: Pro
     return [state.float() for state in wanted]
 
 
-def _prefixes(student: PromptedLM, teacher: PromptedLM, how: Distillation, seed: int, around: SoftPrompt | None) -> tuple[Tensor | None, Tensor | None]:
-    """What each side reads in front of a text: nothing, one prompt for all steps, or one random key/value prompt."""
-    if around is not None:
-        with torch.no_grad():
-            fixed = around.prefix(teacher)
-        return around.prefix(student), fixed
-    if not how.proxy_prompts:
+def _prefixes(student: PromptedLM, teacher: PromptedLM, around: SoftPrompt | None) -> tuple[Tensor | None, Tensor | None]:
+    """The keys and values that each side reads in front of a text: those of the prompt `around`, or none."""
+    if around is None:
         return None, None
-    shape = teacher.shape
-    values = torch.randn(how.proxy_length, shape.layers, 2, shape.heads, shape.head_size, generator=torch.Generator().manual_seed(seed)) * how.proxy_prompts
-    values = values.to(teacher.device)
-    return values[:, list(student.prompt_layers)], values[:, list(teacher.prompt_layers)]
+    with torch.no_grad():
+        fixed = around.prefix(teacher)
+    return around.prefix(student), fixed
 
 
 def _order(count: int, how: Distillation, seed: int) -> list[list[int]]:

@@ -26,10 +26,10 @@ def example_losses(model: PromptedLM, prefix: Tensor | None, batch: Batch) -> Te
 
 
 def example_gradients(model: PromptedLM, prompt: SoftPrompt, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The losses (B,) and the gradient (B, *shape) of each with respect to the prompt's values, zero where they are not tuned."""
+    """The losses (B,) and the gradient (B, *shape) of each with respect to the prompt's values."""
     batch = batch.to(model.device)
     values = prompt.values().detach()
     own = values[None].expand(len(batch.input_ids), *values.shape).clone().requires_grad_(True)
     losses = example_losses(model, prompt.read(own, model), batch)
     (gradients,) = torch.autograd.grad(losses.sum(), own)
-    return losses.detach(), torch.where(prompt.tuned, gradients, 0.0) if prompt.partly else gradients
+    return losses.detach(), gradients

@@ -51,8 +51,6 @@ def local_change(
     own, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
     for number, rate in enumerate(steps.rates or (0.0,), start=1):
         (gradient,) = torch.autograd.grad(_losses(model, prompt, own, embedded, answers).sum(), own, create_graph=differentiable)
-        if prompt.partly:
-            gradient = torch.where(prompt.tuned, gradient, 0.0)
         if not steps.rates:
             return -gradient
         first = BETAS[0] * first + (1 - BETAS[0]) * gradient

@@ -108,31 +108,19 @@ def update_cosine(payloads: Mapping[str, Payload], sent: Payload) -> float | Non
 
 @dataclass(frozen=True)
 class ServerOptimizer:
-    """What the server does with the mean: takes it (`none`), or takes its difference from the broadcast as a gradient.
+    """How the server applies the aggregated update: as it is (`none`), or with momentum (FedAvgM; Hsu, Qi and Brown, https://arxiv.org/abs/1909.06335)."""
 
-    `momentum`: FedAvgM (Hsu, Qi and Brown, https://arxiv.org/abs/1909.06335). `adam`: FedAdam (Reddi et al., ICLR 2021,
-    https://arxiv.org/abs/2003.00295, algorithm 2, beta_2 = 0.99, tau = 0.001, v_0 = tau^2).
-    """
-
-    kind: Literal["none", "momentum", "adam"] = "none"
+    kind: Literal["none", "momentum"] = "none"
     learning_rate: float = 1.0
     momentum: float = 0.9
 
     def step(self, sent: Payload, mean: Payload, state: Payload) -> tuple[Payload, Payload]:
-        """What stands after the step, and the optimizer's state, which must be given back in the next round."""
+        """The payload after the step, and the optimizer's state (the momentum of each tensor), which the next round's step is given."""
         if self.kind == "none":
             return mean, {}
-        payload, kept = {}, {}
+        payload, momenta = {}, {}
         for name, start in sent.items():
-            change = mean[name].double() - start.double()
-            first = state.get(f"first.{name}", torch.zeros_like(start)).double()
-            if self.kind == "momentum":
-                first = direction = self.momentum * first + change
-            else:
-                second = state.get(f"second.{name}", torch.full_like(start, 1e-6)).double()
-                first, second = self.momentum * first + (1 - self.momentum) * change, 0.99 * second + 0.01 * change.square()
-                direction = first / (second.sqrt() + 1e-3)
-                kept[f"second.{name}"] = second.float()
-            kept[f"first.{name}"] = first.float()
-            payload[name] = (start.double() + self.learning_rate * direction).float()
-        return payload, kept
+            momentum = self.momentum * state.get(name, torch.zeros_like(start)).double() + mean[name].double() - start.double()
+            payload[name] = (start.double() + self.learning_rate * momentum).float()
+            momenta[name] = momentum.float()
+        return payload, momenta
