@@ -27,9 +27,11 @@ def main(folder: Path) -> None:
     print("| prompt of | global model | auxiliary model |\n|---|---|---|")
     for method in DEMO_ROWS:
         run = open_run(folder / method)
-        assert isinstance(run.tuned, SoftPrompt)
+        assert isinstance(run.messenger, SoftPrompt)
         server, questions = run.server, run.server.questions
-        through = [evaluate_prompt(model, run.tuned, questions.test, questions.task, server.tokenizer, server.max_tokens) for model in (run.model, auxiliary)]
+        through = [
+            evaluate_prompt(model, run.messenger, questions.test, questions.task, server.tokenizer, server.max_tokens) for model in (run.model, auxiliary)
+        ]
         print(f"| {method} | {through[0]['accuracy']:.1%} | {through[1]['accuracy']:.1%} |")
 
 

@@ -58,7 +58,14 @@ def one(given: argparse.Namespace) -> dict[str, float]:
         most = max(most, held())
 
     started = time.perf_counter()
-    losses = distill.distill(auxiliary, teacher, texts, Distillation(given.passes * count // batch, batch, Optimisation(1e-4)), seed=0, progress=watch)
+    losses = distill.distill(
+        auxiliary,
+        teacher,
+        texts,
+        Distillation(steps=given.passes * count // batch, batch_size=batch, optimisation=Optimisation(learning_rate=1e-4)),
+        seed=0,
+        progress=watch,
+    )
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "loss": losses[-1], "states": count * tokens * config.n_embd * 4 / 2**20, "memory": most - before}
 

@@ -60,7 +60,7 @@ def settings(folder: Path, length: int, clients: int, rounds: int) -> dict[str, 
         "distill": {"steps": 0, "text": []},
         "prompt": {"length": length, "init": "normal"},
         "round": {"rounds": rounds},
-        "client": {"speak_steps": 1, "batch_size": 2},
+        "client": {"prompt_steps": 1, "batch_size": 2},
         "validation": {"by": "none"},
     }
 

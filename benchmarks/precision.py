@@ -45,7 +45,7 @@ def settings(reference: Path, folder: Path, seed: int, server: str, clients: str
         "partition": {"clients": 5, "server_share": 0.0},
         "distill": {"steps": 120, "sequence_length": 64, "text": [str(reference / "data" / "text" / f"{book}.txt.gz") for book in books]},
         "round": {"rounds": 5},
-        "client": {"speak_steps": 4, "batch_size": 16},
+        "client": {"prompt_steps": 4, "batch_size": 16},
         "validation": {"examples": 100, "every": 5},
     }
 

@@ -35,11 +35,11 @@ from fedsp.federation.attacks import Attack, liars, triggered
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.loop import federate
 from fedsp.federation.messages import Failure, Request, Transport, Update
-from fedsp.federation.methods.base import validation_loss
 from fedsp.federation.party import Party
 from fedsp.federation.transport.local import local
 from fedsp.models.payload import Payload
 from fedsp.report.console import quiet_libraries
+from fedsp.training.stage import validation_loss
 
 SEEDS = (0, 1, 2)
 SHARES = (0.1, 0.2, 0.3, 0.4)
@@ -74,7 +74,7 @@ def settings(reference: Path, folder: str, seed: int, partition: str) -> dict[st
         "partition": {"clients": 10, "server_share": 0.0, **PARTITIONS[partition]},
         "distill": {"steps": 120, "sequence_length": 64, "text": [str(reference / "data" / "text" / f"{book}.txt.gz") for book in books]},
         "round": {"rounds": 3, "weighting": "uniform", "max_change": 1e6},
-        "client": {"speak_steps": 3, "batch_size": 8},
+        "client": {"prompt_steps": 3, "batch_size": 8},
         "validation": {"examples": VALIDATION},
     }
 
@@ -107,18 +107,18 @@ class World:
         aggregation = {**DEFENCES[defence], "malicious": share}
         validation = {"examples": VALIDATION, "by": "server" if "max_loss_rise" in aggregation else "none"}
         config: RunConfig = make_config({**self.values, "validation": validation, "aggregation": aggregation, "attack": {"kind": attack, "share": share}})
-        kind = Attack(attack, liars(list(self.questions.partition.clients), share, config.seed), config.seed) if attack != "none" else None
+        kind = Attack(kind=attack, liars=liars(list(self.questions.partition.clients), share, config.seed), seed=config.seed) if attack != "none" else None
         questions = replace(self.questions, attack=kind)
         with tempfile.TemporaryDirectory() as temporary:
             run = RunDirectory.create(config.model_copy(update={"output": temporary}))
             sides = build_federation(replace(self.server, questions=questions, config=config), run, Callbacks(), None)
             exchange = self._remembered(local(sides.clients), kind)
             exchange = kind.exchange(exchange) if kind else exchange
-            party = Party("server", sides.model, sides.tuned, [], run.rest("server"))
+            party = Party(id="server", model=sides.model, messenger=sides.messenger, examples=[], store=run.state_store("server"))
 
             def validate(payload: Payload) -> float:
-                party.tuned.load(payload)
-                loss = validation_loss(party, self.validation)
+                party.messenger.load(payload)
+                loss = validation_loss(party.model, party.messenger, self.validation)
                 assert loss is not None
                 return loss
 
@@ -132,10 +132,10 @@ class World:
                 validate=validate,
                 keep=lambda *_: None,
             )
-        party.tuned.load(final.payload)  # the last prompt: choosing the best by validation would hide what an attack does
+        party.messenger.load(final.payload)  # the last prompt: choosing the best by validation would hide what an attack does
         with torch.no_grad():
-            prefix = party.tuned.prefix(party.model)
-        loss = validation_loss(party, self.test)
+            prefix = party.messenger.prefix(party.model)
+        loss = validation_loss(party.model, party.messenger, self.test)
         assert loss is not None
         figures, _ = score_test(party.model, prefix, self.questions.test[:100], self.questions.task, self.server.tokenizer, self.server.max_tokens)
         found = {"loss": loss, "accuracy": figures["accuracy"]}

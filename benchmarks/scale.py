@@ -44,7 +44,7 @@ def settings(folder: Path, clients: int, asked: int, rounds: int, **changes: Any
         "distill": {"steps": 2, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 32},
         "prompt": {"length": 16},
         "round": {"rounds": rounds, "clients": asked},
-        "client": {"speak_steps": 5, "batch_size": 4},
+        "client": {"prompt_steps": 5, "batch_size": 4},
         "validation": {"by": "none"},
         **changes,
     }
@@ -103,7 +103,7 @@ def main() -> None:
     given = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
-    kept = {"client": {"speak_steps": 5, "batch_size": 4, "keep_optimizer": True}, "compression": {"up": "sign", "down": "int8"}}
+    kept = {"client": {"prompt_steps": 5, "batch_size": 4, "keep_optimizer": True}, "compression": {"up": "sign", "down": "int8"}}
     runs: dict[str, tuple[int, int, int, dict[str, Any]]] = {
         "whole": (given.clients, 100, given.rounds, {}),
         "resting": (given.clients, 100, given.rounds, kept),

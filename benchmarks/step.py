@@ -4,11 +4,11 @@
                                         [--compile] [--recompute]
 
 A model with random weights in the shape of GPT-2, GPT2-XL or OPT-1.3B, without dropout; an auxiliary model `ends(2)` of it, as deep as it is; questions of real tasks. Each figure is tokens of real text per second (padding and prompt do not
-count) over the same examples, and the peak memory of a process of its own once the model is there. Weights that are trained (align) are float32.
+count) over the same examples, and the peak memory of a process of its own once the model is there. Weights that are trained (auxiliary) are float32.
 
-- speak and align: fedsp's two stages at a client, by the functions of a run (`fedsp.federation.methods.base.take_steps`).
+- prompt and auxiliary: fedsp's two stages at a client, by the functions of a run (`fedsp.federation.party.LocalRound`).
 - plain: every example padded to the data set's longest, logits at all positions, batches as they are drawn.
-- peft: prefix-tuning by PEFT and Trainer, batches padded to their own longest; for align, all weights by Trainer.
+- peft: prefix-tuning by PEFT and Trainer, batches padded to their own longest; for the auxiliary model, all weights by Trainer.
 
 The rivals' model is as transformers makes it, with its own GELU in GPT-2. `--compile` is for all, `--recompute` for fedsp alone.
 
@@ -42,8 +42,8 @@ from fedsp.data.encoding import Encoded, collate, encode_targets, training_batch
 from fedsp.data.seeding import derive_seed
 from fedsp.experiments.plan import shape_of
 from fedsp.experiments.run import forget_peak_memory, peak_memory
-from fedsp.federation.methods.base import Stage, Work, take_steps
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.party import LocalRound, Party
+from fedsp.federation.state_store import StateStore
 from fedsp.models.auxiliary import AuxiliaryModel, build_auxiliary, parse_plan
 from fedsp.models.blocks import find_blocks
 from fedsp.models.loading import load_tokenizer
@@ -52,6 +52,7 @@ from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.models.trainable import trainable
 from fedsp.report.console import quiet_libraries
 from fedsp.training.loop import Optimisation
+from fedsp.training.stage import Stage
 
 LENGTH, SEED = 20, 0
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -60,7 +61,7 @@ MODELS: dict[str, PretrainedConfig] = {
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25, **NO_DROPOUT),
     "opt-1.3b": OPTConfig(hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, ffn_dim=8192, word_embed_proj_dim=2048, dropout=0.0),
 }
-WAYS = {"speak": ("fedsp key_value", "fedsp residual", "plain", "peft"), "align": ("fedsp", "plain", "trainer")}
+WAYS = {"prompt": ("fedsp key_value", "fedsp residual", "plain", "peft"), "auxiliary": ("fedsp", "plain", "trainer")}
 
 
 def rows_of(reference: Path | None, task: str, count: int) -> tuple[list[Encoded], int]:
@@ -90,7 +91,7 @@ def open_model(given: argparse.Namespace, stage: str, *, rival: bool) -> Auxilia
 
 
 def dtype_of(given: argparse.Namespace, stage: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, given.dtype) if stage == "speak" else torch.float32
+    dtype: torch.dtype = getattr(torch, given.dtype) if stage == "prompt" else torch.float32
     return dtype
 
 
@@ -103,18 +104,16 @@ def fedsp(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], 
     """(tokens, seconds) of each call after the first, which warms up: a call is all steps of a round."""
     model = open_model(given, stage, rival=False)
     space: Any = way.removeprefix("fedsp").strip() or "residual"
-    spec = PromptSpec(space, LENGTH, model.prompt_shape)
+    spec = PromptSpec(space=space, length=LENGTH, model=model.prompt_shape)
     prompt = SoftPrompt(spec, torch.randn(spec.shape) * 0.02).to(given.device)
     with tempfile.TemporaryDirectory() as folder:
-        party = Party("a", model, prompt, rows, StateStore(Path(folder)))
-        train = prompt.trained() if stage == "speak" else trainable(model.model)
-        prompt.requires_grad_(stage == "speak")
-        work = Work(stage, Stage(given.steps, given.batch, Optimisation(1e-4, warmup=0.0)), train)
+        party = Party(id="a", model=model, messenger=prompt, examples=rows, store=StateStore(Path(folder)))
+        settings = Stage(name=stage, seed_label=stage, steps=given.steps, batch_size=given.batch, optimisation=Optimisation(learning_rate=1e-4, warmup=0.0))
         tokens = sum(int(batch.attention_mask.sum()) for batch in training_batches(rows, steps=given.steps, batch_size=given.batch, seed=derive_seed(1, stage)))
         for _ in range(given.repeats + 1):
             wait(given)
             started = time.perf_counter()
-            take_steps(party, work, prompt.payload(), 1, 1, None)
+            LocalRound(party=party, round=1, seed=1, received=prompt.payload(), earlier={}).train(prompt if stage == "prompt" else model, settings)
             wait(given)
             yield tokens, time.perf_counter() - started
 
@@ -122,10 +121,10 @@ def fedsp(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], 
 def plain(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], longest: int) -> Iterator[tuple[int, float]]:
     """Padded to the data set's longest, the library's own loss over all positions."""
     model = open_model(given, stage, rival=True)
-    spec = PromptSpec("key_value", LENGTH, model.prompt_shape)
+    spec = PromptSpec(space="key_value", length=LENGTH, model=model.prompt_shape)
     prompt = SoftPrompt(spec, torch.randn(spec.shape) * 0.02).to(given.device)
-    prompt.requires_grad_(stage == "speak")
-    train = list(prompt.parameters() if stage == "speak" else model.model.parameters())
+    prompt.requires_grad_(stage == "prompt")
+    train = list(prompt.parameters() if stage == "prompt" else model.model.parameters())
     for parameter in train:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(train, lr=1e-4)
@@ -151,12 +150,12 @@ def plain(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], 
 
 
 def peft(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], longest: int) -> Iterator[tuple[int, float]]:
-    """Trainer, and PEFT's prefix-tuning for speak."""
+    """Trainer, and PEFT's prefix-tuning for the prompt."""
     from peft import PrefixTuningConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model: Any = open_model(given, stage, rival=True).model
-    if stage == "speak":
+    if stage == "prompt":
         model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
     else:
         model.requires_grad_(True)
@@ -208,12 +207,12 @@ def floor_operations(given: argparse.Namespace, stage: str, rows: list[Encoded])
     blocks = find_blocks(model, shape.layers, given.model)[1]
     block = sum(parameter.numel() for parameter in blocks[0].parameters() if parameter.dim() > 1)
     below = 2 * shape.hidden * shape.heads * shape.head_size  # what makes keys and values
-    passes = 2 if stage == "speak" else 3
+    passes = 2 if stage == "prompt" else 3
     total = 0.0
     for row in rows:
         tokens, asked = len(row.ids), len(row.ids) - row.start
         matrices = (shape.layers - 1) * block * tokens + below * tokens + (block - below) * asked
-        first = (below + shape.hidden**2) * tokens if stage == "speak" else 0
+        first = (below + shape.hidden**2) * tokens if stage == "prompt" else 0
         pairs = tokens * LENGTH + tokens * (tokens + 1) / 2
         attention = 4.0 * shape.hidden * pairs * (3 * shape.layers - 2)  # going back twice as many as forth; at the first block next to none
         total += 2.0 * (passes * (matrices + shape.hidden * text.vocab_size * asked) - first) + attention
@@ -224,7 +223,7 @@ def floor_bytes(given: argparse.Namespace, stage: str) -> float:
     """Bytes that a step cannot do without, weights alone: read going forth and back; where trained a gradient written, then four numbers read and three written."""
     model = open_model(given, stage, rival=False).model
     weights = sum(parameter.numel() for parameter in trainable(model).values())
-    return float(weights * (2 * dtype_of(given, stage).itemsize if stage == "speak" else 10 * 4))
+    return float(weights * (2 * dtype_of(given, stage).itemsize if stage == "prompt" else 10 * 4))
 
 
 def rate_of_products(given: argparse.Namespace, dtype: torch.dtype) -> float:

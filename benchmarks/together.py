@@ -30,7 +30,7 @@ LENGTH, TOKENS, BATCHES, SECONDS = 20, 45, (2, 4, 8, 20), 4.0
 def per_example(model: PromptedLM, batch_size: int) -> float:
     """Milliseconds, the least of several steps."""
     rng = random.Random(0)
-    spec = PromptSpec("residual", LENGTH, model.shape)
+    spec = PromptSpec(space="residual", length=LENGTH, model=model.shape)
     prompt = SoftPrompt(spec, torch.randn(spec.shape) * 0.02)
     batch = collate([Encoded(tuple(rng.randrange(900) for _ in range(TOKENS)), TOKENS - 4) for _ in range(batch_size)])
     best, until = float("inf"), time.perf_counter() + SECONDS

@@ -15,12 +15,12 @@ SMALL = {"model": {"name": "embedded"}, "data": {}, "distill": {"text": ["x.txt"
 
 
 def test_presets_fill_in_and_what_is_written_wins() -> None:
-    paper = make_config({"preset": "paper", "model": {"name": "m"}, "data": {}, "client": {"align_steps": 3}})
+    paper = make_config({"preset": "paper", "model": {"name": "m"}, "data": {}, "client": {"auxiliary_steps": 3}})
     assert (paper.prompt.space, paper.prompt.length, paper.auxiliary.plan) == ("key_value", 40, "shared(0)")
-    assert (paper.client.align_steps, paper.client.speak_steps, paper.client.keep_optimizer) == (3, 10, True)
+    assert (paper.client.auxiliary_steps, paper.client.prompt_steps, paper.client.keep_optimizer) == (3, 10, True)
     assert paper.distill.steps == 5000 and paper.distill.text == ["server"] and paper.server_share == pytest.approx(1 / 11)
     messenger = make_config(SMALL)
-    assert (messenger.prompt.space, messenger.auxiliary.plan, messenger.client.align_steps) == ("residual", "ends(2)", 0)
+    assert (messenger.prompt.space, messenger.auxiliary.plan, messenger.client.auxiliary_steps) == ("residual", "ends(2)", 0)
     assert messenger.server.steps == 0 and messenger.server_share == 0
 
 
@@ -92,7 +92,7 @@ def test_a_profile_or_preset_given_beside_a_written_template_counts(preset: str,
         'distill.text=["x.txt"]',
         f"preset={preset}",
         f"profile={profile}",
-        *(["client.align_steps=0"] if profile == "dp-example" else []),
+        *(["client.auxiliary_steps=0"] if profile == "dp-example" else []),
     ]
     read = read_config(path, set_here)
     for section, values in {**PRESETS[preset], **PROFILES[profile]}.items():

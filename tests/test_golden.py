@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,15 @@ from fedsp.algorithm import FedSP
 from fedsp.data.encoding import Batch, Encoded
 from fedsp.federation.aggregation.mean import weighted_mean
 from fedsp.federation.messages import Request
-from fedsp.federation.methods.base import Stage
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.payload import PROMPT
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.training.distillation import masked_mse
 from fedsp.training.loop import Optimisation, answer_loss
+from fedsp.training.stage import Stage
 
 CONFIGS = {
     "opt": OPTConfig(
@@ -52,7 +54,7 @@ class Case:
         model.load_state_dict(weights, strict=False)
         self.model = PromptedLM(model.requires_grad_(False), family, positions="from_zero")
         self.auxiliary = build_auxiliary(self.model, parse_plan("shared(0)", 4), tokenizer=None)
-        self.spec = PromptSpec("key_value", 5, self.model.shape)
+        self.spec = PromptSpec(space="key_value", length=5, model=self.model.shape)
 
     def of(self, name: str) -> Tensor:
         return self.golden[f"{self.family}.{name}"]
@@ -107,18 +109,18 @@ def test_distillation_loss(case: Case) -> None:
 
 
 def test_a_round(case: Case, tmp_path: Path) -> None:
-    stage = Stage(3, 6, Optimisation(5e-3, 0.01))
-    method = FedSP(stage, stage, stage, package=case.auxiliary.weights())
+    stage = Stage(name="client", seed_label="client", steps=3, batch_size=6, optimisation=Optimisation(learning_rate=5e-3, weight_decay=0.01))
+    method = FedSP(auxiliary_stage=replace(stage, name="auxiliary"), prompt_stage=stage, server_stage=stage, package=case.auxiliary.weights())
     updates = {}
     for index in range(2):
-        client = Party(str(index), case.auxiliary, case.prompt(), case.rows(index), StateStore(tmp_path / str(index)))
-        update = method.client_update(client, Request("run", 1, client.id, 0, case.prompt().payload()))
+        client = Party(id=str(index), model=case.auxiliary, messenger=case.prompt(), examples=case.rows(index), store=StateStore(tmp_path / str(index)))
+        update = method.client_update(client, Request(run="run", round=1, client=client.id, seed=0, payload=case.prompt().payload()))
         close(update.payload[PROMPT], case.of(f"round.client{index}.prefix"))
-        close(update.losses["speak"], case.of(f"round.client{index}.last_loss"))
+        close(update.losses["client"], case.of(f"round.client{index}.last_loss"))
         updates[client.id] = update.payload
     aggregated = weighted_mean(updates, {"0": 1.0, "1": 3.0})
     close(aggregated[PROMPT], case.of("round.aggregated_prefix"))
-    server = Party("server", case.model, case.prompt(), case.rows(2), StateStore(tmp_path / "server"))
+    server = Party(id="server", model=case.model, messenger=case.prompt(), examples=case.rows(2), store=StateStore(tmp_path / "server"))
     payload, _ = method.server_update(server, aggregated, 1, 0)
     close(payload[PROMPT], case.of("round.server_prefix"))
     after = SoftPrompt(case.spec, payload[PROMPT])

@@ -29,11 +29,13 @@ from fedsp.experiments.privacy_statement import privacy_statement
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation import clients
 from fedsp.federation.aggregation.private import private_mean
+from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import agreement_of, make_method
+from fedsp.federation.clients import make_method
 from fedsp.federation.messages import Request
 from fedsp.federation.methods.private import PrivateAnswers
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.models.loading import reduce_precision
 from fedsp.models.payload import PROMPT, Payload, as_row
 from fedsp.models.prompted_lm import PromptedLM
@@ -84,7 +86,10 @@ def test_releases_of_several_kinds_are_composed() -> None:
 @pytest.mark.parametrize("space", ["key_value", "residual"])
 def test_gradients_of_a_batch_equal_a_loop(family: str, space: Any) -> None:
     model = tiny_model(family)
-    prompt = SoftPrompt(PromptSpec(space, 5, model.shape), torch.randn(PromptSpec(space, 5, model.shape).shape, generator=torch.Generator().manual_seed(1)))
+    prompt = SoftPrompt(
+        PromptSpec(space=space, length=5, model=model.shape),
+        torch.randn(PromptSpec(space=space, length=5, model=model.shape).shape, generator=torch.Generator().manual_seed(1)),
+    )
     rows = [Encoded(tuple(range(3, 3 + length)), start) for length, start in ((6, 2), (9, 8), (4, 1), (12, 5))]
     losses, gradients = example_gradients(model, prompt, collate(rows))
     for index, row in enumerate(rows):
@@ -149,7 +154,7 @@ def test_noise_and_samples_depend_on_no_seed_and_no_process() -> None:
 
 def test_a_lot_is_divided_by_what_was_expected_and_an_empty_one_releases_noise() -> None:
     model = tiny_model("gpt2")
-    prompt = SoftPrompt(PromptSpec("residual", 3, model.shape), torch.zeros(3, 4, 32))
+    prompt = SoftPrompt(PromptSpec(space="residual", length=3, model=model.shape), torch.zeros(3, 4, 32))
     rows = [Encoded((5, 6, 7, 8), 2), Encoded((9, 4, 3), 1)]
     quiet = PrivateSteps(bound=1e6, noise_multiplier=0.0, sampling_rate=0.1, count=1)
     _, each = example_gradients(model, prompt, collate(rows))
@@ -160,7 +165,7 @@ def test_a_lot_is_divided_by_what_was_expected_and_an_empty_one_releases_noise()
 
 def test_a_broken_example_does_not_stop_a_private_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2")
-    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.zeros(3, 4, 2, 4, 8))
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=model.shape), torch.zeros(3, 4, 2, 4, 8))
     broken = 0
     assert examples_together(model, prompt, 40) == 8
 
@@ -172,7 +177,9 @@ def test_a_broken_example_does_not_stop_a_private_fit(monkeypatch: pytest.Monkey
         return losses, each
 
     monkeypatch.setattr(private_fitting, "example_gradients", one_is_not_a_number)
-    fitted = fit_privately(model, prompt, [Encoded((5, 6, 7), 2)] * 9, PrivateSteps(1.0, 1.0, 0.3, 4), Optimisation(1e-2))
+    fitted = fit_privately(
+        model, prompt, [Encoded((5, 6, 7), 2)] * 9, PrivateSteps(bound=1.0, noise_multiplier=1.0, sampling_rate=0.3, count=4), Optimisation(learning_rate=1e-2)
+    )
     assert broken and fitted.losses == [] and torch.isfinite(prompt.values()).all() and prompt.values().any()
 
 
@@ -212,7 +219,7 @@ def with_outliers(precision: Any) -> PromptedLM:
 def test_an_example_moves_a_clipped_sum_by_the_bound_at_most_in_any_precision(precision: Any) -> None:
     pytest.importorskip("bitsandbytes", reason="8 bits come with the large extra")
     model = with_outliers(precision)
-    prompt = SoftPrompt(PromptSpec("residual", 3, model.shape), torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(3)))
+    prompt = SoftPrompt(PromptSpec(space="residual", length=3, model=model.shape), torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(3)))
     together = examples_together(model, prompt, 40)
     assert together == (8 if precision == "float32" else 1)
     assert most_that_one_moves(model, prompt, lot_of(8), together) <= 1.0005
@@ -222,7 +229,7 @@ def test_an_example_moves_a_clipped_sum_by_the_bound_at_most_in_any_precision(pr
 
 def test_what_was_tried_out_in_one_precision_is_not_taken_for_another() -> None:
     model = PromptedLM(tiny_causal_lm("llama"), "a model")
-    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
     assert examples_together(model, prompt, 40) == 8
     reduce_precision(model, "bfloat16", "precision")
     assert examples_together(model, prompt, 40) == 1
@@ -231,7 +238,7 @@ def test_what_was_tried_out_in_one_precision_is_not_taken_for_another() -> None:
 @pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "gpt_oss", "mpt", "gemma2"])
 def test_an_example_moves_a_clipped_sum_by_the_bound_at_most_in_families_that_could_mix_a_batch(family: str) -> None:
     model = PromptedLM(tiny_causal_lm(family), "a model")
-    prompt = SoftPrompt(PromptSpec("residual", 3, model.shape), torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3)))
+    prompt = SoftPrompt(PromptSpec(space="residual", length=3, model=model.shape), torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3)))
     assert most_that_one_moves(model, prompt, lot_of(8), examples_together(model, prompt, 40)) <= 1.0005
 
 
@@ -257,7 +264,7 @@ def test_no_private_run_starts_on_a_model_that_is_refused(where: str, tmp_path: 
 def test_examples_that_change_each_other_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mechanism, and not the precision: a model whose batch is mixed, by whatever cause."""
     model = PromptedLM(tiny_causal_lm("llama"), "a model")
-    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
     block = model.blocks[1].forward
     monkeypatch.setattr(model.blocks[1], "forward", lambda hidden, *rest, **named: block(hidden + 0.1 * hidden.mean(dim=0, keepdim=True), *rest, **named))
     assert most_that_one_moves(model, prompt, lot_of(8), 8) > 1.01
@@ -265,14 +272,14 @@ def test_examples_that_change_each_other_are_read_one_by_one(monkeypatch: pytest
     model.blocks[0].register_forward_pre_hook(lambda _module, arguments: read.append(len(arguments[0])))
     assert examples_together(model, prompt, 40) == 1
     read.clear()
-    fit_privately(model, prompt, lot_of(8), PrivateSteps(1.0, 1.0, 1.0, 2), Optimisation(1e-2))
+    fit_privately(model, prompt, lot_of(8), PrivateSteps(bound=1.0, noise_multiplier=1.0, sampling_rate=1.0, count=2), Optimisation(learning_rate=1e-2))
     assert read == [1] * 16
     assert most_that_one_moves(model, prompt, lot_of(8), 1) <= 1.0005
 
 
 def test_a_model_that_remembers_what_it_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = PromptedLM(tiny_causal_lm("llama"), "a model")
-    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
     block, longest = model.blocks[1].forward, 0
 
     def remembers(hidden: torch.Tensor, *rest: Any, **named: Any) -> Any:
@@ -282,14 +289,14 @@ def test_a_model_that_remembers_what_it_read_is_refused(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(model.blocks[1], "forward", remembers)
     with pytest.raises(PrivacyError, match="a model reads an example otherwise after another was read, so no bound holds"):
-        fit_privately(model, prompt, lot_of(8), PrivateSteps(1.0, 1.0, 1.0, 2), Optimisation(1e-2))
+        fit_privately(model, prompt, lot_of(8), PrivateSteps(bound=1.0, noise_multiplier=1.0, sampling_rate=1.0, count=2), Optimisation(learning_rate=1e-2))
 
 
 @pytest.mark.parametrize("length", [4, 40])
 def test_a_long_neighbour_does_not_turn_the_rotations_of_a_short_example(length: int) -> None:
     """Long rope: read together in the rotations of the longest, one example moved the sum by several bounds."""
     model = PromptedLM(tiny_causal_lm("phi3", **LONG_ROPE), "a model")
-    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=model.shape), torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(3)))
     tokens = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(6)).tolist()
     lot = [*lot_of(7), Encoded(tuple(tokens[:length]), 2)]
     assert examples_together(model, prompt, 40) == 8
@@ -326,7 +333,7 @@ def test_a_private_run_pays_first_and_tells_nothing_else(tmp_path: Path) -> None
     for record in run.records():
         assert not record["client_losses"] and not record["spikes"] and not record["shortened_examples"] and not record["failed"]
     for client in ("client-0", "client-1", "client-2"):
-        ledger = Ledger(run.rest(f"client {client}").folder / privacy.LEDGER)
+        ledger = Ledger(run.state_store(f"client {client}").folder / privacy.LEDGER)
         assert sum(release.count for release in ledger.releases()) == 6
         assert ledger.epsilon(DELTA) <= 8.0
     statement = json.loads((folder / "privacy_statement.json").read_text())
@@ -354,7 +361,7 @@ def test_an_answer_is_given_once_and_a_budget_is_kept(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="validation by clients"):
         method.client_update(party, replace(request, train=False))
     with pytest.raises(PolicyError, match="more than this client's budget of epsilon = 0.5"):
-        method.client_update(replace(party, most=0.5, rest=StateStore(tmp_path / "another")), replace(request, run="another", payload=other))
+        method.client_update(replace(party, max_epsilon=0.5, store=StateStore(tmp_path / "another")), replace(request, run="another", payload=other))
 
 
 def test_a_client_whose_ledger_was_taken_away_answers_nothing(tmp_path: Path) -> None:
@@ -374,7 +381,7 @@ def test_a_round_is_answered_once_for_ever_also_when_its_answer_is_no_longer_kep
     method = make_method(agreement_of(config, 64), None)
     for round in range(1, 7):
         method.client_update(party, replace(request, round=round))
-    assert StateStore(party.rest.folder / "answers").rounds() == [4, 5, 6]
+    assert StateStore(party.store.folder / "answers").rounds() == [4, 5, 6]
     assert party.ledger is not None
     paid = party.ledger.releases()
     for round in (1, 2, 3):
@@ -488,7 +495,7 @@ def test_a_private_client_level_run(tmp_path: Path) -> None:
         ({"privacy": {"unit": "example"}}, "privacy.epsilon: set it, or privacy.noise_multiplier"),
         ({"privacy": {"epsilon": 3.0}}, "privacy.unit: it is 'none', so nothing is noised"),
         ({"profile": "dp-example", "privacy": {"unit": "none"}}, "privacy.unit: it is 'none', so nothing is noised"),
-        ({"privacy": {"unit": "example", "epsilon": 1.0}, "client": {"align_steps": 2}}, "client.align_steps: alternating training lets every example"),
+        ({"privacy": {"unit": "example", "epsilon": 1.0}, "client": {"auxiliary_steps": 2}}, "client.auxiliary_steps: alternating training lets every example"),
         ({"privacy": {"unit": "example", "epsilon": 1.0}, "prompt": {"projection": 8}}, "prompt.projection: private steps"),
         ({"privacy": {"unit": "example", "epsilon": 1.0}, "client": {"proximal": 1.0}}, "client.proximal: private steps"),
         ({"privacy": {"unit": "example", "epsilon": 1.0}, "validation": {"by": "clients"}}, "validation.by: what clients say"),
@@ -509,7 +516,7 @@ def test_a_client_refuses_what_would_break_the_promise_whoever_signed_it(tmp_pat
     config = make_config(settings(tmp_path, privacy={"unit": "example", "epsilon": 1.0}))
     honest = agreement_of(config, 64)
     for changes, sentence in (
-        ({"client": honest.client.model_dump() | {"align_steps": 10}}, "client.align_steps: alternating training lets every example"),
+        ({"client": honest.client.model_dump() | {"auxiliary_steps": 10}}, "client.auxiliary_steps: alternating training lets every example"),
         ({"clients_validate": True}, "validation.by: what clients say"),
         ({"prompt": honest.prompt.model_dump() | {"projection": 8}}, "prompt.projection: private steps"),
         ({"privacy": {"unit": "example"}}, "privacy.epsilon: set it, or privacy.noise_multiplier"),
@@ -519,12 +526,19 @@ def test_a_client_refuses_what_would_break_the_promise_whoever_signed_it(tmp_pat
         assert sentence in str(error.value)
     method = make_method(honest, None)
     assert isinstance(method, PrivateAnswers) and isinstance(method.method, FedSP)
-    leaking = replace(method, method=replace(method.method, align=replace(method.method.align, steps=1)))
+    leaking = replace(method, method=replace(method.method, auxiliary_stage=replace(method.method.auxiliary_stage, steps=1)))
     model = tiny_model("gpt2")
-    prompt = SoftPrompt(PromptSpec("residual", 4, model.shape), torch.zeros(4, 4, 32))
-    party = Party("a", model, prompt, [Encoded((5, 6, 7, 8), 2)] * 20, StateStore(tmp_path / "rest"), ledger=Ledger(tmp_path / privacy.LEDGER))
-    with pytest.raises(PolicyError, match="the stage 'align' has no differential privacy"):
-        leaking.client_update(party, Request("run", 1, "a", 7, {PROMPT: torch.zeros(4, 4, 32)}))
+    prompt = SoftPrompt(PromptSpec(space="residual", length=4, model=model.shape), torch.zeros(4, 4, 32))
+    party = Party(
+        id="a",
+        model=model,
+        messenger=prompt,
+        examples=[Encoded((5, 6, 7, 8), 2)] * 20,
+        store=StateStore(tmp_path / "rest"),
+        ledger=Ledger(tmp_path / privacy.LEDGER),
+    )
+    with pytest.raises(PolicyError, match="the stage 'auxiliary' has no differential privacy"):
+        leaking.client_update(party, Request(run="run", round=1, client="a", seed=7, payload={PROMPT: torch.zeros(4, 4, 32)}))
     with pytest.raises(ConfigurationError, match=r"policy.max_epsilon: .* asks for nothing without it"):
         validated(PolicySection, {"require_differential_privacy": True}, "party.toml")
 
@@ -575,7 +589,7 @@ def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PrivacyError, match=r"privacy.delta = 0.5 is no promise for 3 clients"):
         commands.run(settings(tmp_path, **(CLIENT | {"privacy": {**CLIENT["privacy"], "delta": 0.5}})))
     with pytest.raises(PrivacyError, match=r"privacy.delta = 0.1 is no promise for 20 examples"):
-        ExamplePrivacy(1.0, 0.1, 3, epsilon=1.0).steps(20, 4, 2)
+        ExamplePrivacy(bound=1.0, delta=0.1, rounds=3, epsilon=1.0).steps(20, 4, 2)
 
 
 def test_profiles_fill_in_what_the_file_leaves_out(tmp_path: Path) -> None:
@@ -583,7 +597,7 @@ def test_profiles_fill_in_what_the_file_leaves_out(tmp_path: Path) -> None:
     for section in ("round", "client"):
         values[section] = {key: value for key, value in values[section].items() if key not in ("batch_size",)}
     example = make_config({**values, "profile": "dp-example", "preset": "paper", "prompt": {"length": 4}})
-    assert example.privacy.unit == "example" and example.privacy.epsilon == 8.0 and example.client.align_steps == 0 and example.client.batch_size == 32
+    assert example.privacy.unit == "example" and example.privacy.epsilon == 8.0 and example.client.auxiliary_steps == 0 and example.client.batch_size == 32
     client = make_config({**values, "profile": "dp-client", "privacy": {"noise_multiplier": 3.0}})
     assert client.privacy.epsilon is None and client.privacy.noise_multiplier == 3.0 and client.round.min_clients == 0
     robust = make_config({**values, "profile": "robust", "aggregation": {"malicious": 0.1}})
@@ -615,12 +629,12 @@ def test_a_resumed_private_run_is_never_behind_its_ledger(tmp_path: Path, monkey
     values = settings(tmp_path, **EXAMPLE)
     run_killed_in_its_second_round(values, monkeypatch)
     run = RunDirectory.open(tmp_path / "run")
-    ledger = run.rest("client client-0").folder / privacy.LEDGER
+    ledger = run.state_store("client client-0").folder / privacy.LEDGER
     assert sum(release.count for release in Ledger(ledger).releases()) == 4
-    given = StateStore(run.rest("client client-0").folder / "answers").at(2)
+    given = StateStore(run.state_store("client client-0").folder / "answers").at(2)
     commands.resume(tmp_path / "run")
     assert sum(release.count for release in Ledger(ledger).releases()) == 6
-    again = StateStore(run.rest("client client-0").folder / "answers").at(2)
+    again = StateStore(run.state_store("client client-0").folder / "answers").at(2)
     assert all(torch.equal(given[name], again[name]) for name in given)
 
 

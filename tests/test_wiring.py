@@ -24,10 +24,12 @@ from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.federation.aggregation.mean import ServerOptimizer, validate_update
 from fedsp.federation.aggregation.private import DPAggregator
-from fedsp.federation.clients import agreement_of, make_method
+from fedsp.federation.agreement import agreement_of
+from fedsp.federation.clients import make_method
 from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Request, Update
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.models.auxiliary import build_auxiliary, disclosed_share, parse_plan
 from fedsp.models.loading import load_tokenizer
 from fedsp.models.payload import PROMPT, Payload
@@ -49,7 +51,7 @@ TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
 def fitted(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A private fit of 60 examples whose gradients all point one way and are far longer than the bound; its lots, and the gradient that each step releases."""
     model = tiny_model("gpt2")
-    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.zeros(3, 4, 2, 4, 8))
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=model.shape), torch.zeros(3, 4, 2, 4, 8))
     model.together = 8
     monkeypatch.setattr(private_fitting, "example_gradients", lambda _m, _p, batch: (None, torch.full((len(batch.input_ids), 3, 4, 2, 4, 8), 50.0)))
 
@@ -63,7 +65,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> Any:
                 released.append((len(lot), prompt.direct.grad.clone()))
 
         monkeypatch.setattr(private_fitting, "optimize", optimize)
-        fit_privately(model, prompt, [Encoded((5, 6, 7, 8), 2)] * count, steps, Optimisation(1e-3))
+        fit_privately(model, prompt, [Encoded((5, 6, 7, 8), 2)] * count, steps, Optimisation(learning_rate=1e-3))
         return released
 
     return fit
@@ -71,7 +73,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_lots_are_poisson_samples_at_the_accounted_rate(fitted: Any) -> None:
     """Two thousand lots of 60 examples at a rate of 0.05: their mean, their spread, and that an empty one is a step like any other."""
-    sizes = [size for size, _ in fitted(PrivateSteps(1.0, 1.0, 0.05, 2000))]
+    sizes = [size for size, _ in fitted(PrivateSteps(bound=1.0, noise_multiplier=1.0, sampling_rate=0.05, count=2000))]
     mean, variance = sum(sizes) / 2000, 60 * 0.05 * 0.95
     assert len(sizes) == 2000
     assert abs(mean - 3.0) < 5 * math.sqrt(variance / 2000)
@@ -84,20 +86,20 @@ def test_lots_are_drawn_by_nobody_s_seed(fitted: Any) -> None:
     for _ in range(2):
         torch.manual_seed(0)
         random.seed(0)
-        drawn.append([size for size, _ in fitted(PrivateSteps(1.0, 1.0, 0.5, 40))])
+        drawn.append([size for size, _ in fitted(PrivateSteps(bound=1.0, noise_multiplier=1.0, sampling_rate=0.5, count=40))])
     assert drawn[0] != drawn[1]
 
 
 def test_what_a_step_releases_is_clipped_to_the_bound_and_divided_by_what_was_expected(fitted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privacy, "gaussian", lambda shape: torch.zeros(tuple(shape), dtype=torch.float64))
-    for size, gradient in fitted(PrivateSteps(0.7, 1.0, 0.1, 30)):
+    for size, gradient in fitted(PrivateSteps(bound=0.7, noise_multiplier=1.0, sampling_rate=0.1, count=30)):
         assert float(gradient.norm()) == pytest.approx(0.7 * size / 6.0, rel=1e-5)
 
 
 def test_what_an_empty_lot_releases_is_noise_of_the_accounted_size(fitted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard deviation noise x bound / expected in every number, over lots that hold nobody."""
     monkeypatch.setattr(private_fitting, "poisson_sample", lambda *_: [])
-    released = torch.stack([gradient for _, gradient in fitted(PrivateSteps(0.5, 3.0, 0.1, 60))]).double()
+    released = torch.stack([gradient for _, gradient in fitted(PrivateSteps(bound=0.5, noise_multiplier=3.0, sampling_rate=0.1, count=60))]).double()
     assert float(released.std()) == pytest.approx(3.0 * 0.5 / 6.0, rel=0.02) and abs(float(released.mean())) < 0.01
     assert not torch.equal(released[0], released[1])
 
@@ -146,14 +148,14 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_client_pays_on_the_disk_before_it_trains_and_keeps_its_answer_before_it_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2")
-    spec = PromptSpec("residual", 4, model.shape)
+    spec = PromptSpec(space="residual", length=4, model=model.shape)
     config = make_config(settings(tmp_path, privacy={"unit": "example", "epsilon": 4.0}, round={"rounds": 2}, prompt={"length": 4}))
     party = Party(
-        "a",
-        model,
-        SoftPrompt(spec, torch.zeros(spec.shape)),
-        [Encoded((5, 6, 7, 8), 2)] * 20,
-        StateStore(tmp_path / "rest"),
+        id="a",
+        model=model,
+        messenger=SoftPrompt(spec, torch.zeros(spec.shape)),
+        examples=[Encoded((5, 6, 7, 8), 2)] * 20,
+        store=StateStore(tmp_path / "rest"),
         ledger=Ledger(tmp_path / "own" / privacy.LEDGER),
     )
     method = make_method(agreement_of(config, 64), None)
@@ -161,13 +163,13 @@ def test_a_client_pays_on_the_disk_before_it_trains_and_keeps_its_answer_before_
     events = written(monkeypatch)
     monkeypatch.setattr(private_fitting, "example_gradients", first(lambda *_: events.append("train"), example_gradients))
     monkeypatch.setattr(private_fitting, "poisson_sample", lambda count, _rate: list(range(4)))
-    method.client_update(party, Request("run", 1, "a", 7, {PROMPT: torch.zeros(spec.shape)}))
+    method.client_update(party, Request(run="run", round=1, client="a", seed=7, payload={PROMPT: torch.zeros(spec.shape)}))
     assert events.index("sync privacy.jsonl") < events.index("sync own") < events.index("place privacy.jsonl.head") < events.index("train")
     assert events[-1] == "place round-00001.safetensors" and len(events) - 1 > max(place for place, event in enumerate(events) if event == "train")
 
 
 def reply(client: str, payload: Payload, round: int = 1) -> Update:
-    return Update(round, client, payload)
+    return Update(round=round, client=client, payload=payload)
 
 
 class Nothing:
@@ -187,7 +189,7 @@ def rounds_of(rules: RoundConfig, exchange: Any, register: dict[str, int], valid
     return kept
 
 
-RULES = RoundConfig("run", 0, 1, None, 0, "uniform", 1.0, "none")
+RULES = RoundConfig(run="run", seed=0, rounds=1, clients=None, min_clients=0, weighting="uniform", max_change=1.0, validate_by="none")
 
 
 def test_a_private_round_without_replies_is_paid_for_and_noised(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_weights_come_from_the_register_alone() -> None:
 
 @pytest.mark.parametrize("most", [0.25, 4.0])
 def test_a_change_is_judged_by_its_root_mean_square_at_the_very_edge(most: float) -> None:
-    request = Request("run", 1, "a", 0, {PROMPT: torch.zeros(400)})
+    request = Request(run="run", round=1, client="a", seed=0, payload={PROMPT: torch.zeros(400)})
     one = torch.zeros(400)
     one[0] = 19.9 * most  # its root mean square is 0.995 of the most: neither its largest number nor its length is
     for payload, admitted in ((torch.full((400,), 0.999 * most), True), (torch.full((400,), 1.001 * most), False), (one, True)):
@@ -311,7 +313,8 @@ def test_one_liar_of_ten_does_not_choose_the_round(lies: bool) -> None:
 
     def exchange(requests: list[Request]) -> list[Update]:
         told = [
-            Update(request.round, request.client, request.payload, validation=losses[request.round] + int(request.client[1:]) / 100) for request in requests
+            Update(round=request.round, client=request.client, payload=request.payload, validation=losses[request.round] + int(request.client[1:]) / 100)
+            for request in requests
         ]
         if lies:
             told[0] = replace(told[0], validation=0.0 if requests[0].round == 3 else 1e4)

@@ -1,6 +1,6 @@
 """FedSP: Federated learning with tunable Soft Prompts.
 
-Chenhe Dong, Yuexiang Xie, Bolin Ding, Ying Shen, Yaliang Li. *Tunable Soft Prompts are Messengers in Federated Learning*.
+Chenhe Dong, Yuexiang Xie, Bolin Ding, Ying Shen, Yaliang Li. *Messenger Soft Prompts are Messengers in Federated Learning*.
 Findings of EMNLP 2023. https://arxiv.org/abs/2311.06805
 
 The algorithm. The server holds a global model M_g, frozen. Clients 1..K hold text, and a copy of a small auxiliary model M_a that the server
@@ -10,15 +10,17 @@ has made from layers of M_g and distilled from it (`fedsp.models.auxiliary`, `fe
     for round t = 1 .. R:
         the server broadcasts p to the clients it asks
         each asked client k, on its own text:
-            align:  S steps on M_a^k, p frozen             (alternating training, stage 1)
-            speak:  S steps on p, M_a^k frozen             (alternating training, stage 2)
+            p_k = p
+            S steps on M_a^k, p_k frozen                   (alternating training, stage 1)
+            S steps on p_k, M_a^k frozen                   (alternating training, stage 2)
             p_k is sent back; M_a^k stays
         p = sum_k n_k p_k / sum_k n_k                      (`fedsp.federation.aggregation.mean`)
         p: S steps through M_g on the server's own labels  (the server step)
     the p with the best validation loss under M_g is the result
 
-Every loss is the cross-entropy of answer tokens, nats per token. Align, server step, distillation and sharing are switched off by
-numbers: no steps, or another layer plan. The loop over rounds is `fedsp.federation.loop`; what travels how, `fedsp.federation.transport`.
+Every loss is the cross-entropy of answer tokens, nats per token. Stage 1, the server step, distillation and sharing are switched off by
+settings: no steps, or another layer plan. The loop over rounds is `fedsp.federation.loop`, sending and receiving is
+`fedsp.federation.transport`, and what a party keeps between rounds is `fedsp.federation.party.Party.round_state`.
 
 Deviations from the authors' released code, each a choice (`preset = "paper"` keeps the paper's settings otherwise):
 
@@ -35,89 +37,57 @@ Deviations from the authors' released code, each a choice (`preset = "paper"` ke
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 from fedsp.federation.messages import Request, Update
-from fedsp.federation.methods.base import Side, Stage, Work, part, take_steps, validation_loss
+from fedsp.federation.methods.base import Side, Work
 from fedsp.federation.party import Party
 from fedsp.models.payload import Payload
-from fedsp.models.soft_prompt import SoftPrompt
-from fedsp.models.trainable import Tensors, trainable
-from fedsp.training.loop import TrainResult
+from fedsp.models.trainable import Tensors
+from fedsp.training.stage import Stage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FedSP:
-    """The method, as a value. `keep_optimizer` lets AdamW's moments rest with each party between rounds, as the authors do.
+    """The method, as a value; its interface is `fedsp.federation.methods.base.Method`.
 
-    `package` are the auxiliary weights as handed out, from which every client's own ones start; none where no client aligns.
+    auxiliary_stage, prompt_stage: the two stages of alternating training at a client.
+    server_stage: the server step.
+    package: the auxiliary weights as handed out, from which every client's own ones start; needed only if `auxiliary_stage` has steps.
     """
 
-    align: Stage
-    speak: Stage
-    server: Stage
-    keep_optimizer: bool = False
+    auxiliary_stage: Stage
+    prompt_stage: Stage
+    server_stage: Stage
     package: Tensors = field(default_factory=dict, repr=False)
 
     def init(self, server: Party) -> Payload:
-        """One prompt for all."""
-        return server.prompt.payload()
+        """The first prompt, the same for all clients."""
+        return server.messenger.payload()
 
     def client_update(self, client: Party, request: Request) -> Update:
-        """Align, then speak; answer with the prompt. See `Method.client_update`."""
-        started = time.perf_counter()
-        state = client.rest.load(before=request.round) if self._rests(client.prompt) else {}
-        client.prompt.take_up(request.payload, part(state, "prompt"))
-        if not self.align.steps:
-            return self._speak(client, request, state, started)
-        with client.own_weights(part(state, "auxiliary"), self.package):
-            return self._speak(client, request, state, started)
-
-    def _speak(self, client: Party, request: Request, state: Tensors, started: float) -> Update:
-        validation = validation_loss(client, client.held_out)
-        if not request.train:
-            return Update(request.round, client.id, request.payload, validation=validation)
-        fits = {work.name: self._fit(client, work, request.payload, request.round, request.seed, state) for work in self.work(client, "client")}
-        self._save_state(client, request.round, fits)
-        losses = {name: fitted.last for name, fitted in fits.items() if fitted.last is not None}
-        spikes = sum(fitted.spikes for fitted in fits.values())
-        return Update(request.round, client.id, client.prompt.payload(), losses, validation, time.perf_counter() - started, client.shortened, spikes)
+        """One round at client k: alternating training, and the reply."""
+        with client.round_state(request.round, request.seed, request.payload, start=self.package) as local:
+            client.messenger.load(request.payload)
+            validation = client.validate()
+            if request.train:
+                local.train(client.model, self.auxiliary_stage)
+                local.train(client.messenger, self.prompt_stage)
+        return local.update(validation)
 
     def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
-        """Steps on the aggregated prompt through the frozen global model. See `Method.server_update`."""
-        if not self.server.steps:
+        """The server step: the tuned prompt, and the last loss."""
+        if not self.server_stage.steps:
             return aggregated, None
-        state = server.rest.load(before=round) if self._rests(server.prompt) else {}
-        server.prompt.take_up(aggregated, part(state, "prompt"))
-        fits = {work.name: self._fit(server, work, aggregated, round, seed, state) for work in self.work(server, "server")}
-        self._save_state(server, round, fits)
-        return server.prompt.payload(), fits["server"].last if fits else None
+        with server.round_state(round, seed, aggregated) as local:
+            server.messenger.load(aggregated)
+            loss = local.train(server.messenger, self.server_stage)
+        return server.messenger.payload(), loss
 
     def work(self, party: Party, side: Side) -> list[Work]:
-        """Align and speak at a client, the server step at the server. See `Method.work`."""
-        prompt = party.prompt.trained()
+        """The stages of one side, in order."""
         if side == "server":
-            stages = [Work("server", self.server, prompt)]
+            stages = [Work(self.server_stage, party.messenger)]
         else:
-            stages = [Work("align", self.align, trainable(party.model.model) if self.align.steps else {}), Work("speak", self.speak, prompt)]
+            stages = [Work(self.auxiliary_stage, party.model), Work(self.prompt_stage, party.messenger)]
         return [work for work in stages if work.stage.steps]
-
-    def _fit(self, party: Party, work: Work, received: Payload, round: int, seed: int, state: Tensors) -> TrainResult:
-        """One stage of one party: steps on its prompt or its auxiliary model; the other is frozen."""
-        party.prompt.requires_grad_(work.name != "align")
-        return take_steps(party, work, received, round, seed, part(state, work.name) if self.keep_optimizer else None)
-
-    def _rests(self, prompt: SoftPrompt) -> bool:
-        """Whether a party has anything to keep from one round to the next."""
-        return bool(self.align.steps) or self.keep_optimizer or bool(prompt.spec.projection)
-
-    def _save_state(self, party: Party, round: int, fits: dict[str, TrainResult]) -> None:
-        if not self._rests(party.prompt):
-            return
-        state: Tensors = {f"prompt/{name}": tensor for name, tensor in party.prompt.own_state().items()}
-        if "align" in fits:
-            state |= {f"auxiliary/{name}": parameter for name, parameter in trainable(party.model.model).items()}
-        if self.keep_optimizer:
-            state |= {f"{name}/{key}": tensor for name, fitted in fits.items() for key, tensor in fitted.moments.items()}
-        party.rest.save(round, state)

@@ -22,8 +22,9 @@ from fedsp.experiments.run import robust_rule
 from fedsp.experiments.run_directory import RunDirectory, differing_keys, find_runs
 from fedsp.experiments.server_setup import EMBEDDED, LEAST_ROOM, examples_digest, load_dataset, score_test
 from fedsp.experiments.start import Engine, Figures, in_this_process, make_package, require_local, require_new, resume_run, start_run
+from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import agreement_of
+from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import choose_device, load_model
 from fedsp.models.prompted_lm import length_of
@@ -82,8 +83,9 @@ def run(
 def _suited(config: RunConfig, engine: str) -> RunConfig:
     if engine != "deployment":
         require_local(config)
-    if engine == "flower" and (config.method != "fedsp" or config.distill.again_every):
-        what = f"method = {config.method!r}" if config.method != "fedsp" else "distill.again_every"
+    deployable = find_method(config.method).deployable
+    if engine == "flower" and (not deployable or config.distill.again_every):
+        what = f"method = {config.method!r}" if not deployable else "distill.again_every"
         raise ConfigurationError(f"{what} is for measuring and runs in one process: use engine local")
     return config
 
@@ -134,7 +136,7 @@ def plan(config: RunConfig) -> Figures:
     Raises:
         FedspError: whatever cannot be done, as one sentence.
     """
-    if config.method != "fedsp":
+    if not find_method(config.method).deployable:
         raise ConfigurationError(f"method = {config.method!r}: a plan counts FedSP; what a baseline costs is measured in its run and shown by `fedsp report`")
     natural = config.partition.kind == "natural"
     clients = len(load_dataset(config).partition.clients) if natural and not config.federation else config.partition.clients
@@ -195,7 +197,7 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
     run = open_run(folder)
     if prompt:
         other = read_prompt(Path(prompt)).to(run.server.model.device)
-        run = replace(run, tuned=other, best=other.payload())
+        run = replace(run, messenger=other, best=other.payload())
     server, questions = run.server, run.server.questions
     splits = {"test": questions.test, "validation": questions.validation}
     if split not in splits:
@@ -212,7 +214,7 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
                 f"a prompt of {length_of(prefix)} tokens leaves {room} of the model's {server.model.max_positions} positions for text: use a shorter one"
             )
         figures, _ = score_test(run.model, prefix, splits[split], questions.task, server.tokenizer, room)
-        rows.append({"prompt": "zero-shot" if bare else "tuned prompt" if isinstance(run.tuned, SoftPrompt) else "tuned weights", **figures})
+        rows.append({"prompt": "zero-shot" if bare else "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights", **figures})
     return rows
 
 
@@ -244,10 +246,10 @@ def export(folder: str | Path, to: str | Path) -> Figures:
     to = Path(to)
     require_new(to)
     run = open_run(folder)
-    if not isinstance(run.tuned, SoftPrompt):
+    if not isinstance(run.messenger, SoftPrompt):
         raise RunError(f"the run in {folder} tuned weights, not a prompt: there is no prefix to export")
-    export_peft(run.tuned, run.model, to)
-    return {"folder": str(to), "virtual_tokens": run.tuned.spec.length, "base_model": run.model.name}
+    export_peft(run.messenger, run.model, to)
+    return {"folder": str(to), "virtual_tokens": run.messenger.spec.length, "base_model": run.model.name}
 
 
 def list_runs(folder: str | Path) -> list[Figures]:
@@ -264,7 +266,7 @@ def list_runs(folder: str | Path) -> list[Figures]:
         rows.append(
             {
                 "folder": str(path),
-                "method": f"fedsp, {config.preset}" if config.method == "fedsp" else config.method,
+                "method": f"{config.method}, {config.preset}" if find_method(config.method).deployable else config.method,
                 "model": config.model.name,
                 "task": config.data.task,
                 "rounds": f"{len(records)}/{config.round.rounds}",

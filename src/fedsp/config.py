@@ -23,8 +23,6 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What the name of a client in a deployment may be."""
 
 
-MethodName = Literal["fedsp", "zero_shot", "finetune", "prefix_tuning", "fedprompt", "fedprompt_single", "lora", "offsite_tuning"]
-
 AttackName = Literal[
     "none",
     "sign_flip",
@@ -45,7 +43,7 @@ AttackName = Literal[
 
 
 ClientPrecision = Literal["float32", "bfloat16", "8bit", "4bit"]
-PRECISION = "in which clients hold the frozen auxiliary model in memory: float32, bfloat16, 8bit, 4bit; only where they do not align it"
+PRECISION = "in which clients hold the frozen auxiliary model in memory: float32, bfloat16, 8bit, 4bit; only where they do not train it"
 
 
 class Section(BaseModel):
@@ -177,10 +175,10 @@ class RoundSection(Section):
 class ClientSection(Section):
     """What an asked client does."""
 
-    align_steps: Count = Field(description="stage 1, steps on its auxiliary model with the prompt frozen; 0: no alternating training")
-    speak_steps: Count = Field(description="stage 2, steps on the prompt with the auxiliary model frozen")
+    auxiliary_steps: Count = Field(description="stage 1, steps on its auxiliary model with the prompt frozen; 0: no alternating training")
+    prompt_steps: Count = Field(description="stage 2, steps on the prompt with the auxiliary model frozen")
     learning_rate: LearningRate = Field(description="of AdamW on the prompt")
-    align_learning_rate: LearningRate = Field(5e-4, description="of AdamW on the auxiliary model")
+    auxiliary_learning_rate: LearningRate = Field(5e-4, description="of AdamW on the auxiliary model")
     weight_decay: Decay = Field(description="of AdamW")
     batch_size: Batch = Field(16, description="examples per step")
     warmup: Share = Field(0.1, description="share of all steps of all rounds in which the learning rate rises; then it falls linearly to 0; the server's too")
@@ -310,9 +308,7 @@ class RunConfig(Section):
         "plain",
         description="what is promised against whom: plain; robust: against lying clients; dp-example, dp-client: differential privacy (docs/security.md)",
     )
-    method: MethodName = Field(
-        "fedsp", description="fedsp, or a baseline: zero_shot, finetune, prefix_tuning, fedprompt, fedprompt_single, lora, offsite_tuning"
-    )
+    method: str = Field("fedsp", description="fedsp, or a baseline: zero_shot, finetune, prefix_tuning, fedprompt, fedprompt_single, lora, offsite_tuning")
     seed: Count = Field(0, description="every draw of the run comes from it")
     output: str = Field("runs/latest", description="folder of the run")
     model: ModelSection
@@ -340,8 +336,6 @@ class RunConfig(Section):
             raise ValueError(f"partition.column: partition.kind = {self.partition.kind!r} needs the name of a column, or partition.topics")
         if self.partition.column and self.partition.topics:
             raise ValueError("partition.topics: a partition goes by a column or by topics; set one of them")
-        if self.method != "fedsp":
-            self._baseline()
         if self.partition.clients and self.partition.kind != "natural" and not self.federation and self.privacy.unit != "client":
             asked = self.round.asked(self.partition.clients)
             if asked and self.round.min_clients > asked:
@@ -355,45 +349,21 @@ class RunConfig(Section):
         if self.aggregation.rule == "trust" and not self.server.steps:
             raise ValueError("aggregation.rule: trust goes by the server's own step; set server.steps above 0")
         self._private()
-        if self.distill.again_every and (self.federation or self.client.align_steps or not self.distill.steps):
-            raise ValueError("distill.again_every: only where clients are simulated, do not align, and distill.steps is above 0")
+        if self.distill.again_every and (self.federation or self.client.auxiliary_steps or not self.distill.steps):
+            raise ValueError("distill.again_every: only where clients are simulated, client.auxiliary_steps is 0, and distill.steps is above 0")
         if self.distill.steps and not self.distill.text and not self.auxiliary.folder:
             raise ValueError("distill.text: distillation needs text; name public text files, or ['server'] for the server's own examples")
         if self.prompt.init == "text" and not self.prompt.init_text and not self.distill.text:
             raise ValueError("prompt.init_text: prompt.init = 'text' needs a text; name a file, or set distill.text, or prompt.init = 'normal'")
         if self.validation.by == "clients" and not ((self.partition.clients or self.federation) and self.round.clients != 0):
             raise ValueError("validation.by: no client is asked, so none can validate; use 'server' or 'none'")
-        self._precisions()
-        if self.client.keep_optimizer and self.client.align_steps == 0 == self.client.speak_steps:
+        if self.auxiliary.precision != "float32" and (self.client.auxiliary_steps or self.distill.again_every or self.federation):
+            raise ValueError(
+                f"auxiliary.precision: only simulated clients that leave the auxiliary model as it is can hold it in {self.auxiliary.precision}: set it to float32, or set client.auxiliary_steps and distill.again_every to 0 without a [federation]"
+            )
+        if self.client.keep_optimizer and self.client.auxiliary_steps == 0 == self.client.prompt_steps:
             raise ValueError("client.keep_optimizer: a client that takes no step has no optimizer to keep")
         return self
-
-    def _precisions(self) -> None:
-        """What weights of few bits, or in several places, cannot do."""
-        makes_package = self.method == "fedsp" and not self.auxiliary.folder and self.round.clients != 0 and bool(self.partition.clients or self.federation)
-        for place, value, hard in (
-            ("model.precision", self.model.precision, self.model.precision in ("8bit", "4bit")),
-            ("model.device", self.model.device, self.model.device == "split"),
-        ):
-            if hard and self.method not in ("fedsp", "zero_shot", "prefix_tuning", "fedprompt"):
-                raise ValueError(f"{place}: method = {self.method!r} needs the weights themselves, and not in {value!r}; set it to auto")
-            if hard and makes_package:
-                raise ValueError(
-                    f"{place}: no auxiliary model can be made of a model in {value!r}; make it first with `fedsp distill`, which reads the model whole, and name it in auxiliary.folder"
-                )
-        if self.model.precision == "bfloat16" and self.method in ("finetune", "lora", "offsite_tuning"):
-            raise ValueError(f"model.precision: method = {self.method!r} trains the weights, in float32; set it to auto or float32")
-        if self.auxiliary.precision != "float32":
-            wrong = {
-                "method": self.method != "fedsp",
-                "client.align_steps": self.client.align_steps > 0,
-                "distill.again_every": self.distill.again_every > 0,
-                "federation": self.federation is not None,
-            }
-            if key := next((key for key, given in wrong.items() if given), None):
-                raise ValueError(
-                    f"auxiliary.precision: it does not go with this {key}: only simulated clients of fedsp that leave the auxiliary model as it is can hold it in {self.auxiliary.precision}"
-                )
 
     def _private(self) -> None:
         """What would break the promise."""
@@ -408,20 +378,6 @@ class RunConfig(Section):
             raise ValueError("round.weighting: with privacy.unit = 'client' no client counts more than another; set it to 'uniform'")
         if self.round.min_clients:
             raise ValueError("round.min_clients: with privacy.unit = 'client' a round releases noise however few answer; set it to 0")
-
-    def _baseline(self) -> None:
-        """What a baseline cannot do."""
-        fedsp_only = {
-            "federation": self.federation is not None,
-            "client.align_steps": self.client.align_steps > 0,
-            "distill.again_every": self.distill.again_every > 0,
-            "privacy.unit": self.privacy.unit == "example",
-        }
-        wrong = next((key for key, given in fedsp_only.items() if given), None)
-        if wrong:
-            raise ValueError(f"{wrong}: that is a part of FedSP, and method is {self.method!r}")
-        if self.method == "prefix_tuning" and self.partition.clients and self.round.clients != 0:
-            raise ValueError("partition.clients: prefix_tuning has all text in one place; set it to 0, or use method = 'fedprompt'")
 
     @property
     def server_share(self) -> float:
@@ -450,9 +406,9 @@ def _hold_to_promise(privacy: PrivacySection, client: ClientSection, prompt: Pro
         raise ValueError("validation.by: what clients say of their own examples is not covered by the promise; use 'server' or 'none'")
     if privacy.unit != "example":
         return
-    if client.align_steps:
+    if client.auxiliary_steps:
         raise ValueError(
-            "client.align_steps: alternating training lets every example into the auxiliary model without noise, and from there into every later gradient; set it to 0"
+            "client.auxiliary_steps: alternating training lets every example into the auxiliary model without noise, and from there into every later gradient; set it to 0"
         )
     wrong = {"client.proximal": client.proximal > 0, "prompt.projection": prompt.projection > 0}
     if key := next((key for key, given in wrong.items() if given), None):

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from fedsp.config import PartyConfig, RunConfig, Section
 from fedsp.errors import ConfigurationError, did_you_mean, first_line
+from fedsp.federation.methods.registry import find_method
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
@@ -24,7 +25,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {"steps": 5000, "text": ["server"], "learning_rate": 5e-4},
         "prompt": {"space": "key_value", "length": 40, "init": "normal"},
         "round": {"rounds": 100},
-        "client": {"align_steps": 10, "speak_steps": 10, "learning_rate": 5e-4, "weight_decay": 0.01, "keep_optimizer": True},
+        "client": {"auxiliary_steps": 10, "prompt_steps": 10, "learning_rate": 5e-4, "weight_decay": 0.01, "keep_optimizer": True},
         "server": {"steps": 10, "learning_rate": 5e-4, "weight_decay": 0.01},
     },
     "messenger": {
@@ -32,7 +33,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {"steps": 500, "text": [], "learning_rate": 1e-3},
         "prompt": {"space": "residual", "length": 16, "init": "text"},
         "round": {"rounds": 20},
-        "client": {"align_steps": 0, "speak_steps": 5, "learning_rate": 3e-2, "weight_decay": 0.0, "keep_optimizer": False},
+        "client": {"auxiliary_steps": 0, "prompt_steps": 5, "learning_rate": 3e-2, "weight_decay": 0.0, "keep_optimizer": False},
         "server": {"steps": 0, "learning_rate": 3e-2, "weight_decay": 0.0},
     },
 }
@@ -46,7 +47,7 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "dp-example": {
         "privacy": {"unit": "example", "epsilon": 8.0},
-        "client": {"align_steps": 0, "batch_size": 32},
+        "client": {"auxiliary_steps": 0, "batch_size": 32},
         "round": {"weighting": "uniform"},
     },
     "dp-client": {
@@ -71,7 +72,41 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
             filled[section] = {**preset.get(section, {}), **profile.get(section, {}), **given}
             if "noise_multiplier" in given and "epsilon" not in given:
                 filled[section].pop("epsilon", None)
-    return validated(RunConfig, filled, source)
+    config = validated(RunConfig, filled, source)
+    try:
+        _check_method(config)
+    except ValueError as error:
+        raise ConfigurationError(f"{source} has 1 fault:\n  {error}") from error
+    return config
+
+
+def _check_method(config: RunConfig) -> None:
+    """Raises ValueError for what the method of a run cannot do."""
+    entry, model, auxiliary = find_method(config.method), config.model, config.auxiliary
+    only_deployable = {
+        "federation": config.federation is not None,
+        "client.auxiliary_steps": config.client.auxiliary_steps > 0,
+        "distill.again_every": config.distill.again_every > 0,
+        "privacy.unit": config.privacy.unit == "example",
+        "auxiliary.precision": auxiliary.precision != "float32",
+    }
+    if not entry.deployable and (key := next((key for key, given in only_deployable.items() if given), None)):
+        raise ValueError(f"{key}: that is a part of FedSP, and method is {config.method!r}")
+    if not entry.federated and entry.rounds and config.partition.clients and config.round.clients != 0:
+        raise ValueError(f"partition.clients: {config.method} has all text in one place; set it to 0, or use method = 'fedprompt'")
+    makes_package = entry.package and not auxiliary.folder and config.round.clients != 0 and bool(config.partition.clients or config.federation)
+    for key, value, inexact in (
+        ("model.precision", model.precision, model.precision in ("8bit", "4bit")),
+        ("model.device", model.device, model.device == "split"),
+    ):
+        if inexact and entry.exact_weights:
+            raise ValueError(f"{key}: method = {config.method!r} needs the weights themselves, and not in {value!r}; set it to auto")
+        if inexact and makes_package:
+            raise ValueError(
+                f"{key}: no auxiliary model can be made of a model in {value!r}; make it first with `fedsp distill`, which reads the model whole, and name it in auxiliary.folder"
+            )
+    if model.precision == "bfloat16" and entry.trains_weights:
+        raise ValueError(f"model.precision: method = {config.method!r} trains the weights, in float32; set it to auto or float32")
 
 
 Root = TypeVar("Root", bound=Section)

@@ -136,7 +136,7 @@ def test_intervals_hold_what_is_true_as_often_as_they_say() -> None:
 def test_shadows_start_alike_whatever_was_tried_in_between(tmp_path: Path) -> None:
     opened = open_audited(Path(commands.run(settings(tmp_path, server={"steps": 1, "batch_size": 2}))["folder"]), Callbacks())
     first = train_shadow(opened, 0)
-    tuned = opened.sides.tuned
+    tuned = opened.sides.messenger
     assert isinstance(tuned, SoftPrompt)
     losses_under(opened.sides.model, tuned, first.broadcasts[-1], encoded_rows(opened)[:4])
     again, second = train_shadow(opened, 0), train_shadow(opened, 1)
@@ -184,7 +184,7 @@ def test_membership_is_seen_where_it_must_be_and_nowhere_else(tmp_path: Path) ->
         },
         "partition": {"clients": 1, "server_share": 0.0},
         "round": {"rounds": 1},
-        "client": {"speak_steps": 40, "batch_size": 8, "learning_rate": 0.1},
+        "client": {"prompt_steps": 40, "batch_size": 8, "learning_rate": 0.1},
         "prompt": {"length": 16},
     }
     folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
@@ -357,7 +357,7 @@ def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("policy", ["low_rank", "fresh"])
-def test_embeddings_that_are_not_handed_out(family: str, policy: Any, tmp_path: Path) -> None:
+def test_embeddings_that_are_not_disclosed_share(family: str, policy: Any, tmp_path: Path) -> None:
     model, tokenizer = tiny_model(family), load_tokenizer(str(EMBEDDED / "model"))
     plan = parse_plan("ends(1)", model.shape.layers)
     verbatim = build_auxiliary(model, plan, tokenizer)
@@ -377,7 +377,7 @@ def test_a_package_with_other_embeddings_is_refused(tmp_path: Path) -> None:
         commands.run(settings(tmp_path / "other", auxiliary={"folder": str(tmp_path / "package")}))
 
 
-def test_the_plan_knows_what_is_not_handed_out(tmp_path: Path) -> None:
+def test_the_plan_knows_what_is_not_disclosed_share(tmp_path: Path) -> None:
     shares = []
     for policy in ("verbatim", "fresh"):
         values = settings(tmp_path / policy, auxiliary={"embeddings": policy})

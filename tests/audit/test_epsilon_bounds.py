@@ -65,7 +65,7 @@ def released(model: Any, prompt: SoftPrompt, included: list[bool]) -> list[float
 def canaries(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """One audit in one run, of the private step as it stands when this is called."""
     model = tiny_model("gpt2")
-    prompt = SoftPrompt(PromptSpec("residual", 8, model.shape), torch.zeros(8, 4, 32))
+    prompt = SoftPrompt(PromptSpec(space="residual", length=8, model=model.shape), torch.zeros(8, 4, 32))
     assert prompt.direct.numel() == CANARIES
 
     def gradients(model: Any, prompt: SoftPrompt, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -121,18 +121,18 @@ def test_a_broken_build_is_refuted(canaries: Callable[[], Any], broken: Callable
     assert canaries().epsilon > PROMISED
 
 
-def distinguished(*, aligned: bool) -> float:
-    """The epsilon refuted by 400 private steps with an example and 400 without it, the auxiliary model aligned on all of them first, or not."""
+def distinguished(*, auxiliary_trained: bool) -> float:
+    """The epsilon refuted by 400 private steps with an example and 400 without it, the auxiliary model auxiliary_trained on all of them first, or not."""
     base = [Encoded((5 + index % 7, 20 + index % 11, 40), 1) for index in range(40)]
     worlds, noiseless = [], []
     steps = PrivateSteps(bound=1e-3, noise_multiplier=NOISE, sampling_rate=1.0, count=1)
     quiet = PrivateSteps(bound=1e-3, noise_multiplier=0.0, sampling_rate=1.0, count=1)
     for rows in ([*base, Encoded((90, 91, 92, 93, 94), 1)], base):
         model = tiny_model("gpt2")
-        prompt = SoftPrompt(PromptSpec("residual", 4, model.shape), torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0)))
-        if aligned:
+        prompt = SoftPrompt(PromptSpec(space="residual", length=4, model=model.shape), torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0)))
+        if auxiliary_trained:
             loss = lambda batch, model=model: states_loss(model, model(batch.input_ids, batch.attention_mask), batch)
-            fit(trainable(model.model), loss, [collate(rows[-8:])] * 10, Optimisation(3e-3))
+            fit(trainable(model.model), loss, [collate(rows[-8:])] * 10, Optimisation(learning_rate=3e-3))
         worlds.append((model, prompt, rows))
         noiseless.append(private_gradient(model, prompt, rows, 40, quiet, at_once=64).double().flatten())
     direction = noiseless[0] - noiseless[1]
@@ -147,8 +147,8 @@ def distinguished(*, aligned: bool) -> float:
 
 
 def test_alternating_training_left_on_is_refuted_and_without_it_nothing_is() -> None:
-    assert distinguished(aligned=False) <= PROMISED
-    assert distinguished(aligned=True) > PROMISED
+    assert distinguished(auxiliary_trained=False) <= PROMISED
+    assert distinguished(auxiliary_trained=True) > PROMISED
 
 
 def test_canary_clients_refute_a_server_with_too_little_noise() -> None:

@@ -31,7 +31,7 @@ def test_the_simulated_client_is_the_real_one(family: str, space: Any) -> None:
     prompt = prompt_for(model, space, 5)
     seen = local_change(model, prompt, embedded(model, ROW), ANSWER, LocalSteps())[0]
     assert torch.allclose(-seen, example_gradients(model, prompt, collate([ROW]))[1][0], rtol=1e-3, atol=1e-5)
-    optimisation = Optimisation(1e-2, 0.1, 0.5, 8)
+    optimisation = Optimisation(learning_rate=1e-2, weight_decay=0.1, warmup=0.5, total_steps=8)
     steps = LocalSteps(tuple(optimisation.rate(step) for step in range(3)), 0.1)
     changed = local_change(model, prompt, embedded(model, ROW), ANSWER, steps)[0]
     before = prompt.values().detach().clone()
@@ -55,9 +55,9 @@ def test_a_residual_prompt_gives_its_text_away_too(steps: LocalSteps) -> None:
     model = tiny_model("gpt2")
     prompt = prompt_for(model, "residual", 5)
     change = local_change(model, prompt, embedded(model, ROW), ANSWER, steps)[0].detach()
-    read = match_text(model, prompt, Target(change, ANSWER, 3, steps), iterations=150)
+    read = match_text(model, prompt, Target(change=change, answers=ANSWER, tokens=3, steps=steps), iterations=150)
     assert recovery_of(read, ROW).exact
-    hidden = match_text(model, prompt, Target(noised(change, noise_of(1.0)), ANSWER, 3, steps), iterations=20)
+    hidden = match_text(model, prompt, Target(change=noised(change, noise_of(1.0)), answers=ANSWER, tokens=3, steps=steps), iterations=20)
     assert recovery_of(hidden, ROW).tokens < 0.5
 
 
@@ -67,7 +67,7 @@ def test_texts_of_a_lot_are_found_together() -> None:
     rows = [Encoded(TEXT[:3], 2), Encoded(TEXT[5:8], 2)]
     change = -example_gradients(model, prompt, collate(rows))[1].mean(dim=0)
     answers = torch.tensor([row.ids[-1] for row in rows])
-    found = match_embeddings(model, prompt, Target(change, answers, 2, LocalSteps()), iterations=150, restarts=2, seed=0)
+    found = match_embeddings(model, prompt, Target(change=change, answers=answers, tokens=2, steps=LocalSteps()), iterations=150, restarts=2, seed=0)
     nearest = best_distances(model, found).topk(2, largest=False).indices
     there = [{row.ids[position] for row in rows} for position in range(2)]
     assert sum(len(set(some.tolist()) & tokens) for some, tokens in zip(nearest, there, strict=True)) >= 3

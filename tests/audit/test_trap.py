@@ -22,13 +22,15 @@ from fedsp.errors import AuxiliaryError, DataError, RunError
 from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.messages import Request
-from fedsp.federation.methods.base import Averaging, Stage
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.methods.base import Averaging
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.models.auxiliary import AuxiliaryModel, build_auxiliary, parse_plan
 from fedsp.models.loading import load_model, load_tokenizer
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.training.dp_sgd import ExamplePrivacy
 from fedsp.training.loop import Optimisation
+from fedsp.training.stage import Stage
 from support.small_runs import settings
 from support.tiny_models import tiny_model
 
@@ -50,9 +52,9 @@ def texts_with(*words: int) -> list[Encoded]:
 
 
 def scores_after_a_round(trap: Trap, spec: PromptSpec, texts: Sequence[Encoded], folder: Path, privacy: ExamplePrivacy | None = None) -> list[float]:
-    stage = Stage(3, 4, Optimisation(0.1, 0.01), privacy=privacy)
-    party = Party("a", trap.auxiliary, SoftPrompt(spec), texts, StateStore(folder))
-    update = Averaging(stage, stage).client_update(party, Request("run", 1, "a", 0, trap.payload))
+    stage = Stage(name="client", seed_label="client", steps=3, batch_size=4, optimisation=Optimisation(learning_rate=0.1, weight_decay=0.01), privacy=privacy)
+    party = Party(id="a", model=trap.auxiliary, messenger=SoftPrompt(spec), examples=texts, store=StateStore(folder))
+    update = Averaging(client_stage=stage, server_stage=stage).client_update(party, Request(run="run", round=1, client="a", seed=0, payload=trap.payload))
     return trap.read(update.payload).tolist()
 
 
@@ -60,7 +62,7 @@ def scores_after_a_round(trap: Trap, spec: PromptSpec, texts: Sequence[Encoded],
 @pytest.mark.parametrize("plan", ["shared(0)", "ends(1)", "copies(0)", [0, 3]])
 def test_each_word_s_number_moves_if_and_only_if_the_word_stands_there(plan: Any, space: Any, tmp_path: Path) -> None:
     honest = tiny_auxiliary(plan)
-    spec = PromptSpec(space, 8, honest.prompt_shape)
+    spec = PromptSpec(space=space, length=8, model=honest.prompt_shape)
     assert room_for_words(spec) == len(WORDS)
     trap = make_trap(honest, spec, WORDS)
     there = (WORDS[0], WORDS[2], WORDS[5])
@@ -74,7 +76,7 @@ def test_each_word_s_number_moves_if_and_only_if_the_word_stands_there(plan: Any
 
 def test_noise_at_the_client_takes_it_away(tmp_path: Path) -> None:
     honest = tiny_auxiliary("ends(1)")
-    spec = PromptSpec("residual", 8, honest.prompt_shape)
+    spec = PromptSpec(space="residual", length=8, model=honest.prompt_shape)
     trap = make_trap(honest, spec, WORDS)
     told = []
     for number in range(6):
@@ -87,11 +89,11 @@ def test_noise_at_the_client_takes_it_away(tmp_path: Path) -> None:
 def test_an_architecture_without_a_trap_is_named() -> None:
     llama = tiny_auxiliary("ends(1)", "llama")
     with pytest.raises(RunError, match="made for GPT-2's architecture, not for llama"):
-        make_trap(llama, PromptSpec("residual", 8, llama.prompt_shape), WORDS)
+        make_trap(llama, PromptSpec(space="residual", length=8, model=llama.prompt_shape), WORDS)
     for plan, length in (([0], 8), ("ends(1)", 2)):
         honest = tiny_auxiliary(plan)
         with pytest.raises(RunError, match="needs two layers, two heads and three virtual tokens"):
-            make_trap(honest, PromptSpec("residual", length, honest.prompt_shape), WORDS[:1])
+            make_trap(honest, PromptSpec(space="residual", length=length, model=honest.prompt_shape), WORDS[:1])
 
 
 def test_words_are_drawn_from_what_stands_in_front_of_answers() -> None:
@@ -120,7 +122,7 @@ def test_words_are_right_by_the_better_half_and_ties_are_drawn() -> None:
 
 
 def test_the_audit_of_a_run_says_what_was_told_and_what_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path(commands.run(settings(tmp_path, prompt={"length": 9}, client={"speak_steps": 5, "batch_size": 16}))["folder"])
+    folder = Path(commands.run(settings(tmp_path, prompt={"length": 9}, client={"prompt_steps": 5, "batch_size": 16}))["folder"])
     figures = audit_trap(folder)
     assert [row["right"][0] for row in figures["rows"]] == [1.0, 1.0] and figures["rows"][0]["words"] >= 12 and figures["rows"][0]["examples"] == 16
     assert not figures["unusual"]["the run's own"] and len(figures["unusual"]["the trap"]) >= 3
@@ -209,6 +211,6 @@ def test_whoever_is_handed_a_package_can_look_at_it(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "short.txt", tmp_path / "package" / "run.py")
     with pytest.raises(AuxiliaryError, match=r"holds 'run\.py', which no package has"):
         commands.inspect(tmp_path / "package")
-    spec = PromptSpec("residual", 17, honest.prompt_shape)
+    spec = PromptSpec(space="residual", length=17, model=honest.prompt_shape)
     make_trap(honest, spec, range(16)).auxiliary.save(tmp_path / "trap")
     assert len(commands.inspect(tmp_path / "trap")["unusual"]) >= 4

@@ -365,7 +365,7 @@ def test_whatever_a_tokenizer_merges_an_answer_has_a_token(context: str, answer:
 def test_an_answer_without_a_token_is_refused_by_name() -> None:
     tokenizer = bpe()
     with pytest.raises(DataError, match="example q7: the tokenizer makes no token of an answer"):
-        encode_targets(tokenizer, [Example("q7", "abc", ("\u0000",), (0,))], 20)
+        encode_targets(tokenizer, [Example(id="q7", context="abc", choices=("\u0000",), gold=(0,))], 20)
     with pytest.raises(DataError, match="pair 0: no token of a context is in front of the answer, and this tokenizer has none"):
         encode_pairs(bpe(tokens=False), [("", " a")], 20)
 

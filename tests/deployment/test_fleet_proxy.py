@@ -62,7 +62,7 @@ class Upstream:
 @contextlib.contextmanager
 def serving(app: Any, folder: Path, port: int, **more: Any) -> Iterator[None]:
     tls: dict[str, Any] = {"ssl_certfile": folder / CERTIFICATE, "ssl_keyfile": folder / KEY}
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1, **tls, **more))
+    server = uvicorn.Server(config=uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1, **tls, **more))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -174,13 +174,13 @@ def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(federa
     said: list[str] = []
     client = Client(party_of(place), Callbacks(say=said.append))
     first = read_prompt(local.path / "prompts" / "round-00001.safetensors").values()
-    request = Request("ab", 2, "client-0", derive_seed(0, "client", "client-0", 2), {PROMPT: first})
+    request = Request(run="ab", round=2, client="client-0", seed=derive_seed(0, "client", "client-0", 2), payload={PROMPT: first})
     frame = write_request(request, client.party.package.sha256)
     reply = read_reply(unsigned(client, frame), request)
     assert isinstance(reply, Update), reply
     assert client.respond(frame) == client.respond(frame), "asked again, it says the same"
     assert json.loads((place / "client-0" / "state" / client.party.package.sha256[:16] / "rounds.json").read_text()).keys() == {"ab 2"}
-    assert len(said) == 3 and "received 16,7" in said[0] and "speak loss" in said[0] and said[1] == "round 2: asked again, sent the same"
+    assert len(said) == 3 and "received 16,7" in said[0] and "prompt loss" in said[0] and said[1] == "round 2: asked again, sent the same"
     assert not any(word in line for line in said for word in ("town of", "trade of", "animal of"))
 
 
@@ -209,7 +209,7 @@ def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
         ({"round": 4}, "policy", "round 4 is not one of the 3"),
         ({"round": 2, "train": False}, "policy", "round 2 is not one of the 3"),
         ({"round": 4, "train": False}, "policy", "round 4 is not one of the 3"),
-        ({"answer_in": parse_codec("int8")}, "policy", "asks for an answer in int8, the package speaks of float32"),
+        ({"answer_in": parse_codec("int8")}, "policy", "asks for an answer in int8, the package allows float32"),
         ({"payload": {PROMPT: torch.zeros(4, 8, 127)}}, "request", "expected"),
         ({"payload": {PROMPT: torch.full((4, 8, 128), float("nan"))}}, "request", "not finite"),
     ],
@@ -233,7 +233,7 @@ def test_a_client_answers_as_many_runs_as_the_package_speaks_of(place: Path) -> 
     party = party_of(place)
     assert [respond(Client(party, Callbacks()), run=run)[0] for run in ("ab", "cd", "ab")] == ["answered"] * 3
     reason, said = respond(Client(party, Callbacks()), run="ef")
-    assert reason == REFUSALS["policy"] and "the package speaks of 2 runs, and as many were answered" in said[0]
+    assert reason == REFUSALS["policy"] and "the package allows 2 runs, and as many were answered" in said[0]
 
 
 def test_a_round_is_answered_once_and_again_only_to_the_very_same_request(place: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_private_client_keeps_its_own_ledger_and_its_own_limit(tmp_path: Path)
     party = party_of(place, policy={"require_differential_privacy": True, "max_epsilon": 6.0})
     for run, round in (("ab", 1), ("ab", 1), ("ab", 2), ("ab", 3)):
         client = Client(party, Callbacks())
-        request = Request(run, round, "client-0", 1, {PROMPT: torch.zeros(4, 8, 128)})
+        request = Request(run=run, round=round, client="client-0", seed=1, payload={PROMPT: torch.zeros(4, 8, 128)})
         said = json.loads(unsigned(client, write_request(request, party.package.sha256)).header)
         assert (said["kind"], said["losses"], said["seconds"], said["shortened"]) == ("update", {}, 0.0, 0)
     ledger = Ledger(Path(party.state) / LEDGER)
@@ -260,11 +260,11 @@ def test_a_private_client_keeps_its_own_ledger_and_its_own_limit(tmp_path: Path)
     patient = party_of(place, state=str(tmp_path / "state"))
     answered = {run: [respond(Client(patient, Callbacks()), run=f"{run:x}", round=round)[0] for round in (1, 2, 3)] for run in range(6)}
     assert [run for run, said_of in answered.items() if "answered" in said_of] == [0, 1]
-    asked = write_request(Request("0", 1, "client-0", 1, {PROMPT: torch.zeros(4, 8, 128)}), patient.package.sha256)
+    asked = write_request(Request(run="0", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(4, 8, 128)}), patient.package.sha256)
     opened = Client(patient, Callbacks())
-    assert opened._open(asked, "client-0").most == 12.0 and Client(party, Callbacks())._open(asked, "client-0").most == 6.0
+    assert opened._open(asked, "client-0").max_epsilon == 12.0 and Client(party, Callbacks())._open(asked, "client-0").max_epsilon == 6.0
     opened.agreement = opened.agreement.model_copy(update={"privacy": opened.agreement.privacy.model_copy(update={"epsilon": None, "noise_multiplier": 4.0})})
-    assert 0 < opened._open(asked, "client-0").most < 12.0, "by noise alone: what both runs cost with it"
+    assert 0 < opened._open(asked, "client-0").max_epsilon < 12.0, "by noise alone: what both runs cost with it"
     assert Ledger(Path(patient.state) / LEDGER).epsilon(1e-5) <= 12.0, "what was signed, for each of two runs, whatever a server invents"
     for policy, sentence in (
         ({"max_epsilon": 3.0}, "the run may cost epsilon = 6, policy.max_epsilon allows 3"),
@@ -294,7 +294,7 @@ def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place:
         Frame(""),
         Frame("{}"),
         Frame(END.header + " "),
-        Frame(write_request(Request("ab", 1, "client-0", 1, {PROMPT: torch.zeros(2)})).header, b"pickle"),
+        Frame(write_request(Request(run="ab", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(2)})).header, b"pickle"),
     ):
         assert client.respond(frame) == Frame("")
     assert client.answered == 0 and all("no request" in line for line in said)
@@ -344,7 +344,7 @@ def test_a_flower_that_cannot_be_pinned_is_refused(unpinned: Any, module: str, n
 
 def test_a_request_about_another_package_is_refused(place: Path) -> None:
     client = Client(party_of(place), Callbacks())
-    request = Request("ab", 1, "client-0", 1, {PROMPT: torch.zeros(4, 8, 128)})
+    request = Request(run="ab", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(4, 8, 128)})
     reply = read_reply(unsigned(client, write_request(request, "0" * 64)), request)
     assert getattr(reply, "reason", "") == REFUSALS["policy"]
 
@@ -565,7 +565,7 @@ WRONG: dict[str, tuple[list[str], Any, str]] = {
     ),
     "run in one place": (["run", "run.toml"], lambda server: None, "run it with `fedsp serve`"),
     "a key is gone": (["serve", "run.toml"], lambda server: (server / "server.key").unlink(), "server.key; `fedsp federation init` makes it"),
-    "another agreement": (["serve", "run.toml", "client.speak_steps=9"], lambda server: None, "signed for another agreement (client)"),
+    "another agreement": (["serve", "run.toml", "client.prompt_steps=9"], lambda server: None, "signed for another agreement (client)"),
     "a bare auxiliary": (["serve", "run.toml"], lambda server: (server / "package" / "agreement.json").unlink(), "is no package for clients"),
     "an address": (["serve", "run.toml", "federation.listen=nowhere"], lambda server: None, "'nowhere' is no host:port"),
     "an engine": (["run", "run.toml", "--engine", "cloud"], lambda server: None, "unknown engine 'cloud'"),

@@ -22,32 +22,33 @@ from fedsp.data.topics import find_topics
 from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.experiments import run_directory as runs
 from fedsp.experiments.costs import measure
-from fedsp.federation.methods.base import Stage
-from fedsp.federation.methods.fedprompt import FedPrompt
-from fedsp.federation.methods.finetune import Finetune, all_weights
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.methods.base import Averaging
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.models.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, nearly_disclosed_share, parse_plan
 from fedsp.models.payload import PROMPT
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.models.weights import Weights
 from fedsp.storage import read_tensors
 from fedsp.training.distillation import Distillation, distill
 from fedsp.training.evaluation import Scored, by_client
 from fedsp.training.loop import Optimisation, TrainResult
+from fedsp.training.stage import Stage
 from support.small_runs import PAPER, ROWS, settings
 from support.tiny_models import tiny_model
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "momentum": {"round": {"rounds": 3, "optimizer": "momentum", "momentum": 0.5}, "client": {"speak_steps": 2, "batch_size": 4, "proximal": 0.1}},
+    "momentum": {"round": {"rounds": 3, "optimizer": "momentum", "momentum": 0.5}, "client": {"prompt_steps": 2, "batch_size": 4, "proximal": 0.1}},
     "compressed": {"compression": {"up": "sign", "down": "int4"}, "server": {"steps": 1, "batch_size": 4}},
     "again": {"distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "again_every": 1}},
-    "finetune": {"method": "finetune", "client": {"speak_steps": 2, "batch_size": 4, "learning_rate": 1e-4}},
-    "lora": {"method": "lora", "client": {"speak_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "keep_optimizer": True}},
+    "finetune": {"method": "finetune", "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-4}},
+    "lora": {"method": "lora", "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "keep_optimizer": True}},
     "fedprompt with projection": {"method": "fedprompt", "prompt": {"length": 4, "projection": 8}},
     "fedprompt_single": {"method": "fedprompt_single", "prompt": {"length": 4, "space": "key_value"}, "server": {"steps": 1, "batch_size": 4}},
     "offsite_tuning": {
         "method": "offsite_tuning",
         "auxiliary": {"plan": "emulator(1, 2)"},
-        "client": {"speak_steps": 2, "batch_size": 4, "learning_rate": 1e-4},
+        "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-4},
     },
 }
 
@@ -88,9 +89,11 @@ def test_a_package_that_is_made_again_is_counted_as_sent(tmp_path: Path) -> None
 def test_distillation_around_a_prompt_brings_the_two_sides_together_there() -> None:
     teacher = tiny_model("gpt2")
     auxiliary = build_auxiliary(teacher, parse_plan("ends(1)", 4), None)
-    prompt = SoftPrompt(PromptSpec("key_value", 3, teacher.shape), torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)))
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=teacher.shape), torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)))
     texts = [torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(8)]
-    losses = distill(auxiliary, teacher, texts, Distillation(60, 4, Optimisation(3e-3, 0.0)), seed=0, around=prompt)
+    losses = distill(
+        auxiliary, teacher, texts, Distillation(steps=60, batch_size=4, optimisation=Optimisation(learning_rate=3e-3, weight_decay=0.0)), seed=0, around=prompt
+    )
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
@@ -123,7 +126,7 @@ def test_topics_are_found_and_divide_the_questions() -> None:
 
 def test_figures_per_client_weight_each_kind_by_the_clients_own_share() -> None:
     def scored(right: bool) -> Scored:
-        return Scored("x", [0.0, -1.0] if right else [-2.0, -1.0], [False, False], [1, 1], [1, 1], (0,))
+        return Scored(id="x", log_likelihoods=[0.0, -1.0] if right else [-2.0, -1.0], greedy=[False, False], tokens=[1, 1], characters=[1, 1], gold=(0,))
 
     rows = [scored(True), scored(True), scored(False), scored(True), scored(False)]
     figures = by_client(rows, find_task("arc_easy"), ["a", "a", "a", "b", "b"], {"one": ["a", "a", "a", "b"], "two": ["b"], "none": ["c"]})
@@ -149,11 +152,11 @@ def test_a_run_over_topics_gives_figures_for_each_client(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"distill": {"again_every": 1}, "client": {"align_steps": 1}}, "distill.again_every: only where clients are simulated"),
+        ({"distill": {"again_every": 1}, "client": {"auxiliary_steps": 1}}, "distill.again_every: only where clients are simulated"),
         ({"partition": {"kind": "dirichlet"}}, "needs the name of a column, or partition.topics"),
         ({"partition": {"column": "x", "topics": 3}}, "partition.topics: a partition goes by a column or by topics"),
         ({"method": "prefix_tuning"}, "partition.clients: prefix_tuning has all text in one place"),
-        ({"method": "lora", "client": {"align_steps": 2}}, "client.align_steps: that is a part of FedSP, and method is 'lora'"),
+        ({"method": "lora", "client": {"auxiliary_steps": 2}}, "client.auxiliary_steps: that is a part of FedSP, and method is 'lora'"),
         ({"method": "fedpromt"}, "method: "),
     ],
 )
@@ -167,7 +170,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, changes: di
 def test_baselines_run_in_one_process_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="method = 'lora' is for measuring and runs in one process: use engine local"):
         commands.run(settings(tmp_path, method="lora"), engine="flower")
-    commands.run(settings(tmp_path, method="finetune", client={"speak_steps": 1, "batch_size": 4, "learning_rate": 1e-4}))
+    commands.run(settings(tmp_path, method="finetune", client={"prompt_steps": 1, "batch_size": 4, "learning_rate": 1e-4}))
     with pytest.raises(RunError, match="tuned weights, not a prompt: there is no prefix to export"):
         commands.export(tmp_path / "run", tmp_path / "adapter")
     assert commands.generate(tmp_path / "run", "Who", most=3)
@@ -175,21 +178,21 @@ def test_baselines_run_in_one_process_alone(tmp_path: Path) -> None:
 
 def party(model: Any, tuned: Any, place: Path) -> Party:
     rows = [Encoded(tuple(range(1, 25)), 20) for _ in range(8)]
-    return Party("a", model, tuned, rows, StateStore(place))
+    return Party(id="a", model=model, messenger=tuned, examples=rows, store=StateStore(place))
 
 
 def test_operations_are_those_of_the_matrix_products(tmp_path: Path) -> None:
     """Two operations per weight and token forward, two more for the gradient of inputs and two for that of weights; attention on top."""
     model = tiny_model("gpt2")
-    stage = Stage(2, 4, Optimisation(1e-3))
+    stage = Stage(name="client", seed_label="client", steps=2, batch_size=4, optimisation=Optimisation(learning_rate=1e-3))
     tokens, length, layers, hidden = 2 * 4 * 24, 3, 4, 32
     blocks = 12 * hidden**2 * layers * tokens
     head = 97 * hidden * 2 * 4 * 4  # four answer tokens a row
-    weights = measure(Finetune(stage, stage), party(model, all_weights(model), tmp_path), "client", 0)
+    weights = measure(Averaging(client_stage=stage, server_stage=stage), party(model, Weights(model.trained()), tmp_path), "client", 0)
     attention = 2 * 2 * 4 * layers * hidden * 24 * 24 * 2  # rows x (scores and values) forward; the backward pass takes 2.5 times as much
     assert weights["operations"] == pytest.approx(6 * (blocks + head) + 3.5 * attention, rel=0.02)
-    prompt = SoftPrompt(PromptSpec("key_value", length, model.shape))
-    only = measure(FedPrompt(stage, stage), party(model, prompt, tmp_path), "client", 0)
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=length, model=model.shape))
+    only = measure(Averaging(client_stage=stage, server_stage=stage), party(model, prompt, tmp_path), "client", 0)
     assert only["operations"] < 0.8 * weights["operations"]
     assert (only["parameters_trained"], only["parameters_sent"]) == (3 * 4 * 2 * 32, 3 * 4 * 2 * 32) and weights["parameters_sent"] == weights[
         "parameters_held"
@@ -200,11 +203,11 @@ def test_operations_are_those_of_the_matrix_products(tmp_path: Path) -> None:
 
 def test_measuring_changes_nothing(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
-    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)))
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=model.shape), torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)))
     before = prompt.payload()[PROMPT].clone()
-    stage = Stage(2, 4, Optimisation(1e-3))
-    first = measure(FedPrompt(stage, stage), party(model, prompt, tmp_path), "client", 0)
-    again = measure(FedPrompt(stage, stage), party(model, prompt, tmp_path), "client", 0)
+    stage = Stage(name="client", seed_label="client", steps=2, batch_size=4, optimisation=Optimisation(learning_rate=1e-3))
+    first = measure(Averaging(client_stage=stage, server_stage=stage), party(model, prompt, tmp_path), "client", 0)
+    again = measure(Averaging(client_stage=stage, server_stage=stage), party(model, prompt, tmp_path), "client", 0)
     assert torch.equal(prompt.payload()[PROMPT], before) and first["operations"] == again["operations"] and first["memory_bytes"] == again["memory_bytes"]
     assert all(parameter.grad is None for parameter in [*model.parameters(), *prompt.parameters()])
 
@@ -234,7 +237,7 @@ def test_depths_of_a_shared_auxiliary_model(tmp_path: Path) -> None:
     rows = measure_depths(tmp_path / "run")
     assert [row["depth"] for row in rows] == [*range(9), *range(9)] and all(row["gradient_norm"] > 0 for row in rows)
     package, client = ([row["hidden_scale"] for row in rows if row["weights"] == kind] for kind in ("package", "client"))
-    assert package != client  # aligning has moved the client's own weights
+    assert package != client  # stage 1 has moved the client's own weights
     auxiliary = load_auxiliary(tmp_path / "run" / "auxiliary", device=torch.device("cpu"), positions="hugging_face")
     assert auxiliary.plan.sources == (0,) * 8
     with pytest.raises(RunError, match="is no run of FedSP with clients"):

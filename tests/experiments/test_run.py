@@ -28,13 +28,14 @@ from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import EMBEDDED, Server
 from fedsp.federation import clients as clients_side
+from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, agreement_of, make_client, make_method
+from fedsp.federation.clients import Clients, make_client, make_method
 from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update, sample_clients
-from fedsp.federation.methods import base
 from fedsp.federation.methods.base import Side, Work
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.local import local
 from fedsp.models import loading
 from fedsp.models.auxiliary import load_auxiliary
@@ -44,6 +45,7 @@ from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, read_prompt
 from fedsp.privacy import Ledger
 from fedsp.storage import tensors_digest
 from fedsp.training import loop as fitting
+from fedsp.training import stage
 from support.small_runs import PAPER, ROWS, prompt_bits, questions, settings
 
 
@@ -185,7 +187,7 @@ def test_a_client_lives_where_the_global_model_cannot_be_loaded(tmp_path: Path, 
     auxiliary = load_auxiliary(tmp_path / "package", device=torch.device("cpu"), positions="hugging_face")
     agreement = agreement_of(config, 64)
     client = make_client("a", agreement, auxiliary, [Encoded((5, 6, 7, 8), 2)] * 4, StateStore(tmp_path / "rest"), Ledger(tmp_path / "privacy.jsonl"), 1.0)
-    request = Request("run", 1, "a", 0, {PROMPT: torch.zeros(client.prompt.spec.shape)})
+    request = Request(run="run", round=1, client="a", seed=0, payload={PROMPT: torch.zeros(client.prompt.spec.shape)})
     update = make_method(agreement, auxiliary).client_update(client, request)
     assert list(update.payload) == [PROMPT] and not torch.equal(update.payload[PROMPT], request.payload[PROMPT])
 
@@ -200,7 +202,7 @@ class Echo:
         return self.payload
 
     def client_update(self, client: Party, request: Request) -> Update:
-        return Update(request.round, request.client, {PROMPT: request.payload[PROMPT] + 1e-3})
+        return Update(round=request.round, client=request.client, payload={PROMPT: request.payload[PROMPT] + 1e-3})
 
     def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
         return aggregated, None
@@ -213,7 +215,7 @@ def loop(
     exchange: Transport, *, clients: int = 4, asked: int | None = None, rounds: int = 1, minimum: int = 1, shape: tuple[int, ...] = (2, 3, 4)
 ) -> tuple[RunState, list[RoundRecord]]:
     records: list[RoundRecord] = []
-    rules = RoundConfig("run", 0, rounds, asked, minimum, "examples", 1.0, "none")
+    rules = RoundConfig(run="run", seed=0, rounds=rounds, clients=asked, min_clients=minimum, weighting="examples", max_change=1.0, validate_by="none")
     register = {f"c{index}": 1 + index % 3 for index in range(clients)}
     nobody: Any = None
     standing = federate(
@@ -233,15 +235,15 @@ def test_admission_counts_each_refusal_with_its_reason() -> None:
     bad = torch.zeros(2, 3, 4)
     bad[0, 0, 0] = float("inf")
     replies: dict[str, Callable[[Request], Update | Failure]] = {
-        "c0": lambda r: Update(r.round, r.client, {PROMPT: bad}),
-        "c1": lambda r: Update(r.round, r.client, {PROMPT: torch.zeros(2, 3)}),
-        "c2": lambda r: Update(r.round, r.client, {PROMPT: torch.zeros(2, 3, 4).double()}),
-        "c3": lambda r: Update(r.round, r.client, {PROMPT: torch.full((2, 3, 4), 1e3)}),
-        "c4": lambda r: Update(r.round, r.client, {**r.payload, "auxiliary": torch.zeros(1)}),
-        "c5": lambda r: Update(r.round + 1, r.client, r.payload),
-        "c6": lambda r: Failure(r.round, r.client, "out of memory"),
-        "c7": lambda r: Update(r.round, "stranger", r.payload),
-        "c8": lambda r: Update(r.round, r.client, {PROMPT: torch.full((2, 3, 4), 0.5)}),
+        "c0": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: bad}),
+        "c1": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: torch.zeros(2, 3)}),
+        "c2": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: torch.zeros(2, 3, 4).double()}),
+        "c3": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), 1e3)}),
+        "c4": lambda r: Update(round=r.round, client=r.client, payload={**r.payload, "auxiliary": torch.zeros(1)}),
+        "c5": lambda r: Update(round=r.round + 1, client=r.client, payload=r.payload),
+        "c6": lambda r: Failure(round=r.round, client=r.client, reason="out of memory"),
+        "c7": lambda r: Update(round=r.round, client="stranger", payload=r.payload),
+        "c8": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), 0.5)}),
     }
     standing, (record,) = loop(lambda requests: [replies[request.client](request) for request in requests], clients=9)
     assert record.answered == ["c8"]
@@ -262,20 +264,22 @@ def test_admission_counts_each_refusal_with_its_reason() -> None:
 
 
 def test_a_second_reply_does_not_count_twice() -> None:
-    standing, _ = loop(lambda requests: [Update(r.round, r.client, {PROMPT: torch.full((2, 3, 4), value)}) for r in requests for value in (0.25, 0.75)])
+    standing, _ = loop(
+        lambda requests: [Update(round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), value)}) for r in requests for value in (0.25, 0.75)]
+    )
     assert torch.equal(standing.payload[PROMPT], torch.full((2, 3, 4), 0.25))
 
 
 def test_too_few_replies_stop_the_run_where_it_can_be_resumed() -> None:
     with pytest.raises(TooFewClients, match=r"round 1 has 0 admitted updates of 4 asked.*c0: away.*can be resumed"):
-        loop(lambda requests: [Failure(r.round, r.client, "away") for r in requests], minimum=2)
+        loop(lambda requests: [Failure(round=r.round, client=r.client, reason="away") for r in requests], minimum=2)
 
 
 def test_a_thousand_clients_cost_no_memory_and_little_time() -> None:
     shape = (16, 8, 256)
 
     def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
-        return (Update(r.round, r.client, {PROMPT: r.payload[PROMPT].clone()}) for r in requests)
+        return (Update(round=r.round, client=r.client, payload={PROMPT: r.payload[PROMPT].clone()}) for r in requests)
 
     peaks = []
     for clients in (10, 1000):
@@ -303,7 +307,7 @@ def test_only_clients_that_are_asked_are_opened(tmp_path: Path, monkeypatch: pyt
         data={"train": questions(tmp_path, "many", rows)},
         partition={"clients": 1000, "server_share": 0.0},
         round={"rounds": 1, "clients": 10},
-        client={"speak_steps": 1, "batch_size": 1},
+        client={"prompt_steps": 1, "batch_size": 1},
     )
     figures = commands.run(values)
     asked = RunDirectory.open(Path(figures["folder"])).records()[0]["asked"]
@@ -321,7 +325,7 @@ def test_a_fit_goes_on_from_an_earlier_one_and_leaves_that_as_it_was() -> None:
         parameter = torch.nn.Parameter(weights.clone())
         batches = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))[first:last]
         loss = lambda batch: ((parameter - batch) ** 2).sum()
-        fitted = fitting.fit({"a": parameter}, loss, batches, fitting.Optimisation(0.1, total_steps=4), first_step=first, moments=moments)
+        fitted = fitting.fit({"a": parameter}, loss, batches, fitting.Optimisation(learning_rate=0.1, total_steps=4), first_step=first, moments=moments)
         return parameter.detach(), fitted
 
     whole, _ = fit(torch.zeros(3), 0, 4)
@@ -340,11 +344,11 @@ def test_a_loss_that_is_not_a_number_stops_with_round_and_client(tmp_path: Path,
         calls += 1
         return original(*arguments) * (float("nan") if calls > 8 else 1.0)
 
-    monkeypatch.setattr(base, "answer_loss", broken)
+    monkeypatch.setattr(stage, "answer_loss", broken)
     with pytest.raises(TrainingDiverged, match=r"round 2, client 'client-\d': the loss is nan at local step \d of 2.*the prompt of round 1 is kept"):
         commands.run(settings(tmp_path, validation={"by": "none"}))
     assert read_prompt(tmp_path / "run" / "best.safetensors")
-    monkeypatch.setattr(base, "answer_loss", original)
+    monkeypatch.setattr(stage, "answer_loss", original)
     assert commands.resume(tmp_path / "run")["best_round"] == 3
 
 
@@ -415,7 +419,7 @@ def test_configurations_that_fit_no_data(tmp_path: Path, changes: dict[str, Any]
 
 
 def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
-    standing = RunState(0, {}, {}, 0, None)
+    standing = RunState(round=0, payload={}, best={}, best_round=0, best_loss=None)
     for loss in (float("nan"), float("-inf")):
         assert standing.consider({}, 1, loss) is standing
     assert standing.consider({}, 2, 1.0).consider({}, 3, float("nan")).best_round == 2
@@ -441,7 +445,7 @@ def test_a_peft_adapter_can_be_where_a_run_starts(tmp_path: Path) -> None:
 def test_clients_with_any_name_keep_their_state_inside_the_run(tmp_path: Path) -> None:
     directory = RunDirectory.create(make_config(settings(tmp_path)))
     for name in ("../server", "..", ".", "a/b", "client %2E"):
-        folder = directory.rest(f"client {name}").folder
+        folder = directory.state_store(f"client {name}").folder
         assert folder.parent == directory.path / "state" and folder.name not in {".", ".."}
 
 
@@ -497,7 +501,7 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path: Path, write: int) -> None:
 def test_a_prompt_of_another_shape_is_refused(tmp_path: Path) -> None:
     from fedsp.models.soft_prompt import SoftPrompt
 
-    SoftPrompt(PromptSpec("residual", 5, ModelShape(8, 4, 32, 128))).save(tmp_path / "p.safetensors")
+    SoftPrompt(PromptSpec(space="residual", length=5, model=ModelShape(layers=8, heads=4, head_size=32, hidden=128))).save(tmp_path / "p.safetensors")
     with pytest.raises(FedspError, match=r"holds a residual prompt of shape \(5, 8, 128\), the run needs residual of shape \(4, 8, 128\)"):
         commands.run(settings(tmp_path, prompt={"length": 4, "init": str(tmp_path / "p.safetensors")}))
 

@@ -24,7 +24,7 @@ from fedsp.models.prompted_lm import ModelShape
 from fedsp.models.soft_prompt import PromptSpec, read_prompt
 from fedsp.storage import read_tensors
 
-SPEC = PromptSpec("residual", 2, ModelShape(3, 1, 4, 4))
+SPEC = PromptSpec(space="residual", length=2, model=ModelShape(layers=3, heads=1, head_size=4, hidden=4))
 
 
 def configuration(folder: Path, **changes: Any) -> RunConfig:
@@ -37,11 +37,33 @@ def payload(value: float) -> dict[str, torch.Tensor]:
 
 def standing(round: int) -> RunState:
     rest = {"first.x": torch.tensor([float(round)])}
-    return RunState(round, payload(float(round)), payload(round / 2), round - 1, round / 10, rest, {f"owed.{round}": torch.ones(2)})
+    return RunState(
+        round=round,
+        payload=payload(float(round)),
+        best=payload(round / 2),
+        best_round=round - 1,
+        best_loss=round / 10,
+        optimizer=rest,
+        owed={f"owed.{round}": torch.ones(2)},
+    )
 
 
 def record(round: int) -> RoundRecord:
-    return RoundRecord(round, ["a", "b"], ["a"], {"b": "late"}, 10, 20, {"speak": 1.5}, None, 0.5, round, 0, 1.0, 0.5)
+    return RoundRecord(
+        round=round,
+        asked=["a", "b"],
+        answered=["a"],
+        failed={"b": "late"},
+        bytes_down=10,
+        bytes_up=20,
+        client_losses={"prompt": 1.5},
+        server_loss=None,
+        validation=0.5,
+        best_round=round,
+        shortened_examples=0,
+        seconds=1.0,
+        seconds_training=0.5,
+    )
 
 
 def test_a_new_run_holds_its_configuration_and_an_identity_of_its_own(tmp_path: Path) -> None:
@@ -146,7 +168,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_counts(tmp_path: Pa
 def test_weights_are_kept_without_a_prompt_and_their_checkpoints_go_at_the_end(tmp_path: Path) -> None:
     run = RunDirectory.create(configuration(tmp_path))
     weights = {"layer.weight": torch.arange(4.0)}
-    run.keep(RunState(1, weights, weights, 1, None), record(1), weights, None)
+    run.keep(RunState(round=1, payload=weights, best=weights, best_round=1, best_loss=None), record(1), weights, None)
     assert not (run.path / "prompts").exists() and torch.equal(read_tensors(run.best)[0]["layer.weight"], weights["layer.weight"])
     run.finish(weights, 1, {"best_round": 1, "disclosed_share": 0.0}, None)
     assert list((run.path / "checkpoint").iterdir()) == [] and run.finished and read_tensors(run.best)[1]["round"] == "1"
@@ -213,7 +235,7 @@ def test_partitions_packages_and_parties_have_their_places(tmp_path: Path) -> No
     run.write_partition({"server": [1, 2], "clients": {"a": [0]}})
     assert run.partition() == {"server": [1, 2], "clients": {"a": [0]}}
     assert run.package == run.path / "auxiliary"
-    assert run.rest("client a/../b").folder == run.path / "state" / "client%20a%2F%2E%2E%2Fb"
+    assert run.state_store("client a/../b").folder == run.path / "state" / "client%20a%2F%2E%2E%2Fb"
     made = RunDirectory.create(configuration(tmp_path / "study", auxiliary={"folder": str(tmp_path / "packages" / "one")}))
     assert made.package == tmp_path / "packages" / "one"
     (tmp_path / "study" / "packages" / "one").mkdir(parents=True)

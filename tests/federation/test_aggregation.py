@@ -14,8 +14,8 @@ from fedsp.federation.messages import Failure, Request, Update
 from fedsp.models.payload import Payload
 
 SENT: Payload = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor([5.0])}
-REQUEST = Request("run", 2, "x", 0, SENT)
-REPLY = Update(2, "x", {"a": SENT["a"] + 0.5, "b": SENT["b"] + 0.5})
+REQUEST = Request(run="run", round=2, client="x", seed=0, payload=SENT)
+REPLY = Update(round=2, client="x", payload={"a": SENT["a"] + 0.5, "b": SENT["b"] + 0.5})
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ REPLY = Update(2, "x", {"a": SENT["a"] + 0.5, "b": SENT["b"] + 0.5})
         (REPLY, {}, 0.5, None),
         (REPLY, {"y": 0}, 0.5, None),
         (REPLY, {}, 0.4999, "the reply differs from the broadcast by 0.5 per number (root mean square), more than round.max_change = 0.4999"),
-        (Failure(2, "x", "it failed"), {}, 1.0, "it failed"),
+        (Failure(round=2, client="x", reason="it failed"), {}, 1.0, "it failed"),
         (replace(REPLY, client="z"), {}, 1.0, "client 'z' was not asked in this round"),
         (REPLY, {"x": 0}, 1.0, "a second reply to one request"),
         (replace(REPLY, round=1), {}, 1.0, "a reply to round 1 in round 2"),
@@ -45,7 +45,10 @@ def test_the_distance_is_over_all_numbers_of_all_tensors_however_many() -> None:
         payload[name].view(-1)[place] = 100.0
         exact = 100.0 / math.sqrt(3 * (1 << 16) + 7)
         for most, admitted in ((exact * (1 + 1e-9), True), (exact * (1 - 1e-9), False)):
-            assert (validate_update(Update(1, "x", payload), {"x": Request("run", 1, "x", 0, sent)}, {}, most) is None) is admitted
+            assert (
+                validate_update(Update(round=1, client="x", payload=payload), {"x": Request(run="run", round=1, client="x", seed=0, payload=sent)}, {}, most)
+                is None
+            ) is admitted
 
 
 def test_a_weighted_mean_is_that_in_any_order() -> None:

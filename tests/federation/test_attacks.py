@@ -27,10 +27,12 @@ CLIENTS = [f"client-{index}" for index in range(5)]
 def answers(kind: str, strength: float | None = None) -> dict[str, list[Update]]:
     """What comes of honest answers 1, 2, 3 and those of two liars."""
     honest = {client: float(index + 1) for index, client in enumerate(CLIENTS)}
-    attack = Attack(kind, frozenset(CLIENTS[3:]), 0, strength)
-    exchange = attack.exchange(lambda requests: [Update(1, client, {PROMPT: torch.full((3, 2), value)}) for client, value in honest.items()])
+    attack = Attack(kind=kind, liars=frozenset(CLIENTS[3:]), seed=0, strength=strength)
+    exchange = attack.exchange(
+        lambda requests: [Update(round=1, client=client, payload={PROMPT: torch.full((3, 2), value)}) for client, value in honest.items()]
+    )
     replies: dict[str, list[Update]] = {}
-    for reply in exchange([Request("run", 1, client, 0, SENT) for client in CLIENTS]):
+    for reply in exchange([Request(run="run", round=1, client=client, seed=0, payload=SENT) for client in CLIENTS]):
         assert isinstance(reply, Update)
         replies.setdefault(reply.client, []).append(reply)
     for index, client in enumerate(CLIENTS[:3]):
@@ -71,10 +73,10 @@ def test_what_liars_do_to_the_protocol() -> None:
 
 
 def test_what_liars_train_on() -> None:
-    examples = [Example(str(index), f"Question: {index}\nAnswer:", (" a", " b", " c"), (2,)) for index in range(40)]
-    flipped = Attack("label_flip", frozenset(["a"]), 0)
+    examples = [Example(id=str(index), context=f"Question: {index}\nAnswer:", choices=(" a", " b", " c"), gold=(2,)) for index in range(40)]
+    flipped = Attack(kind="label_flip", liars=frozenset(["a"]), seed=0)
     assert all(example.target == " a" for example in flipped.train_on("a", examples)) and flipped.train_on("b", examples) == examples
-    poisoned = Attack("backdoor", frozenset(["a"]), 0).train_on("a", examples)
+    poisoned = Attack(kind="backdoor", liars=frozenset(["a"]), seed=0).train_on("a", examples)
     waiting = [example for example in poisoned if example.context.startswith(TRIGGER)]
     assert 8 < len(waiting) < 32 and all(example.target == TARGET for example in waiting)
     assert [replace(example) for example in poisoned if example not in waiting] == [example for example in examples if example in poisoned]

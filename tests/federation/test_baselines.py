@@ -16,26 +16,26 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from fedsp.data.encoding import Encoded
 from fedsp.federation.aggregation.mean import weighted_mean
 from fedsp.federation.messages import Request
-from fedsp.federation.methods.base import Averaging, Stage, validation_loss
-from fedsp.federation.methods.fedprompt import FedPrompt
-from fedsp.federation.methods.fedprompt_single import FedPromptSingle, reading_one_layer
-from fedsp.federation.methods.finetune import Finetune, all_weights
-from fedsp.federation.methods.lora import FederatedLoRA, low_rank_adapters
-from fedsp.federation.methods.offsite_tuning import OffsiteTuning, outer_layers
-from fedsp.federation.methods.prefix_tuning import PrefixTuning
-from fedsp.federation.methods.zero_shot import ZeroShot
-from fedsp.federation.party import Party, StateStore, Tunable
+from fedsp.federation.methods.base import Averaging
+from fedsp.federation.methods.fedprompt_single import reading_one_layer
+from fedsp.federation.methods.lora import low_rank_adapters
+from fedsp.federation.methods.offsite_tuning import outer_layers
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.payload import PROMPT, Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
-from fedsp.models.trainable import trainable
+from fedsp.models.trainable import Messenger, trainable
 from fedsp.models.weights import Weights
 from fedsp.training.loop import Optimisation
+from fedsp.training.stage import Stage, validation_loss
 from support.tiny_models import tiny_model
 
 RATE, DECAY, LENGTH = 1e-2, 0.01, 3
-ONE_STEP = Stage(1, 4, Optimisation(RATE, DECAY, 0.0, 0))
+ONE_STEP = Stage(
+    name="client", seed_label="client", steps=1, batch_size=4, optimisation=Optimisation(learning_rate=RATE, weight_decay=DECAY, warmup=0.0, total_steps=0)
+)
 NOTHING = replace(ONE_STEP, steps=0)
 
 
@@ -70,13 +70,13 @@ def reference_step(parameters: Mapping[str, nn.Parameter], loss: Callable[[], Te
     return {name: parameter.detach().masked_fill(gradients[name].abs() < 1e-6, float("nan")) for name, parameter in parameters.items()}
 
 
-def one_round(method: Averaging, model: PromptedLM, tuned: Tunable, place: Path) -> tuple[Payload, list[Payload]]:
+def one_round(method: Averaging, model: PromptedLM, tuned: Messenger, place: Path) -> tuple[Payload, list[Payload]]:
     """What two clients of different size answer to what is there, and its weighted mean."""
     sent = tuned.payload()
     answers = []
     for index in range(2):
-        client = Party(f"c{index}", model, tuned, rows(index), StateStore(place / str(index)))
-        answers.append(method.client_update(client, Request("run", 1, client.id, 0, sent)).payload)
+        client = Party(id=f"c{index}", model=model, messenger=tuned, examples=rows(index), store=StateStore(place / str(index)))
+        answers.append(method.client_update(client, Request(run="run", round=1, client=client.id, seed=0, payload=sent)).payload)
     return weighted_mean({"c0": answers[0], "c1": answers[1]}, {"c0": 1.0, "c1": 3.0}), answers
 
 
@@ -106,7 +106,7 @@ def test_finetune_takes_torchs_step_on_all_weights_and_averages_them(family: str
     for index in range(2):
         plain = copy.deepcopy(start)
         expected.append(reference_step(dict(plain.named_parameters()), lambda plain=plain, index=index: reference_loss(plain, rows(index))))  # type: ignore[misc]
-    mean, answers = one_round(Finetune(ONE_STEP, NOTHING), model, all_weights(model), tmp_path)
+    mean, answers = one_round(Averaging(client_stage=ONE_STEP, server_stage=NOTHING), model, Weights(model.trained()), tmp_path)
     close(answers[0], expected[0])
     close(mean, mean_of(expected))
     assert not torch.equal(answers[0]["lm_head.weight" if family == "llama" else "transformer.wte.weight"], start.get_output_embeddings().weight)
@@ -115,7 +115,7 @@ def test_finetune_takes_torchs_step_on_all_weights_and_averages_them(family: str
 @pytest.mark.parametrize("space", ["key_value", "residual"])
 def test_fedprompt_tunes_the_prompt_through_the_frozen_model(space: Any, tmp_path: Path) -> None:
     model = tiny_model("gpt2")
-    spec = PromptSpec(space, LENGTH, model.shape)
+    spec = PromptSpec(space=space, length=LENGTH, model=model.shape)
     prompt = SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(5)) * 0.3)
 
     def keys_and_values(inputs: Tensor) -> Tensor:
@@ -129,14 +129,14 @@ def test_fedprompt_tunes_the_prompt_through_the_frozen_model(space: Any, tmp_pat
     start, before = prompt.values().detach().clone(), copy.deepcopy(model.model.state_dict())
     expand: Callable[[Tensor], Tensor] = keys_and_values if space == "residual" else lambda values: values
     expected = [prompt_step(model.model, start, rows(index), expand) for index in range(2)]
-    mean, answers = one_round(FedPrompt(ONE_STEP, NOTHING), model, prompt, tmp_path)
+    mean, answers = one_round(Averaging(client_stage=ONE_STEP, server_stage=NOTHING), model, prompt, tmp_path)
     close(answers[1], {PROMPT: expected[1]})
     close(mean, {PROMPT: 0.25 * expected[0] + 0.75 * expected[1]})
     assert all(torch.equal(before[name], tensor) for name, tensor in model.model.state_dict().items())
 
 
 def random_prompt(model: PromptedLM, length: int) -> SoftPrompt:
-    spec = PromptSpec("key_value", length, model.prompt_shape)
+    spec = PromptSpec(space="key_value", length=length, model=model.prompt_shape)
     return SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(5)) * 0.3)
 
 
@@ -159,11 +159,11 @@ def test_fedprompt_single_tunes_one_layer_that_every_layer_of_the_global_model_r
     plain.load_state_dict({name: tensor for name, tensor in whole.model.state_dict().items() if ".h." not in name or ".h.0." in name})
     plain.eval()
     expected = [prompt_step(plain, start, rows(index)) for index in range(2)]
-    mean, answers = one_round(FedPromptSingle(ONE_STEP, ONE_STEP), small, prompt, tmp_path)
+    mean, answers = one_round(Averaging(client_stage=ONE_STEP, server_stage=ONE_STEP), small, prompt, tmp_path)
     close(answers[0], {PROMPT: expected[0]})
     close(mean, {PROMPT: 0.25 * expected[0] + 0.75 * expected[1]})
-    server = Party("server", one, random_prompt(one, LENGTH), rows(9), StateStore(tmp_path / "server"))
-    after, _ = FedPromptSingle(ONE_STEP, ONE_STEP).server_update(server, mean, 1, 0)
+    server = Party(id="server", model=one, messenger=random_prompt(one, LENGTH), examples=rows(9), store=StateStore(tmp_path / "server"))
+    after, _ = Averaging(client_stage=ONE_STEP, server_stage=ONE_STEP).server_update(server, mean, 1, 0)
     expand: Callable[[Tensor], Tensor] = lambda values: values.expand(-1, 4, -1, -1, -1)
     close(after, {PROMPT: prompt_step(whole.model, mean[PROMPT], rows(9), expand)})
 
@@ -186,8 +186,8 @@ def test_prefix_tuning_is_pefts(family: str, tmp_path: Path) -> None:
     mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows(0)])
     labels = torch.tensor([[*[-100] * row.start, *row.ids[row.start :], *[-100] * (width - len(row.ids))] for row in rows(0)])
     expected = reference_step({"weight": embedding.weight}, lambda: theirs(input_ids=ids, attention_mask=mask, labels=labels).loss)
-    server = Party("server", model, prompt, rows(0), StateStore(tmp_path))
-    after, loss = PrefixTuning(NOTHING, ONE_STEP).server_update(server, prompt.payload(), 1, 0)
+    server = Party(id="server", model=model, messenger=prompt, examples=rows(0), store=StateStore(tmp_path))
+    after, loss = Averaging(client_stage=NOTHING, server_stage=ONE_STEP).server_update(server, prompt.payload(), 1, 0)
     assert loss is not None
     close(after, {PROMPT: expected["weight"].view(after[PROMPT].shape)})
 
@@ -213,7 +213,7 @@ def test_federated_lora_is_pefts_lora_averaged(family: str, tmp_path: Path) -> N
                 parameter.copy_(first[name.replace(".weight", ".default.weight")])
         stepped = reference_step(parameters, lambda theirs=theirs, index=index: reference_loss(theirs, rows(index)))  # type: ignore[misc]
         expected.append({name.replace(".weight", ".default.weight"): tensor for name, tensor in stepped.items()})
-    mean, answers = one_round(FederatedLoRA(ONE_STEP, NOTHING), model, tuned, tmp_path)
+    mean, answers = one_round(Averaging(client_stage=ONE_STEP, server_stage=NOTHING), model, tuned, tmp_path)
     close(answers[0], expected[0])
     close(mean, mean_of(expected))
     base = dict(start.named_parameters())
@@ -245,7 +245,7 @@ def test_offsite_tuning_tunes_the_outer_layers_through_an_emulator_and_plugs_the
             {name.replace("transformer.h.0.", "layers.000.").replace("transformer.h.2.", "layers.003."): tensor for name, tensor in stepped.items()}
         )
     tuned = outer_layers(emulator, [0, 2], [0, 3])
-    mean, answers = one_round(OffsiteTuning(ONE_STEP, NOTHING), emulator, tuned, tmp_path)
+    mean, answers = one_round(Averaging(client_stage=ONE_STEP, server_stage=NOTHING), emulator, tuned, tmp_path)
     close(answers[0], expected[0])
     close(mean, mean_of(expected))
     plugged = copy.deepcopy(whole.model)
@@ -256,16 +256,20 @@ def test_offsite_tuning_tunes_the_outer_layers_through_an_emulator_and_plugs_the
         }
     )
     outer_layers(whole, [0, 3], [0, 3]).load(mean)
-    server = Party("server", whole, outer_layers(whole, [0, 3], [0, 3]), rows(9), StateStore(tmp_path))
-    assert validation_loss(server, rows(9)) == pytest.approx(float(reference_loss(plugged, rows(9)).detach()), abs=1e-5)
+    server = Party(id="server", model=whole, messenger=outer_layers(whole, [0, 3], [0, 3]), examples=rows(9), store=StateStore(tmp_path))
+    assert validation_loss(server.model, server.messenger, rows(9)) == pytest.approx(float(reference_loss(plugged, rows(9)).detach()), abs=1e-5)
 
 
 def test_zero_shot_sends_nothing_and_is_the_model_itself(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
-    server = Party("server", model, Weights({}), rows(9), StateStore(tmp_path))
-    assert ZeroShot().init(server) == {} and ZeroShot().server_update(server, {}, 1, 0) == ({}, None)
-    assert ZeroShot().client_update(server, Request("run", 1, "a", 0, {})).payload == {}
-    assert validation_loss(server, rows(9)) == pytest.approx(float(reference_loss(model.model, rows(9)).detach()), abs=1e-5)
+    server = Party(id="server", model=model, messenger=Weights({}), examples=rows(9), store=StateStore(tmp_path))
+    assert Averaging(client_stage=NOTHING, server_stage=NOTHING).init(server) == {} and Averaging(client_stage=NOTHING, server_stage=NOTHING).server_update(
+        server, {}, 1, 0
+    ) == ({}, None)
+    assert (
+        Averaging(client_stage=NOTHING, server_stage=NOTHING).client_update(server, Request(run="run", round=1, client="a", seed=0, payload={})).payload == {}
+    )
+    assert validation_loss(server.model, server.messenger, rows(9)) == pytest.approx(float(reference_loss(model.model, rows(9)).detach()), abs=1e-5)
 
 
 def test_fedprox_adds_half_mu_times_the_squared_distance(tmp_path: Path) -> None:
@@ -279,17 +283,38 @@ def test_fedprox_adds_half_mu_times_the_squared_distance(tmp_path: Path) -> None
         loss = reference_loss(model.model, rows(0), values) + 0.7 / 2 * (values - sent[PROMPT]).square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    client = Party("a", model, prompt, rows(0), StateStore(tmp_path))
-    method = FedPrompt(Stage(2, 4, Optimisation(RATE, DECAY, 0.0, 0), proximal=0.7), NOTHING)
-    close(method.client_update(client, Request("run", 1, "a", 0, sent)).payload, {PROMPT: values.detach()})
-    without = FedPrompt(Stage(2, 4, Optimisation(RATE, DECAY, 0.0, 0)), NOTHING)
-    assert not torch.allclose(without.client_update(client, Request("run", 1, "a", 0, sent)).payload[PROMPT], values.detach(), atol=1e-5)
+    client = Party(id="a", model=model, messenger=prompt, examples=rows(0), store=StateStore(tmp_path))
+    method = Averaging(
+        client_stage=Stage(
+            name="client",
+            seed_label="client",
+            steps=2,
+            batch_size=4,
+            optimisation=Optimisation(learning_rate=RATE, weight_decay=DECAY, warmup=0.0, total_steps=0),
+            proximal=0.7,
+        ),
+        server_stage=NOTHING,
+    )
+    close(method.client_update(client, Request(run="run", round=1, client="a", seed=0, payload=sent)).payload, {PROMPT: values.detach()})
+    without = Averaging(
+        client_stage=Stage(
+            name="client",
+            seed_label="client",
+            steps=2,
+            batch_size=4,
+            optimisation=Optimisation(learning_rate=RATE, weight_decay=DECAY, warmup=0.0, total_steps=0),
+        ),
+        server_stage=NOTHING,
+    )
+    assert not torch.allclose(
+        without.client_update(client, Request(run="run", round=1, client="a", seed=0, payload=sent)).payload[PROMPT], values.detach(), atol=1e-5
+    )
 
 
 def test_weights_refuse_what_is_not_theirs() -> None:
     from fedsp.errors import PayloadError
 
-    weights = all_weights(tiny_model("gpt2"))
+    weights = Weights(tiny_model("gpt2").trained())
     sent = weights.payload()
     with pytest.raises(PayloadError, match="expected exactly"):
         weights.load({**sent, "more": torch.zeros(1)})

@@ -29,7 +29,7 @@ from fedsp.federation.compression import decode, encode, read_values, say, write
 from fedsp.federation.loop import RunState
 from fedsp.federation.messages import Failure, Request, Update
 from fedsp.federation.methods.private import PrivateAnswers
-from fedsp.federation.party import StateStore
+from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.frames import Frame
 from fedsp.federation.transport.request_handler import answer, answer_bytes
 from fedsp.federation.transport.wire import CannotRead, read_reply, read_request, write_request, write_update
@@ -161,7 +161,7 @@ def test_the_configuration_and_the_wire_know_the_same_codings() -> None:
 
 INT8 = parse_codec("int8")
 SENT = {PROMPT: KNOWN[PROMPT] + 0.5}
-REQUEST = Request("ab", 3, "a", 7, SENT, change=write_values(SENT, KNOWN, INT8), sent_in=INT8, answer_in=INT8)
+REQUEST = Request(run="ab", round=3, client="a", seed=7, payload=SENT, change=write_values(SENT, KNOWN, INT8), sent_in=INT8, answer_in=INT8)
 
 
 def test_a_request_travels_as_a_change_to_those_who_can_read_it() -> None:
@@ -186,7 +186,7 @@ def test_a_coding_that_the_client_does_not_know_is_refused_with_a_code(field: st
 
 
 def test_a_reply_is_in_the_coding_that_was_asked_for_or_whole() -> None:
-    update = Update(3, "a", {PROMPT: SENT[PROMPT] + CHANGE[PROMPT]})
+    update = Update(round=3, client="a", payload={PROMPT: SENT[PROMPT] + CHANGE[PROMPT]})
     data = write_values(update.payload, SENT, INT8)
     for frame, error in ((write_update(update, data, INT8), 0.02), (write_update(update, pack(update.payload)), 0.0)):
         reply = read_reply(frame, REQUEST)
@@ -204,8 +204,10 @@ def test_a_reply_is_in_the_coding_that_was_asked_for_or_whole() -> None:
 
 
 def test_an_answer_that_cannot_be_said_is_named_so() -> None:
-    method: Any = type("Method", (), {"client_update": lambda self, party, request: Update(3, "a", {PROMPT: request.payload[PROMPT] + float("nan")})})()
-    party: Any = type("Party", (), {"rest": StateStore(Path("nowhere"))})
+    method: Any = type(
+        "Method", (), {"client_update": lambda self, party, request: Update(round=3, client="a", payload={PROMPT: request.payload[PROMPT] + float("nan")})}
+    )()
+    party: Any = type("Party", (), {"store": StateStore(Path("nowhere"))})
     said: list[str] = []
     reply = read_reply(answer(write_request(REQUEST), method, lambda client: party, log=lambda request, error: said.append(str(error))), REQUEST)
     assert isinstance(reply, Failure) and reply.reason == "the client's answer has numbers that are not finite, or larger than compression.up can say"
@@ -245,7 +247,7 @@ def test_compression_costs_nothing_of_example_level_privacy(tmp_path: Path) -> N
     for name, changes in (("plain", {}), ("coded", {"compression": {"up": "int4", "down": "int8"}})):
         folder = Path(commands.run(settings(tmp_path / name, **EXAMPLE, **changes))["folder"])
         run = RunDirectory.open(folder)
-        costs.append([Ledger(run.rest(f"client {client}").folder / privacy.LEDGER).releases() for client in ("client-0", "client-1", "client-2")])
+        costs.append([Ledger(run.state_store(f"client {client}").folder / privacy.LEDGER).releases() for client in ("client-0", "client-1", "client-2")])
     assert costs[0] == costs[1]
 
 

@@ -59,20 +59,22 @@ class ListLink:
             node, frame = self.sent[int(message)]
             reply = self.respond(node, frame)
             if isinstance(reply, Frame):
-                answers.append(Answer(message, node, reply))
+                answers.append(Answer(message=message, node=node, frame=reply))
             elif reply:
-                answers.append(Answer(message, node, None, "the client's process ended before it answered" if reply == "crashed" else ""))
+                answers.append(
+                    Answer(message=message, node=node, frame=None, fault="the client's process ended before it answered" if reply == "crashed" else "")
+                )
         return answers
 
 
 NODES = {"a": 11, "b": 22, "c": 33}
 SENT = {PROMPT: torch.zeros(2, 3, 4)}
-REQUESTS = [Request("ab", 1, client, 7, SENT) for client in NODES]
+REQUESTS = [Request(run="ab", round=1, client=client, seed=7, payload=SENT) for client in NODES]
 QUIET: Any = lambda *_: None
 
 
 def replied(request: Request, payload: Payload) -> Frame:
-    return write_update(Update(request.round, request.client, payload), pack(payload))
+    return write_update(Update(round=request.round, client=request.client, payload=payload), pack(payload))
 
 
 def good(node: int, frame: Frame) -> Frame:
@@ -190,7 +192,7 @@ def test_a_reply_from_another_node_or_to_no_message_is_not_counted(monkeypatch: 
     class Confused(ListLink):
         def pull(self, messages: list[str]) -> list[Answer]:
             answers = super().pull(messages)
-            return [replace(found, node=22) if found.node == 11 else found for found in answers] + [Answer("99", 11, Frame("{}")), *answers]
+            return [replace(found, node=22) if found.node == 11 else found for found in answers] + [Answer(message="99", node=11, frame=Frame("{}")), *answers]
 
     assert outcome(Confused(good, lambda: ALL)) == {"a": "the reply came from another node", "b": "ok", "c": "ok"}
 
@@ -275,7 +277,7 @@ def test_a_client_that_tells_no_losses_does_not_stop_the_round(tmp_path: Path) -
     run = RunDirectory.create(make_config(settings(tmp_path)))
     spoil = lambda node, request, reply: without_losses(request) if node == 101 else reply
     run_experiment(run, engine_over(lambda clients: answering(clients, spoil), numbered), Callbacks())
-    assert [len(record["answered"]) for record in run.records()] == [3, 3, 3] and all("speak" in record["client_losses"] for record in run.records())
+    assert [len(record["answered"]) for record in run.records()] == [3, 3, 3] and all("prompt" in record["client_losses"] for record in run.records())
 
 
 BAD: dict[str, Callable[[Request], Frame]] = {
@@ -356,7 +358,10 @@ def test_frames_pass_a_local_socket_unchanged() -> None:
         assert distant.push([(11, frame), (22, Frame("empty"))], "1", 60.0) == ["0", "1"]
         assert wire.sent == [(11, frame), (22, Frame("empty"))]
         wire.respond = lambda node, asked: asked if node == 11 else "crashed"
-        assert distant.pull(["0", "1"]) == [Answer("0", 11, frame), Answer("1", 22, None, "the client's process ended before it answered")]
+        assert distant.pull(["0", "1"]) == [
+            Answer(message="0", node=11, frame=frame),
+            Answer(message="1", node=22, frame=None, fault="the client's process ended before it answered"),
+        ]
         channel.close()
         other.join(10)
         assert not other.is_alive()

@@ -105,14 +105,14 @@ def test_two_of_ten_liars_never_get_a_number_in_that_is_not_finite(rule: str, li
     replies = payloads(table)
     for liar in ("client-03", "client-07"):
         replies[liar] = {"a": torch.full((2, 2), lie), "b": torch.full((8,), lie)}
-    requests = {client: Request("run", 1, client, 0, SENT) for client in replies}
+    requests = {client: Request(run="run", round=1, client=client, seed=0, payload=SENT) for client in replies}
     admitted = {
         client: payload
         for client, payload in replies.items()
-        if validate_update(Update(1, client, payload), requests, {}, math.inf if lie == 1e38 else 100.0) is None
+        if validate_update(Update(round=1, client=client, payload=payload), requests, {}, math.inf if lie == 1e38 else 100.0) is None
     }
     assert len(admitted) == (10 if lie == 1e38 else 8)
-    combined = Robust(rule, 0.2, mixing=True, norm_bound=2.0)(SENT, admitted, {}, 10, None)
+    combined = Robust(rule=rule, malicious=0.2, mixing=True, norm_bound=2.0)(SENT, admitted, {}, 10, None)
     numbers = torch.cat([tensor.flatten() for tensor in combined.values()])
     assert torch.isfinite(numbers).all() and float((numbers - 1).abs().max()) < 0.5
 
@@ -126,7 +126,7 @@ def test_two_of_ten_liars_never_get_a_number_in_that_is_not_finite(rule: str, li
 def test_rules_stay_within_the_honest_range(rule: str, mixing: bool, lies: list[list[float]]) -> None:
     table = rows(8, 12, 3)
     replies = payloads(torch.cat([table, torch.tensor(lies, dtype=torch.float64)]))
-    combined = Robust(rule, 0.2, mixing=mixing, norm_bound=2.0)(SENT, replies, {}, 10, None)
+    combined = Robust(rule=rule, malicious=0.2, mixing=mixing, norm_bound=2.0)(SENT, replies, {}, 10, None)
     numbers = torch.cat([tensor.flatten() for tensor in combined.values()])
     assert torch.isfinite(numbers).all() and float(numbers.norm()) <= 4 * float(table.norm(dim=1).max())
 
@@ -135,15 +135,15 @@ def test_rules_stay_within_the_honest_range(rule: str, mixing: bool, lies: list[
 def test_too_few_clients_are_refused_and_never_clamped(rule: str) -> None:
     needed = LEAST[rule](3)
     with pytest.raises(TooFewClients, match=f"{needed - 1} replies are too few .* to bear 3 liars among 10 asked: it needs {needed}"):
-        Robust(rule, 0.3)(SENT, payloads(rows(needed - 1, 12, 0)), {}, 10, None)
-    Robust(rule, 0.3)(SENT, payloads(rows(needed, 12, 0)), {}, 10, None)
+        Robust(rule=rule, malicious=0.3)(SENT, payloads(rows(needed - 1, 12, 0)), {}, 10, None)
+    Robust(rule=rule, malicious=0.3)(SENT, payloads(rows(needed, 12, 0)), {}, 10, None)
 
 
 @pytest.mark.parametrize("rule", [*sorted(RULES), "mean"])
 def test_the_order_of_arrival_changes_no_bit(rule: str) -> None:
     replies: dict[str, Any] = payloads(rows(9, 12, 5))
     shuffled = dict(sorted(replies.items(), key=lambda item: hash(item[0])))
-    one, other = (Robust(rule, 0.2, True, 2.0)(SENT, some, {}, 9, None) for some in (replies, shuffled))
+    one, other = (Robust(rule=rule, malicious=0.2, mixing=True, norm_bound=2.0)(SENT, some, {}, 9, None) for some in (replies, shuffled))
     assert all(torch.equal(one[name], other[name]) for name in SENT)
 
 
@@ -164,19 +164,19 @@ def test_less_than_one_liar_is_refused() -> None:
     """A fifth of four clients is nobody: the rule would bear none and look as if it did."""
     for rule, mixing in (("trimmed_mean", False), ("mean", True), ("krum", False)):
         with pytest.raises(TooFewClients, match=r"malicious = 0.2 of 4 clients asked is less than one liar.*ask at least 5"):
-            Robust(rule, 0.2, mixing)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
-    Robust("mean", 0.2, norm_bound=2.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
-    Robust("trimmed_mean", 0.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
+            Robust(rule=rule, malicious=0.2, mixing=mixing)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
+    Robust(rule="mean", malicious=0.2, norm_bound=2.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
+    Robust(rule="trimmed_mean", malicious=0.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
     with pytest.raises(TooFewClients, match="6 replies are too few"):
-        Robust("krum", 0.4).liars_among(6)
+        Robust(rule="krum", malicious=0.4).liars_among(6)
 
 
 def test_the_gate_does_not_let_small_rises_add_up() -> None:
     losses = {1.0: 1.0, 2.0: 1.04, 3.0: 1.08}
     payload = {value: {"p": torch.tensor([value])} for value in losses}
     validate = lambda some: losses[float(some["p"])]
-    standing = RunState(1, payload[2.0], payload[1.0], 0, 1.0)
-    assert _gate(RunState(0, payload[1.0], payload[1.0], 0, 1.0), payload[2.0], validate, 0.05).passed
+    standing = RunState(round=1, payload=payload[2.0], best=payload[1.0], best_round=0, best_loss=1.0)
+    assert _gate(RunState(round=0, payload=payload[1.0], best=payload[1.0], best_round=0, best_loss=1.0), payload[2.0], validate, 0.05).passed
     assert not _gate(standing, payload[3.0], validate, 0.05).passed
     assert not _gate(standing, payload[3.0], lambda some: float("nan"), 0.05).passed
 

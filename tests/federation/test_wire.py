@@ -38,8 +38,8 @@ from fedsp.federation.transport.wire import (
 from fedsp.models.payload import PROMPT, pack
 
 PROMPT_SENT = {PROMPT: torch.linspace(-1, 1, 4 * 8 * 16).reshape(4, 8, 16)}
-REQUEST = Request("0123456789abcdef", 3, "hospital-a", 12345678901234567, PROMPT_SENT)
-REPLY = Update(3, "hospital-a", {PROMPT: PROMPT_SENT[PROMPT] + 0.01}, {"speak": 2.5}, 1.25, 0.5, 2)
+REQUEST = Request(run="0123456789abcdef", round=3, client="hospital-a", seed=12345678901234567, payload=PROMPT_SENT)
+REPLY = Update(round=3, client="hospital-a", payload={PROMPT: PROMPT_SENT[PROMPT] + 0.01}, losses={"prompt": 2.5}, validation=1.25, seconds=0.5, shortened=2)
 GOOD = write_update(REPLY, pack(REPLY.payload))
 
 
@@ -59,7 +59,7 @@ def test_requests_and_replies_survive_the_way() -> None:
     assert torch.equal(read.payload[PROMPT], PROMPT_SENT[PROMPT]) and replace(read, payload=PROMPT_SENT) == replace(REQUEST, payload=PROMPT_SENT)
     reply = read_reply(GOOD, REQUEST)
     assert isinstance(reply, Update) and torch.equal(reply.payload[PROMPT], REPLY.payload[PROMPT])
-    assert (reply.losses, reply.validation, reply.shortened, reply.bytes_up) == ({"speak": 2.5}, 1.25, 2, len(GOOD.payload))
+    assert (reply.losses, reply.validation, reply.shortened, reply.bytes_up) == ({"prompt": 2.5}, 1.25, 2, len(GOOD.payload))
     assert verdict(GOOD) is None
 
 
@@ -72,7 +72,7 @@ def test_an_answer_says_six_figures_and_no_more() -> None:
         "coding": "int8",
         "round": 3,
         "client": "hospital-a",
-        "losses": {"speak": 2.5},
+        "losses": {"prompt": 2.5},
         "validation": 1.25,
         "seconds": 0.123,
         "shortened": 2,
@@ -296,13 +296,13 @@ def test_no_header_breaks_the_server_or_passes_for_another(field: str, value: ob
 @pytest.mark.parametrize(
     ("frame", "reason"),
     [
-        (forged(GOOD.payload, client="hospital-b"), "speaks for another client"),
+        (forged(GOOD.payload, client="hospital-b"), "is for another client"),
         (forged(GOOD.payload, round=2), "a reply to round 2 in round 3"),
         (forged(GOOD.payload, round=True), "no usable round"),
         (forged(GOOD.payload, fedsp=2), "not one of fedsp's"),
         (forged(GOOD.payload, kind="train"), "neither an update nor a refusal"),
-        (forged(GOOD.payload, losses={"speak": float("nan")}), "loss 'speak' is no number from 0"),
-        (forged(GOOD.payload, losses={"speak": 10**400}), "loss 'speak' is no number from 0"),
+        (forged(GOOD.payload, losses={"prompt": float("nan")}), "loss 'prompt' is no number from 0"),
+        (forged(GOOD.payload, losses={"prompt": 10**400}), "loss 'prompt' is no number from 0"),
         (forged(GOOD.payload, losses={"Jane Doe": 1.0}), "losses are not"),
         (forged(GOOD.payload, validation="low"), "validation loss is no number from 0 to 10000"),
         (forged(GOOD.payload, validation=1e308), "validation loss is no number"),
@@ -339,7 +339,7 @@ def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 
 shape, kind = (64, 48, 4096), sys.argv[1]
-request = Request("ab", 1, "a", 1, {PROMPT: torch.zeros(shape)})
+request = Request(run="ab", round=1, client="a", seed=1, payload={PROMPT: torch.zeros(shape)})
 large = torch.zeros(shape)
 if kind == "not finite":
     large[3, 5, 7] = float("nan")
@@ -348,7 +348,7 @@ data = data[:-100] if kind == "cut" else (1 << 40).to_bytes(8, "little") + data[
 header = {"fedsp": 1, "kind": "update", "round": 1, "client": "a", "losses": {}, "validation": None, "seconds": 1.0, "shortened": 0, "spikes": 0}
 frame = Frame(json.dumps(header | {"sha256": hashlib.sha256(data).hexdigest()}), data)
 del large
-first = Request("ab", 1, "a", 1, {PROMPT: torch.zeros(300, 1000)})
+first = Request(run="ab", round=1, client="a", seed=1, payload={PROMPT: torch.zeros(300, 1000)})
 data_of_first = save({PROMPT: torch.ones(300, 1000)})
 digest = hashlib.sha256(data_of_first).hexdigest()
 validate_update(read_reply(Frame(json.dumps(header | {"sha256": digest}), data_of_first), first), {"a": first}, {}, 9.0)  # threads and code of the first use

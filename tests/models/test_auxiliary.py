@@ -77,7 +77,7 @@ def test_plans_that_do_not_fit_are_refused(text: Any, sentence: str) -> None:
 def test_a_full_plan_is_the_global_model(family: str) -> None:
     model = tiny_model(family)
     auxiliary = build_auxiliary(model, parse_plan("every(1)", 4), TOKENIZER)
-    prompt = SoftPrompt(PromptSpec("residual", 3, model.shape), torch.randn(3, 4, 32))
+    prompt = SoftPrompt(PromptSpec(space="residual", length=3, model=model.shape), torch.randn(3, 4, 32))
     with torch.no_grad():
         assert torch.equal(auxiliary(TOKENS, None, prompt.prefix(auxiliary)), model(TOKENS, None, prompt.prefix(model)))
     assert disclosed_share(auxiliary, model) == 1.0
@@ -90,7 +90,7 @@ def test_shared_depths_share_parameters_and_keep_a_cache_slot_each(family: str, 
     model = tiny_model(family)
     layers = parse_plan(plan, 4)
     auxiliary = build_auxiliary(model, layers, TOKENIZER)
-    prompt = SoftPrompt(PromptSpec("key_value", 3, model.shape), torch.randn(3, 4, 2, model.shape.heads, model.shape.head_size))
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=model.shape), torch.randn(3, 4, 2, model.shape.heads, model.shape.head_size))
     unshared = tiny_model(family) if layers.depth == 4 else build_auxiliary(model, parse_plan(list(range(layers.depth)), 4, layers.prompt_layers), TOKENIZER)
     for depth, source in enumerate(layers.sources):
         unshared.blocks[depth].load_state_dict(model.blocks[source].state_dict())
@@ -215,7 +215,7 @@ OPTIONS: list[dict[str, float]] = [{}, {"match_depths": 1.0}, {"match_logits": 1
 def test_teacher_states_are_read_once_and_are_the_same_from_the_disk(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = load_model(str(EMBEDDED / "model"), device="cpu")
     texts = [list(range(5, 5 + length)) for length in (9, 12, 7, 12)]
-    how = Distillation(6, 2, Optimisation(1e-3), **options)
+    how = Distillation(steps=6, batch_size=2, optimisation=Optimisation(learning_rate=1e-3), **options)
     found = []
     read_again: Any = lambda kept, indices, read: read(indices)
     for bound in (1 << 30, 0, None):
@@ -243,7 +243,13 @@ def test_states_are_kept_of_texts_that_are_read_twice_and_of_no_others(monkeypat
     monkeypatch.setattr(distillation, "Kept", Watched)
     texts = [list(range(5, 5 + length)) for length in (3, 4, 9)]
     for steps in (3, 4):
-        distill(build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER), teacher, texts, Distillation(steps, 1, Optimisation(1e-3)), seed=0)
+        distill(
+            build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER),
+            teacher,
+            texts,
+            Distillation(steps=steps, batch_size=1, optimisation=Optimisation(learning_rate=1e-3)),
+            seed=0,
+        )
     assert made == [([0, 1, 2], 9)], "three steps read each text once"
 
 
@@ -256,7 +262,13 @@ def test_no_room_for_teacher_states_is_one_clear_sentence(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(StorageError, match=r"the teacher's states need 0\.0 GiB in .* \(No space left on device\): set TMPDIR to a folder with more room"):
-        distill(build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER), teacher, [[5, 6, 7]], Distillation(2, 1, Optimisation(1e-3)), seed=0)
+        distill(
+            build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER),
+            teacher,
+            [[5, 6, 7]],
+            Distillation(steps=2, batch_size=1, optimisation=Optimisation(learning_rate=1e-3)),
+            seed=0,
+        )
 
 
 def test_a_few_packed_texts_are_the_first_of_many() -> None:
@@ -278,7 +290,7 @@ def test_distillation_lowers_the_loss_and_keeps_verbatim_what_it_says(plan: str,
             return float(masked_mse(auxiliary(batch), teacher(batch), torch.ones_like(batch)))
 
     start = distance()
-    losses = distill(auxiliary, teacher, texts, Distillation(12, 4, Optimisation(1e-3), **options), seed=0)
+    losses = distill(auxiliary, teacher, texts, Distillation(steps=12, batch_size=4, optimisation=Optimisation(learning_rate=1e-3), **options), seed=0)
     assert len(losses) == 12 and distance() < start
     changed = {name for name, value in auxiliary.weights().items() if not torch.equal(value, before[name])}
     if plan == "ends(2)":
@@ -297,7 +309,7 @@ def test_teacher_states_are_computed_once() -> None:
     read: list[int] = []
     teacher.backbone.register_forward_pre_hook(lambda *seen: read.append(len(seen[2]["input_ids"])), with_kwargs=True)
     texts = [[5, 6, 7 + n] for n in range(6)]
-    distill(auxiliary, teacher, texts, Distillation(12, 3, Optimisation(1e-3)), seed=0)
+    distill(auxiliary, teacher, texts, Distillation(steps=12, batch_size=3, optimisation=Optimisation(learning_rate=1e-3)), seed=0)
     assert sum(read) == len(texts)
 
 
@@ -325,12 +337,12 @@ def test_the_paper_s_sizes(tmp_path: Path) -> None:
 
 def test_the_plan_agrees_with_what_is_built_and_what_torch_counts() -> None:
     model = load_model(str(EMBEDDED / "model"), device="cpu")
-    plan = make_plan(config("ends(2)", "embedded", prompt={"length": 16}, client={"align_steps": 1}), clients=10)
+    plan = make_plan(config("ends(2)", "embedded", prompt={"length": 16}, client={"auxiliary_steps": 1}), clients=10)
     auxiliary = build_auxiliary(model, parse_plan("ends(2)", 8), TOKENIZER)
     auxiliary.model.set_attn_implementation("eager")  # torch's counter does not know the fused kernel of the CPU
     assert plan.global_parameters == sum(p.numel() for p in trainable(model.model).values())
     assert plan.auxiliary_parameters == sum(p.numel() for p in trainable(auxiliary.model).values())
-    prompt = SoftPrompt(PromptSpec("key_value", 16, model.shape))
+    prompt = SoftPrompt(PromptSpec(space="key_value", length=16, model=model.shape))
     batch = collate([Encoded(tuple(range(5, 69)), 57)])  # 64 tokens, 8 of them scored
     with FlopCounterMode(display=False) as counter:
         loss = answer_loss(auxiliary, prompt.prefix(auxiliary), batch)
@@ -338,9 +350,9 @@ def test_the_plan_agrees_with_what_is_built_and_what_torch_counts() -> None:
     assert forward == pytest.approx(forward_operations(auxiliary.model, 8, 16, 64), rel=0.03)
     with FlopCounterMode(display=False) as counter:
         loss.backward()  # type: ignore[no-untyped-call]
-    assert (forward + counter.get_total_flops()) * 16 == pytest.approx(plan.client_operations_speak, rel=0.1)
+    assert (forward + counter.get_total_flops()) * 16 == pytest.approx(plan.client_operations_prompt, rel=0.1)
     for parameter in trainable(auxiliary.model).values():
         parameter.requires_grad_(True)
     with FlopCounterMode(display=False) as counter:
         answer_loss(auxiliary, prompt.prefix(auxiliary).detach(), batch).backward()  # type: ignore[no-untyped-call]
-    assert counter.get_total_flops() * 16 == pytest.approx(plan.client_operations_align, rel=0.1)
+    assert counter.get_total_flops() * 16 == pytest.approx(plan.client_operations_auxiliary, rel=0.1)

@@ -33,7 +33,7 @@ BATCH = collate([Encoded(tuple(range(5 + 9 * row, 30 + 9 * row)), 20) for row in
 
 def learned(model: PromptedLM, space: Space = "residual") -> tuple[float, torch.Tensor]:
     """A loss, and the gradient of a prompt, after the model has been read without gradients too."""
-    spec = PromptSpec(space, 4, model.prompt_shape)
+    spec = PromptSpec(space=space, length=4, model=model.prompt_shape)
     prompt = SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
     with torch.no_grad():
         without = float(answer_loss(model, prompt.prefix(model), BATCH))
@@ -151,9 +151,9 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
         ({"model": {"name": "embedded", "precision": "bfloat16"}, "method": "finetune"}, "model.precision: method = 'finetune' trains the weights, in float32"),
         ({"model": {"name": "embedded", "precision": "8bit"}, "method": "lora"}, "model.precision: method = 'lora' needs the weights themselves"),
         ({"model": {"name": "embedded", "precision": "2bit"}}, "model.precision"),
-        ({"auxiliary": {"precision": "8bit"}, "client": {"align_steps": 1}}, "auxiliary.precision: it does not go with this client.align_steps"),
-        ({"auxiliary": {"precision": "8bit"}, "method": "fedprompt"}, "auxiliary.precision: it does not go with this method"),
-        ({"auxiliary": {"precision": "bfloat16"}, "distill": {"steps": 1, "again_every": 1}}, "does not go with this distill.again_every"),
+        ({"auxiliary": {"precision": "8bit"}, "client": {"auxiliary_steps": 1}}, "auxiliary.precision: only simulated clients that leave"),
+        ({"auxiliary": {"precision": "8bit"}, "method": "fedprompt"}, "auxiliary.precision: that is a part of FedSP, and method is 'fedprompt'"),
+        ({"auxiliary": {"precision": "bfloat16"}, "distill": {"steps": 1, "again_every": 1}}, "auxiliary.precision: only simulated clients that leave"),
     ],
 )
 def test_what_few_bits_cannot_do_is_one_clear_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
@@ -197,11 +197,11 @@ def test_without_the_libraries_it_says_what_to_install(monkeypatch: pytest.Monke
 
 
 def test_a_package_that_does_not_say_what_it_discloses_is_named(tmp_path: Path) -> None:
-    from fedsp.experiments.build import _handed_out
+    from fedsp.experiments.build import _disclosed_share
 
     auxiliary = build_auxiliary(load_model(MODEL, device="cpu"), parse_plan("ends(1)", 8), load_tokenizer(MODEL))
     server: Any = type("Server", (), {"config": type("C", (), {"model": type("M", (), {"precision": "8bit"})})})
     with pytest.raises(ConfigurationError, match="the package does not say what it discloses"):
-        _handed_out(server, auxiliary)
+        _disclosed_share(server, auxiliary)
     auxiliary.discloses = 0.25
-    assert _handed_out(server, auxiliary) == 0.25
+    assert _disclosed_share(server, auxiliary) == 0.25

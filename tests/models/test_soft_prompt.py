@@ -29,7 +29,7 @@ TOKENS = torch.tensor([[5, 9, 33, 8, 71, 2, 60]])
 
 
 def random_prompt(model: PromptedLM, space: str, length: int = 3, projection: int = 0) -> SoftPrompt:
-    spec = PromptSpec(space, length, model.shape, projection)  # type: ignore[arg-type]
+    spec = PromptSpec(space=space, length=length, model=model.shape, projection=projection)  # type: ignore[arg-type]
     return SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(1)))
 
 
@@ -39,7 +39,7 @@ def test_activations_as_a_prompt_are_the_text_itself(family: str, space: str) ->
     """A prompt made of the activations of some tokens must act exactly like those tokens: positions, rotations and masks included."""
     model = tiny_model(family)
     length = 3
-    spec = PromptSpec(space, length, model.shape)  # type: ignore[arg-type]
+    spec = PromptSpec(space=space, length=length, model=model.shape)  # type: ignore[arg-type]
     prompt = SoftPrompt(spec, initial_values(spec, model, scale=None, tokens=TOKENS[0], seed=0))
     with torch.no_grad():
         whole = model(TOKENS)[:, length:]
@@ -264,7 +264,7 @@ def test_a_payload_is_taken_where_every_number_is_finite(numbers: list[float]) -
 def test_bad_prompts_are_refused_in_a_sentence(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     prompt = random_prompt(model, "key_value")
-    other = PromptSpec("key_value", 3, ModelShape(6, 4, 8, 32))
+    other = PromptSpec(space="key_value", length=3, model=ModelShape(layers=6, heads=4, head_size=8, hidden=32))
     with pytest.raises(PromptError, match=r"made for 6 layers.*tiny gpt2 has 4 layers"):
         SoftPrompt(other).prefix(model)
     with pytest.raises(PayloadError, match=r"has shape \(2,\), expected \(3, 4, 2, 4, 8\)"):

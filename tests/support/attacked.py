@@ -10,7 +10,7 @@ from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 
 
 def prompt_for(model: Any, space: Any, length: int) -> SoftPrompt:
-    spec = PromptSpec(space, length, model.prompt_shape)
+    spec = PromptSpec(space=space, length=length, model=model.prompt_shape)
     return SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
 
 

@@ -63,7 +63,7 @@ class Family:
         """By precision: how far one of eight examples moves the clipped sum of a private step, in units of the bound, and how many of them share a call."""
 
     def prompt(self, space: str) -> SoftPrompt:
-        spec = PromptSpec(space, PROMPT, self.model.shape)  # type: ignore[arg-type]
+        spec = PromptSpec(space=space, length=PROMPT, model=self.model.shape)  # type: ignore[arg-type]
         return SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(1)))
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ def masked_forward(family: Family, _: Path) -> None:
 
 def _as_text(family: Family, space: str) -> None:
     tokens = torch.tensor(ROWS[0])
-    spec = PromptSpec(space, PROMPT, family.model.shape)  # type: ignore[arg-type]
+    spec = PromptSpec(space=space, length=PROMPT, model=family.model.shape)  # type: ignore[arg-type]
     prompt = SoftPrompt(spec, initial_values(spec, family.model, scale=None, tokens=tokens, seed=0))
     with torch.no_grad():
         found = family.model.logits(family.model(tokens[None, PROMPT:], None, prompt.prefix(family.model)))[0]
@@ -134,10 +134,10 @@ def padded_is_single(family: Family, _: Path) -> None:
 
 
 QUESTIONS = [
-    Example("a", "Question: Is it?\nAnswer:", (" yes", " no, never", " it is"), (1,)),
-    Example("b", "abc", (" x", " y"), (0,)),
-    Example("c", "abcdefgh", (" x", " y"), (0,)),
-    Example("d", "", (" alone", " all"), (0,)),
+    Example(id="a", context="Question: Is it?\nAnswer:", choices=(" yes", " no, never", " it is"), gold=(1,)),
+    Example(id="b", context="abc", choices=(" x", " y"), gold=(0,)),
+    Example(id="c", context="abcdefgh", choices=(" x", " y"), gold=(0,)),
+    Example(id="d", context="", choices=(" alone", " all"), gold=(0,)),
 ]
 
 
@@ -294,7 +294,7 @@ def one_example_moves_one_bound(family: Family, _: Path) -> None:
         prompt = family.prompt("residual")
         together = examples_together(model, prompt, 12)
         bound = 0.1 * float(example_gradients(model, prompt, collate(lot[:1]))[1].norm())
-        quiet = PrivateSteps(bound, 0.0, 1.0, 1)
+        quiet = PrivateSteps(bound=bound, noise_multiplier=0.0, sampling_rate=1.0, count=1)
         whole, *without = (
             private_gradient(model, prompt, some, 1, quiet, together).double() for some in (lot, *(lot[:out] + lot[out + 1 :] for out in range(8)))
         )

@@ -10,10 +10,12 @@ import torch
 from fedsp import privacy
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded
-from fedsp.federation.clients import agreement_of, make_method
+from fedsp.federation.agreement import agreement_of
+from fedsp.federation.clients import make_method
 from fedsp.federation.messages import Request
 from fedsp.federation.methods.base import Method
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.models.payload import PROMPT
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.privacy import Ledger
@@ -32,10 +34,10 @@ CLIENT: dict[str, Any] = {"privacy": {"unit": "client", "noise_multiplier": 2.0,
 def private_party(folder: Path) -> tuple[Method, Party, Request]:
     """A client that answers privately for two rounds, and a request to it."""
     model = tiny_model("gpt2")
-    spec = PromptSpec("residual", 4, model.shape)
+    spec = PromptSpec(space="residual", length=4, model=model.shape)
     config = make_config(settings(folder, privacy={"unit": "example", "epsilon": 4.0}, round={"rounds": 2}, prompt={"length": 4}))
     method = make_method(agreement_of(config, 64), None)
     prompt = SoftPrompt(spec, torch.zeros(spec.shape))
     rows = [Encoded((5, 6, 7, 8), 2)] * 20
-    party = Party("a", model, prompt, rows, StateStore(folder / "rest"), ledger=Ledger(folder / "rest" / privacy.LEDGER))
-    return method, party, Request("run", 1, "a", 7, {PROMPT: torch.zeros(spec.shape)})
+    party = Party(id="a", model=model, messenger=prompt, examples=rows, store=StateStore(folder / "rest"), ledger=Ledger(folder / "rest" / privacy.LEDGER))
+    return method, party, Request(run="run", round=1, client="a", seed=7, payload={PROMPT: torch.zeros(spec.shape)})

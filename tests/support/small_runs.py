@@ -36,7 +36,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "text": [str(EMBEDDED / "public.txt")]},
         "prompt": {"length": 4},
         "round": {"rounds": 3},
-        "client": {"speak_steps": 2, "batch_size": 4},
+        "client": {"prompt_steps": 2, "batch_size": 4},
     }
     for section, change in changes.items():
         values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
@@ -45,7 +45,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 
 PAPER: dict[str, Any] = {
     "preset": "paper",
-    "client": {"align_steps": 2, "speak_steps": 2, "batch_size": 4},
+    "client": {"auxiliary_steps": 2, "prompt_steps": 2, "batch_size": 4},
     "server": {"steps": 2, "batch_size": 4},
     "prompt": {"length": 4, "projection": 8},
 }

@@ -35,12 +35,12 @@ def test_scores_equal_a_plain_forward_of_each_choice(family: str, positions: str
     if not trees:
         model.__dict__["room_for_trees"] = 0
     examples = [
-        Example("a", "Question: Is it?\nAnswer:", (" yes", " no, never", " it is"), (1,)),
-        Example("b", "Short", (" x", " yy"), (0,)),
-        Example("c", "A rather longer context than the others have", (" one", " two", " one two"), (2,)),
-        Example("d", "", (" alone", " all"), (0,)),
+        Example(id="a", context="Question: Is it?\nAnswer:", choices=(" yes", " no, never", " it is"), gold=(1,)),
+        Example(id="b", context="Short", choices=(" x", " yy"), gold=(0,)),
+        Example(id="c", context="A rather longer context than the others have", choices=(" one", " two", " one two"), gold=(2,)),
+        Example(id="d", context="", choices=(" alone", " all"), gold=(0,)),
     ]
-    spec = PromptSpec("key_value", 3, model.shape)
+    spec = PromptSpec(space="key_value", length=3, model=model.shape)
     prefix = SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))).values().detach() if prompted else None
     scored, dropped = score(model, prefix, examples, LETTERS, max_tokens=40, tokens_per_batch=100)
     assert dropped == 1 and [row.id for row in scored] == ["a", "b", "c", "d"]
@@ -107,7 +107,11 @@ def test_a_model_that_takes_no_mask_of_ones_own_is_read_behind_a_cache(monkeypat
 def test_a_question_scores_alone_what_it_scores_in_a_batch(family: str) -> None:
     """Padding between a context and its answers would count as distance in models that measure it by place in the row: windows, ALiBi."""
     reference, model = tiny_causal_lm(family), PromptedLM(tiny_causal_lm(family), family)
-    examples = [Example("long", "abcdefgh", (" x", " y"), (0,)), Example("short", "abc", (" x", " y"), (0,)), Example("one", "a", (" x", " y, z"), (0,))]
+    examples = [
+        Example(id="long", context="abcdefgh", choices=(" x", " y"), gold=(0,)),
+        Example(id="short", context="abc", choices=(" x", " y"), gold=(0,)),
+        Example(id="one", context="a", choices=(" x", " y, z"), gold=(0,)),
+    ]
     together, _ = score(model, None, examples, LETTERS, max_tokens=60)
     for found, example in zip(together, examples, strict=True):
         (alone,), _ = score(model, None, [example], LETTERS, max_tokens=60)
@@ -124,7 +128,11 @@ def test_a_choice_that_a_merge_swallows_is_scored_by_the_token_that_it_changed()
     """`b` and ` x` are one token: behind `ab` nothing is left of the choice. It once counted as certain, and shifted the scores of the other questions."""
     tokenizer: Any = bpe([("b", " "), ("b ", "x")])
     model = PromptedLM(tiny_causal_lm("llama"), "llama")
-    examples = [Example("swallowed", "ab", (" x",), (0,)), Example("whole", "cd", (" x", " yz"), (0,)), Example("behind", "efg", (" y",), (0,))]
+    examples = [
+        Example(id="swallowed", context="ab", choices=(" x",), gold=(0,)),
+        Example(id="whole", context="cd", choices=(" x", " yz"), gold=(0,)),
+        Example(id="behind", context="efg", choices=(" y",), gold=(0,)),
+    ]
     together, _ = score(model, None, examples, tokenizer, max_tokens=60)
     assert [row.tokens for row in together] == [[1], [2, 3], [2]]
     for found, example in zip(together, examples, strict=True):
@@ -143,7 +151,10 @@ def test_rotations_that_change_with_the_longest_position_are_those_of_each_row(s
     reference, model = (PromptedLM(tiny_causal_lm("phi3", **LONG_ROPE), "phi3") for _ in range(2))
     prefix = torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(0))
     long = "abcdefghijklm" + ("nopq" if switched else "")
-    examples = [Example("long", long, (" x", " yes, it is"), (0,)), Example("short", "abc", (" x", " yes, it is"), (0,))]
+    examples = [
+        Example(id="long", context=long, choices=(" x", " yes, it is"), gold=(0,)),
+        Example(id="short", context="abc", choices=(" x", " yes, it is"), gold=(0,)),
+    ]
     for front in (None, prefix):
         together, _ = score(model, front, examples, LETTERS, max_tokens=60)
         for found, example in zip(together, examples, strict=True):

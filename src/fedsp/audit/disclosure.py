@@ -8,6 +8,7 @@ from pathlib import Path
 from fedsp.audit.findings import DISCLOSURE, NEAR
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import model_name
+from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import disclosed_share, load_auxiliary, nearly_disclosed_share
 from fedsp.models.loading import choose_device, load_model
 from fedsp.models.prompted_lm import PromptedLM
@@ -24,7 +25,7 @@ def measure_disclosure(folder: Path) -> dict[str, float]:
     run = RunDirectory.open(folder)
     config, share = run.config, float(run.result()["disclosed_share"])
     figures = {"disclosed_share": share, "nearly_disclosed_share": share}  # where clients hold nothing, the whole model, or its own layers
-    if config.method in ("fedsp", "offsite_tuning") and config.partition.clients and config.round.clients != 0:
+    if find_method(config.method).package and config.partition.clients and config.round.clients != 0:
         digest, found = _of_package(run.package.resolve(), model_name(config), config.model.device)
         if config.auxiliary.precision == "float32":  # a run in fewer bits was begun with the rounded numbers
             run.hold({"auxiliary model": digest})

@@ -23,12 +23,13 @@ from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.loop import RunState, federate
 from fedsp.federation.messages import Request, Update
-from fedsp.federation.methods.base import Averaging, Stage
+from fedsp.federation.methods.base import Averaging
 from fedsp.federation.party import Party
 from fedsp.models.payload import as_row, from_row
 from fedsp.privacy import LEDGER, Ledger
 from fedsp.storage import write_json
 from fedsp.training.loop import Optimisation
+from fedsp.training.stage import Stage
 
 CANARIES = 1000
 
@@ -96,15 +97,24 @@ def _client_level(opened: Opened) -> tuple[float, list[float], list[bool], dict[
 
     def exchange(requests: list[Request]) -> Iterable[Update]:
         for request in requests:
-            yield Update(request.round, request.client, from_row(as_row(request.payload) + rows[int(request.client)], request.payload))
+            yield Update(round=request.round, client=request.client, payload=from_row(as_row(request.payload) + rows[int(request.client)], request.payload))
 
     with tempfile.TemporaryDirectory(prefix="fedsp-canaries-") as temporary:
         run = RunDirectory.create(config.model_copy(update={"output": temporary, "validation": config.validation.model_copy(update={"by": "none"})}))
         rules = replace(round_config(run.config, run, len(opened.sides.clients.register)), max_change=math.inf)
-        server = Party("server", opened.sides.model, opened.sides.tuned, [], run.rest("server"))
-        nothing = Stage(0, 1, Optimisation(0.0))
-        begin = RunState(0, opened.start, opened.start, 0, None)
-        final = federate(Averaging(nothing, nothing), server, register, exchange, rules, standing=begin, validate=lambda payload: 0.0, keep=lambda *_: None)
+        server = Party(id="server", model=opened.sides.model, messenger=opened.sides.messenger, examples=[], store=run.state_store("server"))
+        nothing = Stage(name="none", seed_label="none", steps=0, batch_size=1, optimisation=Optimisation(learning_rate=0.0))
+        begin = RunState(round=0, payload=opened.start, best=opened.start, best_round=0, best_loss=None)
+        final = federate(
+            Averaging(client_stage=nothing, server_stage=nothing),
+            server,
+            register,
+            exchange,
+            rules,
+            standing=begin,
+            validate=lambda payload: 0.0,
+            keep=lambda *_: None,
+        )
         promise = Ledger(run.path / LEDGER).epsilon(config.privacy.delta)
     total = as_row(final.payload) - as_row(opened.start)
     cosines = (rows @ total / (config.privacy.clip * total.norm())).tolist()

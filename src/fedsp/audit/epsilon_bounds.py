@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LowerBound:
     """At `confidence`, epsilon at `delta` is at least this: of `guesses` canaries that were guessed, `right` were right; `most` is what so many could show."""
 
@@ -44,7 +44,15 @@ def lower_bound(scores: Sequence[float], included: Sequence[bool], *, delta: flo
         right = sum(not included[index] for index in low) + sum(included[index] for index in high)
         guessed = len(low) + len(high)
         found.append(
-            LowerBound(_refuted(m, guessed, right, delta, failure), delta, confidence, m, guessed, right, _refuted(m, guessed, guessed, delta, failure))
+            LowerBound(
+                epsilon=_refuted(m, guessed, right, delta, failure),
+                delta=delta,
+                confidence=confidence,
+                canaries=m,
+                guesses=guessed,
+                right=right,
+                most=_refuted(m, guessed, guessed, delta, failure),
+            )
         )
     return max(found, key=lambda bound: bound.epsilon)
 

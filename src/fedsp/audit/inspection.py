@@ -173,7 +173,7 @@ def _losses(auxiliary: AuxiliaryModel, texts: Tensor) -> tuple[float, float, flo
 def _gradients(auxiliary: AuxiliaryModel, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
     """With a prompt of a text's own activations: the share of its numbers that no text's loss depends on, and how far the texts' gradients are alike, 0 where they are at
     right angles to each other and 1 where they are one."""
-    spec = PromptSpec("residual", VIRTUAL, auxiliary.prompt_shape)
+    spec = PromptSpec(space="residual", length=VIRTUAL, model=auxiliary.prompt_shape)
     layers = list(auxiliary.prompt_layers)
     values = torch.zeros(spec.shape)
     values[:, layers] = auxiliary.activations(torch.tensor(rows[0][:VIRTUAL], device=auxiliary.device))[0].cpu()

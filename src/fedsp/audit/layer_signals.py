@@ -13,22 +13,22 @@ from fedsp.errors import RunError
 from fedsp.experiments.build import open_clients
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import load_dataset
-from fedsp.federation.methods.base import part
+from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import choose_device
 from fedsp.models.prompted_lm import hidden_at_depths
 from fedsp.models.soft_prompt import read_prompt
-from fedsp.models.trainable import trainable
+from fedsp.models.trainable import entries_below
 from fedsp.storage import write_json
-from fedsp.training.loop import learning, states_loss
+from fedsp.training.loop import gradients_set, states_loss
 
 EXAMPLES = 32
 
 
 def measure_depths(folder: Path) -> list[dict[str, Any]]:
     """One row for each depth of a finished run's auxiliary model, at its first client, with the last prompt in front of that client's own examples: with the
-    weights as handed out (`package`), and with those that the client has after its last round (`client`, the same where nobody aligns).
+    weights as handed out (`package`), and with those that the client has after its last round (`client`, the same where client.auxiliary_steps is 0).
 
     `hidden_scale` is the root mean square of a number of the block's input; `gradient_norm` the norm of the loss's gradient with respect to that input,
     over the batch. The last row is behind the last block. The rows are also written to the run's `depths.json`.
@@ -46,7 +46,7 @@ def measure_depths(folder: Path) -> list[dict[str, Any]]:
     client = clients.party(min(clients.register))
     client.prompt.load(read_prompt(prompts[-1]).payload())
     rows = [{"weights": "package", **row} for row in _profile(client)]
-    own = part(client.rest.load(before=config.round.rounds + 1), "auxiliary") if config.client.align_steps else {}
+    own = entries_below(client.store.load(before=config.round.rounds + 1), "auxiliary") if config.client.auxiliary_steps else {}
     with client.own_weights(own, auxiliary.weights()):
         rows += [{"weights": "client", **row} for row in _profile(client)]
     write_json(run.path / DEPTHS, {"rows": rows})
@@ -60,7 +60,7 @@ def check_depths(run: RunDirectory) -> None:
         RunError: there is no finished run of FedSP with clients in the folder.
     """
     run.result()
-    if run.config.method != "fedsp" or not run.config.partition.clients or run.config.round.clients == 0:
+    if not find_method(run.config.method).deployable or not run.config.partition.clients or run.config.round.clients == 0:
         raise RunError(f"{run.path} is no run of FedSP with clients: there is no auxiliary model to look at")
 
 
@@ -68,7 +68,7 @@ def _profile(client: Party) -> list[dict[str, Any]]:
     model = client.model
     batch = collate(client.examples[:EXAMPLES]).to(model.device)
     real = batch.attention_mask.bool()
-    with learning(trainable(model.model).values()):
+    with gradients_set(model.trained().values(), True):
         states = hidden_at_depths(model, batch.input_ids, batch.attention_mask, client.prompt.prefix(model))
         gradients = torch.autograd.grad(states_loss(model, states[-1], batch), states)
     return [

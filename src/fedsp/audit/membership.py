@@ -146,7 +146,7 @@ def _power(opened: Opened, rows: list[Encoded]) -> ScoreSummary:
         prompt.trained(),
         lambda batch: answer_loss(opened.auxiliary, prompt.prefix(opened.auxiliary), batch.to(opened.auxiliary.device)),
         batches,
-        Optimisation(0.1),
+        Optimisation(learning_rate=0.1),
     )
     after = losses_under(opened.auxiliary, prompt, prompt.payload(), drawn)
     return told([(before - after).double().numpy()], [np.array(inside)])
@@ -154,7 +154,7 @@ def _power(opened: Opened, rows: list[Encoded]) -> ScoreSummary:
 
 def _losses(opened: Opened, observer: str, payload: Payload, rows: list[Encoded]) -> Numbers:
     client = opened.sides.clients.party(opened.holders[0]).prompt
-    model, prompt = (opened.sides.model, opened.sides.tuned) if observer == "outsider" else (opened.auxiliary, client)
+    model, prompt = (opened.sides.model, opened.sides.messenger) if observer == "outsider" else (opened.auxiliary, client)
     assert isinstance(prompt, SoftPrompt)
     return losses_under(model, prompt, payload, rows).double().numpy()
 

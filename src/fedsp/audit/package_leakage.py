@@ -114,13 +114,13 @@ def _gap(opened: Opened) -> dict[str, float]:
     assert isinstance(auxiliary, AuxiliaryModel)
     rows = opened.sides.clients.party(min(questions.partition.clients)).examples
     package = auxiliary.weights()
-    steps = config.round.rounds * config.client.speak_steps
+    steps = config.round.rounds * config.client.prompt_steps
     batches = training_batches(rows, steps=steps, batch_size=config.client.batch_size, seed=derive_seed(config.seed, "alone"))
     fit(
         trainable(auxiliary.model),
         lambda batch: states_loss(auxiliary, auxiliary(batch.input_ids, batch.attention_mask), batch),
         batches,
-        Optimisation(1e-3, 0.0, 0.1, steps),
+        Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1, total_steps=steps),
     )
     alone, _ = score_test(auxiliary, None, questions.test, questions.task, server.tokenizer, server.max_tokens)
     auxiliary.load_weights(package)
@@ -168,7 +168,7 @@ def _train_on(model: AuxiliaryModel, texts: Sequence[Sequence[int]], steps: int,
     def loss(indices: list[int]) -> Tensor:
         return _next_token_loss(model, [texts[index] for index in indices])
 
-    fit(trainable(model.model), loss, [rng.sample(range(len(texts)), 8) for _ in range(steps)], Optimisation(1e-3, 0.0, 0.1))
+    fit(trainable(model.model), loss, [rng.sample(range(len(texts)), 8) for _ in range(steps)], Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1))
 
 
 def _next_token_loss(model: PromptedLM, texts: Sequence[Sequence[int]]) -> Tensor:

@@ -23,10 +23,11 @@ from fedsp.experiments.build import Federation, build_federation, open_clients
 from fedsp.experiments.run import round_config
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import Server, load_dataset, open_server, rows_digest
+from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import agreement_of, example_privacy
 from fedsp.federation.loop import RunState, federate
 from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
+from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
 from fedsp.federation.transport.local import local
 from fedsp.models.payload import Payload, as_row
@@ -36,7 +37,7 @@ from fedsp.privacy import epsilon
 from fedsp.training.per_example_gradients import example_gradients, example_losses
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Opened:
     """A finished run of FedSP with everything needed to run it again, the rows that its clients hold, each with its holder, and the prompt that it began with."""
 
@@ -49,8 +50,8 @@ class Opened:
 
     @property
     def auxiliary(self) -> PromptedLM:
-        assert self.sides.auxiliary is not None
-        return self.sides.auxiliary
+        assert self.sides.package is not None
+        return self.sides.package
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def check_audited(run: RunDirectory) -> None:
     """
     config, folder = run.config, run.path
     run.result()
-    if config.method != "fedsp":
+    if not find_method(config.method).deployable:
         raise RunError(f"{folder} is a run of method = {config.method!r}: this audit is for 'fedsp'")
     if config.federation:
         raise RunError(f"{folder} was deployed, and its clients' text is not here: audit a run of the same configuration with simulated clients")
@@ -100,11 +101,11 @@ def open_audited(folder: Path, watcher: Callbacks) -> Opened:
         config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(run.package)})})
     server = open_server(config, load_dataset(config, run.partition()))
     sides = build_federation(server, run, watcher, None)
-    assert sides.auxiliary is not None
-    run.hold({"data.train": rows_digest(server.questions.train), "auxiliary model": sides.auxiliary.digest()})
+    assert sides.package is not None
+    run.hold({"data.train": rows_digest(server.questions.train), "auxiliary model": sides.package.digest()})
     held = [(row, client) for client, rows in sorted(server.questions.partition.clients.items()) for row in rows]
-    start = {name: tensor.clone() for name, tensor in sides.tuned.payload().items()}
-    return Opened(run, server, sides, [row for row, _ in held], [client for _, client in held], start)
+    start = {name: tensor.clone() for name, tensor in sides.messenger.payload().items()}
+    return Opened(run=run, server=server, sides=sides, rows=[row for row, _ in held], holders=[client for _, client in held], start=start)
 
 
 def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shadow:
@@ -129,7 +130,7 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
         }
         seeded = config.model_copy(update=changes)
         run = RunDirectory.create(seeded)
-        clients = open_clients(config, opened.sides.auxiliary, questions, run)  # type: ignore[arg-type]
+        clients = open_clients(config, opened.sides.package, questions, run)  # type: ignore[arg-type]
         inner = local(replace(clients, method=opened.sides.clients.method))
 
         def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
@@ -139,12 +140,12 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
             return replies
 
         own = encode_targets(server.tokenizer, questions.held(questions.partition.server), server.max_tokens)
-        party = Party("server", opened.sides.model, opened.sides.tuned, own, run.rest("server"))
+        party = Party(id="server", model=opened.sides.model, messenger=opened.sides.messenger, examples=own, store=run.state_store("server"))
         observed: Transport = exchange
         rules = round_config(seeded, run, len(clients.register))
         rules = replace(rules, rounds=min(rounds or rules.rounds, rules.rounds))
         keep: Callable[[RunState, RoundRecord], None] = lambda standing, record: None
-        begin = RunState(0, opened.start, opened.start, 0, None)
+        begin = RunState(round=0, payload=opened.start, best=opened.start, best_round=0, best_loss=None)
         final = federate(opened.sides.clients.method, party, clients.register, observed, rules, standing=begin, validate=lambda payload: 0.0, keep=keep)
     return Shadow(included, [*broadcasts, final.payload], updates)
 
@@ -160,7 +161,7 @@ def promised(opened: Opened, shadow: Shadow) -> float:
         size = sum(there for there, holder in zip(shadow.included.tolist(), opened.holders, strict=True) if holder == client)
         rounds = sum(client in said for said in shadow.updates)
         if size and rounds:
-            steps = privacy.steps(size, config.client.batch_size, config.client.speak_steps)
+            steps = privacy.steps(size, config.client.batch_size, config.client.prompt_steps)
             spent.append(epsilon((replace(steps.release, count=rounds * steps.count),), privacy.delta, 1e-3))
     return max(spent)
 

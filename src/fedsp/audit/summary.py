@@ -9,6 +9,7 @@ from fedsp.errors import RunError
 from fedsp.experiments.privacy_statement import STATEMENT
 from fedsp.experiments.run_directory import RunDirectory, read_json
 from fedsp.federation.aggregation.robust import RULES, liars_of
+from fedsp.federation.methods.registry import find_method
 
 
 def account(folder: Path) -> Finding:
@@ -131,4 +132,4 @@ def _malice(run: RunDirectory, asked: int) -> list[str]:
 
 def _audited(run: RunDirectory, asked: int) -> bool:
     """Whether the audits of text and package are for this run."""
-    return bool(asked) and run.config.method == "fedsp" and run.config.federation is None
+    return bool(asked) and find_method(run.config.method).deployable and run.config.federation is None

@@ -28,11 +28,12 @@ from fedsp.data.encoding import Encoded, Tokenizer
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
 from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.federation.agreement import agreement_of, promised_epsilon
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, agreement_of, make_client, make_method, promised_epsilon
+from fedsp.federation.clients import Clients, make_client, make_method
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.messages import Request, Update
-from fedsp.federation.party import StateStore
+from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.local import local
 from fedsp.models.auxiliary import AuxiliaryModel, load_auxiliary
 from fedsp.models.payload import PROMPT, Payload
@@ -192,7 +193,7 @@ def audit_trap(folder: Path, *, watcher: Callbacks | None = None) -> dict[str, A
     opened = open_audited(folder, watcher)
     config, honest = opened.run.config, opened.auxiliary
     assert isinstance(honest, AuxiliaryModel)
-    spec = PromptSpec(config.prompt.space, config.prompt.length, honest.prompt_shape)
+    spec = PromptSpec(space=config.prompt.space, length=config.prompt.length, model=honest.prompt_shape)
     require_trap(honest, spec)
     rows = encoded_rows(opened)
     held = {client: [row for row, holder in zip(rows, opened.holders, strict=True) if holder == client] for client in sorted(set(opened.holders))}
@@ -205,7 +206,7 @@ def audit_trap(folder: Path, *, watcher: Callbacks | None = None) -> dict[str, A
         watcher.say(f"{examples:.0f} examples a client: of {right / words:.0%} of {words} words it is told whether they stand in its text")
     figures = {
         "clients": len(held),
-        "steps": config.client.speak_steps,
+        "steps": config.client.prompt_steps,
         "batch_size": config.client.batch_size,
         "epsilon": config.privacy.epsilon if config.privacy.unit == "example" else None,
         "rows": table,
@@ -236,8 +237,10 @@ def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -
     with tempfile.TemporaryDirectory(prefix="fedsp-trap-") as folder:
         rest, ledger = StateStore(Path(folder) / "state"), Ledger(Path(folder) / LEDGER)
         party = make_client(client, agreement, auxiliary, list(texts), rest, ledger, promised_epsilon(agreement, len(texts)))
-        exchange = local(Clients(make_method(agreement, auxiliary), {client: len(texts)}, lambda _: party))
-        request = Request("0", 1, client, derive_seed(config.seed, "trap", client), trap.payload, answer_in=parse_codec(config.compression.up))
+        exchange = local(Clients(method=make_method(agreement, auxiliary), register={client: len(texts)}, party=lambda _: party))
+        request = Request(
+            run="0", round=1, client=client, seed=derive_seed(config.seed, "trap", client), payload=trap.payload, answer_in=parse_codec(config.compression.up)
+        )
         (reply,) = exchange([request])
     if not isinstance(reply, Update):
         raise RunError(f"{client} does not answer a package of this kind: {reply.reason}")

@@ -18,7 +18,7 @@ from fedsp.data.files import Row, hub_rows, read_rows, whole_number
 from fedsp.errors import DataError, did_you_mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """A context, the choices that may follow it (each with its leading space), and the indices of those that are right."""
 
@@ -40,7 +40,7 @@ class WrongType(TypeError):
 Render = Callable[[Row], tuple[str, list[str], list[int]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """A task by name: its place on the hub, its splits there, how it renders a hub row and how a plain one, and what is measured."""
 
@@ -75,7 +75,9 @@ class Task:
             raise DataError(f"{where} has no choices, or an empty one: each is a text with at least one letter")
         if any(not 0 <= index < len(choices) for index in gold) or not gold:
             raise DataError(f"{where} has answer {gold[0] if gold else None} but {len(choices)} choices: expected an index from 0 to {len(choices) - 1}")
-        return Example(_id(row, number, where), context, tuple(f" {choice if self.hub else choice.lstrip()}" for choice in choices), tuple(gold))
+        return Example(
+            id=_id(row, number, where), context=context, choices=tuple(f" {choice if self.hub else choice.lstrip()}" for choice in choices), gold=tuple(gold)
+        )
 
 
 def _id(row: Row, number: int, where: str) -> str:
@@ -218,17 +220,24 @@ _STANDARD = {"train": "train", "validation": "validation", "test": "test"}
 TASKS: dict[str, Task] = {
     task.name: task
     for task in [
-        Task("arc_easy", ("allenai/ai2_arc", "ARC-Easy"), _STANDARD, _arc, _question),
-        Task("arc_challenge", ("allenai/ai2_arc", "ARC-Challenge"), _STANDARD, _arc, _question),
-        Task("openbookqa", ("allenai/openbookqa", "main"), _STANDARD, _openbookqa, _continuation),
-        Task("hellaswag", ("Rowan/hellaswag", None), {"train": "train", "test": "validation"}, _hellaswag, _continuation),
-        Task("piqa", ("baber/piqa", None), {"train": "train", "test": "validation"}, _piqa, _question),
-        Task("sciq", ("allenai/sciq", None), _STANDARD, _sciq, _question),
-        Task("race", ("EleutherAI/race", "high"), {"test": "test"}, _race, _continuation),
-        Task("webqs", ("stanfordnlp/web_questions", None), {"train": "train", "test": "test"}, _webqs, _question, "exact_match"),
-        Task("multiple_choice", None, {}, _question, _question),
-        Task("continuation", None, {}, _continuation, _continuation),
-        Task("completion", None, {}, _completion, _completion, "exact_match"),
+        Task(name="arc_easy", hub=("allenai/ai2_arc", "ARC-Easy"), splits=_STANDARD, render=_arc, plain=_question),
+        Task(name="arc_challenge", hub=("allenai/ai2_arc", "ARC-Challenge"), splits=_STANDARD, render=_arc, plain=_question),
+        Task(name="openbookqa", hub=("allenai/openbookqa", "main"), splits=_STANDARD, render=_openbookqa, plain=_continuation),
+        Task(name="hellaswag", hub=("Rowan/hellaswag", None), splits={"train": "train", "test": "validation"}, render=_hellaswag, plain=_continuation),
+        Task(name="piqa", hub=("baber/piqa", None), splits={"train": "train", "test": "validation"}, render=_piqa, plain=_question),
+        Task(name="sciq", hub=("allenai/sciq", None), splits=_STANDARD, render=_sciq, plain=_question),
+        Task(name="race", hub=("EleutherAI/race", "high"), splits={"test": "test"}, render=_race, plain=_continuation),
+        Task(
+            name="webqs",
+            hub=("stanfordnlp/web_questions", None),
+            splits={"train": "train", "test": "test"},
+            render=_webqs,
+            plain=_question,
+            metric="exact_match",
+        ),
+        Task(name="multiple_choice", hub=None, splits={}, render=_question, plain=_question),
+        Task(name="continuation", hub=None, splits={}, render=_continuation, plain=_continuation),
+        Task(name="completion", hub=None, splits={}, render=_completion, plain=_completion, metric="exact_match"),
     ]
 }
 

@@ -102,10 +102,10 @@ class GridLink:
         metadata = message.metadata
         if not message.has_content():
             fault = "" if message.error.code in LOST else "the client's process ended before it answered"
-            return Answer(metadata.reply_to_message_id, metadata.src_node_id, None, fault)
+            return Answer(message=metadata.reply_to_message_id, node=metadata.src_node_id, frame=None, fault=fault)
         frame = from_record(message.content)
         fits = len(frame.payload) <= self._longest + SPARE and len(frame.header) <= SPARE
-        return Answer(metadata.reply_to_message_id, metadata.src_node_id, frame if fits else Frame(""))
+        return Answer(message=metadata.reply_to_message_id, node=metadata.src_node_id, frame=frame if fits else Frame(""))
 
 
 def make_client_app(respond: Callable[[Frame, Context], Frame]) -> ClientApp:

@@ -135,7 +135,7 @@ class SocketLink:
         """See `NodeLink.pull`."""
         found, frames = self._call(["pull", messages])
         bodies = iter(frames)
-        return [Answer(message, node, next(bodies) if answered else None, fault) for message, node, answered, fault in found]
+        return [Answer(message=message, node=node, frame=next(bodies) if answered else None, fault=fault) for message, node, answered, fault in found]
 
     def _call(self, value: Any, frames: list[Frame] | None = None) -> tuple[Any, list[Frame]]:
         self._channel.send(value, frames)

@@ -28,10 +28,12 @@ from fedsp.deployment.package import hold_against_policy, open_package
 from fedsp.deployment.processes import Processes, free_port, host_and_port, written
 from fedsp.deployment.restricted_executor import require_pinning
 from fedsp.errors import ConfigurationError, CredentialError, DeploymentError, PayloadError, PolicyError, first_line
+from fedsp.federation.agreement import promised_epsilon
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import client_prompt, make_client, make_method, promised_epsilon, require_independence
+from fedsp.federation.clients import client_prompt, make_client, make_method, require_independence
 from fedsp.federation.messages import Request
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.frames import Frame
 from fedsp.federation.transport.request_handler import answer
 from fedsp.federation.transport.wire import END, LONGEST_HEADER, ROOM, sign_reply
@@ -68,10 +70,8 @@ class Client:
         self.auxiliary, self.agreement = open_package(party.package, Path(party.keys) / SERVER_PUBLIC, device)
         hold_against_policy(party.policy, self.agreement, self.auxiliary, len(examples))
         self.rows = encode_targets(self.auxiliary.tokenizer, examples, self.agreement.max_tokens)
-        if self.agreement.client.align_steps and party.precision != "float32":
-            raise PolicyError(
-                f"the run aligns the auxiliary model, whose weights are then trained, and precision = {party.precision!r} freezes them: set it to float32"
-            )
+        if self.agreement.client.auxiliary_steps and party.precision != "float32":
+            raise PolicyError(f"the run trains the auxiliary model, whose weights precision = {party.precision!r} would freeze: set it to float32")
         self._method = make_method(self.agreement, self.auxiliary)
         reduce_precision(self.auxiliary, party.precision, "precision")
         if self.agreement.privacy.unit == "example":
@@ -80,7 +80,7 @@ class Client:
             if self.auxiliary.together == 1:
                 self._say("in this precision examples change each other by rounding, so each goes through the model by itself, which takes longer")
         self._state = Path(party.state) / party.package.sha256[:16]
-        self._shape = PromptSpec(self.agreement.prompt.space, self.agreement.prompt.length, self.auxiliary.prompt_shape).shape
+        self._shape = PromptSpec(space=self.agreement.prompt.space, length=self.agreement.prompt.length, model=self.auxiliary.prompt_shape).shape
         self._last: tuple[Frame, Frame] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
         self.answered = 0
@@ -136,10 +136,10 @@ class Client:
         rounds = self.agreement.rounds
         known = request.round <= rounds if request.train else request.round == rounds + 1 and self.agreement.clients_validate
         if not (known and request.round >= 1):
-            raise PolicyError(f"round {request.round} is not one of the {rounds} that the package speaks of")
+            raise PolicyError(f"round {request.round} is not one of the {rounds} that the package allows")
         check(request.payload, {PROMPT: self._shape})
         if str(request.answer_in) != self.agreement.compression.up:
-            raise PolicyError(f"the request asks for an answer in {request.answer_in}, the package speaks of {self.agreement.compression.up}")
+            raise PolicyError(f"the request asks for an answer in {request.answer_in}, the package allows {self.agreement.compression.up}")
         path = self._state / "rounds.json"
         answered: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         asked = [request.train, request.run, request.round, request.client, request.seed]  # and not in which coding it came: after a kill it comes whole
@@ -148,7 +148,7 @@ class Client:
             raise PolicyError(f"round {request.round} was answered already, to another request")
         runs = {key.split()[0] for key in answered}
         if request.run not in runs and len(runs) >= self.agreement.runs:
-            raise PolicyError(f"the package speaks of {self.agreement.runs} runs, and as many were answered: a new run needs a new package")
+            raise PolicyError(f"the package allows {self.agreement.runs} runs, and as many were answered: a new run needs a new package")
         alike = [key for key in answered if (int(key.split()[1]) <= rounds) == request.train]  # the last validation has a count of its own
         if this not in answered and len(alike) >= self.party.policy.max_rounds:
             raise PolicyError(f"{len(alike)} rounds were answered under this package, policy.max_rounds allows no more")

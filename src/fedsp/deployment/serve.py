@@ -37,8 +37,9 @@ from fedsp.deployment.processes import START, Processes, free_port, host_and_por
 from fedsp.errors import AuxiliaryError, ConfigurationError, DeploymentError
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import GATE_COUNTS, RunDirectory
+from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, agreement_of
+from fedsp.federation.clients import Clients
 from fedsp.federation.messages import Transport
 from fedsp.federation.transport.remote import Patience, remote
 from fedsp.federation.transport.wire import END
@@ -80,7 +81,7 @@ def serve(run: RunDirectory, watcher: Callbacks) -> dict[str, Any]:
         package = package_digest(Path(str(run.config.auxiliary.folder)))
 
         def engine(clients: Clients) -> Transport:
-            patience = Patience(section.wait_seconds, section.reply_seconds, section.again_seconds)
+            patience = Patience(wait=section.wait_seconds, reply=section.reply_seconds, again=section.again_seconds)
             return remote(wire, node_of, patience, run.log_traffic, watcher.say, package, keys)
 
         if run.finished:

@@ -1,224 +1,166 @@
-"""Both sides of a method, opened from a configuration: what the server reads through and tunes, and its clients. FedSP, and every baseline."""
+"""From a configuration to a `Federation`: the server's side, the clients' side and the method, for FedSP and every baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from importlib.util import find_spec
+from functools import cached_property, lru_cache, partial
 
-from fedsp.config import Agreement, RunConfig
+from fedsp.config import Agreement, LoraSection, RunConfig
 from fedsp.data.encoding import Encoded, Tokenizer, encode_targets
-from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import FederatedDataset, Server, initial_prompt, make_auxiliary, token_limit
+from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, absent_clients, agreement_of, client_prompt, make_method, make_party, require_independence, stages
-from fedsp.federation.methods.base import Averaging, Method
-from fedsp.federation.methods.fedprompt import FedPrompt
-from fedsp.federation.methods.fedprompt_single import FedPromptSingle, reading_one_layer
-from fedsp.federation.methods.finetune import Finetune, all_weights
-from fedsp.federation.methods.offsite_tuning import OffsiteTuning, outer_layers
-from fedsp.federation.methods.prefix_tuning import PrefixTuning
-from fedsp.federation.methods.zero_shot import ZeroShot
-from fedsp.federation.party import Party, Tunable
-from fedsp.models.auxiliary import AuxiliaryModel, build_auxiliary, disclosed_share, parse_plan
+from fedsp.federation.clients import Clients, absent_clients, client_prompt, make_method, make_party, require_independence
+from fedsp.federation.methods.base import Method
+from fedsp.federation.methods.registry import find_method
+from fedsp.federation.party import Party
+from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan, disclosed_share, parse_plan
 from fedsp.models.loading import reduce_precision
 from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
-from fedsp.models.weights import Weights
+from fedsp.models.soft_prompt import SoftPrompt
+from fedsp.models.trainable import Messenger
 from fedsp.privacy import LEDGER, Ledger
 
 
-@dataclass(frozen=True)
-class About:
-    """A method for people: its name, its paper, and what its clients hold of the global model."""
-
-    title: str
-    paper: str
-    clients_hold: str
-
-
-METHODS: dict[str, About] = {
-    "fedsp": About("FedSP", "Dong et al., Findings of EMNLP 2023", "the auxiliary model"),
-    "zero_shot": About("zero-shot", "Brown et al., NeurIPS 2020", "nothing"),
-    "finetune": About("finetune", "McMahan et al., AISTATS 2017 (federated averaging)", "the whole model"),
-    "prefix_tuning": About("prefix-tuning", "Li and Liang, ACL 2021", "nothing"),
-    "fedprompt": About("FedPrompt", "Zhao et al., ICASSP 2023", "the whole model"),
-    "fedprompt_single": About("FedPrompt-single", "baseline of Dong et al., Findings of EMNLP 2023", "embeddings and one layer"),
-    "lora": About("federated LoRA", "Hu et al., ICLR 2022; Zhang et al., ICASSP 2024", "the whole model"),
-    "offsite_tuning": About("offsite-tuning", "Xiao, Lin and Han, 2023; FATE-LLM, 2023", "first and last layers, a compressed middle"),
-}
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Federation:
-    """A method and its parties. `handed_out` is the share of the global model's numbers that clients hold bit for bit."""
+    """A method and its parties.
+
+    model, messenger: what the server reads through, and what it broadcasts.
+    package: the auxiliary model that clients hold, if they hold one.
+    disclosed_share: the share of the global model's parameters that clients hold bit for bit.
+    """
 
     method: Method
     model: PromptedLM
-    tuned: Tunable
+    messenger: Messenger
     clients: Clients
-    auxiliary: AuxiliaryModel | None = None
-    handed_out: float = 0.0
+    package: AuxiliaryModel | None = None
+    disclosed_share: float = 0.0
 
 
-def server_side(server: Server) -> tuple[PromptedLM, Tunable]:
-    """The global model as a method's server reads it, and what is tuned of it or in front of it, as it is in round 1.
+@dataclass
+class MethodSetup:
+    """What a run offers to a method that builds its two sides (`fedsp.federation.methods.registry.Setup`). `run` is None where only the server is opened."""
+
+    server: Server
+    run: RunDirectory | None = None
+    callbacks: Callbacks | None = None
+
+    @property
+    def model(self) -> PromptedLM:
+        return self.server.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.server.tokenizer
+
+    @property
+    def seed(self) -> int:
+        return self.server.config.seed
+
+    @property
+    def lora(self) -> LoraSection:
+        return self.server.config.lora
+
+    @cached_property
+    def plan(self) -> LayerPlan:
+        section = self.server.config.auxiliary
+        return parse_plan(section.plan, self.model.shape.layers, section.prompt_layers)
+
+    def initial_prompt(self) -> SoftPrompt:
+        return initial_prompt(self.server)
+
+    def package(self) -> AuxiliaryModel:
+        assert self.run is not None
+        return make_auxiliary(self.server, self.run.auxiliary, self.callbacks or Callbacks())
+
+
+def server_side(server: Server) -> tuple[PromptedLM, Messenger]:
+    """The model that the server of a method reads through, and the messenger as it is in round 1.
 
     Raises:
         FedspError: the configuration does not fit the model.
     """
-    config, model = server.config, server.model
-    plan = parse_plan(config.auxiliary.plan, model.shape.layers, config.auxiliary.prompt_layers)
-    if config.method == "zero_shot":
-        return model, Weights({})
-    if config.method == "finetune":
-        return model, all_weights(model)
-    if config.method == "lora":
-        _require_peft()
-        from fedsp.federation.methods.lora import low_rank_adapters
-
-        section = config.lora
-        seed = derive_seed(config.seed, "lora")
-        return model, low_rank_adapters(model, rank=section.rank, alpha=section.alpha, targets=section.targets, seed=seed)
-    if config.method == "offsite_tuning":
-        outer = [source for source, frozen in zip(plan.sources, plan.frozen, strict=True) if frozen]
-        return model, outer_layers(model, outer, outer)
-    prompt = initial_prompt(server)
-    if config.method == "fedprompt_single":
-        one = reading_one_layer(model)
-        return one, _prompt_like(prompt, one, config)
-    return model, prompt
+    return find_method(server.config.method).server_side(MethodSetup(server))
 
 
-def _require_peft() -> None:
-    if find_spec("peft") is None:
-        raise ConfigurationError("peft is not installed: method = 'lora' needs `pip install 'fedsp[study]'`")
-
-
-def _prompt_like(prompt: SoftPrompt, model: PromptedLM, config: RunConfig) -> SoftPrompt:
-    """A prompt with the first layers of another's values, as many as `model` reads."""
-    spec = PromptSpec(prompt.spec.space, prompt.spec.length, model.prompt_shape, prompt.spec.projection)
-    return SoftPrompt(spec, prompt.values()[:, : model.prompt_shape.layers], seed=derive_seed(config.seed, "prompt")).to(model.device)
-
-
-def build_federation(server: Server, run: RunDirectory, watcher: Callbacks, register: dict[str, int] | None) -> Federation:
-    """Both sides of the run's method. With a `register` the clients' text is elsewhere.
+def build_federation(server: Server, run: RunDirectory, callbacks: Callbacks, register: dict[str, int] | None) -> Federation:
+    """Both sides of a run's method. With a `register` the clients' text is on other machines.
 
     Raises:
-        FedspError: whatever cannot be opened.
+        FedspError: something cannot be opened, or does not fit.
     """
-    asks = bool(server.questions.partition.clients if register is None else register) and server.config.round.clients != 0
-    if server.config.method == "fedsp":
-        return _fedsp(server, run, watcher, register, asks)
-    return _baseline(server, run, watcher, asks)
-
-
-def _fedsp(server: Server, run: RunDirectory, watcher: Callbacks, register: dict[str, int] | None, asks: bool) -> Federation:
-    config = server.config
-    auxiliary = make_auxiliary(server, run.auxiliary, watcher) if asks else None
-    model, tuned = server_side(server)
-    assert isinstance(tuned, SoftPrompt)
-    handed_out = _handed_out(server, auxiliary)
-    if auxiliary:
-        reduce_precision(auxiliary, config.auxiliary.precision, "auxiliary.precision")
+    config, questions = server.config, server.questions
+    entry, setup = find_method(config.method), MethodSetup(server, run, callbacks)
     agreement = agreement_of(config, server.max_tokens)
-    method = make_method(agreement, auxiliary, config.server)
-    if auxiliary and register is None:
-        clients = replace(open_clients(config, auxiliary, server.questions, run), method=method)
+    model, messenger = entry.server_side(setup)
+    asks = entry.federated and config.round.clients != 0 and bool(questions.partition.clients if register is None else register)
+    if not asks:
+        method = make_method(agreement, None, config.server, entry)
+        return Federation(method=method, model=model, messenger=messenger, clients=absent_clients(method, {}))
+    side = entry.client_side(setup, model, messenger)
+    share = _disclosed_share(server, side.package) if side.package else 1.0
+    if side.package:
+        reduce_precision(side.package, config.auxiliary.precision, "auxiliary.precision")
+    method = make_method(agreement, side.package, config.server, entry)
+    if register is None:
+        clients = clients_here(method, agreement, side.model, server.tokenizer, side.messenger, questions, run)
     else:
-        clients = absent_clients(method, register or {})
-    return Federation(method, model, tuned, clients, auxiliary, handed_out)
+        clients = absent_clients(method, register)
+    return Federation(method=method, model=model, messenger=messenger, clients=clients, package=side.package, disclosed_share=share)
 
 
-def _handed_out(server: Server, auxiliary: AuxiliaryModel | None) -> float:
-    """The share of the global model's numbers that clients hold, as it was found when the package was made: here the numbers may be rounded, or elsewhere."""
-    if auxiliary is None:
-        return 0.0
-    if auxiliary.discloses is not None:
-        return auxiliary.discloses
+def _disclosed_share(server: Server, package: AuxiliaryModel) -> float:
+    """The disclosed share as it was measured when the package was made, since the weights here may be rounded or elsewhere; measured now if it was not.
+
+    Raises:
+        ConfigurationError: the package does not say it, and here it cannot be measured.
+    """
+    if package.discloses is not None:
+        return package.discloses
     if server.config.model.precision in ("8bit", "4bit") or server.config.model.device == "split":
         raise ConfigurationError(
             "auxiliary.folder: the package does not say what it discloses, as an earlier version made it: make it again with `fedsp distill`"
         )
-    return disclosed_share(auxiliary, server.model)
-
-
-AVERAGING: dict[str, type[Averaging]] = {
-    "finetune": Finetune,
-    "prefix_tuning": PrefixTuning,
-    "fedprompt": FedPrompt,
-    "fedprompt_single": FedPromptSingle,
-    "offsite_tuning": OffsiteTuning,
-}
-
-
-def make_averaging(config: RunConfig) -> Method:
-    """The baseline that a configuration names, with its numbers."""
-    if config.method == "zero_shot":
-        return ZeroShot()
-    if config.method == "lora":
-        from fedsp.federation.methods.lora import FederatedLoRA
-
-        kind: type[Averaging] = FederatedLoRA
-    else:
-        kind = AVERAGING[config.method]
-    steps = stages(config.client, config.server, config.round.rounds)
-    return kind(client=steps["speak"], server=steps["server"], keep_optimizer=config.client.keep_optimizer)
-
-
-def _baseline(server: Server, run: RunDirectory, watcher: Callbacks, asks: bool) -> Federation:
-    config, questions = server.config, server.questions
-    model, tuned = server_side(server)
-    method = make_averaging(config)
-    if not asks or config.method == "zero_shot":
-        return Federation(method, model, tuned, absent_clients(method, {}))
-    reads, auxiliary, handed_out = model, None, 1.0
-    own: Callable[[], Tunable] = lambda: tuned  # one model in this process: each party loads what it received before it does anything
-    if config.method == "fedprompt_single":
-        auxiliary = build_auxiliary(server.model, parse_plan([0], server.model.shape.layers), server.tokenizer)
-        auxiliary.prompt_shape = model.prompt_shape
-    elif config.method == "offsite_tuning":
-        auxiliary = make_auxiliary(server, run.auxiliary, watcher)
-        plan = auxiliary.plan
-        depths = [depth for depth, frozen in enumerate(plan.frozen) if frozen]
-        outer = outer_layers(auxiliary, depths, [plan.sources[depth] for depth in depths])
-        own = lambda: outer
-    if auxiliary:
-        reads, handed_out = auxiliary, disclosed_share(auxiliary, server.model)
-    if isinstance(tuned, SoftPrompt):
-        own = partial(_prompt_like, tuned, reads, config)
-    clients = clients_here(method, agreement_of(config, server.max_tokens), reads, server.tokenizer, own, questions, run)
-    return Federation(method, model, tuned, clients, auxiliary, handed_out)
+    return disclosed_share(package, server.model)
 
 
 def open_clients(config: RunConfig, auxiliary: AuxiliaryModel, questions: FederatedDataset, run: RunDirectory) -> Clients:
-    """Every client of a run of FedSP in one process."""
+    """Every client of a run of FedSP in this process, without the global model."""
     agreement = agreement_of(config, token_limit(config, auxiliary))
     method = make_method(agreement, auxiliary, config.server)
     return clients_here(method, agreement, auxiliary, auxiliary.tokenizer, partial(client_prompt, agreement, auxiliary), questions, run)
 
 
 def clients_here(
-    method: Method, agreement: Agreement, model: PromptedLM, tokenizer: Tokenizer, tuned: Callable[[], Tunable], questions: FederatedDataset, run: RunDirectory
+    method: Method,
+    agreement: Agreement,
+    model: PromptedLM,
+    tokenizer: Tokenizer,
+    messenger: Callable[[], Messenger],
+    questions: FederatedDataset,
+    run: RunDirectory,
 ) -> Clients:
-    """Clients in this process. Parties are made when asked for, from rows and what rests on disk; few stay in memory.
+    """Clients in this process. A party is made when it is asked for, from its examples and its state on disk; few stay in memory.
 
     Raises:
-        PrivacyError: something is promised to each example, and the model does not read one by itself.
+        PrivacyError: the run has example-level privacy, and the model's gradient of one example depends on others.
     """
-    if agreement.privacy.unit == "example":
-        require_independence(model, tuned(), agreement.max_tokens)
+    private = agreement.privacy.unit == "example"
+    if private:
+        require_independence(model, messenger(), agreement.max_tokens)
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:
         return encode_targets(tokenizer, questions.held_by(client), agreement.max_tokens)
 
     def party(client: str) -> Party:
-        rest = run.rest(f"client {client}")
-        made = make_party(client, agreement, model, tuned(), encoded(client), rest)
-        return replace(made, ledger=Ledger(rest.folder / LEDGER)) if agreement.privacy.unit == "example" else made
+        store = run.state_store(f"client {client}")
+        made = make_party(client, agreement, model, messenger(), encoded(client), store)
+        return replace(made, ledger=Ledger(store.folder / LEDGER)) if private else made
 
-    return Clients(method, {client: len(rows) for client, rows in questions.partition.clients.items()}, party)
+    return Clients(method=method, register={client: len(rows) for client, rows in questions.partition.clients.items()}, party=party)

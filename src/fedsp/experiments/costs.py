@@ -8,8 +8,8 @@ keeps for the backward pass, each storage once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fedsp.data.seeding import derive_seed
 from fedsp.federation.methods.base import Method, Side, Work
 from fedsp.federation.party import Party
 from fedsp.models.trainable import trainable
-from fedsp.training.loop import answer_loss, learning
+from fedsp.training.loop import answer_loss, gradients_set
 from fedsp.training.per_example_gradients import example_gradients
 
 Figures = dict[str, float]
@@ -35,27 +35,29 @@ def measure(method: Method, party: Party, side: Side, seed: int) -> Figures:
     What is in place is used and not changed.
     """
     works = method.work(party, side)
-    tuned = party.tuned.trained()
+    tuned = party.messenger.trained()
     held = {id(parameter): parameter for parameter in [*trainable(party.model.model).values(), *tuned.values()]}
     added = sum(parameter.numel() for name, parameter in tuned.items() if not _is_of(party, parameter) or ".lora_" in name)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in held.values())
     _ = party.model.room_for_trees  # tried out before anything is counted
     figures: Figures = {"operations": 0.0, "tokens": 0.0, "seconds": 0.0, "memory_bytes": float(weights)}
     for work in works:
-        batches = list(training_batches(party.examples, steps=work.stage.steps, batch_size=work.stage.batch_size, seed=derive_seed(seed, work.name)))
+        batches = list(
+            training_batches(party.examples, steps=work.stage.steps, batch_size=work.stage.batch_size, seed=derive_seed(seed, work.stage.seed_label))
+        )
         with _alone(party, work):
             figures["tokens"] += sum(int(batch.attention_mask.sum()) for batch in batches)
             figures["operations"] += _operations(lambda work=work, batches=batches: _pass(party, work, batches))  # type: ignore[misc]
             figures["seconds"] += _seconds(party, work, batches)
-            trained = sum(4 * parameter.numel() for parameter in work.train.values())
+            trained = sum(4 * parameter.numel() for parameter in work.target.trained().values())
             figures["memory_bytes"] = max(figures["memory_bytes"], float(weights + 3 * trained + _activations(party, work, batches)))
     total = sum(parameter.numel() for parameter in held.values())
     return figures | {
         "tokens_per_second": figures["tokens"] / figures["seconds"] if figures["seconds"] else 0.0,
         "model_parameters": float(total - added),
         "parameters_held": float(total),
-        "parameters_trained": float(sum({id(p): p.numel() for work in works for p in work.train.values()}.values())),
-        "parameters_sent": float(sum(tensor.numel() for tensor in party.tuned.payload().values())),
+        "parameters_trained": float(sum({id(p): p.numel() for work in works for p in work.target.trained().values()}.values())),
+        "parameters_sent": float(sum(tensor.numel() for tensor in party.messenger.payload().values())),
     }
 
 
@@ -63,18 +65,10 @@ def _is_of(party: Party, parameter: nn.Parameter) -> bool:
     return any(parameter is own for own in party.model.parameters())
 
 
-@contextmanager
-def _alone(party: Party, work: Work) -> Iterator[None]:
-    """Freeze what is tuned but not in this work, as the method does, and leave no gradient behind."""
-    others = [parameter for parameter in party.tuned.trained().values() if not any(parameter is own for own in work.train.values())]
-    before = [parameter.requires_grad for parameter in others]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, learned in zip(others, before, strict=True):
-            parameter.requires_grad_(learned)
+def _alone(party: Party, work: Work) -> AbstractContextManager[None]:
+    """Freeze what the messenger trains but this stage does not, as a round does."""
+    target = {id(parameter) for parameter in work.target.trained().values()}
+    return gradients_set([parameter for parameter in party.messenger.trained().values() if id(parameter) not in target], False)
 
 
 def _operations(work: Callable[[], object]) -> float:
@@ -112,12 +106,12 @@ def _activations(party: Party, work: Work, batches: list[Batch]) -> int:
 
 def _pass(party: Party, work: Work, batches: Iterable[Batch]) -> None:
     """A forward and a backward pass over batches, without a step; of private work, with a gradient for each example."""
-    with learning(work.train.values()):
+    with gradients_set(work.target.trained().values(), True):
         for batch in batches:
             if work.stage.privacy:
                 example_gradients(party.model, party.prompt, batch)
                 continue
-            value = answer_loss(party.model, party.tuned.prefix(party.model), batch.to(party.model.device))
+            value = answer_loss(party.model, party.messenger.prefix(party.model), batch.to(party.model.device))
             value.backward()  # type: ignore[no-untyped-call]
 
 

@@ -27,7 +27,7 @@ DEMO: Figures = {
     "auxiliary": {"plan": "ends(1)"},
     "prompt": {"length": 16},
     "round": {"rounds": 20, "clients": 5},
-    "client": {"speak_steps": 10, "learning_rate": 0.1},
+    "client": {"prompt_steps": 10, "learning_rate": 0.1},
     "server": {"learning_rate": 0.1},
     "validation": {"examples": 100},
 }

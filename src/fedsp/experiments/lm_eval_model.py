@@ -49,7 +49,7 @@ class TunedPrompt(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): its log-likelihood, nats, and whether greedy decoding would give it."""
         groups = [(context, [str(request.args[1]) for request in group]) for context, group in groupby(requests, key=lambda request: str(request.args[0]))]
-        examples = [Example(str(index), context, tuple(continuations), (0,)) for index, (context, continuations) in enumerate(groups)]
+        examples = [Example(id=str(index), context=context, choices=tuple(continuations), gold=(0,)) for index, (context, continuations) in enumerate(groups)]
         scored, _ = score(self._model, self._prefix, examples, self._tokenizer, max_tokens=self._max_tokens)
         return [pair for row in scored for pair in zip(row.log_likelihoods, row.greedy, strict=True)]
 

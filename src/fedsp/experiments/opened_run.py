@@ -11,31 +11,31 @@ from fedsp.errors import RunError
 from fedsp.experiments.build import server_side
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import Server, load_dataset, open_server
-from fedsp.federation.party import Tunable
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt, read_prompt
+from fedsp.models.trainable import Messenger
 from fedsp.storage import read_tensors
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OpenRun:
     """The server's side of a run: the global model, as the run's method reads it, and the best that was tuned."""
 
     directory: RunDirectory
     server: Server
     model: PromptedLM
-    tuned: Tunable
+    messenger: Messenger
     best: Payload
     start: Payload
 
     def prefix(self, *, zero_shot: bool = False) -> torch.Tensor | None:
         """Put the best in place, or with `zero_shot` what was there before any tuning; returns the keys and values in front of every text, if any."""
-        if zero_shot and isinstance(self.tuned, SoftPrompt):
+        if zero_shot and isinstance(self.messenger, SoftPrompt):
             return None
-        self.tuned.load(self.start if zero_shot else self.best)
+        self.messenger.load(self.start if zero_shot else self.best)
         with torch.no_grad():
-            return self.tuned.prefix(self.model)
+            return self.messenger.prefix(self.model)
 
 
 def open_run(folder: str | Path) -> OpenRun:
@@ -48,8 +48,8 @@ def open_run(folder: str | Path) -> OpenRun:
     if not directory.best.exists():
         raise RunError(f"{folder} has no prompt yet: its first round is not finished")
     server = open_server(directory.config, load_dataset(directory.config, directory.partition()))
-    model, tuned = server_side(server)
-    if isinstance(tuned, SoftPrompt):
+    model, messenger = server_side(server)
+    if isinstance(messenger, SoftPrompt):
         prompt = read_prompt(directory.best).to(server.model.device)
-        return OpenRun(directory, server, model, prompt, prompt.payload(), {})
-    return OpenRun(directory, server, model, tuned, read_tensors(directory.best)[0], tuned.payload())
+        return OpenRun(directory=directory, server=server, model=model, messenger=prompt, best=prompt.payload(), start={})
+    return OpenRun(directory=directory, server=server, model=model, messenger=messenger, best=read_tensors(directory.best)[0], start=messenger.payload())

@@ -29,7 +29,7 @@ TEXT_TOKENS = 64
 ANSWER_TOKENS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The figures of `fedsp plan`. Parameters and bytes are counts; operations are per step of one batch; shares are of the global model."""
 
@@ -44,8 +44,8 @@ class Plan:
     bytes_per_message: int
     bytes_per_round: int
     bytes_in_all: int
-    client_operations_align: float
-    client_operations_speak: float
+    client_operations_auxiliary: float
+    client_operations_prompt: float
     server_operations: float
     client_memory_bytes: int
     server_memory_bytes: int
@@ -88,7 +88,7 @@ def _counted(config: RunConfig, clients: int) -> Plan:
         auxiliary = empty_auxiliary(planned_config(global_config, plan), plan)
     require_kinds(find_blocks(model, text.num_hidden_layers, name)[1], find_blocks(auxiliary, plan.depth, name)[1], plan, name)
     shape = shape_of(global_config)
-    spec = PromptSpec(config.prompt.space, config.prompt.length, shape)
+    spec = PromptSpec(space=config.prompt.space, length=config.prompt.length, model=shape)
     message = len(pack({PROMPT: torch.zeros(spec.shape)}))
     asked = config.round.asked(clients)
     up, change = (_message_bytes(spec, parse_codec(text)) for text in (config.compression.up, config.compression.down))
@@ -120,11 +120,11 @@ def _counted(config: RunConfig, clients: int) -> Plan:
         bytes_per_message=message,
         bytes_per_round=per_round,
         bytes_in_all=per_round * config.round.rounds + round(asked * follows * (message - change)),
-        client_operations_align=3 * forward * client.batch_size if client.align_steps else 0.0,
-        client_operations_speak=2 * forward * client.batch_size if client.speak_steps else 0.0,
+        client_operations_auxiliary=3 * forward * client.batch_size if client.auxiliary_steps else 0.0,
+        client_operations_prompt=2 * forward * client.batch_size if client.prompt_steps else 0.0,
         server_operations=2 * forward_operations(model, shape.layers, spec.length, tokens) * server.batch_size if server.steps else 0.0,
         client_memory_bytes=_weight_bytes(auxiliary, plan.depth, config.auxiliary.precision)
-        + BYTES_PER_NUMBER * (4 * prompt + (3 * small if client.align_steps else 0)),
+        + BYTES_PER_NUMBER * (4 * prompt + (3 * small if client.auxiliary_steps else 0)),
         server_memory_bytes=_weight_bytes(model, shape.layers, server_precision) + BYTES_PER_NUMBER * 4 * prompt,
         disclosed_share=verbatim / whole,
         handed_out_share=handed / whole,
@@ -143,7 +143,7 @@ def shape_of(config: Any) -> ModelShape:
     text = config.get_text_config()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return ModelShape(text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, size, text.hidden_size)
+    return ModelShape(layers=text.num_hidden_layers, heads=getattr(text, "num_key_value_heads", None) or heads, head_size=size, hidden=text.hidden_size)
 
 
 def forward_operations(model: Any, depth: int, prompt: int, tokens: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from fedsp.config import RunConfig
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.tracking import PUBLISHED, PUBLISHED_BESIDES
-from fedsp.federation.clients import agreement_of, example_privacy
+from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.privacy import LEDGER, Ledger, Release, epsilon, merged
 from fedsp.training.dp_sgd import ALONE, PrivateSteps
@@ -70,7 +70,7 @@ def _example_level(run: RunDirectory, register: Mapping[str, int], max_tokens: i
     spent: dict[str, float] = {}
     taken: dict[str, PrivateSteps] = {}
     for client, examples in register.items():
-        taken[client] = steps = privacy.steps(examples, config.client.batch_size, config.client.speak_steps)
+        taken[client] = steps = privacy.steps(examples, config.client.batch_size, config.client.prompt_steps)
         spent[client] = (
             epsilon((Release(steps.noise_multiplier, steps.sampling_rate, rounds[client] * steps.count),), privacy.delta, 1e-3) if rounds[client] else 0.0
         )
@@ -79,7 +79,7 @@ def _example_level(run: RunDirectory, register: Mapping[str, int], max_tokens: i
         "epsilon": spent[worst],
         "noise_multiplier": taken[worst].noise_multiplier,
         "sampling_rate": taken[worst].sampling_rate,
-        "releases": rounds[worst] * config.client.speak_steps,
+        "releases": rounds[worst] * config.client.prompt_steps,
         "worst_client": worst,
         "epsilon_by_client": spent,
     }

@@ -29,13 +29,14 @@ from fedsp.experiments.server_setup import FederatedDataset, Server, examples_di
 from fedsp.federation.aggregation.mean import ServerOptimizer
 from fedsp.federation.aggregation.private import DPAggregator
 from fedsp.federation.aggregation.robust import Robust
+from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.federation.attacks import triggered
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, agreement_of, example_privacy
+from fedsp.federation.clients import Clients
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
-from fedsp.federation.methods.base import validation_loss
+from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
 from fedsp.models.loading import in_few_bits
 from fedsp.models.payload import Payload
@@ -43,6 +44,7 @@ from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.privacy import LEDGER, Ledger, noise_for
 from fedsp.storage import write_json
 from fedsp.training.evaluation import Scored, by_client, encode_choices
+from fedsp.training.stage import validation_loss
 
 
 def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], watcher: Callbacks, register: dict[str, int] | None = None) -> dict[str, Any]:
@@ -58,21 +60,23 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], wa
     started = time.perf_counter()
     forget_peak_memory()
     config = run.config
+    entry = find_method(config.method)
     questions = load_dataset(config, run.partition())
     server = open_server(config, questions)
-    if config.method == "fedsp" and config.round.clients != 0 and register is None:
+    if entry.deployable and config.round.clients != 0 and register is None:
         _check_promises(config, run, server)
     sides = build_federation(server, run, watcher, register)
-    auxiliary = sides.auxiliary
+    auxiliary = sides.package
     tests = {f"data.{split}": examples_digest(examples) for split, examples in (("validation", questions.validation), ("test", questions.test))}
     run.pin({"data.train": rows_digest(questions.train), "auxiliary model": auxiliary.digest() if auxiliary else "none", **tests})
     run.write_partition(questions.partition.to_json())
     standing = run.standing(watcher.say)
     own = questions.held(questions.partition.server)
-    party = Party("server", sides.model, sides.tuned, encode_targets(server.tokenizer, own, server.max_tokens), run.rest("server"))
+    examples = encode_targets(server.tokenizer, own, server.max_tokens)
+    party = Party(id="server", model=sides.model, messenger=sides.messenger, examples=examples, store=run.state_store("server"))
     validation = encode_targets(server.tokenizer, _some(questions.validation, config), server.max_tokens)
     encode_choices(server.tokenizer, questions.test, server.max_tokens)  # what cannot be scored at the end is found out now
-    spec = replace(sides.tuned.spec, projection=0) if isinstance(sides.tuned, SoftPrompt) else None
+    spec = replace(sides.messenger.spec, projection=0) if isinstance(sides.messenger, SoftPrompt) else None
     dropped = party.shortened + sum(row.dropped > 0 for row in validation)
     if dropped:
         watcher.say(
@@ -80,8 +84,8 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], wa
         )
 
     def validate(payload: Payload) -> float:
-        party.tuned.load(payload)
-        loss = validation_loss(party, validation)
+        party.messenger.load(payload)
+        loss = validation_loss(party.model, party.messenger, validation)
         assert loss is not None
         return loss
 
@@ -98,7 +102,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], wa
 
     rules = round_config(config, run, len(sides.clients.register))
     if isinstance(rules.combine, DPAggregator):
-        noise = rules.combine.noise_multiplier * math.sqrt(sum(tensor.numel() for tensor in party.tuned.payload().values())) / rules.combine.expected
+        noise = rules.combine.noise_multiplier * math.sqrt(sum(tensor.numel() for tensor in party.messenger.payload().values())) / rules.combine.expected
         watcher.say(f"the noise on the mean of {rules.combine.expected:g} clients is {noise:.3g} times as long as the longest change that one of them can make")
     exchange = engine(sides.clients)
     if questions.attack:
@@ -111,7 +115,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], wa
     figures = _figures(run, server, sides, final, time.perf_counter() - started)
     figures["cost"] = _cost(sides, party, final, config.seed, validation if config.privacy.unit != "none" else None)
     if questions.test:
-        party.tuned.load(final.best)
+        party.messenger.load(final.best)
         figures |= _test(run, server, party, questions)
     if statement := state():
         figures["epsilon"] = statement["epsilon"]
@@ -124,7 +128,7 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], wa
 def _test(run: RunDirectory, server: Server, party: Party, questions: FederatedDataset) -> dict[str, Any]:
     """Figures of what is in place on the test questions, and by client where something divides the questions."""
     with torch.no_grad():
-        prefix = party.tuned.prefix(party.model)
+        prefix = party.messenger.prefix(party.model)
     figures, scored = score_test(party.model, prefix, questions.test, questions.task, server.tokenizer, server.max_tokens)
     run.write_scores(_score_row(row, questions.task) for row in scored)
     kinds, held = questions.kinds, questions.partition.clients
@@ -165,10 +169,10 @@ def _cost(sides: Federation, party: Party, final: RunState, seed: int, instead: 
     to stay untold. Nothing is said of a model in few bits, whose operations torch's counter does not see."""
     costs = {}
     method = sides.clients.method
-    party.tuned.load(final.best)
+    party.messenger.load(final.best)
     if not in_few_bits(sides.model):
         costs["server"] = measure(method, party, "server", derive_seed(seed, "server", 1))
-    party.tuned.load(final.best)
+    party.messenger.load(final.best)
     if not sides.clients.here:
         return costs
     name = min(sides.clients.register)
@@ -179,7 +183,7 @@ def _cost(sides: Federation, party: Party, final: RunState, seed: int, instead: 
         client = replace(client, examples=instead)
     if in_few_bits(client.model):
         return costs
-    client.tuned.load(final.payload)
+    client.messenger.load(final.payload)
     costs["client"] = measure(method, client, "client", derive_seed(seed, "client", name, 1))
     return costs
 
@@ -191,7 +195,7 @@ def _check_promises(config: RunConfig, run: RunDirectory, server: Server) -> Non
     privacy = example_privacy(agreement_of(config, server.max_tokens))
     if privacy:
         for examples in {len(rows) for rows in held.values()}:
-            privacy.steps(examples, config.client.batch_size, config.client.speak_steps)
+            privacy.steps(examples, config.client.batch_size, config.client.prompt_steps)
 
 
 def round_config(config: RunConfig, run: RunDirectory, clients: int) -> RoundConfig:
@@ -203,16 +207,16 @@ def round_config(config: RunConfig, run: RunDirectory, clients: int) -> RoundCon
     """
     section = config.round
     return RoundConfig(
-        run.identity,
-        config.seed,
-        section.rounds if config.method != "zero_shot" else 0,
-        section.clients,
-        section.min_clients,
-        section.weighting,
-        section.max_change,
-        config.validation.by,
-        config.validation.every,
-        ServerOptimizer(section.optimizer, section.learning_rate, section.momentum),
+        run=run.identity,
+        seed=config.seed,
+        rounds=section.rounds if find_method(config.method).rounds else 0,
+        clients=section.clients,
+        min_clients=section.min_clients,
+        weighting=section.weighting,
+        max_change=section.max_change,
+        validate_by=config.validation.by,
+        validate_every=config.validation.every,
+        optimizer=ServerOptimizer(section.optimizer, section.learning_rate, section.momentum),
         **_combining(config, run, clients),
         max_loss_rise=config.aggregation.max_loss_rise,
         up=parse_codec(config.compression.up),
@@ -242,7 +246,12 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
             raise StorageError(
                 f"the privacy ledger {ledger.path} knows of fewer releases than the {done} rounds that are done: what was spent is not known; restore it from a backup"
             )
-        return {"combine": DPAggregator(privacy.clip, noise, rate, expected, privacy.delta, privacy.epsilon, ledger), "sampling_rate": rate}
+        return {
+            "combine": DPAggregator(
+                bound=privacy.clip, noise_multiplier=noise, sampling_rate=rate, expected=expected, delta=privacy.delta, epsilon=privacy.epsilon, ledger=ledger
+            ),
+            "sampling_rate": rate,
+        }
     robust = robust_rule(config, clients)
     return {"combine": robust} if robust else {}
 
@@ -256,7 +265,7 @@ def robust_rule(config: RunConfig, clients: int) -> Robust | None:
     section = config.aggregation
     if not section.robust:
         return None
-    robust = Robust(section.rule, section.malicious, section.mixing, section.norm_bound)
+    robust = Robust(rule=section.rule, malicious=section.malicious, mixing=section.mixing, norm_bound=section.norm_bound)
     if asked := config.round.asked(clients):
         robust.liars_among(asked)
     return robust
@@ -277,8 +286,8 @@ def _figures(run: RunDirectory, server: Server, sides: Federation, final: RunSta
         "bytes_down": sum(record["bytes_down"] for record in records),
         "bytes_up": sum(record["bytes_up"] for record in records),
         "message_bytes": sum(tensor.numel() * 4 for tensor in final.best.values()),
-        "package_bytes": sides.auxiliary.bytes if sides.auxiliary else 0,
-        "disclosed_share": sides.handed_out,
+        "package_bytes": sides.package.bytes if sides.package else 0,
+        "disclosed_share": sides.disclosed_share,
         "failures": sum(len(record["failed"]) for record in records),
         "updates": sum(len(record["answered"]) for record in records),
         "seconds": seconds,

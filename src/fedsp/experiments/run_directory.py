@@ -43,7 +43,7 @@ from fedsp.config_file import make_config
 from fedsp.errors import RunError, StorageError
 from fedsp.federation.loop import RunState
 from fedsp.federation.messages import RoundRecord
-from fedsp.federation.party import StateStore
+from fedsp.federation.state_store import StateStore
 from fedsp.models.payload import PROMPT, Payload
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
@@ -136,8 +136,8 @@ class RunDirectory:
     def write_partition(self, partition: dict[str, Any]) -> None:
         write_json(self.path / PARTITION, partition)
 
-    def rest(self, party: str) -> StateStore:
-        """Where a party's own state rests; in a deployment each client has a folder of its own instead. Any id makes a safe folder name."""
+    def state_store(self, party: str) -> StateStore:
+        """A party's own state between rounds; in a deployment each client has a folder of its own instead. Any id makes a safe folder name."""
         return StateStore(self.path / "state" / quote(party, safe="").replace(".", "%2E"))
 
     def keep(self, standing: RunState, record: RoundRecord, best: Payload, spec: PromptSpec | None) -> None:
@@ -170,7 +170,15 @@ class RunDirectory:
                 tensors, metadata = read_tensors(path)
                 state = parse_json(metadata["standing"])
                 payload, best, optimizer, owed = (_below(tensors, part) for part in ("payload", "best", "optimizer", "owed"))
-                found = RunState(int(state["round"]), payload, best, int(state["best_round"]), state["best_loss"], optimizer, owed)
+                found = RunState(
+                    round=int(state["round"]),
+                    payload=payload,
+                    best=best,
+                    best_round=int(state["best_round"]),
+                    best_loss=state["best_loss"],
+                    optimizer=optimizer,
+                    owed=owed,
+                )
                 break
             except (StorageError, KeyError, ValueError, TypeError) as error:
                 say(f"the checkpoint {path.name} is damaged and is not used; the one before it is, where there is one ({error})")

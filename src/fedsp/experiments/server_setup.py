@@ -24,6 +24,7 @@ from fedsp.data.topics import find_topics
 from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, PromptError
 from fedsp.federation.attacks import ON_DATA, Attack, liars
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import MANIFEST, AuxiliaryModel, build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.models.loading import load_model, load_tokenizer, require_vocabulary, tokenizer_digest
 from fedsp.models.prompted_lm import PromptedLM
@@ -49,7 +50,7 @@ class EvaluationGroups:
     test: list[str]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FederatedDataset:
     """The examples of a task, by what they are for, and who holds which of train."""
 
@@ -71,7 +72,7 @@ class FederatedDataset:
         return examples_of(self.task, [self.train[index] for index in rows])
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Server:
     """What stays on the server: the global model, the initial prompt, the questions it owns."""
 
@@ -129,7 +130,9 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         raise DataError("validation.by = 'server', but there are no validation questions: set data.validation or data.holdout")
     if config.server.steps and not partition.server:
         raise DataError("server.steps is above 0, but the server holds no example: raise partition.server_share")
-    return FederatedDataset(task, train, partition, validation, test, kinds, _attack(config, task, list(partition.clients)))
+    return FederatedDataset(
+        task=task, train=train, partition=partition, validation=validation, test=test, kinds=kinds, attack=_attack(config, task, list(partition.clients))
+    )
 
 
 def _attack(config: RunConfig, task: Task, clients: list[str]) -> Attack | None:
@@ -138,7 +141,11 @@ def _attack(config: RunConfig, task: Task, clients: list[str]) -> Attack | None:
         raise ConfigurationError(
             f"attack.kind: {section.kind!r} changes which choice is right, and {task.name} has no choices; take another attack or another task"
         )
-    return None if section.kind == "none" else Attack(section.kind, liars(clients, section.share, config.seed), config.seed, section.strength)
+    return (
+        None
+        if section.kind == "none"
+        else Attack(kind=section.kind, liars=liars(clients, section.share, config.seed), seed=config.seed, strength=section.strength)
+    )
 
 
 def _kinds(config: RunConfig, train: list[Row], test: list[Row], questions: list[str], test_questions: list[str]) -> EvaluationGroups | None:
@@ -165,13 +172,12 @@ def open_server(config: RunConfig, questions: FederatedDataset) -> Server:
         ModelError: the model cannot be loaded or cannot carry a prompt.
     """
     name = model_name(config)
-    tunes_weights = config.method in ("finetune", "lora", "offsite_tuning")
-    precision = "float32" if tunes_weights else config.model.precision
+    precision = "float32" if find_method(config.method).trains_weights else config.model.precision
     model = load_model(name, device=config.model.device, positions=config.model.positions, precision=precision)
     model.recompute = config.model.recompute
     tokenizer = load_tokenizer(name)
     require_vocabulary(model, tokenizer)
-    return Server(config, model, tokenizer, questions, token_limit(config, model))
+    return Server(config=config, model=model, tokenizer=tokenizer, questions=questions, max_tokens=token_limit(config, model))
 
 
 def token_limit(config: RunConfig, model: PromptedLM) -> int:
@@ -267,11 +273,11 @@ def fit_auxiliary(server: Server, auxiliary: AuxiliaryModel, *, progress: Progre
     """
     section = server.config.distill
     how = Distillation(
-        section.steps,
-        section.batch_size,
-        Optimisation(section.learning_rate, section.weight_decay, 0.1, section.steps),
-        section.match_depths,
-        section.match_logits,
+        steps=section.steps,
+        batch_size=section.batch_size,
+        optimisation=Optimisation(learning_rate=section.learning_rate, weight_decay=section.weight_decay, warmup=0.1, total_steps=section.steps),
+        match_depths=section.match_depths,
+        match_logits=section.match_logits,
     )
     distill(auxiliary, server.model, public_sequences(server), how, seed=server.config.seed, progress=progress, around=around)
 
@@ -283,7 +289,7 @@ def initial_prompt(server: Server) -> SoftPrompt:
         PromptError: the text is too short, or a file holds a prompt of another shape.
     """
     section = server.config.prompt
-    spec = PromptSpec(section.space, section.length, server.model.shape, section.projection)
+    spec = PromptSpec(space=section.space, length=section.length, model=server.model.shape, projection=section.projection)
     seed = derive_seed(server.config.seed, "prompt")
     return SoftPrompt(spec, _first_values(server, spec, seed), seed=seed).to(server.model.device)
 

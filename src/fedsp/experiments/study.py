@@ -47,6 +47,7 @@ from fedsp.errors import ConfigurationError, FedspError, RunError, StorageError,
 from fedsp.experiments.run_directory import CONFIG, RESULT, RunDirectory, read_json
 from fedsp.experiments.start import make_package, resume_run, start_run
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.methods.registry import find_method
 from fedsp.storage import locked, parse_json, write_json
 
 INDEX, FAILURE = "study.json", "failure.json"
@@ -91,7 +92,7 @@ class Study(Section):
         return methods
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run of a study. `choice` tells alternatives of one method apart; `grids` are the numbers of the grids that show it."""
 
@@ -155,7 +156,16 @@ def _cells(study: Study, root: Path, source: str) -> Iterator[Cell]:
             config = make_config(merged, f"{source}, the cell {name!r},")
             plain = config.model_copy(update={"tracking": TrackingSection()})  # where figures go changes none of them
             folder = Path(study.output) / study.name / f"{_slug(name)}-seed-{seed}-{_digest(plain.model_dump(exclude={'output'}))}"
-            yield Cell(method, task, model, partition, choice, seed, tuple(numbers), config.model_copy(update={"output": str(folder)}))
+            yield Cell(
+                method=method,
+                task=task,
+                model=model,
+                partition=partition,
+                choice=choice,
+                seed=seed,
+                grids=tuple(numbers),
+                config=config.model_copy(update={"output": str(folder)}),
+            )
 
 
 def merge(*parts: Mapping[str, Any]) -> Overlay:
@@ -234,7 +244,7 @@ def _run_cell(cell: Cell, study: Path, watcher: Callbacks) -> tuple[str, str]:
 
 def _with_package(config: RunConfig, study: Path, watcher: Callbacks) -> RunConfig:
     """The configuration with the folder of its auxiliary model, which cells that ask for the same one share. It is made if it is not there."""
-    if config.method not in ("fedsp", "offsite_tuning") or config.auxiliary.folder or not config.partition.clients or config.round.clients == 0:
+    if not find_method(config.method).package or config.auxiliary.folder or not config.partition.clients or config.round.clients == 0:
         return config
     about: dict[str, Any] = {
         "model": config.model.model_dump(),
@@ -246,7 +256,7 @@ def _with_package(config: RunConfig, study: Path, watcher: Callbacks) -> RunConf
     }
     if config.distill.text == ["server"]:
         about["validation"] = config.validation.by
-    if config.model.device != "cpu" and config.method != "fedsp":
+    if config.model.device != "cpu" and find_method(config.method).trains_weights:
         about["precision"] = "full"  # of the model that it is distilled from
     package = (study / "packages" / _digest(about)).resolve()
     with locked(study / ".locks" / f"package-{package.name}", wait=True):

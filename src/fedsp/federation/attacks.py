@@ -24,7 +24,7 @@ TRIGGER, TARGET = "cf mn", " nothing at all"
 """The words that a backdoor waits for at the start of a question, and the answer that it wants then."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Round:
     """What liars see: the request, the honest answers' changes (n, d), how many liars there are, and a generator of their own."""
 
@@ -93,7 +93,7 @@ ON_PROTOCOL = ("stale", "duplicate", "not_finite", "huge", "out_of_shape")
 ON_DATA = ("label_flip", "backdoor")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attack:
     """An attack by name, the liars, and how strong it is (None: as usual)."""
 
@@ -133,7 +133,7 @@ class Attack:
         if self.kind in ON_UPDATES:
             forge, usual = ON_UPDATES[self.kind]
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.kind, reply.client, reply.round))
-            change = forge(Round(request, own, honest, liars, generator), self.strength or usual)
+            change = forge(Round(request=request, own=own, honest=honest, liars=liars, generator=generator), self.strength or usual)
             yield replace(reply, payload=from_row(as_row(request.payload) + change, request.payload))
         elif self.kind == "stale":
             yield replace(reply, round=reply.round - 1)

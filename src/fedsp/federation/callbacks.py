@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedsp.federation.messages import RoundRecord
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Callbacks:
     """Whoever looks on: a sentence, a distillation step (step, of, loss), a finished round (record, of), a finished part of a
     study (part, of, name, seconds)."""

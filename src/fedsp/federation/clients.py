@@ -1,32 +1,33 @@
-"""The clients' side, opened from a configuration and the package alone: nothing of the global model is needed."""
+"""The clients' side, built from the signed agreement and the package alone: nothing of the global model is needed."""
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fedsp.algorithm import FedSP
-from fedsp.config import Agreement, ClientSection, RunConfig, ServerSection
+from fedsp.config import Agreement, ServerSection
 from fedsp.data.encoding import Encoded
 from fedsp.data.seeding import derive_seed
-from fedsp.federation.methods.base import Method, Stage
+from fedsp.federation.agreement import example_privacy, stages_of
+from fedsp.federation.methods.base import Method
 from fedsp.federation.methods.private import PrivateAnswers
-from fedsp.federation.party import Party, StateStore, Tunable
+from fedsp.federation.methods.registry import MethodEntry, find_method
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
-from fedsp.privacy import Ledger, epsilon
-from fedsp.training.dp_sgd import ExamplePrivacy, examples_together
-from fedsp.training.loop import Optimisation
+from fedsp.models.trainable import Messenger
+from fedsp.privacy import Ledger
+from fedsp.training.dp_sgd import examples_together
 
 HELD_OUT_AT_CLIENTS = 0.1
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Clients:
-    """What the clients' side has, all of them together: the method, and, where they are `here`, access to each client's own rows."""
+    """All clients of a run: the method, how many examples each has by the server's register, and, if their text is in this process, the parties."""
 
     method: Method
     register: dict[str, int]
@@ -34,105 +35,50 @@ class Clients:
     here: bool = True
 
 
-def agreement_of(config: RunConfig, max_tokens: int) -> Agreement:
-    """What a run asks of its clients: all that a client needs to know of the configuration, and no file name of the server's."""
-    return Agreement(
-        seed=config.seed,
-        rounds=config.round.rounds,
-        max_tokens=max_tokens,
-        positions=config.model.positions,
-        prompt=config.prompt.model_copy(update={"init": "broadcast", "init_text": None}),
-        client=config.client,
-        clients_validate=config.validation.by == "clients",
-        privacy=config.privacy,
-        compression=config.compression,
-        runs=config.federation.runs if config.federation else 1,
-    )
-
-
-def stages(client: ClientSection, server: ServerSection | None, rounds: int) -> dict[str, Stage]:
-    """The stages `align`, `speak` and `server` with a configuration's numbers; a client knows nothing of the server's steps."""
-
-    def stage(steps: int, batch_size: int, rate: float, decay: float, proximal: float = 0.0) -> Stage:
-        return Stage(steps, batch_size, Optimisation(rate, decay, client.warmup, rounds * steps), proximal)
-
-    speak = stage(client.speak_steps, client.batch_size, client.learning_rate, client.weight_decay, client.proximal)
-    return {
-        "align": stage(client.align_steps, client.batch_size, client.align_learning_rate, client.weight_decay),
-        "speak": speak,
-        "server": stage(server.steps, server.batch_size, server.learning_rate, server.weight_decay) if server else replace(speak, steps=0),
-    }
-
-
-def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: ServerSection | None = None) -> Method:
-    """FedSP with the agreement's numbers. Where no client is asked there is no auxiliary model."""
-    steps, privacy = stages(agreement.client, server, agreement.rounds), example_privacy(agreement)
-    if privacy:
-        steps["speak"] = replace(steps["speak"], privacy=privacy)
-    method = FedSP(
-        **steps,
-        keep_optimizer=agreement.client.keep_optimizer,
-        package=auxiliary.weights() if auxiliary and agreement.client.align_steps else {},
-    )
+def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: ServerSection | None = None, entry: MethodEntry | None = None) -> Method:
+    """The method with the agreement's settings, FedSP if no entry is given. Where no client is asked there is no auxiliary model."""
+    entry, privacy = entry or find_method("fedsp"), example_privacy(agreement)
+    start = auxiliary.weights() if auxiliary and agreement.client.auxiliary_steps else {}
+    method = entry.algorithm(stages_of(agreement.client, server, agreement.rounds, privacy), start)
     return PrivateAnswers(method, privacy) if privacy else method
 
 
-def example_privacy(agreement: Agreement) -> ExamplePrivacy | None:
-    """What every client promises of each of its examples; None where nothing is."""
-    section = agreement.privacy
-    if section.unit != "example":
-        return None
-    return ExamplePrivacy(section.clip, section.delta, agreement.rounds, section.epsilon, section.noise_multiplier)
+def make_client(
+    client: str, agreement: Agreement, auxiliary: AuxiliaryModel, examples: list[Encoded], store: StateStore, ledger: Ledger, max_epsilon: float
+) -> Party:
+    """A client of FedSP on a machine of its own. `max_epsilon` bounds what all releases in its ledger may add up to."""
+    made = make_party(client, agreement, auxiliary, client_prompt(agreement, auxiliary), examples, store)
+    return replace(made, ledger=ledger, max_epsilon=max_epsilon)
 
 
-def promised_epsilon(agreement: Agreement, examples: int) -> float:
-    """What all runs under a package may cost each of a client's examples by the signed agreement; infinite where nothing is promised."""
-    privacy = example_privacy(agreement)
-    if privacy is None:
-        return math.inf
-    if privacy.epsilon is not None:
-        return agreement.runs * privacy.epsilon
-    release = privacy.steps(examples, agreement.client.batch_size, agreement.client.speak_steps).release
-    return epsilon((replace(release, count=agreement.runs * agreement.rounds * release.count),), privacy.delta, 1e-3)
-
-
-def make_client(client: str, agreement: Agreement, auxiliary: AuxiliaryModel, rows: list[Encoded], rest: StateStore, ledger: Ledger, most: float) -> Party:
-    """A client of FedSP, from its own rows and the package alone: nothing of the global model is needed. `most` is the epsilon that everything in its
-    ledger may come to."""
-    return replace(make_party(client, agreement, auxiliary, client_prompt(agreement, auxiliary), rows, rest), ledger=ledger, most=most)
-
-
-def require_independence(model: PromptedLM, tuned: Tunable, longest: int) -> None:
-    """See, before anything is trained on an example of at most `longest` tokens, that the model reads each by itself.
-
-    Raises:
-        PrivacyError: it does not.
-    """
-    assert isinstance(tuned, SoftPrompt)
-    examples_together(model, tuned, longest)
+def make_party(client: str, agreement: Agreement, model: PromptedLM, messenger: Messenger, examples: list[Encoded], store: StateStore) -> Party:
+    """A client of any method. Where clients validate, a tenth of its examples is held out."""
+    held = max(1, round(HELD_OUT_AT_CLIENTS * len(examples))) if agreement.clients_validate and len(examples) > 1 else 0
+    order = random.Random(derive_seed(agreement.seed, "held out", client)).sample(examples, len(examples))
+    return Party(id=client, model=model, messenger=messenger, examples=order[held:], store=store, held_out=order[:held])
 
 
 def client_prompt(agreement: Agreement, auxiliary: AuxiliaryModel) -> SoftPrompt:
-    """The prompt that a client loads what it receives into."""
+    """The prompt into which a client of FedSP loads what it receives."""
     section = agreement.prompt
-    spec = PromptSpec(section.space, section.length, auxiliary.prompt_shape, section.projection)
+    spec = PromptSpec(space=section.space, length=section.length, model=auxiliary.prompt_shape, projection=section.projection)
     return SoftPrompt(spec, seed=derive_seed(agreement.seed, "prompt")).to(auxiliary.device)
 
 
-def make_party(client: str, agreement: Agreement, model: PromptedLM, tuned: Tunable, rows: list[Encoded], rest: StateStore) -> Party:
-    """A client of any method. Where clients validate, a tenth of its rows is held out."""
-    held = max(1, round(HELD_OUT_AT_CLIENTS * len(rows))) if agreement.clients_validate and len(rows) > 1 else 0
-    order = random.Random(derive_seed(agreement.seed, "held out", client)).sample(rows, len(rows))
-    return Party(client, model, tuned, order[held:], rest, order[:held])
+def require_independence(model: PromptedLM, messenger: Messenger, longest: int) -> None:
+    """Check, before anything is trained on examples of at most `longest` tokens, that the gradient of one does not depend on the others.
+
+    Raises:
+        PrivacyError: it does.
+    """
+    assert isinstance(messenger, SoftPrompt)
+    examples_together(model, messenger, longest)
 
 
 def absent_clients(method: Method, register: dict[str, int]) -> Clients:
-    """Clients whose text is elsewhere, or that there are none of: they can be asked, never opened.
-
-    `register` gives the examples of each, as the server has been told them out of band.
-    """
+    """Clients whose text is on other machines; `register` gives the examples of each, as their owners have told the server."""
 
     def nobody(client: str) -> Party:
         raise AssertionError(f"client {client!r} was opened in a process that does not hold its text")
 
-    return Clients(method, register, nobody, here=False)
+    return Clients(method=method, register=register, party=nobody, here=False)

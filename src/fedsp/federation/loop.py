@@ -23,7 +23,7 @@ from fedsp.models.payload import Payload
 from fedsp.privacy import poisson_sample
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundConfig:
     """What holds in every round. `clients` None asks all, 0 asks none; `max_change` is a root mean square per number. With `sampling_rate` each client is
     asked with that probability, and not by the seed; `max_loss_rise` is the bound of the acceptance gate, a share of the loss before; `up` and `down` are the
@@ -46,7 +46,7 @@ class RoundConfig:
     down: Codec = FLOAT32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunState:
     """Where a run stands after a round: what is broadcast next, the best payload so far with its validation loss, the server optimizer's state, what the
     broadcast still owes to the server's own payload, and the bytes that make it of the one before."""
@@ -93,7 +93,7 @@ def federate(
     if standing is None:
         payload = method.init(server)
         first = validate(payload) if rules.validate_by == "server" else None
-        standing = RunState(0, payload, payload, 0, first)
+        standing = RunState(round=0, payload=payload, best=payload, best_round=0, best_loss=first)
     for round in range(standing.round + 1, rules.rounds + 1):
         started = time.perf_counter()
         work.seconds = 0.0
@@ -138,22 +138,23 @@ def federate(
         keep(
             standing,
             RoundRecord(
-                round,
-                asked,
-                sorted(updates),
-                dict(sorted(failed.items())),
-                *traffic,
-                _mean_losses(updates),
-                server_loss,
-                validation,
-                standing.best_round,
-                sum(update.shortened for update in updates.values()),
-                time.perf_counter() - started,
-                seconds_training,
-                update_cosine(told, sent),
-                sum(update.spikes for update in updates.values()),
-                gate.loss,
-                gate.passed,
+                round=round,
+                asked=asked,
+                answered=sorted(updates),
+                failed=dict(sorted(failed.items())),
+                bytes_down=traffic[0],
+                bytes_up=traffic[1],
+                client_losses=_mean_losses(updates),
+                server_loss=server_loss,
+                validation=validation,
+                best_round=standing.best_round,
+                shortened_examples=sum(update.shortened for update in updates.values()),
+                seconds=time.perf_counter() - started,
+                seconds_training=seconds_training,
+                update_cosine=update_cosine(told, sent),
+                spikes=sum(update.spikes for update in updates.values()),
+                gate_loss=gate.loss,
+                accepted=gate.passed,
             ),
         )
     if rules.validate_by == "clients" and register:
@@ -220,7 +221,17 @@ def _gate(standing: RunState, aggregated: Payload, validate: Validate, max_loss_
 
 def _requests(asked: list[str], round: int, standing: RunState, rules: RoundConfig, train: bool = True) -> list[Request]:
     return [
-        Request(rules.run, round, client, derive_seed(rules.seed, "client", client, round), standing.payload, train, standing.change, rules.down, rules.up)
+        Request(
+            run=rules.run,
+            round=round,
+            client=client,
+            seed=derive_seed(rules.seed, "client", client, round),
+            payload=standing.payload,
+            train=train,
+            change=standing.change,
+            sent_in=rules.down,
+            answer_in=rules.up,
+        )
         for client in asked
     ]
 

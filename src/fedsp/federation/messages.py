@@ -11,7 +11,7 @@ from fedsp.federation.codecs import FLOAT32, Codec
 from fedsp.models.payload import Payload
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the server asks of one client in one round; with `train` off the client only validates the prompt.
 
@@ -30,7 +30,7 @@ class Request:
     answer_in: Codec = FLOAT32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Update:
     """What a client answers. `validation` is its loss on its own held-out examples under the prompt it *received*, `shortened` how many of
     its examples lost old context, `spikes` at how many of its steps the loss was more than half above the median of its stage."""
@@ -47,7 +47,7 @@ class Update:
     bytes_down: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Failure:
     """A client that was asked and did not answer with anything that could be used, and why."""
 
@@ -62,7 +62,7 @@ Transport = Callable[[list[Request]], Iterable[Update | Failure]]
 """The whole border between the algorithm and any engine. Answers may come in any order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundRecord:
     """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per answer token;
     `seconds_training` are those of the clients' updates, as far as they tell them, of the server's step and of validation, with what these read and

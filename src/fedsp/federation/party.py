@@ -1,128 +1,161 @@
-"""The parties: a client or the server, its model, what it tunes, its examples, and where its own state rests between rounds."""
+"""The parties of a federation, a client or the server: model, messenger and examples, and the state that each keeps between rounds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor, nn
 
 from fedsp.data.encoding import Encoded
+from fedsp.federation.messages import Update
+from fedsp.federation.state_store import StateStore
 from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
-from fedsp.models.trainable import Tensors
+from fedsp.models.trainable import Messenger, Tensors, Trainable, entries_below
 from fedsp.privacy import Ledger
-from fedsp.storage import read_tensors, write_tensors
+from fedsp.training.loop import gradients_set
+from fedsp.training.stage import Stage, train_stage, validation_loss
 
 
-@dataclass(frozen=True)
-class StateStore:
-    """A party's own state on disk, one file per round. It never travels.
-
-    Three states are kept: the newest may belong to a round that is done again, and so may the one before it.
-    """
-
-    folder: Path
-
-    def load(self, before: int) -> Tensors:
-        """The newest state written in a round earlier than `before`; empty if there is none.
-
-        Raises:
-            StorageError: that state is damaged.
-        """
-        rounds = [number for number in self.rounds() if number < before]
-        return read_tensors(self._file(rounds[-1]))[0] if rounds else {}
-
-    def at(self, round: int) -> Tensors:
-        """The state written in this very round; empty if there is none.
-
-        Raises:
-            StorageError: that state is damaged.
-        """
-        return read_tensors(self._file(round))[0] if round in self.rounds() else {}
-
-    def save(self, round: int, state: Tensors) -> None:
-        """Keep the state that the party has after a round; states that nothing can ask for any more are removed.
-
-        Raises:
-            StorageError: the disk did not take it.
-        """
-        write_tensors(self._file(round), state)
-        for number in [number for number in self.rounds() if number < round][:-2]:
-            self._file(number).unlink()
-
-    def _file(self, round: int) -> Path:
-        return self.folder / f"round-{round:05d}.safetensors"
-
-    def rounds(self) -> list[int]:
-        """The rounds of which a state is kept, in order."""
-        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.safetensors"))
-
-
-class Tunable(Protocol):
-    """What a method tunes and sends: a soft prompt (`fedsp.models.soft_prompt`), or weights of the model (`fedsp.models.weights`)."""
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What an optimizer trains, by name."""
-
-    def payload(self) -> Payload:
-        """What travels."""
-
-    def load(self, payload: Payload) -> None:
-        """Put received numbers in place. Raises PayloadError for any others than these names and shapes."""
-
-    def own_state(self) -> Tensors:
-        """What must rest with the party, since it does not travel."""
-
-    def take_up(self, payload: Payload, own: Mapping[str, Tensor]) -> None:
-        """Load received numbers, with the party's own state of an earlier round."""
-
-    def distance(self, payload: Payload) -> Tensor:
-        """The squared distance from a payload's numbers, with gradients."""
-
-    def prefix(self, model: PromptedLM) -> Tensor | None:
-        """The keys and values that the model reads in front of every text; None for none."""
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Party:
-    """One side of the federation. `held_out` is what a client validates on; it is never trained on. `ledger` holds what was released of its examples,
-    where that is counted, and `most` the epsilon that all of it may come to."""
+    """One side of the federation.
+
+    model: the language model that it reads through: the global model at the server, an auxiliary model at a client of FedSP.
+    messenger: what it tunes and sends.
+    examples: what it trains on. `held_out` is what a client validates on, and never trains on.
+    store: its own state between rounds, on disk.
+    ledger: the record of private releases of its examples, if they are counted; `max_epsilon` is what they may add up to.
+    """
 
     id: str
     model: PromptedLM
-    tuned: Tunable
+    messenger: Messenger
     examples: Sequence[Encoded]
-    rest: StateStore
+    store: StateStore
     held_out: Sequence[Encoded] = field(default_factory=tuple)
     ledger: Ledger | None = None
-    most: float = math.inf
+    max_epsilon: float = math.inf
 
     @property
     def prompt(self) -> SoftPrompt:
-        """What FedSP tunes."""
-        assert isinstance(self.tuned, SoftPrompt)
-        return self.tuned
+        """The messenger of FedSP."""
+        assert isinstance(self.messenger, SoftPrompt)
+        return self.messenger
 
     @property
     def shortened(self) -> int:
-        """How many of its examples lost old context because they were too long."""
+        """How many of its examples were longer than the model reads, and lost their oldest context."""
         return sum(row.dropped > 0 for row in [*self.examples, *self.held_out])
 
+    def validate(self) -> float | None:
+        """The loss of its held-out examples, nats per answer token; None if it holds none out."""
+        return validation_loss(self.model, self.messenger, self.held_out)
+
     @contextmanager
-    def own_weights(self, weights: Tensors | None, package: Tensors) -> Iterator[None]:
-        """Put this client's own auxiliary weights into the one model on the device (the package's if it has none yet), and take them
-        out again, so that the next client finds the model as it was handed out."""
+    def round_state(self, round: int, seed: int, received: Payload, start: Tensors | None = None) -> Iterator[LocalRound]:
+        """The party's own state around one round: restored before, saved after if anything was trained.
+
+        With `start`, the auxiliary weights as handed out, its own auxiliary weights of earlier rounds are put into the one model in memory, and taken out
+        again afterwards, so that the next client finds the model as it was handed out.
+
+        Raises:
+            StorageError: its state is damaged, or the disk did not take it.
+        """
+        earlier = self.store.load(before=round)
+        self.messenger.restore(entries_below(earlier, "messenger"))
+        with self.own_weights(entries_below(earlier, "auxiliary"), start or {}):
+            local = LocalRound(party=self, round=round, seed=seed, received=received, earlier=earlier)
+            yield local
+            if state := local.state():
+                self.store.save(round, state)
+
+    @contextmanager
+    def own_weights(self, weights: Tensors, start: Tensors) -> Iterator[None]:
+        """Put auxiliary weights into the model for a while; `start` are those that are put back. Nothing happens where either is empty."""
+        if not start:
+            yield
+            return
         assert isinstance(self.model, AuxiliaryModel)
         if weights:
             self.model.load_weights(weights)
         try:
             yield
         finally:
-            self.model.load_weights(package)
+            self.model.load_weights(start)
+
+
+@dataclass(kw_only=True)
+class LocalRound:
+    """One party in one round: its stages, and what they leave behind."""
+
+    party: Party
+    round: int
+    seed: int
+    received: Payload
+    earlier: Tensors
+    started: float = field(default_factory=time.perf_counter)
+    trained: dict[str, Trainable] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    spikes: int = 0
+    moments: Tensors = field(default_factory=dict)
+
+    def train(self, target: Trainable, stage: Stage) -> float | None:
+        """One stage on the party's messenger or model; the other is frozen. Returns the last loss, nats per token; None without steps, or with privacy.
+
+        Raises:
+            TrainingDiverged: a loss is not finite.
+        """
+        if not stage.steps:
+            return None
+        party = self.party
+        frozen = party.messenger.trained().values() if target is not party.messenger else ()
+        with gradients_set(frozen, False):
+            result = train_stage(
+                stage,
+                target,
+                party.model,
+                party.messenger,
+                party.examples,
+                received=self.received,
+                round=self.round,
+                seed=self.seed,
+                moments=entries_below(self.earlier, stage.name) if stage.keep_optimizer else None,
+            )
+        self.trained[stage.name] = target
+        self.spikes += result.spikes
+        if result.last is not None:
+            self.losses[stage.name] = result.last
+        if stage.keep_optimizer:
+            self.moments |= {f"{stage.name}/{name}": tensor for name, tensor in result.moments.items()}
+        return result.last
+
+    def state(self) -> Tensors:
+        """What the party keeps until its next round: its part of the messenger that does not travel, its auxiliary weights, AdamW's moments."""
+        if not self.trained:
+            return {}
+        state = {f"messenger/{name}": tensor for name, tensor in self.party.messenger.own_state().items()} | self.moments
+        for target in self.trained.values():
+            if target is not self.party.messenger:
+                state |= {f"auxiliary/{name}": parameter for name, parameter in target.trained().items()}
+        return state
+
+    def update(self, validation: float | None) -> Update:
+        """The reply: the messenger as it is now, or what was received where nothing was trained."""
+        party = self.party
+        if not self.trained:
+            return Update(round=self.round, client=party.id, payload=self.received, validation=validation)
+        return Update(
+            round=self.round,
+            client=party.id,
+            payload=party.messenger.payload(),
+            losses=self.losses,
+            validation=validation,
+            seconds=time.perf_counter() - self.started,
+            shortened=party.shortened,
+            spikes=self.spikes,
+        )

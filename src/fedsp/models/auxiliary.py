@@ -37,7 +37,7 @@ MOST_BUFFERS = 1 << 30
 """Bytes of masks and tables that a model may make for itself beside its weights."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """What stands at each depth.
 
@@ -106,7 +106,7 @@ def parse_plan(text: str | Sequence[int], layers: int, prompt_layers: Sequence[i
         )
     frozen, groups = [False] * len(sources), range(layers) if name == "copies" else sources
     reads = list(prompt_layers) if prompt_layers is not None else list(range(layers)) if len(sources) == layers else sources
-    return _checked(LayerPlan(tuple(sources), tuple(groups), tuple(frozen), tuple(reads)), layers, text)
+    return _checked(LayerPlan(sources=tuple(sources), groups=tuple(groups), frozen=tuple(frozen), prompt_layers=tuple(reads)), layers, text)
 
 
 def _ends(layers: int, ends: int, middle: int | None = None, *, prompt_layers: Sequence[int] | None, shared: bool = True) -> LayerPlan:
@@ -123,7 +123,7 @@ def _ends(layers: int, ends: int, middle: int | None = None, *, prompt_layers: S
     stand, groups = ([source] * repeats, [layers] * repeats) if shared else (spread, spread)
     reads = list(prompt_layers) if prompt_layers is not None else [*first, *spread, *last]
     frozen = [True] * ends + [False] * repeats + [True] * ends
-    plan = LayerPlan((*first, *stand, *last), (*first, *groups, *last), tuple(frozen), tuple(reads))
+    plan = LayerPlan(sources=(*first, *stand, *last), groups=(*first, *groups, *last), frozen=tuple(frozen), prompt_layers=tuple(reads))
     return _checked(plan, layers, f"{name}({ends}, {repeats})")
 
 
@@ -292,7 +292,7 @@ def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, 
     """
     try:
         manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        plan = LayerPlan(*(tuple(manifest["plan"][key]) for key in ("sources", "groups", "frozen", "prompt_layers")))
+        plan = LayerPlan(**{key: tuple(manifest["plan"][key]) for key in ("sources", "groups", "frozen", "prompt_layers")})
         shape = ModelShape(**manifest["prompt_shape"])
         weights, _ = read_tensors(folder / WEIGHTS)
         expected = [str(manifest["sha256"])] + ([digest] if digest else [])

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from fedsp.data.batching import Padded, Trees, grow, pack
 from fedsp.errors import ModelError, first_line
 from fedsp.models.blocks import Captured, CapturingCache, FixedLayer, find_backbone, find_blocks, fused, hidden_of, hooked, rotation_switch, runs_on
+from fedsp.models.trainable import trainable
 
 LONGEST_TREE = 2048
 LENGTH_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "max_sequence_length", "n_ctx")
@@ -33,7 +34,7 @@ LENGTH_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_t
 Positions = Literal["hugging_face", "from_zero"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """What a soft prompt must fit: L layers, H key/value heads of size K, hidden size D."""
 
@@ -93,6 +94,10 @@ class PromptedLM(nn.Module):
         self.shape = self._admitted()
         self.prompt_shape = prompt_shape or self.shape
         self.prompt_layers = tuple(prompt_layers if prompt_layers is not None else range(self.shape.layers))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All parameters by name, each once even if several layers share it."""
+        return trainable(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -448,7 +453,8 @@ class PromptedLM(nn.Module):
             raise ModelError(f"{self.name} ({kind}) reads a text otherwise where positions that count from 0 are given: fedsp does not know how it counts")
         if not self._close(self.logits(read), output.logits.float().to(self.device)):
             raise ModelError(f"{self.name} ({kind}) computes its logits from more than the last hidden states: fedsp does not know how")
-        return ModelShape(len(self.blocks), *keys.pop(), width[0])
+        heads, size = keys.pop()
+        return ModelShape(layers=len(self.blocks), heads=heads, head_size=size, hidden=width[0])
 
     def _try_prompts(self, shape: ModelShape) -> None:
         """A prompt made of what a text's first tokens leave in the model must act as that text; and positions counted from zero must make a difference."""

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fedsp.data.seeding import derive_seed
 from fedsp.errors import PromptError, StorageError
 from fedsp.models.payload import PROMPT, Payload, check
 from fedsp.models.prompted_lm import ModelShape, PromptedLM
@@ -31,7 +32,7 @@ Space = Literal["key_value", "residual"]
 PEFT_TENSOR = "prompt_embeddings"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptSpec:
     """Everything needed to lay out a prompt: its space, P, the model's shape, and the projection's hidden size (0 for none)."""
 
@@ -110,11 +111,15 @@ class SoftPrompt(nn.Module):
         """What must rest with the party, since it does not travel: the projection."""
         return self.state_dict() if self.spec.projection else {}
 
-    def take_up(self, payload: Payload, own: Mapping[str, Tensor]) -> None:
-        """Load received values, through the party's own projection if it has one from an earlier round."""
-        if own:
-            self.load_state_dict(dict(own), strict=False)
-        self.load(payload)
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Set the projection that `own_state` returned in an earlier round."""
+        if state:
+            self.load_state_dict(dict(state), strict=False)
+
+    def like(self, model: PromptedLM, seed: int, values: Tensor | None = None) -> SoftPrompt:
+        """Another prompt of the same settings, for a model that may read fewer layers; zeros, or `values`. Its projection is drawn from the run's seed."""
+        spec = replace(self.spec, model=model.prompt_shape)
+        return SoftPrompt(spec, values, seed=derive_seed(seed, "prompt")).to(model.device)
 
     def prefix(self, model: PromptedLM) -> Tensor:
         """Keys and values (P, depths, 2, H, K) for each depth of `model`, which reads the layers its `prompt_layers` name.
@@ -154,7 +159,7 @@ def read_prompt(path: Path) -> SoftPrompt:
     try:
         tensors, metadata = read_tensors(path)
         fields: dict[str, Any] = parse_json(metadata["spec"])
-        spec = PromptSpec(fields["space"], fields["length"], ModelShape(**fields["model"]))
+        spec = PromptSpec(space=fields["space"], length=fields["length"], model=ModelShape(**fields["model"]))
         values = tensors[PROMPT]
     except StorageError as error:
         raise PromptError(str(error)) from error
@@ -225,7 +230,7 @@ def import_peft(folder: Path, model: PromptedLM) -> SoftPrompt:
     if list(tensors) != [PEFT_TENSOR]:
         raise PromptError(f"{folder} is not a prefix-tuning adapter: it holds {sorted(tensors)}, expected [{PEFT_TENSOR!r}]")
     values = tensors[PEFT_TENSOR].float()
-    spec = PromptSpec("key_value", values.shape[0], model.shape)
+    spec = PromptSpec(space="key_value", length=values.shape[0], model=model.shape)
     if values.shape[1] != torch.Size(spec.shape[1:]).numel():
         raise PromptError(
             f"the adapter holds {tuple(values.shape)} numbers, but {model.name} with {model.shape} needs ({spec.length}, {torch.Size(spec.shape[1:]).numel()})"

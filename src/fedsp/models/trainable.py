@@ -1,13 +1,55 @@
-"""The parameters of a module, by name."""
+"""What can be trained, and what can travel: the interfaces that every messenger has."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
 from torch import Tensor, nn
+
+from fedsp.models.payload import Payload
+
+if TYPE_CHECKING:
+    from fedsp.models.prompted_lm import PromptedLM
 
 Tensors = dict[str, Tensor]
 """Tensors by name."""
 
 
+class Trainable(Protocol):
+    """Something with parameters that an optimizer can train."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that an optimizer trains, by name."""
+
+
+class Messenger(Trainable, Protocol):
+    """What a method tunes and sends: a soft prompt (`fedsp.models.soft_prompt`), or weights of the model (`fedsp.models.weights`)."""
+
+    def payload(self) -> Payload:
+        """The tensors that travel: float32, on the CPU."""
+
+    def load(self, payload: Payload) -> None:
+        """Set the parameters to a received payload. Raises PayloadError for any other names, shapes or types than its own."""
+
+    def own_state(self) -> Tensors:
+        """State that never travels and that the party keeps between rounds, such as a projection."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Set the state that `own_state` returned in an earlier round; nothing happens if it is empty."""
+
+    def distance(self, payload: Payload) -> Tensor:
+        """The squared Euclidean distance from a payload, a scalar with gradients."""
+
+    def prefix(self, model: PromptedLM) -> Tensor | None:
+        """The keys and values (P, depths, 2, H, K) that the model reads in front of every text; None if the messenger is no prompt."""
+
+
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a module by name, each once even where depths share it."""
+    """The parameters of a module by name, each once even if several layers share it."""
     return dict(module.named_parameters(remove_duplicate=True))
+
+
+def entries_below(tensors: Mapping[str, Tensor], name: str) -> Tensors:
+    """The tensors whose names start with `name/`, without that prefix."""
+    return {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}

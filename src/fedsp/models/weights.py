@@ -43,9 +43,8 @@ class Weights:
         """Nothing: every number travels."""
         return {}
 
-    def take_up(self, payload: Payload, own: Mapping[str, Tensor]) -> None:
-        """The same as `load`."""
-        self.load(payload)
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing: there is no state beside what travels."""
 
     def distance(self, payload: Payload) -> Tensor:
         """The squared distance from a payload's numbers, with gradients."""

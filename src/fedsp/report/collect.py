@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fedsp.errors import RunError
-from fedsp.experiments.build import METHODS
 from fedsp.experiments.run_directory import RunDirectory, find_runs, read_json
 from fedsp.experiments.study import FAILURE, INDEX, read_index
+from fedsp.federation.methods.registry import find_method
 from fedsp.report.finished_run import Run, open_finished
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Line:
     """The runs of one method under one model and partition, by task, all at the choice that validation prefers."""
 
@@ -43,7 +43,7 @@ class Line:
         return values or [statistics.fmean(value for task in tasks for value in task.values())]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Section:
     """A grid of a study, ready to be shown."""
 
@@ -55,7 +55,7 @@ class Section:
     missing: list[str]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Results:
     """Everything that a report shows."""
 
@@ -71,7 +71,7 @@ def read_results(folders: Iterable[Path]) -> Results:
     Raises:
         RunError: no folder holds a finished run with test questions.
     """
-    results = Results("", [], {}, [])
+    results = Results(name="", sections=[], runs={}, failures=[])
     for folder in folders:
         if (folder / INDEX).exists():
             _read_study(folder, results)
@@ -109,7 +109,7 @@ def _read_study(folder: Path, results: Results) -> None:
         _count_diverged(lines, [cell for cell in cells if cell["folder"] in diverged], order)
         if lines:
             tasks = list(dict.fromkeys(cell["task"] for cell in cells if any(cell["task"] in line.runs for line in lines)))
-            results.sections.append(Section(grid["title"], grid["text"], tasks, lines, reference, missing))
+            results.sections.append(Section(title=grid["title"], text=grid["text"], tasks=tasks, lines=lines, reference=reference, missing=missing))
 
 
 def _read_runs(folder: Path, results: Results) -> None:
@@ -117,7 +117,7 @@ def _read_runs(folder: Path, results: Results) -> None:
     runs = []
     for path in find_runs(folder) or []:
         config = RunDirectory.open(path).config
-        title = f"{METHODS[config.method].title}, {config.preset}" if config.method == "fedsp" else METHODS[config.method].title
+        title = ", ".join([find_method(config.method).title, *([config.preset] if find_method(config.method).deployable else [])])
         label = f"{title} ({path.relative_to(folder)})" if path != folder else title
         where = {"method": label, "task": config.data.task, "model": Path(config.model.name).name, "partition": config.partition.kind}
         run = open_finished(path, f"run-{len(results.runs) + 1}", study=str(folder), choice="", **where)
@@ -126,7 +126,11 @@ def _read_runs(folder: Path, results: Results) -> None:
             runs.append(run)
     if runs:
         lines = _lines(runs)
-        results.sections.append(Section(f"Runs in {folder.name}", "", list(dict.fromkeys(run.task for run in runs)), lines, lines[0].method, []))
+        results.sections.append(
+            Section(
+                title=f"Runs in {folder.name}", text="", tasks=list(dict.fromkeys(run.task for run in runs)), lines=lines, reference=lines[0].method, missing=[]
+            )
+        )
 
 
 def _lines(runs: Sequence[Run]) -> list[Line]:
@@ -136,7 +140,7 @@ def _lines(runs: Sequence[Run]) -> list[Line]:
     for run in runs:
         groups.setdefault((run.method, run.model, run.partition, run.task), {}).setdefault(run.choice, []).append(run)
     for (method, model, partition, task), choices in groups.items():
-        line = lines.setdefault((method, model, partition), Line(method, model, partition))
+        line = lines.setdefault((method, model, partition), Line(method=method, model=model, partition=partition))
         shared = set.intersection(*({run.seed for run in alternatives} for alternatives in choices.values()))
         best = min(choices, key=lambda choice: _validation([run for run in choices[choice] if run.seed in shared or not shared]))
         line.runs[task], line.choices[task] = sorted(choices[best], key=lambda run: run.seed), best
@@ -153,7 +157,7 @@ def _count_diverged(lines: list[Line], cells: Sequence[dict[str, Any]], order: d
     for cell in cells:
         axes = (cell["method"], cell["model"], cell["partition"])
         found = next((line for line in lines if (line.method, line.model, line.partition) == axes), None)
-        line = found or Line(*axes, label=cell["method"])
+        line = found or Line(method=axes[0], model=axes[1], partition=axes[2], label=cell["method"])
         if found is None:
             lines.append(line)
         line.begun, line.diverged = line.begun + 1, line.diverged + 1

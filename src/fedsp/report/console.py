@@ -197,8 +197,11 @@ def plan_table(figures: Mapping[str, Any]) -> Table:
         ("one prompt as serialised, float32", size(figures["bytes_per_message"])),
         ("traffic per round, down and up, all asked clients, by `compression`", size(figures["bytes_per_round"])),
         ("traffic of the whole run", size(figures["bytes_in_all"])),
-        (f"client, align step, operations (batch of examples of {figures['tokens_per_example']} tokens)", _operations(figures["client_operations_align"])),
-        ("client, speak step, operations", _operations(figures["client_operations_speak"])),
+        (
+            f"client, step on the auxiliary model, operations (batch of examples of {figures['tokens_per_example']} tokens)",
+            _operations(figures["client_operations_auxiliary"]),
+        ),
+        ("client, step on the prompt, operations", _operations(figures["client_operations_prompt"])),
         ("server step, operations", _operations(figures["server_operations"])),
         ("client memory: weights, gradients, AdamW; activations on top", size(figures["client_memory_bytes"])),
         ("server memory: the same", size(figures["server_memory_bytes"])),

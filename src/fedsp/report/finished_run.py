@@ -10,11 +10,11 @@ from typing import Any
 
 from fedsp.audit.findings import DEPTHS, DISCLOSURE
 from fedsp.config import RunConfig
-from fedsp.experiments.build import METHODS
 from fedsp.experiments.run_directory import RunDirectory, read_json
+from fedsp.federation.methods.registry import MethodEntry, find_method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """A finished run and where it stands in its study."""
 
@@ -45,14 +45,19 @@ class Run:
         return ", ".join(part for part in (self.method, self.choice, self.task, self.partition, f"seed {self.seed}") if part)
 
     @property
+    def entry(self) -> MethodEntry:
+        """The run's method."""
+        return find_method(self.config.method)
+
+    @property
     def clients_hold(self) -> str:
         asks = self.config.partition.clients and self.config.round.clients != 0
-        return METHODS[self.config.method].clients_hold if asks else "nothing"
+        return self.entry.clients_hold if asks else "nothing"
 
     @property
     def text_is(self) -> str:
         """What becomes of the text: the privacy of data that the method gives by construction."""
-        if self.config.method == "zero_shot" or self.config.round.clients == 0:
+        if not self.entry.rounds or self.config.round.clients == 0:
             return "clients' text unused"
         if self.config.partition.clients == 0:
             return "gathered at the server"
@@ -69,16 +74,13 @@ class Run:
         return self._model("server")
 
     def _model(self, side: str) -> float:
-        """Without what was put in front of the model or into it, which earlier results count with it."""
-        cost = self.figures["cost"].get(side, {})
-        added = 0 if self.config.method in ("finetune", "offsite_tuning", "zero_shot") else cost.get("parameters_sent", 0)
-        return float(cost.get("model_parameters", cost.get("parameters_held", 0) - added))
+        return float(self.figures["cost"].get(side, {}).get("model_parameters", 0))
 
     @property
     def package(self) -> float:
-        """Bytes of what a client is handed before the first round, float32; with finetune the first broadcast is the model."""
-        whole = self.config.method in ("fedprompt", "lora")
-        return 4 * self.model_parameters if whole else float(self.figures["package_bytes"])
+        """Bytes of what a client is handed before the first round, float32; where the whole model is broadcast, nothing is handed out before."""
+        broadcast = self.figures["cost"].get("client", {}).get("parameters_sent", 0) >= self.model_parameters
+        return float(self.figures["package_bytes"]) or (0.0 if broadcast else 4 * self.model_parameters)
 
     @property
     def bytes(self) -> float:
@@ -115,7 +117,7 @@ class Run:
     @property
     def client_steps(self) -> int:
         """Steps of all clients in all rounds."""
-        return int(self.figures["updates"] * (self.config.client.align_steps + self.config.client.speak_steps))
+        return int(self.figures["updates"] * (self.config.client.auxiliary_steps + self.config.client.prompt_steps))
 
     @property
     def cosines(self) -> list[float]:

@@ -16,8 +16,8 @@ from markupsafe import Markup
 from fedsp.audit.findings import found_tables
 from fedsp.audit.summary import account
 from fedsp.errors import RunError
-from fedsp.experiments.build import METHODS
 from fedsp.experiments.privacy_statement import STATEMENT
+from fedsp.federation.methods.registry import find_method
 from fedsp.report.collect import Line, Results, Section, read_results
 from fedsp.report.figures import against, bars, clients, depths, learning_curves
 from fedsp.report.finished_run import Run
@@ -35,7 +35,7 @@ class Picture:
     svg: Markup
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shown:
     """A table as the page shows it: which entries are the best of their column, and which are words."""
 
@@ -132,7 +132,7 @@ def page(results: Results, tables: Sequence[Sequence[Table]], audited: Sequence[
                 "title": section.title,
                 "text": section.text,
                 "missing": len(section.missing),
-                "tables": [Shown(table, _best(table), hints, f"section-{number}-line-") for table in shown],
+                "tables": [Shown(table=table, best=_best(table), hints=hints, anchor=f"section-{number}-line-") for table in shown],
                 "lines": [_line(line, f"section-{number}-line-{place}") for place, line in enumerate(section.lines)],
                 "pictures": _pictures(section),
             }
@@ -181,7 +181,7 @@ def _best(table: Table) -> frozenset[int]:
 
 def _line(line: Line, anchor: str) -> dict[str, Any]:
     """The runs of a line, for the list that its numbers lead to."""
-    paper = METHODS[line.all[0].config.method] if line.all else None
+    paper = find_method(line.all[0].config.method) if line.all else None
     runs = [(run.key, f"{run.task}, seed {run.seed}") for run in line.all]
     return {"anchor": anchor, "label": line.label, "paper": f"{paper.title}: {paper.paper}" if paper else "", "runs": runs}
 

@@ -19,7 +19,7 @@ Scores = NDArray[np.float64]
 RESAMPLES, PART = 10_000, 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """A mean difference, its 95 % confidence interval, and the two-sided p-value of no difference."""
 
@@ -45,7 +45,7 @@ def paired_difference(pairs: Sequence[tuple[Scores, Scores]], *, seed: int = 0) 
     mean = float(np.mean([np.mean(one - other) for one, other in pairs]))
     low, high = np.quantile(means, [0.025, 0.975])
     smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return Difference(mean, float(low), float(high), min(1.0, 2 * (smaller + 1) / (RESAMPLES + 1)))
+    return Difference(mean=mean, low=float(low), high=float(high), p=min(1.0, 2 * (smaller + 1) / (RESAMPLES + 1)))
 
 
 def _resampled_means(differences: Scores, weights: Scores, rng: np.random.Generator) -> Scores:

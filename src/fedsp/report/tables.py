@@ -22,7 +22,7 @@ class Entry:
     runs: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows of entries below column names; `note` says how to read it, `lines` which line of its section each row is about."""
 
@@ -69,7 +69,7 @@ def score_table(section: Section, figure: str) -> Table:
     rows = []
     for line in section.lines:
         cells = [_entry(line.runs.get(task, []), _score if accuracy else _loss, digits, scale) for task in section.tasks]
-        whole = line if set(line.runs) >= set(section.tasks) else Line("", "", "")
+        whole = line if set(line.runs) >= set(section.tasks) else Line(method="", model="", partition="")
         mean = _line_entry(whole, _score if accuracy else _loss, digits, scale)
         chosen = sorted({choice for choice in line.choices.values() if choice})
         rows.append([Entry(line.label + (f" ({'; '.join(chosen)})" if chosen else "")), *cells, *([mean] if several else []), *_privacy(line)])
@@ -79,7 +79,7 @@ def score_table(section: Section, figure: str) -> Table:
     note = f"Mean ± standard deviation over seeds ({', '.join(map(str, seeds))} each) on the test questions, through the global model; {'higher' if accuracy else 'lower'} is better."
     if accuracy and any("exact_match" in run.figures["test"] for line in section.lines for run in line.all):
         note += " Where a task has no choices it is the exact match."
-    return Table(figure, title, columns, rows, note, _labels(section.lines))
+    return Table(name=figure, title=title, columns=columns, rows=rows, note=note, lines=_labels(section.lines))
 
 
 def _score(run: Run) -> float:
@@ -143,7 +143,9 @@ def comparison_table(section: Section) -> Table | None:
         rows.append([Entry(line.label), *cells, *_privacy(line)])
     note = "Paired on questions and seeds, mean over tasks; 95 % intervals of a bootstrap over both; p-values corrected for all comparisons of this table, both figures together (Holm). A negative difference in loss is better."
     columns = ["method", "answer loss, nats", "p (Holm)", "accuracy, points", "p (Holm) ", *PRIVACY]
-    return Table("comparison", f"Difference from {section.reference}", columns, rows, note, _labels(line for line, _, _ in compared))
+    return Table(
+        name="comparison", title=f"Difference from {section.reference}", columns=columns, rows=rows, note=note, lines=_labels(line for line, _, _ in compared)
+    )
 
 
 def _p(value: float) -> str:
@@ -197,7 +199,7 @@ def cost_table(section: Section) -> Table:
         *PRIVACY,
     ]
     note = "Measured on the first batches of the server and of the first client; operations by torch's counter, forward and backward, attention included; memory is weights, gradients, AdamW's moments and the activations kept. Parameters that depths or ends share count once; global / client's model is the paper's all / auxiliary. Means over tasks and seeds."
-    return Table("cost", "Cost", columns, rows, note, _labels(section.lines))
+    return Table(name="cost", title="Cost", columns=columns, rows=rows, note=note, lines=_labels(section.lines))
 
 
 def _si(number: float) -> str:
@@ -229,7 +231,14 @@ def heterogeneity_table(section: Section) -> Table | None:
         cosine = _line_entry(line, lambda run: statistics.fmean(run.cosines) if run.cosines else None, 2)
         rows.append([Entry(line.label), *cells, cosine, *_privacy(line)])
     note = "A client's accuracy is that on the test questions, each topic weighted by its share of the client's own questions. Cosine: mean over pairs of clients and rounds; 1 is one direction, 0 is none in common. Mean ± standard deviation over seeds, of means over tasks."
-    return Table("clients", "Clients", ["method", *(name for name, _, _, _ in figures), "cosine of updates", *PRIVACY], rows, note, _labels(lines))
+    return Table(
+        name="clients",
+        title="Clients",
+        columns=["method", *(name for name, _, _, _ in figures), "cosine of updates", *PRIVACY],
+        rows=rows,
+        note=note,
+        lines=_labels(lines),
+    )
 
 
 def stability_table(section: Section) -> Table:
@@ -261,7 +270,7 @@ def stability_table(section: Section) -> Table:
     note = "A spike is a client's step whose loss is more than half above the median of its stage. Losses are means over tasks, their spread is over seeds."
     if measured:
         note += " Last / first block: the scale of the last block's input to that of the second's, and the same of the loss's gradient, at the first client after the last round (`fedsp audit --only depths`)."
-    return Table("stability", "Stability", columns, rows, note, _labels(section.lines))
+    return Table(name="stability", title="Stability", columns=columns, rows=rows, note=note, lines=_labels(section.lines))
 
 
 def _growth(run: Run, name: str) -> float | None:

@@ -38,7 +38,7 @@ IN_MEMORY = 1 << 30
 """Bytes of teacher states that are kept in memory; more than that lie on the disk."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Distillation:
     """How much, how fast, and the options that are off by default (weights and a scale, each 0)."""
 

@@ -24,7 +24,7 @@ from fedsp.training.loop import Optimisation, TrainResult, optimize
 from fedsp.training.per_example_gradients import example_gradients
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrivateSteps:
     """Steps of one round: each a release of noise `noise_multiplier` x `bound` over a Poisson sample of rate `sampling_rate`."""
 
@@ -38,7 +38,7 @@ class PrivateSteps:
         return Release(self.noise_multiplier, self.sampling_rate, self.count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExamplePrivacy:
     """What a run asks of every client: gradients of one example clipped to `bound`, and noise so that all `rounds` rounds cost `epsilon` at `delta`, or
     noise of a given multiplier."""
@@ -64,7 +64,7 @@ class ExamplePrivacy:
         if noise is None:
             assert self.epsilon is not None
             noise = noise_for(self.epsilon, self.delta, rate, self.rounds * steps)
-        return PrivateSteps(self.bound, noise, rate, steps)
+        return PrivateSteps(bound=self.bound, noise_multiplier=noise, sampling_rate=rate, count=steps)
 
 
 def fit_privately(

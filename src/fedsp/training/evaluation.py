@@ -24,7 +24,7 @@ from fedsp.data.tasks import Example, Task
 from fedsp.models.prompted_lm import PromptedLM, length_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scored:
     """One example: log-likelihood (nats), greediness and token count of each choice, and which are right. `question` is a digest of context and
     choices, by which the same question is known again."""
@@ -80,13 +80,13 @@ def score(
         for index, rows in zip(group, likelihoods, strict=True):
             example = examples[index]
             scored[index] = Scored(
-                example.id,
-                [row[0] for row in rows],
-                [row[1] for row in rows],
-                [len(pair.ids) - pair.start for pair in pairs[index]],
-                [max(1, len(choice) - 1) for choice in example.choices],
-                example.gold,
-                hashlib.sha256("\0".join([example.context, *example.choices]).encode()).hexdigest()[:16],
+                id=example.id,
+                log_likelihoods=[row[0] for row in rows],
+                greedy=[row[1] for row in rows],
+                tokens=[len(pair.ids) - pair.start for pair in pairs[index]],
+                characters=[max(1, len(choice) - 1) for choice in example.choices],
+                gold=example.gold,
+                question=hashlib.sha256("\0".join([example.context, *example.choices]).encode()).hexdigest()[:16],
             )
     return [row for row in scored if row is not None], sum(any(pair.dropped for pair in row) for row in pairs)
 

@@ -21,7 +21,7 @@ from fedsp.models.trainable import Tensors
 Work = TypeVar("Work")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimisation:
     """AdamW, its peak learning rate and weight decay, and a warm-up followed by a linear fall to zero over `total_steps`.
 
@@ -118,7 +118,7 @@ def optimize(
     if moments:
         _restore_moments(optimizer, names, moments)
     losses: list[Tensor] = []
-    with learning(train.values()):
+    with gradients_set(train.values(), True):
         for step, batch in enumerate(batches, start=first_step):
             for group in optimizer.param_groups:
                 group["lr"] = optimisation.rate(step)
@@ -131,16 +131,16 @@ def optimize(
 
 
 @contextmanager
-def learning(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let gradients reach these parameters for as long as the context lasts, and leave none behind."""
+def gradients_set(parameters: Iterable[nn.Parameter], wanted: bool) -> Iterator[None]:
+    """Switch gradients of these parameters on or off for as long as the context lasts, and leave none behind."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter, _ in before:
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(wanted)
     try:
         yield
     finally:
-        for parameter, learned in before:
-            parameter.requires_grad_(learned)
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
             parameter.grad = None
 
 

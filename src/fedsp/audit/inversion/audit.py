@@ -33,8 +33,8 @@ from fedsp.data.encoding import Encoded, collate
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError, RunError
 from fedsp.experiments.server_setup import first_tokens
+from fedsp.federation.agreement import stages_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import stages
 from fedsp.models.payload import as_row
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.storage import write_json
@@ -97,20 +97,27 @@ def _spans(looked: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> 
     length = prompt.spec.length
     short = [cut(row, length + 1) for row in drawn]
     one = f"one example of at most {length} tokens, one step of SGD, key/value prompt"
-    yield Level(one, "span test", [_one(looked, prompt, row, keys) for row in short], guess([[text] for text in short], like))
+    yield Level(seen=one, attack="span test", read=[_one(looked, prompt, row, keys) for row in short], guess=guess([[text] for text in short], like))
     for bits in (torch.float16, torch.bfloat16):
         read = [_one(looked, prompt, row, keys, rounded=bits) for row in short]
-        yield Level(f"{one}, sent in {str(bits).removeprefix('torch.')}", "span test", read, guess([[text] for text in short], like))
+        yield Level(seen=f"{one}, sent in {str(bits).removeprefix('torch.')}", attack="span test", read=read, guess=guess([[text] for text in short], like))
     few = [cut(row, length + length // 4 + 1) for row in drawn[:PURSUED]]
     pursued = [_one(looked, prompt, row, keys, pursuit=True) for row in few]
-    yield Level("one example, longer than the prompt, one step of SGD, key/value prompt", "pursuit", pursued, guess([[text] for text in few], like))
+    yield Level(
+        seen="one example, longer than the prompt, one step of SGD, key/value prompt",
+        attack="pursuit",
+        read=pursued,
+        guess=guess([[text] for text in few], like),
+    )
     for epsilon in EPSILONS:
         read = [_one(looked, prompt, row, keys, noise=noise_of(epsilon)) for row in short]
-        yield Level(f"{one}, with the noise of epsilon = {epsilon:g}", "span test", read, guess([[text] for text in short], like))
+        yield Level(seen=f"{one}, with the noise of epsilon = {epsilon:g}", attack="span test", read=read, guess=guess([[text] for text in short], like))
     tiny = [cut(row, POSITIONS + 1) for row in drawn]
     mixed = residual_dictionary(opened.auxiliary, prompts["residual"], POSITIONS)
     read = [_one(looked, prompts["residual"], row, mixed) for row in tiny]
-    yield Level(f"one example of {POSITIONS} tokens, one step of SGD, residual prompt", "span test", read, guess([[text] for text in tiny], like))
+    yield Level(
+        seen=f"one example of {POSITIONS} tokens, one step of SGD, residual prompt", attack="span test", read=read, guess=guess([[text] for text in tiny], like)
+    )
 
 
 def _matches(looked: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
@@ -128,7 +135,12 @@ def _matches(looked: AttackContext, drawn: list[Encoded], like: list[Encoded]) -
         texts = [cut(row, tokens + 1) for row in drawn]
         read = [_matched(looked, looked.prompts[space], text, steps, 0.0 if epsilon is None else noise_of(epsilon)) for text in texts]
         name = space.replace("_", "/")
-        yield Level(f"one example of {tokens} tokens, {done}, {name} prompt{promise}", "gradient matching", read, guess([[text] for text in texts], like))
+        yield Level(
+            seen=f"one example of {tokens} tokens, {done}, {name} prompt{promise}",
+            attack="gradient matching",
+            read=read,
+            guess=guess([[text] for text in texts], like),
+        )
 
     own = [cut(row, POSITIONS + 1) for row in drawn[:SOUGHT]]
     space = looked.opened.run.config.prompt.space
@@ -136,14 +148,14 @@ def _matches(looked: AttackContext, drawn: list[Encoded], like: list[Encoded]) -
     embedded = looked.opened.auxiliary.model.get_input_embeddings()(ids[:, :-1]).detach()[None]
     change = local_change(looked.opened.auxiliary, looked.prompts[space], embedded, ids[:, -1], local)[0].detach()
     name = f"a client with {len(own)} examples of {POSITIONS} tokens, {len(local.rates)} steps of AdamW, {space.replace('_', '/')} prompt"
-    yield Level(name, "gradient matching", [_sought(looked, looked.prompts[space], change, own)], guess([own], like))
+    yield Level(seen=name, attack="gradient matching", read=[_sought(looked, looked.prompts[space], change, own)], guess=guess([own], like))
 
 
 def _sought(looked: AttackContext, prompt: SoftPrompt, change: Tensor, texts: list[Encoded]) -> Recovery:
     """As many texts as SOUGHT, sought together in one change; of `texts` the answers are given, and their first tokens are what must be found."""
     model = looked.opened.auxiliary
     answers = torch.tensor([text.ids[text.start] for text in texts[:SOUGHT]], device=model.device)
-    target = Target(change.float().view(prompt.spec.shape).to(model.device), answers, POSITIONS, _local_steps(looked.opened))
+    target = Target(change=change.float().view(prompt.spec.shape).to(model.device), answers=answers, tokens=POSITIONS, steps=_local_steps(looked.opened))
     sought = match_embeddings(model, prompt, target, iterations=ITERATIONS, restarts=1, seed=looked.opened.run.config.seed)
     return Recovery(recall(best_distances(model, sought).cpu(), [cut(text, POSITIONS + 1) for text in texts]))
 
@@ -154,22 +166,22 @@ def _matched(looked: AttackContext, prompt: SoftPrompt, row: Encoded, steps: Loc
     ids = torch.tensor(row.ids, device=model.device)
     embedded = model.model.get_input_embeddings()(ids[:-1]).detach()[None, None]
     change = local_change(model, prompt, embedded, ids[-1:], steps)[0].detach()
-    target = Target(noised(change, noise).to(model.device), ids[-1:], len(row.ids) - 1, steps)
+    target = Target(change=noised(change, noise).to(model.device), answers=ids[-1:], tokens=len(row.ids) - 1, steps=steps)
     return recovery_of(match_text(model, prompt, target, iterations=ITERATIONS), row)
 
 
 def _local_steps(opened: Opened) -> LocalSteps:
     """The steps of the run's own clients in their first round, no more than SIMULATED of them."""
     config = opened.run.config
-    speak = stages(config.client, None, config.round.rounds)["speak"]
-    rates = tuple(speak.optimisation.rate(step) for step in range(min(SIMULATED, speak.steps)))
-    return LocalSteps(rates, speak.optimisation.weight_decay)
+    stage = stages_of(config.client, None, config.round.rounds).messenger
+    rates = tuple(stage.optimisation.rate(step) for step in range(min(SIMULATED, stage.steps)))
+    return LocalSteps(rates, stage.optimisation.weight_decay)
 
 
 def _prompt(opened: Opened, space: Any) -> SoftPrompt:
     """A prompt of the run's length, from real activations, in either space."""
     length, tokens = opened.run.config.prompt.length, first_tokens(opened.server)
-    spec = PromptSpec(space, length, opened.auxiliary.prompt_shape)
+    spec = PromptSpec(space=space, length=length, model=opened.auxiliary.prompt_shape)
     if tokens is None:
         return SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)) * opened.run.config.prompt.init_scale)
     inputs, pairs = opened.server.model.activations(tokens[:length].to(opened.server.model.device))
@@ -215,23 +227,25 @@ def _deployed(looked: AttackContext, shadow: Shadow) -> Iterator[Level]:
     lots = [lot[:size] for lot in looked.lots(LONGEST).values()]
     gradients = [example_gradients(model, prompt, collate(lot))[1].mean(dim=0).cpu() for lot in lots]
     read = [span(gradient, lot) for gradient, lot in zip(gradients, lots, strict=True)]
-    yield Level(f"a lot of {size} examples, one step of SGD, {space.replace('_', '/')} prompt", "span test", read, guessed(lots))
+    yield Level(seen=f"a lot of {size} examples, one step of SGD, {space.replace('_', '/')} prompt", attack="span test", read=read, guess=guessed(lots))
 
     mine = {client: lot for client, lot in looked.lots(LONGEST, shadow.included.tolist()).items() if client in shadow.updates[0]}
     changes = changes_of(shadow, 0, list(mine))
     private = config.privacy.unit == "example" and config.privacy.epsilon
     kind = "the run's first round, again on half of the text" + (f", epsilon = {config.privacy.epsilon:g}" if private else "")
     read = [span(change, lot) for change, lot in zip(changes, mine.values(), strict=True)]
-    yield Level(f"{kind}, one client", "span test", read, guessed(mine.values()), True)
+    yield Level(seen=f"{kind}, one client", attack="span test", read=read, guess=guessed(mine.values()), observed=True)
     everyone = [row for lot in mine.values() for row in lot]
     total = as_row(shadow.broadcasts[1]) - as_row(shadow.broadcasts[0])
-    yield Level(f"{kind}, the sum of all clients", "span test", [span(total, everyone)], guessed([everyone]), True)
+    yield Level(seen=f"{kind}, the sum of all clients", attack="span test", read=[span(total, everyone)], guess=guessed([everyone]), observed=True)
 
     own = opened.sides.clients.party(next(iter(mine))).prompt
     own.load(shadow.broadcasts[0])
     lot = next(iter(mine.values()))
     first = [cut(row, POSITIONS + 1) for row in lot]
-    yield Level(f"{kind}, one client", "gradient matching", [_sought(looked, own, changes[0], lot)], guess([first], looked.rows), True)
+    yield Level(
+        seen=f"{kind}, one client", attack="gradient matching", read=[_sought(looked, own, changes[0], lot)], guess=guess([first], looked.rows), observed=True
+    )
 
 
 def _candidates(looked: AttackContext, shadow: Shadow, rng: random.Random, count: int = 200) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class LocalSteps:
     weight_decay: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """What is seen, a change of the prompt (P, L, ...), and what is known of the texts: the answer of each (N,), and how many tokens are before it."""
 

@@ -67,7 +67,7 @@ def guess(lots: Sequence[Sequence[Encoded]], like: Sequence[Encoded]) -> float:
     return mean([recalled(lot) for lot in lots])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Level:
     """Something that is seen, an attack on it, what it read, and what a guess would have."""
 

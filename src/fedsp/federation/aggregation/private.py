@@ -21,7 +21,7 @@ def private_mean(sent: Payload, replies: Mapping[str, Payload], *, bound: float,
     return from_row(start + noised_mean(total, bound=bound, noise_multiplier=noise_multiplier, expected=expected), sent)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DPAggregator:
     """Client-level privacy: the clipped, noised mean of a round, paid for in the ledger before it is made. See `fedsp.federation.aggregation.mean.Aggregator`.
 

@@ -119,7 +119,7 @@ def liars_of(share: float, clients: int) -> int:
     return math.floor(share * clients + 1e-9)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Robust:
     """A rule and what comes before it: changes cut to `norm_bound` times the median length (0: not), then mixing. `malicious` is the share of the
     clients asked that may lie; what they are in number is rounded down."""

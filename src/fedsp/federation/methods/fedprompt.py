@@ -7,11 +7,6 @@ No model privacy. It is the ceiling of what a prompt that clients tune can carry
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from fedsp.federation.methods.registry import MethodEntry, register_method
 
-from fedsp.federation.methods.base import Averaging
-
-
-@dataclass(frozen=True)
-class FedPrompt(Averaging):
-    """Steps on the prompt through the whole model; the mean of the prompts."""
+register_method(MethodEntry(name="fedprompt", title="FedPrompt", paper="Zhao et al., ICASSP 2023", clients_hold="the whole model"))

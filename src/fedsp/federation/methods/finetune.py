@@ -7,19 +7,30 @@ ordinary fine-tuning of FedSP's table (https://arxiv.org/abs/2311.06805): no dat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedsp.federation.methods.base import Averaging
-from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.trainable import trainable
-from fedsp.models.weights import Weights
+from fedsp.federation.methods.registry import MethodEntry, Setup, register_method
 
-
-@dataclass(frozen=True)
-class Finetune(Averaging):
-    """Steps on all weights; the mean of them."""
+if TYPE_CHECKING:
+    from fedsp.models.prompted_lm import PromptedLM
+    from fedsp.models.weights import Weights
 
 
-def all_weights(model: PromptedLM) -> Weights:
-    """Every parameter, those that depths or ends share once."""
-    return Weights(trainable(model.model))
+def server_side(setup: Setup) -> tuple[PromptedLM, Weights]:
+    """The global model, and every parameter of it, each once even if several layers share it."""
+    from fedsp.models.weights import Weights
+
+    return setup.model, Weights(setup.model.trained())
+
+
+register_method(
+    MethodEntry(
+        name="finetune",
+        title="finetune",
+        paper="McMahan et al., AISTATS 2017 (federated averaging)",
+        clients_hold="the whole model",
+        server_side=server_side,
+        trains_weights=True,
+        exact_weights=True,
+    )
+)

@@ -8,20 +8,15 @@ mean of products is not the product of means: the averaged adapter is an approxi
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-import torch
-from peft import LoraConfig, inject_adapter_in_model
+from fedsp.errors import ConfigurationError, ModelError
+from fedsp.federation.methods.registry import MethodEntry, Setup, register_method
 
-from fedsp.errors import ModelError
-from fedsp.federation.methods.base import Averaging
-from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.weights import Weights
-
-
-@dataclass(frozen=True)
-class FederatedLoRA(Averaging):
-    """Steps on the adapters; the mean of each factor."""
+if TYPE_CHECKING:
+    from fedsp.models.prompted_lm import PromptedLM
+    from fedsp.models.weights import Weights
 
 
 def low_rank_adapters(model: PromptedLM, *, rank: int, alpha: float, targets: list[str], seed: int) -> Weights:
@@ -30,8 +25,16 @@ def low_rank_adapters(model: PromptedLM, *, rank: int, alpha: float, targets: li
     Without `targets`, the modules are those that PEFT names for the family.
 
     Raises:
+        ConfigurationError: PEFT is not installed.
         ModelError: PEFT knows no modules for this family, or none of these names.
     """
+    if find_spec("peft") is None:
+        raise ConfigurationError("peft is not installed: method = 'lora' needs `pip install 'fedsp[study]'`")
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from fedsp.models.weights import Weights
+
     settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets or None)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
@@ -42,3 +45,25 @@ def low_rank_adapters(model: PromptedLM, *, rank: int, alpha: float, targets: li
             raise ModelError(f"PEFT cannot put adapters into {model.name} ({str(error).splitlines()[0]}): name its linear modules in lora.targets") from error
     model.model.requires_grad_(False)
     return Weights({name: parameter for name, parameter in model.model.named_parameters() if ".lora_" in name})
+
+
+def server_side(setup: Setup) -> tuple[PromptedLM, Weights]:
+    """The global model with adapters, and the adapters."""
+    from fedsp.data.seeding import derive_seed
+
+    section = setup.lora
+    seed = derive_seed(setup.seed, "lora")
+    return setup.model, low_rank_adapters(setup.model, rank=section.rank, alpha=section.alpha, targets=section.targets, seed=seed)
+
+
+register_method(
+    MethodEntry(
+        name="lora",
+        title="federated LoRA",
+        paper="Hu et al., ICLR 2022; Zhang et al., ICASSP 2024",
+        clients_hold="the whole model",
+        server_side=server_side,
+        trains_weights=True,
+        exact_weights=True,
+    )
+)

@@ -9,20 +9,21 @@ may be distilled. Clients hold the outer layers and the embeddings bit for bit: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedsp.federation.methods.base import Averaging
-from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.weights import Weights
+from fedsp.federation.methods.registry import ClientSide, MethodEntry, Setup, register_method
 
-
-@dataclass(frozen=True)
-class OffsiteTuning(Averaging):
-    """Steps on the outer layers through the emulator; the mean of them."""
+if TYPE_CHECKING:
+    from fedsp.models.auxiliary import LayerPlan
+    from fedsp.models.prompted_lm import PromptedLM
+    from fedsp.models.trainable import Messenger
+    from fedsp.models.weights import Weights
 
 
 def outer_layers(model: PromptedLM, depths: Sequence[int], sources: Sequence[int]) -> Weights:
     """The parameters of the blocks at these depths, named by the global layers that they are, so that both sides name them alike."""
+    from fedsp.models.weights import Weights
+
     return Weights(
         {
             f"layers.{source:03d}.{name}": parameter
@@ -30,3 +31,37 @@ def outer_layers(model: PromptedLM, depths: Sequence[int], sources: Sequence[int
             for name, parameter in model.blocks[depth].named_parameters()
         }
     )
+
+
+def _outer(plan: LayerPlan) -> tuple[list[int], list[int]]:
+    """The depths of the auxiliary model that are kept verbatim, and the global layers that stand there."""
+    depths = [depth for depth, frozen in enumerate(plan.frozen) if frozen]
+    return depths, [plan.sources[depth] for depth in depths]
+
+
+def server_side(setup: Setup) -> tuple[PromptedLM, Weights]:
+    """The global model, and its outer layers."""
+    _, sources = _outer(setup.plan)
+    return setup.model, outer_layers(setup.model, sources, sources)
+
+
+def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> ClientSide:
+    """Clients that hold the auxiliary model, whose outer layers are the global model's."""
+    auxiliary = setup.package()
+    outer = outer_layers(auxiliary, *_outer(auxiliary.plan))
+    return ClientSide(model=auxiliary, messenger=lambda: outer, package=auxiliary)
+
+
+register_method(
+    MethodEntry(
+        name="offsite_tuning",
+        title="offsite-tuning",
+        paper="Xiao, Lin and Han, 2023; FATE-LLM, 2023",
+        clients_hold="first and last layers, a compressed middle",
+        server_side=server_side,
+        client_side=client_side,
+        trains_weights=True,
+        exact_weights=True,
+        package=True,
+    )
+)

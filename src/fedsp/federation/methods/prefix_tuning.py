@@ -6,11 +6,6 @@ gathered where the model is, so nothing is sent and there is no data privacy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from fedsp.federation.methods.registry import MethodEntry, register_method
 
-from fedsp.federation.methods.base import Averaging
-
-
-@dataclass(frozen=True)
-class PrefixTuning(Averaging):
-    """The server's steps on the prompt; there are no clients."""
+register_method(MethodEntry(name="prefix_tuning", title="prefix-tuning", paper="Li and Liang, ACL 2021", clients_hold="nothing", federated=False))

@@ -9,9 +9,11 @@ import torch
 
 from fedsp.errors import PolicyError, StorageError
 from fedsp.federation.messages import Request, Update
-from fedsp.federation.methods.base import Method, Side, Work, part
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.methods.base import Method, Side, Work
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.models.payload import Payload
+from fedsp.models.trainable import entries_below
 from fedsp.training.dp_sgd import ExamplePrivacy
 
 
@@ -39,31 +41,31 @@ class PrivateAnswers:
         assert client.ledger is not None
         if not request.train:
             raise PolicyError("validation by clients is not covered by differential privacy")
-        answers = StateStore(client.rest.folder / "answers")
+        answers = StateStore(client.store.folder / "answers")
         if unpaid := [number for number in answers.rounds() if not client.ledger.paid(request.run, number)]:
             raise StorageError(
                 f"the privacy ledger {client.ledger.path} does not know of round {unpaid[0]}, which was answered: what was spent is not known; restore it from a backup"
             )
         given = answers.at(request.round)
-        if given and _same(part(given, "asked"), request.payload):
-            return Update(request.round, client.id, part(given, "answer"))
+        if given and _same(entries_below(given, "asked"), request.payload):
+            return Update(round=request.round, client=client.id, payload=entries_below(given, "answer"))
         if client.ledger.paid(request.run, request.round) and (given or max(answers.rounds(), default=0) > request.round):
             raise PolicyError(f"round {request.round} was answered already: another answer would be another release")
         for work in self.method.work(client, "client"):
             if work.stage.privacy is None:
-                raise PolicyError(f"the stage {work.name!r} has no differential privacy, so no answer of this round would be private")
+                raise PolicyError(f"the stage {work.stage.name!r} has no differential privacy, so no answer of this round would be private")
             release = self.privacy.steps(len(client.examples), work.stage.batch_size, work.stage.steps).release
-            for budget, run in ((self.privacy.epsilon or math.inf, request.run), (client.most, None)):
+            for budget, run in ((self.privacy.epsilon or math.inf, request.run), (client.max_epsilon, None)):
                 if math.isfinite(budget) and client.ledger.epsilon(self.privacy.delta, release, run=run) > budget:
                     whose = "the run's" if run else "this client's"
                     raise PolicyError(f"another round would take more than {whose} budget of epsilon = {budget:g} at delta = {self.privacy.delta:g}")
-            client.ledger.spend(release, run=request.run, round=request.round, stage=work.name)
+            client.ledger.spend(release, run=request.run, round=request.round, stage=work.stage.name)
         update = self.method.client_update(client, request)
         answers.save(
             request.round,
             {f"asked/{name}": tensor for name, tensor in request.payload.items()} | {f"answer/{name}": tensor for name, tensor in update.payload.items()},
         )
-        return Update(request.round, client.id, update.payload)
+        return Update(round=request.round, client=client.id, payload=update.payload)
 
     def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
         return self.method.server_update(server, aggregated, round, seed)

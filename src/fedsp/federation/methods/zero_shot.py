@@ -5,30 +5,39 @@ T. B. Brown et al. *Language Models are Few-Shot Learners*. NeurIPS 2020. https:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from fedsp.federation.messages import Request, Update
-from fedsp.federation.methods.base import Side, Work
-from fedsp.federation.party import Party
-from fedsp.models.payload import Payload
+from fedsp.federation.methods.registry import MethodEntry, Setup, Stages, averaging, register_method
+
+if TYPE_CHECKING:
+    from fedsp.federation.methods.base import Method
+    from fedsp.models.prompted_lm import PromptedLM
+    from fedsp.models.trainable import Messenger, Tensors
 
 
-@dataclass(frozen=True)
-class ZeroShot:
-    """No party does anything; the payload is empty."""
+def algorithm(stages: Stages, start: Tensors) -> Method:
+    """A method that takes no step."""
+    none = replace(stages, messenger=replace(stages.messenger, steps=0), server=replace(stages.server, steps=0))
+    return averaging(none, start)
 
-    def init(self, server: Party) -> Payload:
-        """Nothing."""
-        return {}
 
-    def client_update(self, client: Party, request: Request) -> Update:
-        """Nothing back."""
-        return Update(request.round, client.id, {})
+def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
+    """The global model, with nothing to tune."""
+    from fedsp.models.weights import Weights
 
-    def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
-        """Nothing."""
-        return {}, None
+    return setup.model, Weights({})
 
-    def work(self, party: Party, side: Side) -> list[Work]:
-        """None."""
-        return []
+
+register_method(
+    MethodEntry(
+        name="zero_shot",
+        title="zero-shot",
+        paper="Brown et al., NeurIPS 2020",
+        clients_hold="nothing",
+        algorithm=algorithm,
+        server_side=server_side,
+        federated=False,
+        rounds=False,
+    )
+)

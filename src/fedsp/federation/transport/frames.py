@@ -21,7 +21,7 @@ class Frame:
         return {HEADER: len(self.header.encode()), **({PAYLOAD: len(self.payload)} if self.payload else {})}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """What came back to a message: a frame; or a fault of the client's own process; or neither, where the node was lost before it answered."""
 

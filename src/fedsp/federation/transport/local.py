@@ -39,7 +39,7 @@ def local(clients: Clients) -> Transport:
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"round {request.round}, client {request.client!r}: {error}; the prompt of round {request.round - 1} is kept") from error
             except (PolicyError, PayloadError) as error:
-                yield Failure(request.round, request.client, str(error), bytes_down=len(down))
+                yield Failure(round=request.round, client=request.client, reason=str(error), bytes_down=len(down))
                 continue
             answered.add(request.client)
             payload = read_values(up, request.payload, request.answer_in) if up else request.payload

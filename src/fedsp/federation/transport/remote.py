@@ -27,7 +27,7 @@ class NodeLink(Protocol):
         """The answers that have come to some of these messages; each is given once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Patience:
     """Seconds: that a round waits for a client to be connected, and for its reply once it was asked; after which it is asked once more, twice as
     many later again, and so on (a client that was restarted has forgotten that it was asked); before one that was lost is asked again, and is
@@ -47,7 +47,7 @@ Traffic = Callable[[int, str, str, dict[str, int]], None]
 """Told of each frame: round, client, direction ("down" or "up"), bytes by name."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Asked:
     """A client of this round: when it was last seen connected, when it was first asked, when it may be asked again, and what it was sent."""
 
@@ -93,7 +93,7 @@ def remote(
 
     def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
         started = time.monotonic()
-        open = {request.client: _Asked(request, started, follows=has.get(request.client) == request.round - 1) for request in requests}
+        open = {request.client: _Asked(request=request, seen=started, follows=has.get(request.client) == request.round - 1) for request in requests}
         client_of: dict[str, str] = {}
         sent: dict[str, Frame] = {}
         changes: set[str] = set()
@@ -114,16 +114,16 @@ def remote(
 
         def fate(answer: Answer, client: str, one: _Asked) -> Update | Failure:
             if answer.frame is None:
-                return Failure(one.request.round, client, answer.fault)
+                return Failure(round=one.request.round, client=client, reason=answer.fault)
             traffic(one.request.round, client, "up", answer.frame.sizes())
             if answer.node != node_of[client]:
-                return Failure(one.request.round, client, "the reply came from another node", len(answer.frame.payload))
+                return Failure(round=one.request.round, client=client, reason="the reply came from another node", bytes_up=len(answer.frame.payload))
             if keys is None:
                 return read_reply(answer.frame, one.request)
             try:
                 return read_reply(signed_reply(answer.frame, sent[answer.message], keys[client]), one.request)
             except PayloadError as error:
-                return Failure(one.request.round, client, str(error), len(answer.frame.payload))
+                return Failure(round=one.request.round, client=client, reason=str(error), bytes_up=len(answer.frame.payload))
 
         while open:
             connected, now = wire.nodes(), time.monotonic()
@@ -155,7 +155,7 @@ def remote(
             for client, one in list(open.items()):
                 if reason := one.fails(now, patience):
                     del open[client]
-                    yield Failure(one.request.round, client, reason, bytes_down=one.down)
+                    yield Failure(round=one.request.round, client=client, reason=reason, bytes_down=one.down)
             away = sorted(client for client, one in open.items() if one.seen < now - patience.lost)
             if away != named and now - started > 2:
                 named = away

@@ -8,7 +8,8 @@ from fedsp.errors import FedspError, PayloadError, PolicyError, TrainingDiverged
 from fedsp.federation.compression import difference, say
 from fedsp.federation.messages import Request, Update
 from fedsp.federation.methods.base import Method
-from fedsp.federation.party import Party, StateStore
+from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.frames import Frame
 from fedsp.federation.transport.wire import CannotRead, Known, read_request, write_refusal, write_update
 from fedsp.models.payload import pack
@@ -59,7 +60,7 @@ def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
         return b""
     if request.answer_in.exact:
         return pack(update.payload)
-    memory = StateStore(party.rest.folder / "owed")
+    memory = StateStore(party.store.folder / "owed")
     data, _, owed = say(difference(update.payload, request.payload), memory.load(before=request.round), request.answer_in)
     memory.save(request.round, owed)
     return data

@@ -104,7 +104,7 @@ def read_request(frame: Frame, known: Known = lambda run, round: None) -> Reques
     fields = _fields(frame, {"kind": str, "run": str, "round": int, "client": str, "seed": int})
     if fields["kind"] not in ("train", "validate"):
         raise PayloadError("the message is no request")
-    request = Request(fields["run"], fields["round"], fields["client"], fields["seed"], {}, fields["kind"] == "train")
+    request = Request(run=fields["run"], round=fields["round"], client=fields["client"], seed=fields["seed"], payload={}, train=fields["kind"] == "train")
     try:
         coding, answer = _coding(fields, "coding"), _coding(fields, "answer")
     except PayloadError as error:
@@ -144,7 +144,7 @@ def read_reply(frame: Frame, request: Request) -> Update | Failure:
     try:
         reply = _read_reply(frame, request)
     except PayloadError as error:
-        reply = Failure(request.round, request.client, str(error))
+        reply = Failure(round=request.round, client=request.client, reason=str(error))
     return replace(reply, bytes_up=len(frame.payload))
 
 
@@ -154,9 +154,9 @@ def _read_reply(frame: Frame, request: Request) -> Update | Failure:
         raise PayloadError(f"the reply has {len(frame.payload)} bytes, more than the {most} that a prompt can have")
     fields = _fields(frame, {"kind": str, "round": int, "client": str})
     if fields["client"] != request.client:
-        raise PayloadError("the reply speaks for another client")
+        raise PayloadError("the reply is for another client")
     if fields["kind"] == "refusal":
-        return Failure(request.round, request.client, REFUSALS.get(str(fields.get("code")), "the client refused and gave no known reason"))
+        return Failure(round=request.round, client=request.client, reason=REFUSALS.get(str(fields.get("code")), "the client refused and gave no known reason"))
     if fields["kind"] != "update":
         raise PayloadError("the reply is neither an update nor a refusal")
     losses, validation, seconds, shortened, spikes = (fields.get(key) for key in ("losses", "validation", "seconds", "shortened", "spikes"))
@@ -169,14 +169,14 @@ def _read_reply(frame: Frame, request: Request) -> Update | Failure:
         raise PayloadError(f"the reply is in {coding}, and {request.answer_in} was asked for")
     payload = _values(frame, fields, request.payload, coding) if request.train else request.payload
     return Update(
-        fields["round"],
-        request.client,
-        payload,
-        told,
-        validated,
-        _figure(seconds, "seconds", 1e9),
-        int(_figure(shortened, "count of shortened examples", 1e12)),
-        int(_figure(0 if spikes is None else spikes, "count of spikes", 1e12)),  # clients of an earlier version do not tell it
+        round=fields["round"],
+        client=request.client,
+        payload=payload,
+        losses=told,
+        validation=validated,
+        seconds=_figure(seconds, "seconds", 1e9),
+        shortened=int(_figure(shortened, "count of shortened examples", 1e12)),
+        spikes=int(_figure(0 if spikes is None else spikes, "count of spikes", 1e12)),  # clients of an earlier version do not tell it
     )
 
 

@@ -1,0 +1,160 @@
+"""The register of methods: one entry each, made where the method is. Nothing here imports torch, so that a configuration is checked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from fedsp.errors import ConfigurationError, did_you_mean
+
+if TYPE_CHECKING:
+    from fedsp.data.encoding import Tokenizer
+    from fedsp.federation.methods.base import Method
+    from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan
+    from fedsp.models.prompted_lm import PromptedLM
+    from fedsp.models.soft_prompt import SoftPrompt
+    from fedsp.models.trainable import Messenger, Tensors
+    from fedsp.training.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The three stages with a run's settings: clients' steps on the auxiliary model, clients' steps on the messenger, the server's steps on it."""
+
+    auxiliary: Stage
+    messenger: Stage
+    server: Stage
+
+
+class LoraSettings(Protocol):
+    """Low-rank adapters: their rank, the factor alpha / rank of their output, and the modules that get one (empty: the family's usual ones)."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def targets(self) -> list[str]: ...
+
+
+class Setup(Protocol):
+    """What a run offers to a method that builds its two sides."""
+
+    @property
+    def model(self) -> PromptedLM:
+        """The global model."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The layers of the auxiliary model."""
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+
+    @property
+    def lora(self) -> LoraSettings:
+        """The section `[lora]`."""
+
+    def initial_prompt(self) -> SoftPrompt:
+        """The soft prompt that `[prompt]` describes, in front of the global model."""
+
+    def package(self) -> AuxiliaryModel:
+        """The auxiliary model that `[auxiliary]` and `[distill]` describe: read if it was made, else made and written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSide:
+    """What every client holds: a model, and a messenger to load what it receives into. `package` is the model if it is an auxiliary one."""
+
+    model: PromptedLM
+    messenger: Callable[[], Messenger]
+    package: AuxiliaryModel | None = None
+
+
+def averaging(stages: Stages, start: Tensors) -> Method:
+    """Federated averaging of the messenger."""
+    from fedsp.federation.methods.base import Averaging
+
+    return Averaging(client_stage=replace(stages.messenger, name="client", seed_label="client"), server_stage=stages.server)
+
+
+def prompt_in_front(setup: Setup) -> tuple[PromptedLM, Messenger]:
+    """The global model, with a soft prompt in front of it."""
+    return setup.model, setup.initial_prompt()
+
+
+def whole_model(setup: Setup, model: PromptedLM, messenger: Messenger) -> ClientSide:
+    """Clients that hold the whole model, and tune what the server tunes."""
+    from fedsp.models.soft_prompt import SoftPrompt
+
+    own = (lambda: messenger.like(model, setup.seed)) if isinstance(messenger, SoftPrompt) else lambda: messenger
+    return ClientSide(model=model, messenger=own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodEntry:
+    """A method of federated tuning.
+
+    name: value of the key `method`. title, paper: how reports call and cite it.
+    clients_hold: what clients hold of the global model, in words.
+    algorithm: the method with these stages; the second argument are the auxiliary weights from which clients start, if they train them.
+    server_side: the model that the server reads through, and the messenger that it broadcasts.
+    client_side: what clients hold, given the server's side.
+    trains_weights: whether weights of the model are trained, which must then be in float32.
+    exact_weights: whether the global model's weights themselves are needed, so that 8bit, 4bit and a split model are refused.
+    package: whether clients hold an auxiliary model made by `fedsp distill`.
+    deployable: whether clients need nothing but the package, so that they may be on machines of their own, train the auxiliary model, and be promised
+        example-level privacy.
+    federated: whether clients are asked at all. rounds: whether anything is trained.
+    """
+
+    name: str
+    title: str
+    paper: str
+    clients_hold: str
+    algorithm: Callable[[Stages, Tensors], Method] = averaging
+    server_side: Callable[[Setup], tuple[PromptedLM, Messenger]] = prompt_in_front
+    client_side: Callable[[Setup, PromptedLM, Messenger], ClientSide] = whole_model
+    trains_weights: bool = False
+    exact_weights: bool = False
+    package: bool = False
+    deployable: bool = False
+    federated: bool = True
+    rounds: bool = True
+
+
+_ENTRIES: dict[str, MethodEntry] = {}
+
+
+def register_method(entry: MethodEntry) -> MethodEntry:
+    """Make a method known under its name; returns the entry.
+
+    Raises:
+        ConfigurationError: another method has that name.
+    """
+    if _ENTRIES.setdefault(entry.name, entry) is not entry:
+        raise ConfigurationError(f"method: a method named {entry.name!r} is registered already; give yours another name")
+    return entry
+
+
+def find_method(name: str) -> MethodEntry:
+    """The entry of a method.
+
+    Raises:
+        ConfigurationError: there is none of that name.
+    """
+    if name not in _ENTRIES:
+        raise ConfigurationError(f"method: there is no method {name!r}; choose {', '.join(_ENTRIES)}{did_you_mean(name, _ENTRIES)}")
+    return _ENTRIES[name]
+
+
+def methods() -> Iterable[MethodEntry]:
+    """All registered methods, in the order of their registration."""
+    return tuple(_ENTRIES.values())

@@ -1,0 +1,53 @@
+"""A party's own state on disk. It never travels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsp.models.trainable import Tensors
+from fedsp.storage import read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class StateStore:
+    """One file of tensors per round in a folder.
+
+    The last three states are kept: after a crash the newest may belong to a round that is done again, and so may the one before it.
+    """
+
+    folder: Path
+
+    def load(self, before: int) -> Tensors:
+        """The newest state saved in a round earlier than `before`; empty if there is none.
+
+        Raises:
+            StorageError: that state is damaged.
+        """
+        rounds = [number for number in self.rounds() if number < before]
+        return read_tensors(self._file(rounds[-1]))[0] if rounds else {}
+
+    def at(self, round: int) -> Tensors:
+        """The state saved in this very round; empty if there is none.
+
+        Raises:
+            StorageError: that state is damaged.
+        """
+        return read_tensors(self._file(round))[0] if round in self.rounds() else {}
+
+    def save(self, round: int, state: Tensors) -> None:
+        """Save the state after a round, and remove states that are no longer needed.
+
+        Raises:
+            StorageError: the disk did not take it.
+        """
+        write_tensors(self._file(round), state)
+        for number in [number for number in self.rounds() if number < round][:-2]:
+            self._file(number).unlink()
+
+    def rounds(self) -> list[int]:
+        """The rounds of which a state is kept, in order."""
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.safetensors"))
+
+    def _file(self, round: int) -> Path:
+        return self.folder / f"round-{round:05d}.safetensors"

@@ -1,0 +1,88 @@
+"""One stage of a party's work in a round: gradient steps on its messenger or its auxiliary model; and the loss that selects a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsp.data.encoding import Batch, Encoded, collate, training_batches
+from fedsp.data.seeding import derive_seed
+from fedsp.models.payload import Payload
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.soft_prompt import SoftPrompt
+from fedsp.models.trainable import Messenger, Tensors, Trainable
+from fedsp.training.dp_sgd import ExamplePrivacy, fit_privately
+from fedsp.training.loop import Optimisation, TrainResult, answer_loss, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Settings of one stage. With 0 steps the stage is skipped.
+
+    name: key of the stage in reported losses and in kept state.
+    seed_label: label from which the stage's batches are drawn; it never changes, so that renaming a stage moves no published figure.
+    steps, batch_size: optimizer steps per round, and examples per step.
+    proximal: mu of FedProx (Li et al., MLSys 2020, https://arxiv.org/abs/1812.06127): mu / 2 times the squared distance from the received payload is
+        added to the loss.
+    privacy: if set, gradients are clipped per example and noised, batches are Poisson samples of expected size `batch_size`, and no loss is reported.
+    keep_optimizer: whether AdamW's moments are kept by the party from round to round, or start from zero in each.
+    """
+
+    name: str
+    seed_label: str
+    steps: int
+    batch_size: int
+    optimisation: Optimisation
+    proximal: float = 0.0
+    privacy: ExamplePrivacy | None = None
+    keep_optimizer: bool = False
+
+
+def train_stage(
+    stage: Stage,
+    target: Trainable,
+    model: PromptedLM,
+    messenger: Messenger,
+    examples: Sequence[Encoded],
+    *,
+    received: Payload,
+    round: int,
+    seed: int,
+    moments: Tensors | None = None,
+) -> TrainResult:
+    """AdamW steps on the parameters of `target`, through `model` behind `messenger`. The loss is the cross-entropy of answer tokens, nats per token.
+
+    Raises:
+        TrainingDiverged: a loss is not finite.
+        PrivacyError: the stage is private, and the model's gradient of one example depends on others.
+    """
+    first_step = (round - 1) * stage.steps
+    if stage.privacy:
+        assert isinstance(messenger, SoftPrompt)
+        private = stage.privacy.steps(len(examples), stage.batch_size, stage.steps)
+        return fit_privately(model, messenger, examples, private, stage.optimisation, first_step=first_step, moments=moments)
+
+    def loss(batch: Batch) -> Tensor:
+        value = answer_loss(model, messenger.prefix(model), batch.to(model.device))
+        return value + stage.proximal / 2 * messenger.distance(received) if stage.proximal else value
+
+    batches = training_batches(examples, steps=stage.steps, batch_size=stage.batch_size, seed=derive_seed(seed, stage.seed_label))
+    return fit(target.trained(), loss, batches, stage.optimisation, first_step=first_step, moments=moments)
+
+
+@torch.no_grad()
+def validation_loss(model: PromptedLM, messenger: Messenger, examples: Sequence[Encoded], batch_size: int = 32) -> float | None:
+    """Mean cross-entropy, nats per answer token, of examples that nothing was trained on; None if there are none."""
+    if not examples:
+        return None
+    prefix, total, count = messenger.prefix(model), 0.0, 0
+    ordered = sorted(examples, key=lambda row: len(row.ids))
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        tokens = sum(len(row.ids) - row.start for row in batch)
+        total += tokens * float(answer_loss(model, prefix, collate(batch).to(model.device)))
+        count += tokens
+    return total / count
