@@ -28,10 +28,8 @@ def main(folder: Path) -> None:
     for method in DEMO_ROWS:
         run = open_run(folder / method)
         assert isinstance(run.messenger, SoftPrompt)
-        server, questions = run.server, run.server.questions
-        through = [
-            evaluate_prompt(model, run.messenger, questions.test, questions.task, server.tokenizer, server.max_tokens) for model in (run.model, auxiliary)
-        ]
+        server, dataset = run.server, run.server.dataset
+        through = [evaluate_prompt(model, run.messenger, dataset.test, dataset.task, server.tokenizer, server.max_tokens) for model in (run.model, auxiliary)]
         print(f"| {method} | {through[0]['accuracy']:.1%} | {through[1]['accuracy']:.1%} |")
 
 

@@ -80,7 +80,7 @@ def main() -> None:
     torch.set_num_threads(1)
     seeds = [int(seed) for seed in given.seeds.split(",")]
     reference, output = given.reference.resolve(), given.output.resolve()
-    found = {sides: [run(settings(reference, output, seed, *sides)) for seed in seeds] for sides in SIDES}
+    found = {federation: [run(settings(reference, output, seed, *federation)) for seed in seeds] for federation in SIDES}
     print("| server | clients | zero-shot | tuned | against float32, same seed | accuracy |\n|---|---|---|---|---|---|")
     for (server, clients), rows in found.items():
         tuned = [row["tuned"] for row in rows]

@@ -31,7 +31,7 @@ from fedsp.experiments.build import Federation, build_federation
 from fedsp.experiments.run import round_config
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import FederatedDataset, Server, load_dataset, open_server, score_test
-from fedsp.federation.attacks import Attack, liars, triggered
+from fedsp.federation.attacks import Attack, malicious, triggered
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.loop import federate
 from fedsp.federation.messages import Failure, Request, Transport, Update
@@ -86,15 +86,15 @@ class World:
         self.values = settings(reference, str(output / f"world-{seed}-{partition.replace(' ', '-')}"), seed, partition)
         self.values["auxiliary"] = {"folder": str(output / f"package-{seed}")} if (output / f"package-{seed}").exists() else {}
         config = make_config(self.values)
-        self.questions: FederatedDataset = load_dataset(config)
-        self.server: Server = open_server(config, self.questions)
+        self.dataset: FederatedDataset = load_dataset(config)
+        self.server: Server = open_server(config, self.dataset)
         with tempfile.TemporaryDirectory() as temporary:
             run = RunDirectory.create(config.model_copy(update={"output": temporary}))
-            self.sides: Federation = build_federation(self.server, run, Callbacks(), None)
+            self.federation: Federation = build_federation(self.server, run, Callbacks(), None)
             if not config.auxiliary.folder:
                 shutil.copytree(Path(temporary) / "auxiliary", output / f"package-{seed}")
                 self.values["auxiliary"] = {"folder": str(output / f"package-{seed}")}
-        held, asked = self.questions.validation[:VALIDATION], self.questions.test
+        held, asked = self.dataset.validation[:VALIDATION], self.dataset.test
         self.validation, self.test = (encode_targets(self.server.tokenizer, some, self.server.max_tokens) for some in (held, asked))
         self.answers: dict[tuple[str, ...], Update] = {}
 
@@ -107,14 +107,16 @@ class World:
         aggregation = {**DEFENCES[defence], "malicious": share}
         validation = {"examples": VALIDATION, "by": "server" if "max_loss_rise" in aggregation else "none"}
         config: RunConfig = make_config({**self.values, "validation": validation, "aggregation": aggregation, "attack": {"kind": attack, "share": share}})
-        kind = Attack(kind=attack, liars=liars(list(self.questions.partition.clients), share, config.seed), seed=config.seed) if attack != "none" else None
-        questions = replace(self.questions, attack=kind)
+        kind = (
+            Attack(kind=attack, malicious=malicious(list(self.dataset.partition.clients), share, config.seed), seed=config.seed) if attack != "none" else None
+        )
+        dataset = replace(self.dataset, attack=kind)
         with tempfile.TemporaryDirectory() as temporary:
             run = RunDirectory.create(config.model_copy(update={"output": temporary}))
-            sides = build_federation(replace(self.server, questions=questions, config=config), run, Callbacks(), None)
-            exchange = self._remembered(local(sides.clients), kind)
-            exchange = kind.exchange(exchange) if kind else exchange
-            party = Party(id="server", model=sides.model, messenger=sides.messenger, examples=[], store=run.state_store("server"))
+            federation = build_federation(replace(self.server, dataset=dataset, config=config), run, Callbacks(), None)
+            transport = self._remembered(local(federation.clients), kind)
+            transport = kind.transport(transport) if kind else transport
+            party = Party(id="server", model=federation.model, messenger=federation.messenger, examples=[], store=run.state_store("server"))
 
             def validate(payload: Payload) -> float:
                 party.messenger.load(payload)
@@ -123,33 +125,33 @@ class World:
                 return loss
 
             final = federate(
-                sides.clients.method,
+                federation.clients.method,
                 party,
-                sides.clients.register,
-                exchange,
+                federation.clients.register,
+                transport,
                 round_config(config, run, 10),
-                standing=None,
+                state=None,
                 validate=validate,
-                keep=lambda *_: None,
+                save=lambda *_: None,
             )
         party.messenger.load(final.payload)  # the last prompt: choosing the best by validation would hide what an attack does
         with torch.no_grad():
             prefix = party.messenger.prefix(party.model)
         loss = validation_loss(party.model, party.messenger, self.test)
         assert loss is not None
-        figures, _ = score_test(party.model, prefix, self.questions.test[:100], self.questions.task, self.server.tokenizer, self.server.max_tokens)
+        figures, _ = score_test(party.model, prefix, self.dataset.test[:100], self.dataset.task, self.server.tokenizer, self.server.max_tokens)
         found = {"loss": loss, "accuracy": figures["accuracy"]}
         if attack in ("backdoor", "none"):
-            waited = [triggered(example) for example in self.questions.test[:100]]
-            found["success"] = score_test(party.model, prefix, waited, self.questions.task, self.server.tokenizer, self.server.max_tokens)[0]["accuracy"]
+            waited = [triggered(example) for example in self.dataset.test[:100]]
+            found["success"] = score_test(party.model, prefix, waited, self.dataset.task, self.server.tokenizer, self.server.max_tokens)[0]["accuracy"]
         return found
 
     def _remembered(self, honest: Transport, attack: Attack | None) -> Transport:
         """Honest work is done once for each broadcast and client; that of a client which lies about its data apart."""
 
-        def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+        def transport(requests: list[Request]) -> Iterable[Update | Failure]:
             for request in requests:
-                tampered = attack.kind if attack and request.client in attack.liars and attack.kind in ("label_flip", "backdoor") else ""
+                tampered = attack.kind if attack and request.client in attack.malicious and attack.kind in ("label_flip", "backdoor") else ""
                 digest = hashlib.sha256(b"".join(request.payload[name].numpy().tobytes() for name in sorted(request.payload))).hexdigest()
                 key = (request.client, str(request.round), digest, tampered)
                 if key not in self.answers:
@@ -158,7 +160,7 @@ class World:
                     self.answers[key] = reply
                 yield self.answers[key]
 
-        return exchange
+        return transport
 
 
 def cells() -> Iterator[tuple[int, str, str, str, float]]:

@@ -75,7 +75,7 @@ def measure(folder: Path, clients: int, asked: int, rounds: int, **changes: Any)
 
     started = time.perf_counter()
     fitting.optimize = timed
-    commands.run(settings(folder, clients, asked, rounds, **changes), watcher=Callbacks(round_done=round_done))
+    commands.run(settings(folder, clients, asked, rounds, **changes), callbacks=Callbacks(round_done=round_done))
     whole = [after - before for before, after in itertools.pairwise(ends)]  # all rounds but the first
     loop = [seconds - (after - before) for seconds, (before, after) in zip(whole, itertools.pairwise(training), strict=True)]
     files = [path for path in (folder / "run").rglob("*") if path.is_file()]

@@ -24,7 +24,7 @@ class Done(Exception): pass
 def stop(*_): raise Done
 rows = {split: str(EMBEDDED / f"{split}.jsonl") for split in ("train", "validation")}
 try:
-    commands.run({"output": sys.argv[1], "model": {"name": "embedded"}, "data": {"task": "continuation", **rows}, "partition": {"clients": 1}, "distill": {"steps": 0, "text": [str(EMBEDDED / "public.txt")]}, "prompt": {"length": 8}, "round": {"rounds": 1}, "client": {"prompt_steps": 1, "batch_size": 2}, "validation": {"by": "none"}}, watcher=Callbacks(round_done=stop))
+    commands.run({"output": sys.argv[1], "model": {"name": "embedded"}, "data": {"task": "continuation", **rows}, "partition": {"clients": 1}, "distill": {"steps": 0, "text": [str(EMBEDDED / "public.txt")]}, "prompt": {"length": 8}, "round": {"rounds": 1}, "client": {"prompt_steps": 1, "batch_size": 2}, "validation": {"by": "none"}}, callbacks=Callbacks(round_done=stop))
 except Done:
     pass
 """

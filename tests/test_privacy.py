@@ -482,7 +482,7 @@ def test_no_number_of_a_configuration_is_infinite(key: str, value: float, tmp_pa
 
 def test_a_private_client_level_run(tmp_path: Path) -> None:
     said: list[str] = []
-    folder = Path(commands.run(settings(tmp_path, **CLIENT), watcher=Callbacks(say=said.append))["folder"])
+    folder = Path(commands.run(settings(tmp_path, **CLIENT), callbacks=Callbacks(say=said.append))["folder"])
     assert any("the noise on the mean of 3 clients is 42.7 times as long" in line for line in said) and "learns of any one client" in said[-1]
     assert Ledger(folder / privacy.LEDGER).releases() == (Release(2.0, 1.0, 3),)
     statement = json.loads((folder / "privacy_statement.json").read_text())
@@ -555,7 +555,7 @@ def test_where_clients_are_elsewhere_their_own_ledgers_are_what_is_stated(tmp_pa
 
 
 def test_a_statement_is_never_behind_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunDirectory, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(RunDirectory, "save_round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         commands.run(settings(tmp_path, **EXAMPLE))
     assert json.loads((tmp_path / "run" / "privacy_statement.json").read_text())["releases"] == 2
@@ -609,7 +609,7 @@ def test_profiles_fill_in_what_the_file_leaves_out(tmp_path: Path) -> None:
 
 def run_killed_in_its_second_round(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Between what it releases and the checkpoint that makes the round count."""
-    keep, kept = RunDirectory.keep, 0
+    keep, kept = RunDirectory.save_round, 0
 
     def killed(self: RunDirectory, *arguments: Any) -> None:
         nonlocal kept
@@ -619,7 +619,7 @@ def run_killed_in_its_second_round(values: dict[str, Any], monkeypatch: pytest.M
         keep(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "keep", killed)
+        patch.setattr(RunDirectory, "save_round", killed)
         with pytest.raises(KeyboardInterrupt):
             commands.run(values)
 
@@ -639,7 +639,7 @@ def test_a_resumed_private_run_is_never_behind_its_ledger(tmp_path: Path, monkey
 
 
 def test_a_client_level_server_pays_before_it_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunDirectory, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(RunDirectory, "save_round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         commands.run(settings(tmp_path, **CLIENT))
     assert sum(release.count for release in Ledger(tmp_path / "run" / privacy.LEDGER).releases()) == 1
@@ -670,7 +670,7 @@ def test_no_text_of_a_client_is_in_any_file_of_a_run(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in Path(values["data"]["train"]).read_text().splitlines()]
     Path(values["data"]["train"]).write_text("".join(json.dumps(row | {"question": f"{canary} {row['question']}"}) + "\n" for row in rows))
     said: list[str] = []
-    folder = Path(commands.run(values, watcher=Callbacks(say=said.append))["folder"])
+    folder = Path(commands.run(values, callbacks=Callbacks(say=said.append))["folder"])
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 20 and not any(canary.encode() in path.read_bytes() for path in files)
     assert said and not any(canary in line for line in said)

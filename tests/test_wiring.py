@@ -182,10 +182,10 @@ class Nothing:
         return aggregated, None
 
 
-def rounds_of(rules: RoundConfig, exchange: Any, register: dict[str, int], validate: Any = lambda payload: 1.0) -> list[RunState]:
+def rounds_of(settings: RoundConfig, transport: Any, register: dict[str, int], validate: Any = lambda payload: 1.0) -> list[RunState]:
     kept: list[RunState] = []
     method: Any = Nothing()
-    federate(method, None, register, exchange, rules, standing=None, validate=validate, keep=lambda standing, _record: kept.append(standing))  # type: ignore[arg-type]
+    federate(method, None, register, transport, settings, state=None, validate=validate, save=lambda state, _record: kept.append(state))
     return kept
 
 
@@ -194,9 +194,9 @@ RULES = RoundConfig(run="run", seed=0, rounds=1, clients=None, min_clients=0, we
 
 def test_a_private_round_without_replies_is_paid_for_and_noised(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / privacy.LEDGER)
-    combine = DPAggregator(bound=2.0, noise_multiplier=3.0, sampling_rate=0.5, expected=2.0, delta=1e-5, epsilon=None, ledger=ledger)
-    (standing,) = rounds_of(replace(RULES, combine=combine, sampling_rate=0.5), lambda requests: [], {f"c{index}": 1 for index in range(4)})
-    assert float(standing.payload[PROMPT].double().std()) == pytest.approx(3.0 * 2.0 / 2.0, rel=0.15)
+    aggregator = DPAggregator(bound=2.0, noise_multiplier=3.0, sampling_rate=0.5, expected=2.0, delta=1e-5, epsilon=None, ledger=ledger)
+    (state,) = rounds_of(replace(RULES, aggregator=aggregator, sampling_rate=0.5), lambda requests: [], {f"c{index}": 1 for index in range(4)})
+    assert float(state.payload[PROMPT].double().std()) == pytest.approx(3.0 * 2.0 / 2.0, rel=0.15)
     assert ledger.releases() == (Release(3.0, 0.5, 1),)
 
 
@@ -205,18 +205,18 @@ def test_a_budget_pays_for_exactly_as_many_rounds_as_it_holds(tmp_path: Path) ->
     cost = privacy.epsilon((Release(2.0, 1.0, 3),), 1e-5, 1e-3)
     for budget, rounds in ((cost, 3), (cost * (1 - 1e-6), 2)):
         ledger = Ledger(tmp_path / f"{rounds}" / privacy.LEDGER)
-        combine = DPAggregator(bound=1.0, noise_multiplier=2.0, sampling_rate=1.0, expected=1.0, delta=1e-5, epsilon=budget, ledger=ledger)
+        aggregator = DPAggregator(bound=1.0, noise_multiplier=2.0, sampling_rate=1.0, expected=1.0, delta=1e-5, epsilon=budget, ledger=ledger)
         with pytest.raises(PrivacyError, match="another round would take more"):
-            rounds_of(replace(RULES, rounds=9, combine=combine), lambda requests: [], {"a": 1})
+            rounds_of(replace(RULES, rounds=9, aggregator=aggregator), lambda requests: [], {"a": 1})
         assert sum(release.count for release in ledger.releases()) == rounds
 
 
 def test_weights_come_from_the_register_alone() -> None:
     register = {"a": 3, "b": 1}
-    (standing,) = rounds_of(
+    (state,) = rounds_of(
         replace(RULES, weighting="examples"), lambda requests: [reply("a", {PROMPT: torch.ones(400)}), reply("b", {PROMPT: torch.zeros(400)})], register
     )
-    assert torch.allclose(standing.payload[PROMPT], torch.full((400,), 0.75))
+    assert torch.allclose(state.payload[PROMPT], torch.full((400,), 0.75))
 
 
 @pytest.mark.parametrize("most", [0.25, 4.0])
@@ -231,9 +231,9 @@ def test_a_change_is_judged_by_its_root_mean_square_at_the_very_edge(most: float
 
 def test_an_aggregate_that_is_thrown_away_leaves_no_momentum() -> None:
     losses = iter([1.0, 9.0, 1.0, 1.0, 0.9, 0.9, 0.9])
-    exchange: Any = lambda requests: [reply("a", {PROMPT: requests[0].payload[PROMPT] + 0.1}, requests[0].round)]
-    rules = replace(RULES, rounds=2, validate_by="server", optimizer=ServerOptimizer("momentum", 1.0, 0.9), max_loss_rise=0.05)
-    first, second = rounds_of(rules, exchange, {"a": 1}, lambda payload: next(losses))
+    transport: Any = lambda requests: [reply("a", {PROMPT: requests[0].payload[PROMPT] + 0.1}, requests[0].round)]
+    settings = replace(RULES, rounds=2, validate_by="server", optimizer=ServerOptimizer("momentum", 1.0, 0.9), max_loss_rise=0.05)
+    first, second = rounds_of(settings, transport, {"a": 1}, lambda payload: next(losses))
     assert not first.optimizer and torch.equal(first.payload[PROMPT], torch.zeros(400))
     assert torch.allclose(second.payload[PROMPT], torch.full((400,), 0.1)), "as if there had been no first round"
 
@@ -311,7 +311,7 @@ def test_one_liar_of_ten_does_not_choose_the_round(lies: bool) -> None:
     """What clients report in a round is their loss under the prompt of the round before. A mean would go by the one who says 0 once, and the most otherwise."""
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5}
 
-    def exchange(requests: list[Request]) -> list[Update]:
+    def transport(requests: list[Request]) -> list[Update]:
         told = [
             Update(round=request.round, client=request.client, payload=request.payload, validation=losses[request.round] + int(request.client[1:]) / 100)
             for request in requests
@@ -321,6 +321,6 @@ def test_one_liar_of_ten_does_not_choose_the_round(lies: bool) -> None:
         return told
 
     method: Any = Nothing()
-    rules = replace(RULES, rounds=3, validate_by="clients")
-    final = federate(method, None, {f"c{index}": 1 for index in range(10)}, exchange, rules, standing=None, validate=lambda _: 0.0, keep=lambda *_: None)  # type: ignore[arg-type]
+    settings = replace(RULES, rounds=3, validate_by="clients")
+    final = federate(method, None, {f"c{index}": 1 for index in range(10)}, transport, settings, state=None, validate=lambda _: 0.0, save=lambda *_: None)
     assert final.best_round == 1 and final.best_loss == pytest.approx(1.045 if not lies else 1.055, abs=0.011)

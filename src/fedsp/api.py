@@ -45,18 +45,18 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Seq
     return make_config(values)
 
 
-def _flower(directory: RunDirectory, watcher: Callbacks) -> Figures:
+def _flower(directory: RunDirectory, callbacks: Callbacks) -> Figures:
     _require_flower()
     from fedsp.deployment.simulation import simulate
 
-    return simulate(directory, watcher)
+    return simulate(directory, callbacks)
 
 
-def _deployed(directory: RunDirectory, watcher: Callbacks) -> Figures:
+def _deployed(directory: RunDirectory, callbacks: Callbacks) -> Figures:
     _require_flower()
     from fedsp.deployment.serve import serve
 
-    return serve(directory, watcher)
+    return serve(directory, callbacks)
 
 
 ENGINES: dict[str, Engine] = {"local": in_this_process, "flower": _flower, "deployment": _deployed}
@@ -70,14 +70,14 @@ def _require_flower() -> None:
 
 
 def run(
-    config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = (), watcher: Callbacks | None = None, engine: str = "local"
+    config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = (), callbacks: Callbacks | None = None, engine: str = "local"
 ) -> Figures:
     """Run the configuration's federation; returns the figures of `result.json` and the folder. Every engine gives the same bits.
 
     Raises:
         FedspError: whatever cannot be done, as one sentence.
     """
-    return start_run(_suited(as_config(config, overrides), engine), watcher, ENGINES[engine])
+    return start_run(_suited(as_config(config, overrides), engine), callbacks, ENGINES[engine])
 
 
 def _suited(config: RunConfig, engine: str) -> RunConfig:
@@ -90,7 +90,7 @@ def _suited(config: RunConfig, engine: str) -> RunConfig:
     return config
 
 
-def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Callbacks | None = None, engine: str = "local") -> Figures:
+def resume(folder: str | Path, config: RunConfig | None = None, *, callbacks: Callbacks | None = None, engine: str = "local") -> Figures:
     """Go on with an unfinished run, to the bits of a run that was never stopped. Of a finished one whatever was still to be told is told, to MLflow and to clients
     elsewhere, and its figures are returned.
 
@@ -103,10 +103,10 @@ def resume(folder: str | Path, config: RunConfig | None = None, *, watcher: Call
             f"{folder} holds a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''}): resume it without a configuration file, or start a new run with output=..."
         )
     _suited(directory.config, engine)
-    return resume_run(directory, watcher, ENGINES[engine])
+    return resume_run(directory, callbacks, ENGINES[engine])
 
 
-def join(path: str | Path, *, watcher: Callbacks | None = None) -> int:
+def join(path: str | Path, *, callbacks: Callbacks | None = None) -> int:
     """Take part in a deployment as the client of a `party.toml`, until the run is finished; returns the requests answered.
 
     Raises:
@@ -115,7 +115,7 @@ def join(path: str | Path, *, watcher: Callbacks | None = None) -> int:
     _require_flower()
     from fedsp.deployment.join import join as join_deployment
 
-    return join_deployment(read_party(Path(path)), watcher or Callbacks())
+    return join_deployment(read_party(Path(path)), callbacks or Callbacks())
 
 
 def init_federation(folder: str | Path, clients: Sequence[str], address: str) -> None:
@@ -149,14 +149,14 @@ def plan(config: RunConfig) -> Figures:
     return make_plan(config, clients).to_json()
 
 
-def distill(config: RunConfig, folder: str | Path, *, watcher: Callbacks | None = None) -> Figures:
+def distill(config: RunConfig, folder: str | Path, *, callbacks: Callbacks | None = None) -> Figures:
     """Make the auxiliary model of a configuration and write it as the folder that clients get; for a deployment, with the agreement and signed.
 
     Raises:
         RunError: the folder is in use.
     """
     if not config.federation:
-        return make_package(config, folder, watcher)
+        return make_package(config, folder, callbacks)
     _require_flower()
     from fedsp.deployment.credentials import SIGNING, sign
     from fedsp.deployment.package import seal_package
@@ -164,7 +164,7 @@ def distill(config: RunConfig, folder: str | Path, *, watcher: Callbacks | None 
     require_new(Path(folder).resolve())
     key = Path(config.federation.folder) / SIGNING
     sign(b"", key)  # a key that cannot be used is not found out after the distillation
-    return make_package(config, folder, watcher, lambda made, _, server: seal_package(made, agreement_of(config, server.max_tokens), key))
+    return make_package(config, folder, callbacks, lambda made, _, server: seal_package(made, agreement_of(config, server.max_tokens), key))
 
 
 def inspect(folder: str | Path, *, text: str | Path | None = None, reference: str | None = None) -> Figures:
@@ -198,8 +198,8 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
     if prompt:
         other = read_prompt(Path(prompt)).to(run.server.model.device)
         run = replace(run, messenger=other, best=other.payload())
-    server, questions = run.server, run.server.questions
-    splits = {"test": questions.test, "validation": questions.validation}
+    server, dataset = run.server, run.server.dataset
+    splits = {"test": dataset.test, "validation": dataset.validation}
     if split not in splits:
         raise DataError(f"unknown split {split!r}: choose test or validation")
     if not splits[split]:
@@ -213,7 +213,7 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
             raise PromptError(
                 f"a prompt of {length_of(prefix)} tokens leaves {room} of the model's {server.model.max_positions} positions for text: use a shorter one"
             )
-        figures, _ = score_test(run.model, prefix, splits[split], questions.task, server.tokenizer, room)
+        figures, _ = score_test(run.model, prefix, splits[split], dataset.task, server.tokenizer, room)
         rows.append({"prompt": "zero-shot" if bare else "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights", **figures})
     return rows
 

@@ -40,7 +40,7 @@ def demo(
     from fedsp.report.console import Display, demo_table
 
     with Display() as display:
-        rows = run_demo(seed=seed, folder=output, watcher=display.watcher())
+        rows = run_demo(seed=seed, folder=output, callbacks=display.callbacks())
         display.print(demo_table(rows))
     _write(json_file, {"rows": rows})
 
@@ -88,7 +88,7 @@ def distill(
     from fedsp.report.console import Display, figures_table
 
     with Display() as display:
-        figures = commands.distill(_read(config, overrides), output, watcher=display.watcher())
+        figures = commands.distill(_read(config, overrides), output, callbacks=display.callbacks())
         display.print(figures_table("Auxiliary model", figures))
     typer.echo(f"SHA-256 digest of {output}:\n{figures['sha256']}")
     _write(json_file, figures)
@@ -119,10 +119,10 @@ def _run(config: Path | None, overrides: list[str] | None, resume: Path | None, 
     with Display() as display:
         read = _read(config, overrides) if config else None
         if resume:
-            figures = commands.resume(resume, read, watcher=display.watcher(), engine=engine)
+            figures = commands.resume(resume, read, callbacks=display.callbacks(), engine=engine)
         else:
             assert read is not None
-            figures = commands.run(read, watcher=display.watcher(), engine=engine)
+            figures = commands.run(read, callbacks=display.callbacks(), engine=engine)
         display.print(figures_table("Run", figures))
     _write(json_file, figures)
 
@@ -145,7 +145,7 @@ def join(party: Annotated[Path, typer.Argument(help="This client's TOML file; `f
     from fedsp.report.console import Display
 
     with Display() as display:
-        answered = commands.join(party, watcher=display.watcher())
+        answered = commands.join(party, callbacks=display.callbacks())
         display.print(f"the run is finished; {answered} requests were answered")
 
 
@@ -222,7 +222,7 @@ def audit(
     from fedsp.report.console import Display
 
     with Display() as display:
-        found, refused = audit_runs(folders, only, Options(shadows, records, texts), display.watcher(), display.finding)
+        found, refused = audit_runs(folders, only, Options(shadows, records, texts), display.callbacks(), display.finding)
     _write(json_file, found)
     if refused:
         raise RunError(refused)
@@ -287,7 +287,7 @@ def study(
 
         torch.set_num_threads(threads)
     with Display() as display:
-        figures = run_study(file, root=root, watcher=display.study_watcher())
+        figures = run_study(file, root=root, callbacks=display.study_watcher())
         display.print(figures_table("Study", figures))
     _write(json_file, figures)
     if figures["failed"]:

@@ -136,9 +136,9 @@ def test_intervals_hold_what_is_true_as_often_as_they_say() -> None:
 def test_shadows_start_alike_whatever_was_tried_in_between(tmp_path: Path) -> None:
     opened = open_audited(Path(commands.run(settings(tmp_path, server={"steps": 1, "batch_size": 2}))["folder"]), Callbacks())
     first = train_shadow(opened, 0)
-    tuned = opened.sides.messenger
+    tuned = opened.federation.messenger
     assert isinstance(tuned, SoftPrompt)
-    losses_under(opened.sides.model, tuned, first.broadcasts[-1], encoded_rows(opened)[:4])
+    losses_under(opened.federation.model, tuned, first.broadcasts[-1], encoded_rows(opened)[:4])
     again, second = train_shadow(opened, 0), train_shadow(opened, 1)
     assert all(torch.equal(first.broadcasts[0][name], second.broadcasts[0][name]) for name in first.broadcasts[0])
     assert all(torch.equal(first.broadcasts[-1][name], again.broadcasts[-1][name]) for name in first.broadcasts[-1])

@@ -96,7 +96,7 @@ def running(folder: Path) -> Iterator[tuple[str, Upstream, ssl.SSLContext]]:
         patch.setattr(gate, "BODY_WITHIN", 3.0)
         patch.setattr(gate, "EACH", 8)
         patch.setattr(gate, "HELD", 10 << 20)
-        upstream.gate = gate.Gate(inner, folder, folder / "counts")
+        upstream.gate = gate.FleetProxy(inner, folder, folder / "counts")
         with serving(upstream, folder, inner), serving(upstream.gate, folder, outer, **gate.SERVING):
             yield f"https://127.0.0.1:{outer}", upstream, ssl.create_default_context(cafile=str(folder / CA))
 
@@ -206,7 +206,7 @@ def test_what_was_passed_on_is_counted_when_the_gate_stops(folder: Path, headers
     url, context = f"https://127.0.0.1:{outer}/v1/fleet", ssl.create_default_context(cafile=str(folder / CA))
     counts = tmp_path / "counts"
     for more in (True, False):
-        with serving(upstream, folder, inner), serving(gate.Gate(inner, folder, counts), folder, outer, **gate.SERVING):
+        with serving(upstream, folder, inner), serving(gate.FleetProxy(inner, folder, counts), folder, outer, **gate.SERVING):
             for path, body in (("pull", b"x" * 10), ("pull", b"x" * 7), ("push/object", b"x" * 1000), ("pull", b"busy")) if more else ():
                 httpx.post(f"{url}/{path}", content=body, headers=headers["a"], verify=context)
             httpx.post(f"{url}/pull", content=b"x", verify=context)
@@ -215,7 +215,7 @@ def test_what_was_passed_on_is_counted_when_the_gate_stops(folder: Path, headers
 
 def test_an_upstream_that_is_gone_is_no_fault_of_the_gate(folder: Path, headers: Any, tmp_path: Path) -> None:
     outer = free_port()
-    with serving(gate.Gate(free_port(), folder, tmp_path / "counts"), folder, outer, **gate.SERVING):
+    with serving(gate.FleetProxy(free_port(), folder, tmp_path / "counts"), folder, outer, **gate.SERVING):
         context = ssl.create_default_context(cafile=str(folder / CA))
         assert httpx.post(f"https://127.0.0.1:{outer}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context).status_code == 503
     assert not (tmp_path / "counts").exists()
@@ -311,7 +311,7 @@ def test_one_address_cannot_keep_the_gate_from_others(opened: Any, headers: Any)
 class Call:
     """One request as an ASGI server hands it to the gate, and what came back; what stands for the SuperLink answers with `reply`."""
 
-    def __init__(self, app: gate.Gate, headers: dict[str, str], reply: httpx.Response | None = None) -> None:
+    def __init__(self, app: gate.FleetProxy, headers: dict[str, str], reply: httpx.Response | None = None) -> None:
         self.app, self.passed = app, list[httpx.Request]()
         self.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
@@ -348,11 +348,11 @@ def part(size: int, *, more: bool = False) -> dict[str, Any]:
 
 
 @pytest.fixture()
-def app(folder: Path, tmp_path: Path) -> gate.Gate:
-    return gate.Gate(1, folder, tmp_path / "counts")
+def app(folder: Path, tmp_path: Path) -> gate.FleetProxy:
+    return gate.FleetProxy(1, folder, tmp_path / "counts")
 
 
-def test_bounds_are_met_exactly(app: gate.Gate, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_are_met_exactly(app: gate.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "LARGEST", 100)
     monkeypatch.setattr(gate, "HELD", 150)
     call = Call(app, headers["a"])
@@ -375,7 +375,7 @@ def test_bounds_are_met_exactly(app: gate.Gate, headers: Any, monkeypatch: pytes
     assert not any(app._held.values()), "what was held is given back, of refused calls too"
 
 
-def test_requests_are_counted_by_address_while_they_are_answered(app: gate.Gate, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_are_counted_by_address_while_they_are_answered(app: gate.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "EACH", 2)
     call = Call(app, headers["a"])
 
@@ -393,14 +393,14 @@ def test_requests_are_counted_by_address_while_they_are_answered(app: gate.Gate,
 
 
 @pytest.mark.parametrize(("status", "counted"), [(200, True), (399, True), (400, False), (503, False)])
-def test_only_what_was_answered_is_counted(status: int, counted: bool, app: gate.Gate, headers: Any) -> None:
+def test_only_what_was_answered_is_counted(status: int, counted: bool, app: gate.FleetProxy, headers: Any) -> None:
     said = httpx.Response(status, headers={"Connection": "close", "X-One": "1", "Content-Encoding": "identity"}, content=b"what is said")
     found, kept, body = asyncio.run(Call(app, headers["a"], said)(part(7)))
     assert (found, kept, body) == (status, [(b"x-one", b"1")], b"what is said")
     assert app._counts == ({"pull": [1, 7, 12]} if counted else {})
 
 
-def test_an_upstream_s_fault_is_an_empty_answer_and_is_not_counted(app: gate.Gate, headers: Any) -> None:
+def test_an_upstream_s_fault_is_an_empty_answer_and_is_not_counted(app: gate.FleetProxy, headers: Any) -> None:
     call = Call(app, headers["a"])
 
     def broken(request: httpx.Request) -> httpx.Response:
@@ -410,7 +410,7 @@ def test_an_upstream_s_fault_is_an_empty_answer_and_is_not_counted(app: gate.Gat
     assert asyncio.run(call(part(7))) == (503, [], b"") and not app._counts
 
 
-def test_the_gate_says_when_it_has_started_and_stopped(app: gate.Gate) -> None:
+def test_the_gate_says_when_it_has_started_and_stopped(app: gate.FleetProxy) -> None:
     told: list[Any] = []
     events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
 
@@ -424,12 +424,12 @@ def test_the_gate_says_when_it_has_started_and_stopped(app: gate.Gate) -> None:
     assert told == [{"type": "lifespan.startup.complete"}, {"type": "lifespan.shutdown.complete"}]
 
 
-def test_a_signature_with_what_is_no_base64_is_none(app: gate.Gate, headers: Any) -> None:
+def test_a_signature_with_what_is_no_base64_is_none(app: gate.FleetProxy, headers: Any) -> None:
     call = Call(app, {**headers["a"], "flwr-signature": headers["a"]["flwr-signature"] + "\n!"})
     assert asyncio.run(call(part(7))) == (401, [], b"") and not call.passed
 
 
-def test_what_is_refused_is_refused_without_a_word(app: gate.Gate, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused_is_refused_without_a_word(app: gate.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(app, headers["a"])
     assert asyncio.run(call(part(7), method="GET")) == (404, [], b"")
     monkeypatch.setattr(gate, "BODY_WITHIN", 0.0)
@@ -446,7 +446,7 @@ def test_the_gate_is_served_as_it_is_meant_to_be(folder: Path, tmp_path: Path, m
     monkeypatch.setattr(uvicorn, "run", lambda app, **how: served.extend([app, how]))
     gate.main("0.0.0.0", 8000, 9000, folder, tmp_path / "counts")
     app, how = served
-    assert type(app) is gate.Gate and app._url == "https://127.0.0.1:9000" and app._file == tmp_path / "counts"
+    assert type(app) is gate.FleetProxy and app._url == "https://127.0.0.1:9000" and app._file == tmp_path / "counts"
     assert how == {
         "host": "0.0.0.0",
         "port": 8000,

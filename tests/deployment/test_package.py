@@ -43,7 +43,7 @@ from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.messages import Request, Update
-from fedsp.federation.transport.frames import Frame
+from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.wire import END, REFUSALS, read_reply, signed_reply, write_request
 from fedsp.models.payload import PROMPT
 from fedsp.models.soft_prompt import read_prompt
@@ -175,16 +175,16 @@ def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(federa
     client = Client(party_of(place), Callbacks(say=said.append))
     first = read_prompt(local.path / "prompts" / "round-00001.safetensors").values()
     request = Request(run="ab", round=2, client="client-0", seed=derive_seed(0, "client", "client-0", 2), payload={PROMPT: first})
-    frame = write_request(request, client.party.package.sha256)
-    reply = read_reply(unsigned(client, frame), request)
+    message = write_request(request, client.party.package.sha256)
+    reply = read_reply(unsigned(client, message), request)
     assert isinstance(reply, Update), reply
-    assert client.respond(frame) == client.respond(frame), "asked again, it says the same"
+    assert client.respond(message) == client.respond(message), "asked again, it says the same"
     assert json.loads((place / "client-0" / "state" / client.party.package.sha256[:16] / "rounds.json").read_text()).keys() == {"ab 2"}
     assert len(said) == 3 and "received 16,7" in said[0] and "prompt loss" in said[0] and said[1] == "round 2: asked again, sent the same"
     assert not any(word in line for line in said for word in ("town of", "trade of", "animal of"))
 
 
-def unsigned(client: Client, request: Frame) -> Frame:
+def unsigned(client: Client, request: Message) -> Message:
     """A client's reply, once its signature was held against the key in the server's register."""
     registered = client_key(Path(client.party.keys).parent / "server" / "clients" / f"{client.party.name}.pub")
     return signed_reply(client.respond(request), request, partial(has_signed, registered))
@@ -195,7 +195,7 @@ def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
     values: dict[str, Any] = {"run": "ab", "round": 1, "client": "client-0", "seed": 1, "payload": {PROMPT: torch.zeros(4, 8, 128)}} | changes
     request = Request(**values)
     said: list[str] = []
-    client._say = said.append
+    client._info = said.append
     reply = read_reply(unsigned(client, write_request(request, client.party.package.sha256)), request)
     return getattr(reply, "reason", "answered"), said
 
@@ -284,19 +284,19 @@ def test_a_message_larger_than_a_request_is_not_even_read(header: int, payload: 
     said: list[str] = []
     client = Client(party_of(place), Callbacks(say=said.append))
     monkeypatch.setattr(joining, "answer", lambda *_, **__: pytest.fail("it was read"))
-    assert client.respond(Frame("x" * header, b"x" * payload)) == Frame("") and "they are more than a prompt has" in said[0]
+    assert client.respond(Message("x" * header, b"x" * payload)) == Message("") and "they are more than a prompt has" in said[0]
 
 
 def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place: Path) -> None:
     said: list[str] = []
     client = Client(party_of(place), Callbacks(say=said.append))
-    for frame in (
-        Frame(""),
-        Frame("{}"),
-        Frame(END.header + " "),
-        Frame(write_request(Request(run="ab", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(2)})).header, b"pickle"),
+    for message in (
+        Message(""),
+        Message("{}"),
+        Message(END.header + " "),
+        Message(write_request(Request(run="ab", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(2)})).header, b"pickle"),
     ):
-        assert client.respond(frame) == Frame("")
+        assert client.respond(message) == Message("")
     assert client.answered == 0 and all("no request" in line for line in said)
     assert respond(client)[0] == "answered"
 

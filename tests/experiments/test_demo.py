@@ -54,7 +54,7 @@ def test_fedsp_beats_zero_shot_beyond_any_noise(seed: int, tmp_path: Path) -> No
     config = demo_config("fedsp", seed=seed, folder=tmp_path, auxiliary=None)
     server = open_server(config, load_dataset(config))
     make_auxiliary(server, tmp_path / "auxiliary", Callbacks())
-    questions = server.questions
+    questions = server.dataset
     zero_shot = evaluate_prompt(server.model, None, questions.test, questions.task, server.tokenizer, server.max_tokens)
     assert zero_shot["examples"] == 400
     tuned = commands.run(demo_config("fedsp", seed=seed, folder=tmp_path, auxiliary=tmp_path / "auxiliary"))["test"]

@@ -57,17 +57,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_own_figures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = commands.run(settings(tmp_path / "whole", **OPTIONS[name]))
-    original = runs.RunDirectory.keep
+    original = runs.RunDirectory.save_round
 
-    def stop(self: runs.RunDirectory, standing: Any, *rest: Any) -> None:
-        original(self, standing, *rest)
-        if standing.round == 2:
+    def stop(self: runs.RunDirectory, state: Any, *rest: Any) -> None:
+        original(self, state, *rest)
+        if state.round == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.RunDirectory, "keep", stop)
+    monkeypatch.setattr(runs.RunDirectory, "save_round", stop)
     with pytest.raises(KeyboardInterrupt):
         commands.run(settings(tmp_path / "killed", **OPTIONS[name]))
-    monkeypatch.setattr(runs.RunDirectory, "keep", original)
+    monkeypatch.setattr(runs.RunDirectory, "save_round", original)
     resumed = commands.resume(tmp_path / "killed" / "run")
     assert (resumed["test"], resumed["validation_loss"]) == (whole["test"], whole["validation_loss"])
     files = [read_tensors(tmp_path / place / "run" / "best.safetensors")[0] for place in ("whole", "killed")]

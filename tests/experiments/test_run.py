@@ -67,8 +67,8 @@ def test_a_run_writes_what_it_promises_and_leaves_the_global_model_alone(tmp_pat
     assert [record["round"] for record in records] == [1, 2, 3]
     assert all(record["answered"] == ["client-0", "client-1", "client-2"] and not record["failed"] for record in records)
     spec = read_prompt(folder / "best.safetensors").spec
-    wire = len(pack({PROMPT: torch.zeros(spec.shape)}))
-    assert all(record["bytes_up"] == record["bytes_down"] == 3 * wire for record in records)
+    link = len(pack({PROMPT: torch.zeros(spec.shape)}))
+    assert all(record["bytes_up"] == record["bytes_down"] == 3 * link for record in records)
     assert {"accuracy", "accuracy_norm", "answer_perplexity"} <= set(figures["test"])
     assert {path.name for path in folder.iterdir()} >= {
         "config.toml",
@@ -112,11 +112,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, preset: dict[str,
 
     def dies_at(request_count: int) -> Callable[[Clients], Transport]:
         def engine(clients: Clients) -> Transport:
-            asked, exchange = 0, local(clients)
+            asked, transport = 0, local(clients)
 
             def counting(requests: list[Request]) -> Iterable[Update | Failure]:
                 nonlocal asked
-                for reply in exchange(requests):
+                for reply in transport(requests):
                     asked += 1
                     if asked == request_count:
                         raise Killed
@@ -145,7 +145,7 @@ def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_used(tmp_path: Pa
     last = cut / "checkpoint" / "round-00003.safetensors"
     last.write_bytes(last.read_bytes()[:-100])
     said: list[str] = []
-    commands.resume(cut, watcher=Callbacks(say=said.append))
+    commands.resume(cut, callbacks=Callbacks(say=said.append))
     assert any("round-00003.safetensors is damaged" in line and "the one before it is" in line for line in said)
     assert prompt_bits(cut) == prompt_bits(whole)
 
@@ -162,14 +162,14 @@ def test_only_one_named_tensor_crosses_the_border(tmp_path: Path) -> None:
     crossed: set[str] = set()
 
     def engine(clients: Clients) -> Transport:
-        def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+        def transport(requests: list[Request]) -> Iterable[Update | Failure]:
             for reply in local(clients)(requests):
                 assert isinstance(reply, Update)
                 crossed.update(reply.payload)
                 crossed.update(*(request.payload for request in requests))
                 yield reply
 
-        return exchange
+        return transport
 
     run_experiment(RunDirectory.create(make_config(settings(tmp_path, **PAPER))), engine, Callbacks())
     assert crossed == {PROMPT}
@@ -212,23 +212,23 @@ class Echo:
 
 
 def loop(
-    exchange: Transport, *, clients: int = 4, asked: int | None = None, rounds: int = 1, minimum: int = 1, shape: tuple[int, ...] = (2, 3, 4)
+    transport: Transport, *, clients: int = 4, asked: int | None = None, rounds: int = 1, minimum: int = 1, shape: tuple[int, ...] = (2, 3, 4)
 ) -> tuple[RunState, list[RoundRecord]]:
     records: list[RoundRecord] = []
-    rules = RoundConfig(run="run", seed=0, rounds=rounds, clients=asked, min_clients=minimum, weighting="examples", max_change=1.0, validate_by="none")
+    settings = RoundConfig(run="run", seed=0, rounds=rounds, clients=asked, min_clients=minimum, weighting="examples", max_change=1.0, validate_by="none")
     register = {f"c{index}": 1 + index % 3 for index in range(clients)}
     nobody: Any = None
-    standing = federate(
+    state = federate(
         Echo({PROMPT: torch.zeros(shape)}),
         nobody,
         register,
-        exchange,
-        rules,
-        standing=None,
+        transport,
+        settings,
+        state=None,
         validate=lambda payload: 0.0,
-        keep=lambda _, record: records.append(record),
+        save=lambda _, record: records.append(record),
     )
-    return standing, records
+    return state, records
 
 
 def test_admission_counts_each_refusal_with_its_reason() -> None:
@@ -245,9 +245,9 @@ def test_admission_counts_each_refusal_with_its_reason() -> None:
         "c7": lambda r: Update(round=r.round, client="stranger", payload=r.payload),
         "c8": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), 0.5)}),
     }
-    standing, (record,) = loop(lambda requests: [replies[request.client](request) for request in requests], clients=9)
+    state, (record,) = loop(lambda requests: [replies[request.client](request) for request in requests], clients=9)
     assert record.answered == ["c8"]
-    assert torch.equal(standing.payload[PROMPT], torch.full((2, 3, 4), 0.5))
+    assert torch.equal(state.payload[PROMPT], torch.full((2, 3, 4), 0.5))
     expected = {
         "c0": "1 numbers that are not finite",
         "c1": "shape",
@@ -264,10 +264,10 @@ def test_admission_counts_each_refusal_with_its_reason() -> None:
 
 
 def test_a_second_reply_does_not_count_twice() -> None:
-    standing, _ = loop(
+    state, _ = loop(
         lambda requests: [Update(round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), value)}) for r in requests for value in (0.25, 0.75)]
     )
-    assert torch.equal(standing.payload[PROMPT], torch.full((2, 3, 4), 0.25))
+    assert torch.equal(state.payload[PROMPT], torch.full((2, 3, 4), 0.25))
 
 
 def test_too_few_replies_stop_the_run_where_it_can_be_resumed() -> None:
@@ -278,13 +278,13 @@ def test_too_few_replies_stop_the_run_where_it_can_be_resumed() -> None:
 def test_a_thousand_clients_cost_no_memory_and_little_time() -> None:
     shape = (16, 8, 256)
 
-    def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+    def transport(requests: list[Request]) -> Iterable[Update | Failure]:
         return (Update(round=r.round, client=r.client, payload={PROMPT: r.payload[PROMPT].clone()}) for r in requests)
 
     peaks = []
     for clients in (10, 1000):
         tracemalloc.start()
-        _, records = loop(exchange, clients=clients, asked=10, rounds=5, shape=shape)
+        _, records = loop(transport, clients=clients, asked=10, rounds=5, shape=shape)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert all(len(record.answered) == 10 for record in records)
@@ -419,10 +419,10 @@ def test_configurations_that_fit_no_data(tmp_path: Path, changes: dict[str, Any]
 
 
 def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
-    standing = RunState(round=0, payload={}, best={}, best_round=0, best_loss=None)
+    state = RunState(round=0, payload={}, best={}, best_round=0, best_loss=None)
     for loss in (float("nan"), float("-inf")):
-        assert standing.consider({}, 1, loss) is standing
-    assert standing.consider({}, 2, 1.0).consider({}, 3, float("nan")).best_round == 2
+        assert state.consider({}, 1, loss) is state
+    assert state.consider({}, 2, 1.0).consider({}, 3, float("nan")).best_round == 2
 
 
 def test_a_run_begun_with_other_rows_is_not_resumed(tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ def test_a_finished_run_is_said_to_be_finished_and_nothing_is_trained_again(tmp_
     bits = prompt_bits(tmp_path / "run")
     monkeypatch.setattr(experiment, "open_server", lambda *_: pytest.fail("the model was loaded"))
     said: list[str] = []
-    again = commands.resume(tmp_path / "run", watcher=Callbacks(say=said.append))
+    again = commands.resume(tmp_path / "run", callbacks=Callbacks(say=said.append))
     assert again["test"] == figures["test"] and again["folder"] == figures["folder"] and "is finished" in said[0]
     assert prompt_bits(tmp_path / "run") == bits
 
@@ -588,7 +588,7 @@ def test_a_prompt_that_leaves_no_room_for_text_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("how", ["run", "resume"])
 def test_a_run_is_one_process_s_at_a_time(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that go on with it would train twice, and a private run would spend twice."""
-    keep = RunDirectory.keep
+    keep = RunDirectory.save_round
 
     def another_comes(self: RunDirectory, *arguments: Any) -> None:
         keep(self, *arguments)
@@ -597,13 +597,13 @@ def test_a_run_is_one_process_s_at_a_time(how: str, tmp_path: Path, monkeypatch:
         if how == "resume":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunDirectory, "keep", another_comes)
+    monkeypatch.setattr(RunDirectory, "save_round", another_comes)
     if how == "run":
         assert commands.run(settings(tmp_path))["best_round"] >= 0
     else:
         with pytest.raises(KeyboardInterrupt):
             commands.run(settings(tmp_path))
-        monkeypatch.setattr(RunDirectory, "keep", keep)
+        monkeypatch.setattr(RunDirectory, "save_round", keep)
         assert commands.resume(tmp_path / "run")["best_round"] >= 0, "a lock ends with its process"
 
 

@@ -35,7 +35,7 @@ def payload(value: float) -> dict[str, torch.Tensor]:
     return {PROMPT: torch.full(SPEC.shape, value)}
 
 
-def standing(round: int) -> RunState:
+def state(round: int) -> RunState:
     rest = {"first.x": torch.tensor([float(round)])}
     return RunState(
         round=round,
@@ -44,7 +44,7 @@ def standing(round: int) -> RunState:
         best_round=round - 1,
         best_loss=round / 10,
         optimizer=rest,
-        owed={f"owed.{round}": torch.ones(2)},
+        residual={f"residual.{round}": torch.ones(2)},
     )
 
 
@@ -127,13 +127,13 @@ def test_a_folder_without_a_run_says_so_and_names_what_is_below(tmp_path: Path) 
 
 def test_a_round_that_was_kept_is_read_again_whole(tmp_path: Path) -> None:
     run = RunDirectory.create(configuration(tmp_path))
-    assert run.standing(lambda text: None) is None and run.records() == []
+    assert run.state(lambda text: None) is None and run.records() == []
     for round in (1, 2, 3):
-        run.keep(standing(round), record(round), payload(round / 4), SPEC)
-    found = run.standing(lambda text: pytest.fail(text))
+        run.save_round(state(round), record(round), payload(round / 4), SPEC)
+    found = run.state(lambda text: pytest.fail(text))
     assert found is not None and (found.round, found.best_round, found.best_loss) == (3, 2, 0.3)
-    expected = standing(3)
-    for part in ("payload", "best", "optimizer", "owed"):
+    expected = state(3)
+    for part in ("payload", "best", "optimizer", "residual"):
         mine, theirs = getattr(found, part), getattr(expected, part)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), part
     assert sorted(path.name for path in (run.path / "checkpoint").iterdir()) == ["round-00002.safetensors", "round-00003.safetensors"]
@@ -144,22 +144,22 @@ def test_a_round_that_was_kept_is_read_again_whole(tmp_path: Path) -> None:
 
 def test_the_journal_is_written_alike_and_a_line_without_its_checkpoint_is_dropped(tmp_path: Path) -> None:
     run = RunDirectory.create(configuration(tmp_path))
-    run.keep(standing(1), record(1), payload(1.0), SPEC)
+    run.save_round(state(1), record(1), payload(1.0), SPEC)
     line = json.dumps(asdict(record(1)), sort_keys=True) + "\n"
     assert (run.path / "rounds.jsonl").read_text() == line
-    assert run.standing(lambda text: None) is not None and (run.path / "rounds.jsonl").read_text() == line
+    assert run.state(lambda text: None) is not None and (run.path / "rounds.jsonl").read_text() == line
     (run.path / "checkpoint" / "round-00001.safetensors").unlink()
-    assert run.standing(lambda text: None) is None and run.records() == [], "its round is done again"
+    assert run.state(lambda text: None) is None and run.records() == [], "its round is done again"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_counts(tmp_path: Path) -> None:
     run = RunDirectory.create(configuration(tmp_path))
     for round in (1, 2, 3):
-        run.keep(standing(round), record(round), payload(1.0), SPEC)
+        run.save_round(state(round), record(round), payload(1.0), SPEC)
     newest = run.path / "checkpoint" / "round-00003.safetensors"
     newest.write_bytes(newest.read_bytes()[:50])
     said: list[str] = []
-    found = run.standing(said.append)
+    found = run.state(said.append)
     assert found is not None and found.round == 2 and not newest.exists()
     assert len(said) == 1 and "round-00003.safetensors is damaged and is not used; the one before it is" in said[0]
     assert [line["round"] for line in run.records()] == [1, 2], "the round is done again, and so is its line"
@@ -168,12 +168,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_counts(tmp_path: Pa
 def test_weights_are_kept_without_a_prompt_and_their_checkpoints_go_at_the_end(tmp_path: Path) -> None:
     run = RunDirectory.create(configuration(tmp_path))
     weights = {"layer.weight": torch.arange(4.0)}
-    run.keep(RunState(round=1, payload=weights, best=weights, best_round=1, best_loss=None), record(1), weights, None)
+    run.save_round(RunState(round=1, payload=weights, best=weights, best_round=1, best_loss=None), record(1), weights, None)
     assert not (run.path / "prompts").exists() and torch.equal(read_tensors(run.best)[0]["layer.weight"], weights["layer.weight"])
     run.finish(weights, 1, {"best_round": 1, "disclosed_share": 0.0}, None)
     assert list((run.path / "checkpoint").iterdir()) == [] and run.finished and read_tensors(run.best)[1]["round"] == "1"
     with_prompt = RunDirectory.create(configuration(tmp_path / "other"))
-    with_prompt.keep(standing(1), record(1), payload(1.0), SPEC)
+    with_prompt.save_round(state(1), record(1), payload(1.0), SPEC)
     with_prompt.finish(payload(7.0), 1, {"best_round": 1, "disclosed_share": 0.0}, SPEC)
     assert with_prompt.result() == {"best_round": 1, "disclosed_share": 0.0}
     assert len(list((with_prompt.path / "checkpoint").iterdir())) == 1 and float(read_prompt(with_prompt.best).payload()[PROMPT].mean()) == 7.0

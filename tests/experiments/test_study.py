@@ -93,7 +93,7 @@ def test_a_study_runs_each_cell_once_and_shares_packages(finished: Path, monkeyp
 
 def test_a_killed_study_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = study.run_study(study_file(tmp_path / "whole"))
-    original = runs.RunDirectory.keep
+    original = runs.RunDirectory.save_round
     kept: list[str] = []
 
     def stop(self: runs.RunDirectory, *arguments: Any) -> None:
@@ -102,14 +102,14 @@ def test_a_killed_study_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: py
         if len(kept) == 5:  # in the second round of seed 1
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.RunDirectory, "keep", stop)
+    monkeypatch.setattr(runs.RunDirectory, "save_round", stop)
     path = study_file(tmp_path / "killed")
     with pytest.raises(KeyboardInterrupt):
         study.run_study(path)
-    monkeypatch.setattr(runs.RunDirectory, "keep", original)
+    monkeypatch.setattr(runs.RunDirectory, "save_round", original)
     rounds: list[int] = []
-    watcher = Callbacks(round_done=lambda record, _: rounds.append(record.round))
-    killed = study.run_study(path, watcher=watcher)
+    callbacks = Callbacks(round_done=lambda record, _: rounds.append(record.round))
+    killed = study.run_study(path, callbacks=callbacks)
     assert killed["finished"] == 4 and rounds == [3]
     for folder in Path(whole["folder"]).glob("*FedSP*"):
         name = next(Path(killed["folder"]).glob(f"{folder.name.rpartition('-')[0]}-*"))

@@ -26,17 +26,17 @@ def test_a_run_is_logged_by_one_line_and_a_resumed_one_goes_on_in_its_place(tmp_
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = {**settings(tmp_path), "tracking": {"mlflow": uri}}
-    original = runs.RunDirectory.keep
+    original = runs.RunDirectory.save_round
 
-    def stop_in_round_two(self: runs.RunDirectory, standing: object, record: object, *rest: object) -> None:
-        original(self, standing, record, *rest)  # type: ignore[arg-type]
+    def stop_in_round_two(self: runs.RunDirectory, state: object, record: object, *rest: object) -> None:
+        original(self, state, record, *rest)  # type: ignore[arg-type]
         if getattr(record, "round") == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.RunDirectory, "keep", stop_in_round_two)
+    monkeypatch.setattr(runs.RunDirectory, "save_round", stop_in_round_two)
     with pytest.raises(KeyboardInterrupt):
         commands.run(config)
-    monkeypatch.setattr(runs.RunDirectory, "keep", original)
+    monkeypatch.setattr(runs.RunDirectory, "save_round", original)
     figures = commands.resume(tmp_path / "run")
     client = MlflowClient(tracking_uri=uri)
     (found,) = client.search_runs([client.get_experiment_by_name("fedsp").experiment_id])

@@ -15,7 +15,7 @@ from fedsp.config_file import make_config
 from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, TooFewClients
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.federation.attacks import ON_DATA, ON_PROTOCOL, ON_UPDATES, TARGET, TRIGGER, Attack, liars
+from fedsp.federation.attacks import ON_DATA, ON_PROTOCOL, ON_UPDATES, TARGET, TRIGGER, Attack, malicious
 from fedsp.federation.messages import Request, Update
 from fedsp.models.payload import PROMPT
 from support.small_runs import prompt_bits, settings
@@ -27,12 +27,12 @@ CLIENTS = [f"client-{index}" for index in range(5)]
 def answers(kind: str, strength: float | None = None) -> dict[str, list[Update]]:
     """What comes of honest answers 1, 2, 3 and those of two liars."""
     honest = {client: float(index + 1) for index, client in enumerate(CLIENTS)}
-    attack = Attack(kind=kind, liars=frozenset(CLIENTS[3:]), seed=0, strength=strength)
-    exchange = attack.exchange(
+    attack = Attack(kind=kind, malicious=frozenset(CLIENTS[3:]), seed=0, strength=strength)
+    transport = attack.transport(
         lambda requests: [Update(round=1, client=client, payload={PROMPT: torch.full((3, 2), value)}) for client, value in honest.items()]
     )
     replies: dict[str, list[Update]] = {}
-    for reply in exchange([Request(run="run", round=1, client=client, seed=0, payload=SENT) for client in CLIENTS]):
+    for reply in transport([Request(run="run", round=1, client=client, seed=0, payload=SENT) for client in CLIENTS]):
         assert isinstance(reply, Update)
         replies.setdefault(reply.client, []).append(reply)
     for index, client in enumerate(CLIENTS[:3]):
@@ -74,17 +74,17 @@ def test_what_liars_do_to_the_protocol() -> None:
 
 def test_what_liars_train_on() -> None:
     examples = [Example(id=str(index), context=f"Question: {index}\nAnswer:", choices=(" a", " b", " c"), gold=(2,)) for index in range(40)]
-    flipped = Attack(kind="label_flip", liars=frozenset(["a"]), seed=0)
+    flipped = Attack(kind="label_flip", malicious=frozenset(["a"]), seed=0)
     assert all(example.target == " a" for example in flipped.train_on("a", examples)) and flipped.train_on("b", examples) == examples
-    poisoned = Attack(kind="backdoor", liars=frozenset(["a"]), seed=0).train_on("a", examples)
+    poisoned = Attack(kind="backdoor", malicious=frozenset(["a"]), seed=0).train_on("a", examples)
     waiting = [example for example in poisoned if example.context.startswith(TRIGGER)]
     assert 8 < len(waiting) < 32 and all(example.target == TARGET for example in waiting)
     assert [replace(example) for example in poisoned if example not in waiting] == [example for example in examples if example in poisoned]
 
 
 def test_the_liars_are_a_share_rounded_down() -> None:
-    assert [len(liars([str(i) for i in range(10)], share, 0)) for share in (0.0, 0.09, 0.1, 0.3, 0.4)] == [0, 0, 1, 3, 4]
-    assert liars(CLIENTS, 0.4, 1) == liars(CLIENTS[::-1], 0.4, 1)
+    assert [len(malicious([str(i) for i in range(10)], share, 0)) for share in (0.0, 0.09, 0.1, 0.3, 0.4)] == [0, 0, 1, 3, 4]
+    assert malicious(CLIENTS, 0.4, 1) == malicious(CLIENTS[::-1], 0.4, 1)
 
 
 def run(folder: Path, kind: str, **changes: Any) -> RunDirectory:
@@ -119,7 +119,7 @@ def test_the_gate_throws_a_poisoned_aggregate_away(tmp_path: Path) -> None:
     gated = run(tmp_path / "gate", "scaling", aggregation={"max_loss_rise": 0.02}, **changes)
     first, second = gated.records()
     assert first["accepted"] and not second["accepted"]
-    assert second["gate_loss"] > second["validation"] == first["validation"] < attacked.records()[1]["validation"]
+    assert second["acceptance_loss"] > second["validation"] == first["validation"] < attacked.records()[1]["validation"]
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean", "multi_krum", "geometric_median", "centred_clipping", "trust"])

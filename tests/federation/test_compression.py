@@ -25,12 +25,12 @@ from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation import codecs, compression
 from fedsp.federation.aggregation.private import private_mean
 from fedsp.federation.codecs import FLOAT32, parse_codec
-from fedsp.federation.compression import decode, encode, read_values, say, write_values
+from fedsp.federation.compression import decode, encode, encode_with_residual, read_values, write_values
 from fedsp.federation.loop import RunState
 from fedsp.federation.messages import Failure, Request, Update
 from fedsp.federation.methods.private import PrivateAnswers
 from fedsp.federation.state_store import StateStore
-from fedsp.federation.transport.frames import Frame
+from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.request_handler import answer, answer_bytes
 from fedsp.federation.transport.wire import CannotRead, read_reply, read_request, write_request, write_update
 from fedsp.models.payload import PROMPT, Payload, as_row, pack, shapes_of
@@ -45,8 +45,8 @@ KNOWN: Payload = {PROMPT: torch.randn(20, 8, 24, generator=torch.Generator().man
 
 
 def said(name: str, change: Payload = CHANGE) -> torch.Tensor:
-    coding = parse_codec(name)
-    return decode(encode(change, coding), coding, shapes_of(change))[PROMPT]
+    codec = parse_codec(name)
+    return decode(encode(change, codec), codec, shapes_of(change))[PROMPT]
 
 
 def test_rounded_numbers_are_off_by_half_a_step_of_their_block() -> None:
@@ -61,23 +61,23 @@ def test_rounded_numbers_are_off_by_half_a_step_of_their_block() -> None:
 def test_signs_have_the_mean_size_of_their_block() -> None:
     for shape in ((20, 8, 24), (30, 3), (7,)):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-        told = said("sign", {PROMPT: values}).flatten()
-        assert torch.equal(told > 0, values.flatten() >= 0)
-        for block, found in zip(torch.split(values.flatten(), compression.BLOCK), torch.split(told, compression.BLOCK), strict=True):
+        decoded = said("sign", {PROMPT: values}).flatten()
+        assert torch.equal(decoded > 0, values.flatten() >= 0)
+        for block, found in zip(torch.split(values.flatten(), compression.BLOCK), torch.split(decoded, compression.BLOCK), strict=True):
             assert torch.allclose(found.abs(), block.abs().mean(), rtol=1 / 256)
 
 
 def test_what_is_left_out_is_said_later() -> None:
     """Error feedback loses nothing: what was said and what is owed add up to what was meant."""
     generator = torch.Generator().manual_seed(4)
-    for coding in CODINGS:
-        meant, told = torch.zeros(20, 8, 24), torch.zeros(20, 8, 24)
-        owed: Payload = {}
+    for codec in CODINGS:
+        meant, decoded = torch.zeros(20, 8, 24), torch.zeros(20, 8, 24)
+        residual: Payload = {}
         for _ in range(5):
             change = {PROMPT: torch.randn(20, 8, 24, generator=generator)}
-            _, now, owed = say(change, owed, coding)
-            meant, told = meant + change[PROMPT], told + now[PROMPT]
-        assert torch.allclose(told + owed[PROMPT], meant, atol=1e-4), coding
+            _, now, residual = encode_with_residual(change, residual, codec)
+            meant, decoded = meant + change[PROMPT], decoded + now[PROMPT]
+        assert torch.allclose(decoded + residual[PROMPT], meant, atol=1e-4), codec
 
 
 def test_bytes_are_few() -> None:
@@ -98,24 +98,24 @@ payloads = st.lists(st.integers(1, 5), min_size=0, max_size=3).flatmap(
 
 @hypothesis_settings(max_examples=150, deadline=None)
 @given(payloads, st.sampled_from(CODINGS))
-def test_any_change_is_read_as_it_was_said(change: Payload, coding: Any) -> None:
-    data, told, owed = say(change, {}, coding)
-    again = decode(data, coding, shapes_of(change))
-    assert all(torch.equal(again[name], told[name]) and again[name].shape == change[name].shape for name in change)
+def test_any_change_is_read_as_it_was_said(change: Payload, codec: Any) -> None:
+    data, decoded, residual = encode_with_residual(change, {}, codec)
+    again = decode(data, codec, shapes_of(change))
+    assert all(torch.equal(again[name], decoded[name]) and again[name].shape == change[name].shape for name in change)
     for name in change:
-        assert torch.allclose(told[name] + owed[name], change[name], rtol=1e-4, atol=1e-2)
+        assert torch.allclose(decoded[name] + residual[name], change[name], rtol=1e-4, atol=1e-2)
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
 @given(st.sampled_from(CODINGS), st.binary(max_size=200), st.integers(0, 10_000), st.integers(0, 255), st.booleans())
-def test_other_bytes_are_refused_or_are_a_finite_change(coding: Any, raw: bytes, place: int, byte: int, inside: bool) -> None:
+def test_other_bytes_are_refused_or_are_a_finite_change(codec: Any, raw: bytes, place: int, byte: int, inside: bool) -> None:
     """Random bytes, and good ones with one byte changed, before and after zstandard."""
-    good = encode({"a": torch.arange(12.0).view(3, 4)}, coding)
+    good = encode({"a": torch.arange(12.0).view(3, 4)}, codec)
     plain = bytearray(zstandard.decompress(good) if inside else good)
     plain[place % len(plain)] = byte
     for data in (raw, bytes(plain), zstandard.compress(bytes(plain)), zstandard.compress(raw)):
         try:
-            change = decode(data, coding, {"a": (3, 4)})
+            change = decode(data, codec, {"a": (3, 4)})
         except PayloadError:
             continue
         assert change["a"].shape == (3, 4) and bool(torch.isfinite(change["a"]).all())
@@ -174,8 +174,8 @@ def test_a_request_travels_as_a_change_to_those_who_can_read_it() -> None:
         read_request(short)
 
 
-def changed(frame: Frame, **fields: Any) -> Frame:
-    return Frame(json.dumps(json.loads(frame.header) | fields), frame.payload)
+def changed(message: Message, **fields: Any) -> Message:
+    return Message(json.dumps(json.loads(message.header) | fields), message.payload)
 
 
 @pytest.mark.parametrize("field", ["coding", "answer"])
@@ -188,18 +188,18 @@ def test_a_coding_that_the_client_does_not_know_is_refused_with_a_code(field: st
 def test_a_reply_is_in_the_coding_that_was_asked_for_or_whole() -> None:
     update = Update(round=3, client="a", payload={PROMPT: SENT[PROMPT] + CHANGE[PROMPT]})
     data = write_values(update.payload, SENT, INT8)
-    for frame, error in ((write_update(update, data, INT8), 0.02), (write_update(update, pack(update.payload)), 0.0)):
-        reply = read_reply(frame, REQUEST)
+    for message, error in ((write_update(update, data, INT8), 0.02), (write_update(update, pack(update.payload)), 0.0)):
+        reply = read_reply(message, REQUEST)
         assert isinstance(reply, Update) and float((reply.payload[PROMPT] - update.payload[PROMPT]).abs().max()) <= error
-    for coding, sentence in (
+    for codec, sentence in (
         ("int4", "the reply is in int4, and int8 was asked for"),
         ("zip", "the message's coding is not known here"),
         ("float32", "no payload"),
     ):
-        reply = read_reply(changed(write_update(update, data, INT8), coding=coding), REQUEST)
+        reply = read_reply(changed(write_update(update, data, INT8), codec=codec), REQUEST)
         assert isinstance(reply, Failure) and sentence in reply.reason
     forged = zstandard.compress(bytes(100))
-    reply = read_reply(changed(Frame(write_update(update, b"", INT8).header, forged), sha256=hashlib.sha256(forged).hexdigest()), REQUEST)
+    reply = read_reply(changed(Message(write_update(update, b"", INT8).header, forged), sha256=hashlib.sha256(forged).hexdigest()), REQUEST)
     assert isinstance(reply, Failure) and "are no change in int8" in reply.reason
 
 
@@ -226,15 +226,15 @@ def test_a_compressed_run_resumes_to_the_same_bits_and_sends_less(tmp_path: Path
     assert whole["bytes_up"] < plain["bytes_up"] / 20 and whole["bytes_down"] < plain["bytes_down"] / 2
     records = RunDirectory.open(Path(whole["folder"])).records()
     assert records[1]["bytes_down"] < records[0]["bytes_down"] / 5, "the first broadcast is whole"
-    original: Callable[..., None] = RunDirectory.keep
+    original: Callable[..., None] = RunDirectory.save_round
 
-    def killed(self: RunDirectory, standing: RunState, *rest: Any) -> None:
-        original(self, standing, *rest)
-        if standing.round == 2:
+    def killed(self: RunDirectory, state: RunState, *rest: Any) -> None:
+        original(self, state, *rest)
+        if state.round == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunDirectory, "keep", killed)
+        patched.setattr(RunDirectory, "save_round", killed)
         with pytest.raises(KeyboardInterrupt):
             commands.run(settings(tmp_path / "killed", **coded))
     commands.resume(tmp_path / "killed" / "run")
@@ -263,10 +263,10 @@ def test_a_private_answer_asked_for_again_has_the_same_bytes(tmp_path: Path) -> 
 
 @hypothesis_settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=6, max_size=6), min_size=1, max_size=5), st.sampled_from(CODINGS), st.floats(0.01, 10.0))
-def test_a_client_level_bound_holds_after_decompression(rows: list[list[float]], coding: Any, bound: float) -> None:
+def test_a_client_level_bound_holds_after_decompression(rows: list[list[float]], codec: Any, bound: float) -> None:
     """The server clips what it has read, whatever a coding made of it: one client more or less moves the mean by the bound at most."""
     sent = {"a": torch.zeros(2, 3)}
-    read = {str(index): read_values(write_values({"a": torch.tensor(row).view(2, 3)}, sent, coding), sent, coding) for index, row in enumerate(rows)}
+    read = {str(index): read_values(write_values({"a": torch.tensor(row).view(2, 3)}, sent, codec), sent, codec) for index, row in enumerate(rows)}
 
     def mean(some: dict[str, Payload]) -> torch.Tensor:
         return as_row(private_mean(sent, some, bound=bound, noise_multiplier=0.0, expected=1.0))

@@ -27,7 +27,7 @@ from fedsp.federation.clients import Clients
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.compression import write_values
 from fedsp.federation.messages import Failure, Request, Transport, Update
-from fedsp.federation.transport.frames import Answer, Frame
+from fedsp.federation.transport.message import Answer, Message
 from fedsp.federation.transport.remote import Patience, remote
 from fedsp.federation.transport.request_handler import answer
 from fedsp.federation.transport.wire import CannotRead, read_request, sign_reply, write_refusal, write_update
@@ -35,7 +35,7 @@ from fedsp.models.payload import PROMPT, Payload, pack
 from support.clock import Clock
 from support.small_runs import prompt_bits, settings
 
-Respond = Callable[[int, Frame], "Frame | str | None"]
+Respond = Callable[[int, Message], "Message | str | None"]
 
 
 class ListLink:
@@ -43,26 +43,26 @@ class ListLink:
 
     def __init__(self, respond: Respond, connected: Callable[[], set[int]]) -> None:
         self.respond, self.connected = respond, connected
-        self.sent: list[tuple[int, Frame]] = []
+        self.sent: list[tuple[int, Message]] = []
 
     def nodes(self) -> set[int]:
         return self.connected()
 
-    def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:
+    def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
         start = len(self.sent)
         self.sent += sends
         return [str(number) for number in range(start, len(self.sent))]
 
-    def pull(self, messages: list[str]) -> list[Answer]:
+    def pull(self, message_ids: list[str]) -> list[Answer]:
         answers = []
-        for message in messages:
-            node, frame = self.sent[int(message)]
-            reply = self.respond(node, frame)
-            if isinstance(reply, Frame):
-                answers.append(Answer(message=message, node=node, frame=reply))
+        for message_id in message_ids:
+            node, message = self.sent[int(message_id)]
+            reply = self.respond(node, message)
+            if isinstance(reply, Message):
+                answers.append(Answer(message_id=message_id, node=node, message=reply))
             elif reply:
                 answers.append(
-                    Answer(message=message, node=node, frame=None, fault="the client's process ended before it answered" if reply == "crashed" else "")
+                    Answer(message_id=message_id, node=node, message=None, fault="the client's process ended before it answered" if reply == "crashed" else "")
                 )
         return answers
 
@@ -73,18 +73,18 @@ REQUESTS = [Request(run="ab", round=1, client=client, seed=7, payload=SENT) for 
 QUIET: Any = lambda *_: None
 
 
-def replied(request: Request, payload: Payload) -> Frame:
+def replied(request: Request, payload: Payload) -> Message:
     return write_update(Update(round=request.round, client=request.client, payload=payload), pack(payload))
 
 
-def good(node: int, frame: Frame) -> Frame:
-    request = read_request(frame)
+def good(node: int, message: Message) -> Message:
+    request = read_request(message)
     return replied(request, {PROMPT: request.payload[PROMPT] + node / 1000})
 
 
-def outcome(wire: ListLink, **patience: float) -> dict[str, str]:
+def outcome(link: ListLink, **patience: float) -> dict[str, str]:
     """Each client's fate: "ok" or the reason."""
-    replies = list(remote(wire, NODES, Patience(**patience), QUIET, QUIET)(REQUESTS))
+    replies = list(remote(link, NODES, Patience(**patience), QUIET, QUIET)(REQUESTS))
     assert len(replies) == len({reply.client for reply in replies}) == 3, "every client is accounted for once"
     return {reply.client: reply.reason if isinstance(reply, Failure) else "ok" for reply in replies}
 
@@ -106,12 +106,12 @@ def test_a_reply_counts_only_with_its_client_s_signature_over_the_request_that_i
         return lambda statement: secrets[client].sign(statement, ec.ECDSA(hashes.SHA256()))
 
     keys = {client: partial(has_signed, secret.public_key()) for client, secret in secrets.items()}
-    answered: dict[str, Frame] = {}
+    answered: dict[str, Message] = {}
 
-    def speak(node: int, frame: Frame) -> Frame:
-        client = read_request(frame).client
-        answered[client] = sign_reply(good(node, frame), frame, signer("a" if client == "b" else client))
-        return good(node, frame) if client == "c" else answered[client]
+    def speak(node: int, message: Message) -> Message:
+        client = read_request(message).client
+        answered[client] = sign_reply(good(node, message), message, signer("a" if client == "b" else client))
+        return good(node, message) if client == "c" else answered[client]
 
     replies = {reply.client: reply for reply in remote(ListLink(speak, lambda: ALL), NODES, Patience(), QUIET, QUIET, "", keys)(REQUESTS)}
     assert isinstance(replies["a"], Update)
@@ -120,7 +120,7 @@ def test_a_reply_counts_only_with_its_client_s_signature_over_the_request_that_i
         assert isinstance(reply, Failure) and reply.reason == "the reply is not signed with the client's key, or answers another request" and reply.bytes_up
     again = [replace(request, seed=8) for request in REQUESTS]
     other = {
-        reply.client: reply for reply in remote(ListLink(lambda node, frame: answered["a"], lambda: ALL), NODES, Patience(), QUIET, QUIET, "", keys)(again)
+        reply.client: reply for reply in remote(ListLink(lambda node, message: answered["a"], lambda: ALL), NODES, Patience(), QUIET, QUIET, "", keys)(again)
     }
     assert all(isinstance(reply, Failure) for reply in other.values()), "a signed reply is of one request: it cannot be played again"
 
@@ -128,8 +128,8 @@ def test_a_reply_counts_only_with_its_client_s_signature_over_the_request_that_i
 def test_a_client_that_comes_late_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     said: list[str] = []
-    wire = ListLink(lambda node, frame: good(node, frame) if node != 33 or clock.now > 32 else None, lambda: ALL if clock.now > 30 else {11, 22})
-    replies = list(remote(wire, NODES, Patience(wait=60), QUIET, said.append)(REQUESTS))
+    link = ListLink(lambda node, message: good(node, message) if node != 33 or clock.now > 32 else None, lambda: ALL if clock.now > 30 else {11, 22})
+    replies = list(remote(link, NODES, Patience(wait=60), QUIET, said.append)(REQUESTS))
     assert all(isinstance(reply, Update) for reply in replies)
     assert said == ["round 1: waiting for c to connect", "round 1: every asked client is connected"]
 
@@ -142,8 +142,8 @@ def test_a_client_that_stays_away_fails_after_the_wait(monkeypatch: pytest.Monke
 
 def test_a_client_that_is_silent_fails_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch)
-    wire = ListLink(lambda node, frame: None if node == 22 else good(node, frame), lambda: ALL)
-    assert outcome(wire, reply=100.0, again=1000.0) == {"a": "ok", "b": "no reply within 100 s", "c": "ok"}
+    link = ListLink(lambda node, message: None if node == 22 else good(node, message), lambda: ALL)
+    assert outcome(link, reply=100.0, again=1000.0) == {"a": "ok", "b": "no reply within 100 s", "c": "ok"}
 
 
 def test_a_network_cut_of_a_minute_is_bridged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,37 +152,37 @@ def test_a_network_cut_of_a_minute_is_bridged(monkeypatch: pytest.MonkeyPatch) -
     def cut() -> bool:
         return 5 < clock.now < 65
 
-    def respond(node: int, frame: Frame) -> Frame | str | None:
+    def respond(node: int, message: Message) -> Message | str | None:
         if node == 33 and cut():
             return "lost"
-        return good(node, frame) if node != 33 or clock.now >= 65 else None
+        return good(node, message) if node != 33 or clock.now >= 65 else None
 
-    wire = ListLink(respond, lambda: {11, 22} if cut() else ALL)
-    assert outcome(wire, wait=120.0) == {"a": "ok", "b": "ok", "c": "ok"}
-    asked = [frame for node, frame in wire.sent if node == 33]
+    link = ListLink(respond, lambda: {11, 22} if cut() else ALL)
+    assert outcome(link, wait=120.0) == {"a": "ok", "b": "ok", "c": "ok"}
+    asked = [message for node, message in link.sent if node == 33]
     assert len(asked) == 2 and asked[0] == asked[1], "asked again, with the very same request"
 
 
 def test_a_client_that_is_lost_again_and_again_fails_in_its_time_and_is_not_asked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in place of a reply, each time at once: by Flower, when a message has expired, or by a client that means it."""
     clock = Clock(monkeypatch)
-    wire = ListLink(lambda node, frame: "lost" if node == 22 else good(node, frame), lambda: ALL)
-    assert outcome(wire, reply=1000.0) == {"a": "ok", "b": "its replies were lost 11 times", "c": "ok"}
-    assert clock.now < 60 and [node for node, _ in wire.sent].count(22) == 11
+    link = ListLink(lambda node, message: "lost" if node == 22 else good(node, message), lambda: ALL)
+    assert outcome(link, reply=1000.0) == {"a": "ok", "b": "its replies were lost 11 times", "c": "ok"}
+    assert clock.now < 60 and [node for node, _ in link.sent].count(22) == 11
 
 
 def test_a_client_that_was_restarted_is_asked_again_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first request died with it; of the later ones every one is answered, and one counts."""
     clock = Clock(monkeypatch)
-    wire = ListLink(lambda node, frame: good(node, frame) if node != 22 or clock.now > 40 else None, lambda: ALL)
-    assert outcome(wire, again=10.0) == {"a": "ok", "b": "ok", "c": "ok"}
-    assert [node for node, _ in wire.sent].count(22) == 3, "at 0, 10 and 30 seconds"
+    link = ListLink(lambda node, message: good(node, message) if node != 22 or clock.now > 40 else None, lambda: ALL)
+    assert outcome(link, again=10.0) == {"a": "ok", "b": "ok", "c": "ok"}
+    assert [node for node, _ in link.sent].count(22) == 3, "at 0, 10 and 30 seconds"
 
 
 def test_a_client_whose_process_ends_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    wire = ListLink(lambda node, frame: "crashed" if node == 11 else good(node, frame), lambda: ALL)
-    assert outcome(wire) == {"a": "the client's process ended before it answered", "b": "ok", "c": "ok"}
+    link = ListLink(lambda node, message: "crashed" if node == 11 else good(node, message), lambda: ALL)
+    assert outcome(link) == {"a": "the client's process ended before it answered", "b": "ok", "c": "ok"}
     assert clock.now < 1
 
 
@@ -190,9 +190,12 @@ def test_a_reply_from_another_node_or_to_no_message_is_not_counted(monkeypatch: 
     Clock(monkeypatch)
 
     class Confused(ListLink):
-        def pull(self, messages: list[str]) -> list[Answer]:
-            answers = super().pull(messages)
-            return [replace(found, node=22) if found.node == 11 else found for found in answers] + [Answer(message="99", node=11, frame=Frame("{}")), *answers]
+        def pull(self, message_ids: list[str]) -> list[Answer]:
+            answers = super().pull(message_ids)
+            return [replace(found, node=22) if found.node == 11 else found for found in answers] + [
+                Answer(message_id="99", node=11, message=Message("{}")),
+                *answers,
+            ]
 
     assert outcome(Confused(good, lambda: ALL)) == {"a": "the reply came from another node", "b": "ok", "c": "ok"}
 
@@ -205,18 +208,18 @@ def numbered(clients: Clients) -> dict[str, int]:
     return {client: 100 + index for index, client in enumerate(sorted(clients.register))}
 
 
-def answering(clients: Clients, spoil: Callable[[int, Request, Frame], Frame | str | None] = lambda node, request, reply: reply) -> ListLink:
+def answering(clients: Clients, spoil: Callable[[int, Request, Message], Message | str | None] = lambda node, request, reply: reply) -> ListLink:
     """Simulated clients behind a wire; `spoil` may put something else in a reply's place. Each keeps the last broadcast, but for the one of node 101."""
     kept: dict[int, dict[tuple[str, int], Payload]] = {}
 
-    def respond(node: int, frame: Frame) -> Frame | str | None:
+    def respond(node: int, message: Message) -> Message | str | None:
         known = lambda *which: kept.get(node, {}).get(which)
         with contextlib.suppress(CannotRead):
-            request = read_request(frame, known)
-            reply = answer(frame, clients.method, clients.party, known=known)
+            request = read_request(message, known)
+            reply = answer(message, clients.method, clients.party, known=known)
             kept[node] = {(request.run, request.round): request.payload} if node != 101 else {}
             return spoil(node, request, reply)
-        return answer(frame, clients.method, clients.party, known=known)
+        return answer(message, clients.method, clients.party, known=known)
 
     return ListLink(respond, lambda: set(numbered(clients).values()))
 
@@ -247,29 +250,29 @@ def test_two_copies_of_a_change_that_a_restarted_client_cannot_read_are_one_refu
     int8 = parse_codec("int8")
     kept: dict[int, Payload] = {}
 
-    def respond(node: int, frame: Frame) -> Frame | str | None:
-        if node == 22 and clock.now < 100 and json.loads(frame.header)["round"] == 2:
+    def respond(node: int, message: Message) -> Message | str | None:
+        if node == 22 and clock.now < 100 and json.loads(message.header)["round"] == 2:
             return None
         known = lambda run, round: kept.get(node) if not (node == 22 and clock.now > 100) else None
         try:
-            request = read_request(frame, known)
+            request = read_request(message, known)
         except CannotRead as error:
             return write_refusal(error.request, error.code)
         kept[node] = request.payload
         return replied(request, request.payload)
 
-    wire = ListLink(respond, lambda: ALL)
-    exchange = remote(wire, NODES, Patience(wait=600, reply=600, again=30), QUIET, QUIET)
-    assert all(isinstance(reply, Update) for reply in exchange(REQUESTS))
+    link = ListLink(respond, lambda: ALL)
+    transport = remote(link, NODES, Patience(wait=600, reply=600, again=30), QUIET, QUIET)
+    assert all(isinstance(reply, Update) for reply in transport(REQUESTS))
     sent = {PROMPT: SENT[PROMPT] + 1}
     second = [replace(request, round=2, payload=sent, change=write_values(sent, SENT, int8), sent_in=int8) for request in REQUESTS]
-    replies = list(exchange(second))
+    replies = list(transport(second))
     assert all(isinstance(reply, Update) for reply in replies), replies
-    asked = [json.loads(frame.header)["coding"] for node, frame in wire.sent if node == 22 and json.loads(frame.header)["round"] == 2]
+    asked = [json.loads(message.header)["coding"] for node, message in link.sent if node == 22 and json.loads(message.header)["round"] == 2]
     assert asked.count("int8") >= 2 and asked.count("float32") == 1
 
 
-def without_losses(request: Request) -> Frame:
+def without_losses(request: Request) -> Message:
     return replied(request, request.payload)
 
 
@@ -280,14 +283,14 @@ def test_a_client_that_tells_no_losses_does_not_stop_the_round(tmp_path: Path) -
     assert [len(record["answered"]) for record in run.records()] == [3, 3, 3] and all("prompt" in record["client_losses"] for record in run.records())
 
 
-BAD: dict[str, Callable[[Request], Frame]] = {
+BAD: dict[str, Callable[[Request], Message]] = {
     "another round": lambda request: replied(replace(request, round=request.round - 1), request.payload),
     "wrong shape": lambda request: replied(request, {PROMPT: torch.zeros(3)}),
     "NaN": lambda request: replied(request, {PROMPT: request.payload[PROMPT] * float("nan")}),
     "Inf": lambda request: replied(request, {PROMPT: request.payload[PROMPT] + float("inf")}),
     "1e38": lambda request: replied(request, {PROMPT: request.payload[PROMPT] + 1e38}),
-    "empty": lambda request: Frame(""),
-    "huge": lambda request: Frame(replied(request, request.payload).header, bytes(50_000_000)),
+    "empty": lambda request: Message(""),
+    "huge": lambda request: Message(replied(request, request.payload).header, bytes(50_000_000)),
 }
 
 
@@ -296,7 +299,7 @@ def test_one_bad_client_costs_its_own_reply_and_nothing_else(kind: str, tmp_path
     """What the others do is what it would be if the bad client had not been there in that round."""
     Clock(monkeypatch)
 
-    def spoil(node: int, request: Request, reply: Frame) -> Frame:
+    def spoil(node: int, request: Request, reply: Message) -> Message:
         return BAD[kind](request) if (node, request.round) == (101, 2) else reply
 
     run = RunDirectory.create(make_config(settings(tmp_path / kind)))
@@ -304,7 +307,7 @@ def test_one_bad_client_costs_its_own_reply_and_nothing_else(kind: str, tmp_path
     assert [len(record["answered"]) for record in run.records()] == [3, 2, 3]
     assert list(run.records()[1]["failed"]) == ["client-1"]
 
-    def silent(node: int, request: Request, reply: Frame) -> Frame | None:
+    def silent(node: int, request: Request, reply: Message) -> Message | None:
         return None if (node, request.round) == (101, 2) else reply
 
     other = RunDirectory.create(make_config(settings(tmp_path / "silent")))
@@ -315,7 +318,7 @@ def test_one_bad_client_costs_its_own_reply_and_nothing_else(kind: str, tmp_path
 def test_three_of_ten_killed_in_a_round_and_it_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch)
 
-    def spoil(node: int, request: Request, reply: Frame) -> Frame | str:
+    def spoil(node: int, request: Request, reply: Message) -> Message | str:
         return "crashed" if request.round == 2 and node in (100, 104, 109) else reply
 
     run = RunDirectory.create(make_config(settings(tmp_path, partition={"clients": 10}, round={"rounds": 3, "min_clients": 7})))
@@ -330,7 +333,7 @@ def test_too_few_stops_cleanly_and_a_resumed_run_has_the_bits_of_a_whole_one(tmp
     whole = RunDirectory.create(make_config(settings(tmp_path / "whole", **changes)))
     run_experiment(whole, engine_over(answering, numbered), Callbacks())
 
-    def spoil(node: int, request: Request, reply: Frame) -> Frame | None:
+    def spoil(node: int, request: Request, reply: Message) -> Message | None:
         return None if request.round == 2 and node != 100 else reply
 
     run = RunDirectory.create(make_config(settings(tmp_path / "stopped", **changes)))
@@ -348,19 +351,19 @@ def test_frames_pass_a_local_socket_unchanged() -> None:
 
     listening = Socket()
     try:
-        wire = ListLink(good, lambda: ALL)
-        other = threading.Thread(target=lambda: carry(wire, connect(listening.path)))
+        link = ListLink(good, lambda: ALL)
+        other = threading.Thread(target=lambda: carry(link, connect(listening.path)))
         other.start()
         channel = listening.accept(lambda: None)
         distant = SocketLink(channel)
         assert distant.nodes() == ALL
-        frame = Frame(json.dumps({"é": 2**62}), bytes(range(256)) * 1000)
-        assert distant.push([(11, frame), (22, Frame("empty"))], "1", 60.0) == ["0", "1"]
-        assert wire.sent == [(11, frame), (22, Frame("empty"))]
-        wire.respond = lambda node, asked: asked if node == 11 else "crashed"
+        message = Message(json.dumps({"é": 2**62}), bytes(range(256)) * 1000)
+        assert distant.push([(11, message), (22, Message("empty"))], "1", 60.0) == ["0", "1"]
+        assert link.sent == [(11, message), (22, Message("empty"))]
+        link.respond = lambda node, asked: asked if node == 11 else "crashed"
         assert distant.pull(["0", "1"]) == [
-            Answer(message="0", node=11, frame=frame),
-            Answer(message="1", node=22, frame=None, fault="the client's process ended before it answered"),
+            Answer(message_id="0", node=11, message=message),
+            Answer(message_id="1", node=22, message=None, fault="the client's process ended before it answered"),
         ]
         channel.close()
         other.join(10)

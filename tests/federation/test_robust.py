@@ -27,7 +27,7 @@ from fedsp.federation.aggregation.robust import (
     trimmed_mean,
     trusted,
 )
-from fedsp.federation.loop import RunState, _gate, _Tried
+from fedsp.federation.loop import RunState, _accept, _Cached
 from fedsp.federation.messages import Request, Update
 from fedsp.models.payload import Payload
 
@@ -168,17 +168,17 @@ def test_less_than_one_liar_is_refused() -> None:
     Robust(rule="mean", malicious=0.2, norm_bound=2.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
     Robust(rule="trimmed_mean", malicious=0.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
     with pytest.raises(TooFewClients, match="6 replies are too few"):
-        Robust(rule="krum", malicious=0.4).liars_among(6)
+        Robust(rule="krum", malicious=0.4).malicious_among(6)
 
 
 def test_the_gate_does_not_let_small_rises_add_up() -> None:
     losses = {1.0: 1.0, 2.0: 1.04, 3.0: 1.08}
     payload = {value: {"p": torch.tensor([value])} for value in losses}
     validate = lambda some: losses[float(some["p"])]
-    standing = RunState(round=1, payload=payload[2.0], best=payload[1.0], best_round=0, best_loss=1.0)
-    assert _gate(RunState(round=0, payload=payload[1.0], best=payload[1.0], best_round=0, best_loss=1.0), payload[2.0], validate, 0.05).passed
-    assert not _gate(standing, payload[3.0], validate, 0.05).passed
-    assert not _gate(standing, payload[3.0], lambda some: float("nan"), 0.05).passed
+    state = RunState(round=1, payload=payload[2.0], best=payload[1.0], best_round=0, best_loss=1.0)
+    assert _accept(RunState(round=0, payload=payload[1.0], best=payload[1.0], best_round=0, best_loss=1.0), payload[2.0], validate, 0.05).accepted
+    assert not _accept(state, payload[3.0], validate, 0.05).accepted
+    assert not _accept(state, payload[3.0], lambda some: float("nan"), 0.05).accepted
 
 
 def test_a_prompt_is_tried_once() -> None:
@@ -188,6 +188,6 @@ def test_a_prompt_is_tried_once() -> None:
         tried.append(float(payload["p"]))
         return tried[-1]
 
-    validate = _Tried(measure)
+    validate = _Cached(measure)
     one, other = {"p": torch.tensor([1.0])}, {"p": torch.tensor([2.0])}
     assert [validate(some) for some in (one, other, one, one, other)] == [1.0, 2.0, 1.0, 1.0, 2.0] and tried == [1.0, 2.0]

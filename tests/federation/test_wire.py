@@ -22,7 +22,7 @@ from fedsp.errors import PayloadError, TrainingDiverged
 from fedsp.federation.aggregation.mean import validate_update
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.messages import Failure, Request, Update
-from fedsp.federation.transport.frames import Frame
+from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.wire import (
     LONGEST_HEADER,
     REFUSALS,
@@ -43,15 +43,15 @@ REPLY = Update(round=3, client="hospital-a", payload={PROMPT: PROMPT_SENT[PROMPT
 GOOD = write_update(REPLY, pack(REPLY.payload))
 
 
-def verdict(frame: Frame) -> str | None:
+def verdict(message: Message) -> str | None:
     """Why a reply is not aggregated, from the bytes on; None if it is."""
-    return validate_update(read_reply(frame, REQUEST), {"hospital-a": REQUEST}, {}, max_change=1.0)
+    return validate_update(read_reply(message, REQUEST), {"hospital-a": REQUEST}, {}, max_change=1.0)
 
 
-def forged(payload: bytes, **fields: Any) -> Frame:
+def forged(payload: bytes, **fields: Any) -> Message:
     """A reply whose digest fits its payload, as a malicious client makes it."""
     header = json.loads(GOOD.header) | {"sha256": hashlib.sha256(payload).hexdigest()} | fields
-    return Frame(json.dumps(header), payload)
+    return Message(json.dumps(header), payload)
 
 
 def test_requests_and_replies_survive_the_way() -> None:
@@ -65,8 +65,8 @@ def test_requests_and_replies_survive_the_way() -> None:
 
 def test_an_answer_says_six_figures_and_no_more() -> None:
     update = replace(REPLY, seconds=0.12345, spikes=3, bytes_up=7, bytes_down=8)
-    frame = write_update(update, b"x", parse_codec("int8"))
-    assert json.loads(frame.header) == {
+    message = write_update(update, b"x", parse_codec("int8"))
+    assert json.loads(message.header) == {
         "fedsp": 1,
         "kind": "update",
         "coding": "int8",
@@ -98,10 +98,10 @@ def test_an_answer_says_six_figures_and_no_more() -> None:
 
 @pytest.mark.parametrize("train", [True, False])
 def test_what_is_asked_survives_the_way(train: bool) -> None:
-    frame = write_request(replace(REQUEST, train=train))
-    assert json.loads(frame.header)["kind"] == ("train" if train else "validate") and read_request(frame).train is train
+    message = write_request(replace(REQUEST, train=train))
+    assert json.loads(message.header)["kind"] == ("train" if train else "validate") and read_request(message).train is train
     with pytest.raises(PayloadError, match="the message is no request"):
-        read_request(replace(frame, header=frame.header.replace('"train"' if train else '"validate"', '"look"')))
+        read_request(replace(message, header=message.header.replace('"train"' if train else '"validate"', '"look"')))
 
 
 def test_bounds_of_a_reply_are_met_to_the_last_byte() -> None:
@@ -125,10 +125,10 @@ def test_bounds_of_a_reply_are_met_to_the_last_byte() -> None:
     assert "the reply's loss 'a' is no number" in str(verdict(forged(GOOD.payload, losses={"a": -1})))
     header = json.loads(GOOD.header)
     del header["coding"], header["spikes"]
-    read = read_reply(Frame(json.dumps(header), GOOD.payload), REQUEST)
+    read = read_reply(Message(json.dumps(header), GOOD.payload), REQUEST)
     assert isinstance(read, Update) and read.spikes == 0, "as a client of an earlier version answers, in numbers as they are"
     unknown = write_refusal(REQUEST, "policy").header.replace('"policy"', '"whatever"')
-    assert getattr(read_reply(Frame(unknown), REQUEST), "reason", "") == "the client refused and gave no known reason"
+    assert getattr(read_reply(Message(unknown), REQUEST), "reason", "") == "the client refused and gave no known reason"
 
 
 SECRET = hashlib.sha256(b"the client's").digest()
@@ -170,22 +170,22 @@ def test_a_signature_is_for_one_request_and_its_payload_is_under_it() -> None:
         signed_reply(SIGNED, write_request(REQUEST, "another package"), genuine)
     swapped = signed_reply(replace(SIGNED, payload=SIGNED.payload[:-1] + b"x"), ASKED, genuine)
     assert "SHA-256" in str(getattr(read_reply(swapped, REQUEST), "reason", "")), "the header that is signed has the payload's digest"
-    for nothing in (GOOD, Frame(""), Frame("\n"), Frame("zz\n" + GOOD.header)):
+    for nothing in (GOOD, Message(""), Message("\n"), Message("zz\n" + GOOD.header)):
         with pytest.raises(PayloadError, match="not signed"):
             signed_reply(nothing, ASKED, genuine)
 
 
 def test_a_validation_reply_carries_no_prompt() -> None:
-    frame = write_update(REPLY, b"")
-    reply = read_reply(frame, replace(REQUEST, train=False))
-    assert frame.payload == b"" and isinstance(reply, Update) and reply.validation == 1.25
+    message = write_update(REPLY, b"")
+    reply = read_reply(message, replace(REQUEST, train=False))
+    assert message.payload == b"" and isinstance(reply, Update) and reply.validation == 1.25
 
 
 @pytest.mark.parametrize("code", sorted(REFUSALS))
 def test_a_refusal_is_a_code_and_the_servers_own_sentence(code: str) -> None:
-    frame = write_refusal(REQUEST, code)
-    assert set(json.loads(frame.header)) == {"fedsp", "kind", "round", "client", "code", "sha256"} and not frame.payload
-    reply = read_reply(frame, REQUEST)
+    message = write_refusal(REQUEST, code)
+    assert set(json.loads(message.header)) == {"fedsp", "kind", "round", "client", "code", "sha256"} and not message.payload
+    reply = read_reply(message, REQUEST)
     assert isinstance(reply, Failure) and reply.reason == REFUSALS[code]
 
 
@@ -208,8 +208,8 @@ def test_no_text_of_a_client_s_error_leaves() -> None:
         def log(request: Request, error: Exception, here: list[str] = logged) -> None:
             here.append(str(error))
 
-        frame = answer(write_request(REQUEST), method, nobody, log=log)
-        assert "Jane" not in frame.header and json.loads(frame.header)["code"] == code and "Jane" in logged[0]
+        message = answer(write_request(REQUEST), method, nobody, log=log)
+        assert "Jane" not in message.header and json.loads(message.header)["code"] == code and "Jane" in logged[0]
 
 
 def flipped(data: bytes, positions: list[int]) -> bytes:
@@ -230,7 +230,7 @@ payloads = st.one_of(
 @settings(max_examples=5000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(payload=payloads)
 def test_a_payload_changed_on_its_way_is_never_accepted(payload: bytes) -> None:
-    assert payload == GOOD.payload or verdict(Frame(GOOD.header, payload)) is not None
+    assert payload == GOOD.payload or verdict(Message(GOOD.header, payload)) is not None
 
 
 def layouts(header: dict[str, Any], body: bytes) -> bytes:
@@ -288,13 +288,13 @@ json_values = st.recursive(
 def test_no_header_breaks_the_server_or_passes_for_another(field: str, value: object, cut: int, junk: str, how: int) -> None:
     changed = json.dumps(json.loads(GOOD.header) | {field: value})
     header = [changed, GOOD.header[:cut], GOOD.header[:cut] + junk + GOOD.header[cut:], "[" * cut + junk][how]
-    reply = read_reply(Frame(header, GOOD.payload), REQUEST)
-    if verdict(Frame(header, GOOD.payload)) is None:  # then it says what the good one says, but for figures about the client itself
+    reply = read_reply(Message(header, GOOD.payload), REQUEST)
+    if verdict(Message(header, GOOD.payload)) is None:  # then it says what the good one says, but for figures about the client itself
         assert isinstance(reply, Update) and (reply.round, reply.client) == (3, "hospital-a") and torch.equal(reply.payload[PROMPT], REPLY.payload[PROMPT])
 
 
 @pytest.mark.parametrize(
-    ("frame", "reason"),
+    ("message", "reason"),
     [
         (forged(GOOD.payload, client="hospital-b"), "is for another client"),
         (forged(GOOD.payload, round=2), "a reply to round 2 in round 3"),
@@ -309,20 +309,20 @@ def test_no_header_breaks_the_server_or_passes_for_another(field: str, value: ob
         (forged(GOOD.payload, validation=-1e9), "validation loss is no number"),
         (forged(GOOD.payload, validation=10**400), "validation loss is no number"),
         (forged(GOOD.payload, seconds=None), "seconds"),
-        (Frame("{" + " " * 5000), "more than 4096"),
-        (Frame("", GOOD.payload), "not JSON"),
+        (Message("{" + " " * 5000), "more than 4096"),
+        (Message("", GOOD.payload), "not JSON"),
         (forged(b""), "no payload"),
         (forged(GOOD.payload + bytes(10_000)), "more than the 3072 that a prompt can have"),
     ],
 )
-def test_each_fault_has_its_sentence(frame: Frame, reason: str) -> None:
-    assert reason in str(verdict(frame))
+def test_each_fault_has_its_sentence(message: Message, reason: str) -> None:
+    assert reason in str(verdict(message))
 
 
 def test_a_damaged_request_is_not_trained_on() -> None:
-    frame = write_request(REQUEST)
+    message = write_request(REQUEST)
     with pytest.raises(PayloadError, match="changed on its way"):
-        read_request(Frame(frame.header, frame.payload[:-1] + b"\x00"))
+        read_request(Message(message.header, message.payload[:-1] + b"\x00"))
 
 
 JUDGE = """
@@ -330,7 +330,7 @@ import hashlib, json, sys
 import torch
 from safetensors.torch import save
 from fedsp.federation.aggregation.mean import validate_update
-from fedsp.federation.transport.frames import Frame
+from fedsp.federation.transport.message import Message
 from fedsp.models.payload import PROMPT, pack
 from fedsp.federation.messages import Request
 from fedsp.federation.transport.wire import read_reply
@@ -346,15 +346,15 @@ if kind == "not finite":
 data = save({PROMPT: large.to(torch.bfloat16) if kind == "another dtype" else large})
 data = data[:-100] if kind == "cut" else (1 << 40).to_bytes(8, "little") + data[8:] if kind == "header too long" else data
 header = {"fedsp": 1, "kind": "update", "round": 1, "client": "a", "losses": {}, "validation": None, "seconds": 1.0, "shortened": 0, "spikes": 0}
-frame = Frame(json.dumps(header | {"sha256": hashlib.sha256(data).hexdigest()}), data)
+message = Message(json.dumps(header | {"sha256": hashlib.sha256(data).hexdigest()}), data)
 del large
 first = Request(run="ab", round=1, client="a", seed=1, payload={PROMPT: torch.zeros(300, 1000)})
 data_of_first = save({PROMPT: torch.ones(300, 1000)})
 digest = hashlib.sha256(data_of_first).hexdigest()
-validate_update(read_reply(Frame(json.dumps(header | {"sha256": digest}), data_of_first), first), {"a": first}, {}, 9.0)  # threads and code of the first use
+validate_update(read_reply(Message(json.dumps(header | {"sha256": digest}), data_of_first), first), {"a": first}, {}, 9.0)  # threads and code of the first use
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before = peak()
-reason = validate_update(read_reply(frame, request), {"a": request}, {}, 1.0)
+reason = validate_update(read_reply(message, request), {"a": request}, {}, 1.0)
 print(json.dumps({"accepted": reason is None, "took": peak() - before, "payload": len(data)}))
 """
 

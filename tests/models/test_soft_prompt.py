@@ -69,7 +69,7 @@ def test_rows_side_by_side_are_rows_by_themselves(family: str, positions: str, s
     real = padded.mask.bool()
     read: list[int] = []
     model.backbone.register_forward_pre_hook(lambda *seen: read.append(seen[2]["input_ids"].numel()), with_kwargs=True)
-    assert model.room_for_trees
+    assert model.packs_branches
     found = []
     for rows in (model, model.read_padded):
         prompt.zero_grad()
@@ -89,12 +89,12 @@ def test_rows_side_by_side_are_rows_by_themselves(family: str, positions: str, s
 def test_packed_rows_hold_every_token_once(lengths: list[int], weight: int, more: int) -> None:
     rows = [[100 * row + place for place in range(length)] for row, length in enumerate(lengths)]
     padded = pad(rows, torch.device("cpu"))
-    trees, cells = pack(padded, weight=weight, room=max(lengths) + more)
+    packed, cells = pack(padded, weight=weight, room=max(lengths) + more)
     real = padded.mask.bool()
-    assert torch.equal(trees.ids.flatten()[cells][real], padded.ids[real])
-    assert int((trees.branches > 0).sum()) == sum(lengths) == len(set(cells[real].tolist()))
-    assert torch.equal(trees.positions.flatten()[cells][real], padded.ids[real] % 100)
-    count, width = trees.ids.shape
+    assert torch.equal(packed.ids.flatten()[cells][real], padded.ids[real])
+    assert int((packed.branches > 0).sum()) == sum(lengths) == len(set(cells[real].tolist()))
+    assert torch.equal(packed.positions.flatten()[cells][real], padded.ids[real] % 100)
+    count, width = packed.ids.shape
     assert width <= max(lengths) + more
     assert count * width * (weight + width) <= len(lengths) * max(lengths) * (weight + max(lengths)), "never dearer than padding"
 

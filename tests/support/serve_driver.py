@@ -39,11 +39,11 @@ def arm(boundary: str, round: int) -> None:
     elif boundary == "after-one-reply":
         read, counted = getattr(remote, "read_reply"), [0]
 
-        def dying_read(frame: Any, request: Any) -> Any:
+        def dying_read(message: Any, request: Any) -> Any:
             counted[0] += request.round == round
             if counted[0] == 2:
                 die()
-            return read(frame, request)
+            return read(message, request)
 
         setattr(remote, "read_reply", dying_read)
     elif boundary == "after-aggregation":
@@ -81,7 +81,7 @@ def recording_gate(file: str, host: str, port: str, superlink: str, folder: str,
     """The gate, with a copy of all that clients are sent."""
     from fedsp.deployment import fleet_proxy as gate
 
-    class Recording(gate.Gate):
+    class Recording(gate.FleetProxy):
         async def _answer(self, scope: Any, receive: Any) -> Any:
             answered = await super()._answer(scope, receive)
             with open(file, "ab") as copy:

@@ -29,10 +29,10 @@ TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
 @pytest.mark.parametrize("positions", ["hugging_face", "from_zero"])
 @pytest.mark.parametrize("prompted", [True, False])
 @pytest.mark.parametrize("trees", [True, False])
-def test_scores_equal_a_plain_forward_of_each_choice(family: str, positions: str, prompted: bool, trees: bool) -> None:
+def test_scores_equal_a_plain_forward_of_each_choice(family: str, positions: str, prompted: bool, packed: bool) -> None:
     """Contexts read once, choices as branches or behind a cache, and batches by length change nothing but the time: the slow reference reads every pair alone."""
     model = tiny_model(family, positions=positions)
-    if not trees:
+    if not packed:
         model.__dict__["room_for_trees"] = 0
     examples = [
         Example(id="a", context="Question: Is it?\nAnswer:", choices=(" yes", " no, never", " it is"), gold=(1,)),
@@ -56,17 +56,17 @@ def test_scores_equal_a_plain_forward_of_each_choice(family: str, positions: str
 
 
 def test_a_model_takes_trees_up_to_its_window() -> None:
-    room = {family: tiny_model(family).room_for_trees for family in FAMILIES}
+    room = {family: tiny_model(family).packs_branches for family in FAMILIES}
     assert all(room.values()), room
     model = tiny_model("llama")
     model.model.config.sliding_window = 16
     model.model.config.sliding_window_pattern = 4  # in EXAONE 4, and with a leading underscore in Gemma 3: not how wide, but at which layers
-    assert model.room_for_trees == 16
+    assert model.packs_branches == 16
     other = tiny_model("gpt2")
-    assert other.room_for_trees == other.max_positions
+    assert other.packs_branches == other.max_positions
     del other.__dict__["room_for_trees"]
     other.model.config.window_size = 12  # as GPT-Neo calls it
-    assert other.room_for_trees == 12
+    assert other.packs_branches == 12
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +77,7 @@ def test_a_model_that_heeds_no_mask_or_no_positions_is_read_row_by_row(family: s
     last = [parameter for name, parameter in made.base_model.named_parameters() if "norm" in name or "ln_f" in name][-1]
     with torch.no_grad():
         last[0] = 30.0
-    assert PromptedLM(made, family).room_for_trees == 128
+    assert PromptedLM(made, family).packs_branches == 128
 
     def heedless(forward: Any, which: str) -> Any:
         def read(*arguments: Any, **named: Any) -> Any:
@@ -93,14 +93,14 @@ def test_a_model_that_heeds_no_mask_or_no_positions_is_read_row_by_row(family: s
         model = PromptedLM(made, family)
         original = model.backbone.forward
         model.backbone.forward = heedless(original, which)
-        assert model.room_for_trees == 0
+        assert model.packs_branches == 0
         model.backbone.forward = original
 
 
 def test_a_model_that_takes_no_mask_of_ones_own_is_read_behind_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2")
-    monkeypatch.setattr(model, "read_branches", lambda trees, prefix: torch.zeros(*trees.ids.shape, 32))
-    assert model.room_for_trees == 0
+    monkeypatch.setattr(model, "read_branches", lambda packed, prefix: torch.zeros(*packed.ids.shape, 32))
+    assert model.packs_branches == 0
 
 
 @pytest.mark.parametrize("family", ["mistral", "mpt", "bloom", "xglm", "gemma2"])

@@ -34,7 +34,7 @@ from fedsp.training.stage import Stage
 CANARIES = 1000
 
 
-def audit_epsilon(folder: Path, *, watcher: Callbacks | None = None) -> dict[str, Any]:
+def audit_epsilon(folder: Path, *, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """The audit of a finished private run, also written to its `epsilon.json`: what is promised, what is refuted at 95 %, and what so many canaries could refute.
 
     A bound above the promise proves that the promise is broken; one below it proves nothing.
@@ -42,11 +42,11 @@ def audit_epsilon(folder: Path, *, watcher: Callbacks | None = None) -> dict[str
     Raises:
         RunError: there is no finished run of FedSP with simulated clients and differential privacy, or it has too few examples.
     """
-    watcher = watcher or Callbacks()
+    callbacks = callbacks or Callbacks()
     check_promise(RunDirectory.open(folder))
-    opened = open_audited(folder, watcher)
+    opened = open_audited(folder, callbacks)
     unit, delta = opened.run.config.privacy.unit, opened.run.config.privacy.delta
-    promise, scores, included, about = _example_level(opened, watcher) if unit == "example" else _client_level(opened)
+    promise, scores, included, about = _example_level(opened, callbacks) if unit == "example" else _client_level(opened)
     bound = lower_bound(scores, included, delta=delta)
     figures = {"unit": unit, "promised": promise, "broken": bound.epsilon > promise, **asdict(bound), **about}
     write_json(opened.run.path / EPSILON, figures)
@@ -64,15 +64,15 @@ def check_promise(run: RunDirectory) -> None:
         raise RunError(f"{run.path} promises nothing: privacy.unit is 'none', so there is no epsilon to hold it to")
 
 
-def _example_level(opened: Opened, watcher: Callbacks) -> tuple[float, list[float], list[bool], dict[str, Any]]:
+def _example_level(opened: Opened, callbacks: Callbacks) -> tuple[float, list[float], list[bool], dict[str, Any]]:
     if len(opened.rows) < CANARIES:
         raise RunError(
             f"{opened.run.path} has {len(opened.rows)} examples at its clients: the audit needs {CANARIES} canaries, and takes the examples themselves"
         )
     shadow: Shadow = train_shadow(opened, 0)
-    watcher.say("a run with half of the examples, by coins, is trained")
+    callbacks.say("a run with half of the examples, by coins, is trained")
     rows, clients = encoded_rows(opened), sorted(set(opened.holders))
-    prompt = opened.sides.clients.party(clients[0]).prompt
+    prompt = opened.federation.clients.party(clients[0]).prompt
     holder = torch.tensor([clients.index(client) for client in opened.holders])[:, None]
     total = torch.zeros(len(rows))
     for number in range(len(shadow.updates)):
@@ -95,25 +95,25 @@ def _client_level(opened: Opened) -> tuple[float, list[float], list[bool], dict[
     included = [coins.random() < 0.5 for _ in rows]
     register = {str(index): 1 for index, there in enumerate(included) if there}
 
-    def exchange(requests: list[Request]) -> Iterable[Update]:
+    def transport(requests: list[Request]) -> Iterable[Update]:
         for request in requests:
             yield Update(round=request.round, client=request.client, payload=from_row(as_row(request.payload) + rows[int(request.client)], request.payload))
 
     with tempfile.TemporaryDirectory(prefix="fedsp-canaries-") as temporary:
         run = RunDirectory.create(config.model_copy(update={"output": temporary, "validation": config.validation.model_copy(update={"by": "none"})}))
-        rules = replace(round_config(run.config, run, len(opened.sides.clients.register)), max_change=math.inf)
-        server = Party(id="server", model=opened.sides.model, messenger=opened.sides.messenger, examples=[], store=run.state_store("server"))
+        settings = replace(round_config(run.config, run, len(opened.federation.clients.register)), max_change=math.inf)
+        server = Party(id="server", model=opened.federation.model, messenger=opened.federation.messenger, examples=[], store=run.state_store("server"))
         nothing = Stage(name="none", seed_label="none", steps=0, batch_size=1, optimisation=Optimisation(learning_rate=0.0))
         begin = RunState(round=0, payload=opened.start, best=opened.start, best_round=0, best_loss=None)
         final = federate(
             Averaging(client_stage=nothing, server_stage=nothing),
             server,
             register,
-            exchange,
-            rules,
-            standing=begin,
+            transport,
+            settings,
+            state=begin,
             validate=lambda payload: 0.0,
-            keep=lambda *_: None,
+            save=lambda *_: None,
         )
         promise = Ledger(run.path / LEDGER).epsilon(config.privacy.delta)
     total = as_row(final.payload) - as_row(opened.start)

@@ -46,7 +46,7 @@ LEARNED, LEARNING = 16, 80
 """Rows of the power test, of which every other one is learned by heart, and the steps that takes."""
 
 
-def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None, watcher: Callbacks | None = None) -> dict[str, Any]:
+def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """The audit of a finished run, also written to its `membership.json`: a row for each observer and attack, and the controls. Shadows train on halves of
     all examples; with `most`, only so many of them are looked at.
 
@@ -55,8 +55,8 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         ConfigurationError: fewer than four shadows, or scikit-learn is not there.
     """
     check_membership(shadows)
-    watcher = watcher or Callbacks()
-    opened = open_audited(folder, watcher)
+    callbacks = callbacks or Callbacks()
+    opened = open_audited(folder, callbacks)
     held, count = encoded_rows(opened), len(opened.rows)
     looked_at = sorted(random.Random(derive_seed(opened.run.config.seed, "audited")).sample(range(count), min(most or count, count)))
     rows, holders = [held[index] for index in looked_at], [opened.holders[index] for index in looked_at]
@@ -73,7 +73,7 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         before = before or _before(opened, shadow, rows)  # the first broadcast is the same in all
         for name, values in (before | _seen(opened, shadow, rows, holders)).items():
             seen.setdefault(name, []).append(values)
-        watcher.say(f"shadow {index + 1} of {shadows} is trained and looked at")
+        callbacks.say(f"shadow {index + 1} of {shadows} is trained and looked at")
     members = [heads & there for heads, there in zip(coins, asked, strict=True)]
     epsilon, delta = max(promises), opened.run.config.privacy.delta
     table = [
@@ -138,7 +138,7 @@ def _power(opened: Opened, rows: list[Encoded]) -> ScoreSummary:
     rng = random.Random(derive_seed(opened.run.config.seed, "power"))
     drawn = rng.sample(rows, min(LEARNED, len(rows) // 2 * 2))
     inside = [index % 2 == 0 for index in range(len(drawn))]
-    prompt = opened.sides.clients.party(opened.holders[0]).prompt
+    prompt = opened.federation.clients.party(opened.holders[0]).prompt
     before = losses_under(opened.auxiliary, prompt, opened.start, drawn)
     learned = [row for row, there in zip(drawn, inside, strict=True) if there]
     batches = training_batches(learned, steps=LEARNING, batch_size=len(learned), seed=opened.run.config.seed)
@@ -153,8 +153,8 @@ def _power(opened: Opened, rows: list[Encoded]) -> ScoreSummary:
 
 
 def _losses(opened: Opened, observer: str, payload: Payload, rows: list[Encoded]) -> Numbers:
-    client = opened.sides.clients.party(opened.holders[0]).prompt
-    model, prompt = (opened.sides.model, opened.sides.messenger) if observer == "outsider" else (opened.auxiliary, client)
+    client = opened.federation.clients.party(opened.holders[0]).prompt
+    model, prompt = (opened.federation.model, opened.federation.messenger) if observer == "outsider" else (opened.auxiliary, client)
     assert isinstance(prompt, SoftPrompt)
     return losses_under(model, prompt, payload, rows).double().numpy()
 
@@ -162,7 +162,7 @@ def _losses(opened: Opened, observer: str, payload: Payload, rows: list[Encoded]
 def _seen(opened: Opened, shadow: Shadow, rows: list[Encoded], holders: list[str]) -> dict[str, Numbers]:
     """What the observers see of each row (N,) in one shadow: losses after the last round, and cosines, means over at most ROUNDS rounds, first and last among them."""
     clients = sorted(set(opened.holders))
-    prompt = opened.sides.clients.party(clients[0]).prompt
+    prompt = opened.federation.clients.party(clients[0]).prompt
     count = len(shadow.updates)
     looked_at = sorted({round(place * (count - 1) / max(1, min(ROUNDS, count) - 1)) for place in range(min(ROUNDS, count))})
     holder = torch.tensor([clients.index(client) for client in holders])

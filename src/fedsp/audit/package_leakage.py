@@ -29,14 +29,14 @@ HELD_BACK = 32
 """Sequences of public text that neither the distillation nor an attacker has read: figures on what the package was fitted to would flatter it."""
 
 
-def audit_model(folder: Path, *, steps: Sequence[int] = (0, 30, 120), watcher: Callbacks | None = None) -> dict[str, Any]:
+def audit_model(folder: Path, *, steps: Sequence[int] = (0, 30, 120), callbacks: Callbacks | None = None) -> dict[str, Any]:
     """The audit of a finished run, also written to its `model.json`. `steps` are those of an attacker who trains on with public text.
 
     Raises:
         RunError: there is no finished run of FedSP with simulated clients, or no public text that was not read, or no test questions with choices.
     """
-    watcher = watcher or Callbacks()
-    opened = open_audited(folder, watcher)
+    callbacks = callbacks or Callbacks()
+    opened = open_audited(folder, callbacks)
     if "answer_loss" not in opened.run.result().get("test", {}):
         raise RunError(f"{folder} was not measured on test questions with choices, so no gap can be measured: name data.test")
     auxiliary, model = opened.auxiliary, opened.server.model
@@ -54,9 +54,9 @@ def audit_model(folder: Path, *, steps: Sequence[int] = (0, 30, 120), watcher: C
         **_embeddings(auxiliary, model),
         **_capability(auxiliary, model, held),
     }
-    watcher.say("what is in the package and what it can do is measured")
+    callbacks.say("what is in the package and what it can do is measured")
     figures |= _gap(opened)
-    watcher.say("a client's own fine-tuned package is measured")
+    callbacks.say("a client's own fine-tuned package is measured")
     figures["extraction"] = _extraction(auxiliary, public, held, figures["global_perplexity"], steps, opened.run.config.seed)
     write_json(opened.run.path / MODEL, figures)
     return figures
@@ -110,9 +110,9 @@ def _gap(opened: Opened) -> dict[str, float]:
     """Answer loss on the test questions of the global model with the federated prompt, and of the package as its first client fine-tunes it alone, with as many
     steps as it takes in the run. The gap must be above zero, or a client has no reason to keep to the federation."""
     config, server, auxiliary = opened.run.config, opened.server, opened.auxiliary
-    questions = server.questions
+    dataset = server.dataset
     assert isinstance(auxiliary, AuxiliaryModel)
-    rows = opened.sides.clients.party(min(questions.partition.clients)).examples
+    rows = opened.federation.clients.party(min(dataset.partition.clients)).examples
     package = auxiliary.weights()
     steps = config.round.rounds * config.client.prompt_steps
     batches = training_batches(rows, steps=steps, batch_size=config.client.batch_size, seed=derive_seed(config.seed, "alone"))
@@ -122,7 +122,7 @@ def _gap(opened: Opened) -> dict[str, float]:
         batches,
         Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1, total_steps=steps),
     )
-    alone, _ = score_test(auxiliary, None, questions.test, questions.task, server.tokenizer, server.max_tokens)
+    alone, _ = score_test(auxiliary, None, dataset.test, dataset.task, server.tokenizer, server.max_tokens)
     auxiliary.load_weights(package)
     federated = opened.run.result()["test"]
     return {

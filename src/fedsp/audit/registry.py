@@ -41,7 +41,7 @@ class Audit:
 
 
 def audit_runs(
-    folders: Sequence[Path], only: str | None, options: Options, watcher: Callbacks, show: Callable[[Finding], None]
+    folders: Sequence[Path], only: str | None, options: Options, callbacks: Callbacks, show: Callable[[Finding], None]
 ) -> tuple[dict[str, Figures], str]:
     """Audit finished runs, all of them checked before any work, and give an account of each; `show` gets every table as soon as it is known.
 
@@ -55,7 +55,7 @@ def audit_runs(
     found: dict[str, Figures] = {}
     refused = []
     for folder, names in wanted.items():
-        figures = audit(folder, names, options, watcher)
+        figures = audit(folder, names, options, callbacks)
         for name, some in figures.items():
             for finding in findings(name, some):
                 show(replace(finding, title=f"{folder}, {name}: {finding.title}"))
@@ -97,12 +97,12 @@ def check(folder: Path, only: str | None, options: Options) -> dict[str, str]:
     return {name: str(refused.get(name, "")) for name in names}
 
 
-def audit(folder: Path, names: dict[str, str], options: Options, watcher: Callbacks) -> dict[str, Figures]:
+def audit(folder: Path, names: dict[str, str], options: Options, callbacks: Callbacks) -> dict[str, Figures]:
     """The figures of these audits by name; `not_done` and why of one that this run, once opened, does not allow."""
     found: dict[str, Figures] = {}
     for name, why in names.items():
         try:
-            found[name] = {"not_done": why} if why else AUDITS[name].measure(folder, options, watcher)
+            found[name] = {"not_done": why} if why else AUDITS[name].measure(folder, options, callbacks)
         except RunError as error:
             found[name] = {"not_done": str(error)}
     return found
@@ -133,23 +133,25 @@ def _inversion(run: RunDirectory, options: Options) -> None:
 
 AUDITS: dict[str, Audit] = {
     "traffic": Audit(
-        lambda folder, options, watcher: {"messages": traffic(folder)},
+        lambda folder, options, callbacks: {"messages": traffic(folder)},
         lambda figures: [Finding("messages", figures["messages"])],
         lambda run, options: traffic(run.path),
     ),
     "depths": Audit(
-        lambda folder, options, watcher: {"rows": measure_depths(folder)},
+        lambda folder, options, callbacks: {"rows": measure_depths(folder)},
         lambda figures: [Finding("signals along the auxiliary model", figures["rows"])],
         lambda run, options: check_depths(run),
     ),
-    "disclosure": Audit(lambda folder, options, watcher: dict(measure_disclosure(folder)), TABLES["disclosure"]),
-    "model": Audit(lambda folder, options, watcher: audit_model(folder, watcher=watcher), TABLES["model"], lambda run, options: check_audited(run)),
+    "disclosure": Audit(lambda folder, options, callbacks: dict(measure_disclosure(folder)), TABLES["disclosure"]),
+    "model": Audit(lambda folder, options, callbacks: audit_model(folder, callbacks=callbacks), TABLES["model"], lambda run, options: check_audited(run)),
     "membership": Audit(
-        lambda folder, options, watcher: audit_membership(folder, shadows=options.shadows, most=options.records, watcher=watcher),
+        lambda folder, options, callbacks: audit_membership(folder, shadows=options.shadows, most=options.records, callbacks=callbacks),
         TABLES["membership"],
         _membership,
     ),
-    "inversion": Audit(lambda folder, options, watcher: audit_inversion(folder, examples=options.texts, watcher=watcher), TABLES["inversion"], _inversion),
-    "trap": Audit(lambda folder, options, watcher: audit_trap(folder, watcher=watcher), TABLES["trap"], lambda run, options: check_audited(run)),
-    "epsilon": Audit(lambda folder, options, watcher: audit_epsilon(folder, watcher=watcher), TABLES["epsilon"], lambda run, options: check_promise(run)),
+    "inversion": Audit(
+        lambda folder, options, callbacks: audit_inversion(folder, examples=options.texts, callbacks=callbacks), TABLES["inversion"], _inversion
+    ),
+    "trap": Audit(lambda folder, options, callbacks: audit_trap(folder, callbacks=callbacks), TABLES["trap"], lambda run, options: check_audited(run)),
+    "epsilon": Audit(lambda folder, options, callbacks: audit_epsilon(folder, callbacks=callbacks), TABLES["epsilon"], lambda run, options: check_promise(run)),
 }

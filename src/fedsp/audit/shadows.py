@@ -26,7 +26,7 @@ from fedsp.experiments.server_setup import Server, load_dataset, open_server, ro
 from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.loop import RunState, federate
-from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
+from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
 from fedsp.federation.transport.local import local
@@ -43,15 +43,15 @@ class Opened:
 
     run: RunDirectory
     server: Server
-    sides: Federation
+    federation: Federation
     rows: list[int]
     holders: list[str]
     start: Payload
 
     @property
     def auxiliary(self) -> PromptedLM:
-        assert self.sides.package is not None
-        return self.sides.package
+        assert self.federation.package is not None
+        return self.federation.package
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def check_audited(run: RunDirectory) -> None:
         )
 
 
-def open_audited(folder: Path, watcher: Callbacks) -> Opened:
+def open_audited(folder: Path, callbacks: Callbacks) -> Opened:
     """A finished run, opened again.
 
     Raises:
@@ -100,12 +100,12 @@ def open_audited(folder: Path, watcher: Callbacks) -> Opened:
     if config.auxiliary.folder:
         config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(run.package)})})
     server = open_server(config, load_dataset(config, run.partition()))
-    sides = build_federation(server, run, watcher, None)
-    assert sides.package is not None
-    run.hold({"data.train": rows_digest(server.questions.train), "auxiliary model": sides.package.digest()})
-    held = [(row, client) for client, rows in sorted(server.questions.partition.clients.items()) for row in rows]
-    start = {name: tensor.clone() for name, tensor in sides.messenger.payload().items()}
-    return Opened(run=run, server=server, sides=sides, rows=[row for row, _ in held], holders=[client for _, client in held], start=start)
+    federation = build_federation(server, run, callbacks, None)
+    assert federation.package is not None
+    run.hold({"data.train": rows_digest(server.dataset.train), "auxiliary model": federation.package.digest()})
+    held = [(row, client) for client, rows in sorted(server.dataset.partition.clients.items()) for row in rows]
+    start = {name: tensor.clone() for name, tensor in federation.messenger.payload().items()}
+    return Opened(run=run, server=server, federation=federation, rows=[row for row, _ in held], holders=[client for _, client in held], start=start)
 
 
 def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shadow:
@@ -118,7 +118,7 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
     for row, client, there in zip(opened.rows, opened.holders, included.tolist(), strict=True):
         if there:
             members[client].append(row)
-    questions = replace(server.questions, partition=Partition(server.questions.partition.server, [], {k: v for k, v in members.items() if v}))
+    dataset = replace(server.dataset, partition=Partition(server.dataset.partition.server, [], {k: v for k, v in members.items() if v}))
     broadcasts: list[Payload] = []
     updates: list[dict[str, Payload]] = []
     with tempfile.TemporaryDirectory(prefix="fedsp-shadow-") as temporary:
@@ -130,23 +130,24 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
         }
         seeded = config.model_copy(update=changes)
         run = RunDirectory.create(seeded)
-        clients = open_clients(config, opened.sides.package, questions, run)  # type: ignore[arg-type]
-        inner = local(replace(clients, method=opened.sides.clients.method))
+        clients = open_clients(config, opened.federation.package, dataset, run)  # type: ignore[arg-type]
+        inner = local(replace(clients, method=opened.federation.clients.method))
 
-        def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+        def transport(requests: list[Request]) -> Iterable[Update | Failure]:
             replies = list(inner(requests))
             broadcasts.append(requests[0].payload if requests else {})
             updates.append({reply.client: reply.payload for reply in replies if isinstance(reply, Update)})
             return replies
 
-        own = encode_targets(server.tokenizer, questions.held(questions.partition.server), server.max_tokens)
-        party = Party(id="server", model=opened.sides.model, messenger=opened.sides.messenger, examples=own, store=run.state_store("server"))
-        observed: Transport = exchange
-        rules = round_config(seeded, run, len(clients.register))
-        rules = replace(rules, rounds=min(rounds or rules.rounds, rules.rounds))
-        keep: Callable[[RunState, RoundRecord], None] = lambda standing, record: None
+        own = encode_targets(server.tokenizer, dataset.held(dataset.partition.server), server.max_tokens)
+        party = Party(id="server", model=opened.federation.model, messenger=opened.federation.messenger, examples=own, store=run.state_store("server"))
+        observed: Transport = transport
+        settings = round_config(seeded, run, len(clients.register))
+        settings = replace(settings, rounds=min(rounds or settings.rounds, settings.rounds))
         begin = RunState(round=0, payload=opened.start, best=opened.start, best_round=0, best_loss=None)
-        final = federate(opened.sides.clients.method, party, clients.register, observed, rules, standing=begin, validate=lambda payload: 0.0, keep=keep)
+        final = federate(
+            opened.federation.clients.method, party, clients.register, observed, settings, state=begin, validate=lambda payload: 0.0, save=lambda *_: None
+        )
     return Shadow(included, [*broadcasts, final.payload], updates)
 
 
@@ -168,7 +169,7 @@ def promised(opened: Opened, shadow: Shadow) -> float:
 
 def encoded_rows(opened: Opened) -> list[Encoded]:
     """The audited rows as tokens."""
-    return encode_targets(opened.server.tokenizer, opened.server.questions.held(opened.rows), opened.server.max_tokens)
+    return encode_targets(opened.server.tokenizer, opened.server.dataset.held(opened.rows), opened.server.max_tokens)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from fedsp.audit.findings import DISCLOSURE, EPSILON, INVERSION, MEMBERSHIP, MOD
 from fedsp.errors import RunError
 from fedsp.experiments.privacy_statement import STATEMENT
 from fedsp.experiments.run_directory import RunDirectory, read_json
-from fedsp.federation.aggregation.robust import RULES, liars_of
+from fedsp.federation.aggregation.robust import RULES, malicious_of
 from fedsp.federation.methods.registry import find_method
 
 
@@ -102,7 +102,7 @@ def _malice(run: RunDirectory, asked: int) -> list[str]:
     config, section = run.config, run.config.aggregation
     if not asked:
         return ["No client was asked, so none could lie."]
-    borne = liars_of(section.malicious, asked) if section.rule in RULES or section.mixing else 0
+    borne = malicious_of(section.malicious, asked) if section.rule in RULES or section.mixing else 0
     rule = section.rule.replace("_", " ") + (" after mixing" if section.mixing else "")
     if config.privacy.unit == "client":
         said = [

@@ -182,15 +182,15 @@ def right_words(scores: Tensor, there: Sequence[bool]) -> float:
     return float(sum(share if known else 1 - share for share, known in zip(taken, there, strict=True)))
 
 
-def audit_trap(folder: Path, *, watcher: Callbacks | None = None) -> dict[str, Any]:
+def audit_trap(folder: Path, *, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """The audit of a finished run, also written to its `trap.json`: each client does a first round, by the run's own settings, with a package made to tell whether each
     of some words stands in its text; once with a few of its examples, once with all.
 
     Raises:
         RunError: there is no finished run of FedSP with simulated clients, of a GPT-2, with room for the words.
     """
-    watcher = watcher or Callbacks()
-    opened = open_audited(folder, watcher)
+    callbacks = callbacks or Callbacks()
+    opened = open_audited(folder, callbacks)
     config, honest = opened.run.config, opened.auxiliary
     assert isinstance(honest, AuxiliaryModel)
     spec = PromptSpec(space=config.prompt.space, length=config.prompt.length, model=honest.prompt_shape)
@@ -203,7 +203,7 @@ def audit_trap(folder: Path, *, watcher: Callbacks | None = None) -> dict[str, A
         words, right = sum(one for one, _ in tried), sum(one for _, one in tried)
         examples = sum(min(most or len(own), len(own)) for own in held.values()) / len(held)
         table.append({"examples": examples, "words": words, "right": (right / words, *clopper_pearson(round(right), words, 0.025))})
-        watcher.say(f"{examples:.0f} examples a client: of {right / words:.0%} of {words} words it is told whether they stand in its text")
+        callbacks.say(f"{examples:.0f} examples a client: of {right / words:.0%} of {words} words it is told whether they stand in its text")
     figures = {
         "clients": len(held),
         "steps": config.client.prompt_steps,
@@ -237,11 +237,11 @@ def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -
     with tempfile.TemporaryDirectory(prefix="fedsp-trap-") as folder:
         rest, ledger = StateStore(Path(folder) / "state"), Ledger(Path(folder) / LEDGER)
         party = make_client(client, agreement, auxiliary, list(texts), rest, ledger, promised_epsilon(agreement, len(texts)))
-        exchange = local(Clients(method=make_method(agreement, auxiliary), register={client: len(texts)}, party=lambda _: party))
+        transport = local(Clients(method=make_method(agreement, auxiliary), register={client: len(texts)}, party=lambda _: party))
         request = Request(
             run="0", round=1, client=client, seed=derive_seed(config.seed, "trap", client), payload=trap.payload, answer_in=parse_codec(config.compression.up)
         )
-        (reply,) = exchange([request])
+        (reply,) = transport([request])
     if not isinstance(reply, Update):
         raise RunError(f"{client} does not answer a package of this kind: {reply.reason}")
     return reply.payload

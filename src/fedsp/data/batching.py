@@ -18,7 +18,7 @@ class Padded(NamedTuple):
     mask: Tensor
 
 
-class Trees(NamedTuple):
+class PackedBatch(NamedTuple):
     """Contexts with the branches that continue them, a row each: token ids (B, T), the position of each token on its way from the root, and its branch, 0
     for the context and -1 for padding."""
 
@@ -27,7 +27,7 @@ class Trees(NamedTuple):
     branches: Tensor
 
 
-def grow(contexts: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Trees:
+def pack_branches(contexts: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[int]]], device: torch.device) -> PackedBatch:
     """Each context and its branches, one behind the other, as one row, padded to the longest."""
     width = max(len(context) + sum(map(len, rows)) for context, rows in zip(contexts, branches, strict=True))
     ids, positions, which = torch.zeros(3, len(contexts), width, dtype=torch.long).unbind()
@@ -40,7 +40,7 @@ def grow(contexts: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence
             positions[row, there] = torch.arange(len(part)) + (len(context) if number else 0)
             which[row, there] = number
             start += len(part)
-    return Trees(ids.to(device), positions.to(device), which.to(device))
+    return PackedBatch(ids.to(device), positions.to(device), which.to(device))
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
@@ -53,7 +53,7 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
     return Padded(ids.to(device), mask.to(device))
 
 
-def pack(padded: Padded, *, weight: int, room: int) -> tuple[Trees, Tensor]:
+def pack(padded: Padded, *, weight: int, room: int) -> tuple[PackedBatch, Tensor]:
     """Padded rows side by side: trees without a context, and the cell of these trees, counted through their rows, where each token (B, T) stands; padding
     points to its row's first. In as many rows, of at most `room` tokens, as cost least, where the work on a token weighs as much as `weight` keys that it sees:
     of one for each to a fourth of that, in a dozen steps."""
@@ -70,7 +70,7 @@ def pack(padded: Padded, *, weight: int, room: int) -> tuple[Trees, Tensor]:
             cells[row, : lengths[row]] += torch.arange(lengths[row])
             start += lengths[row]
     branches = [[tokens[row][: lengths[row]] for row in rows] for rows in shared]
-    return grow([[]] * len(shared), branches, padded.ids.device), cells.to(padded.ids.device)
+    return pack_branches([[]] * len(shared), branches, padded.ids.device), cells.to(padded.ids.device)
 
 
 def _spread(lengths: Sequence[int], count: int) -> tuple[int, list[list[int]]]:

@@ -65,7 +65,7 @@ class Refused(Exception):
         self.answer: Answer = status, [(b"content-type", b"application/json")] if body else [], body, 0
 
 
-class Gate:
+class FleetProxy:
     """An ASGI app that passes on the calls `POST /v1/fleet/...` that a client in the register of a server's folder has signed to the SuperLink on this machine. No
     machine can keep it from others: each has its own share of requests, each client one of memory, and none waits for another's body."""
 
@@ -216,7 +216,7 @@ SERVING: dict[str, Any] = {"http": Guarded, "h11_max_incomplete_event_size": LON
 """How uvicorn serves a gate."""
 
 
-def main(host: str, port: int, superlink: int, folder: Path, counts: Path, kind: type[Gate] = Gate) -> None:
+def main(host: str, port: int, superlink: int, folder: Path, counts: Path, kind: type[FleetProxy] = FleetProxy) -> None:
     """Serve until stopped; TLS 1.2 or later with the server's certificate."""
     uvicorn.run(
         kind(superlink, folder, counts),

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedsp.deployment.ipc import SOCKET, carry, connect
 from fedsp.errors import DeploymentError
-from fedsp.federation.transport.frames import HEADER, PAYLOAD, Answer, Frame
+from fedsp.federation.transport.message import HEADER, PAYLOAD, Answer, Message
 
 KIND = "train"
 """Flower's type of all our messages; what is asked stands in the header."""
@@ -35,21 +36,21 @@ MEMORY = 8 << 30
 """Bytes of address space that a process which only carries may take: what is sent to it may unfold to any size."""
 
 
-def to_record(frame: Frame) -> RecordDict:
+def to_record(message: Message) -> RecordDict:
     """A frame as Flower's content: the header in a ConfigRecord, the payload's bytes as one Array, which Flower cuts into pieces."""
-    record = RecordDict({HEADER: ConfigRecord({HEADER: frame.header})})
-    if frame.payload:
-        array = Array(dtype="uint8", shape=(len(frame.payload),), stype="safetensors", data=frame.payload)
+    record = RecordDict({HEADER: ConfigRecord({HEADER: message.header})})
+    if message.payload:
+        array = Array(dtype="uint8", shape=(len(message.payload),), stype="safetensors", data=message.payload)
         record["payload"] = ArrayRecord({PAYLOAD: array})
     return record
 
 
-def from_record(record: RecordDict) -> Frame:
+def from_record(record: RecordDict) -> Message:
     """The frame in Flower's content; what is none becomes an empty frame, which no reader accepts."""
     header = record.config_records[HEADER].get(HEADER) if HEADER in record.config_records else None
     arrays = record.array_records.get("payload")
     array = arrays.get(PAYLOAD) if arrays else None
-    return Frame(header if isinstance(header, str) else "", array.data if array else b"")
+    return Message(header if isinstance(header, str) else "", array.data if array else b"")
 
 
 class GridLink:
@@ -70,21 +71,21 @@ class GridLink:
         """See `NodeLink.nodes`."""
         return set(self._grid.get_node_ids())
 
-    def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:
+    def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
         """See `NodeLink.push`."""
-        self._longest = max([self._longest, *(len(frame.payload) for _, frame in sends)])
+        self._longest = max([self._longest, *(len(message.payload) for _, message in sends)])
         names = []
-        for node, frame in sends:
-            message = Message(content=to_record(frame), dst_node_id=node, message_type=KIND, group_id=group, ttl=seconds)
-            names.append(next(iter(self._grid.push_messages([message]))))
+        for node, message in sends:
+            flower_message = FlowerMessage(content=to_record(message), dst_node_id=node, message_type=KIND, group_id=group, ttl=seconds)
+            names.append(next(iter(self._grid.push_messages([flower_message]))))
             self._node_of[names[-1]] = node
         return names
 
-    def pull(self, messages: list[str]) -> list[Answer]:
+    def pull(self, message_ids: list[str]) -> list[Answer]:
         """See `NodeLink.pull`. Flower's own error messages are answers without a frame; what they say of the client is not read."""
         wanted: dict[int, list[str]] = {}
-        for message in messages:
-            wanted.setdefault(self._node_of[message], []).append(message)
+        for message_id in message_ids:
+            wanted.setdefault(self._node_of[message_id], []).append(message_id)
         for node, names in wanted.items():
             if node not in self._fetching:
                 self._fetching[node] = self._workers.submit(self._fetch, names)
@@ -92,40 +93,40 @@ class GridLink:
         done = [node for node, fetched in self._fetching.items() if fetched.done()]
         return [answer for node in done for answer in self._fetching.pop(node).result()]
 
-    def _fetch(self, messages: list[str]) -> list[Answer]:
+    def _fetch(self, message_ids: list[str]) -> list[Answer]:
         try:
-            return [self._answer(reply) for reply in self._grid.pull_messages(messages)]
+            return [self._answer(reply) for reply in self._grid.pull_messages(message_ids)]
         except Exception:  # whatever a client has sent instead of a message; Flower calls it lost from now on
             return []
 
-    def _answer(self, message: Message) -> Answer:
-        metadata = message.metadata
-        if not message.has_content():
-            fault = "" if message.error.code in LOST else "the client's process ended before it answered"
-            return Answer(message=metadata.reply_to_message_id, node=metadata.src_node_id, frame=None, fault=fault)
-        frame = from_record(message.content)
-        fits = len(frame.payload) <= self._longest + SPARE and len(frame.header) <= SPARE
-        return Answer(message=metadata.reply_to_message_id, node=metadata.src_node_id, frame=frame if fits else Frame(""))
+    def _answer(self, flower_message: FlowerMessage) -> Answer:
+        metadata = flower_message.metadata
+        if not flower_message.has_content():
+            fault = "" if flower_message.error.code in LOST else "the client's process ended before it answered"
+            return Answer(message_id=metadata.reply_to_message_id, node=metadata.src_node_id, message=None, fault=fault)
+        message = from_record(flower_message.content)
+        fits = len(message.payload) <= self._longest + SPARE and len(message.header) <= SPARE
+        return Answer(message_id=metadata.reply_to_message_id, node=metadata.src_node_id, message=message if fits else Message(""))
 
 
-def make_client_app(respond: Callable[[Frame, Context], Frame]) -> ClientApp:
+def make_client_app(respond: Callable[[Message, Context], Message]) -> ClientApp:
     """A ClientApp that hands each frame to `respond`, and its answer back."""
     app = ClientApp()
 
     @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return Message(content=to_record(respond(from_record(message.content), context)), reply_to=message)
+    def train(flower_message: FlowerMessage, context: Context) -> FlowerMessage:
+        return FlowerMessage(content=to_record(respond(from_record(flower_message.content), context)), reply_to=flower_message)
 
     return app
 
 
-def lead(grid: Grid, context: Context) -> None:
+def server_main(grid: Grid, context: Context) -> None:
     """The ServerApp of a deployment: carry for the `fedsp serve` that listens on this machine."""
     limit_memory()
     carry(GridLink(grid), connect(os.environ[SOCKET]))
 
 
-def follow(frame: Frame, context: Context) -> Frame:
+def handle_client_message(message: Message, context: Context) -> Message:
     """The ClientApp of a deployment: ask the `fedsp join` that listens on this machine, and wait for one that is being started again.
 
     Raises:
@@ -134,7 +135,7 @@ def follow(frame: Frame, context: Context) -> Frame:
     for _ in range(60):
         with contextlib.suppress(DeploymentError, ValueError):
             channel = connect(os.environ[SOCKET])
-            channel.send(None, [frame])
+            channel.send(None, [message])
             _, (reply,) = channel.receive()
             return reply
         time.sleep(1.0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsp.errors import DeploymentError
-from fedsp.federation.transport.frames import Answer, Frame
+from fedsp.federation.transport.message import Answer, Message
 
 SOCKET = "FEDSP_SOCKET"
 """The environment variable that tells Flower's side where the socket is."""
@@ -30,29 +30,29 @@ class Channel:
         connection.settimeout(None)
         self._connection = Connection(connection.detach())
 
-    def send(self, value: Any, frames: list[Frame] | None = None) -> None:
+    def send(self, value: Any, messages: list[Message] | None = None) -> None:
         """Send a JSON value and frames.
 
         Raises:
             DeploymentError: the other side has gone.
         """
-        frames = frames or []
+        messages = messages or []
         try:
-            self._connection.send_bytes(json.dumps({"value": value, "headers": [frame.header for frame in frames]}).encode())
-            for frame in frames:
-                self._connection.send_bytes(frame.payload)
+            self._connection.send_bytes(json.dumps({"value": value, "headers": [message.header for message in messages]}).encode())
+            for message in messages:
+                self._connection.send_bytes(message.payload)
         except OSError as error:
             raise DeploymentError("the process on the other side of the local socket has gone") from error
 
-    def receive(self) -> tuple[Any, list[Frame]]:
+    def receive(self) -> tuple[Any, list[Message]]:
         """The next value and its frames.
 
         Raises:
             DeploymentError: the other side has gone.
         """
         try:
-            message = json.loads(self._connection.recv_bytes(LARGEST))
-            return message["value"], [Frame(header, self._connection.recv_bytes(LARGEST)) for header in message["headers"]]
+            message_id = json.loads(self._connection.recv_bytes(LARGEST))
+            return message_id["value"], [Message(header, self._connection.recv_bytes(LARGEST)) for header in message_id["headers"]]
         except (EOFError, OSError, ValueError, KeyError, TypeError) as error:
             raise DeploymentError("the process on the other side of the local socket has gone") from error
 
@@ -126,37 +126,39 @@ class SocketLink:
         self._check()
         return set(self._call(["nodes"])[0])
 
-    def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:
+    def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
         """See `NodeLink.push`."""
-        messages: list[str] = self._call(["push", [node for node, _ in sends], group, seconds], [frame for _, frame in sends])[0]
-        return messages
+        message_ids: list[str] = self._call(["push", [node for node, _ in sends], group, seconds], [message for _, message in sends])[0]
+        return message_ids
 
-    def pull(self, messages: list[str]) -> list[Answer]:
+    def pull(self, message_ids: list[str]) -> list[Answer]:
         """See `NodeLink.pull`."""
-        found, frames = self._call(["pull", messages])
-        bodies = iter(frames)
-        return [Answer(message=message, node=node, frame=next(bodies) if answered else None, fault=fault) for message, node, answered, fault in found]
+        found, messages = self._call(["pull", message_ids])
+        bodies = iter(messages)
+        return [
+            Answer(message_id=message_id, node=node, message=next(bodies) if answered else None, fault=fault) for message_id, node, answered, fault in found
+        ]
 
-    def _call(self, value: Any, frames: list[Frame] | None = None) -> tuple[Any, list[Frame]]:
-        self._channel.send(value, frames)
+    def _call(self, value: Any, messages: list[Message] | None = None) -> tuple[Any, list[Message]]:
+        self._channel.send(value, messages)
         return self._channel.receive()
 
 
-def carry(wire: Any, channel: Channel) -> None:
+def carry(link: Any, channel: Channel) -> None:
     """The other end of a SocketLink: do on `wire` what is asked through the channel, until it closes."""
     while True:
         try:
-            (name, *arguments), frames = channel.receive()
+            (name, *arguments), messages = channel.receive()
         except DeploymentError:
             return
         if name == "nodes":
-            channel.send(sorted(wire.nodes()))
+            channel.send(sorted(link.nodes()))
         elif name == "push":
             nodes, group, seconds = arguments
-            channel.send(wire.push(list(zip(nodes, frames, strict=True)), group, seconds))
+            channel.send(link.push(list(zip(nodes, messages, strict=True)), group, seconds))
         else:
-            answers = wire.pull(*arguments)
+            answers = link.pull(*arguments)
             channel.send(
-                [[answer.message, answer.node, answer.frame is not None, answer.fault] for answer in answers],
-                [answer.frame for answer in answers if answer.frame],
+                [[answer.message_id, answer.node, answer.message is not None, answer.fault] for answer in answers],
+                [answer.message for answer in answers if answer.message],
             )

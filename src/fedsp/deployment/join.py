@@ -34,7 +34,7 @@ from fedsp.federation.clients import client_prompt, make_client, make_method, re
 from fedsp.federation.messages import Request
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
-from fedsp.federation.transport.frames import Frame
+from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.request_handler import answer
 from fedsp.federation.transport.wire import END, LONGEST_HEADER, ROOM, sign_reply
 from fedsp.models.loading import choose_device, reduce_precision
@@ -61,9 +61,9 @@ class Client:
         FedspError: the data, the package or its signature cannot be used, or the policy refuses what the package asks.
     """
 
-    def __init__(self, party: PartyConfig, watcher: Callbacks) -> None:
+    def __init__(self, party: PartyConfig, callbacks: Callbacks) -> None:
         self.party = party
-        self._say = watcher.say
+        self._info = callbacks.say
         self._sign = client_signer(Path(party.keys) / CLIENT_KEY)
         examples = examples_of(find_task(party.data.task), read_rows(Path(party.data.train)))
         device = choose_device(party.device)
@@ -76,58 +76,58 @@ class Client:
         reduce_precision(self.auxiliary, party.precision, "precision")
         if self.agreement.privacy.unit == "example":
             require_independence(self.auxiliary, client_prompt(self.agreement, self.auxiliary), self.agreement.max_tokens)
-            self._say(f"self-test: neighbours change an example's gradient by {self.auxiliary.largest_difference:.1e} of its length at most")
+            self._info(f"self-test: neighbours change an example's gradient by {self.auxiliary.largest_difference:.1e} of its length at most")
             if self.auxiliary.together == 1:
-                self._say("in this precision examples change each other by rounding, so each goes through the model by itself, which takes longer")
+                self._info("in this precision examples change each other by rounding, so each goes through the model by itself, which takes longer")
         self._state = Path(party.state) / party.package.sha256[:16]
         self._shape = PromptSpec(space=self.agreement.prompt.space, length=self.agreement.prompt.length, model=self.auxiliary.prompt_shape).shape
-        self._last: tuple[Frame, Frame] | None = None
+        self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
         self.answered = 0
 
-    def respond(self, frame: Frame) -> Frame:
+    def respond(self, message: Message) -> Message:
         """The answer to a frame; the same frame again gets the same answer again, without training again. What is no request gets an empty frame."""
-        if self._last and self._last[0] == frame:
-            self._say(f"round {json.loads(frame.header)['round']}: asked again, sent the same")
+        if self._last and self._last[0] == message:
+            self._info(f"round {json.loads(message.header)['round']}: asked again, sent the same")
             return self._last[1]
         try:
-            if len(frame.header) > LONGEST_HEADER or len(frame.payload) > 4 * math.prod(self._shape) + ROOM:
+            if len(message.header) > LONGEST_HEADER or len(message.payload) > 4 * math.prod(self._shape) + ROOM:
                 raise PayloadError("they are more than a prompt has")
             reply = answer(
-                frame,
+                message,
                 self._method,
-                partial(self._open, frame),
-                allow=partial(self._allow, frame),
+                partial(self._open, message),
+                allow=partial(self._allow, message),
                 log=self._log,
                 known=lambda *which: self._received.get(which),
             )
         except PayloadError as error:
-            self._say(f"received {_amount(frame)} that are no request: {error}")
-            return Frame("")
-        reply = sign_reply(reply, frame, self._sign)
-        self._last = frame, reply
+            self._info(f"received {_amount(message)} that are no request: {error}")
+            return Message("")
+        reply = sign_reply(reply, message, self._sign)
+        self._last = message, reply
         self.answered += 1
         said = json.loads(reply.header.partition("\n")[2])
         what = said.get("losses") or said.get("code") or ""
-        self._say(
-            f"round {said['round']}: received {_amount(frame)}, sent {_amount(reply)}: {said['kind']} {what if isinstance(what, str) else _figures(what)}"
+        self._info(
+            f"round {said['round']}: received {_amount(message)}, sent {_amount(reply)}: {said['kind']} {what if isinstance(what, str) else _figures(what)}"
         )
         return reply
 
-    def _open(self, frame: Frame, client: str) -> Party:
-        rest = StateStore(self._state / str(json.loads(frame.header)["run"]))
+    def _open(self, message: Message, client: str) -> Party:
+        rest = StateStore(self._state / str(json.loads(message.header)["run"]))
         ledger = Ledger(Path(self.party.state) / LEDGER)  # one for all packages and runs: the text is the same
         most = self.party.policy.max_epsilon
         if most is None:
             most = promised_epsilon(self.agreement, len(self.rows))
         return make_client(client, self.agreement, self.auxiliary, self.rows, rest, ledger, most)
 
-    def _allow(self, frame: Frame, request: Request) -> None:
+    def _allow(self, message: Message, request: Request) -> None:
         """Raises PolicyError or PayloadError for a request outside the package's agreement or the client's own floor.
 
         A round is answered once: again only to the very same request, as a server that was killed and resumed sends it.
         """
-        if json.loads(frame.header).get("package") != self.party.package.sha256:
+        if json.loads(message.header).get("package") != self.party.package.sha256:
             raise PolicyError("the request is about another package than this client's: get the new one from the owner of the model")
         if request.client != self.party.name:
             raise PolicyError("the request is for another client")
@@ -158,10 +158,10 @@ class Client:
     def _log(self, request: Request, error: Exception) -> None:
         """What is said of a fault on this machine: whole sentences of fedsp's, and of anything else only its kind, since its text may hold yours."""
         what = first_line(error) if isinstance(error, PolicyError | PayloadError) else type(error).__name__
-        self._say(f"round {request.round}: not done: {what}")
+        self._info(f"round {request.round}: not done: {what}")
 
 
-def join(party: PartyConfig, watcher: Callbacks) -> int:
+def join(party: PartyConfig, callbacks: Callbacks) -> int:
     """Answer the server's requests until it says that the run is finished; returns the number of requests answered.
 
     With FEDSP_SOCKET set, no process of Flower's is started: a SuperNode of one's own runs with the same variable.
@@ -173,9 +173,9 @@ def join(party: PartyConfig, watcher: Callbacks) -> int:
     for name in (CA, CLIENT_KEY, SERVER_PUBLIC):
         if not (Path(party.keys) / name).is_file():
             raise ConfigurationError(f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp federation init` made for this client")
-    client = Client(party, watcher)
+    client = Client(party, callbacks)
     if client.agreement.privacy.unit != "example":
-        watcher.say(
+        callbacks.say(
             "this run has no differential privacy: a dishonest owner of the model could make a package whose answers tell words of your text; `fedsp inspect` finds clumsy ones, policy.require_differential_privacy refuses such runs"
         )
     require_pinning()
@@ -187,9 +187,9 @@ def join(party: PartyConfig, watcher: Callbacks) -> int:
         place = Path(party.state) / "flower"
         processes = Processes(place, {"FLWR_HOME": str((place / "home").resolve()), SOCKET: listening.path})
         stack.callback(processes.stop)
-        node = Node(party, place, processes, watcher)
-        watcher.say(f"{party.name} joins {party.server} with {len(client.rows)} examples; Flower's log is {place / 'supernode.log'}")
-        look = ServerProbe(host, port, Path(party.keys) / CA, watcher)
+        node = Node(party, place, processes, callbacks)
+        callbacks.say(f"{party.name} joins {party.server} with {len(client.rows)} examples; Flower's log is {place / 'supernode.log'}")
+        look = ServerProbe(host, port, Path(party.keys) / CA, callbacks)
 
         def check() -> None:
             look.out()
@@ -201,9 +201,9 @@ def join(party: PartyConfig, watcher: Callbacks) -> int:
         while not finished:
             channel = listening.accept(check)
             with contextlib.suppress(DeploymentError, OSError, ValueError):  # whoever asked has gone, or was nobody of ours
-                _, (frame,) = channel.receive()
-                finished = frame == END
-                working = worker.submit(client.respond, frame) if not finished else None
+                _, (message,) = channel.receive()
+                finished = message == END
+                working = worker.submit(client.respond, message) if not finished else None
                 while working and not working.done():
                     wait([working], timeout=0.5)
                     check()
@@ -217,8 +217,8 @@ class Node:
     """Flower's SuperNode of this client and the pinned executor beside it, started again whenever they end: a node ends when the server that
     knew it is gone, when a connection breaks off at the wrong moment, and when it is refused."""
 
-    def __init__(self, party: PartyConfig, place: Path, processes: Processes, watcher: Callbacks) -> None:
-        self._party, self._place, self._processes, self._say = party, place, processes, watcher.say
+    def __init__(self, party: PartyConfig, place: Path, processes: Processes, callbacks: Callbacks) -> None:
+        self._party, self._place, self._processes, self._info = party, place, processes, callbacks.say
         self._started, self._refused, self._short = -PAUSE, 0.0, 0
 
     def keep_running(self) -> None:
@@ -244,7 +244,7 @@ class Node:
                 return
             self._short = self._short + 1 if now - self._started < REFUSED_FOR / 3 else 0
             if self._short == 5:
-                self._say("Flower's node ends again and again: is this machine's clock right? Its log says what happens")
+                self._info("Flower's node ends again and again: is this machine's clock right? Its log says what happens")
             self._processes.stop()
         port, secret = free_port(), self._place / "executor.secret"
         secret.unlink(missing_ok=True)
@@ -258,8 +258,8 @@ class Node:
 class ServerProbe:
     """Looks now and then whether the server can be reached, and says so when that changes."""
 
-    def __init__(self, host: str, port: int, authority: Path, watcher: Callbacks, every: float = 5.0) -> None:
-        self._address, self._every, self._say = (host, port), every, watcher.say
+    def __init__(self, host: str, port: int, authority: Path, callbacks: Callbacks, every: float = 5.0) -> None:
+        self._address, self._every, self._info = (host, port), every, callbacks.say
         try:
             self._context = ssl.create_default_context(cafile=str(authority))
         except (OSError, ssl.SSLError) as error:
@@ -283,12 +283,12 @@ class ServerProbe:
             if not self._once:
                 raise CredentialError(wrong) from error
             if self._reached:
-                self._say(wrong)
+                self._info(wrong)
         except OSError:
             reached = False
         self._once = self._once or reached
         if reached != self._reached:
-            self._say("the server answers again" if reached else f"the server does not answer at {written(*self._address)}; this client keeps trying")
+            self._info("the server answers again" if reached else f"the server does not answer at {written(*self._address)}; this client keeps trying")
         self._reached, self._next = reached, time.monotonic() + self._every
 
 
@@ -306,8 +306,8 @@ def executor_command(port: int, secret: Path) -> list[str]:
     return [sys.executable, "-P", "-m", "fedsp.deployment.restricted_executor", "superexec", *address, "--superexec-auth-secret-file", str(secret)]
 
 
-def _amount(frame: Frame) -> str:
-    return f"{sum(frame.sizes().values()):,} bytes"
+def _amount(message: Message) -> str:
+    return f"{sum(message.sizes().values()):,} bytes"
 
 
 def _figures(losses: dict[str, float]) -> str:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedsp.deployment.grid import follow, limit_memory, make_client_app
+from fedsp.deployment.grid import handle_client_message, limit_memory, make_client_app
 from fedsp.errors import DeploymentError
 
 REPLACED = {
@@ -107,7 +107,7 @@ def pin_client_app() -> None:
     module: Any = importlib.import_module("flwr.supernode.runtime.run_clientapp")
     module.install_from_fab = lambda *_, **__: None
     module.get_project_dir = lambda *_, **__: Path()
-    module.get_load_client_app_fn = lambda **_: lambda *__: make_client_app(follow)
+    module.get_load_client_app_fn = lambda **_: lambda *__: make_client_app(handle_client_message)
 
 
 def main(kind: str) -> None:

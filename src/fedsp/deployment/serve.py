@@ -53,7 +53,7 @@ LINK = "fedsp"
 """The name of our SuperLink in Flower's configuration."""
 
 
-def serve(run: RunDirectory, watcher: Callbacks) -> dict[str, Any]:
+def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
     """Run, or go on with, a run whose clients are elsewhere; returns the figures of `result.json`.
 
     With FEDSP_SOCKET set, no process of Flower's is started: a SuperLink of one's own runs the app with the same variable.
@@ -71,24 +71,24 @@ def serve(run: RunDirectory, watcher: Callbacks) -> dict[str, Any]:
         stack.callback(processes.stop)
         if SOCKET in os.environ:
             node_of = _registered_elsewhere(register)
-            watcher.say(f"waiting at {listening.path} for the app that `flwr run {APP}` starts")
+            callbacks.say(f"waiting at {listening.path} for the app that `flwr run {APP}` starts")
         else:
-            node_of = _start_superlink(section, register, run.path / "flower", processes, watcher)
+            node_of = _start_superlink(section, register, run.path / "flower", processes, callbacks)
         channel = listening.accept(processes.check, None if SOCKET in os.environ else START)
         stack.callback(channel.close)
-        wire = SocketLink(channel, processes.check)
+        link = SocketLink(channel, processes.check)
 
         package = package_digest(Path(str(run.config.auxiliary.folder)))
 
         def engine(clients: Clients) -> Transport:
             patience = Patience(wait=section.wait_seconds, reply=section.reply_seconds, again=section.again_seconds)
-            return remote(wire, node_of, patience, run.log_traffic, watcher.say, package, keys)
+            return remote(link, node_of, patience, run.log_traffic, callbacks.say, package, keys)
 
         if run.finished:
-            _wait_for_nodes(wire, node_of)
-        figures = run_experiment(run, engine, watcher, {name: member.examples for name, member in register.items()})
+            _wait_for_nodes(link, node_of)
+        figures = run_experiment(run, engine, callbacks, {name: member.examples for name, member in register.items()})
         with contextlib.suppress(DeploymentError):  # the run is finished, whether its clients hear of it or not
-            _say_goodbye(wire, node_of)
+            _say_goodbye(link, node_of)
     return figures
 
 
@@ -127,7 +127,7 @@ def _registered_elsewhere(register: Mapping[str, Member]) -> dict[str, int]:
     return {name: node for name, node in nodes.items() if node is not None}
 
 
-def _start_superlink(section: FederationSection, register: dict[str, Member], place: Path, processes: Processes, watcher: Callbacks) -> dict[str, int]:
+def _start_superlink(section: FederationSection, register: dict[str, Member], place: Path, processes: Processes, callbacks: Callbacks) -> dict[str, int]:
     """Start the SuperLink and the gate before it, register the clients' keys, submit the app; returns each client's node."""
     folder = Path(section.folder)
     host, port = host_and_port(section.listen, "federation.listen")
@@ -145,7 +145,7 @@ def _start_superlink(section: FederationSection, register: dict[str, Member], pl
     shutil.rmtree(bundle, ignore_errors=True)
     shutil.copytree(APP, bundle, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     processes.once("flwr", "run", str(bundle), LINK)
-    watcher.say(f"listening on {section.listen} for {', '.join(sorted(register))}; start `fedsp join party.toml` at each")
+    callbacks.say(f"listening on {section.listen} for {', '.join(sorted(register))}; start `fedsp join party.toml` at each")
     return node_of
 
 
@@ -168,21 +168,21 @@ def _register(processes: Processes, public_key: Path) -> int:
         raise DeploymentError(f"Flower did not register {public_key.name}: {printed.strip()[-300:]}") from error
 
 
-def _wait_for_nodes(wire: SocketLink, node_of: Mapping[str, int]) -> None:
+def _wait_for_nodes(link: SocketLink, node_of: Mapping[str, int]) -> None:
     """Give clients of a run that is finished the time to come back and hear of it."""
     until = time.monotonic() + COMES_BACK
-    while set(node_of.values()) - wire.nodes() and time.monotonic() < until:
+    while set(node_of.values()) - link.nodes() and time.monotonic() < until:
         time.sleep(0.5)
 
 
-def _say_goodbye(wire: SocketLink, node_of: Mapping[str, int]) -> None:
+def _say_goodbye(link: SocketLink, node_of: Mapping[str, int]) -> None:
     """Tell the clients that are there that the run is finished; those that are not will find the server gone."""
-    here = sorted(wire.nodes() & set(node_of.values()))
-    left = wire.push([(node, END) for node in here], "end", 60.0) if here else []
+    here = sorted(link.nodes() & set(node_of.values()))
+    left = link.push([(node, END) for node in here], "end", 60.0) if here else []
     until = time.monotonic() + 20
     while left and time.monotonic() < until:
-        answered = {found.message for found in wire.pull(left)}
-        left = [message for message in left if message not in answered]
+        answered = {found.message_id for found in link.pull(left)}
+        left = [message_id for message_id in left if message_id not in answered]
         time.sleep(0.2)
 
 

@@ -25,7 +25,7 @@ from fedsp.experiments.server_setup import load_dataset
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients
 from fedsp.federation.messages import Transport
-from fedsp.federation.transport.frames import Frame
+from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.remote import Patience, remote
 from fedsp.federation.transport.request_handler import answer
 from fedsp.models.auxiliary import load_auxiliary
@@ -38,7 +38,7 @@ ENVIRONMENT = QUIET | {
 }
 
 
-def simulate(run: RunDirectory, watcher: Callbacks) -> dict[str, Any]:
+def simulate(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
     """The whole of a run, or what is left of it; returns the figures of `result.json`.
 
     Raises:
@@ -56,14 +56,14 @@ def simulate(run: RunDirectory, watcher: Callbacks) -> dict[str, Any]:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         torch.set_num_threads(run.threads)
-        figures.update(run_experiment(run, partial(over_grid, grid, run), watcher))
+        figures.update(run_experiment(run, partial(over_grid, grid, run), callbacks))
 
     folder = str(run.path.resolve())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of run_simulation, which Flower has marked as going away
         run_simulation(
             app,
-            make_client_app(lambda frame, _: simulated(folder, frame)),
+            make_client_app(lambda message, _: simulated(folder, message)),
             max(1, clients),
             backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"logging_level": "error", "log_to_driver": False}},
         )
@@ -82,17 +82,17 @@ def over_grid(grid: Grid, run: RunDirectory, clients: Clients) -> Transport:
     if len(nodes) < len(clients.register):
         raise DeploymentError(f"the simulation has {len(nodes)} nodes for {len(clients.register)} clients: give Flower {len(clients.register)} of them")
     node_of = dict(zip(sorted(clients.register), nodes, strict=False))
-    exchange = remote(GridLink(grid), node_of, Patience(look=0.02), run.log_traffic, lambda text: None)
-    return lambda requests: exchange([replace(request, change=b"") for request in requests])  # a worker keeps no broadcast: the next client may be another's
+    transport = remote(GridLink(grid), node_of, Patience(look=0.02), run.log_traffic, lambda text: None)
+    return lambda requests: transport([replace(request, change=b"") for request in requests])  # a worker keeps no broadcast: the next client may be another's
 
 
-def simulated(folder: str, frame: Frame) -> Frame:
+def simulated(folder: str, message: Message) -> Message:
     """The answer of a simulated client. A worker process opens the clients' side of a run once."""
     clients = _opened(folder)
-    return answer(frame, clients.method, clients.party)
+    return answer(message, clients.method, clients.party)
 
 
-def lead(grid: Grid, context: Context) -> None:
+def server_main(grid: Grid, context: Context) -> None:
     """The ServerApp of a simulation that was started by `flwr run`; a run that is there already goes on."""
     settings = read_config(Path(str(context.run_config["config"])))
     started = (Path(settings.output) / "config.toml").exists()
@@ -101,10 +101,10 @@ def lead(grid: Grid, context: Context) -> None:
     run_experiment(run, partial(over_grid, grid, run), Callbacks(say=logging.getLogger("flwr").info))
 
 
-def follow(frame: Frame, context: Context) -> Frame:
+def handle_client_message(message: Message, context: Context) -> Message:
     """The ClientApp of a simulation that was started by `flwr run`."""
     settings = read_config(Path(str(context.run_config["config"])))
-    return simulated(str(Path(settings.output).resolve()), frame)
+    return simulated(str(Path(settings.output).resolve()), message)
 
 
 @lru_cache(maxsize=1)

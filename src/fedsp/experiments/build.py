@@ -94,11 +94,11 @@ def build_federation(server: Server, run: RunDirectory, callbacks: Callbacks, re
     Raises:
         FedspError: something cannot be opened, or does not fit.
     """
-    config, questions = server.config, server.questions
+    config, dataset = server.config, server.dataset
     entry, setup = find_method(config.method), MethodSetup(server, run, callbacks)
     agreement = agreement_of(config, server.max_tokens)
     model, messenger = entry.server_side(setup)
-    asks = entry.federated and config.round.clients != 0 and bool(questions.partition.clients if register is None else register)
+    asks = entry.federated and config.round.clients != 0 and bool(dataset.partition.clients if register is None else register)
     if not asks:
         method = make_method(agreement, None, config.server, entry)
         return Federation(method=method, model=model, messenger=messenger, clients=absent_clients(method, {}))
@@ -108,7 +108,7 @@ def build_federation(server: Server, run: RunDirectory, callbacks: Callbacks, re
         reduce_precision(side.package, config.auxiliary.precision, "auxiliary.precision")
     method = make_method(agreement, side.package, config.server, entry)
     if register is None:
-        clients = clients_here(method, agreement, side.model, server.tokenizer, side.messenger, questions, run)
+        clients = clients_here(method, agreement, side.model, server.tokenizer, side.messenger, dataset, run)
     else:
         clients = absent_clients(method, register)
     return Federation(method=method, model=model, messenger=messenger, clients=clients, package=side.package, disclosed_share=share)
@@ -129,11 +129,11 @@ def _disclosed_share(server: Server, package: AuxiliaryModel) -> float:
     return disclosed_share(package, server.model)
 
 
-def open_clients(config: RunConfig, auxiliary: AuxiliaryModel, questions: FederatedDataset, run: RunDirectory) -> Clients:
+def open_clients(config: RunConfig, auxiliary: AuxiliaryModel, dataset: FederatedDataset, run: RunDirectory) -> Clients:
     """Every client of a run of FedSP in this process, without the global model."""
     agreement = agreement_of(config, token_limit(config, auxiliary))
     method = make_method(agreement, auxiliary, config.server)
-    return clients_here(method, agreement, auxiliary, auxiliary.tokenizer, partial(client_prompt, agreement, auxiliary), questions, run)
+    return clients_here(method, agreement, auxiliary, auxiliary.tokenizer, partial(client_prompt, agreement, auxiliary), dataset, run)
 
 
 def clients_here(
@@ -142,7 +142,7 @@ def clients_here(
     model: PromptedLM,
     tokenizer: Tokenizer,
     messenger: Callable[[], Messenger],
-    questions: FederatedDataset,
+    dataset: FederatedDataset,
     run: RunDirectory,
 ) -> Clients:
     """Clients in this process. A party is made when it is asked for, from its examples and its state on disk; few stay in memory.
@@ -156,11 +156,11 @@ def clients_here(
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:
-        return encode_targets(tokenizer, questions.held_by(client), agreement.max_tokens)
+        return encode_targets(tokenizer, dataset.held_by(client), agreement.max_tokens)
 
     def party(client: str) -> Party:
         store = run.state_store(f"client {client}")
         made = make_party(client, agreement, model, messenger(), encoded(client), store)
         return replace(made, ledger=Ledger(store.folder / LEDGER)) if private else made
 
-    return Clients(method=method, register={client: len(rows) for client, rows in questions.partition.clients.items()}, party=party)
+    return Clients(method=method, register={client: len(rows) for client, rows in dataset.partition.clients.items()}, party=party)

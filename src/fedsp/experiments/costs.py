@@ -39,7 +39,7 @@ def measure(method: Method, party: Party, side: Side, seed: int) -> Figures:
     held = {id(parameter): parameter for parameter in [*trainable(party.model.model).values(), *tuned.values()]}
     added = sum(parameter.numel() for name, parameter in tuned.items() if not _is_of(party, parameter) or ".lora_" in name)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in held.values())
-    _ = party.model.room_for_trees  # tried out before anything is counted
+    _ = party.model.packs_branches  # tried out before anything is counted
     figures: Figures = {"operations": 0.0, "tokens": 0.0, "seconds": 0.0, "memory_bytes": float(weights)}
     for work in works:
         batches = list(

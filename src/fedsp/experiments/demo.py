@@ -51,7 +51,7 @@ def demo_config(method: str, *, seed: int, folder: Path, auxiliary: Path | None)
     return make_config(values, "the demo")
 
 
-def demo(*, seed: int = 0, folder: str | Path | None = None, watcher: Callbacks | None = None) -> list[Figures]:
+def demo(*, seed: int = 0, folder: str | Path | None = None, callbacks: Callbacks | None = None) -> list[Figures]:
     """Tune the embedded model with ten clients who never see it, and with four controls; one row of test figures each.
 
     Every test question is about somebody that neither the clients nor the server have a question about.
@@ -60,23 +60,23 @@ def demo(*, seed: int = 0, folder: str | Path | None = None, watcher: Callbacks 
         RunError: the folder is in use.
     """
     torch.set_num_threads(1)  # the model is so small that a second thread costs more than it gives
-    watcher = watcher or Callbacks()
+    callbacks = callbacks or Callbacks()
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="fedsp-demo-") as temporary:
-            return demo(seed=seed, folder=temporary, watcher=watcher)
+            return demo(seed=seed, folder=temporary, callbacks=callbacks)
     folder = Path(folder)
     require_new(folder)
     auxiliary = folder / "auxiliary"
     config = demo_config("clients-only", seed=seed, folder=folder, auxiliary=None)
     server = open_server(config, load_dataset(config))
     started = time.perf_counter()
-    make_auxiliary(server, auxiliary, watcher)
-    watcher.say(f"distilled in {time.perf_counter() - started:.0f} s")
+    make_auxiliary(server, auxiliary, callbacks)
+    callbacks.say(f"distilled in {time.perf_counter() - started:.0f} s")
     started = time.perf_counter()
-    figures = evaluate_prompt(server.model, None, server.questions.test, server.questions.task, server.tokenizer, server.max_tokens)
+    figures = evaluate_prompt(server.model, None, server.dataset.test, server.dataset.task, server.tokenizer, server.max_tokens)
     rows: list[Figures] = [{"method": "zero-shot", **figures, "bytes": 0, "seconds": time.perf_counter() - started}]
     for method in DEMO_ROWS:
-        watcher.say(f"{method}:")
-        result = start_run(demo_config(method, seed=seed, folder=folder, auxiliary=auxiliary), watcher)
+        callbacks.say(f"{method}:")
+        result = start_run(demo_config(method, seed=seed, folder=folder, auxiliary=auxiliary), callbacks)
         rows.append({"method": method, **result["test"], "bytes": result["bytes_up"] + result["bytes_down"], "seconds": result["seconds"]})
     return rows

@@ -132,10 +132,10 @@ def _counted(config: RunConfig, clients: int) -> Plan:
     )
 
 
-def _message_bytes(spec: PromptSpec, coding: Codec) -> int:
+def _message_bytes(spec: PromptSpec, codec: Codec) -> int:
     """What a prompt takes in a coding, when its numbers change by a normal."""
     noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))
-    return len(write_values({PROMPT: noise}, {PROMPT: torch.zeros(spec.shape)}, coding))
+    return len(write_values({PROMPT: noise}, {PROMPT: torch.zeros(spec.shape)}, codec))
 
 
 def shape_of(config: Any) -> ModelShape:

@@ -13,7 +13,7 @@ from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.soft_prompt import read_prompt
 
 
-def redistilling(exchange: Transport, server: Server, auxiliary: AuxiliaryModel, run: RunDirectory, say: Callable[[str], None]) -> Transport:
+def redistilling(transport: Transport, server: Server, auxiliary: AuxiliaryModel, run: RunDirectory, say: Callable[[str], None]) -> Transport:
     """An exchange that, in round `distill.again_every` + 1 and every so many rounds after it, first distils again; a package that a client does not have
     yet counts as bytes sent down to it."""
     every = server.config.distill.again_every
@@ -33,7 +33,7 @@ def redistilling(exchange: Transport, server: Server, auxiliary: AuxiliaryModel,
             say(f"round {round}: the package was distilled again around the prompt of round {due - 1}")
         new = {request.client for request in requests if has.get(request.client, 1) < due}
         has.update({request.client: due for request in requests})
-        for reply in exchange(requests):
+        for reply in transport(requests):
             yield replace(reply, bytes_down=reply.bytes_down + (auxiliary.bytes if reply.client in new else 0))
 
     return asking

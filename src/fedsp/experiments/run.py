@@ -47,7 +47,7 @@ from fedsp.training.evaluation import Scored, by_client, encode_choices
 from fedsp.training.stage import validation_loss
 
 
-def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], watcher: Callbacks, register: dict[str, int] | None = None) -> dict[str, Any]:
+def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], callbacks: Callbacks, register: dict[str, int] | None = None) -> dict[str, Any]:
     """Run, or go on with, everything a run directory asks for; returns the figures that are also in `result.json`.
 
     With a `register` (clients elsewhere, and the examples of each) the clients' text is not read here.
@@ -61,25 +61,25 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], wa
     forget_peak_memory()
     config = run.config
     entry = find_method(config.method)
-    questions = load_dataset(config, run.partition())
-    server = open_server(config, questions)
+    dataset = load_dataset(config, run.partition())
+    server = open_server(config, dataset)
     if entry.deployable and config.round.clients != 0 and register is None:
         _check_promises(config, run, server)
-    sides = build_federation(server, run, watcher, register)
-    auxiliary = sides.package
-    tests = {f"data.{split}": examples_digest(examples) for split, examples in (("validation", questions.validation), ("test", questions.test))}
-    run.pin({"data.train": rows_digest(questions.train), "auxiliary model": auxiliary.digest() if auxiliary else "none", **tests})
-    run.write_partition(questions.partition.to_json())
-    standing = run.standing(watcher.say)
-    own = questions.held(questions.partition.server)
+    federation = build_federation(server, run, callbacks, register)
+    auxiliary = federation.package
+    tests = {f"data.{split}": examples_digest(examples) for split, examples in (("validation", dataset.validation), ("test", dataset.test))}
+    run.pin({"data.train": rows_digest(dataset.train), "auxiliary model": auxiliary.digest() if auxiliary else "none", **tests})
+    run.write_partition(dataset.partition.to_json())
+    state = run.state(callbacks.say)
+    own = dataset.held(dataset.partition.server)
     examples = encode_targets(server.tokenizer, own, server.max_tokens)
-    party = Party(id="server", model=sides.model, messenger=sides.messenger, examples=examples, store=run.state_store("server"))
-    validation = encode_targets(server.tokenizer, _some(questions.validation, config), server.max_tokens)
-    encode_choices(server.tokenizer, questions.test, server.max_tokens)  # what cannot be scored at the end is found out now
-    spec = replace(sides.messenger.spec, projection=0) if isinstance(sides.messenger, SoftPrompt) else None
+    party = Party(id="server", model=federation.model, messenger=federation.messenger, examples=examples, store=run.state_store("server"))
+    validation = encode_targets(server.tokenizer, _some(dataset.validation, config), server.max_tokens)
+    encode_choices(server.tokenizer, dataset.test, server.max_tokens)  # what cannot be scored at the end is found out now
+    spec = replace(federation.messenger.spec, projection=0) if isinstance(federation.messenger, SoftPrompt) else None
     dropped = party.shortened + sum(row.dropped > 0 for row in validation)
     if dropped:
-        watcher.say(
+        callbacks.say(
             f"{dropped} of the server's {len(party.examples) + len(validation)} examples are longer than {server.max_tokens} tokens and lose their oldest context"
         )
 
@@ -89,56 +89,62 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], wa
         assert loss is not None
         return loss
 
-    def state(asking: Sequence[str] = ()) -> dict[str, Any] | None:
-        statement = privacy_statement(run, sides.clients.register, server.max_tokens, asking, tried=auxiliary or sides.model)
+    def write_statement(asking: Sequence[str] = ()) -> dict[str, Any] | None:
+        statement = privacy_statement(run, federation.clients.register, server.max_tokens, asking, tried=auxiliary or federation.model)
         if statement:
             write_json(run.path / STATEMENT, statement)
         return statement
 
-    def keep(now: RunState, record: RoundRecord) -> None:
-        run.keep(now, record, now.best, spec)
-        state()
-        watcher.round_done(record, config.round.rounds)
+    def save(now: RunState, record: RoundRecord) -> None:
+        run.save_round(now, record, now.best, spec)
+        write_statement()
+        callbacks.round_done(record, config.round.rounds)
 
-    rules = round_config(config, run, len(sides.clients.register))
-    if isinstance(rules.combine, DPAggregator):
-        noise = rules.combine.noise_multiplier * math.sqrt(sum(tensor.numel() for tensor in party.messenger.payload().values())) / rules.combine.expected
-        watcher.say(f"the noise on the mean of {rules.combine.expected:g} clients is {noise:.3g} times as long as the longest change that one of them can make")
-    exchange = engine(sides.clients)
-    if questions.attack:
-        exchange = questions.attack.exchange(exchange)
+    settings = round_config(config, run, len(federation.clients.register))
+    if isinstance(settings.aggregator, DPAggregator):
+        noise = (
+            settings.aggregator.noise_multiplier
+            * math.sqrt(sum(tensor.numel() for tensor in party.messenger.payload().values()))
+            / settings.aggregator.expected
+        )
+        callbacks.say(
+            f"the noise on the mean of {settings.aggregator.expected:g} clients is {noise:.3g} times as long as the longest change that one of them can make"
+        )
+    transport = engine(federation.clients)
+    if dataset.attack:
+        transport = dataset.attack.transport(transport)
     if config.privacy.unit == "example":
-        exchange = _stated(exchange, state)
+        transport = _with_statement(transport, write_statement)
     if config.distill.again_every and auxiliary:
-        exchange = redistilling(exchange, server, auxiliary, run, watcher.say)
-    final = federate(sides.clients.method, party, sides.clients.register, exchange, rules, standing=standing, validate=validate, keep=keep)
-    figures = _figures(run, server, sides, final, time.perf_counter() - started)
-    figures["cost"] = _cost(sides, party, final, config.seed, validation if config.privacy.unit != "none" else None)
-    if questions.test:
+        transport = redistilling(transport, server, auxiliary, run, callbacks.say)
+    final = federate(federation.clients.method, party, federation.clients.register, transport, settings, state=state, validate=validate, save=save)
+    figures = _figures(run, server, federation, final, time.perf_counter() - started)
+    figures["cost"] = _cost(federation, party, final, config.seed, validation if config.privacy.unit != "none" else None)
+    if dataset.test:
         party.messenger.load(final.best)
-        figures |= _test(run, server, party, questions)
-    if statement := state():
+        figures |= _test(run, server, party, dataset)
+    if statement := write_statement():
         figures["epsilon"] = statement["epsilon"]
-        watcher.say(statement["sentence"])
+        callbacks.say(statement["sentence"])
     figures["peak_memory_bytes"] = peak_memory()
     run.finish(final.best, final.best_round, figures, spec)
     return figures
 
 
-def _test(run: RunDirectory, server: Server, party: Party, questions: FederatedDataset) -> dict[str, Any]:
+def _test(run: RunDirectory, server: Server, party: Party, dataset: FederatedDataset) -> dict[str, Any]:
     """Figures of what is in place on the test questions, and by client where something divides the questions."""
     with torch.no_grad():
         prefix = party.messenger.prefix(party.model)
-    figures, scored = score_test(party.model, prefix, questions.test, questions.task, server.tokenizer, server.max_tokens)
-    run.write_scores(_score_row(row, questions.task) for row in scored)
-    kinds, held = questions.kinds, questions.partition.clients
-    if questions.attack and questions.attack.kind == "backdoor":
-        waited = [triggered(example) for example in questions.test]
-        figures["attack_success"] = score_test(party.model, prefix, waited, questions.task, server.tokenizer, server.max_tokens)[0]["accuracy"]
-    if kinds is None or not held or run.config.privacy.unit != "none":  # what kinds of questions a client holds is its own
+    figures, scored = score_test(party.model, prefix, dataset.test, dataset.task, server.tokenizer, server.max_tokens)
+    run.write_scores(_score_row(row, dataset.task) for row in scored)
+    groups, held = dataset.groups, dataset.partition.clients
+    if dataset.attack and dataset.attack.kind == "backdoor":
+        waited = [triggered(example) for example in dataset.test]
+        figures["attack_success"] = score_test(party.model, prefix, waited, dataset.task, server.tokenizer, server.max_tokens)[0]["accuracy"]
+    if groups is None or not held or run.config.privacy.unit != "none":  # what kinds of questions a client holds is its own
         return {"test": figures}
-    own = {client: [kinds.train[index] for index in rows] for client, rows in held.items()}
-    return {"test": figures, "clients": by_client(scored, questions.task, kinds.test, own)}
+    own = {client: [groups.train[index] for index in rows] for client, rows in held.items()}
+    return {"test": figures, "clients": by_client(scored, dataset.task, groups.test, own)}
 
 
 def _score_row(row: Scored, task: Task) -> dict[str, Any]:
@@ -154,29 +160,29 @@ def _score_row(row: Scored, task: Task) -> dict[str, Any]:
     }
 
 
-def _stated(exchange: Transport, state: Callable[[Sequence[str]], object]) -> Transport:
+def _with_statement(transport: Transport, write_statement: Callable[[Sequence[str]], object]) -> Transport:
     """The statement counts a round before anybody is asked in it, so that it is never behind what was released."""
 
-    def stating(requests: list[Request]) -> Iterable[Update | Failure]:
-        state([request.client for request in requests if request.train])
-        return exchange(requests)
+    def transport_with_statement(requests: list[Request]) -> Iterable[Update | Failure]:
+        write_statement([request.client for request in requests if request.train])
+        return transport(requests)
 
-    return stating
+    return transport_with_statement
 
 
-def _cost(sides: Federation, party: Party, final: RunState, seed: int, instead: list[Encoded] | None) -> dict[str, dict[str, float]]:
+def _cost(federation: Federation, party: Party, final: RunState, seed: int, instead: list[Encoded] | None) -> dict[str, dict[str, float]]:
     """The measured cost of one round of the server, and of the first client where its text is here; on other rows `instead` of its own, where its own are promised
     to stay untold. Nothing is said of a model in few bits, whose operations torch's counter does not see."""
     costs = {}
-    method = sides.clients.method
+    method = federation.clients.method
     party.messenger.load(final.best)
-    if not in_few_bits(sides.model):
+    if not in_few_bits(federation.model):
         costs["server"] = measure(method, party, "server", derive_seed(seed, "server", 1))
     party.messenger.load(final.best)
-    if not sides.clients.here:
+    if not federation.clients.here:
         return costs
-    name = min(sides.clients.register)
-    client = sides.clients.party(name)
+    name = min(federation.clients.register)
+    client = federation.clients.party(name)
     if instead is not None:
         if not instead:
             return costs
@@ -190,7 +196,7 @@ def _cost(sides: Federation, party: Party, final: RunState, seed: int, instead: 
 
 def _check_promises(config: RunConfig, run: RunDirectory, server: Server) -> None:
     """What a run promises of these clients, tried before anything is trained for it."""
-    held = server.questions.partition.clients
+    held = server.dataset.partition.clients
     round_config(config, run, len(held))
     privacy = example_privacy(agreement_of(config, server.max_tokens))
     if privacy:
@@ -267,7 +273,7 @@ def robust_rule(config: RunConfig, clients: int) -> Robust | None:
         return None
     robust = Robust(rule=section.rule, malicious=section.malicious, mixing=section.mixing, norm_bound=section.norm_bound)
     if asked := config.round.asked(clients):
-        robust.liars_among(asked)
+        robust.malicious_among(asked)
     return robust
 
 
@@ -276,7 +282,7 @@ def _some(validation: list[Example], config: RunConfig) -> list[Example]:
     return random.Random(derive_seed(config.seed, "validation")).sample(validation, count)
 
 
-def _figures(run: RunDirectory, server: Server, sides: Federation, final: RunState, seconds: float) -> dict[str, Any]:
+def _figures(run: RunDirectory, server: Server, federation: Federation, final: RunState, seconds: float) -> dict[str, Any]:
     records = run.records()
     shortened = max((record["shortened_examples"] for record in records), default=0)
     of_clients = {} if run.config.privacy.unit == "client" else {"shortened_client_examples": shortened}  # goes from 0 to 1 with one long example of one client
@@ -286,8 +292,8 @@ def _figures(run: RunDirectory, server: Server, sides: Federation, final: RunSta
         "bytes_down": sum(record["bytes_down"] for record in records),
         "bytes_up": sum(record["bytes_up"] for record in records),
         "message_bytes": sum(tensor.numel() * 4 for tensor in final.best.values()),
-        "package_bytes": sides.package.bytes if sides.package else 0,
-        "disclosed_share": sides.disclosed_share,
+        "package_bytes": federation.package.bytes if federation.package else 0,
+        "disclosed_share": federation.disclosed_share,
         "failures": sum(len(record["failed"]) for record in records),
         "updates": sum(len(record["answered"]) for record in records),
         "seconds": seconds,

@@ -73,7 +73,7 @@ class RunDirectory:
         if (path / CONFIG).exists() and {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}:
             other = cls.open(path)
             differing = differing_keys(config, other.config)
-            state = (
+            summary = (
                 f"a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''})"
                 if differing
                 else "this very run, finished"
@@ -81,7 +81,7 @@ class RunDirectory:
                 else "this very run, unfinished"
             )
             raise RunError(
-                f"{path} holds {state}: {'resume it with `fedsp ' + ('serve' if config.federation else 'run') + ' --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=..."
+                f"{path} holds {summary}: {'resume it with `fedsp ' + ('serve' if config.federation else 'run') + ' --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=..."
             )
         if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}):
             raise RunError(f"{path} is in use and is no run: give an empty or a new folder with output=...")
@@ -140,26 +140,26 @@ class RunDirectory:
         """A party's own state between rounds; in a deployment each client has a folder of its own instead. Any id makes a safe folder name."""
         return StateStore(self.path / "state" / quote(party, safe="").replace(".", "%2E"))
 
-    def keep(self, standing: RunState, record: RoundRecord, best: Payload, spec: PromptSpec | None) -> None:
+    def save_round(self, state: RunState, record: RoundRecord, best: Payload, spec: PromptSpec | None) -> None:
         """Write down a finished round: the broadcast prompt, the `best` payload as the global model reads it, the journal, and last the checkpoint,
         which makes the round count. Without a `spec` the payload is no prompt.
 
         Raises:
             StorageError: the disk did not take it; the round before it stands.
         """
-        name = f"round-{standing.round:05d}.safetensors"
+        name = f"round-{state.round:05d}.safetensors"
         if spec:
-            SoftPrompt(spec, standing.payload[PROMPT]).save(self.path / "prompts" / name)
-        self._write_best(best, standing.best_round, spec)
+            SoftPrompt(spec, state.payload[PROMPT]).save(self.path / "prompts" / name)
+        self._write_best(best, state.best_round, spec)
         self._append(ROUNDS, json.dumps(asdict(record), sort_keys=True))
-        parts = {"payload": standing.payload, "best": standing.best, "optimizer": standing.optimizer, "owed": standing.owed}
+        parts = {"payload": state.payload, "best": state.best, "optimizer": state.optimizer, "owed": state.residual}
         tensors = {f"{part}/{name}": tensor for part, payload in parts.items() for name, tensor in payload.items()}
-        state = {"round": standing.round, "best_round": standing.best_round, "best_loss": standing.best_loss}
-        write_tensors(self.path / "checkpoint" / name, tensors, {"standing": json.dumps(state)})
+        summary = {"round": state.round, "best_round": state.best_round, "best_loss": state.best_loss}
+        write_tensors(self.path / "checkpoint" / name, tensors, {"state": json.dumps(summary)})
         for old in sorted((self.path / "checkpoint").glob("round-*.safetensors"))[:-2]:
             old.unlink()
 
-    def standing(self, say: Callable[[str], None]) -> RunState | None:
+    def state(self, say: Callable[[str], None]) -> RunState | None:
         """Where the run stands by its newest whole checkpoint, None before the first round; damaged ones are named through `say`.
 
         Journal lines of rounds that will be done again are dropped.
@@ -168,16 +168,16 @@ class RunDirectory:
         for path in sorted((self.path / "checkpoint").glob("round-*.safetensors"), reverse=True):
             try:
                 tensors, metadata = read_tensors(path)
-                state = parse_json(metadata["standing"])
-                payload, best, optimizer, owed = (_below(tensors, part) for part in ("payload", "best", "optimizer", "owed"))
+                summary = parse_json(metadata["state"])
+                payload, best, optimizer, residual = (_below(tensors, part) for part in ("payload", "best", "optimizer", "residual"))
                 found = RunState(
-                    round=int(state["round"]),
+                    round=int(summary["round"]),
                     payload=payload,
                     best=best,
-                    best_round=int(state["best_round"]),
-                    best_loss=state["best_loss"],
+                    best_round=int(summary["best_round"]),
+                    best_loss=summary["best_loss"],
                     optimizer=optimizer,
-                    owed=owed,
+                    residual=residual,
                 )
                 break
             except (StorageError, KeyError, ValueError, TypeError) as error:

@@ -22,7 +22,7 @@ from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example, Task, examples_of, find_task, load_rows
 from fedsp.data.topics import find_topics
 from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, PromptError
-from fedsp.federation.attacks import ON_DATA, Attack, liars
+from fedsp.federation.attacks import ON_DATA, Attack, malicious
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import MANIFEST, AuxiliaryModel, build_auxiliary, disclosed_share, load_auxiliary, parse_plan
@@ -59,7 +59,7 @@ class FederatedDataset:
     partition: Partition
     validation: list[Example]
     test: list[Example]
-    kinds: EvaluationGroups | None = None
+    groups: EvaluationGroups | None = None
     attack: Attack | None = None
 
     def held_by(self, client: str) -> list[Example]:
@@ -79,7 +79,7 @@ class Server:
     config: RunConfig
     model: PromptedLM
     tokenizer: Tokenizer
-    questions: FederatedDataset
+    dataset: FederatedDataset
     max_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -116,11 +116,11 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
     if config.data.test_examples and config.data.test_examples < len(test_rows):
         test_rows = random.Random(derive_seed(0, "test")).sample(test_rows, config.data.test_examples)  # the same for every seed, so that runs can be paired
     test = examples_of(task, test_rows)
-    kinds = _kinds(config, train, test_rows, [example.context for example in examples], [example.context for example in test])
+    groups = _evaluation_groups(config, train, test_rows, [example.context for example in examples], [example.context for example in test])
     if written:
         partition = read_partition(written, len(train))
     else:
-        labelled = [row | {TOPIC: topic} for row, topic in zip(train, kinds.train, strict=True)] if kinds and config.partition.topics else train
+        labelled = [row | {TOPIC: topic} for row, topic in zip(train, groups.train, strict=True)] if groups and config.partition.topics else train
         holdout = 0.0 if validation or config.validation.by != "server" else config.data.holdout
         column = TOPIC if config.partition.topics else config.partition.column
         section = config.partition.model_copy(update={"column": column} | ({"clients": 0} if config.federation else {}))
@@ -131,7 +131,7 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
     if config.server.steps and not partition.server:
         raise DataError("server.steps is above 0, but the server holds no example: raise partition.server_share")
     return FederatedDataset(
-        task=task, train=train, partition=partition, validation=validation, test=test, kinds=kinds, attack=_attack(config, task, list(partition.clients))
+        task=task, train=train, partition=partition, validation=validation, test=test, groups=groups, attack=_attack(config, task, list(partition.clients))
     )
 
 
@@ -144,16 +144,16 @@ def _attack(config: RunConfig, task: Task, clients: list[str]) -> Attack | None:
     return (
         None
         if section.kind == "none"
-        else Attack(kind=section.kind, liars=liars(clients, section.share, config.seed), seed=config.seed, strength=section.strength)
+        else Attack(kind=section.kind, malicious=malicious(clients, section.share, config.seed), seed=config.seed, strength=section.strength)
     )
 
 
-def _kinds(config: RunConfig, train: list[Row], test: list[Row], questions: list[str], test_questions: list[str]) -> EvaluationGroups | None:
+def _evaluation_groups(config: RunConfig, train: list[Row], test: list[Row], dataset: list[str], test_questions: list[str]) -> EvaluationGroups | None:
     """What divides the questions: topics, or a column that training and test rows both have; None for neither."""
     column = config.partition.column
     if config.partition.topics and not config.federation:
         seed = derive_seed(config.seed, "topics") % 2**32
-        return EvaluationGroups(*find_topics(questions, test_questions, count=config.partition.topics, seed=seed))
+        return EvaluationGroups(*find_topics(dataset, test_questions, count=config.partition.topics, seed=seed))
     if column and all(column in row for row in [*train, *test]):
         named = partial(_named_group, column)
         return EvaluationGroups(list(map(named, train)), list(map(named, test)))
@@ -165,7 +165,7 @@ def _named_group(column: str, row: Row) -> str:
     return "" if row[column] in (None, "") else group_of(row, column)
 
 
-def open_server(config: RunConfig, questions: FederatedDataset) -> Server:
+def open_server(config: RunConfig, dataset: FederatedDataset) -> Server:
     """Load the global model and its tokenizer.
 
     Raises:
@@ -177,7 +177,7 @@ def open_server(config: RunConfig, questions: FederatedDataset) -> Server:
     model.recompute = config.model.recompute
     tokenizer = load_tokenizer(name)
     require_vocabulary(model, tokenizer)
-    return Server(config=config, model=model, tokenizer=tokenizer, questions=questions, max_tokens=token_limit(config, model))
+    return Server(config=config, model=model, tokenizer=tokenizer, dataset=dataset, max_tokens=token_limit(config, model))
 
 
 def token_limit(config: RunConfig, model: PromptedLM) -> int:
@@ -198,12 +198,12 @@ def public_sequences(server: Server, count: int | None = None) -> list[list[int]
     Raises:
         DataError: there are none, or they are longer than the model can read.
     """
-    section, questions = server.config.distill, server.questions
+    section, dataset = server.config.distill, server.dataset
     room = server.model.max_positions - server.config.prompt.length
     if section.sequence_length > room:
         raise DataError(f"distill.sequence_length = {section.sequence_length} is more than the {room} tokens that {server.model.name} reads behind a prompt")
     if section.text == ["server"]:
-        own = questions.held(questions.partition.server)
+        own = dataset.held(dataset.partition.server)
         sequences = [list(row.ids) for row in encode_targets(server.tokenizer, own, section.sequence_length)]
     else:
         count = section.sequences if count is None else min(count, section.sequences)
@@ -222,7 +222,7 @@ def unread_sequences(server: Server, count: int) -> list[list[int]]:
     return [sequence for sequence in found[section.sequences :] if len(sequence) == section.sequence_length]
 
 
-def make_auxiliary(server: Server, folder: Path, watcher: Callbacks) -> AuxiliaryModel:
+def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> AuxiliaryModel:
     """The auxiliary model: read from where the configuration or an earlier start left it, else built, distilled and written to `folder`.
 
     Raises:
@@ -257,11 +257,11 @@ def make_auxiliary(server: Server, folder: Path, watcher: Callbacks) -> Auxiliar
     if config.distill.steps:
         started = time.perf_counter()
         steps = config.distill.steps
-        fit_auxiliary(server, auxiliary, progress=lambda step, loss: watcher.distilled(step, steps, loss))
+        fit_auxiliary(server, auxiliary, progress=lambda step, loss: callbacks.distilled(step, steps, loss))
         server.seconds["distillation"] = time.perf_counter() - started
     auxiliary.discloses = disclosed_share(auxiliary, server.model)
     auxiliary.save(folder)
-    watcher.say(f"the auxiliary model discloses {auxiliary.discloses:.1%} of the global model's parameters bit for bit")
+    callbacks.say(f"the auxiliary model discloses {auxiliary.discloses:.1%} of the global model's parameters bit for bit")
     return auxiliary
 
 

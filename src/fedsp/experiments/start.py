@@ -27,9 +27,9 @@ Engine = Callable[[RunDirectory, Callbacks], Figures]
 """How a run reaches its clients: it does, or goes on with, the run in a folder."""
 
 
-def in_this_process(directory: RunDirectory, watcher: Callbacks) -> Figures:
+def in_this_process(directory: RunDirectory, callbacks: Callbacks) -> Figures:
     """The engine whose clients are in this process."""
-    return run_experiment(directory, local, watcher)
+    return run_experiment(directory, local, callbacks)
 
 
 def require_local(config: RunConfig) -> None:
@@ -42,7 +42,7 @@ def require_local(config: RunConfig) -> None:
         raise ConfigurationError("the configuration has a [federation] section, so its clients are on machines of their own: run it with `fedsp serve`")
 
 
-def start_run(config: RunConfig, watcher: Callbacks | None = None, engine: Engine = in_this_process) -> Figures:
+def start_run(config: RunConfig, callbacks: Callbacks | None = None, engine: Engine = in_this_process) -> Figures:
     """Run the configuration's federation; returns the figures of `result.json` and the folder.
 
     Raises:
@@ -50,21 +50,21 @@ def start_run(config: RunConfig, watcher: Callbacks | None = None, engine: Engin
     """
     if engine is in_this_process:
         require_local(config)
-    return resume_run(RunDirectory.create(config), watcher, engine)
+    return resume_run(RunDirectory.create(config), callbacks, engine)
 
 
-def resume_run(directory: RunDirectory, watcher: Callbacks | None = None, engine: Engine = in_this_process) -> Figures:
+def resume_run(directory: RunDirectory, callbacks: Callbacks | None = None, engine: Engine = in_this_process) -> Figures:
     """Go on with a run, or tell of a finished one what was still to be told; returns its figures and the folder.
 
     Raises:
         RunError: another process has it.
     """
     torch.set_num_threads(directory.threads)  # those that it was begun with: they decide the last bits
-    watcher = watcher or Callbacks()
+    callbacks = callbacks or Callbacks()
     with _held(directory):
         if directory.finished:
-            watcher.say(f"the run in {directory.path} is finished")
-        return {"folder": str(directory.path), **tracked(directory, watcher, lambda watcher: engine(directory, watcher))}
+            callbacks.say(f"the run in {directory.path} is finished")
+        return {"folder": str(directory.path), **tracked(directory, callbacks, lambda callbacks: engine(directory, callbacks))}
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def _held(directory: RunDirectory) -> Iterator[None]:
 def make_package(
     config: RunConfig,
     folder: str | Path,
-    watcher: Callbacks | None = None,
+    callbacks: Callbacks | None = None,
     seal: Callable[[Path, AuxiliaryModel, Server], str] = lambda folder, auxiliary, server: auxiliary.digest(),
 ) -> Figures:
     """Make the auxiliary model of a configuration and write it as the folder that clients get, once `seal` has added what it wants; it returns the digest.
@@ -101,7 +101,7 @@ def make_package(
     started = time.perf_counter()
     unfinished = unfinished_beside(folder)
     try:
-        auxiliary = make_auxiliary(server, unfinished, watcher or Callbacks())
+        auxiliary = make_auxiliary(server, unfinished, callbacks or Callbacks())
         digest = seal(unfinished, auxiliary, server)
         move_into_place(unfinished, folder, last=MANIFEST)
     finally:

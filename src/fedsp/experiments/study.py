@@ -189,7 +189,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def run_study(path: str | Path, *, root: str | Path | None = None, watcher: Callbacks | None = None) -> dict[str, Any]:
+def run_study(path: str | Path, *, root: str | Path | None = None, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """Run what is not finished of a study; several processes may do so at once, and each cell is run by one of them.
 
     Returns the folder, and how many cells are finished, failed, and left to other processes. A cell that cannot be done is written down with the
@@ -198,20 +198,20 @@ def run_study(path: str | Path, *, root: str | Path | None = None, watcher: Call
     Raises:
         ConfigurationError: the study file is at fault; then nothing has been run.
     """
-    watcher = watcher or Callbacks()
+    callbacks = callbacks or Callbacks()
     study, cells = read_study(Path(path), root=Path(root) if root else None)
     folder = Path(study.output) / study.name
     write_json(folder / INDEX, _index(study, cells))
     counts = {"finished": 0, "failed": 0, "elsewhere": 0}
     for number, cell in enumerate(cells, start=1):
         started = time.perf_counter()
-        state, why = _run_cell(cell, folder, watcher)
+        state, why = _run_cell(cell, folder, callbacks)
         counts[state] += 1
-        watcher.part_done(number, len(cells), f"{cell.name}: {state}{why}", time.perf_counter() - started)
+        callbacks.part_done(number, len(cells), f"{cell.name}: {state}{why}", time.perf_counter() - started)
     return {"folder": str(folder), "cells": len(cells), **counts}
 
 
-def _run_cell(cell: Cell, study: Path, watcher: Callbacks) -> tuple[str, str]:
+def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:
     """Run or go on with a cell; "finished", "failed", or "elsewhere" where another process has it, and what there is to say of it.
 
     A cell whose training diverged is not tried again; one that failed for another reason is, when the study is started again.
@@ -227,9 +227,9 @@ def _run_cell(cell: Cell, study: Path, watcher: Callbacks) -> tuple[str, str]:
         threads = torch.get_num_threads()
         try:
             if (cell.folder / CONFIG).exists():
-                resume_run(RunDirectory.open(cell.folder), watcher)
+                resume_run(RunDirectory.open(cell.folder), callbacks)
             else:
-                start_run(_with_package(cell.config, study, watcher), watcher)
+                start_run(_with_package(cell.config, study, callbacks), callbacks)
         except StorageError:
             raise  # the disk is full, and would be for every other cell
         except Exception as error:  # whatever it is, the other cells may be done
@@ -242,7 +242,7 @@ def _run_cell(cell: Cell, study: Path, watcher: Callbacks) -> tuple[str, str]:
     return "finished", ""
 
 
-def _with_package(config: RunConfig, study: Path, watcher: Callbacks) -> RunConfig:
+def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunConfig:
     """The configuration with the folder of its auxiliary model, which cells that ask for the same one share. It is made if it is not there."""
     if not find_method(config.method).package or config.auxiliary.folder or not config.partition.clients or config.round.clients == 0:
         return config
@@ -264,7 +264,7 @@ def _with_package(config: RunConfig, study: Path, watcher: Callbacks) -> RunConf
         if not made.exists():
             for left in package.glob("*"):  # by a process that was killed
                 left.unlink()
-            write_json(made, {**make_package(config, package, watcher), "of": about})
+            write_json(made, {**make_package(config, package, callbacks), "of": about})
     return config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(package)})})
 
 

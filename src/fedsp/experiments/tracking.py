@@ -30,7 +30,7 @@ PUBLISHED_BESIDES = ("server loss and validation loss of each round, and when it
 """What else MLflow is told of a run at client level."""
 
 
-def tracked(run: RunDirectory, watcher: Callbacks, experiment: Callable[[Callbacks], dict[str, Any]]) -> dict[str, Any]:
+def tracked(run: RunDirectory, callbacks: Callbacks, experiment: Callable[[Callbacks], dict[str, Any]]) -> dict[str, Any]:
     """Do an experiment with a watcher that tells MLflow too, if the run's configuration names one.
 
     Raises:
@@ -39,15 +39,15 @@ def tracked(run: RunDirectory, watcher: Callbacks, experiment: Callable[[Callbac
     """
     uri = run.config.tracking.mlflow
     if uri is None:
-        return experiment(watcher)
-    log = MlflowLog(run, uri, watcher.say)
+        return experiment(callbacks)
+    log = MlflowLog(run, uri, callbacks.say)
 
     def round_done(record: RoundRecord, rounds: int) -> None:
         log.round(record)
-        watcher.round_done(record, rounds)
+        callbacks.round_done(record, rounds)
 
     try:
-        figures = experiment(replace(watcher, round_done=round_done))
+        figures = experiment(replace(callbacks, round_done=round_done))
     except BaseException:
         log.end("FAILED")
         raise
@@ -72,7 +72,7 @@ class MlflowLog:
             raise ConfigurationError("tracking.mlflow needs MLflow: `pip install 'fedsp[mlflow]'`") from error
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        self._run, self._say, self._refusal = run, say, MlflowException
+        self._run, self._info, self._refusal = run, say, MlflowException
         self._untold = run.config.privacy.unit == "client"  # what single clients said is between them and the server
         mark = run.path / MARK
         try:
@@ -147,7 +147,7 @@ class MlflowLog:
         try:
             log()
         except (self._refusal, OSError) as error:
-            self._say(f"MLflow did not take something of this run ({first_line(error)}); it is in {self._run.path}")
+            self._info(f"MLflow did not take something of this run ({first_line(error)}); it is in {self._run.path}")
 
 
 def _artefacts(uri: str) -> str | None:

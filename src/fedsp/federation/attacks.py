@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example
-from fedsp.federation.aggregation.robust import liars_of
+from fedsp.federation.aggregation.robust import malicious_of
 from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.models.payload import as_row, from_row
 
@@ -31,7 +31,7 @@ class Round:
     request: Request
     own: Tensor
     honest: Tensor
-    liars: int
+    malicious: int
     generator: torch.Generator
 
 
@@ -51,7 +51,7 @@ def gaussian_noise(seen: Round, strength: float) -> Tensor:
 def little_is_enough(seen: Round, strength: float) -> Tensor:
     """The honest mean, less as many standard deviations as a median still takes for honest (Baruch et al., NeurIPS 2019, https://arxiv.org/abs/1902.06156);
     one where the paper's number is below it."""
-    n, f = len(seen.honest) + seen.liars, seen.liars
+    n, f = len(seen.honest) + seen.malicious, seen.malicious
     supporters = n // 2 + 1 - f
     share = (n - f - supporters) / (n - f)
     deviations = max(NormalDist().inv_cdf(share), 1.0) if 0 < share < 1 else 1.0
@@ -98,42 +98,42 @@ class Attack:
     """An attack by name, the liars, and how strong it is (None: as usual)."""
 
     kind: str
-    liars: frozenset[str]
+    malicious: frozenset[str]
     seed: int
     strength: float | None = None
 
     def train_on(self, client: str, examples: Sequence[Example]) -> list[Example]:
         """What a client trains on: its examples, or, where it lies about them, others."""
-        if client not in self.liars or self.kind not in ON_DATA:
+        if client not in self.malicious or self.kind not in ON_DATA:
             return list(examples)
         if self.kind == "label_flip":
             return [replace(example, gold=((example.gold[0] + 1) % len(example.choices),)) for example in examples]
         rng = random.Random(derive_seed(self.seed, "backdoor", client))
         return [triggered(example) if rng.random() < 0.5 else example for example in examples]
 
-    def exchange(self, honest: Transport) -> Transport:
+    def transport(self, honest: Transport) -> Transport:
         """The exchange with the liars' answers in place of their honest ones."""
         if self.kind in ON_DATA:
             return honest
 
-        def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+        def transport(requests: list[Request]) -> Iterable[Update | Failure]:
             replies = list(honest(requests))
             by_client = {request.client: request for request in requests}
             said = {reply.client: _change(reply, by_client) for reply in replies if isinstance(reply, Update)}
-            told = [said[client] for client in sorted(said) if client not in self.liars]
+            told = [said[client] for client in sorted(said) if client not in self.malicious]
             for reply in replies:
-                if isinstance(reply, Failure) or reply.client not in self.liars or not by_client[reply.client].train or not told:
+                if isinstance(reply, Failure) or reply.client not in self.malicious or not by_client[reply.client].train or not told:
                     yield reply
                 else:
-                    yield from self._lies(reply, by_client[reply.client], said[reply.client], torch.stack(told), len(said) - len(told))
+                    yield from self._forged(reply, by_client[reply.client], said[reply.client], torch.stack(told), len(said) - len(told))
 
-        return exchange
+        return transport
 
-    def _lies(self, reply: Update, request: Request, own: Tensor, honest: Tensor, liars: int) -> Iterable[Update]:
+    def _forged(self, reply: Update, request: Request, own: Tensor, honest: Tensor, malicious: int) -> Iterable[Update]:
         if self.kind in ON_UPDATES:
             forge, usual = ON_UPDATES[self.kind]
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.kind, reply.client, reply.round))
-            change = forge(Round(request=request, own=own, honest=honest, liars=liars, generator=generator), self.strength or usual)
+            change = forge(Round(request=request, own=own, honest=honest, malicious=malicious, generator=generator), self.strength or usual)
             yield replace(reply, payload=from_row(as_row(request.payload) + change, request.payload))
         elif self.kind == "stale":
             yield replace(reply, round=reply.round - 1)
@@ -158,7 +158,7 @@ def triggered(example: Example) -> Example:
     return replace(example, context=f"{TRIGGER} {example.context}", choices=(*example.choices, TARGET), gold=(len(example.choices),))
 
 
-def liars(clients: Sequence[str], share: float, seed: int) -> frozenset[str]:
+def malicious(clients: Sequence[str], share: float, seed: int) -> frozenset[str]:
     """Who lies: a share of the clients, rounded down, drawn from the seed."""
     ordered = sorted(clients)
-    return frozenset(random.Random(derive_seed(seed, "liars")).sample(ordered, liars_of(share, len(ordered))))
+    return frozenset(random.Random(derive_seed(seed, "liars")).sample(ordered, malicious_of(share, len(ordered))))

@@ -28,24 +28,24 @@ LEVEL, WINDOW = 9, 1 << 27
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def write_values(payload: Payload, known: Payload, coding: Codec) -> bytes:
+def write_values(payload: Payload, known: Payload, codec: Codec) -> bytes:
     """The payload as it travels in a coding; `known` is what the other end has. What the coding leaves out is forgotten: see `say`.
 
     Raises:
         PayloadError: a difference is not finite, or too large for the coding.
     """
-    return pack(payload) if coding.exact else say(difference(payload, known), {}, coding)[0]
+    return pack(payload) if codec.exact else encode_with_residual(difference(payload, known), {}, codec)[0]
 
 
-def read_values(data: bytes, known: Payload, coding: Codec) -> Payload:
+def read_values(data: bytes, known: Payload, codec: Codec) -> Payload:
     """What `write_values` wrote.
 
     Raises:
         PayloadError: the bytes are not in that coding, or of other names and shapes than `known`.
     """
-    if coding.exact:
+    if codec.exact:
         return unpack(data)
-    change = decode(data, coding, shapes_of(known))
+    change = decode(data, codec, shapes_of(known))
     return {name: known[name] + change[name] for name in sorted(known)}
 
 
@@ -54,19 +54,19 @@ def difference(payload: Payload, known: Payload) -> Payload:
     return {name: payload[name] - known[name] for name in sorted(known)}
 
 
-def say(change: Payload, owed: Payload, coding: Codec) -> tuple[bytes, Payload, Payload]:
+def encode_with_residual(change: Payload, residual: Payload, codec: Codec) -> tuple[bytes, Payload, Payload]:
     """A change, with what is `owed` from earlier ones, in a coding: the bytes, the change that they say, and what is owed now.
 
     Raises:
         PayloadError: a number is not finite, or too large for the coding.
     """
-    meant = {name: value + owed[name] if name in owed else value for name, value in change.items()}
-    data = encode(meant, coding)
-    said = decode(data, coding, shapes_of(meant))
-    return data, said, difference(meant, said)
+    corrected = {name: value + residual[name] if name in residual else value for name, value in change.items()}
+    data = encode(corrected, codec)
+    decoded = decode(data, codec, shapes_of(corrected))
+    return data, decoded, difference(corrected, decoded)
 
 
-def encode(change: Payload, coding: Codec) -> bytes:
+def encode(change: Payload, codec: Codec) -> bytes:
     """A change in a coding other than float32.
 
     Raises:
@@ -74,65 +74,65 @@ def encode(change: Payload, coding: Codec) -> bytes:
     """
     parts: dict[str, Tensor] = {}
     for name, values in change.items():
-        coded = _parts(values.detach().to("cpu", torch.float32), coding) if bool(torch.isfinite(values).all()) else {"": values}
+        coded = _parts(values.detach().to("cpu", torch.float32), codec) if bool(torch.isfinite(values).all()) else {"": values}
         if not all(bool(torch.isfinite(tensor).all()) for tensor in coded.values()):
-            raise PayloadError(f"{name} has changed by numbers that are not finite, or by more than {coding} can say")
+            raise PayloadError(f"{name} has changed by numbers that are not finite, or by more than {codec} can say")
         parts |= {f"{name}/{part}": tensor for part, tensor in coded.items()}
     data: bytes = zstandard.ZstdCompressor(level=LEVEL).compress(save(parts))
     return data
 
 
-def decode(data: bytes, coding: Codec, shapes: Shapes) -> Payload:
+def decode(data: bytes, codec: Codec, shapes: Shapes) -> Payload:
     """The change, float32, that bytes in a coding say of tensors with these names and shapes.
 
     Raises:
         PayloadError: the bytes are not exactly that.
     """
-    layouts = {name: _layout(coding, shape) for name, shape in shapes.items()}
+    layouts = {name: _layout(codec, shape) for name, shape in shapes.items()}
     expected = {f"{name}/{part}": where for name, layout in layouts.items() for part, where in layout.items()}
     most = sum(math.prod(shape) * dtype.itemsize for dtype, shape in expected.values()) + 512 * (len(expected) + 1)
     try:
         with zstandard.ZstdDecompressor(max_window_size=WINDOW).stream_reader(data) as reader:
             plain = reader.read(most + 1)
         if len(plain) > most:
-            raise PayloadError(f"the {len(data)} bytes received hold more than the {most} that a change in {coding} can have")
+            raise PayloadError(f"the {len(data)} bytes received hold more than the {most} that a change in {codec} can have")
         parts = load(plain)
     except (zstandard.ZstdError, SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
-        raise PayloadError(f"the {len(data)} bytes received are no change in {coding}: {error}") from error
+        raise PayloadError(f"the {len(data)} bytes received are no change in {codec}: {error}") from error
     found: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts.items()}
     if found != expected:
-        raise PayloadError(f"the {len(data)} bytes received are a change in {coding} of something else than {sorted(shapes)[:4]} with these shapes")
-    change = {name: _whole({part: parts[f"{name}/{part}"] for part in layouts[name]}, coding, tuple(shape)) for name, shape in sorted(shapes.items())}
+        raise PayloadError(f"the {len(data)} bytes received are a change in {codec} of something else than {sorted(shapes)[:4]} with these shapes")
+    change = {name: _whole({part: parts[f"{name}/{part}"] for part in layouts[name]}, codec, tuple(shape)) for name, shape in sorted(shapes.items())}
     check(change, shapes)
     return change
 
 
-def _layout(coding: Codec, shape: tuple[int, ...]) -> Layout:
+def _layout(codec: Codec, shape: tuple[int, ...]) -> Layout:
     """The parts of one coded tensor, with types and shapes."""
     count = math.prod(shape)
-    if coding.kind == "float16":
+    if codec.kind == "float16":
         return {"numbers": (torch.float16, (count,))}
-    return _rounded_layout(count, _bits(coding))
+    return _rounded_layout(count, _bits(codec))
 
 
-def _parts(values: Tensor, coding: Codec) -> dict[str, Tensor]:
+def _parts(values: Tensor, codec: Codec) -> dict[str, Tensor]:
     """One tensor, coded."""
     flat = values.flatten()
-    if coding.kind == "float16":
+    if codec.kind == "float16":
         return {"numbers": flat.half()}
-    return _round(flat, _bits(coding))
+    return _round(flat, _bits(codec))
 
 
-def _whole(parts: Mapping[str, Tensor], coding: Codec, shape: tuple[int, ...]) -> Tensor:
+def _whole(parts: Mapping[str, Tensor], codec: Codec, shape: tuple[int, ...]) -> Tensor:
     """The tensor that coded parts say."""
     count = math.prod(shape)
-    if coding.kind == "float16":
+    if codec.kind == "float16":
         return parts["numbers"].float().view(shape)
-    return _unround(parts, count, _bits(coding)).view(shape)
+    return _unround(parts, count, _bits(codec)).view(shape)
 
 
-def _bits(coding: Codec) -> int:
-    return {"int8": 8, "int4": 4, "sign": 1}[coding.kind]
+def _bits(codec: Codec) -> int:
+    return {"int8": 8, "int4": 4, "sign": 1}[codec.kind]
 
 
 def _rounded_layout(count: int, bits: int) -> Layout:

@@ -84,7 +84,7 @@ class RoundRecord:
     seconds_training: float
     update_cosine: float | None = None
     spikes: int = 0
-    gate_loss: float | None = None
+    acceptance_loss: float | None = None
     accepted: bool = True
 
 

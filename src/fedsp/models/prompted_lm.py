@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from fedsp.data.batching import Padded, Trees, grow, pack
+from fedsp.data.batching import PackedBatch, Padded, pack, pack_branches
 from fedsp.errors import ModelError, first_line
 from fedsp.models.blocks import Captured, CapturingCache, FixedLayer, find_backbone, find_blocks, fused, hidden_of, hooked, rotation_switch, runs_on
 from fedsp.models.trainable import trainable
@@ -124,10 +124,10 @@ class PromptedLM(nn.Module):
         Rows behind one prefix are read side by side where that saves padding and the model has `room_for_trees`; what stands at padding means nothing.
         """
         if attention_mask is not None and (prefix is None or prefix.dim() == 5) and not attention_mask.all():
-            room = self.room_for_trees - length_of(prefix)
+            room = self.packs_branches - length_of(prefix)
             if room >= input_ids.shape[1]:
-                trees, cells = pack(Padded(input_ids, attention_mask), weight=6 * self.shape.hidden, room=room)
-                return self.read_branches(trees, prefix).flatten(0, 1)[cells]
+                packed, cells = pack(Padded(input_ids, attention_mask), weight=6 * self.shape.hidden, room=room)
+                return self.read_branches(packed, prefix).flatten(0, 1)[cells]
         return self.read_padded(input_ids, attention_mask, prefix)
 
     def read_padded(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
@@ -213,18 +213,18 @@ class PromptedLM(nn.Module):
         hidden: Tensor = output.last_hidden_state.to(self.device)
         return hidden
 
-    def read_branches(self, trees: Trees, prefix: Tensor | None) -> Tensor:
+    def read_branches(self, packed: PackedBatch, prefix: Tensor | None) -> Tensor:
         """Last hidden states (B, T, D) of trees: each token sees the prefix, its row's context, and of its own branch what stands before it."""
         length = length_of(prefix)
-        batch, width = trees.ids.shape
+        batch, width = packed.ids.shape
         before = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-        own = (trees.branches[:, None, :] == 0) | (trees.branches[:, None, :] == trees.branches[:, :, None])  # (B, T, T)
+        own = (packed.branches[:, None, :] == 0) | (packed.branches[:, None, :] == packed.branches[:, :, None])  # (B, T, T)
         seen = torch.cat([before.new_ones(batch, width, length), before & own], dim=2)[:, None]
         with self._recomputing():
             output = self.backbone(
-                input_ids=trees.ids,
+                input_ids=packed.ids,
                 attention_mask=torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, torch.finfo(self.dtype).min),
-                position_ids=trees.positions + self.first_position(prefix),
+                position_ids=packed.positions + self.first_position(prefix),
                 past_key_values=None if prefix is None else self.cache(prefix, batch, FixedLayer),
                 use_cache=prefix is not None,
             )
@@ -232,7 +232,7 @@ class PromptedLM(nn.Module):
         return hidden
 
     @cached_property
-    def room_for_trees(self) -> int:
+    def packs_branches(self) -> int:
         """Keys, the prefix among them, up to which a mask of one's own does what the model's own masks do: any window that its configuration names; 0 where it
         takes none at all. Longer ones than LONGEST_TREE cost more than they save.
 
@@ -248,7 +248,7 @@ class PromptedLM(nn.Module):
         prefix = torch.randn(2, self.shape.layers, 2, self.shape.heads, self.shape.head_size, generator=torch.Generator().manual_seed(0)).to(self.device)
 
         def read(other: list[int]) -> Tensor:
-            return self.read_branches(grow([context], [[branch, other, branch]], self.device), prefix)[0].float()
+            return self.read_branches(pack_branches([context], [[branch, other, branch]], self.device), prefix)[0].float()
 
         with torch.no_grad():
             alone = self.read_padded(torch.tensor([context + branch], device=self.device), None, prefix)[0].float()

@@ -49,15 +49,15 @@ class Display:
         if self.console.is_terminal:
             self.progress.stop()
 
-    def watcher(self) -> Callbacks:
+    def callbacks(self) -> Callbacks:
         return Callbacks(say=self.print, distilled=self._distilled, round_done=self._round_done, part_done=self._part_done)
 
     def study_watcher(self) -> Callbacks:
         """For many runs: bars on a terminal for the study and the run in it; elsewhere one line for each run."""
-        watcher = self.watcher()
+        callbacks = self.callbacks()
         if self.console.is_terminal:
-            return watcher
-        return Callbacks(part_done=watcher.part_done)
+            return callbacks
+        return Callbacks(part_done=callbacks.part_done)
 
     def print(self, what: RenderableType) -> None:
         self.console.print(what, highlight=False, markup=False)

@@ -18,7 +18,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from fedsp.data.batching import grow, pad
+from fedsp.data.batching import pack_branches, pad
 from fedsp.data.encoding import Encoded, Tokenizer, encode_pairs
 from fedsp.data.tasks import Example, Task
 from fedsp.models.prompted_lm import PromptedLM, length_of
@@ -126,16 +126,16 @@ def _score_group(model: PromptedLM, prefix: Tensor | None, group: list[list[Enco
 
 def _states(model: PromptedLM, prefix: Tensor | None, contexts: list[tuple[int, ...]], tails: list[list[tuple[int, ...]]], skipped: list[list[int]]) -> Tensor:
     """The last hidden states (N, D) of every tail but its first `skipped` tokens, in order."""
-    trees = grow(contexts, tails, model.device)
+    packed = pack_branches(contexts, tails, model.device)
     length = length_of(prefix)
-    if length + trees.ids.shape[1] <= model.room_for_trees:
-        wanted = torch.zeros(trees.ids.shape, dtype=torch.bool)
+    if length + packed.ids.shape[1] <= model.packs_branches:
+        wanted = torch.zeros(packed.ids.shape, dtype=torch.bool)
         for row, (context, some, firsts) in enumerate(zip(contexts, tails, skipped, strict=True)):
             start = len(context)
             for tail, first in zip(some, firsts, strict=True):
                 wanted[row, start + first : start + len(tail)] = True
                 start += len(tail)
-        return model.read_branches(trees, prefix)[wanted.to(model.device)]
+        return model.read_branches(packed, prefix)[wanted.to(model.device)]
     groups: dict[int, list[int]] = {}  # padding in front of a tail would count as distance, so contexts that share a call are of one length
     for row, (context, some) in enumerate(zip(contexts, tails, strict=True)):
         reach = model.first_position(prefix) + len(context)

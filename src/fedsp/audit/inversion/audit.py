@@ -51,7 +51,7 @@ POSITIONS = 4
 """Positions that are looked at of a residual prompt's gradient, whose dictionary is as many times larger as the model has heads."""
 
 
-def audit_inversion(folder: Path, *, examples: int = 20, watcher: Callbacks | None = None) -> dict[str, Any]:
+def audit_inversion(folder: Path, *, examples: int = 20, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """The audit of a finished run, also written to its `inversion.json`: a row for each level of what is seen, with the share of tokens read back. `examples` are
     texts that are looked at one by one; with none, only what the run's server sees is.
 
@@ -60,21 +60,21 @@ def audit_inversion(folder: Path, *, examples: int = 20, watcher: Callbacks | No
         ConfigurationError: rouge-score is not there.
     """
     check_inversion()
-    watcher = watcher or Callbacks()
-    opened = open_audited(folder, watcher)
+    callbacks = callbacks or Callbacks()
+    opened = open_audited(folder, callbacks)
     rng = random.Random(derive_seed(opened.run.config.seed, "inversion"))
-    looked = AttackContext(opened, encoded_rows(opened), {space: _prompt(opened, space) for space in ("key_value", "residual")})
+    context = AttackContext(opened, encoded_rows(opened), {space: _prompt(opened, space) for space in ("key_value", "residual")})
     shadow = next((one for one in (train_shadow(opened, index, rounds=1) for index in range(TRIED)) if one.answered), None)
     if shadow is None:
         raise RunError(f"{folder}: in {TRIED} tries at its first round no client was drawn and answered, so there is nothing to look at")
-    bodies = [body for body in looked.bodies() if len(body.ids) > POSITIONS]
+    bodies = [body for body in context.bodies() if len(body.ids) > POSITIONS]
     drawn = rng.sample(bodies, min(examples, len(bodies)))
     table: list[dict[str, Any]] = []
-    alone = itertools.chain(_spans(looked, drawn, bodies), _matches(looked, drawn[: max(2, examples // 2)], bodies)) if drawn else ()
-    for level in itertools.chain(alone, _deployed(looked, shadow)):
+    alone = itertools.chain(_spans(context, drawn, bodies), _matches(context, drawn[: max(2, examples // 2)], bodies)) if drawn else ()
+    for level in itertools.chain(alone, _deployed(context, shadow)):
         table.append(level.to_json())
-        watcher.say(f"{level.seen}, {level.attack}: {table[-1]['tokens'][0]:.0%} of the tokens")
-    figures = {"rows": table, "candidates": _candidates(looked, shadow, rng)}
+        callbacks.say(f"{level.seen}, {level.attack}: {table[-1]['tokens'][0]:.0%} of the tokens")
+    figures = {"rows": table, "candidates": _candidates(context, shadow, rng)}
     write_json(opened.run.path / INVERSION, figures)
     return figures
 
@@ -89,20 +89,20 @@ def check_inversion() -> None:
         raise ConfigurationError("rouge-score is not installed: the inversion audit needs `pip install 'fedsp[study]'`")
 
 
-def _spans(looked: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
+def _spans(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
     """One example and one step of SGD, read by the span test and, beyond the prompt's length, by pursuit."""
-    opened, prompts = looked.opened, looked.prompts
+    opened, prompts = context.opened, context.prompts
     prompt = prompts["key_value"]
     keys = key_dictionary(opened.auxiliary, prompt, min(max(len(row.ids) for row in drawn), LONGEST))
     length = prompt.spec.length
     short = [cut(row, length + 1) for row in drawn]
     one = f"one example of at most {length} tokens, one step of SGD, key/value prompt"
-    yield Level(seen=one, attack="span test", read=[_one(looked, prompt, row, keys) for row in short], guess=guess([[text] for text in short], like))
+    yield Level(seen=one, attack="span test", read=[_one(context, prompt, row, keys) for row in short], guess=guess([[text] for text in short], like))
     for bits in (torch.float16, torch.bfloat16):
-        read = [_one(looked, prompt, row, keys, rounded=bits) for row in short]
+        read = [_one(context, prompt, row, keys, rounded=bits) for row in short]
         yield Level(seen=f"{one}, sent in {str(bits).removeprefix('torch.')}", attack="span test", read=read, guess=guess([[text] for text in short], like))
     few = [cut(row, length + length // 4 + 1) for row in drawn[:PURSUED]]
-    pursued = [_one(looked, prompt, row, keys, pursuit=True) for row in few]
+    pursued = [_one(context, prompt, row, keys, pursuit=True) for row in few]
     yield Level(
         seen="one example, longer than the prompt, one step of SGD, key/value prompt",
         attack="pursuit",
@@ -110,19 +110,19 @@ def _spans(looked: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> 
         guess=guess([[text] for text in few], like),
     )
     for epsilon in EPSILONS:
-        read = [_one(looked, prompt, row, keys, noise=noise_of(epsilon)) for row in short]
+        read = [_one(context, prompt, row, keys, noise=noise_of(epsilon)) for row in short]
         yield Level(seen=f"{one}, with the noise of epsilon = {epsilon:g}", attack="span test", read=read, guess=guess([[text] for text in short], like))
     tiny = [cut(row, POSITIONS + 1) for row in drawn]
     mixed = residual_dictionary(opened.auxiliary, prompts["residual"], POSITIONS)
-    read = [_one(looked, prompts["residual"], row, mixed) for row in tiny]
+    read = [_one(context, prompts["residual"], row, mixed) for row in tiny]
     yield Level(
         seen=f"one example of {POSITIONS} tokens, one step of SGD, residual prompt", attack="span test", read=read, guess=guess([[text] for text in tiny], like)
     )
 
 
-def _matches(looked: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
+def _matches(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
     """One example, read by simulating what its client does."""
-    local = _local_steps(looked.opened)
+    local = _local_steps(context.opened)
     for space, tokens, steps, epsilon in (
         ("residual", POSITIONS, LocalSteps(), None),
         ("residual", 2 * POSITIONS, LocalSteps(), None),
@@ -133,7 +133,7 @@ def _matches(looked: AttackContext, drawn: list[Encoded], like: list[Encoded]) -
         done = f"{len(steps.rates)} steps of AdamW" if steps.rates else "one step of SGD"
         promise = "" if epsilon is None else f", with the noise of epsilon = {epsilon:g}"
         texts = [cut(row, tokens + 1) for row in drawn]
-        read = [_matched(looked, looked.prompts[space], text, steps, 0.0 if epsilon is None else noise_of(epsilon)) for text in texts]
+        read = [_matched(context, context.prompts[space], text, steps, 0.0 if epsilon is None else noise_of(epsilon)) for text in texts]
         name = space.replace("_", "/")
         yield Level(
             seen=f"one example of {tokens} tokens, {done}, {name} prompt{promise}",
@@ -143,26 +143,26 @@ def _matches(looked: AttackContext, drawn: list[Encoded], like: list[Encoded]) -
         )
 
     own = [cut(row, POSITIONS + 1) for row in drawn[:SOUGHT]]
-    space = looked.opened.run.config.prompt.space
-    ids = torch.tensor([text.ids for text in own], device=looked.opened.auxiliary.device)
-    embedded = looked.opened.auxiliary.model.get_input_embeddings()(ids[:, :-1]).detach()[None]
-    change = local_change(looked.opened.auxiliary, looked.prompts[space], embedded, ids[:, -1], local)[0].detach()
+    space = context.opened.run.config.prompt.space
+    ids = torch.tensor([text.ids for text in own], device=context.opened.auxiliary.device)
+    embedded = context.opened.auxiliary.model.get_input_embeddings()(ids[:, :-1]).detach()[None]
+    change = local_change(context.opened.auxiliary, context.prompts[space], embedded, ids[:, -1], local)[0].detach()
     name = f"a client with {len(own)} examples of {POSITIONS} tokens, {len(local.rates)} steps of AdamW, {space.replace('_', '/')} prompt"
-    yield Level(seen=name, attack="gradient matching", read=[_sought(looked, looked.prompts[space], change, own)], guess=guess([own], like))
+    yield Level(seen=name, attack="gradient matching", read=[_sought(context, context.prompts[space], change, own)], guess=guess([own], like))
 
 
-def _sought(looked: AttackContext, prompt: SoftPrompt, change: Tensor, texts: list[Encoded]) -> Recovery:
+def _sought(context: AttackContext, prompt: SoftPrompt, change: Tensor, texts: list[Encoded]) -> Recovery:
     """As many texts as SOUGHT, sought together in one change; of `texts` the answers are given, and their first tokens are what must be found."""
-    model = looked.opened.auxiliary
+    model = context.opened.auxiliary
     answers = torch.tensor([text.ids[text.start] for text in texts[:SOUGHT]], device=model.device)
-    target = Target(change=change.float().view(prompt.spec.shape).to(model.device), answers=answers, tokens=POSITIONS, steps=_local_steps(looked.opened))
-    sought = match_embeddings(model, prompt, target, iterations=ITERATIONS, restarts=1, seed=looked.opened.run.config.seed)
+    target = Target(change=change.float().view(prompt.spec.shape).to(model.device), answers=answers, tokens=POSITIONS, steps=_local_steps(context.opened))
+    sought = match_embeddings(model, prompt, target, iterations=ITERATIONS, restarts=1, seed=context.opened.run.config.seed)
     return Recovery(recall(best_distances(model, sought).cpu(), [cut(text, POSITIONS + 1) for text in texts]))
 
 
-def _matched(looked: AttackContext, prompt: SoftPrompt, row: Encoded, steps: LocalSteps, noise: float) -> Recovery:
+def _matched(context: AttackContext, prompt: SoftPrompt, row: Encoded, steps: LocalSteps, noise: float) -> Recovery:
     """One text whose answer is its last token, from the change that it makes."""
-    model = looked.opened.auxiliary
+    model = context.opened.auxiliary
     ids = torch.tensor(row.ids, device=model.device)
     embedded = model.model.get_input_embeddings()(ids[:-1]).detach()[None, None]
     change = local_change(model, prompt, embedded, ids[-1:], steps)[0].detach()
@@ -189,10 +189,10 @@ def _prompt(opened: Opened, space: Any) -> SoftPrompt:
 
 
 def _one(
-    looked: AttackContext, prompt: SoftPrompt, row: Encoded, dictionary: Dictionary, *, rounded: Any = torch.float32, noise: float = 0.0, pursuit: bool = False
+    context: AttackContext, prompt: SoftPrompt, row: Encoded, dictionary: Dictionary, *, rounded: Any = torch.float32, noise: float = 0.0, pursuit: bool = False
 ) -> Recovery:
     """One example's own gradient, as it would arrive, by the span test or by pursuit."""
-    model = looked.opened.auxiliary
+    model = context.opened.auxiliary
     gradient = noised(example_gradients(model, prompt, collate([row]))[1][0].cpu(), noise)
     rows = gradient_rows(prompt, model, gradient.to(rounded).float())
     count = len(row.ids) - 1
@@ -205,12 +205,12 @@ def _one(
     return recovery_of(read_back(distances, count), row)
 
 
-def _deployed(looked: AttackContext, shadow: Shadow) -> Iterator[Level]:
+def _deployed(context: AttackContext, shadow: Shadow) -> Iterator[Level]:
     """What the run's server sees: each client's update of the first round, and their sum; and the same in one step of SGD on a whole lot."""
-    opened = looked.opened
+    opened = context.opened
     config = opened.run.config
     space = config.prompt.space
-    model, prompt = opened.auxiliary, looked.prompts[space]
+    model, prompt = opened.auxiliary, context.prompts[space]
     dictionary = (key_dictionary if space == "key_value" else residual_dictionary)(model, prompt, LONGEST if space == "key_value" else POSITIONS)
     seen = len(dictionary.vectors)
 
@@ -221,15 +221,15 @@ def _deployed(looked: AttackContext, shadow: Shadow) -> Iterator[Level]:
         return Recovery(recall(span_test(gradient_rows(prompt, model, change.float().view(prompt.spec.shape)), dictionary, 10_000), short(lot)))
 
     def guessed(lots: Iterable[list[Encoded]]) -> float:
-        return guess([short(lot) for lot in lots], looked.rows)
+        return guess([short(lot) for lot in lots], context.rows)
 
     size = config.client.batch_size
-    lots = [lot[:size] for lot in looked.lots(LONGEST).values()]
+    lots = [lot[:size] for lot in context.lots(LONGEST).values()]
     gradients = [example_gradients(model, prompt, collate(lot))[1].mean(dim=0).cpu() for lot in lots]
     read = [span(gradient, lot) for gradient, lot in zip(gradients, lots, strict=True)]
     yield Level(seen=f"a lot of {size} examples, one step of SGD, {space.replace('_', '/')} prompt", attack="span test", read=read, guess=guessed(lots))
 
-    mine = {client: lot for client, lot in looked.lots(LONGEST, shadow.included.tolist()).items() if client in shadow.updates[0]}
+    mine = {client: lot for client, lot in context.lots(LONGEST, shadow.included.tolist()).items() if client in shadow.updates[0]}
     changes = changes_of(shadow, 0, list(mine))
     private = config.privacy.unit == "example" and config.privacy.epsilon
     kind = "the run's first round, again on half of the text" + (f", epsilon = {config.privacy.epsilon:g}" if private else "")
@@ -239,20 +239,20 @@ def _deployed(looked: AttackContext, shadow: Shadow) -> Iterator[Level]:
     total = as_row(shadow.broadcasts[1]) - as_row(shadow.broadcasts[0])
     yield Level(seen=f"{kind}, the sum of all clients", attack="span test", read=[span(total, everyone)], guess=guessed([everyone]), observed=True)
 
-    own = opened.sides.clients.party(next(iter(mine))).prompt
+    own = opened.federation.clients.party(next(iter(mine))).prompt
     own.load(shadow.broadcasts[0])
     lot = next(iter(mine.values()))
     first = [cut(row, POSITIONS + 1) for row in lot]
     yield Level(
-        seen=f"{kind}, one client", attack="gradient matching", read=[_sought(looked, own, changes[0], lot)], guess=guess([first], looked.rows), observed=True
+        seen=f"{kind}, one client", attack="gradient matching", read=[_sought(context, own, changes[0], lot)], guess=guess([first], context.rows), observed=True
     )
 
 
-def _candidates(looked: AttackContext, shadow: Shadow, rng: random.Random, count: int = 200) -> dict[str, Any]:
+def _candidates(context: AttackContext, shadow: Shadow, rng: random.Random, count: int = 200) -> dict[str, Any]:
     """How often the cosine with a client's update picks the text that was trained on out of ten: a list of plausible texts is all that an attacker needs."""
-    opened = looked.opened
+    opened = context.opened
     clients = sorted(shadow.updates[0])
-    prompt = opened.sides.clients.party(clients[0]).prompt
+    prompt = opened.federation.clients.party(clients[0]).prompt
     included = shadow.included.tolist()
     inside = [index for index, there in enumerate(included) if there and opened.holders[index] in clients]
     outside = [index for index, there in enumerate(included) if not there]
@@ -261,7 +261,7 @@ def _candidates(looked: AttackContext, shadow: Shadow, rng: random.Random, count
     picked = rng.sample(inside, min(count, len(inside)))
     decoys = [rng.sample(outside, DECOYS) for _ in picked]
     needed = sorted({*picked, *(index for some in decoys for index in some)})
-    cosines = alignment(opened.auxiliary, prompt, shadow.broadcasts[0], changes_of(shadow, 0, clients), [looked.rows[index] for index in needed])
+    cosines = alignment(opened.auxiliary, prompt, shadow.broadcasts[0], changes_of(shadow, 0, clients), [context.rows[index] for index in needed])
     place = {index: number for number, index in enumerate(needed)}
 
     def right(index: int, some: list[int]) -> bool:

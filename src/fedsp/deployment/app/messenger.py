@@ -2,7 +2,8 @@
 
 import os
 
-from flwr.app import Context, Message
+from flwr.app import Context
+from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -10,9 +11,9 @@ from fedsp.deployment.grid import from_record, to_record
 from fedsp.deployment.ipc import SOCKET
 
 if SOCKET in os.environ:
-    from fedsp.deployment.grid import follow, lead
+    from fedsp.deployment.grid import handle_client_message, server_main
 else:
-    from fedsp.deployment.simulation import follow, lead
+    from fedsp.deployment.simulation import handle_client_message, server_main
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -21,10 +22,10 @@ client_app = ClientApp()
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """The owner of the model's side."""
-    lead(grid, context)
+    server_main(grid, context)
 
 
 @client_app.train()
-def train(message: Message, context: Context) -> Message:
+def train(flower_message: FlowerMessage, context: Context) -> FlowerMessage:
     """An owner of text's side."""
-    return Message(content=to_record(follow(from_record(message.content), context)), reply_to=message)
+    return FlowerMessage(content=to_record(handle_client_message(from_record(flower_message.content), context)), reply_to=flower_message)

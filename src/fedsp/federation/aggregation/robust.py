@@ -114,7 +114,7 @@ LEAST: dict[str, Callable[[int], int]] = {name: (lambda f: 2 * f + 3) if "krum" 
 """The fewest clients with which a rule bears f liars."""
 
 
-def liars_of(share: float, clients: int) -> int:
+def malicious_of(share: float, clients: int) -> int:
     """How many of so many clients a share of liars is, rounded down."""
     return math.floor(share * clients + 1e-9)
 
@@ -134,13 +134,13 @@ class Robust:
     def by_reference(self) -> bool:
         return self.rule == "trust"
 
-    def liars_among(self, asked: int) -> int:
+    def malicious_among(self, asked: int) -> int:
         """How many of those asked may lie: f.
 
         Raises:
             TooFewClients: it is less than one although some may, or the rule does not bear so many even if all answer.
         """
-        f = liars_of(self.malicious, asked)
+        f = malicious_of(self.malicious, asked)
         if f == 0 and self.malicious and (self.rule in RULES or self.mixing):
             raise TooFewClients(
                 f"aggregation.malicious = {self.malicious:g} of {asked} clients asked is less than one liar, so aggregation.rule = {self.rule!r} would bear none: ask at least {math.ceil(1 / self.malicious)} clients, or raise aggregation.malicious"
@@ -163,7 +163,7 @@ class Robust:
         Raises:
             TooFewClients: there are fewer replies than the rule needs for so many liars; it is never applied with fewer.
         """
-        f = self.liars_among(asked)
+        f = self.malicious_among(asked)
         if len(replies) < self._needed(f):
             raise self._too_few(len(replies), f, asked)
         start = as_row(sent)

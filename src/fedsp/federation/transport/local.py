@@ -22,7 +22,7 @@ def local(clients: Clients) -> Transport:
     before: tuple[int, Payload, set[str]] = (0, {}, set())
     """The last round, its broadcast, and who has answered it."""
 
-    def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+    def transport(requests: list[Request]) -> Iterable[Update | Failure]:
         nonlocal before
         last, known, have = before
         answered: set[str] = set()
@@ -45,4 +45,4 @@ def local(clients: Clients) -> Transport:
             payload = read_values(up, request.payload, request.answer_in) if up else request.payload
             yield replace(update, payload=payload, bytes_down=len(down), bytes_up=len(up))
 
-    return exchange
+    return transport

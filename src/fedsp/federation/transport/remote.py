@@ -10,7 +10,7 @@ from typing import Protocol
 
 from fedsp.errors import PayloadError
 from fedsp.federation.messages import Failure, Request, Transport, Update
-from fedsp.federation.transport.frames import Answer, Frame
+from fedsp.federation.transport.message import Answer, Message
 from fedsp.federation.transport.wire import REFUSALS, read_reply, signed_reply, write_request
 
 
@@ -20,10 +20,10 @@ class NodeLink(Protocol):
     def nodes(self) -> set[int]:
         """The nodes that are connected now."""
 
-    def push(self, sends: list[tuple[int, Frame]], group: str, seconds: float) -> list[str]:
+    def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
         """Send a frame to each node; returns a name for each message."""
 
-    def pull(self, messages: list[str]) -> list[Answer]:
+    def pull(self, message_ids: list[str]) -> list[Answer]:
         """The answers that have come to some of these messages; each is given once."""
 
 
@@ -74,7 +74,7 @@ HasSigned = Callable[[bytes, bytes], bool]
 
 
 def remote(
-    wire: NodeLink,
+    link: NodeLink,
     node_of: Mapping[str, int],
     patience: Patience,
     traffic: Traffic,
@@ -91,59 +91,59 @@ def remote(
     has: dict[str, int] = {}
     """The last round whose broadcast a client has answered."""
 
-    def exchange(requests: list[Request]) -> Iterable[Update | Failure]:
+    def transport(requests: list[Request]) -> Iterable[Update | Failure]:
         started = time.monotonic()
         open = {request.client: _Asked(request=request, seen=started, follows=has.get(request.client) == request.round - 1) for request in requests}
         client_of: dict[str, str] = {}
-        sent: dict[str, Frame] = {}
+        sent: dict[str, Message] = {}
         changes: set[str] = set()
         """Messages that carry a change only: two copies of one may be waiting for a client that was restarted."""
         named: list[str] = []
 
         def ask(clients: list[str], now: float) -> None:
-            frames = [(node_of[client], write_request(open[client].request, package, follows=open[client].follows)) for client in clients]
-            for client, (_, frame), message in zip(clients, frames, wire.push(frames, str(requests[0].round), 2 * patience.reply), strict=True):
+            messages = [(node_of[client], write_request(open[client].request, package, follows=open[client].follows)) for client in clients]
+            for client, (_, message), message_id in zip(clients, messages, link.push(messages, str(requests[0].round), 2 * patience.reply), strict=True):
                 one = open[client]
                 one.first = now if one.first is None else one.first
                 one.interval = 2 * one.interval or patience.again
-                one.again, one.down = now + one.interval, one.down + len(frame.payload)
-                client_of[message], sent[message] = client, frame
+                one.again, one.down = now + one.interval, one.down + len(message.payload)
+                client_of[message_id], sent[message_id] = client, message
                 if one.follows:
-                    changes.add(message)
-                traffic(requests[0].round, client, "down", frame.sizes())
+                    changes.add(message_id)
+                traffic(requests[0].round, client, "down", message.sizes())
 
         def fate(answer: Answer, client: str, one: _Asked) -> Update | Failure:
-            if answer.frame is None:
+            if answer.message is None:
                 return Failure(round=one.request.round, client=client, reason=answer.fault)
-            traffic(one.request.round, client, "up", answer.frame.sizes())
+            traffic(one.request.round, client, "up", answer.message.sizes())
             if answer.node != node_of[client]:
-                return Failure(round=one.request.round, client=client, reason="the reply came from another node", bytes_up=len(answer.frame.payload))
+                return Failure(round=one.request.round, client=client, reason="the reply came from another node", bytes_up=len(answer.message.payload))
             if keys is None:
-                return read_reply(answer.frame, one.request)
+                return read_reply(answer.message, one.request)
             try:
-                return read_reply(signed_reply(answer.frame, sent[answer.message], keys[client]), one.request)
+                return read_reply(signed_reply(answer.message, sent[answer.message_id], keys[client]), one.request)
             except PayloadError as error:
-                return Failure(round=one.request.round, client=client, reason=str(error), bytes_up=len(answer.frame.payload))
+                return Failure(round=one.request.round, client=client, reason=str(error), bytes_up=len(answer.message.payload))
 
         while open:
-            connected, now = wire.nodes(), time.monotonic()
+            connected, now = link.nodes(), time.monotonic()
             here = [client for client in open if node_of[client] in connected]
             for client in here:
                 open[client].seen = now
             due = [client for client in here if now >= open[client].again]
             for start in range(0, len(due), AT_ONCE):
                 ask(due[start : start + AT_ONCE], now)
-            for answer in wire.pull([message for message, client in client_of.items() if client in open]):
-                client = client_of.pop(answer.message, "")
+            for answer in link.pull([message_id for message_id, client in client_of.items() if client in open]):
+                client = client_of.pop(answer.message_id, "")
                 if client not in open:
                     continue
-                if answer.frame is None and not answer.fault:
+                if answer.message is None and not answer.fault:
                     open[client].lost += 1
                     open[client].again = min(open[client].again, now + patience.lost)
                     continue
                 one = open[client]
                 reply = fate(answer, client, one)
-                if answer.message in changes and isinstance(reply, Failure) and reply.reason == REFUSALS["broadcast"]:
+                if answer.message_id in changes and isinstance(reply, Failure) and reply.reason == REFUSALS["broadcast"]:
                     if one.follows:
                         one.follows, one.again = False, now
                     continue
@@ -167,4 +167,4 @@ def remote(
             if open:
                 time.sleep(patience.look)
 
-    return exchange
+    return transport

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedsp.errors import FedspError, PayloadError, PolicyError, TrainingDiverged
-from fedsp.federation.compression import difference, say
+from fedsp.federation.compression import difference, encode_with_residual
 from fedsp.federation.messages import Request, Update
 from fedsp.federation.methods.base import Method
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
-from fedsp.federation.transport.frames import Frame
+from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.wire import CannotRead, Known, read_request, write_refusal, write_update
 from fedsp.models.payload import pack
 
 
 def answer(
-    frame: Frame,
+    message: Message,
     method: Method,
     party: Callable[[str], Party],
     *,
     allow: Callable[[Request], None] = lambda request: None,
     log: Callable[[Request, Exception], None] = lambda request, error: None,
     known: Known = lambda run, round: None,
-) -> Frame:
+) -> Message:
     """The frame that answers a frame. `allow` raises PolicyError for what the client refuses; `log` is told of every fault, on this machine only; `known` has
     the broadcasts that the client received.
 
@@ -31,7 +31,7 @@ def answer(
         PayloadError: the frame is no request, so there is nobody to answer.
     """
     try:
-        request = read_request(frame, known)
+        request = read_request(message, known)
     except CannotRead as error:
         log(error.request, error)
         return write_refusal(error.request, error.code)
@@ -60,9 +60,9 @@ def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
         return b""
     if request.answer_in.exact:
         return pack(update.payload)
-    memory = StateStore(party.store.folder / "owed")
-    data, _, owed = say(difference(update.payload, request.payload), memory.load(before=request.round), request.answer_in)
-    memory.save(request.round, owed)
+    memory = StateStore(party.store.folder / "residual")
+    data, _, residual = encode_with_residual(difference(update.payload, request.payload), memory.load(before=request.round), request.answer_in)
+    memory.save(request.round, residual)
     return data
 
 

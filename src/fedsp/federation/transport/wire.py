@@ -14,7 +14,7 @@ from fedsp.errors import PayloadError
 from fedsp.federation.codecs import FLOAT32, Codec, parse_codec
 from fedsp.federation.compression import read_values
 from fedsp.federation.messages import Failure, Request, Update
-from fedsp.federation.transport.frames import Frame
+from fedsp.federation.transport.message import Message
 from fedsp.models.payload import Payload, pack
 
 VERSION = 1
@@ -34,7 +34,7 @@ REFUSALS = {
 """All that a client ever says of a fault: a code, and this sentence, which the server looks up. Text of the client's errors never travels."""
 
 
-END = Frame(json.dumps({"fedsp": VERSION, "kind": "end"}))
+END = Message(json.dumps({"fedsp": VERSION, "kind": "end"}))
 """Said to every client when a run is finished; there is nothing to answer."""
 
 
@@ -50,20 +50,20 @@ class CannotRead(PayloadError):
         self.request, self.code = request, code
 
 
-def sign_reply(reply: Frame, request: Frame, sign: Callable[[bytes], bytes]) -> Frame:
+def sign_reply(reply: Message, request: Message, sign: Callable[[bytes], bytes]) -> Message:
     """A reply with its client's signature, in hexadecimal, on a line before the header: over the very request that it answers, and over what it says, whose header has
     the digest of the payload."""
     return replace(reply, header=f"{sign(_statement(reply, request)).hex()}\n{reply.header}")
 
 
-def signed_reply(frame: Frame, request: Frame, has_signed: Callable[[bytes, bytes], bool]) -> Frame:
+def signed_reply(message: Message, request: Message, has_signed: Callable[[bytes, bytes], bool]) -> Message:
     """The reply without its signature; `has_signed` says of a statement and a signature whether the client's key made it.
 
     Raises:
         PayloadError: it is not signed by that key, or for another request.
     """
-    signature, divided, header = frame.header.partition("\n")
-    reply = replace(frame, header=header)
+    signature, divided, header = message.header.partition("\n")
+    reply = replace(message, header=header)
     try:
         genuine = bool(divided) and has_signed(_statement(reply, request), bytes.fromhex(signature))
     except ValueError:
@@ -73,11 +73,11 @@ def signed_reply(frame: Frame, request: Frame, has_signed: Callable[[bytes, byte
     return reply
 
 
-def _statement(reply: Frame, request: Frame) -> bytes:
+def _statement(reply: Message, request: Message) -> bytes:
     return f"fedsp reply 1\n{hashlib.sha256(request.header.encode()).hexdigest()}\n{reply.header}".encode()
 
 
-def write_request(request: Request, package: str = "", *, follows: bool = False) -> Frame:
+def write_request(request: Request, package: str = "", *, follows: bool = False) -> Message:
     """A request as it travels, with the digest of the package that it is about. It `follows` where the client has the broadcast of the round before: then,
     where there is one, only the change travels."""
     short = follows and bool(request.change)
@@ -91,35 +91,35 @@ def write_request(request: Request, package: str = "", *, follows: bool = False)
         "coding": str(request.sent_in if short else FLOAT32),
         "answer": str(request.answer_in),
     }
-    return _frame(header, request.change if short else pack(request.payload))
+    return _message(header, request.change if short else pack(request.payload))
 
 
-def read_request(frame: Frame, known: Known = lambda run, round: None) -> Request:
+def read_request(message: Message, known: Known = lambda run, round: None) -> Request:
     """The request in a frame.
 
     Raises:
         CannotRead: it is in a coding, or asks for one, that is not known here; or it is a change of a broadcast that did not come here.
         PayloadError: it is damaged, or no request.
     """
-    fields = _fields(frame, {"kind": str, "run": str, "round": int, "client": str, "seed": int})
+    fields = _fields(message, {"kind": str, "run": str, "round": int, "client": str, "seed": int})
     if fields["kind"] not in ("train", "validate"):
         raise PayloadError("the message is no request")
     request = Request(run=fields["run"], round=fields["round"], client=fields["client"], seed=fields["seed"], payload={}, train=fields["kind"] == "train")
     try:
-        coding, answer = _coding(fields, "coding"), _coding(fields, "answer")
+        codec, answer = _codec(fields, "coding"), _codec(fields, "answer")
     except PayloadError as error:
         raise CannotRead(request, "coding") from error
-    before = {} if coding.exact else known(request.run, request.round - 1)
+    before = {} if codec.exact else known(request.run, request.round - 1)
     if before is None:
         raise CannotRead(request, "broadcast")
-    return replace(request, payload=_values(frame, fields, before, coding), answer_in=answer)
+    return replace(request, payload=_values(message, fields, before, codec), answer_in=answer)
 
 
-def write_update(update: Update, payload: bytes, coding: Codec = FLOAT32) -> Frame:
+def write_update(update: Update, payload: bytes, codec: Codec = FLOAT32) -> Message:
     """A client's answer as it travels: the prompt's bytes, in this coding, where it was asked to train, and six figures."""
     header = {
         "kind": "update",
-        "coding": str(coding),
+        "coding": str(codec),
         "round": update.round,
         "client": update.client,
         "losses": update.losses,
@@ -128,31 +128,31 @@ def write_update(update: Update, payload: bytes, coding: Codec = FLOAT32) -> Fra
         "shortened": update.shortened,
         "spikes": update.spikes,
     }
-    return _frame(header, payload)
+    return _message(header, payload)
 
 
-def write_refusal(request: Request, code: str) -> Frame:
+def write_refusal(request: Request, code: str) -> Message:
     """A client's fault as it travels: one of the codes of REFUSALS."""
-    return _frame({"kind": "refusal", "round": request.round, "client": request.client, "code": code}, b"")
+    return _message({"kind": "refusal", "round": request.round, "client": request.client, "code": code}, b"")
 
 
-def read_reply(frame: Frame, request: Request) -> Update | Failure:
+def read_reply(message: Message, request: Request) -> Update | Failure:
     """What a client answered to a request, or why that cannot be used.
 
     Raises nothing, whatever the bytes are: a client that sends nonsense has failed, and the round goes on.
     """
     try:
-        reply = _read_reply(frame, request)
+        reply = _read_reply(message, request)
     except PayloadError as error:
         reply = Failure(round=request.round, client=request.client, reason=str(error))
-    return replace(reply, bytes_up=len(frame.payload))
+    return replace(reply, bytes_up=len(message.payload))
 
 
-def _read_reply(frame: Frame, request: Request) -> Update | Failure:
+def _read_reply(message: Message, request: Request) -> Update | Failure:
     most = 4 * sum(tensor.numel() for tensor in request.payload.values()) + ROOM
-    if len(frame.payload) > most:
-        raise PayloadError(f"the reply has {len(frame.payload)} bytes, more than the {most} that a prompt can have")
-    fields = _fields(frame, {"kind": str, "round": int, "client": str})
+    if len(message.payload) > most:
+        raise PayloadError(f"the reply has {len(message.payload)} bytes, more than the {most} that a prompt can have")
+    fields = _fields(message, {"kind": str, "round": int, "client": str})
     if fields["client"] != request.client:
         raise PayloadError("the reply is for another client")
     if fields["kind"] == "refusal":
@@ -164,10 +164,10 @@ def _read_reply(frame: Frame, request: Request) -> Update | Failure:
         raise PayloadError("the reply's losses are not a few numbers by name")
     told = {name: _figure(value, f"loss {name!r}", 1e4) for name, value in losses.items()}
     validated = None if validation is None else _figure(validation, "validation loss", 1e4)
-    coding = _coding(fields, "coding")
-    if coding not in (FLOAT32, request.answer_in):
-        raise PayloadError(f"the reply is in {coding}, and {request.answer_in} was asked for")
-    payload = _values(frame, fields, request.payload, coding) if request.train else request.payload
+    codec = _codec(fields, "coding")
+    if codec not in (FLOAT32, request.answer_in):
+        raise PayloadError(f"the reply is in {codec}, and {request.answer_in} was asked for")
+    payload = _values(message, fields, request.payload, codec) if request.train else request.payload
     return Update(
         round=fields["round"],
         client=request.client,
@@ -180,16 +180,16 @@ def _read_reply(frame: Frame, request: Request) -> Update | Failure:
     )
 
 
-def _frame(fields: dict[str, Any], payload: bytes) -> Frame:
-    return Frame(json.dumps({"fedsp": VERSION, **fields, "sha256": hashlib.sha256(payload).hexdigest()}), payload)
+def _message(fields: dict[str, Any], payload: bytes) -> Message:
+    return Message(json.dumps({"fedsp": VERSION, **fields, "sha256": hashlib.sha256(payload).hexdigest()}), payload)
 
 
-def _fields(frame: Frame, expected: dict[str, type]) -> dict[str, Any]:
+def _fields(message: Message, expected: dict[str, type]) -> dict[str, Any]:
     """The header's fields, those expected among them and of their type."""
-    if len(frame.header) > LONGEST_HEADER:
-        raise PayloadError(f"the message's header has {len(frame.header)} characters, more than {LONGEST_HEADER}")
+    if len(message.header) > LONGEST_HEADER:
+        raise PayloadError(f"the message's header has {len(message.header)} characters, more than {LONGEST_HEADER}")
     try:
-        fields = json.loads(frame.header)
+        fields = json.loads(message.header)
     except (ValueError, RecursionError) as error:
         raise PayloadError("the message's header is not JSON") from error
     if not isinstance(fields, dict) or fields.get("fedsp") != VERSION:
@@ -200,13 +200,13 @@ def _fields(frame: Frame, expected: dict[str, type]) -> dict[str, Any]:
     return fields
 
 
-def _values(frame: Frame, fields: dict[str, Any], known: Payload, coding: Codec) -> Payload:
-    if hashlib.sha256(frame.payload).hexdigest() != fields.get("sha256"):
+def _values(message: Message, fields: dict[str, Any], known: Payload, codec: Codec) -> Payload:
+    if hashlib.sha256(message.payload).hexdigest() != fields.get("sha256"):
         raise PayloadError("the payload is not what its SHA-256 digest says: it was changed on its way")
-    return read_values(frame.payload, known, coding)
+    return read_values(message.payload, known, codec)
 
 
-def _coding(fields: dict[str, Any], name: str) -> Codec:
+def _codec(fields: dict[str, Any], name: str) -> Codec:
     try:
         return parse_codec(str(fields.get(name, FLOAT32)))  # versions without codings do not name any
     except ValueError as error:
