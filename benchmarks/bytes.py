@@ -1,4 +1,4 @@
-"""Answer perplexity against the bytes of a round, by coding. The tables and the curve of docs/results/performance.md.
+"""Answer perplexity against the bytes of a round, by codec. The tables and the curve of docs/results/performance.md.
 
     fedsp study configs/studies/compression.toml --root REFERENCE        # REFERENCE holds models/ and data/
     python benchmarks/bytes.py studies/compression [--figure bytes.svg]
@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 Codings = dict[str, dict[int, Run]]
-"""Runs by coding and seed."""
+"""Runs by codec and seed."""
 
 
 def kilobytes(runs: dict[int, Run], direction: str) -> float:
@@ -49,13 +49,13 @@ def main() -> None:
     for run in read_results([given.study]).runs.values():
         if run.config.method == "fedsp":
             by_rounds[run.config.round.rounds][run.config.compression.up][run.seed] = run
-    half = both(next(codings["float16"] for codings in by_rounds.values() if "float16" in codings))
-    for rounds, codings in sorted(by_rounds.items()):
+    half = both(next(codecs["float16"] for codecs in by_rounds.values() if "float16" in codecs))
+    for rounds, codecs in sorted(by_rounds.items()):
         print(
-            f"\n{rounds} rounds\n\n| coding, both ways | up, kB | down, kB | fewer than float16 | answer perplexity | against float32, same seed |\n|---|---|---|---|---|---|"
+            f"\n{rounds} rounds\n\n| codec, both ways | up, kB | down, kB | fewer than float16 | answer perplexity | against float32, same seed |\n|---|---|---|---|---|---|"
         )
-        for name, runs in codings.items():
-            against = [100 * (perplexity(run) / perplexity(codings["float32"][seed]) - 1) for seed, run in runs.items()]
+        for name, runs in codecs.items():
+            against = [100 * (perplexity(run) / perplexity(codecs["float32"][seed]) - 1) for seed, run in runs.items()]
             apart = f"{statistics.fmean(against):+.1f} % ({min(against):+.1f} to {max(against):+.1f})"
             tested = mean([perplexity(run) for run in runs.values()], ".1f")
             row = [name, *(f"{kilobytes(runs, way):.1f}" for way in ("up", "down")), f"{half / both(runs):.1f}", tested, apart]
@@ -68,8 +68,8 @@ def draw(path: Path, by_rounds: dict[int, Codings]) -> None:
     """Mean perplexity with its standard deviation over seeds, against kilobytes on a logarithmic axis."""
     matplotlib.rcParams.update({"svg.hashsalt": "fedsp", "svg.fonttype": "none"})
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for number, (rounds, codings) in enumerate(sorted(by_rounds.items())):
-        for name, runs in codings.items():
+    for number, (rounds, codecs) in enumerate(sorted(by_rounds.items())):
+        for name, runs in codecs.items():
             middle, deviation = mean_and_deviation([perplexity(run) for run in runs.values()])
             label = f"{rounds} rounds" if name == "float32" else None
             axes.errorbar(both(runs), middle, deviation, fmt="os"[number], capsize=3, color=f"C{number}", label=label)

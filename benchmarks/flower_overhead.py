@@ -101,7 +101,7 @@ def measure(run: RunDirectory) -> dict[str, Any]:
     """Seconds of the first and of the later rounds, payload bytes of one round, and what Flower's calls came to in one round."""
     records = run.records()
     later = [record["seconds"] for record in records[1:]]
-    calls = [sum(up + down for _, up, down in counts.values()) for counts in run.gate_counts()]
+    calls = [sum(up + down for _, up, down in counts.values()) for counts in run.proxy_counts()]
     return {
         "first round, s": records[0]["seconds"],
         "later rounds, s": statistics.median(later),

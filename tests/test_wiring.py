@@ -307,7 +307,7 @@ def test_what_a_package_discloses_is_counted_whole() -> None:
 
 
 @pytest.mark.parametrize("lies", [False, True])
-def test_one_liar_of_ten_does_not_choose_the_round(lies: bool) -> None:
+def test_one_malicious_client_of_ten_does_not_choose_the_round(lies: bool) -> None:
     """What clients report in a round is their loss under the prompt of the round before. A mean would go by the one who says 0 once, and the most otherwise."""
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5}
 

@@ -158,7 +158,7 @@ class RoundSection(Section):
 
     rounds: Positive = Field(description="rounds")
     clients: Count | None = Field(None, description="clients asked per round; none: all of them; 0: server only")
-    min_clients: Count = Field(1, description="admitted updates that a round needs; with fewer the run stops and can be resumed")
+    min_clients: Count = Field(1, description="accepted updates that a round needs; with fewer the run stops and can be resumed")
     weighting: Literal["examples", "uniform"] = Field("examples", description="weights of the mean, from the server's register of examples")
     max_change: Rate = Field(1.0, description="root mean square by which a reply may differ from the broadcast prompt, per number")
     optimizer: Literal["none", "momentum"] = Field(
@@ -199,17 +199,17 @@ class AggregationSection(Section):
     """How the server makes one prompt of many, and what it does not believe."""
 
     rule: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "centred_clipping", "trust"] = Field(
-        "mean", description="mean, or a rule that some clients' lies cannot carry away; trust: by agreement with the server's own step (FLTrust)"
+        "mean", description="mean, or a rule that is robust to malicious clients; trust: by agreement with the server's own step (FLTrust)"
     )
     malicious: Share = Field(
         0.2,
-        description="share of the asked clients that may lie: what a rule other than mean must bear, rounded down; with too few clients for it, or for one liar, the run is refused",
+        description="share of the asked clients that may be malicious, rounded down: what a robust rule must withstand; with too few clients for the rule, or for one malicious client, the run is refused",
     )
     mixing: bool = Field(False, description="nearest-neighbour mixing before the rule")
     norm_bound: Decay = Field(0.0, description="a change is cut to this many times the median length of all changes; 0: none is cut")
     max_loss_rise: Decay | None = Field(
         None,
-        description="acceptance gate: the aggregate is tried on the server's validation questions, and thrown away if its loss is more than this share above the lowest so far; none: no gate",
+        description="acceptance check: the aggregate is tried on the server's validation questions, and thrown away if its loss is more than this share above the lowest so far; none: no check",
     )
 
     @field_validator("malicious")
@@ -306,7 +306,7 @@ class RunConfig(Section):
     preset: Literal["messenger", "paper"] = Field("messenger", description="messenger: fedsp's default; paper: FedSP to the letter")
     profile: Literal["plain", "robust", "dp-example", "dp-client"] = Field(
         "plain",
-        description="what is promised against whom: plain; robust: against lying clients; dp-example, dp-client: differential privacy (docs/security.md)",
+        description="what is promised against whom: plain; robust: against malicious clients; dp-example, dp-client: differential privacy (docs/security.md)",
     )
     method: str = Field("fedsp", description="fedsp, or a baseline: zero_shot, finetune, prefix_tuning, fedprompt, fedprompt_single, lora, offsite_tuning")
     seed: Count = Field(0, description="every draw of the run comes from it")
@@ -343,9 +343,9 @@ class RunConfig(Section):
         if self.attack.kind != "none" and self.federation:
             raise ValueError("attack.kind: attacks are simulated, and the clients of a [federation] are real; set it to 'none'")
         if self.aggregation.max_loss_rise is not None and self.validation.by != "server":
-            raise ValueError("aggregation.max_loss_rise: the gate needs validation.by = 'server'")
+            raise ValueError("aggregation.max_loss_rise: the acceptance check needs validation.by = 'server'")
         if self.aggregation.robust and self.round.weighting != "uniform":
-            raise ValueError("round.weighting: rules for lying clients weigh nobody, and neither do mixing and norm_bound; set it to 'uniform'")
+            raise ValueError("round.weighting: robust rules give every client the same weight, and neither do mixing and norm_bound; set it to 'uniform'")
         if self.aggregation.rule == "trust" and not self.server.steps:
             raise ValueError("aggregation.rule: trust goes by the server's own step; set server.steps above 0")
         self._private()
@@ -452,7 +452,7 @@ class PartyDataSection(Section):
 
 
 class PolicySection(Section):
-    """Your own floor: a request outside it is refused."""
+    """Your own limits: a request outside them is refused."""
 
     max_rounds: Positive = Field(1000, description="rounds that this client answers under one package, all runs together, at most")
     min_examples: Positive = Field(1, description="with fewer examples than this the client does not take part: few examples are easier to guess from a prompt")

@@ -14,7 +14,7 @@ FedspError
 ├── RunError             a run directory that cannot be used
 ├── StorageError         the disk did not take what was written
 ├── TrainingDiverged     a loss that is not a number
-└── TooFewClients        a round that ended with too few admitted updates; the run can be resumed
+└── TooFewClients        a round that ended with too few accepted updates; the run can be resumed
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class TrainingDiverged(FedspError):
 
 
 class TooFewClients(FedspError):
-    """A round that ended with fewer admitted updates than the run asks for."""
+    """A round that ended with fewer accepted updates than the run asks for."""
 
 
 def first_line(error: Exception) -> str:

@@ -278,12 +278,12 @@ def test_an_audit_with_nothing_to_compare_says_so(tmp_path: Path) -> None:
     [
         (
             {"aggregation": {"rule": "median", "malicious": 0.4}},
-            "1 of the 3 asked in a round may lie without carrying away what is tuned (aggregation: median).",
+            "1 of the 3 asked in a round may be malicious (aggregation: median).",
         ),
-        ({"aggregation": {"rule": "median", "malicious": 0.0}}, "The rule (median) is set for no liar: aggregation.malicious = 0."),
+        ({"aggregation": {"rule": "median", "malicious": 0.0}}, "The rule (median) is set for no malicious client: aggregation.malicious = 0."),
         (
             {"aggregation": {"norm_bound": 2.0}},
-            "One of 3 is enough to move what is tuned: a mean bears no liar. Changes are cut to 2 times their median length.",
+            "One of 3 is enough to move what is tuned: a mean withstands none. Changes are cut to 2 times their median length.",
         ),
         ({"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5}}, "Each change is clipped to a length of 0.5 before the mean of some 3"),
         ({"attack": {"kind": "sign_flip", "share": 0.4}}, "In this run 40% of the clients lied, rounded down, by sign_flip"),

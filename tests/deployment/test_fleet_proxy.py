@@ -20,7 +20,7 @@ import uvicorn
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedsp.deployment import fleet_proxy as gate
+from fedsp.deployment import fleet_proxy as proxy
 from fedsp.deployment.credentials import CA, CERTIFICATE, CLIENT_KEY, KEY
 from fedsp.deployment.processes import free_port
 from fedsp.deployment.serve import init_federation
@@ -43,7 +43,7 @@ class Upstream:
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []
         self.headers: dict[str, str] = {}
-        self.gate: Any = None
+        self.proxy: Any = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -76,7 +76,7 @@ def serving(app: Any, folder: Path, port: int, **more: Any) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("gate") / "federation"
+    place = tmp_path_factory.mktemp("proxy") / "federation"
     init_federation(place, ["a", "b"], "127.0.0.1:8000")
     return place / "server"
 
@@ -92,18 +92,18 @@ def headers(folder: Path) -> dict[str, dict[str, str]]:
 def running(folder: Path) -> Iterator[tuple[str, Upstream, ssl.SSLContext]]:
     upstream, inner, outer = Upstream(), free_port(), free_port()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate, "HEADERS_WITHIN", 2.0)
-        patch.setattr(gate, "BODY_WITHIN", 3.0)
-        patch.setattr(gate, "EACH", 8)
-        patch.setattr(gate, "HELD", 10 << 20)
-        upstream.gate = gate.FleetProxy(inner, folder, folder / "counts")
-        with serving(upstream, folder, inner), serving(upstream.gate, folder, outer, **gate.SERVING):
+        patch.setattr(proxy, "HEADERS_WITHIN", 2.0)
+        patch.setattr(proxy, "BODY_WITHIN", 3.0)
+        patch.setattr(proxy, "EACH", 8)
+        patch.setattr(proxy, "HELD", 10 << 20)
+        upstream.proxy = proxy.FleetProxy(inner, folder, folder / "counts")
+        with serving(upstream, folder, inner), serving(upstream.proxy, folder, outer, **proxy.SERVING):
             yield f"https://127.0.0.1:{outer}", upstream, ssl.create_default_context(cafile=str(folder / CA))
 
 
 @pytest.fixture()
 def opened(running: tuple[str, Upstream, ssl.SSLContext]) -> tuple[str, Upstream, ssl.SSLContext]:
-    until(lambda: not gate.Guarded.open)  # connections of the test before
+    until(lambda: not proxy.Guarded.open)  # connections of the test before
     running[1].seen.clear()
     return running
 
@@ -136,7 +136,7 @@ def test_a_node_that_is_not_registered_hears_what_flower_says() -> None:
     from flwr.supercore.error.catalog import API_ERROR_MAP
 
     said = API_ERROR_MAP[ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED]
-    assert said.http_status_code == 412 and json.loads(gate.UNKNOWN_NODE) == {"code": ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "detail": said.public_message}
+    assert said.http_status_code == 412 and json.loads(proxy.UNKNOWN_NODE) == {"code": ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "detail": said.public_message}
 
 
 def test_a_signed_call_is_passed_on(opened: Any, headers: Any) -> None:
@@ -201,21 +201,21 @@ def test_what_belongs_to_the_call_is_passed_on_and_what_belongs_to_the_connectio
     assert httpx.post(f"{url}/v1/fleet/pull", content=b"busy", headers=headers["a"], verify=context).status_code == 503
 
 
-def test_what_was_passed_on_is_counted_when_the_gate_stops(folder: Path, headers: Any, tmp_path: Path) -> None:
+def test_what_was_passed_on_is_counted_when_the_proxy_stops(folder: Path, headers: Any, tmp_path: Path) -> None:
     upstream, inner, outer = Upstream(), free_port(), free_port()
     url, context = f"https://127.0.0.1:{outer}/v1/fleet", ssl.create_default_context(cafile=str(folder / CA))
     counts = tmp_path / "counts"
     for more in (True, False):
-        with serving(upstream, folder, inner), serving(gate.FleetProxy(inner, folder, counts), folder, outer, **gate.SERVING):
+        with serving(upstream, folder, inner), serving(proxy.FleetProxy(inner, folder, counts), folder, outer, **proxy.SERVING):
             for path, body in (("pull", b"x" * 10), ("pull", b"x" * 7), ("push/object", b"x" * 1000), ("pull", b"busy")) if more else ():
                 httpx.post(f"{url}/{path}", content=body, headers=headers["a"], verify=context)
             httpx.post(f"{url}/pull", content=b"x", verify=context)
         assert [json.loads(line) for line in counts.read_text().splitlines()] == [{"pull": [2, 17, 3], "push/object": [1, 1000, 4]}], "one line, no refusals"
 
 
-def test_an_upstream_that_is_gone_is_no_fault_of_the_gate(folder: Path, headers: Any, tmp_path: Path) -> None:
+def test_an_upstream_that_is_gone_is_no_fault_of_the_proxy(folder: Path, headers: Any, tmp_path: Path) -> None:
     outer = free_port()
-    with serving(gate.FleetProxy(free_port(), folder, tmp_path / "counts"), folder, outer, **gate.SERVING):
+    with serving(proxy.FleetProxy(free_port(), folder, tmp_path / "counts"), folder, outer, **proxy.SERVING):
         context = ssl.create_default_context(cafile=str(folder / CA))
         assert httpx.post(f"https://127.0.0.1:{outer}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context).status_code == 503
     assert not (tmp_path / "counts").exists()
@@ -226,9 +226,9 @@ def test_requests_above_an_address_s_share_are_told_so(opened: Any, headers: Any
     url, upstream, context = opened
     with httpx.Client(verify=context) as client:
         assert client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 200
-        monkeypatch.setattr(gate, "EACH", 0)
+        monkeypatch.setattr(proxy, "EACH", 0)
         assert client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 429
-        monkeypatch.setattr(gate, "EACH", 1)
+        monkeypatch.setattr(proxy, "EACH", 1)
         for _ in range(3):
             assert client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 200
     assert len(upstream.seen) == 4
@@ -245,7 +245,7 @@ def test_a_body_that_comes_slowly_or_is_too_large_ends(opened: Any, headers: Any
             slow.sendall(b"x")
             said = slow.recv(4096)
     assert said.startswith(b"HTTP/1.1 408 ")
-    reply = httpx.post(f"{url}/v1/fleet/push", content=b"x" * (gate.LARGEST + 1), headers=headers["a"], verify=context)
+    reply = httpx.post(f"{url}/v1/fleet/push", content=b"x" * (proxy.LARGEST + 1), headers=headers["a"], verify=context)
     assert reply.status_code == 413 and not upstream.seen
 
 
@@ -253,7 +253,7 @@ def test_one_client_cannot_take_the_memory_of_others(opened: Any, headers: Any) 
     url, upstream, context = opened
     first = dial(url, context)
     first.sendall(b"POST /v1/fleet/push HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n" + lines(headers["a"]) + b"\r\n" + b"x" * 7_900_000)
-    until(lambda: sum(upstream.gate._held.values()) == 7_900_000)
+    until(lambda: sum(upstream.proxy._held.values()) == 7_900_000)
     refused = httpx.post(f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["a"], verify=context)
     other = httpx.post(f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["b"], verify=context)
     assert (refused.status_code, other.status_code, upstream.seen) == (503, 200, [("/v1/fleet/push", 7_000_000)])
@@ -276,17 +276,17 @@ def test_headers_without_end_or_that_do_not_come_are_cut_off(opened: Any) -> Non
     assert not upstream.seen
 
 
-def test_one_address_cannot_keep_the_gate_from_others(opened: Any, headers: Any) -> None:
+def test_one_address_cannot_keep_the_proxy_from_others(opened: Any, headers: Any) -> None:
     """Connections above its share are cut, and those that it has wait for nobody else's body."""
     url, upstream, context = opened
     held = []
-    for _ in range(gate.EACH - 1):
+    for _ in range(proxy.EACH - 1):
         held.append(connection := dial(url, context))
         connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + lines(headers["a"]) + b"\r\nx")
     reply = httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context)
     assert reply.status_code == 200 and upstream.seen == [("/v1/fleet/pull", 1)]
     port, call = int(url.rpartition(":")[2]), b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n" + lines(headers["a"]) + b"\r\nx"
-    elsewhere = [socket.create_connection(("127.0.0.1", port), 5, source_address=("127.0.0.2", 0)) for _ in range(gate.EACH)]
+    elsewhere = [socket.create_connection(("127.0.0.1", port), 5, source_address=("127.0.0.2", 0)) for _ in range(proxy.EACH)]
     for connection in [context.wrap_socket(one, server_hostname="127.0.0.1") for one in elsewhere]:
         connection.sendall(call)
         assert connection.recv(4096).startswith(b"HTTP/1.1 200 "), "another address has a share of its own, all of it"
@@ -309,9 +309,9 @@ def test_one_address_cannot_keep_the_gate_from_others(opened: Any, headers: Any)
 
 
 class Call:
-    """One request as an ASGI server hands it to the gate, and what came back; what stands for the SuperLink answers with `reply`."""
+    """One request as an ASGI server hands it to the proxy, and what came back; what stands for the SuperLink answers with `reply`."""
 
-    def __init__(self, app: gate.FleetProxy, headers: dict[str, str], reply: httpx.Response | None = None) -> None:
+    def __init__(self, app: proxy.FleetProxy, headers: dict[str, str], reply: httpx.Response | None = None) -> None:
         self.app, self.passed = app, list[httpx.Request]()
         self.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
@@ -348,13 +348,13 @@ def part(size: int, *, more: bool = False) -> dict[str, Any]:
 
 
 @pytest.fixture()
-def app(folder: Path, tmp_path: Path) -> gate.FleetProxy:
-    return gate.FleetProxy(1, folder, tmp_path / "counts")
+def app(folder: Path, tmp_path: Path) -> proxy.FleetProxy:
+    return proxy.FleetProxy(1, folder, tmp_path / "counts")
 
 
-def test_bounds_are_met_exactly(app: gate.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "LARGEST", 100)
-    monkeypatch.setattr(gate, "HELD", 150)
+def test_bounds_are_met_exactly(app: proxy.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "LARGEST", 100)
+    monkeypatch.setattr(proxy, "HELD", 150)
     call = Call(app, headers["a"])
     assert asyncio.run(call(part(60, more=True), part(40)))[0] == 200 and len(call.passed[0].content) == 100
     assert asyncio.run(call(part(60, more=True), part(41))) == (413, [], b"")
@@ -375,8 +375,8 @@ def test_bounds_are_met_exactly(app: gate.FleetProxy, headers: Any, monkeypatch:
     assert not any(app._held.values()), "what was held is given back, of refused calls too"
 
 
-def test_requests_are_counted_by_address_while_they_are_answered(app: gate.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "EACH", 2)
+def test_requests_are_counted_by_address_while_they_are_answered(app: proxy.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "EACH", 2)
     call = Call(app, headers["a"])
 
     async def crowd() -> list[int]:
@@ -393,14 +393,14 @@ def test_requests_are_counted_by_address_while_they_are_answered(app: gate.Fleet
 
 
 @pytest.mark.parametrize(("status", "counted"), [(200, True), (399, True), (400, False), (503, False)])
-def test_only_what_was_answered_is_counted(status: int, counted: bool, app: gate.FleetProxy, headers: Any) -> None:
+def test_only_what_was_answered_is_counted(status: int, counted: bool, app: proxy.FleetProxy, headers: Any) -> None:
     said = httpx.Response(status, headers={"Connection": "close", "X-One": "1", "Content-Encoding": "identity"}, content=b"what is said")
     found, kept, body = asyncio.run(Call(app, headers["a"], said)(part(7)))
     assert (found, kept, body) == (status, [(b"x-one", b"1")], b"what is said")
     assert app._counts == ({"pull": [1, 7, 12]} if counted else {})
 
 
-def test_an_upstream_s_fault_is_an_empty_answer_and_is_not_counted(app: gate.FleetProxy, headers: Any) -> None:
+def test_an_upstream_s_fault_is_an_empty_answer_and_is_not_counted(app: proxy.FleetProxy, headers: Any) -> None:
     call = Call(app, headers["a"])
 
     def broken(request: httpx.Request) -> httpx.Response:
@@ -410,7 +410,7 @@ def test_an_upstream_s_fault_is_an_empty_answer_and_is_not_counted(app: gate.Fle
     assert asyncio.run(call(part(7))) == (503, [], b"") and not app._counts
 
 
-def test_the_gate_says_when_it_has_started_and_stopped(app: gate.FleetProxy) -> None:
+def test_the_proxy_says_when_it_has_started_and_stopped(app: proxy.FleetProxy) -> None:
     told: list[Any] = []
     events = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
 
@@ -424,15 +424,15 @@ def test_the_gate_says_when_it_has_started_and_stopped(app: gate.FleetProxy) -> 
     assert told == [{"type": "lifespan.startup.complete"}, {"type": "lifespan.shutdown.complete"}]
 
 
-def test_a_signature_with_what_is_no_base64_is_none(app: gate.FleetProxy, headers: Any) -> None:
+def test_a_signature_with_what_is_no_base64_is_none(app: proxy.FleetProxy, headers: Any) -> None:
     call = Call(app, {**headers["a"], "flwr-signature": headers["a"]["flwr-signature"] + "\n!"})
     assert asyncio.run(call(part(7))) == (401, [], b"") and not call.passed
 
 
-def test_what_is_refused_is_refused_without_a_word(app: gate.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused_is_refused_without_a_word(app: proxy.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(app, headers["a"])
     assert asyncio.run(call(part(7), method="GET")) == (404, [], b"")
-    monkeypatch.setattr(gate, "BODY_WITHIN", 0.0)
+    monkeypatch.setattr(proxy, "BODY_WITHIN", 0.0)
 
     async def stalled() -> tuple[int, list[Any], bytes]:
         return await call(part(7, more=True), {"wait": asyncio.Event().wait()})
@@ -440,13 +440,13 @@ def test_what_is_refused_is_refused_without_a_word(app: gate.FleetProxy, headers
     assert asyncio.run(stalled()) == (408, [], b"") and not call.passed
 
 
-def test_the_gate_is_served_as_it_is_meant_to_be(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proxy_is_served_as_it_is_meant_to_be(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TLS with the server's certificate, our own protocol with its patience and its bound on headers, and no log of requests."""
     served: list[Any] = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **how: served.extend([app, how]))
-    gate.main("0.0.0.0", 8000, 9000, folder, tmp_path / "counts")
+    proxy.main("0.0.0.0", 8000, 9000, folder, tmp_path / "counts")
     app, how = served
-    assert type(app) is gate.FleetProxy and app._url == "https://127.0.0.1:9000" and app._file == tmp_path / "counts"
+    assert type(app) is proxy.FleetProxy and app._url == "https://127.0.0.1:9000" and app._file == tmp_path / "counts"
     assert how == {
         "host": "0.0.0.0",
         "port": 8000,
@@ -454,7 +454,7 @@ def test_the_gate_is_served_as_it_is_meant_to_be(folder: Path, tmp_path: Path, m
         "ssl_keyfile": folder / KEY,
         "log_level": "warning",
         "timeout_graceful_shutdown": 3,
-        **gate.SERVING,
+        **proxy.SERVING,
     }
-    assert {"http": gate.Guarded, "h11_max_incomplete_event_size": gate.LONGEST_HEADERS, "access_log": False} == gate.SERVING
+    assert {"http": proxy.Guarded, "h11_max_incomplete_event_size": proxy.LONGEST_HEADERS, "access_log": False} == proxy.SERVING
     assert (app._client.timeout, app._client._transport._pool._max_connections) == (httpx.Timeout(120.0), 256)  # type: ignore[attr-defined]

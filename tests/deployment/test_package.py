@@ -36,7 +36,7 @@ from fedsp.deployment.join import Client, Node, ServerProbe, supernode_command
 from fedsp.deployment.package import hold_against_policy, package_digest, read_agreement, seal_package
 from fedsp.deployment.package_check import require_harmless
 from fedsp.deployment.processes import host_and_port, written
-from fedsp.deployment.serve import gate_command, init_federation, superlink_command
+from fedsp.deployment.serve import init_federation, proxy_command, superlink_command
 from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
 from fedsp.experiments import start
 from fedsp.experiments.run_directory import RunDirectory
@@ -161,7 +161,7 @@ def test_flower_s_own_commands_are_the_documented_ones(place: Path) -> None:
     assert "--enable-supernode-auth" in superlink_command(place, 1) and "127.0.0.1" in superlink_command(place, 1)
     node = supernode_command(party_of(place), 1, place)
     assert node[node.index("--isolation") + 1] == "process", "else the node would run what the server sends"
-    assert "--insecure" not in [*superlink_command(place, 1), *supernode_command(party_of(place), 1, place), *gate_command("h", 1, 2, place, place)]
+    assert "--insecure" not in [*superlink_command(place, 1), *supernode_command(party_of(place), 1, place), *proxy_command("h", 1, 2, place, place)]
 
 
 def test_the_package_holds_no_file_name_of_the_server_s(federation: tuple[RunDirectory, Path]) -> None:

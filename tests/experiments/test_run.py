@@ -271,7 +271,7 @@ def test_a_second_reply_does_not_count_twice() -> None:
 
 
 def test_too_few_replies_stop_the_run_where_it_can_be_resumed() -> None:
-    with pytest.raises(TooFewClients, match=r"round 1 has 0 admitted updates of 4 asked.*c0: away.*can be resumed"):
+    with pytest.raises(TooFewClients, match=r"round 1 has 0 accepted updates of 4 asked.*c0: away.*can be resumed"):
         loop(lambda requests: [Failure(round=r.round, client=r.client, reason="away") for r in requests], minimum=2)
 
 
@@ -557,7 +557,7 @@ def test_a_test_file_that_changed_since_is_not_evaluated_in_silence(tmp_path: Pa
 
 def test_a_server_whose_own_steps_diverge_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FedSP, "server_update", lambda _self, _server, aggregated, *_: ({PROMPT: aggregated[PROMPT] * float("nan")}, 1.0))
-    with pytest.raises(TrainingDiverged, match="round 1, server: what it tuned has numbers that are not finite: lower server.learning_rate"):
+    with pytest.raises(TrainingDiverged, match="round 1, server: the tuned numbers are not finite: lower server.learning_rate"):
         commands.run(settings(tmp_path, server={"steps": 1}))
     with pytest.raises(FedspError, match="server.learning_rate: Input should be less than or equal to 100"):
         make_config(settings(tmp_path, server={"steps": 1, "learning_rate": 1e23}))

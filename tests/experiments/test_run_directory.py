@@ -194,7 +194,7 @@ def test_results_scores_and_traffic_are_read_as_they_were_written(tmp_path: Path
             run.result()
     (run.path / "result.json").write_text(json.dumps(figures))
     assert run.result() == figures
-    assert run.scores() == [] and run.traffic() == [] and run.gate_counts() == []
+    assert run.scores() == [] and run.traffic() == [] and run.proxy_counts() == []
     run.write_scores([{"id": "1", "gold": [0]}, {"id": "2"}])
     run.write_scores([{"id": "3"}, {"id": "4"}])
     assert run.scores() == [{"id": "3"}, {"id": "4"}]
@@ -206,8 +206,8 @@ def test_results_scores_and_traffic_are_read_as_they_were_written(tmp_path: Path
         file.write('[1]\n"x"\n{"round"')
     assert run.traffic() == lines, "what is no object, or was cut short, is no line"
     (run.path / "flower").mkdir()
-    (run.path / "flower" / "gate.jsonl").write_text('{"pull": [1, 2, 3]}\n')
-    assert run.gate_counts() == [{"pull": [1, 2, 3]}]
+    (run.path / "flower" / "proxy.jsonl").write_text('{"pull": [1, 2, 3]}\n')
+    assert run.proxy_counts() == [{"pull": [1, 2, 3]}]
     (run.path / "traffic.jsonl").unlink()
     (run.path / "traffic.jsonl").mkdir()
     with pytest.raises(StorageError, match=r"cannot write .*traffic\.jsonl: Is a directory; free some space, then resume"):

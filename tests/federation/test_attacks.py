@@ -25,7 +25,7 @@ CLIENTS = [f"client-{index}" for index in range(5)]
 
 
 def answers(kind: str, strength: float | None = None) -> dict[str, list[Update]]:
-    """What comes of honest answers 1, 2, 3 and those of two liars."""
+    """What comes of honest answers 1, 2, 3 and those of two malicious clients."""
     honest = {client: float(index + 1) for index, client in enumerate(CLIENTS)}
     attack = Attack(kind=kind, malicious=frozenset(CLIENTS[3:]), seed=0, strength=strength)
     transport = attack.transport(
@@ -56,7 +56,7 @@ def test_every_attack_has_a_name_in_the_configuration() -> None:
         ("huge", 1e38),
     ],
 )
-def test_what_liars_send(kind: str, expected: float) -> None:
+def test_what_malicious_clients_send(kind: str, expected: float) -> None:
     assert torch.allclose(answers(kind)["client-3"][0].payload[PROMPT], torch.full((3, 2), expected))
 
 
@@ -65,14 +65,14 @@ def test_noise_repeats_with_its_seed_and_has_its_length() -> None:
     assert torch.equal(one, other) and float(one.norm()) == pytest.approx(3.0 * float(torch.full((3, 2), 2.0).norm()), rel=1e-5)
 
 
-def test_what_liars_do_to_the_protocol() -> None:
+def test_what_malicious_clients_do_to_the_protocol() -> None:
     assert answers("stale")["client-3"][0].round == 0
     assert len(answers("duplicate")["client-3"]) == 3
     assert answers("out_of_shape")["client-3"][0].payload[PROMPT].shape == (2, 3, 2)
     assert answers("not_finite")["client-3"][0].payload[PROMPT].isnan().all()
 
 
-def test_what_liars_train_on() -> None:
+def test_what_malicious_clients_train_on() -> None:
     examples = [Example(id=str(index), context=f"Question: {index}\nAnswer:", choices=(" a", " b", " c"), gold=(2,)) for index in range(40)]
     flipped = Attack(kind="label_flip", malicious=frozenset(["a"]), seed=0)
     assert all(example.target == " a" for example in flipped.train_on("a", examples)) and flipped.train_on("b", examples) == examples
@@ -82,7 +82,7 @@ def test_what_liars_train_on() -> None:
     assert [replace(example) for example in poisoned if example not in waiting] == [example for example in examples if example in poisoned]
 
 
-def test_the_liars_are_a_share_rounded_down() -> None:
+def test_the_malicious_clients_are_a_share_rounded_down() -> None:
     assert [len(malicious([str(i) for i in range(10)], share, 0)) for share in (0.0, 0.09, 0.1, 0.3, 0.4)] == [0, 0, 1, 3, 4]
     assert malicious(CLIENTS, 0.4, 1) == malicious(CLIENTS[::-1], 0.4, 1)
 
@@ -116,8 +116,8 @@ def test_the_gate_throws_a_poisoned_aggregate_away(tmp_path: Path) -> None:
     }
     attacked = run(tmp_path / "open", "scaling", **changes)
     assert all(record["accepted"] for record in attacked.records())
-    gated = run(tmp_path / "gate", "scaling", aggregation={"max_loss_rise": 0.02}, **changes)
-    first, second = gated.records()
+    checked = run(tmp_path / "checked", "scaling", aggregation={"max_loss_rise": 0.02}, **changes)
+    first, second = checked.records()
     assert first["accepted"] and not second["accepted"]
     assert second["acceptance_loss"] > second["validation"] == first["validation"] < attacked.records()[1]["validation"]
 
@@ -138,7 +138,7 @@ def test_a_robust_run_is_near_the_honest_one(tmp_path: Path, rule: str) -> None:
 
 
 def test_too_few_clients_for_the_rule_stop_the_run(tmp_path: Path) -> None:
-    with pytest.raises(TooFewClients, match=r"5 replies are too few for aggregation.rule = 'krum' to bear 2 liars among 5 asked: it needs 7"):
+    with pytest.raises(TooFewClients, match=r"5 replies are too few for aggregation.rule = 'krum' to withstand 2 malicious clients of 5 asked: it needs 7"):
         run(tmp_path, "none", aggregation={"rule": "krum", "malicious": 0.4}, round={"rounds": 1, "weighting": "uniform"})
     with pytest.raises(TooFewClients, match=r"5 replies are too few for aggregation.rule = 'krum'"):
         commands.plan(make_config(settings(tmp_path, aggregation={"rule": "krum", "malicious": 0.4}, round={"weighting": "uniform"}, partition={"clients": 5})))
@@ -147,13 +147,16 @@ def test_too_few_clients_for_the_rule_stop_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"aggregation": {"max_loss_rise": 0.1}, "validation": {"by": "none"}}, "aggregation.max_loss_rise: the gate needs validation.by = 'server'"),
+        (
+            {"aggregation": {"max_loss_rise": 0.1}, "validation": {"by": "none"}},
+            "aggregation.max_loss_rise: the acceptance check needs validation.by = 'server'",
+        ),
         (
             {"aggregation": {"rule": "trust"}, "server": {"steps": 0}, "round": {"weighting": "uniform"}},
             "aggregation.rule: trust goes by the server's own step",
         ),
         ({"aggregation": {"rule": "average"}}, "aggregation.rule"),
-        ({"aggregation": {"mixing": True}}, "round.weighting: rules for lying clients weigh nobody"),
+        ({"aggregation": {"mixing": True}}, "round.weighting: robust rules give every client the same weight"),
         ({"attack": {"kind": "sybil"}}, "attack.kind"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Payloads in few bytes: what each coding says and leaves out, what is refused, and that no promise of privacy depends on it."""
+"""Payloads in few bytes: what each codec says and leaves out, what is refused, and that no promise of privacy depends on it."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_an_unknown_coding_is_one_clear_sentence(text: str, tmp_path: Path) -> N
 
 def test_the_configuration_and_the_wire_know_the_same_codings() -> None:
     assert get_args(CodecName) == codecs.KNOWN and [str(parse_codec(name)) for name in codecs.KNOWN] == list(codecs.KNOWN)
-    with pytest.raises(ValueError, match="there is no such coding: write float32, float16, int8, int4 or sign"):
+    with pytest.raises(ValueError, match="there is no such codec: write float32, float16, int8, int4 or sign"):
         parse_codec("int3")
 
 
@@ -178,14 +178,14 @@ def changed(message: Message, **fields: Any) -> Message:
     return Message(json.dumps(json.loads(message.header) | fields), message.payload)
 
 
-@pytest.mark.parametrize("field", ["coding", "answer"])
-def test_a_coding_that_the_client_does_not_know_is_refused_with_a_code(field: str) -> None:
+@pytest.mark.parametrize("field", ["codec", "answer"])
+def test_a_codec_that_the_client_does_not_know_is_refused_with_a_code(field: str) -> None:
     nobody: Any = None
     reply = read_reply(answer(changed(write_request(REQUEST), **{field: "int3"}), nobody, nobody), REQUEST)
-    assert isinstance(reply, Failure) and "the client does not know the coding" in reply.reason
+    assert isinstance(reply, Failure) and "the client does not know the codec" in reply.reason
 
 
-def test_a_reply_is_in_the_coding_that_was_asked_for_or_whole() -> None:
+def test_a_reply_is_in_the_codec_that_was_asked_for_or_whole() -> None:
     update = Update(round=3, client="a", payload={PROMPT: SENT[PROMPT] + CHANGE[PROMPT]})
     data = write_values(update.payload, SENT, INT8)
     for message, error in ((write_update(update, data, INT8), 0.02), (write_update(update, pack(update.payload)), 0.0)):
@@ -193,7 +193,7 @@ def test_a_reply_is_in_the_coding_that_was_asked_for_or_whole() -> None:
         assert isinstance(reply, Update) and float((reply.payload[PROMPT] - update.payload[PROMPT]).abs().max()) <= error
     for codec, sentence in (
         ("int4", "the reply is in int4, and int8 was asked for"),
-        ("zip", "the message's coding is not known here"),
+        ("zip", "the message's codec is not known here"),
         ("float32", "no payload"),
     ):
         reply = read_reply(changed(write_update(update, data, INT8), codec=codec), REQUEST)
@@ -264,7 +264,7 @@ def test_a_private_answer_asked_for_again_has_the_same_bytes(tmp_path: Path) -> 
 @hypothesis_settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=6, max_size=6), min_size=1, max_size=5), st.sampled_from(CODINGS), st.floats(0.01, 10.0))
 def test_a_client_level_bound_holds_after_decompression(rows: list[list[float]], codec: Any, bound: float) -> None:
-    """The server clips what it has read, whatever a coding made of it: one client more or less moves the mean by the bound at most."""
+    """The server clips what it has read, whatever a codec made of it: one client more or less moves the mean by the bound at most."""
     sent = {"a": torch.zeros(2, 3)}
     read = {str(index): read_values(write_values({"a": torch.tensor(row).view(2, 3)}, sent, codec), sent, codec) for index, row in enumerate(rows)}
 

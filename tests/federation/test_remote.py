@@ -268,7 +268,7 @@ def test_two_copies_of_a_change_that_a_restarted_client_cannot_read_are_one_refu
     second = [replace(request, round=2, payload=sent, change=write_values(sent, SENT, int8), sent_in=int8) for request in REQUESTS]
     replies = list(transport(second))
     assert all(isinstance(reply, Update) for reply in replies), replies
-    asked = [json.loads(message.header)["coding"] for node, message in link.sent if node == 22 and json.loads(message.header)["round"] == 2]
+    asked = [json.loads(message.header)["codec"] for node, message in link.sent if node == 22 and json.loads(message.header)["round"] == 2]
     assert asked.count("int8") >= 2 and asked.count("float32") == 1
 
 
@@ -338,7 +338,7 @@ def test_too_few_stops_cleanly_and_a_resumed_run_has_the_bits_of_a_whole_one(tmp
 
     run = RunDirectory.create(make_config(settings(tmp_path / "stopped", **changes)))
     with pytest.raises(
-        TooFewClients, match=r"round 2 has 1 admitted updates of 3 asked.*client-1: no reply within 5 s.*stands after round 1 and can be resumed"
+        TooFewClients, match=r"round 2 has 1 accepted updates of 3 asked.*client-1: no reply within 5 s.*stands after round 1 and can be resumed"
     ):
         run_experiment(run, engine_over(lambda clients: answering(clients, spoil), numbered), Callbacks())
     run_experiment(RunDirectory.open(run.path), engine_over(answering, numbered), Callbacks())

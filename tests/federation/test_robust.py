@@ -1,4 +1,4 @@
-"""Robust aggregation: against independent implementations, and against what liars send."""
+"""Robust aggregation: against independent implementations, and against what malicious clients send."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ SENT: Payload = {"a": torch.zeros(2, 2), "b": torch.zeros(8)}
 
 @pytest.mark.parametrize("lie", [math.nan, math.inf, -math.inf, 1e38])
 @pytest.mark.parametrize("rule", [*RULES, "mean"])
-def test_two_of_ten_liars_never_get_a_number_in_that_is_not_finite(rule: str, lie: float) -> None:
+def test_two_of_ten_malicious_clients_never_get_a_number_in_that_is_not_finite(rule: str, lie: float) -> None:
     table = rows(10, 12, 0) * 0.1 + 1.0
     replies = payloads(table)
-    for liar in ("client-03", "client-07"):
-        replies[liar] = {"a": torch.full((2, 2), lie), "b": torch.full((8,), lie)}
+    for malicious_client in ("client-03", "client-07"):
+        replies[malicious_client] = {"a": torch.full((2, 2), lie), "b": torch.full((8,), lie)}
     requests = {client: Request(run="run", round=1, client=client, seed=0, payload=SENT) for client in replies}
     admitted = {
         client: payload
@@ -134,7 +134,7 @@ def test_rules_stay_within_the_honest_range(rule: str, mixing: bool, lies: list[
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_too_few_clients_are_refused_and_never_clamped(rule: str) -> None:
     needed = LEAST[rule](3)
-    with pytest.raises(TooFewClients, match=f"{needed - 1} replies are too few .* to bear 3 liars among 10 asked: it needs {needed}"):
+    with pytest.raises(TooFewClients, match=f"{needed - 1} replies are too few .* to withstand 3 malicious clients of 10 asked: it needs {needed}"):
         Robust(rule=rule, malicious=0.3)(SENT, payloads(rows(needed - 1, 12, 0)), {}, 10, None)
     Robust(rule=rule, malicious=0.3)(SENT, payloads(rows(needed, 12, 0)), {}, 10, None)
 
@@ -147,7 +147,7 @@ def test_the_order_of_arrival_changes_no_bit(rule: str) -> None:
     assert all(torch.equal(one[name], other[name]) for name in SENT)
 
 
-def test_centred_clipping_equals_its_definition_and_bears_a_liar() -> None:
+def test_centred_clipping_equals_its_definition_and_withstands_a_liar() -> None:
     honest = rows(9, 12, 6) * 0.1 + 1.0
     poisoned = torch.cat([honest, torch.full((1, 12), 1e30, dtype=torch.float64)])
     for some in (honest, poisoned):
@@ -160,10 +160,10 @@ def test_centred_clipping_equals_its_definition_and_bears_a_liar() -> None:
         assert float((centred_clipping(some, 1) - honest.mean(dim=0)).norm()) < 0.2
 
 
-def test_less_than_one_liar_is_refused() -> None:
+def test_less_than_one_malicious_client_is_refused() -> None:
     """A fifth of four clients is nobody: the rule would bear none and look as if it did."""
     for rule, mixing in (("trimmed_mean", False), ("mean", True), ("krum", False)):
-        with pytest.raises(TooFewClients, match=r"malicious = 0.2 of 4 clients asked is less than one liar.*ask at least 5"):
+        with pytest.raises(TooFewClients, match=r"malicious = 0.2 of 4 clients asked is less than one.*ask at least 5"):
             Robust(rule=rule, malicious=0.2, mixing=mixing)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
     Robust(rule="mean", malicious=0.2, norm_bound=2.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
     Robust(rule="trimmed_mean", malicious=0.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
@@ -171,7 +171,7 @@ def test_less_than_one_liar_is_refused() -> None:
         Robust(rule="krum", malicious=0.4).malicious_among(6)
 
 
-def test_the_gate_does_not_let_small_rises_add_up() -> None:
+def test_the_acceptance_check_does_not_let_small_rises_add_up() -> None:
     losses = {1.0: 1.0, 2.0: 1.04, 3.0: 1.08}
     payload = {value: {"p": torch.tensor([value])} for value in losses}
     validate = lambda some: losses[float(some["p"])]

@@ -69,7 +69,7 @@ def test_an_answer_says_six_figures_and_no_more() -> None:
     assert json.loads(message.header) == {
         "fedsp": 1,
         "kind": "update",
-        "coding": "int8",
+        "codec": "int8",
         "round": 3,
         "client": "hospital-a",
         "losses": {"prompt": 2.5},
@@ -90,7 +90,7 @@ def test_an_answer_says_six_figures_and_no_more() -> None:
         "round": 3,
         "client": "hospital-a",
         "seed": REQUEST.seed,
-        "coding": "float32",
+        "codec": "float32",
         "answer": "sign",
         "sha256": hashlib.sha256(pack(PROMPT_SENT)).hexdigest(),
     }
@@ -124,7 +124,7 @@ def test_bounds_of_a_reply_are_met_to_the_last_byte() -> None:
     assert f"has {LONGEST_HEADER + 1} characters, more than {LONGEST_HEADER}" in str(verdict(forged(GOOD.payload, more="x" * (room + 1))))
     assert "the reply's loss 'a' is no number" in str(verdict(forged(GOOD.payload, losses={"a": -1})))
     header = json.loads(GOOD.header)
-    del header["coding"], header["spikes"]
+    del header["codec"], header["spikes"]
     read = read_reply(Message(json.dumps(header), GOOD.payload), REQUEST)
     assert isinstance(read, Update) and read.spikes == 0, "as a client of an earlier version answers, in numbers as they are"
     unknown = write_refusal(REQUEST, "policy").header.replace('"policy"', '"whatever"')

@@ -1,4 +1,4 @@
-"""`fedsp serve` that kills itself at a boundary of a round, and whose gate writes down every byte that it sends.
+"""`fedsp serve` that kills itself at a boundary of a round, and whose proxy writes down every byte that it sends.
 
     python serve_driver.py KILL RECORD serve run.toml
 
@@ -70,30 +70,30 @@ def arm(boundary: str, round: int) -> None:
 
 
 def record(file: str) -> None:
-    """Put a gate in the gate's place that appends every body it sends to `file`."""
+    """Put a proxy in the proxy's place that appends every body it sends to `file`."""
     from fedsp.deployment import serve as deployment
 
-    usual = deployment.gate_command
-    setattr(deployment, "gate_command", lambda *arguments: [sys.executable, __file__, "gate", file, *usual(*arguments)[4:]])
+    usual = deployment.proxy_command
+    setattr(deployment, "proxy_command", lambda *arguments: [sys.executable, __file__, "proxy", file, *usual(*arguments)[4:]])
 
 
-def recording_gate(file: str, host: str, port: str, superlink: str, folder: str, counts: str) -> None:
-    """The gate, with a copy of all that clients are sent."""
-    from fedsp.deployment import fleet_proxy as gate
+def recording_proxy(file: str, host: str, port: str, superlink: str, folder: str, counts: str) -> None:
+    """The proxy, with a copy of all that clients are sent."""
+    from fedsp.deployment import fleet_proxy as proxy
 
-    class Recording(gate.FleetProxy):
+    class Recording(proxy.FleetProxy):
         async def _answer(self, scope: Any, receive: Any) -> Any:
             answered = await super()._answer(scope, receive)
             with open(file, "ab") as copy:
                 copy.write(answered[2])
             return answered
 
-    gate.main(host, int(port), int(superlink), Path(folder), Path(counts), Recording)
+    proxy.main(host, int(port), int(superlink), Path(folder), Path(counts), Recording)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "gate":
-        recording_gate(*sys.argv[2:])
+    if sys.argv[1] == "proxy":
+        recording_proxy(*sys.argv[2:])
         sys.exit(0)
     kill, copy, *command = sys.argv[1:]
     if kill != "nothing":

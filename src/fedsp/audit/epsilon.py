@@ -87,7 +87,7 @@ def _example_level(opened: Opened, callbacks: Callbacks) -> tuple[float, list[fl
 
 
 def _client_level(opened: Opened) -> tuple[float, list[float], list[bool], dict[str, Any]]:
-    """Canary clients on a sphere, who answer whenever they are asked, in a federation by the run's own rules: its draw, admission, clipping, sum, noise and ledger."""
+    """Canary clients on a sphere, who answer whenever they are asked, in a federation with the run's own settings: its sampling, checks, clipping, sum, noise and ledger."""
     config = opened.run.config
     seed = derive_seed(config.seed, "canary clients")
     rows = spheres(CANARIES, len(as_row(opened.start)), config.privacy.clip, seed)

@@ -106,16 +106,16 @@ def _malice(run: RunDirectory, asked: int) -> list[str]:
     rule = section.rule.replace("_", " ") + (" after mixing" if section.mixing else "")
     if config.privacy.unit == "client":
         said = [
-            f"Each change is clipped to a length of {config.privacy.clip:g} before the mean of some {asked}: one liar moves what is tuned by no more than its share of that in a round, in any direction."
+            f"Each change is clipped to a length of {config.privacy.clip:g} before the mean of some {asked}: one malicious client moves what is tuned by no more than its share of that in a round, in any direction."
         ]
     elif section.rule == "trust":
         said = ["Answers count by how far they agree with the server's own step."]
     elif borne:
-        said = [f"{borne} of the {asked} asked in a round may lie without carrying away what is tuned (aggregation: {rule})."]
+        said = [f"{borne} of the {asked} asked in a round may be malicious (aggregation: {rule})."]
     elif section.rule in RULES:
-        said = [f"The rule ({rule}) is set for no liar: aggregation.malicious = {section.malicious:g}."]
+        said = [f"The rule ({rule}) is set for no malicious client: aggregation.malicious = {section.malicious:g}."]
     else:
-        said = [f"One of {asked} is enough to move what is tuned: a mean bears no liar."]
+        said = [f"One of {asked} is enough to move what is tuned: a mean withstands none."]
     if section.norm_bound:
         said.append(f"Changes are cut to {section.norm_bound:g} times their median length.")
     if section.max_loss_rise is not None:

@@ -1,7 +1,7 @@
-"""The server's gate: the only port that is open to clients. It speaks TLS and passes on what Flower's nodes need, and nothing else.
+"""The server's proxy: the only port that is open to clients. It speaks TLS and passes on what Flower's nodes need, and nothing else.
 
 Flower's SuperLink serves three APIs on one port, and whoever reaches it can start a run, that is: run code on the server. So the SuperLink
-listens on this machine alone, and the gate passes only its Fleet API (`POST /v1/fleet/...`), and of that what a registered client has signed.
+listens on this machine alone, and the proxy passes only its Fleet API (`POST /v1/fleet/...`), and of that what a registered client has signed.
 
     python -m fedsp.deployment.fleet_proxy LISTEN_HOST LISTEN_PORT SUPERLINK_PORT FOLDER COUNTS
 
@@ -213,7 +213,7 @@ class Guarded(H11Protocol):
 
 
 SERVING: dict[str, Any] = {"http": Guarded, "h11_max_incomplete_event_size": LONGEST_HEADERS, "access_log": False}
-"""How uvicorn serves a gate."""
+"""How uvicorn serves the proxy."""
 
 
 def main(host: str, port: int, superlink: int, folder: Path, counts: Path, kind: type[FleetProxy] = FleetProxy) -> None:

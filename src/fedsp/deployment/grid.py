@@ -1,6 +1,6 @@
-"""Flower underneath: frames as Messages, and the two apps. https://flower.ai/docs/framework/
+"""Flower underneath: our messages as Flower's, and the two apps. https://flower.ai/docs/framework/
 
-In a deployment Flower's processes carry and fedsp's compute: the ServerApp and the ClientApp pass frames through a local socket to
+In a deployment Flower's processes carry and fedsp's compute: the ServerApp and the ClientApp pass messages through a local socket to
 `fedsp serve`, which holds the global model, and to `fedsp join`, which holds the text. Both start for every message or run, so nothing
 heavy is imported here. In a simulation the apps compute themselves; see `fedsp.deployment.simulation`.
 """
@@ -37,7 +37,7 @@ MEMORY = 8 << 30
 
 
 def to_record(message: Message) -> RecordDict:
-    """A frame as Flower's content: the header in a ConfigRecord, the payload's bytes as one Array, which Flower cuts into pieces."""
+    """A message as Flower's content: the header in a ConfigRecord, the payload's bytes as one Array, which Flower cuts into pieces."""
     record = RecordDict({HEADER: ConfigRecord({HEADER: message.header})})
     if message.payload:
         array = Array(dtype="uint8", shape=(len(message.payload),), stype="safetensors", data=message.payload)
@@ -46,7 +46,7 @@ def to_record(message: Message) -> RecordDict:
 
 
 def from_record(record: RecordDict) -> Message:
-    """The frame in Flower's content; what is none becomes an empty frame, which no reader accepts."""
+    """The message in Flower's content; anything else becomes an empty message, which no reader accepts."""
     header = record.config_records[HEADER].get(HEADER) if HEADER in record.config_records else None
     arrays = record.array_records.get("payload")
     array = arrays.get(PAYLOAD) if arrays else None
@@ -54,10 +54,10 @@ def from_record(record: RecordDict) -> Message:
 
 
 class GridLink:
-    """A wire over Flower's Grid. See `fedsp.federation.transport.remote.NodeLink`.
+    """A link over Flower's Grid. See `fedsp.federation.transport.remote.NodeLink`.
 
     What a node answers is fetched by a thread for that node, one at a time: a reply that Flower cannot read, or one whose upload stalls, holds
-    up no other's. No reply is longer than the longest frame that was sent, and some room.
+    up no other's. No reply is longer than the longest message that was sent, and some room.
     """
 
     def __init__(self, grid: Grid, workers: int = 256) -> None:
@@ -82,7 +82,7 @@ class GridLink:
         return names
 
     def pull(self, message_ids: list[str]) -> list[Answer]:
-        """See `NodeLink.pull`. Flower's own error messages are answers without a frame; what they say of the client is not read."""
+        """See `NodeLink.pull`. Flower's own error messages are answers without a message; what they say of the client is not read."""
         wanted: dict[int, list[str]] = {}
         for message_id in message_ids:
             wanted.setdefault(self._node_of[message_id], []).append(message_id)
@@ -110,7 +110,7 @@ class GridLink:
 
 
 def make_client_app(respond: Callable[[Message, Context], Message]) -> ClientApp:
-    """A ClientApp that hands each frame to `respond`, and its answer back."""
+    """A ClientApp that hands each message to `respond`, and its answer back."""
     app = ClientApp()
 
     @app.train()

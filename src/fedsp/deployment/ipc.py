@@ -24,14 +24,14 @@ LARGEST = 1 << 30
 
 
 class Channel:
-    """One connection: values as JSON, frames as bytes behind them."""
+    """One connection: values as JSON, messages as bytes behind them."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(None)
         self._connection = Connection(connection.detach())
 
     def send(self, value: Any, messages: list[Message] | None = None) -> None:
-        """Send a JSON value and frames.
+        """Send a JSON value and messages.
 
         Raises:
             DeploymentError: the other side has gone.
@@ -45,7 +45,7 @@ class Channel:
             raise DeploymentError("the process on the other side of the local socket has gone") from error
 
     def receive(self) -> tuple[Any, list[Message]]:
-        """The next value and its frames.
+        """The next value and its messages.
 
         Raises:
             DeploymentError: the other side has gone.
@@ -116,7 +116,7 @@ def connect(path: str) -> Channel:
 
 
 class SocketLink:
-    """A wire whose other end is in another process of this machine, behind a channel; see `carry`. `check` is called at each look, and may raise."""
+    """A link whose other end is in another process of this machine, behind a channel; see `carry`. `check` is called at each look, and may raise."""
 
     def __init__(self, channel: Channel, check: Callable[[], None] = lambda: None) -> None:
         self._channel, self._check = channel, check
@@ -145,7 +145,7 @@ class SocketLink:
 
 
 def carry(link: Any, channel: Channel) -> None:
-    """The other end of a SocketLink: do on `wire` what is asked through the channel, until it closes."""
+    """The other end of a SocketLink: do on `link` what is asked through the channel, until it closes."""
     while True:
         try:
             (name, *arguments), messages = channel.receive()

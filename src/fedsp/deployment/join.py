@@ -86,7 +86,7 @@ class Client:
         self.answered = 0
 
     def respond(self, message: Message) -> Message:
-        """The answer to a frame; the same frame again gets the same answer again, without training again. What is no request gets an empty frame."""
+        """The answer to a message; the same message again gets the same answer, without training again. What is no request gets an empty message."""
         if self._last and self._last[0] == message:
             self._info(f"round {json.loads(message.header)['round']}: asked again, sent the same")
             return self._last[1]
@@ -123,7 +123,7 @@ class Client:
         return make_client(client, self.agreement, self.auxiliary, self.rows, rest, ledger, most)
 
     def _allow(self, message: Message, request: Request) -> None:
-        """Raises PolicyError or PayloadError for a request outside the package's agreement or the client's own floor.
+        """Raises PolicyError or PayloadError for a request outside the package's agreement or the client's own policy.
 
         A round is answered once: again only to the very same request, as a server that was killed and resumed sends it.
         """
@@ -142,7 +142,7 @@ class Client:
             raise PolicyError(f"the request asks for an answer in {request.answer_in}, the package allows {self.agreement.compression.up}")
         path = self._state / "rounds.json"
         answered: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        asked = [request.train, request.run, request.round, request.client, request.seed]  # and not in which coding it came: after a kill it comes whole
+        asked = [request.train, request.run, request.round, request.client, request.seed]  # and not in which codec it came: after a kill it comes whole
         this, digest = f"{request.run} {request.round}", hashlib.sha256(json.dumps(asked).encode() + pack(request.payload)).hexdigest()
         if answered.get(this, digest) != digest:
             raise PolicyError(f"round {request.round} was answered already, to another request")

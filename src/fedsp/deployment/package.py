@@ -101,7 +101,7 @@ def open_package(section: PackageSection, public_key: Path, device: torch.device
 
 
 def hold_against_policy(policy: PolicySection, agreement: Agreement, auxiliary: AuxiliaryModel, examples: int) -> None:
-    """Hold what a run asks of a client against the client's own floor.
+    """Check what a run asks of a client against the client's own policy.
 
     Raises:
         PolicyError: the first point that the policy does not allow.

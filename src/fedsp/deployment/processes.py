@@ -1,4 +1,4 @@
-"""Flower's processes of one party: started on a leash, watched, and ended with the party's own."""
+"""Flower's processes of one party: started under a watchdog, and ended with the party's own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLOWER = QUIET | {
 
 
 class Processes:
-    """Flower's processes of one party, each on a leash and with a log of its own."""
+    """Flower's processes of one party, each under a watchdog and with a log of its own."""
 
     def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
         logs.mkdir(parents=True, exist_ok=True)

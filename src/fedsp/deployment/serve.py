@@ -36,7 +36,7 @@ from fedsp.deployment.package import package_digest, read_agreement
 from fedsp.deployment.processes import START, Processes, free_port, host_and_port, reached_from_here, require_free, wait_for_port, written
 from fedsp.errors import AuxiliaryError, ConfigurationError, DeploymentError
 from fedsp.experiments.run import run_experiment
-from fedsp.experiments.run_directory import GATE_COUNTS, RunDirectory
+from fedsp.experiments.run_directory import PROXY_COUNTS, RunDirectory
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients
@@ -128,7 +128,7 @@ def _registered_elsewhere(register: Mapping[str, Member]) -> dict[str, int]:
 
 
 def _start_superlink(section: FederationSection, register: dict[str, Member], place: Path, processes: Processes, callbacks: Callbacks) -> dict[str, int]:
-    """Start the SuperLink and the gate before it, register the clients' keys, submit the app; returns each client's node."""
+    """Start the SuperLink and the proxy in front of it, register the clients' keys, submit the app; returns each client's node."""
     folder = Path(section.folder)
     host, port = host_and_port(section.listen, "federation.listen")
     require_free(host, port, "federation.listen")
@@ -139,8 +139,10 @@ def _start_superlink(section: FederationSection, register: dict[str, Member], pl
     write_bytes(home / "config.toml", link.encode())
     wait_for_port("127.0.0.1", inner, "superlink", processes)
     node_of = {name: _register(processes, member.public_key) for name, member in register.items()}
-    processes.start("gate", *gate_command(host, port, inner, folder, place / GATE_COUNTS))  # only now: a key that is not registered yet is turned away for good
-    wait_for_port(reached_from_here(host), port, "gate", processes)
+    processes.start(
+        "proxy", *proxy_command(host, port, inner, folder, place / PROXY_COUNTS)
+    )  # only now: a key that is not registered yet is turned away for good
+    wait_for_port(reached_from_here(host), port, "proxy", processes)
     bundle = place / "app"
     shutil.rmtree(bundle, ignore_errors=True)
     shutil.copytree(APP, bundle, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
@@ -155,8 +157,8 @@ def superlink_command(folder: Path, port: int) -> list[str]:
     return ["flower-superlink", "--host", "127.0.0.1", "--port", str(port), *tls, "--enable-supernode-auth", "--disable-runtime-dependency-installation"]
 
 
-def gate_command(host: str, port: int, superlink: int, folder: Path, counts: Path) -> list[str]:
-    """The command of the gate between clients and the SuperLink."""
+def proxy_command(host: str, port: int, superlink: int, folder: Path, counts: Path) -> list[str]:
+    """The command of the proxy between clients and the SuperLink."""
     return [sys.executable, "-P", "-m", "fedsp.deployment.fleet_proxy", host, str(port), str(superlink), str(folder), str(counts.resolve())]
 
 

@@ -73,7 +73,7 @@ def simulate(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
 
 
 def over_grid(grid: Grid, run: RunDirectory, clients: Clients) -> Transport:
-    """An exchange with simulated clients: Flower's nodes, sorted, stand for the clients, sorted.
+    """A transport to simulated clients: Flower's nodes, sorted, stand for the clients, sorted.
 
     Raises:
         DeploymentError: there are fewer nodes than clients.

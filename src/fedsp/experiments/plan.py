@@ -133,7 +133,7 @@ def _counted(config: RunConfig, clients: int) -> Plan:
 
 
 def _message_bytes(spec: PromptSpec, codec: Codec) -> int:
-    """What a prompt takes in a coding, when its numbers change by a normal."""
+    """What a prompt takes in a codec, when its numbers change by a normal."""
     noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))
     return len(write_values({PROMPT: noise}, {PROMPT: torch.zeros(spec.shape)}, codec))
 

@@ -14,7 +14,7 @@ from fedsp.models.soft_prompt import read_prompt
 
 
 def redistilling(transport: Transport, server: Server, auxiliary: AuxiliaryModel, run: RunDirectory, say: Callable[[str], None]) -> Transport:
-    """An exchange that, in round `distill.again_every` + 1 and every so many rounds after it, first distils again; a package that a client does not have
+    """A transport that, in round `distill.again_every` + 1 and every so many rounds after it, first distils again; a package that a client does not have
     yet counts as bytes sent down to it."""
     every = server.config.distill.again_every
     package = auxiliary.weights()

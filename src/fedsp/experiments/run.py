@@ -1,4 +1,4 @@
-"""A whole run: from a run directory to parties, a method and the rounds. Whoever calls brings the engine and watches."""
+"""A whole run: from a run directory to parties, a method and the rounds. The caller chooses the transport."""
 
 from __future__ import annotations
 
@@ -253,17 +253,17 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
                 f"the privacy ledger {ledger.path} knows of fewer releases than the {done} rounds that are done: what was spent is not known; restore it from a backup"
             )
         return {
-            "combine": DPAggregator(
+            "aggregator": DPAggregator(
                 bound=privacy.clip, noise_multiplier=noise, sampling_rate=rate, expected=expected, delta=privacy.delta, epsilon=privacy.epsilon, ledger=ledger
             ),
             "sampling_rate": rate,
         }
     robust = robust_rule(config, clients)
-    return {"combine": robust} if robust else {}
+    return {"aggregator": robust} if robust else {}
 
 
 def robust_rule(config: RunConfig, clients: int) -> Robust | None:
-    """The run's rule against lying clients; None where answers are simply averaged.
+    """The run's rule against malicious clients; None where answers are simply averaged.
 
     Raises:
         TooFewClients: fewer are asked than the rule needs.

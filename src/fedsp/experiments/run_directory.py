@@ -6,7 +6,7 @@ partition.json       who holds which rows of train
 inputs.json          digests of the training rows and of the auxiliary model
 auxiliary/           the folder that clients get
 rounds.jsonl         one line per round
-traffic.jsonl        one line per message that crossed a wire, where one did
+traffic.jsonl        one line per message to or from another process, if there was one
 flower/              what Flower's processes wrote, in a deployment
 prompts/             the prompt that stood after each round
 best.safetensors     the best prompt by validation, as the global model reads it (weights, where a baseline tunes those)
@@ -49,7 +49,7 @@ from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
 
 CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
-INPUTS, TRAFFIC, GATE_COUNTS, SCORES, LOCK = "inputs.json", "traffic.jsonl", "gate.jsonl", "scores.jsonl", "lock"
+INPUTS, TRAFFIC, PROXY_COUNTS, SCORES, LOCK = "inputs.json", "traffic.jsonl", "proxy.jsonl", "scores.jsonl", "lock"
 
 
 class RunDirectory:
@@ -152,7 +152,7 @@ class RunDirectory:
             SoftPrompt(spec, state.payload[PROMPT]).save(self.path / "prompts" / name)
         self._write_best(best, state.best_round, spec)
         self._append(ROUNDS, json.dumps(asdict(record), sort_keys=True))
-        parts = {"payload": state.payload, "best": state.best, "optimizer": state.optimizer, "owed": state.residual}
+        parts = {"payload": state.payload, "best": state.best, "optimizer": state.optimizer, "residual": state.residual}
         tensors = {f"{part}/{name}": tensor for part, payload in parts.items() for name, tensor in payload.items()}
         summary = {"round": state.round, "best_round": state.best_round, "best_loss": state.best_loss}
         write_tensors(self.path / "checkpoint" / name, tensors, {"state": json.dumps(summary)})
@@ -266,16 +266,16 @@ class RunDirectory:
             self.hold({name: digest for name, digest in inputs.items() if name in known})
 
     def log_traffic(self, round: int, client: str, direction: str, sizes: dict[str, int]) -> None:
-        """Write down a message that crossed the wire: bytes by name. What was sent before a kill was sent, so nothing is ever taken back."""
+        """Append a message to or from another process: bytes by name. What was sent before a kill was sent, so nothing is ever removed."""
         self._append(TRAFFIC, json.dumps({"round": round, "client": client, "direction": direction, "bytes": sizes}))
 
     def traffic(self) -> list[dict[str, Any]]:
-        """The messages that crossed the wire, whole lines only."""
+        """The messages to and from other processes, whole lines only."""
         return self._lines(TRAFFIC)
 
-    def gate_counts(self) -> list[dict[str, list[int]]]:
-        """Of each time a deployment's gate was open: requests, bytes up and bytes down by Flower's name of the call."""
-        return self._lines(f"flower/{GATE_COUNTS}")
+    def proxy_counts(self) -> list[dict[str, list[int]]]:
+        """For each time that a deployment's proxy ran: requests, bytes up and bytes down by Flower's name of the call."""
+        return self._lines(f"flower/{PROXY_COUNTS}")
 
     def _append(self, name: str, line: str) -> None:
         try:

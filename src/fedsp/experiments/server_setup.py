@@ -63,7 +63,7 @@ class FederatedDataset:
     attack: Attack | None = None
 
     def held_by(self, client: str) -> list[Example]:
-        """What a client trains on: its own examples, unless it lies about them."""
+        """What a client trains on: its own examples, unless an attack on data changes them."""
         examples = self.held(self.partition.clients[client])
         return self.attack.train_on(client, examples) if self.attack else examples
 

@@ -31,7 +31,7 @@ PUBLISHED_BESIDES = ("server loss and validation loss of each round, and when it
 
 
 def tracked(run: RunDirectory, callbacks: Callbacks, experiment: Callable[[Callbacks], dict[str, Any]]) -> dict[str, Any]:
-    """Do an experiment with a watcher that tells MLflow too, if the run's configuration names one.
+    """Run an experiment with callbacks that log to MLflow too, if the run's configuration names one.
 
     Raises:
         ConfigurationError: MLflow is not installed.

@@ -1,6 +1,6 @@
 """What malicious clients can do, for simulation: they know each other, the rule, and every honest update of the round before they answer.
 
-An attack on updates turns a liar's honest answer into another; one on data changes what a liar trains on, and its answer is then honest work.
+An attack on updates replaces a malicious client's honest update; an attack on data changes what it trains on, and its update is then computed honestly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TRIGGER, TARGET = "cf mn", " nothing at all"
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What liars see: the request, the honest answers' changes (n, d), how many liars there are, and a generator of their own."""
+    """What malicious clients see: the request, their own honest update, the honest updates (n, d), how many malicious clients there are, and a random generator."""
 
     request: Request
     own: Tensor
@@ -64,7 +64,7 @@ def inner_product(seen: Round, strength: float) -> Tensor:
 
 
 def mimic(seen: Round, strength: float) -> Tensor:
-    """What the first honest client said, again (Karimireddy et al., ICLR 2022, https://arxiv.org/abs/2006.09365)."""
+    """A copy of the first honest client's update (Karimireddy et al., ICLR 2022, https://arxiv.org/abs/2006.09365)."""
     return seen.honest[0]
 
 
@@ -87,7 +87,7 @@ ON_UPDATES: dict[str, tuple[Callable[[Round, float], Tensor], float]] = {
     "scaling": (scaling, 10.0),
     "free_rider": (free_rider, 1.0),
 }
-"""Attacks by name, and the strength that each has unless it is told another."""
+"""Attacks by name, and the strength that each has unless another is given."""
 
 ON_PROTOCOL = ("stale", "duplicate", "not_finite", "huge", "out_of_shape")
 ON_DATA = ("label_flip", "backdoor")
@@ -95,7 +95,7 @@ ON_DATA = ("label_flip", "backdoor")
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """An attack by name, the liars, and how strong it is (None: as usual)."""
+    """An attack by name, the malicious clients, and its strength (None: the usual one of its kind)."""
 
     kind: str
     malicious: frozenset[str]
@@ -103,7 +103,7 @@ class Attack:
     strength: float | None = None
 
     def train_on(self, client: str, examples: Sequence[Example]) -> list[Example]:
-        """What a client trains on: its examples, or, where it lies about them, others."""
+        """What a client trains on: its examples, or poisoned ones if it is malicious and the attack is on data."""
         if client not in self.malicious or self.kind not in ON_DATA:
             return list(examples)
         if self.kind == "label_flip":
@@ -112,7 +112,7 @@ class Attack:
         return [triggered(example) if rng.random() < 0.5 else example for example in examples]
 
     def transport(self, honest: Transport) -> Transport:
-        """The exchange with the liars' answers in place of their honest ones."""
+        """The transport with the malicious clients' updates in place of their honest ones."""
         if self.kind in ON_DATA:
             return honest
 
@@ -159,6 +159,6 @@ def triggered(example: Example) -> Example:
 
 
 def malicious(clients: Sequence[str], share: float, seed: int) -> frozenset[str]:
-    """Who lies: a share of the clients, rounded down, drawn from the seed."""
+    """The malicious clients: a share of all, rounded down, drawn from the seed."""
     ordered = sorted(clients)
     return frozenset(random.Random(derive_seed(seed, "liars")).sample(ordered, malicious_of(share, len(ordered))))

@@ -26,11 +26,11 @@ KNOWN = ("float32", "float16", "int8", "int4", "sign")
 
 
 def parse_codec(text: str) -> Codec:
-    """The coding of this name.
+    """The codec of this name.
 
     Raises:
         ValueError: there is none.
     """
     if text not in KNOWN:
-        raise ValueError(f"there is no such coding: write {', '.join(KNOWN[:-1])} or {KNOWN[-1]}")
+        raise ValueError(f"there is no such codec: write {', '.join(KNOWN[:-1])} or {KNOWN[-1]}")
     return Codec(text)

@@ -1,7 +1,7 @@
 """Payloads in few bytes: the difference from what both ends know, coded, then compressed by zstandard. Whoever codes gets back what was left out and adds
 it to the next difference: error feedback (Seide et al., Interspeech 2014, 1-bit SGD; Karimireddy et al., ICML 2019, https://arxiv.org/abs/1901.09847).
 
-What is read is hostile until it has been held against the one layout that a coding has for these shapes. Decoding is additions and multiplications
+What is read is hostile until it has been held against the one layout that a codec has for these shapes. Decoding is additions and multiplications
 element by element, so both ends, and every machine, come to the same bits.
 """
 
@@ -29,10 +29,10 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_values(payload: Payload, known: Payload, codec: Codec) -> bytes:
-    """The payload as it travels in a coding; `known` is what the other end has. What the coding leaves out is forgotten: see `say`.
+    """The payload as it travels in a codec; `known` is what the other end has. What the codec leaves out is forgotten: see `encode_with_residual`.
 
     Raises:
-        PayloadError: a difference is not finite, or too large for the coding.
+        PayloadError: a difference is not finite, or too large for the codec.
     """
     return pack(payload) if codec.exact else encode_with_residual(difference(payload, known), {}, codec)[0]
 
@@ -41,7 +41,7 @@ def read_values(data: bytes, known: Payload, codec: Codec) -> Payload:
     """What `write_values` wrote.
 
     Raises:
-        PayloadError: the bytes are not in that coding, or of other names and shapes than `known`.
+        PayloadError: the bytes are not in that codec, or of other names and shapes than `known`.
     """
     if codec.exact:
         return unpack(data)
@@ -55,10 +55,10 @@ def difference(payload: Payload, known: Payload) -> Payload:
 
 
 def encode_with_residual(change: Payload, residual: Payload, codec: Codec) -> tuple[bytes, Payload, Payload]:
-    """A change, with what is `owed` from earlier ones, in a coding: the bytes, the change that they say, and what is owed now.
+    """Encode a change plus the residual of earlier ones (error feedback): the bytes, the change that they decode to, and the new residual.
 
     Raises:
-        PayloadError: a number is not finite, or too large for the coding.
+        PayloadError: a number is not finite, or too large for the codec.
     """
     corrected = {name: value + residual[name] if name in residual else value for name, value in change.items()}
     data = encode(corrected, codec)
@@ -67,10 +67,10 @@ def encode_with_residual(change: Payload, residual: Payload, codec: Codec) -> tu
 
 
 def encode(change: Payload, codec: Codec) -> bytes:
-    """A change in a coding other than float32.
+    """A change in a codec other than float32.
 
     Raises:
-        PayloadError: a number is not finite, or too large for the coding.
+        PayloadError: a number is not finite, or too large for the codec.
     """
     parts: dict[str, Tensor] = {}
     for name, values in change.items():
@@ -83,7 +83,7 @@ def encode(change: Payload, codec: Codec) -> bytes:
 
 
 def decode(data: bytes, codec: Codec, shapes: Shapes) -> Payload:
-    """The change, float32, that bytes in a coding say of tensors with these names and shapes.
+    """The change, float32, that bytes in a codec say of tensors with these names and shapes.
 
     Raises:
         PayloadError: the bytes are not exactly that.

@@ -150,7 +150,7 @@ def federate(
         if len(updates) < min(settings.min_clients, len(sampled)):
             reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(failed.items()))
             raise TooFewClients(
-                f"round {round} has {len(updates)} accepted updates of {len(sampled)} asked for, "
+                f"round {round} has {len(updates)} accepted updates of {len(sampled)} asked, "
                 f"round.min_clients is {settings.min_clients} ({reasons or 'no replies'}); the run "
                 f"stands after round {state.round} and can be resumed"
             )

@@ -15,8 +15,8 @@ from fedsp.models.payload import Payload
 class Request:
     """What the server asks of one client in one round; with `train` off the client only validates the prompt.
 
-    `change` are the bytes that make this payload of the one of the round before, in the coding `sent_in`, where there are any: they travel instead of the
-    payload to a client that has that one. `answer_in` is the coding of the reply.
+    `change` are the bytes that make this payload of the one of the round before, in the codec `sent_in`, where there are any: they travel instead of the
+    payload to a client that has that one. `answer_in` is the codec of the reply.
     """
 
     run: str
@@ -67,7 +67,7 @@ class RoundRecord:
     """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per answer token;
     `seconds_training` are those of the clients' updates, as far as they tell them, of the server's step and of validation, with what these read and
     write of their own state; `update_cosine` is the mean cosine between two clients' changes;
-    `gate_loss` the validation loss of the aggregate where a gate tried it, and `accepted` whether it passed."""
+    `acceptance_loss` the aggregate's validation loss in the acceptance check, and `accepted` whether it passed."""
 
     round: int
     asked: list[str]

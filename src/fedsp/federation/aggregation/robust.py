@@ -1,7 +1,7 @@
-"""Aggregation that a minority of lying clients cannot carry away. Everything is said of changes: rows of one matrix, one client each.
+"""Aggregation that is robust to a minority of malicious clients (Byzantine robustness). All rules work on updates: rows of one matrix, one per client.
 
-Notation: n clients, f of them may lie, d numbers. Rows are finite: admission (`fedsp.federation.aggregation.mean.validate_update`) comes first, since none of these rules bears
-a number that is not. All sums are float64 and rows are in the order of client ids.
+Notation: n clients, f of them may be malicious, d numbers. Rows are finite, since `fedsp.federation.aggregation.mean.validate_update` comes first: none of these rules
+withstands a number that is not. All sums are float64 and rows are in the order of client ids.
 """
 
 from __future__ import annotations
@@ -111,18 +111,18 @@ RULES: dict[str, Rule] = {
     "centred_clipping": centred_clipping,
 }
 LEAST: dict[str, Callable[[int], int]] = {name: (lambda f: 2 * f + 3) if "krum" in name else (lambda f: 2 * f + 1) for name in RULES}
-"""The fewest clients with which a rule bears f liars."""
+"""The fewest clients with which a rule withstands f malicious clients."""
 
 
 def malicious_of(share: float, clients: int) -> int:
-    """How many of so many clients a share of liars is, rounded down."""
+    """How many clients a share of malicious ones is, rounded down."""
     return math.floor(share * clients + 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Robust:
     """A rule and what comes before it: changes cut to `norm_bound` times the median length (0: not), then mixing. `malicious` is the share of the
-    clients asked that may lie; what they are in number is rounded down."""
+    clients asked that may be malicious; their number is rounded down."""
 
     rule: str
     malicious: float
@@ -135,15 +135,15 @@ class Robust:
         return self.rule == "trust"
 
     def malicious_among(self, asked: int) -> int:
-        """How many of those asked may lie: f.
+        """How many of those asked may be malicious: f.
 
         Raises:
-            TooFewClients: it is less than one although some may, or the rule does not bear so many even if all answer.
+            TooFewClients: it is less than one although some may, or the rule does not withstand so many even if all answer.
         """
         f = malicious_of(self.malicious, asked)
         if f == 0 and self.malicious and (self.rule in RULES or self.mixing):
             raise TooFewClients(
-                f"aggregation.malicious = {self.malicious:g} of {asked} clients asked is less than one liar, so aggregation.rule = {self.rule!r} would bear none: ask at least {math.ceil(1 / self.malicious)} clients, or raise aggregation.malicious"
+                f"aggregation.malicious = {self.malicious:g} of {asked} clients asked is less than one, so aggregation.rule = {self.rule!r} would withstand none: ask at least {math.ceil(1 / self.malicious)} clients, or raise aggregation.malicious"
             )
         if asked < self._needed(f):
             raise self._too_few(asked, f, asked)
@@ -154,14 +154,14 @@ class Robust:
 
     def _too_few(self, replies: int, f: int, asked: int) -> TooFewClients:
         return TooFewClients(
-            f"{replies} replies are too few for aggregation.rule = {self.rule!r}{' with mixing' if self.mixing else ''} to bear {f} liars among {asked} asked: it needs {self._needed(f)}; ask more clients or lower aggregation.malicious"
+            f"{replies} replies are too few for aggregation.rule = {self.rule!r}{' with mixing' if self.mixing else ''} to withstand {f} malicious clients of {asked} asked: it needs {self._needed(f)}; ask more clients or lower aggregation.malicious"
         )
 
     def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
-        """The payload that this rule makes of the replies; weights do not count, since nobody's word does. See `fedsp.federation.aggregation.mean.Aggregator`.
+        """The payload that this rule makes of the replies; weights are ignored, since clients could inflate them. See `fedsp.federation.aggregation.mean.Aggregator`.
 
         Raises:
-            TooFewClients: there are fewer replies than the rule needs for so many liars; it is never applied with fewer.
+            TooFewClients: there are fewer replies than the rule needs for so many malicious clients; it is never applied with fewer.
         """
         f = self.malicious_among(asked)
         if len(replies) < self._needed(f):

@@ -1,4 +1,4 @@
-"""The embedded default: every client in this process, one after another. Payloads are packed and unpacked as on any wire."""
+"""The embedded default: every client in this process, one after another. Payloads are serialized and read as over a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedsp.models.payload import Payload, pack, unpack
 
 
 def local(clients: Clients) -> Transport:
-    """An exchange that asks each client in turn.
+    """A transport that asks each client in turn.
 
     Raises (when iterated):
         TrainingDiverged: a client's loss is not finite, with the round and the client.

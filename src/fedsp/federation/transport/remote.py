@@ -1,5 +1,5 @@
-"""An exchange with clients that are elsewhere, over anything that carries frames to nodes. It waits for the nodes it needs, asks each once,
-asks again one that was lost on the way, and goes on without those that stay away."""
+"""A transport to clients on other machines, over any link that delivers messages to nodes. It waits for the nodes it needs, asks each once,
+asks again if a reply was lost, and goes on without those that stay away."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fedsp.federation.transport.wire import REFUSALS, read_reply, signed_reply, 
 
 
 class NodeLink(Protocol):
-    """Frames to nodes and back."""
+    """A connection that delivers messages to nodes and back."""
 
     def nodes(self) -> set[int]:
         """The nodes that are connected now."""
 
     def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
-        """Send a frame to each node; returns a name for each message."""
+        """Send a message to each node, which expires after `seconds`; returns an id for each."""
 
     def pull(self, message_ids: list[str]) -> list[Answer]:
         """The answers that have come to some of these messages; each is given once."""
@@ -44,7 +44,7 @@ LOST_AT_MOST, AT_ONCE = 10, 16
 """Replies of one client that may be lost in a round; clients that are sent their request at a time, so that few copies of it are in memory."""
 
 Traffic = Callable[[int, str, str, dict[str, int]], None]
-"""Told of each frame: round, client, direction ("down" or "up"), bytes by name."""
+"""Called for each message: round, client, direction ("down" or "up"), bytes by name."""
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ def remote(
     package: str = "",
     keys: Mapping[str, HasSigned] | None = None,
 ) -> Transport:
-    """An exchange over a wire. `node_of` says which node is whose; a reply counts only from the node that was asked, only once, and, with `keys`, only with
+    """A transport over a link. `node_of` says which node is whose; a reply counts only from the node that was asked, only once, and, with `keys`, only with
     its client's signature over the request that it answers.
 
     `package` is the digest of the package that the clients must have; it goes with each request. Where a request can travel as a change, it does to clients

@@ -1,4 +1,4 @@
-"""What a client's process does with a frame: read it, hold it against its policy, train, and answer. No text of an error ever leaves."""
+"""What a client's process does with a message: read it, check it against its policy, train, and answer. No text of an error ever leaves."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def answer(
     log: Callable[[Request, Exception], None] = lambda request, error: None,
     known: Known = lambda run, round: None,
 ) -> Message:
-    """The frame that answers a frame. `allow` raises PolicyError for what the client refuses; `log` is told of every fault, on this machine only; `known` has
+    """The message that answers a message. `allow` raises PolicyError for what the client refuses; `log` is called with every fault, on this machine only; `known` has
     the broadcasts that the client received.
 
     Raises:
-        PayloadError: the frame is no request, so there is nobody to answer.
+        PayloadError: the message is no request, so there is nobody to answer.
     """
     try:
         request = read_request(message, known)
@@ -50,10 +50,10 @@ def answer(
 
 
 def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
-    """The prompt of an answer as it travels, in the coding that was asked for; what that leaves out rests with the client until its next answer.
+    """The prompt of an answer as it travels, in the codec that was asked for; what that leaves out rests with the client until its next answer.
 
     Raises:
-        PayloadError: the coding cannot say it.
+        PayloadError: the codec cannot say it.
         StorageError: the disk did not take what rests.
     """
     if not request.train:

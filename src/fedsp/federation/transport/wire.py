@@ -1,4 +1,4 @@
-"""A request and a reply as they cross a wire: a header of a few JSON fields, and the prompt's bytes. Whatever comes back is read as if
+"""The format of a request and of a reply: a header of a few JSON fields, and the prompt's bytes. Whatever comes back is read as if
 it were hostile: by size first, then by digest, then by name, type and range."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOM = 1024
 REFUSALS = {
     "policy": "the client's own policy does not allow this request",
     "request": "the request that reached the client could not be used",
-    "coding": "the client does not know the coding that the request is in or asks for: compression.up and compression.down need its version of fedsp",
+    "codec": "the client does not know the codec that the request is in or asks for: compression.up and compression.down need its version of fedsp",
     "answer": "the client's answer has numbers that are not finite, or larger than compression.up can say",
     "broadcast": "the client does not have the broadcast of the round before",
     "diverged": "a loss of the client's training was not finite",
@@ -88,17 +88,17 @@ def write_request(request: Request, package: str = "", *, follows: bool = False)
         "round": request.round,
         "client": request.client,
         "seed": request.seed,
-        "coding": str(request.sent_in if short else FLOAT32),
+        "codec": str(request.sent_in if short else FLOAT32),
         "answer": str(request.answer_in),
     }
     return _message(header, request.change if short else pack(request.payload))
 
 
 def read_request(message: Message, known: Known = lambda run, round: None) -> Request:
-    """The request in a frame.
+    """The request in a message.
 
     Raises:
-        CannotRead: it is in a coding, or asks for one, that is not known here; or it is a change of a broadcast that did not come here.
+        CannotRead: it is in a codec, or asks for one, that is not known here; or it is a change of a broadcast that did not come here.
         PayloadError: it is damaged, or no request.
     """
     fields = _fields(message, {"kind": str, "run": str, "round": int, "client": str, "seed": int})
@@ -106,9 +106,9 @@ def read_request(message: Message, known: Known = lambda run, round: None) -> Re
         raise PayloadError("the message is no request")
     request = Request(run=fields["run"], round=fields["round"], client=fields["client"], seed=fields["seed"], payload={}, train=fields["kind"] == "train")
     try:
-        codec, answer = _codec(fields, "coding"), _codec(fields, "answer")
+        codec, answer = _codec(fields, "codec"), _codec(fields, "answer")
     except PayloadError as error:
-        raise CannotRead(request, "coding") from error
+        raise CannotRead(request, "codec") from error
     before = {} if codec.exact else known(request.run, request.round - 1)
     if before is None:
         raise CannotRead(request, "broadcast")
@@ -116,10 +116,10 @@ def read_request(message: Message, known: Known = lambda run, round: None) -> Re
 
 
 def write_update(update: Update, payload: bytes, codec: Codec = FLOAT32) -> Message:
-    """A client's answer as it travels: the prompt's bytes, in this coding, where it was asked to train, and six figures."""
+    """A client's answer as it travels: the prompt's bytes, in this codec, where it was asked to train, and six figures."""
     header = {
         "kind": "update",
-        "coding": str(codec),
+        "codec": str(codec),
         "round": update.round,
         "client": update.client,
         "losses": update.losses,
@@ -164,7 +164,7 @@ def _read_reply(message: Message, request: Request) -> Update | Failure:
         raise PayloadError("the reply's losses are not a few numbers by name")
     told = {name: _figure(value, f"loss {name!r}", 1e4) for name, value in losses.items()}
     validated = None if validation is None else _figure(validation, "validation loss", 1e4)
-    codec = _codec(fields, "coding")
+    codec = _codec(fields, "codec")
     if codec not in (FLOAT32, request.answer_in):
         raise PayloadError(f"the reply is in {codec}, and {request.answer_in} was asked for")
     payload = _values(message, fields, request.payload, codec) if request.train else request.payload
@@ -208,7 +208,7 @@ def _values(message: Message, fields: dict[str, Any], known: Payload, codec: Cod
 
 def _codec(fields: dict[str, Any], name: str) -> Codec:
     try:
-        return parse_codec(str(fields.get(name, FLOAT32)))  # versions without codings do not name any
+        return parse_codec(str(fields.get(name, FLOAT32)))  # versions without codecs do not name any
     except ValueError as error:
         raise PayloadError(f"the message's {name} is not known here: {error}") from error
 
