@@ -4,7 +4,6 @@ tensor, since commands that have none use this too."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from fedsp.errors import StorageError
@@ -92,13 +92,16 @@ def move_into_place(folder: Path, target: Path, *, last: str) -> None:
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold a lock that ends with the process; False where another holds it and `wait` is off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -35,7 +35,7 @@ from fedsp.audit.membership import audit_membership, likelihood_ratios, relative
 from fedsp.audit.package_leakage import linear_cka
 from fedsp.audit.registry import AUDITS, Audit, Options, audit, check, findings, refusal
 from fedsp.audit.shadows import encoded_rows, losses_under, open_audited, train_shadow
-from fedsp.audit.statistics import auc, auc_ceiling, ceiling, hits_at, told
+from fedsp.audit.statistics import auc, auc_ceiling, ceiling, hits_at, summarise_scores
 from fedsp.audit.summary import account
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
@@ -115,7 +115,7 @@ def test_figures_of_scores() -> None:
     hits = hits_at(values, marks, 0.01)
     assert hits == pytest.approx(0.37, abs=0.06)
     assert hits_at(values[:400], marks[:400], 0.01) is None
-    found = told([values], [marks])
+    found = summarise_scores([values], [marks])
     assert found.auc[1] < 0.921 < found.auc[2] and found.hits_at_01 is None
     assert found.hits_at_1 is not None and found.hits_at_1[1] < 0.3722 < found.hits_at_1[2]
 
@@ -127,7 +127,7 @@ def test_intervals_hold_what_is_true_as_often_as_they_say() -> None:
         rng = np.random.default_rng(seed)
         hardness = rng.normal(size=400)
         members = [rng.random(400) < 0.5 for _ in range(6)]
-        found = told([hardness + rng.normal(size=400) for _ in members], members, resamples=100).hits_at_1
+        found = summarise_scores([hardness + rng.normal(size=400) for _ in members], members, resamples=100).hits_at_1
         assert found is not None
         held += found[1] <= 0.01 <= found[2]
     assert held >= 51
@@ -165,9 +165,9 @@ def test_shadows_sharpen_what_one_run_shows_dimly() -> None:
     hardness = rng.normal(size=600) * 5
     members = [rng.random(600) < 0.5 for _ in range(12)]
     losses = [3 + 0.1 * hardness - 0.1 * marks + 0.05 * rng.normal(size=600) for marks in members]
-    plain = told([-loss for loss in losses], members).auc[0]
-    ratios = told(likelihood_ratios([-loss for loss in losses], members), members).auc[0]
-    relative = told(relative_ratios(losses), members).auc[0]
+    plain = summarise_scores([-loss for loss in losses], members).auc[0]
+    ratios = summarise_scores(likelihood_ratios([-loss for loss in losses], members), members).auc[0]
+    relative = summarise_scores(relative_ratios(losses), members).auc[0]
     assert plain < 0.6 < 0.85 < min(ratios, relative)
 
 
@@ -337,7 +337,7 @@ def test_what_a_run_does_not_allow_is_said_and_the_rest_is_done(tmp_path: Path, 
 
 def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
     folder = Path(commands.run(settings(tmp_path, round={"rounds": 1, "clients": 0}, server={"steps": 1, "batch_size": 2}))["folder"])
-    with pytest.raises(RunError, match="asked no clients: there is nobody whose text could be told"):
+    with pytest.raises(RunError, match="asked no clients: there is nobody whose text could be summarise_scores"):
         audited(folder, "membership")
     found = audited(folder)
     assert "asked no clients" in found["membership"]["not_done"] and found["disclosure"]["disclosed_share"] == 0.0

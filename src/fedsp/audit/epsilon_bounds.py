@@ -8,12 +8,16 @@ promised proves nothing; one above it proves that the promise is broken.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import numpy as np
 import torch
+from scipy.stats import binom
 from torch import Tensor
+
+from fedsp.audit.statistics import exact_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +77,9 @@ def _refuted(m: int, guesses: int, right: int, delta: float, failure: float) -> 
 def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
     """The chance, at most, that a mechanism of (epsilon, delta) lets so many of `guesses` be right, with m canaries in all (theorem 5.2 of the paper)."""
     chance = 1 / (1 + math.exp(-epsilon))
-    tail = _binomial_tail(guesses, chance)
+    tail = binom.sf(np.arange(-1, guesses), guesses, chance).tolist()  # P[Binomial >= v] for v = 0 .. guesses
     worst = max(((tail[right - i] - tail[right]) / i for i in range(1, right + 1)), default=0.0)
-    return min(1.0, tail[right] + 2 * m * delta * worst)
-
-
-def _binomial_tail(n: int, chance: float) -> list[float]:
-    """P[Binomial(n, chance) >= v] for v = 0 .. n."""
-    if chance <= 0 or chance >= 1:
-        return [1.0] + [float(chance >= 1)] * n
-    logs = [math.lgamma(n + 1) - math.lgamma(v + 1) - math.lgamma(n - v + 1) + v * math.log(chance) + (n - v) * math.log1p(-chance) for v in range(n + 1)]
-    tail, total = [0.0] * (n + 1), 0.0
-    for v in range(n, -1, -1):
-        total += math.exp(logs[v])
-        tail[v] = min(1.0, total)
-    return tail
+    return float(min(1.0, tail[right] + 2 * m * delta * worst))
 
 
 def spheres(count: int, numbers: int, length: float, seed: int) -> Tensor:
@@ -133,21 +125,5 @@ def two_worlds_bound(inside: Sequence[float], outside: Sequence[float], *, delta
 
     threshold = max(sorted([*chosen_in, *chosen_out]), key=gap)
     hits, false = sum(score > threshold for score in counted_in), sum(score > threshold for score in counted_out)
-    failure = (1 - confidence) / 2
-    least, most = clopper_pearson(hits, len(counted_in), failure)[0], clopper_pearson(false, len(counted_out), failure)[1]
+    least, most = exact_interval(hits, len(counted_in), confidence)[0], exact_interval(false, len(counted_out), confidence)[1]
     return max(0.0, math.log(max(least - delta, 1e-300) / most))
-
-
-def clopper_pearson(hits: int, trials: int, failure: float) -> tuple[float, float]:
-    """The exact interval of a share of which `hits` of `trials` were seen: each end is wrong with chance `failure` at most."""
-
-    def solve(reached: Callable[[float], bool]) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if reached(middle) else (middle, high)
-        return high
-
-    least = 0.0 if hits == 0 else solve(lambda share: _binomial_tail(trials, share)[hits] >= failure)
-    most = 1.0 if hits == trials else solve(lambda share: 1 - _binomial_tail(trials, share)[hits + 1] <= failure)
-    return least, most

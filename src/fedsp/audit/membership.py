@@ -31,7 +31,7 @@ import torch
 
 from fedsp.audit.findings import MEMBERSHIP
 from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, losses_under, open_audited, promised, train_shadow
-from fedsp.audit.statistics import Marks, Numbers, ScoreSummary, auc_ceiling, ceiling, told
+from fedsp.audit.statistics import Marks, Numbers, ScoreSummary, auc_ceiling, ceiling, summarise_scores
 from fedsp.data.encoding import Encoded, training_batches
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError, RunError
@@ -80,7 +80,7 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         {
             "observer": observer,
             "attack": attack,
-            **asdict(told(scores, members)),
+            **asdict(summarise_scores(scores, members)),
             "auc_ceiling": auc_ceiling(epsilon, delta),
             "hits_at_1_ceiling": ceiling(epsilon, delta, 0.01),
         }
@@ -96,9 +96,9 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         "delta": delta,
         "rows": table,
         "controls": {
-            "bag of words, blind": asdict(told(*_blind(rows, coins))),
-            "before any tuning": asdict(told(_where([-seen["outsider before"][0]] * shadows, asked), members)),
-            "who was in the shadow before": asdict(told(_where(seen["server"], asked), [coins[-1], *coins[:-1]])),
+            "bag of words, blind": asdict(summarise_scores(*_blind(rows, coins))),
+            "before any tuning": asdict(summarise_scores(_where([-seen["outsider before"][0]] * shadows, asked), members)),
+            "who was in the shadow before": asdict(summarise_scores(_where(seen["server"], asked), [coins[-1], *coins[:-1]])),
         },
         "power": asdict(_power(opened, rows)),
     }
@@ -149,7 +149,7 @@ def _power(opened: Opened, rows: list[Encoded]) -> ScoreSummary:
         Optimisation(learning_rate=0.1),
     )
     after = losses_under(opened.auxiliary, prompt, prompt.payload(), drawn)
-    return told([(before - after).double().numpy()], [np.array(inside)])
+    return summarise_scores([(before - after).double().numpy()], [np.array(inside)])
 
 
 def _losses(opened: Opened, observer: str, payload: Payload, rows: list[Encoded]) -> Numbers:

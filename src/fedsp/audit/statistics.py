@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest, rankdata
 
 from fedsp.errors import RunError
 
@@ -28,11 +29,7 @@ class ScoreSummary:
 def auc(scores: Numbers, members: Marks) -> float:
     """The chance that a member scores higher than another, ties counted half; records without a score do not count."""
     scores, members = _scored(scores, members)
-    order = np.argsort(scores, kind="stable")
-    ranks = np.empty(len(scores))
-    ranks[order] = np.arange(1, len(scores) + 1)
-    values, inverse = np.unique(scores, return_inverse=True)
-    ranks = (np.bincount(inverse, ranks) / np.bincount(inverse))[inverse] if len(values) < len(scores) else ranks
+    ranks = rankdata(scores)
     inside = int(members.sum())
     outside = len(members) - inside
     return float((ranks[members].sum() - inside * (inside + 1) / 2) / (inside * outside)) if inside and outside else math.nan
@@ -51,7 +48,7 @@ def hits_at(scores: Numbers, members: Marks, false_alarms: float) -> float | Non
     return float((scores[members] > others[allowed]).mean()) if allowed >= 10 else None
 
 
-def told(scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int = 200, seed: int = 0) -> ScoreSummary:
+def summarise_scores(scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int = 200, seed: int = 0) -> ScoreSummary:
     """The figures over all targets together; scores (targets of N). An AUC is the mean over targets. The intervals are by a bootstrap over records, whose scores
     under several targets belong together, with the threshold found anew each time. 0.1 % of false alarms needs 10,000 others that are independent, so that many
     records.
@@ -81,6 +78,12 @@ def told(scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int 
     if found is None:
         raise RunError("too few records have a score to tell members from others: take more --records")
     return ScoreSummary(found, interval(partial(hits, 0.01)), interval(partial(hits, 0.001)) if int((~np.isnan(table)).any(axis=0).sum()) >= 20_000 else None)
+
+
+def exact_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Clopper-Pearson interval of a share of which `hits` of `trials` were seen."""
+    interval = binomtest(hits, trials).proportion_ci(confidence, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 def ceiling(epsilon: float, delta: float, false_alarms: float) -> float:

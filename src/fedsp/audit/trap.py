@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsp.audit.epsilon_bounds import clopper_pearson
 from fedsp.audit.findings import TRAP
 from fedsp.audit.inspection import inspect_auxiliary
 from fedsp.audit.shadows import Opened, encoded_rows, open_audited
+from fedsp.audit.statistics import exact_interval
 from fedsp.data.encoding import Encoded, Tokenizer
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
@@ -202,7 +202,7 @@ def audit_trap(folder: Path, *, callbacks: Callbacks | None = None) -> dict[str,
         tried = [_told(opened, honest, spec, client, held, most) for client in held]
         words, right = sum(one for one, _ in tried), sum(one for _, one in tried)
         examples = sum(min(most or len(own), len(own)) for own in held.values()) / len(held)
-        table.append({"examples": examples, "words": words, "right": (right / words, *clopper_pearson(round(right), words, 0.025))})
+        table.append({"examples": examples, "words": words, "right": (right / words, *exact_interval(round(right), words))})
         callbacks.say(f"{examples:.0f} examples a client: of {right / words:.0%} of {words} words it is told whether they stand in its text")
     figures = {
         "clients": len(held),

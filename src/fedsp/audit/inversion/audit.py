@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsp.audit.epsilon_bounds import clopper_pearson
 from fedsp.audit.findings import INVERSION
 from fedsp.audit.inversion.gradient_matching import LocalSteps, Target, best_distances, local_change, match_embeddings, match_text
 from fedsp.audit.inversion.scenarios import AttackContext, Level, Recovery, cut, guess, noise_of, noised, recovery_of
@@ -29,6 +28,7 @@ from fedsp.audit.inversion.span_test import (
     span_test,
 )
 from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, open_audited, train_shadow
+from fedsp.audit.statistics import exact_interval
 from fedsp.data.encoding import Encoded, collate
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError, RunError
@@ -269,4 +269,4 @@ def _candidates(context: AttackContext, shadow: Shadow, rng: random.Random, coun
         return all(float(cosines[place[index], holder]) > float(cosines[place[other], holder]) for other in some)
 
     hits = sum(right(*pair) for pair in zip(picked, decoys, strict=True))
-    return {"right": (hits / len(picked), *clopper_pearson(hits, len(picked), 0.025)), "guess": 1 / (DECOYS + 1), "texts": len(picked)}
+    return {"right": (hits / len(picked), *exact_interval(hits, len(picked))), "guess": 1 / (DECOYS + 1), "texts": len(picked)}

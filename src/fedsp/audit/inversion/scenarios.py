@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsp.audit.epsilon_bounds import clopper_pearson
 from fedsp.audit.shadows import Opened
+from fedsp.audit.statistics import exact_interval
 from fedsp.data.encoding import Encoded
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.privacy import clipped_sum, noise_for, noised_mean
@@ -87,7 +87,7 @@ class Level:
             "observed": self.observed,
             "attack": self.attack,
             "tokens": (mean([one.tokens for one in self.read]), *_interval([one.tokens for one in self.read])),
-            "texts": (whole / len(exact), *clopper_pearson(whole, len(exact), 0.025)) if exact else None,
+            "texts": (whole / len(exact), *exact_interval(whole, len(exact))) if exact else None,
             "rouge": mean(rouge) if rouge else None,
             "guess": self.guess,
             "read": len(self.read),
