@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
+from fedsp.cli import quiet_libraries
 from fedsp.experiments.demo import DEMO_ROWS
 from fedsp.experiments.opened_run import open_run
 from fedsp.experiments.server_setup import evaluate_prompt
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.soft_prompt import SoftPrompt
-from fedsp.report.console import quiet_libraries
 
 
 def main(folder: Path) -> None:

@@ -21,11 +21,11 @@ import torch
 from spread import median
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from fedsp.cli import quiet_libraries
 from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.loading import load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM
-from fedsp.report.console import quiet_libraries
 from fedsp.training import distillation as distill
 from fedsp.training.distillation import Distillation
 from fedsp.training.loop import Optimisation

@@ -21,9 +21,9 @@ from lm_eval.models.huggingface import HFLM
 from material import add_reference, model_name, questions, random_gpt2
 from spread import median
 
+from fedsp.cli import quiet_libraries
 from fedsp.data.tasks import Example
 from fedsp.models.loading import load_model, load_tokenizer
-from fedsp.report.console import quiet_libraries
 from fedsp.training.evaluation import score
 
 

@@ -24,12 +24,12 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from fedsp import api as commands
+from fedsp.cli import quiet_libraries
 from fedsp.config_file import make_config, read_config
 from fedsp.deployment.processes import free_port
 from fedsp.deployment.serve import init_federation
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import EMBEDDED
-from fedsp.report.console import quiet_libraries
 
 LAYERS, HIDDEN = 8, 256
 SIZES = {"0.2 MB": 24, "8 MB": 976, "12 MB": 1464}

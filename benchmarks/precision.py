@@ -19,9 +19,9 @@ from material import random_gpt2
 from spread import mean
 
 from fedsp import api as commands
+from fedsp.cli import quiet_libraries
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.models.loading import Precision, load_model, load_tokenizer
-from fedsp.report.console import quiet_libraries
 
 FEWER = [precision for precision in get_args(Precision) if precision not in ("auto", "float32")]
 SIDES = [("float32", "float32"), *((precision, "float32") for precision in FEWER), *(("float32", precision) for precision in FEWER)]

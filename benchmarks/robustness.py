@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from spread import mean_and_deviation
 
+from fedsp.cli import quiet_libraries
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
 from fedsp.data.encoding import encode_targets
@@ -38,7 +39,6 @@ from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.party import Party
 from fedsp.federation.transport.local import local
 from fedsp.models.payload import Payload
-from fedsp.report.console import quiet_libraries
 from fedsp.training.stage import validation_loss
 
 SEEDS = (0, 1, 2)

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from fedsp import api as commands
+from fedsp.cli import quiet_libraries
 from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.federation.callbacks import Callbacks
-from fedsp.report.console import quiet_libraries
 from fedsp.training import loop as fitting
 
 ASKED = (25, 50, 100, 200)

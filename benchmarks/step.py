@@ -38,6 +38,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PretrainedConfig
 from transformers.activations import NewGELUActivation
 
+from fedsp.cli import quiet_libraries
 from fedsp.data.encoding import Encoded, collate, encode_targets, training_batches
 from fedsp.data.seeding import derive_seed
 from fedsp.experiments.plan import shape_of
@@ -50,7 +51,6 @@ from fedsp.models.loading import load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.models.trainable import trainable
-from fedsp.report.console import quiet_libraries
 from fedsp.training.loop import Optimisation
 from fedsp.training.stage import Stage
 

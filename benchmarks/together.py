@@ -16,12 +16,12 @@ import torch
 from material import add_reference, model_name
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from fedsp.cli import quiet_libraries
 from fedsp.data.encoding import Encoded, collate
 from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.models.loading import load_model
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
-from fedsp.report.console import quiet_libraries
 from fedsp.training.loop import answer_loss
 
 LENGTH, TOKENS, BATCHES, SECONDS = 20, 45, (2, 4, 8, 20), 4.0

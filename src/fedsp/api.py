@@ -15,11 +15,11 @@ from fedsp.config import RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages
-from fedsp.errors import ConfigurationError, DataError, FedspError, PromptError, RunError
+from fedsp.errors import ConfigurationError, DataError, PromptError, RunError
 from fedsp.experiments.opened_run import open_run
 from fedsp.experiments.plan import make_plan
 from fedsp.experiments.run import robust_rule
-from fedsp.experiments.run_directory import RunDirectory, differing_keys, find_runs
+from fedsp.experiments.run_directory import RunDirectory, differing_keys
 from fedsp.experiments.server_setup import EMBEDDED, LEAST_ROOM, examples_digest, load_dataset, score_test
 from fedsp.experiments.start import Engine, Figures, in_this_process, make_package, require_local, require_new, resume_run, start_run
 from fedsp.federation.agreement import agreement_of
@@ -250,28 +250,3 @@ def export(folder: str | Path, to: str | Path) -> Figures:
         raise RunError(f"the run in {folder} tuned weights, not a prompt: there is no prefix to export")
     export_peft(run.messenger, run.model, to)
     return {"folder": str(to), "virtual_tokens": run.messenger.spec.length, "base_model": run.model.name}
-
-
-def list_runs(folder: str | Path) -> list[Figures]:
-    """One row for each run below a folder."""
-    rows = []
-    for path in find_runs(Path(folder)):
-        try:
-            directory = RunDirectory.open(path)
-        except FedspError:
-            rows.append({"folder": str(path), "method": "-", "model": "-", "task": "-", "rounds": "-", "validation_loss": None, "state": "unreadable"})
-            continue
-        records, config = directory.records(), directory.config
-        validation = [record["validation"] for record in records if isinstance(record.get("validation"), float)]
-        rows.append(
-            {
-                "folder": str(path),
-                "method": f"{config.method}, {config.preset}" if find_method(config.method).deployable else config.method,
-                "model": config.model.name,
-                "task": config.data.task,
-                "rounds": f"{len(records)}/{config.round.rounds}",
-                "validation_loss": min(validation, default=None),
-                "state": "finished" if directory.finished else "unfinished",
-            }
-        )
-    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,15 @@ from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, FedspErr
 
 if TYPE_CHECKING:
     from fedsp.config import RunConfig
+
+QUIET = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment that the libraries read when they are imported: no progress bars and no advice."""
 
 app = typer.Typer(
     name="fedsp",
@@ -67,10 +77,11 @@ def init(
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None) -> None:
     """Print what a run will cost and disclose, before anything is trained."""
+    read = _read(config, overrides)
     from fedsp import api as commands
     from fedsp.report.console import Display, plan_table
 
-    figures = commands.plan(_read(config, overrides))
+    figures = commands.plan(read)
     with Display() as display:
         display.print(plan_table(figures))
     _write(json_file, figures)
@@ -84,11 +95,12 @@ def distill(
     json_file: Json = None,
 ) -> None:
     """Make the auxiliary model and write it as a folder."""
+    read = _read(config, overrides)
     from fedsp import api as commands
     from fedsp.report.console import Display, figures_table
 
     with Display() as display:
-        figures = commands.distill(_read(config, overrides), output, callbacks=display.callbacks())
+        figures = commands.distill(read, output, callbacks=display.callbacks())
         display.print(figures_table("Auxiliary model", figures))
     typer.echo(f"SHA-256 digest of {output}:\n{figures['sha256']}")
     _write(json_file, figures)
@@ -109,15 +121,15 @@ def run(
 
 
 def _run(config: Path | None, overrides: list[str] | None, resume: Path | None, engine: str, json_file: Path | None) -> None:
-    from fedsp import api as commands
-    from fedsp.report.console import Display, figures_table
-
     if config is None and resume is None:
         raise ConfigurationError("nothing to run: give a TOML file, or --resume and a run's folder")
     if overrides and config is None:
         raise ConfigurationError(f"{overrides[0]!r} needs a TOML file to change; a resumed run keeps its own configuration")
+    read = _read(config, overrides) if config else None
+    from fedsp import api as commands
+    from fedsp.report.console import Display, figures_table
+
     with Display() as display:
-        read = _read(config, overrides) if config else None
         if resume:
             figures = commands.resume(resume, read, callbacks=display.callbacks(), engine=engine)
         else:
@@ -141,6 +153,9 @@ def serve(
 @app.command()
 def join(party: Annotated[Path, typer.Argument(help="This client's TOML file; `fedsp federation init` writes one.")] = Path("party.toml")) -> None:
     """Take part in a federation with the text on this machine, until the server says that the run is finished."""
+    from fedsp.config_file import read_party
+
+    read_party(party)  # what is wrong with it is said before anything heavy is imported
     from fedsp import api as commands
     from fedsp.report.console import Display
 
@@ -256,7 +271,6 @@ def generate(
     """A greedy completion through the tuned prompt and the global model."""
     from fedsp import api as commands
 
-    _quiet()
     typer.echo(text + commands.generate(folder, text, most=tokens, zero_shot=zero_shot))
 
 
@@ -265,7 +279,6 @@ def export(folder: RunFolder, output: Annotated[Path, typer.Argument(help="The n
     """Write the tuned prompt as a PEFT prefix-tuning adapter."""
     from fedsp import api as commands
 
-    _quiet()
     figures = commands.export(folder, output)
     typer.echo(f"{output} is a PEFT adapter of {figures['virtual_tokens']} virtual tokens: PeftModel.from_pretrained(model, {str(output)!r})")
     _write(json_file, figures)
@@ -282,12 +295,8 @@ def study(
     from fedsp.experiments.study import run_study
     from fedsp.report.console import Display, figures_table
 
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
     with Display() as display:
-        figures = run_study(file, root=root, callbacks=display.study_watcher())
+        figures = run_study(file, root=root, threads=threads, callbacks=display.study_watcher())
         display.print(figures_table("Study", figures))
     _write(json_file, figures)
     if figures["failed"]:
@@ -320,20 +329,32 @@ def report(
 @app.command("list")
 def list_runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), json_file: Json = None) -> None:
     """The runs below a folder."""
-    from fedsp import api as commands
+    from fedsp.experiments import run_directory
     from fedsp.report.console import Display, rows_table
 
     if not folder.is_dir():
         raise RunError(f"there is no folder {folder}")
-    rows = commands.list_runs(folder)
+    rows = run_directory.list_runs(folder)
     with Display() as display:
         display.print(rows_table(f"Runs in {folder}", rows))
     _write(json_file, {"rows": rows})
 
 
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of other libraries out of our output; their errors still come through."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if transformers := sys.modules.get("transformers"):
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    if datasets := sys.modules.get("datasets"):
+        datasets.disable_progress_bars()
+
+
 def main() -> None:
     """Run a command; what a user can mend is one sentence on standard error and exit code 2."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: the bars of the libraries underneath are not ours
+    quiet_libraries()
     try:
         " ".join(sys.argv).encode()
     except UnicodeEncodeError:
@@ -358,12 +379,6 @@ def _read(config: Path, overrides: list[str] | None) -> RunConfig:
     from fedsp.config_file import read_config
 
     return read_config(config, overrides or ())
-
-
-def _quiet() -> None:
-    from fedsp.report.console import quiet_libraries
-
-    quiet_libraries()
 
 
 def _write(path: Path | None, figures: dict[str, Any]) -> None:

@@ -337,7 +337,7 @@ def test_what_a_run_does_not_allow_is_said_and_the_rest_is_done(tmp_path: Path, 
 
 def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
     folder = Path(commands.run(settings(tmp_path, round={"rounds": 1, "clients": 0}, server={"steps": 1, "batch_size": 2}))["folder"])
-    with pytest.raises(RunError, match="asked no clients: there is nobody whose text could be summarise_scores"):
+    with pytest.raises(RunError, match="asked no clients: there is nobody whose text could be told"):
         audited(folder, "membership")
     found = audited(folder)
     assert "asked no clients" in found["membership"]["not_done"] and found["disclosure"]["disclosed_share"] == 0.0

@@ -25,7 +25,7 @@ from fedsp.experiments import build
 from fedsp.experiments import run as experiment
 from fedsp.experiments import server_setup as server
 from fedsp.experiments.run import run_experiment
-from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.run_directory import RunDirectory, list_runs
 from fedsp.experiments.server_setup import EMBEDDED, Server
 from fedsp.federation import clients as clients_side
 from fedsp.federation.agreement import agreement_of
@@ -574,7 +574,7 @@ def test_an_odd_line_of_a_journal_hides_no_other_run(line: bytes, tmp_path: Path
     shutil.copytree(tmp_path / "run", tmp_path / "spoiled")
     with open(tmp_path / "spoiled" / "rounds.jsonl", "ab") as file:
         file.write(line + b"\n")
-    assert [row["state"] for row in commands.list_runs(tmp_path)] == ["finished", "finished"]
+    assert [row["state"] for row in list_runs(tmp_path)] == ["finished", "finished"]
 
 
 def test_a_prompt_that_leaves_no_room_for_text_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ traffic.jsonl        one line per message to or from another process, if there w
 flower/              what Flower's processes wrote, in a deployment
 prompts/             the prompt that stood after each round
 best.safetensors     the best prompt by validation, as the global model reads it (weights, where a baseline tunes those)
-checkpoint/          the last two standings
+checkpoint/          the last two states
 lock                 held by the process that runs it
 state/               what the parties keep between rounds
 privacy.jsonl        what was paid for client-level privacy, before each release
@@ -32,21 +32,25 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import tomli_w
-import torch
 
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
-from fedsp.errors import RunError, StorageError
-from fedsp.federation.loop import RunState
-from fedsp.federation.messages import RoundRecord
-from fedsp.federation.state_store import StateStore
-from fedsp.models.payload import PROMPT, Payload
-from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.errors import FedspError, RunError, StorageError
+from fedsp.federation.methods.registry import find_method
 from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedsp.federation.loop import RunState
+    from fedsp.federation.messages import RoundRecord
+    from fedsp.federation.state_store import StateStore
+    from fedsp.models.payload import Payload
+    from fedsp.models.soft_prompt import PromptSpec
 
 CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
 INPUTS, TRAFFIC, PROXY_COUNTS, SCORES, LOCK = "inputs.json", "traffic.jsonl", "proxy.jsonl", "scores.jsonl", "lock"
@@ -85,6 +89,8 @@ class RunDirectory:
             )
         if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}):
             raise RunError(f"{path} is in use and is no run: give an empty or a new folder with output=...")
+        import torch
+
         run = cls(path, config)
         identity = secrets.token_hex(8)  # no draw comes from it; a run that is done anew is another run to its clients
         write_json(path / RUN, {"run": identity, "seed": config.seed, "threads": torch.get_num_threads(), "versions": versions()})
@@ -138,6 +144,8 @@ class RunDirectory:
 
     def state_store(self, party: str) -> StateStore:
         """A party's own state between rounds; in a deployment each client has a folder of its own instead. Any id makes a safe folder name."""
+        from fedsp.federation.state_store import StateStore
+
         return StateStore(self.path / "state" / quote(party, safe="").replace(".", "%2E"))
 
     def save_round(self, state: RunState, record: RoundRecord, best: Payload, spec: PromptSpec | None) -> None:
@@ -149,7 +157,7 @@ class RunDirectory:
         """
         name = f"round-{state.round:05d}.safetensors"
         if spec:
-            SoftPrompt(spec, state.payload[PROMPT]).save(self.path / "prompts" / name)
+            _write_prompt(self.path / "prompts" / name, spec, state.payload)
         self._write_best(best, state.best_round, spec)
         self._append(ROUNDS, json.dumps(asdict(record), sort_keys=True))
         parts = {"payload": state.payload, "best": state.best, "optimizer": state.optimizer, "residual": state.residual}
@@ -164,6 +172,8 @@ class RunDirectory:
 
         Journal lines of rounds that will be done again are dropped.
         """
+        from fedsp.federation.loop import RunState
+
         found = None
         for path in sorted((self.path / "checkpoint").glob("round-*.safetensors"), reverse=True):
             try:
@@ -205,7 +215,7 @@ class RunDirectory:
     def _write_best(self, best: Payload, round: int, spec: PromptSpec | None) -> None:
         metadata = {"round": str(round)}
         if spec:
-            SoftPrompt(spec, best[PROMPT]).save(self.best, metadata)
+            _write_prompt(self.best, spec, best, metadata)
         else:
             write_tensors(self.best, best, metadata)
 
@@ -318,6 +328,13 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
     return found
 
 
+def _write_prompt(path: Path, spec: PromptSpec, payload: Payload, metadata: dict[str, str] | None = None) -> None:
+    from fedsp.models.payload import PROMPT
+    from fedsp.models.soft_prompt import SoftPrompt
+
+    SoftPrompt(spec, payload[PROMPT]).save(path, metadata)
+
+
 def _below(tensors: dict[str, torch.Tensor], part: str) -> Payload:
     return {name.removeprefix(f"{part}/"): tensor for name, tensor in sorted(tensors.items()) if name.startswith(f"{part}/")}
 
@@ -337,6 +354,31 @@ def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
 def find_runs(folder: Path) -> list[Path]:
     """The folders of the runs below a folder, sorted."""
     return [path.parent for path in sorted(folder.rglob(CONFIG)) if (path.parent / RUN).exists()]
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """One row for each run below a folder: folder, method, model, task, rounds, lowest validation loss, state."""
+    rows = []
+    for path in find_runs(folder):
+        try:
+            directory = RunDirectory.open(path)
+        except FedspError:
+            rows.append({"folder": str(path), "method": "-", "model": "-", "task": "-", "rounds": "-", "validation_loss": None, "state": "unreadable"})
+            continue
+        records, config = directory.records(), directory.config
+        validation = [record["validation"] for record in records if isinstance(record.get("validation"), float)]
+        rows.append(
+            {
+                "folder": str(path),
+                "method": f"{config.method}, {config.preset}" if find_method(config.method).deployable else config.method,
+                "model": config.model.name,
+                "task": config.data.task,
+                "rounds": f"{len(records)}/{config.round.rounds}",
+                "validation_loss": min(validation, default=None),
+                "state": "finished" if directory.finished else "unfinished",
+            }
+        )
+    return rows
 
 
 def versions() -> dict[str, str]:

@@ -38,14 +38,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field, field_validator
 
 from fedsp.config import Count, RunConfig, Section, TrackingSection
 from fedsp.config_file import apply_override, make_config, read_toml, resolve_paths, validated
 from fedsp.errors import ConfigurationError, FedspError, RunError, StorageError, TrainingDiverged, did_you_mean, first_line
 from fedsp.experiments.run_directory import CONFIG, RESULT, RunDirectory, read_json
-from fedsp.experiments.start import make_package, resume_run, start_run
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
 from fedsp.storage import locked, parse_json, write_json
@@ -189,8 +187,8 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def run_study(path: str | Path, *, root: str | Path | None = None, callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """Run what is not finished of a study; several processes may do so at once, and each cell is run by one of them.
+def run_study(path: str | Path, *, root: str | Path | None = None, threads: int | None = None, callbacks: Callbacks | None = None) -> dict[str, Any]:
+    """Run what is not finished of a study; several processes may do so at once, and each cell is run by one of them. `threads` are torch's.
 
     Returns the folder, and how many cells are finished, failed, and left to other processes. A cell that cannot be done is written down with the
     reason, and the rest goes on.
@@ -200,6 +198,10 @@ def run_study(path: str | Path, *, root: str | Path | None = None, callbacks: Ca
     """
     callbacks = callbacks or Callbacks()
     study, cells = read_study(Path(path), root=Path(root) if root else None)
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
     folder = Path(study.output) / study.name
     write_json(folder / INDEX, _index(study, cells))
     counts = {"finished": 0, "failed": 0, "elsewhere": 0}
@@ -224,6 +226,10 @@ def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:
         failure = cell.folder / FAILURE
         if failure.exists() and read_json(failure, "diverged")["diverged"]:
             return "failed", " before"
+        import torch
+
+        from fedsp.experiments.start import resume_run, start_run
+
         threads = torch.get_num_threads()
         try:
             if (cell.folder / CONFIG).exists():
@@ -264,6 +270,8 @@ def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunCo
         if not made.exists():
             for left in package.glob("*"):  # by a process that was killed
                 left.unlink()
+            from fedsp.experiments.start import make_package
+
             write_json(made, {**make_package(config, package, callbacks), "of": about})
     return config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(package)})})
 

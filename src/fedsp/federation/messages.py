@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fedsp.data.seeding import derive_seed
 from fedsp.federation.codecs import FLOAT32, Codec
-from fedsp.models.payload import Payload
+
+if TYPE_CHECKING:
+    from fedsp.models.payload import Payload
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ class Display:
     """A console with two bars, distillation and rounds; where output is not a terminal, a line for each round."""
 
     def __init__(self) -> None:
-        quiet_libraries()
         self.console = Console(width=None if os.isatty(1) else 160, soft_wrap=not os.isatty(1))
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -221,15 +219,3 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4f}" if abs(value) < 1e5 else f"{value:.2e}"
     return "-" if value is None else str(value)
-
-
-def quiet_libraries() -> None:
-    """Keep the progress bars and advice of the libraries underneath out of what fedsp shows; their errors still come through."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
