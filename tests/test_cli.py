@@ -172,9 +172,9 @@ def test_figures_go_through_links_and_into_pipes(fedsp, tmp_path: Path) -> None:
         (["prompt.init_text=" + "A long text. " * 40], "File name too long"),
         (["data.train=" + "x" * 400], "File name too long"),
         (["output=" + "x" * 400], "File name too long"),
-        (['data.train="a\\u0000b"'], "data.train: it holds a NUL character"),
+        (['data.train="a\\u0000b"'], "data.train: it contains a NUL character"),
         (["client.batch_size=99999999999"], "client.batch_size: Input should be less than or equal to 65536"),
-        (["profile=robust", "aggregation.malicious=1e-320"], "aggregation.malicious: less than a thousandth is no client"),
+        (["profile=robust", "aggregation.malicious=1e-320"], "aggregation.malicious: less than a thousandth rounds down to no client"),
     ],
 )
 def test_values_of_a_size_that_nothing_can_use_are_a_sentence(fedsp, tmp_path: Path, words: list[str], sentence: str) -> None:  # type: ignore[no-untyped-def]

@@ -42,7 +42,7 @@ def test_all_faults_at_once_with_suggestions() -> None:
     for part in [
         "modle: unknown key; did you mean 'model'?",
         "model.nmae: unknown key; did you mean 'name'?",
-        "model.name: missing; hub name or folder",
+        "model.name: missing; Hugging Face hub name or folder",
         "data.max_tokens: Input should be greater than or equal to 8, not 2",
         "client.batch_size: Input should be greater than or equal to 1, not 0",
         "prompt.space: Input should be 'key_value' or 'residual', not 'keyvalue'; did you mean 'key_value'?",
@@ -71,7 +71,7 @@ def test_what_no_key_can_say_alone(values: dict[str, object], sentence: str) -> 
 def test_the_written_template_is_the_preset(preset: str, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(template(preset))
-    assert "# hub name or folder" in path.read_text()
+    assert "# Hugging Face hub name or folder" in path.read_text()
     text = "" if preset == "paper" else 'distill.text=["x.txt"]'
     read = read_config(path, ["model.name=embedded", *([text] if text else [])])
     assert read == make_config({"preset": preset, "model": {"name": "embedded"}, "data": {}, **({} if preset == "paper" else {"distill": {"text": ["x.txt"]}})})

@@ -493,12 +493,15 @@ def test_a_private_client_level_run(tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"privacy": {"unit": "example"}}, "privacy.epsilon: set it, or privacy.noise_multiplier"),
-        ({"privacy": {"epsilon": 3.0}}, "privacy.unit: it is 'none', so nothing is noised"),
-        ({"profile": "dp-example", "privacy": {"unit": "none"}}, "privacy.unit: it is 'none', so nothing is noised"),
-        ({"privacy": {"unit": "example", "epsilon": 1.0}, "client": {"auxiliary_steps": 2}}, "client.auxiliary_steps: alternating training lets every example"),
+        ({"privacy": {"epsilon": 3.0}}, "privacy.unit: it is 'none', so no noise is added"),
+        ({"profile": "dp-example", "privacy": {"unit": "none"}}, "privacy.unit: it is 'none', so no noise is added"),
+        (
+            {"privacy": {"unit": "example", "epsilon": 1.0}, "client": {"auxiliary_steps": 2}},
+            "client.auxiliary_steps: alternating training fits the auxiliary model",
+        ),
         ({"privacy": {"unit": "example", "epsilon": 1.0}, "prompt": {"projection": 8}}, "prompt.projection: private steps"),
         ({"privacy": {"unit": "example", "epsilon": 1.0}, "client": {"proximal": 1.0}}, "client.proximal: private steps"),
-        ({"privacy": {"unit": "example", "epsilon": 1.0}, "validation": {"by": "clients"}}, "validation.by: what clients say"),
+        ({"privacy": {"unit": "example", "epsilon": 1.0}, "validation": {"by": "clients"}}, "validation.by: losses that clients report"),
         ({"privacy": {"unit": "client", "epsilon": 1.0}}, "round.weighting: with privacy.unit = 'client'"),
         ({"privacy": {"unit": "client", "epsilon": 1.0}, "round": {"weighting": "uniform"}}, "round.min_clients: with privacy.unit = 'client'"),
         ({"privacy": CLIENT["privacy"], "round": CLIENT["round"], "aggregation": {"rule": "median"}}, "aggregation.rule: with privacy.unit = 'client'"),
@@ -516,8 +519,8 @@ def test_a_client_refuses_what_would_break_the_promise_whoever_signed_it(tmp_pat
     config = make_config(settings(tmp_path, privacy={"unit": "example", "epsilon": 1.0}))
     honest = agreement_of(config, 64)
     for changes, sentence in (
-        ({"client": honest.client.model_dump() | {"auxiliary_steps": 10}}, "client.auxiliary_steps: alternating training lets every example"),
-        ({"clients_validate": True}, "validation.by: what clients say"),
+        ({"client": honest.client.model_dump() | {"auxiliary_steps": 10}}, "client.auxiliary_steps: alternating training fits the auxiliary model"),
+        ({"clients_validate": True}, "validation.by: losses that clients report"),
         ({"prompt": honest.prompt.model_dump() | {"projection": 8}}, "prompt.projection: private steps"),
         ({"privacy": {"unit": "example"}}, "privacy.epsilon: set it, or privacy.noise_multiplier"),
     ):

@@ -157,7 +157,7 @@ def test_three_clients_over_tls_give_the_bits_of_a_run_in_one_place_and_send_not
     (bundle / "messenger.py").write_text(code.replace("import os\n", "import os\n" + marker, 1))
     for name in ("httpx.py", "flwr.py", "fedsp.py"):  # nor what lies in the folder that the server's owner handed over
         (deployment.place / "client-0" / name).write_text(f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'ran-{name}').touch(); raise SystemExit(9)")
-    server = deployment.serve("run.toml", "federation.again_seconds=300", record=str(record), hostile=str(bundle))
+    server = deployment.serve("run.toml", "federation.retry_seconds=300", record=str(record), hostile=str(bundle))
     clients = [deployment.join(client) for client in CLIENTS]
     assert exited(server) == 0, deployment.said("server")
     assert [exited(client, 60) for client in clients] == [0, 0, 0]
@@ -283,7 +283,7 @@ def test_a_client_killed_and_started_again_keeps_its_place(coded_deployment: Dep
 
 
 def test_a_client_that_dies_is_done_without_and_too_few_stop_the_run_with_code_2(deployment: Deployment, made: Any) -> None:
-    server = deployment.serve("run.toml", "federation.wait_seconds=40", "round.min_clients=3")
+    server = deployment.serve("run.toml", "federation.connect_seconds=40", "round.min_clients=3")
     clients = {client: deployment.join(client) for client in CLIENTS}
     until(lambda: "round 1: received" in deployment.said("client-2"))
     clients["client-2"].kill()
@@ -326,7 +326,7 @@ def test_three_of_ten_clients_killed_in_one_round_and_it_completes(tmp_path: Pat
     _, place = make_federation(tmp_path, port, partition={"clients": 10})
     deployment = Deployment(place, port)
     try:
-        server = deployment.serve("run.toml", "federation.wait_seconds=60", "round.min_clients=7")
+        server = deployment.serve("run.toml", "federation.connect_seconds=60", "round.min_clients=7")
         clients = {f"client-{number}": deployment.join(f"client-{number}") for number in range(10)}
         doomed = ("client-1", "client-4", "client-8")
         until(lambda: (deployment.run / "checkpoint" / "round-00001.safetensors").exists(), 300)

@@ -612,7 +612,8 @@ def test_wrong_input_gets_one_sentence_and_code_2(what: str, place: Path, monkey
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run", "run.toml", "--engine", "flower"], ["serve", "run.toml"], ["join"], ["federation", "init", "x", "--clients", "a"]]
+    "arguments",
+    [["run", "run.toml", "--engine", "flower"], ["serve", "run.toml"], ["join", "../client-0/party.toml"], ["federation", "init", "x", "--clients", "a"]],
 )
 def test_without_the_extra_there_is_a_sentence(arguments: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = place / "server" / "run.toml"

@@ -152,9 +152,9 @@ def test_a_run_over_topics_gives_figures_for_each_client(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"distill": {"again_every": 1}, "client": {"auxiliary_steps": 1}}, "distill.again_every: only where clients are simulated"),
+        ({"distill": {"again_every": 1}, "client": {"auxiliary_steps": 1}}, "distill.again_every: it needs simulated clients"),
         ({"partition": {"kind": "dirichlet"}}, "needs the name of a column, or partition.topics"),
-        ({"partition": {"column": "x", "topics": 3}}, "partition.topics: a partition goes by a column or by topics"),
+        ({"partition": {"column": "x", "topics": 3}}, "partition.topics: examples are divided by a column or by topics"),
         ({"method": "prefix_tuning"}, "partition.clients: prefix_tuning has all text in one place"),
         ({"method": "lora", "client": {"auxiliary_steps": 2}}, "client.auxiliary_steps: that is a part of FedSP, and method is 'lora'"),
         ({"method": "fedpromt"}, "method: "),

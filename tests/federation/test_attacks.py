@@ -153,10 +153,10 @@ def test_too_few_clients_for_the_rule_stop_the_run(tmp_path: Path) -> None:
         ),
         (
             {"aggregation": {"rule": "trust"}, "server": {"steps": 0}, "round": {"weighting": "uniform"}},
-            "aggregation.rule: trust goes by the server's own step",
+            "aggregation.rule: trust compares updates with the server's own step",
         ),
         ({"aggregation": {"rule": "average"}}, "aggregation.rule"),
-        ({"aggregation": {"mixing": True}}, "round.weighting: robust rules give every client the same weight"),
+        ({"aggregation": {"mixing": True}}, "round.weighting: robust rules, mixing and norm_bound weight all clients equally"),
         ({"attack": {"kind": "sybil"}}, "attack.kind"),
     ],
 )

@@ -28,7 +28,7 @@ from fedsp.federation.codecs import parse_codec
 from fedsp.federation.compression import write_values
 from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.transport.message import Answer, Message
-from fedsp.federation.transport.remote import Patience, remote
+from fedsp.federation.transport.remote import Timeouts, remote
 from fedsp.federation.transport.request_handler import answer
 from fedsp.federation.transport.wire import CannotRead, read_request, sign_reply, write_refusal, write_update
 from fedsp.models.payload import PROMPT, Payload, pack
@@ -82,9 +82,9 @@ def good(node: int, message: Message) -> Message:
     return replied(request, {PROMPT: request.payload[PROMPT] + node / 1000})
 
 
-def outcome(link: ListLink, **patience: float) -> dict[str, str]:
+def outcome(link: ListLink, **timeouts: float) -> dict[str, str]:
     """Each client's fate: "ok" or the reason."""
-    replies = list(remote(link, NODES, Patience(**patience), QUIET, QUIET)(REQUESTS))
+    replies = list(remote(link, NODES, Timeouts(**timeouts), QUIET, QUIET)(REQUESTS))
     assert len(replies) == len({reply.client for reply in replies}) == 3, "every client is accounted for once"
     return {reply.client: reply.reason if isinstance(reply, Failure) else "ok" for reply in replies}
 
@@ -113,14 +113,14 @@ def test_a_reply_counts_only_with_its_client_s_signature_over_the_request_that_i
         answered[client] = sign_reply(good(node, message), message, signer("a" if client == "b" else client))
         return good(node, message) if client == "c" else answered[client]
 
-    replies = {reply.client: reply for reply in remote(ListLink(speak, lambda: ALL), NODES, Patience(), QUIET, QUIET, "", keys)(REQUESTS)}
+    replies = {reply.client: reply for reply in remote(ListLink(speak, lambda: ALL), NODES, Timeouts(), QUIET, QUIET, "", keys)(REQUESTS)}
     assert isinstance(replies["a"], Update)
     for client in "bc":
         reply = replies[client]
         assert isinstance(reply, Failure) and reply.reason == "the reply is not signed with the client's key, or answers another request" and reply.bytes_up
     again = [replace(request, seed=8) for request in REQUESTS]
     other = {
-        reply.client: reply for reply in remote(ListLink(lambda node, message: answered["a"], lambda: ALL), NODES, Patience(), QUIET, QUIET, "", keys)(again)
+        reply.client: reply for reply in remote(ListLink(lambda node, message: answered["a"], lambda: ALL), NODES, Timeouts(), QUIET, QUIET, "", keys)(again)
     }
     assert all(isinstance(reply, Failure) for reply in other.values()), "a signed reply is of one request: it cannot be played again"
 
@@ -129,21 +129,21 @@ def test_a_client_that_comes_late_is_waited_for_and_named(monkeypatch: pytest.Mo
     clock = Clock(monkeypatch)
     said: list[str] = []
     link = ListLink(lambda node, message: good(node, message) if node != 33 or clock.now > 32 else None, lambda: ALL if clock.now > 30 else {11, 22})
-    replies = list(remote(link, NODES, Patience(wait=60), QUIET, said.append)(REQUESTS))
+    replies = list(remote(link, NODES, Timeouts(connect=60), QUIET, said.append)(REQUESTS))
     assert all(isinstance(reply, Update) for reply in replies)
     assert said == ["round 1: waiting for c to connect", "round 1: every asked client is connected"]
 
 
 def test_a_client_that_stays_away_fails_after_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    assert outcome(ListLink(good, lambda: {11, 22}), wait=60.0) == {"a": "ok", "b": "ok", "c": "not connected for 60 s"}
+    assert outcome(ListLink(good, lambda: {11, 22}), connect=60.0) == {"a": "ok", "b": "ok", "c": "not connected for 60 s"}
     assert 60 < clock.now < 61
 
 
 def test_a_client_that_is_silent_fails_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch)
     link = ListLink(lambda node, message: None if node == 22 else good(node, message), lambda: ALL)
-    assert outcome(link, reply=100.0, again=1000.0) == {"a": "ok", "b": "no reply within 100 s", "c": "ok"}
+    assert outcome(link, reply=100.0, retry=1000.0) == {"a": "ok", "b": "no reply within 100 s", "c": "ok"}
 
 
 def test_a_network_cut_of_a_minute_is_bridged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_network_cut_of_a_minute_is_bridged(monkeypatch: pytest.MonkeyPatch) -
         return good(node, message) if node != 33 or clock.now >= 65 else None
 
     link = ListLink(respond, lambda: {11, 22} if cut() else ALL)
-    assert outcome(link, wait=120.0) == {"a": "ok", "b": "ok", "c": "ok"}
+    assert outcome(link, connect=120.0) == {"a": "ok", "b": "ok", "c": "ok"}
     asked = [message for node, message in link.sent if node == 33]
     assert len(asked) == 2 and asked[0] == asked[1], "asked again, with the very same request"
 
@@ -175,7 +175,7 @@ def test_a_client_that_was_restarted_is_asked_again_and_counted_once(monkeypatch
     """Its first request died with it; of the later ones every one is answered, and one counts."""
     clock = Clock(monkeypatch)
     link = ListLink(lambda node, message: good(node, message) if node != 22 or clock.now > 40 else None, lambda: ALL)
-    assert outcome(link, again=10.0) == {"a": "ok", "b": "ok", "c": "ok"}
+    assert outcome(link, retry=10.0) == {"a": "ok", "b": "ok", "c": "ok"}
     assert [node for node, _ in link.sent].count(22) == 3, "at 0, 10 and 30 seconds"
 
 
@@ -201,7 +201,7 @@ def test_a_reply_from_another_node_or_to_no_message_is_not_counted(monkeypatch: 
 
 
 def engine_over(wire_of: Callable[[Clients], ListLink], nodes: Callable[[Clients], dict[str, int]]) -> Callable[[Clients], Transport]:
-    return lambda clients: remote(wire_of(clients), nodes(clients), Patience(wait=5, reply=5), QUIET, QUIET)
+    return lambda clients: remote(wire_of(clients), nodes(clients), Timeouts(connect=5, reply=5), QUIET, QUIET)
 
 
 def numbered(clients: Clients) -> dict[str, int]:
@@ -262,7 +262,7 @@ def test_two_copies_of_a_change_that_a_restarted_client_cannot_read_are_one_refu
         return replied(request, request.payload)
 
     link = ListLink(respond, lambda: ALL)
-    transport = remote(link, NODES, Patience(wait=600, reply=600, again=30), QUIET, QUIET)
+    transport = remote(link, NODES, Timeouts(connect=600, reply=600, retry=30), QUIET, QUIET)
     assert all(isinstance(reply, Update) for reply in transport(REQUESTS))
     sent = {PROMPT: SENT[PROMPT] + 1}
     second = [replace(request, round=2, payload=sent, change=write_values(sent, SENT, int8), sent_in=int8) for request in REQUESTS]

@@ -40,7 +40,7 @@ def make_federation(
     values |= {
         "output": str(server / "run"),
         "auxiliary": {"folder": "package"},
-        "federation": {"folder": ".", "listen": f"{listen}:{port}", "wait_seconds": 60.0, "again_seconds": 5.0, "runs": runs},
+        "federation": {"folder": ".", "listen": f"{listen}:{port}", "connect_seconds": 60.0, "retry_seconds": 5.0, "runs": runs},
     }
     (server / "run.toml").write_text(tomli_w.dumps(values))
     made = commands.distill(read_config(server / "run.toml"), server / "package")

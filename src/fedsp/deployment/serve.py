@@ -41,7 +41,7 @@ from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients
 from fedsp.federation.messages import Transport
-from fedsp.federation.transport.remote import Patience, remote
+from fedsp.federation.transport.remote import Timeouts, remote
 from fedsp.federation.transport.wire import END
 from fedsp.storage import write_bytes
 
@@ -81,8 +81,8 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
         package = package_digest(Path(str(run.config.auxiliary.folder)))
 
         def engine(clients: Clients) -> Transport:
-            patience = Patience(wait=section.wait_seconds, reply=section.reply_seconds, again=section.again_seconds)
-            return remote(link, node_of, patience, run.log_traffic, callbacks.say, package, keys)
+            timeouts = Timeouts(connect=section.connect_seconds, reply=section.reply_seconds, retry=section.retry_seconds)
+            return remote(link, node_of, timeouts, run.log_traffic, callbacks.say, package, keys)
 
         if run.finished:
             _wait_for_nodes(link, node_of)

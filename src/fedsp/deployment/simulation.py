@@ -26,7 +26,7 @@ from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients
 from fedsp.federation.messages import Transport
 from fedsp.federation.transport.message import Message
-from fedsp.federation.transport.remote import Patience, remote
+from fedsp.federation.transport.remote import Timeouts, remote
 from fedsp.federation.transport.request_handler import answer
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import choose_device, reduce_precision
@@ -82,7 +82,7 @@ def over_grid(grid: Grid, run: RunDirectory, clients: Clients) -> Transport:
     if len(nodes) < len(clients.register):
         raise DeploymentError(f"the simulation has {len(nodes)} nodes for {len(clients.register)} clients: give Flower {len(clients.register)} of them")
     node_of = dict(zip(sorted(clients.register), nodes, strict=False))
-    transport = remote(GridLink(grid), node_of, Patience(look=0.02), run.log_traffic, lambda text: None)
+    transport = remote(GridLink(grid), node_of, Timeouts(poll=0.02), run.log_traffic, lambda text: None)
     return lambda requests: transport([replace(request, change=b"") for request in requests])  # a worker keeps no broadcast: the next client may be another's
 
 

@@ -28,16 +28,20 @@ class NodeLink(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
-    """Seconds: that a round waits for a client to be connected, and for its reply once it was asked; after which it is asked once more, twice as
-    many later again, and so on (a client that was restarted has forgotten that it was asked); before one that was lost is asked again, and is
-    called away; between two looks."""
+class Timeouts:
+    """Timeouts in seconds.
 
-    wait: float = 600.0
+    connect: wait for a client that is not connected. reply: wait for its reply to a request.
+    retry: send a request without a reply again after this time, then after twice as long, and so
+    on, since a client that was restarted has forgotten it. lost: send a request whose reply was
+    lost again after this time, and report a client as disconnected. poll: time between two looks.
+    """
+
+    connect: float = 600.0
     reply: float = 3600.0
-    again: float = 120.0
+    retry: float = 120.0
     lost: float = 5.0
-    look: float = 0.2
+    poll: float = 0.2
 
 
 LOST_AT_MOST, AT_ONCE = 10, 16
@@ -60,13 +64,13 @@ class _Asked:
     lost: int = 0
     follows: bool = False
 
-    def fails(self, now: float, patience: Patience) -> str | None:
+    def fails(self, now: float, timeouts: Timeouts) -> str | None:
         """Why the round goes on without it, or None while it may still answer."""
-        if self.first is not None and now - self.first > patience.reply:
-            return f"no reply within {patience.reply:g} s"
+        if self.first is not None and now - self.first > timeouts.reply:
+            return f"no reply within {timeouts.reply:g} s"
         if self.lost > LOST_AT_MOST:
             return f"its replies were lost {self.lost} times"
-        return f"not connected for {patience.wait:g} s" if now - self.seen > patience.wait else None
+        return f"not connected for {timeouts.connect:g} s" if now - self.seen > timeouts.connect else None
 
 
 HasSigned = Callable[[bytes, bytes], bool]
@@ -76,7 +80,7 @@ HasSigned = Callable[[bytes, bytes], bool]
 def remote(
     link: NodeLink,
     node_of: Mapping[str, int],
-    patience: Patience,
+    timeouts: Timeouts,
     traffic: Traffic,
     say: Callable[[str], None],
     package: str = "",
@@ -102,10 +106,10 @@ def remote(
 
         def ask(clients: list[str], now: float) -> None:
             messages = [(node_of[client], write_request(open[client].request, package, follows=open[client].follows)) for client in clients]
-            for client, (_, message), message_id in zip(clients, messages, link.push(messages, str(requests[0].round), 2 * patience.reply), strict=True):
+            for client, (_, message), message_id in zip(clients, messages, link.push(messages, str(requests[0].round), 2 * timeouts.reply), strict=True):
                 one = open[client]
                 one.first = now if one.first is None else one.first
-                one.interval = 2 * one.interval or patience.again
+                one.interval = 2 * one.interval or timeouts.retry
                 one.again, one.down = now + one.interval, one.down + len(message.payload)
                 client_of[message_id], sent[message_id] = client, message
                 if one.follows:
@@ -139,7 +143,7 @@ def remote(
                     continue
                 if answer.message is None and not answer.fault:
                     open[client].lost += 1
-                    open[client].again = min(open[client].again, now + patience.lost)
+                    open[client].again = min(open[client].again, now + timeouts.lost)
                     continue
                 one = open[client]
                 reply = fate(answer, client, one)
@@ -153,10 +157,10 @@ def remote(
                 yield replace(reply, bytes_down=one.down)
             now = time.monotonic()
             for client, one in list(open.items()):
-                if reason := one.fails(now, patience):
+                if reason := one.fails(now, timeouts):
                     del open[client]
                     yield Failure(round=one.request.round, client=client, reason=reason, bytes_down=one.down)
-            away = sorted(client for client, one in open.items() if one.seen < now - patience.lost)
+            away = sorted(client for client, one in open.items() if one.seen < now - timeouts.lost)
             if away != named and now - started > 2:
                 named = away
                 say(
@@ -165,6 +169,6 @@ def remote(
                     else f"round {requests[0].round}: every asked client is connected"
                 )
             if open:
-                time.sleep(patience.look)
+                time.sleep(timeouts.poll)
 
     return transport
