@@ -1,10 +1,13 @@
-"""Answer perplexity against the bytes of a round, by codec. The tables and the curve of docs/results/performance.md.
+"""Answer perplexity against the bytes of a round, by codec. The tables and the curve of
+docs/results/performance.md.
 
-    fedsp study configs/studies/compression.toml --root REFERENCE        # REFERENCE holds models/ and data/
+    fedsp study configs/studies/compression.toml --root REFERENCE        # REFERENCE holds models/
+                                  and data/
     python benchmarks/bytes.py studies/compression [--figure bytes.svg]
 
-Bytes are of payloads, per client and round, up and down together, from the second round on: in the first every client gets the whole prompt. Perplexity is
-that of the best prompt on the test questions; its change is against float32 with the same seed and as many rounds.
+Bytes are of payloads, per client and round, up and down together, from the second round on: in the
+first every client gets the whole prompt. Perplexity is that of the best prompt on the test
+questions; its change is against float32 with the same seed and as many rounds.
 """
 
 from __future__ import annotations
@@ -28,8 +31,16 @@ Codings = dict[str, dict[int, Run]]
 
 
 def kilobytes(runs: dict[int, Run], direction: str) -> float:
-    """A payload's bytes in one direction, thousands, the mean over clients, rounds from the second on, and seeds."""
-    return statistics.fmean(record[f"bytes_{direction}"] / len(record["answered"]) for run in runs.values() for record in run.records[1:]) / 1000
+    """A payload's bytes in one direction, thousands, the mean over clients, rounds from the second
+    on, and seeds."""
+    return (
+        statistics.fmean(
+            record[f"bytes_{direction}"] / len(record["answered"])
+            for run in runs.values()
+            for record in run.records[1:]
+        )
+        / 1000
+    )
 
 
 def both(runs: dict[int, Run]) -> float:
@@ -41,7 +52,9 @@ def perplexity(run: Run) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("study", type=Path)
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
@@ -52,30 +65,57 @@ def main() -> None:
     half = both(next(codecs["float16"] for codecs in by_rounds.values() if "float16" in codecs))
     for rounds, codecs in sorted(by_rounds.items()):
         print(
-            f"\n{rounds} rounds\n\n| codec, both ways | up, kB | down, kB | fewer than float16 | answer perplexity | against float32, same seed |\n|---|---|---|---|---|---|"
+            f"\n{rounds} rounds\n\n| codec, both ways | up, kB | down, kB | fewer than float16 |"
+            " answer perplexity | against float32, same seed |\n|---|---|---|---|---|---|"
         )
         for name, runs in codecs.items():
-            against = [100 * (perplexity(run) / perplexity(codecs["float32"][seed]) - 1) for seed, run in runs.items()]
-            apart = f"{statistics.fmean(against):+.1f} % ({min(against):+.1f} to {max(against):+.1f})"
+            against = [
+                100 * (perplexity(run) / perplexity(codecs["float32"][seed]) - 1)
+                for seed, run in runs.items()
+            ]
+            apart = (
+                f"{statistics.fmean(against):+.1f} % ({min(against):+.1f} to {max(against):+.1f})"
+            )
             tested = mean([perplexity(run) for run in runs.values()], ".1f")
-            row = [name, *(f"{kilobytes(runs, way):.1f}" for way in ("up", "down")), f"{half / both(runs):.1f}", tested, apart]
+            row = [
+                name,
+                *(f"{kilobytes(runs, way):.1f}" for way in ("up", "down")),
+                f"{half / both(runs):.1f}",
+                tested,
+                apart,
+            ]
             print(f"| {' | '.join(row)} |")
     if given.figure:
         draw(given.figure, by_rounds)
 
 
 def draw(path: Path, by_rounds: dict[int, Codings]) -> None:
-    """Mean perplexity with its standard deviation over seeds, against kilobytes on a logarithmic axis."""
+    """Mean perplexity with its standard deviation over seeds, against kilobytes on a logarithmic
+    axis."""
     matplotlib.rcParams.update({"svg.hashsalt": "fedsp", "svg.fonttype": "none"})
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for number, (rounds, codecs) in enumerate(sorted(by_rounds.items())):
         for name, runs in codecs.items():
             middle, deviation = mean_and_deviation([perplexity(run) for run in runs.values()])
             label = f"{rounds} rounds" if name == "float32" else None
-            axes.errorbar(both(runs), middle, deviation, fmt="os"[number], capsize=3, color=f"C{number}", label=label)
-            axes.annotate(name, (both(runs), middle), xytext=(6, 6), textcoords="offset points", fontsize=8)
+            axes.errorbar(
+                both(runs),
+                middle,
+                deviation,
+                fmt="os"[number],
+                capsize=3,
+                color=f"C{number}",
+                label=label,
+            )
+            axes.annotate(
+                name, (both(runs), middle), xytext=(6, 6), textcoords="offset points", fontsize=8
+            )
     axes.margins(x=0.1)
-    axes.set(xscale="log", xlabel="kB for each client and round, up and down", ylabel="answer perplexity, test questions")
+    axes.set(
+        xscale="log",
+        xlabel="kB for each client and round, up and down",
+        ylabel="answer perplexity, test questions",
+    )
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
 

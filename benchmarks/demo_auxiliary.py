@@ -1,4 +1,5 @@
-"""What the demo's auxiliary model can answer by itself, with the prompts that the demo tuned: the table of docs/results/core.md.
+"""What the demo's auxiliary model can answer by itself, with the prompts that the demo tuned: the
+table of docs/results/core.md.
 
 fedsp demo --seed 0 --output DEMO
 python benchmarks/demo_auxiliary.py DEMO
@@ -20,16 +21,29 @@ from fedsp.models.soft_prompt import SoftPrompt
 
 
 def main(folder: Path) -> None:
-    """Accuracy of each row's best prompt on the test questions, through the global model and through the auxiliary one."""
+    """Accuracy of each row's best prompt on the test questions, through the global model and
+    through the auxiliary one."""
     quiet_libraries()
     torch.set_num_threads(1)
-    auxiliary = load_auxiliary(folder / "auxiliary", device=torch.device("cpu"), positions="hugging_face")
+    auxiliary = load_auxiliary(
+        folder / "auxiliary", device=torch.device("cpu"), positions="hugging_face"
+    )
     print("| prompt of | global model | auxiliary model |\n|---|---|---|")
     for method in DEMO_ROWS:
         run = open_run(folder / method)
         assert isinstance(run.messenger, SoftPrompt)
         server, dataset = run.server, run.server.dataset
-        through = [evaluate_prompt(model, run.messenger, dataset.test, dataset.task, server.tokenizer, server.max_tokens) for model in (run.model, auxiliary)]
+        through = [
+            evaluate_prompt(
+                model,
+                run.messenger,
+                dataset.test,
+                dataset.task,
+                server.tokenizer,
+                server.max_tokens,
+            )
+            for model in (run.model, auxiliary)
+        ]
         print(f"| {method} | {through[0]['accuracy']:.1%} | {through[1]['accuracy']:.1%} |")
 
 

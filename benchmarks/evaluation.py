@@ -1,10 +1,12 @@
 """Scoring against lm-evaluation-harness's own HFLM: a table of docs/results/performance.md.
 
-    python benchmarks/evaluation.py [--reference FOLDER] [--tasks hellaswag,sciq] [--documents 100] [--batches 1,4,8,16,32,64] [--repeats 3] [--threads 2]
+    python benchmarks/evaluation.py [--reference FOLDER] [--tasks hellaswag,sciq] [--documents 100]
+    [--batches 1,4,8,16,32,64] [--repeats 3] [--threads 2]
 
-The reference's small model, and on a fifth of the documents random weights in the shape of GPT-2, on the first validation questions of each task, no prompt in
-front, as HFLM has none; HFLM at each of several batch sizes, with everything it does to a list of requests, fedsp just before each time, since a shared machine
-changes its speed; the same log-likelihoods to 1e-3.
+The reference's small model, and on a fifth of the documents random weights in the shape of GPT-2,
+on the first validation questions of each task, no prompt in front, as HFLM has none; HFLM at each
+of several batch sizes, with everything it does to a list of requests, fedsp just before each time,
+since a shared machine changes its speed; the same log-likelihoods to 1e-3.
 """
 
 from __future__ import annotations
@@ -33,19 +35,32 @@ def seconds_of(work: Callable[[], list[float]]) -> tuple[float, list[float]]:
     return time.perf_counter() - started, found
 
 
-def compare(name: str, path: str, task: str, examples: list[Example], given: argparse.Namespace) -> None:
-    """A row of the table for each batch size: the log-likelihoods of all choices, in turn by both."""
+def compare(
+    name: str, path: str, task: str, examples: list[Example], given: argparse.Namespace
+) -> None:
+    """A row of the table for each batch size: the log-likelihoods of all choices, in turn by
+    both."""
     model, tokenizer = load_model(path, device="cpu"), load_tokenizer(path)
 
     def ours() -> list[float]:
-        return [likelihood for row in score(model, None, examples, tokenizer, max_tokens=model.max_positions)[0] for likelihood in row.log_likelihoods]
+        return [
+            likelihood
+            for row in score(model, None, examples, tokenizer, max_tokens=model.max_positions)[0]
+            for likelihood in row.log_likelihoods
+        ]
 
     for batch in map(int, given.batches.split(",")):
         harness = HFLM(pretrained=path, device="cpu", dtype="float32", batch_size=batch)
 
         def theirs(harness: HFLM = harness) -> list[float]:
-            requests = [Instance("loglikelihood", {}, (example.context, choice), index) for example in examples for index, choice in enumerate(example.choices)]
-            return [likelihood for likelihood, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+            requests = [
+                Instance("loglikelihood", {}, (example.context, choice), index)
+                for example in examples
+                for index, choice in enumerate(example.choices)
+            ]
+            return [
+                likelihood for likelihood, _ in harness.loglikelihood(requests, disable_tqdm=True)
+            ]
 
         pairs = [(seconds_of(ours), seconds_of(theirs)) for _ in range(given.repeats)]
         (_, found), (_, expected) = pairs[0]
@@ -53,13 +68,16 @@ def compare(name: str, path: str, task: str, examples: list[Example], given: arg
         speeds = [len(examples) / min(pair[side][0] for pair in pairs) for side in (0, 1)]
         off = max(abs(a - b) for a, b in zip(found, expected, strict=True))
         print(
-            f"| {name} | {task} | {batch} | {speeds[1]:.1f} | {speeds[0]:.1f} | {median(ratios, '.2f')} | {off:.1e} |",
+            f"| {name} | {task} | {batch} | {speeds[1]:.1f} | {speeds[0]:.1f} |"
+            f" {median(ratios, '.2f')} | {off:.1e} |",
             flush=True,
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_reference(parser)
     parser.add_argument("--tasks", default="hellaswag,sciq")
     parser.add_argument("--documents", type=int, default=100)
@@ -71,7 +89,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     small = model_name(given.reference)
     print(
-        "| model | task | HFLM's batch size | documents per second, HFLM | fedsp | fedsp is faster by | largest difference, nats |\n" + "|---" * 7 + "|",
+        "| model | task | HFLM's batch size | documents per second, HFLM | fedsp | fedsp is faster"
+        " by | largest difference, nats |\n" + "|---" * 7 + "|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:

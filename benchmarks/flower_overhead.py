@@ -2,9 +2,11 @@
 
     python benchmarks/flower_overhead.py OUTPUT [--rounds 5] [--deployment-only | --simulation-only]
 
-One small model with random weights (8 layers, hidden size 256), and prompts as long as it takes for 0.2, 8 and 12 MB: the sizes of the test
-model's, OPT-1.3B's and GPT2-XL's. The same run, one step per client, in one process, as a Flower simulation, and as a deployment over TLS on
-this machine. Round time is the median of the rounds after the first; the first holds the start-up of Flower's and Ray's processes.
+One small model with random weights (8 layers, hidden size 256), and prompts as long as it takes for
+0.2, 8 and 12 MB: the sizes of the test model's, OPT-1.3B's and GPT2-XL's. The same run, one step
+per client, in one process, as a Flower simulation, and as a deployment over TLS on this machine.
+Round time is the median of the rounds after the first; the first holds the start-up of Flower's and
+Ray's processes.
 """
 
 from __future__ import annotations
@@ -38,7 +40,16 @@ SIZES = {"0.2 MB": 24, "8 MB": 976, "12 MB": 1464}
 
 def make_model(folder: Path) -> Path:
     """A GPT-2 with random weights, room for long prompts, and the embedded tokenizer."""
-    config = GPT2Config(vocab_size=1024, n_layer=LAYERS, n_embd=HIDDEN, n_head=4, n_positions=1600, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    config = GPT2Config(
+        vocab_size=1024,
+        n_layer=LAYERS,
+        n_embd=HIDDEN,
+        n_head=4,
+        n_positions=1600,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for path in (EMBEDDED / "model").glob("tokenizer*"):
@@ -78,7 +89,10 @@ def deployed(values: dict[str, Any], folder: Path) -> RunDirectory:
     init_federation(place, names, f"localhost:{port}")
     server = place / "server"
     rows = Path(values["data"].pop("train")).read_text().splitlines()
-    values |= {"output": str(server / "run"), "auxiliary": {**values["auxiliary"], "folder": "package"}}
+    values |= {
+        "output": str(server / "run"),
+        "auxiliary": {**values["auxiliary"], "folder": "package"},
+    }
     values |= {"federation": {"folder": ".", "listen": f"127.0.0.1:{port}"}}
     (server / "run.toml").write_text(tomli_w.dumps(values))
     digest = commands.distill(read_config(server / "run.toml"), server / "package")["sha256"]
@@ -87,18 +101,39 @@ def deployed(values: dict[str, Any], folder: Path) -> RunDirectory:
     for index, name in enumerate(names):
         shutil.copytree(server / "package", place / name / "package")
         (place / name / "questions.jsonl").write_text("\n".join(rows[index::clients]) + "\n")
-        party = (place / name / "party.toml").read_text().replace("the digest that the owner of the model tells you", digest)
-        (place / name / "party.toml").write_text(party.replace('task = "multiple_choice"', 'task = "continuation"'))
+        party = (
+            (place / name / "party.toml")
+            .read_text()
+            .replace("the digest that the owner of the model tells you", digest)
+        )
+        (place / name / "party.toml").write_text(
+            party.replace('task = "multiple_choice"', 'task = "continuation"')
+        )
         with open(place / name / "log", "wb") as log:
-            started.append(subprocess.Popen([sys.executable, "-m", "fedsp", "join", "party.toml"], cwd=place / name, stdout=log, stderr=log, env=environment))
-    subprocess.run([sys.executable, "-m", "fedsp", "serve", "run.toml"], cwd=server, env=environment, check=True, stdout=subprocess.DEVNULL)
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "fedsp", "join", "party.toml"],
+                    cwd=place / name,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                )
+            )
+    subprocess.run(
+        [sys.executable, "-m", "fedsp", "serve", "run.toml"],
+        cwd=server,
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     for process in started:
         process.wait(60)
     return RunDirectory.open(server / "run")
 
 
 def measure(run: RunDirectory) -> dict[str, Any]:
-    """Seconds of the first and of the later rounds, payload bytes of one round, and what Flower's calls came to in one round."""
+    """Seconds of the first and of the later rounds, payload bytes of one round, and what Flower's
+    calls came to in one round."""
     records = run.records()
     later = [record["seconds"] for record in records[1:]]
     calls = [sum(up + down for _, up, down in counts.values()) for counts in run.proxy_counts()]
@@ -112,7 +147,9 @@ def measure(run: RunDirectory) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clients", type=int, nargs="+", default=[3, 10, 30])
@@ -124,23 +161,37 @@ def main() -> None:
     rows = []
     for size, length in SIZES.items():
         for clients in arguments.clients:
-            engines = ["local", "flower"] + (["deployment"] if clients == min(arguments.clients) else [])
+            engines = ["local", "flower"] + (
+                ["deployment"] if clients == min(arguments.clients) else []
+            )
             for engine in engines:
                 folder = arguments.output / f"{engine}-{clients}-{length}"
                 values = settings(folder, length, clients, arguments.rounds)
-                figures = measure(deployed(values, folder) if engine == "deployment" else simulated(engine, values))
+                figures = measure(
+                    deployed(values, folder)
+                    if engine == "deployment"
+                    else simulated(engine, values)
+                )
                 rows.append({"prompt": size, "clients": clients, "engine": engine, **figures})
                 print(json.dumps(rows[-1]), flush=True)
     (arguments.output / "rows.json").write_text(json.dumps(rows, indent=2))
-    local = {(row["prompt"], row["clients"]): row["later rounds, s"] for row in rows if row["engine"] == "local"}
-    print("\n| prompt | clients | engine | first round, s | later rounds, s | slowest, s | over local, s | prompts per round, MB | over HTTP per round, MB |")
+    local = {
+        (row["prompt"], row["clients"]): row["later rounds, s"]
+        for row in rows
+        if row["engine"] == "local"
+    }
+    print(
+        "\n| prompt | clients | engine | first round, s | later rounds, s | slowest, s | over"
+        " local, s | prompts per round, MB | over HTTP per round, MB |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         over = row["later rounds, s"] - local[row["prompt"], row["clients"]]
         http = row["over HTTP per round, MB"]
         print(
-            f"| {row['prompt']} | {row['clients']} | {row['engine']} | {row['first round, s']:.2f} | {row['later rounds, s']:.2f} | {row['slowest, s']:.2f} | "
-            f"{over:+.2f} | {row['prompts per round, MB']:.2f} | {'-' if http is None else f'{http:.2f}'} |"
+            f"| {row['prompt']} | {row['clients']} | {row['engine']} | {row['first round, s']:.2f}"
+            f" | {row['later rounds, s']:.2f} | {row['slowest, s']:.2f} | {over:+.2f} |"
+            f" {row['prompts per round, MB']:.2f} | {'-' if http is None else f'{http:.2f}'} |"
         )
 
 

@@ -1,4 +1,5 @@
-"""Questions, a tokenizer and models to measure with: those of a folder with models/tiny-science and data/qa, or else of the Hugging Face hub."""
+"""Questions, a tokenizer and models to measure with: those of a folder with models/tiny-science and
+data/qa, or else of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,13 +15,26 @@ from fedsp.data.tasks import Example, examples_of, find_task, load_rows
 
 def add_reference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--reference", type=Path, default=None, help="a folder with models/tiny-science and data/qa; none: gpt2 and the tasks' own data sets, from the hub"
+        "--reference",
+        type=Path,
+        default=None,
+        help=(
+            "a folder with models/tiny-science and data/qa; none: gpt2 and the tasks' own data"
+            " sets, from the hub"
+        ),
     )
 
 
 def questions(reference: Path | None, task: str, split: str) -> list[Example]:
     found = find_task(task)
-    return examples_of(found, load_rows(found, str(reference / "data" / "qa" / task / f"{split}.jsonl.gz") if reference else None, split))
+    return examples_of(
+        found,
+        load_rows(
+            found,
+            str(reference / "data" / "qa" / task / f"{split}.jsonl.gz") if reference else None,
+            split,
+        ),
+    )
 
 
 def model_name(reference: Path | None) -> str:
@@ -28,7 +42,8 @@ def model_name(reference: Path | None) -> str:
 
 
 def random_gpt2(folder: str, tokenizer: Tokenizer) -> str:
-    """A folder with random weights in the shape of GPT-2, its vocabulary included, and this tokenizer."""
+    """A folder with random weights in the shape of GPT-2, its vocabulary included, and this
+    tokenizer."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(GPT2Config()).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

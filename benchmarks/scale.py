@@ -1,10 +1,13 @@
-"""Rounds with ten thousand clients on one machine: memory, disk, and what the loop costs beside training. The table of docs/results/performance.md.
+"""Rounds with ten thousand clients on one machine: memory, disk, and what the loop costs beside
+training. The table of docs/results/performance.md.
 
     python benchmarks/scale.py OUTPUT [--clients 10000] [--rounds 20]
 
-The embedded model, four questions for each client, five steps on them for each client that is asked. A round is timed from the end of one to the end of the
-next, and training is gradient steps alone; loop time is all else: sampling, opening clients and writing what they keep, messages packed and unpacked, admission,
-aggregation, prompts, journal and checkpoint. Each run is a process of its own.
+The embedded model, four questions for each client, five steps on them for each client that is
+asked. A round is timed from the end of one to the end of the next, and training is gradient steps
+alone; loop time is all else: sampling, opening clients and writing what they keep, messages packed
+and unpacked, admission, aggregation, prompts, journal and checkpoint. Each run is a process of its
+own.
 """
 
 from __future__ import annotations
@@ -39,7 +42,12 @@ def settings(folder: Path, clients: int, asked: int, rounds: int, **changes: Any
     return {
         "output": str(folder / "run"),
         "model": {"name": "embedded", "device": "cpu"},
-        "data": {"task": "continuation", "train": str(folder / "train.jsonl"), "max_tokens": 64, "holdout": 0.0},
+        "data": {
+            "task": "continuation",
+            "train": str(folder / "train.jsonl"),
+            "max_tokens": 64,
+            "holdout": 0.0,
+        },
         "partition": {"clients": clients, "server_share": 0.0},
         "distill": {"steps": 2, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 32},
         "prompt": {"length": 16},
@@ -75,9 +83,16 @@ def measure(folder: Path, clients: int, asked: int, rounds: int, **changes: Any)
 
     started = time.perf_counter()
     fitting.optimize = timed
-    commands.run(settings(folder, clients, asked, rounds, **changes), callbacks=Callbacks(round_done=round_done))
-    whole = [after - before for before, after in itertools.pairwise(ends)]  # all rounds but the first
-    loop = [seconds - (after - before) for seconds, (before, after) in zip(whole, itertools.pairwise(training), strict=True)]
+    commands.run(
+        settings(folder, clients, asked, rounds, **changes),
+        callbacks=Callbacks(round_done=round_done),
+    )
+    # all rounds but the first
+    whole = [after - before for before, after in itertools.pairwise(ends)]
+    loop = [
+        seconds - (after - before)
+        for seconds, (before, after) in zip(whole, itertools.pairwise(training), strict=True)
+    ]
     files = [path for path in (folder / "run").rglob("*") if path.is_file()]
     return {
         "registered": clients,
@@ -95,7 +110,9 @@ def measure(folder: Path, clients: int, asked: int, rounds: int, **changes: Any)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--clients", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=20)
@@ -103,7 +120,10 @@ def main() -> None:
     given = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
-    kept = {"client": {"prompt_steps": 5, "batch_size": 4, "keep_optimizer": True}, "compression": {"up": "sign", "down": "int8"}}
+    kept = {
+        "client": {"prompt_steps": 5, "batch_size": 4, "keep_optimizer": True},
+        "compression": {"up": "sign", "down": "int8"},
+    }
     runs: dict[str, tuple[int, int, int, dict[str, Any]]] = {
         "whole": (given.clients, 100, given.rounds, {}),
         "resting": (given.clients, 100, given.rounds, kept),
@@ -112,17 +132,36 @@ def main() -> None:
     }
     if given.run:
         clients, asked, rounds, changes = runs[given.run]
-        print(json.dumps({"run": given.run, **measure(given.output / given.run, clients, asked, rounds, **changes)}))
+        print(
+            json.dumps(
+                {
+                    "run": given.run,
+                    **measure(given.output / given.run, clients, asked, rounds, **changes),
+                }
+            )
+        )
         return
     found = []
     for name in runs:
         command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
-        found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+        found.append(
+            json.loads(
+                subprocess.run(
+                    command, check=True, capture_output=True, text=True
+                ).stdout.splitlines()[-1]
+            )
+        )
         print(json.dumps(found[-1]), flush=True)
     names = list(found[0])
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for row in found:
-        print("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()) + " |")
+        print(
+            "| "
+            + " | ".join(
+                f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()
+            )
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""How repeated figures are told: the mean with its standard deviation over seeds, the median with the least and the most over repeats."""
+"""How repeated figures are told: the mean with its standard deviation over seeds, the median with
+the least and the most over repeats."""
 
 from __future__ import annotations
 

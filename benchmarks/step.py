@@ -1,20 +1,31 @@
-"""The local step against its floor, the plain way and PEFT: the first tables of docs/results/performance.md.
+"""The local step against its floor, the plain way and PEFT: the first tables of
+docs/results/performance.md.
 
-    python benchmarks/step.py [--reference FOLDER] [--model gpt2] [--device cpu] [--threads 2] [--tasks arc_easy,piqa] [--batch 16] [--steps 4] [--dtype float32]
+    python benchmarks/step.py [--reference FOLDER] [--model gpt2] [--device cpu] [--threads 2]
+    [--tasks arc_easy,piqa] [--batch 16] [--steps 4] [--dtype float32]
                                         [--compile] [--recompute]
 
-A model with random weights in the shape of GPT-2, GPT2-XL or OPT-1.3B, without dropout; an auxiliary model `ends(2)` of it, as deep as it is; questions of real tasks. Each figure is tokens of real text per second (padding and prompt do not
-count) over the same examples, and the peak memory of a process of its own once the model is there. Weights that are trained (auxiliary) are float32.
+A model with random weights in the shape of GPT-2, GPT2-XL or OPT-1.3B, without dropout; an
+auxiliary model `ends(2)` of it, as deep as it is; questions of real tasks. Each figure is tokens of
+real text per second (padding and prompt do not count) over the same examples, and the peak memory
+of a process of its own once the model is there. Weights that are trained (auxiliary) are float32.
 
-- prompt and auxiliary: fedsp's two stages at a client, by the functions of a run (`fedsp.federation.party.LocalRound`).
-- plain: every example padded to the data set's longest, logits at all positions, batches as they are drawn.
-- peft: prefix-tuning by PEFT and Trainer, batches padded to their own longest; for the auxiliary model, all weights by Trainer.
+- prompt and auxiliary: fedsp's two stages at a client, by the functions of a run
+  (`fedsp.federation.party.LocalRound`).
+- plain: every example padded to the data set's longest, logits at all positions, batches as they
+  are drawn.
+- peft: prefix-tuning by PEFT and Trainer, batches padded to their own longest; for the auxiliary
+  model, all weights by Trainer.
 
-The rivals' model is as transformers makes it, with its own GELU in GPT-2. `--compile` is for all, `--recompute` for fedsp alone.
+The rivals' model is as transformers makes it, with its own GELU in GPT-2. `--compile` is for all,
+`--recompute` for fedsp alone.
 
-The floor is the larger of two times, here always the first; a call is held against the rate of products just before and after it. The fewest operations that the examples need (2 for each weight and token forward, as many again to the inputs, as many
-again to the weights where they are trained; attention; logits at answer tokens alone) over the rate of a product of matrices measured here, in the same run. And
-the fewest bytes (each weight once forward and once back; where it is trained its gradient, and what AdamW reads and writes) over the rate of copying memory.
+The floor is the larger of two times, here always the first; a call is held against the rate of
+products just before and after it. The fewest operations that the examples need (2 for each weight
+and token forward, as many again to the inputs, as many again to the weights where they are trained;
+attention; logits at answer tokens alone) over the rate of a product of matrices measured here, in
+the same run. And the fewest bytes (each weight once forward and once back; where it is trained its
+gradient, and what AdamW reads and writes) over the rate of copying memory.
 """
 
 from __future__ import annotations
@@ -59,20 +70,34 @@ NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 MODELS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(**NO_DROPOUT),
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25, **NO_DROPOUT),
-    "opt-1.3b": OPTConfig(hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, ffn_dim=8192, word_embed_proj_dim=2048, dropout=0.0),
+    "opt-1.3b": OPTConfig(
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        ffn_dim=8192,
+        word_embed_proj_dim=2048,
+        dropout=0.0,
+    ),
 }
-WAYS = {"prompt": ("fedsp key_value", "fedsp residual", "plain", "peft"), "auxiliary": ("fedsp", "plain", "trainer")}
+WAYS = {
+    "prompt": ("fedsp key_value", "fedsp residual", "plain", "peft"),
+    "auxiliary": ("fedsp", "plain", "trainer"),
+}
 
 
 def rows_of(reference: Path | None, task: str, count: int) -> tuple[list[Encoded], int]:
     """So many training examples as tokens, and the length of the longest of the whole data set."""
-    rows = encode_targets(load_tokenizer(model_name(reference)), questions(reference, task, "train"), 512)
+    rows = encode_targets(
+        load_tokenizer(model_name(reference)), questions(reference, task, "train"), 512
+    )
     return rows[:count], max(len(row.ids) for row in rows)
 
 
 def open_model(given: argparse.Namespace, stage: str, *, rival: bool) -> AuxiliaryModel:
     torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_config(MODELS[given.model], dtype=torch.float32).requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(
+        MODELS[given.model], dtype=torch.float32
+    ).requires_grad_(False)
     whole = PromptedLM(model, given.model)
     tokenizer = load_tokenizer(model_name(given.reference))
     auxiliary = build_auxiliary(whole, parse_plan("ends(2)", whole.shape.layers), tokenizer)
@@ -100,25 +125,45 @@ def wait(given: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def fedsp(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], longest: int) -> Iterator[tuple[int, float]]:
-    """(tokens, seconds) of each call after the first, which warms up: a call is all steps of a round."""
+def fedsp(
+    given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], longest: int
+) -> Iterator[tuple[int, float]]:
+    """(tokens, seconds) of each call after the first, which warms up: a call is all steps of a
+    round."""
     model = open_model(given, stage, rival=False)
     space: Any = way.removeprefix("fedsp").strip() or "residual"
     spec = PromptSpec(space=space, length=LENGTH, model=model.prompt_shape)
     prompt = SoftPrompt(spec, torch.randn(spec.shape) * 0.02).to(given.device)
     with tempfile.TemporaryDirectory() as folder:
-        party = Party(id="a", model=model, messenger=prompt, examples=rows, store=StateStore(Path(folder)))
-        settings = Stage(name=stage, seed_label=stage, steps=given.steps, batch_size=given.batch, optimisation=Optimisation(learning_rate=1e-4, warmup=0.0))
-        tokens = sum(int(batch.attention_mask.sum()) for batch in training_batches(rows, steps=given.steps, batch_size=given.batch, seed=derive_seed(1, stage)))
+        party = Party(
+            id="a", model=model, messenger=prompt, examples=rows, store=StateStore(Path(folder))
+        )
+        settings = Stage(
+            name=stage,
+            seed_label=stage,
+            steps=given.steps,
+            batch_size=given.batch,
+            optimisation=Optimisation(learning_rate=1e-4, warmup=0.0),
+        )
+        tokens = sum(
+            int(batch.attention_mask.sum())
+            for batch in training_batches(
+                rows, steps=given.steps, batch_size=given.batch, seed=derive_seed(1, stage)
+            )
+        )
         for _ in range(given.repeats + 1):
             wait(given)
             started = time.perf_counter()
-            LocalRound(party=party, round=1, seed=1, received=prompt.payload(), earlier={}).train(prompt if stage == "prompt" else model, settings)
+            LocalRound(party=party, round=1, seed=1, received=prompt.payload(), earlier={}).train(
+                prompt if stage == "prompt" else model, settings
+            )
             wait(given)
             yield tokens, time.perf_counter() - started
 
 
-def plain(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], longest: int) -> Iterator[tuple[int, float]]:
+def plain(
+    given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], longest: int
+) -> Iterator[tuple[int, float]]:
     """Padded to the data set's longest, the library's own loss over all positions."""
     model = open_model(given, stage, rival=True)
     spec = PromptSpec(space="key_value", length=LENGTH, model=model.prompt_shape)
@@ -139,7 +184,9 @@ def plain(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], 
             ids, mask, labels = batch.input_ids[:-1], batch.attention_mask[:-1], batch.labels[:-1]
             mask = torch.cat([mask.new_ones(len(mask), LENGTH), mask], dim=1)
             cache = model.cache(prompt.prefix(model), len(ids))
-            loss: Tensor = model.model(input_ids=ids, attention_mask=mask, past_key_values=cache, labels=labels).loss
+            loss: Tensor = model.model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, labels=labels
+            ).loss
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -149,14 +196,18 @@ def plain(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], 
         yield tokens, seconds
 
 
-def peft(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], longest: int) -> Iterator[tuple[int, float]]:
+def peft(
+    given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], longest: int
+) -> Iterator[tuple[int, float]]:
     """Trainer, and PEFT's prefix-tuning for the prompt."""
     from peft import PrefixTuningConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model: Any = open_model(given, stage, rival=True).model
     if stage == "prompt":
-        model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
+        model = get_peft_model(
+            model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH)
+        )
     else:
         model.requires_grad_(True)
     seen: list[tuple[int, float]] = []
@@ -165,7 +216,11 @@ def peft(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], l
     def collated(some: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = collate([Encoded(tuple(one["input_ids"]), one["start"]) for one in some])
         pending.append(int(batch.attention_mask.sum()))
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "labels": batch.labels,
+        }
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -190,16 +245,25 @@ def peft(given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], l
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        data = [{"input_ids": list(row.ids), "start": row.start} for row in rows] * math.ceil(steps * given.batch / len(rows))
-        Trainer(model=model, args=arguments, train_dataset=data, data_collator=collated, callbacks=[Clock()]).train()
+        data = [{"input_ids": list(row.ids), "start": row.start} for row in rows] * math.ceil(
+            steps * given.batch / len(rows)
+        )
+        Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=collated,
+            callbacks=[Clock()],
+        ).train()
     for start in range(0, steps, given.steps):
         part = seen[start : start + given.steps]
         yield sum(tokens for tokens, _ in part), sum(seconds for _, seconds in part)
 
 
 def floor_operations(given: argparse.Namespace, stage: str, rows: list[Encoded]) -> float:
-    """Operations for each token of these examples that no way can do without. In the last block tokens that answer nothing need only keys and values; in the
-    first, nothing goes back below the keys and values of a key/value prompt."""
+    """Operations for each token of these examples that no way can do without. In the last block
+    tokens that answer nothing need only keys and values; in the first, nothing goes back below the
+    keys and values of a key/value prompt."""
     text = MODELS[given.model].get_text_config()
     shape = shape_of(MODELS[given.model])
     with torch.device("meta"):
@@ -214,13 +278,17 @@ def floor_operations(given: argparse.Namespace, stage: str, rows: list[Encoded])
         matrices = (shape.layers - 1) * block * tokens + below * tokens + (block - below) * asked
         first = (below + shape.hidden**2) * tokens if stage == "prompt" else 0
         pairs = tokens * LENGTH + tokens * (tokens + 1) / 2
-        attention = 4.0 * shape.hidden * pairs * (3 * shape.layers - 2)  # going back twice as many as forth; at the first block next to none
-        total += 2.0 * (passes * (matrices + shape.hidden * text.vocab_size * asked) - first) + attention
+        # going back twice as many as forth; at the first block next to none
+        attention = 4.0 * shape.hidden * pairs * (3 * shape.layers - 2)
+        total += (
+            2.0 * (passes * (matrices + shape.hidden * text.vocab_size * asked) - first) + attention
+        )
     return total / sum(len(row.ids) for row in rows)
 
 
 def floor_bytes(given: argparse.Namespace, stage: str) -> float:
-    """Bytes that a step cannot do without, weights alone: read going forth and back; where trained a gradient written, then four numbers read and three written."""
+    """Bytes that a step cannot do without, weights alone: read going forth and back; where trained
+    a gradient written, then four numbers read and three written."""
     model = open_model(given, stage, rival=False).model
     weights = sum(parameter.numel() for parameter in trainable(model).values())
     return float(weights * (2 * dtype_of(given, stage).itemsize if stage == "prompt" else 10 * 4))
@@ -231,7 +299,9 @@ def rate_of_products(given: argparse.Namespace, dtype: torch.dtype) -> float:
     hidden, tokens = shape_of(MODELS[given.model]).hidden, given.batch * 48
     found = []
     for wide in ((hidden, 4 * hidden), (4 * hidden, hidden), (hidden, 3 * hidden)):
-        left, right = (torch.randn(shape, device=given.device).to(dtype) for shape in ((tokens, wide[0]), wide))
+        left, right = (
+            torch.randn(shape, device=given.device).to(dtype) for shape in ((tokens, wide[0]), wide)
+        )
         found.append(2.0 * tokens * wide[0] * wide[1] / best(given, partial(torch.mm, left, right)))
     return float(max(found))
 
@@ -256,9 +326,11 @@ def best(given: argparse.Namespace, work: Callable[[], object]) -> float:
 
 
 def one(given: argparse.Namespace) -> dict[str, float]:
-    """One way in this process: tokens per second (median of the calls after the first), the time over the floor and peak memory, MiB.
+    """One way in this process: tokens per second (median of the calls after the first), the time
+    over the floor and peak memory, MiB.
 
-    A machine that others share changes its speed, so each call is held against the rate of products measured just before and just after it.
+    A machine that others share changes its speed, so each call is held against the rate of products
+    measured just before and just after it.
     """
     rows, longest = rows_of(given.reference, given.tasks, given.steps * given.batch)
     way = {"fedsp": fedsp, "plain": plain, "peft": peft, "trainer": peft}[given.way.split()[0]]
@@ -272,11 +344,19 @@ def one(given: argparse.Namespace) -> dict[str, float]:
     rates, over = rates[1:], over[1:]
     cuda = given.device.startswith("cuda")
     memory = (torch.cuda.max_memory_allocated() if cuda else peak_memory()) / 2**20
-    return {"rate": statistics.median(rates), "low": min(rates), "high": max(rates), "over": statistics.median(over), "memory": memory}
+    return {
+        "rate": statistics.median(rates),
+        "low": min(rates),
+        "high": max(rates),
+        "over": statistics.median(over),
+        "memory": memory,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_reference(parser)
     parser.add_argument("--model", choices=list(MODELS), default="gpt2")
     parser.add_argument("--device", default="cpu")
@@ -287,7 +367,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
-    parser.add_argument("--recompute", action="store_true", help="activations are computed again in the backward pass")
+    parser.add_argument(
+        "--recompute",
+        action="store_true",
+        help="activations are computed again in the backward pass",
+    )
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -297,34 +381,65 @@ def main() -> None:
         print(json.dumps(one(given)))
         return
     options = "".join(f", {name}" for name in ("compile", "recompute") if getattr(given, name))
-    print(f"\n{given.model}, {given.dtype}, {given.device}, {given.threads} threads, batches of {given.batch}, prompts of {LENGTH}{options}", flush=True)
-    of_type = {dtype: rate_of_products(given, dtype) for dtype in {dtype_of(given, stage) for stage in WAYS}}
-    operations, copied = {stage: of_type[dtype_of(given, stage)] for stage in WAYS}, rate_of_copying(given)
+    print(
+        f"\n{given.model}, {given.dtype}, {given.device}, {given.threads} threads, batches of"
+        f" {given.batch}, prompts of {LENGTH}{options}",
+        flush=True,
+    )
+    of_type = {
+        dtype: rate_of_products(given, dtype)
+        for dtype in {dtype_of(given, stage) for stage in WAYS}
+    }
+    operations, copied = (
+        {stage: of_type[dtype_of(given, stage)] for stage in WAYS},
+        rate_of_copying(given),
+    )
     rates = ", ".join(f"{rate / 1e9:.0f} Gflop/s ({stage})" for stage, rate in operations.items())
     print(f"measured: {rates}, {copied / 1e9:.1f} GB/s", flush=True)
     for task in given.tasks.split(","):
         rows, longest = rows_of(given.reference, task, given.steps * given.batch)
         tokens = [len(row.ids) for row in rows]
-        print(f"\n{task}: {statistics.fmean(tokens):.0f} tokens an example, the longest of the data set {longest}", flush=True)
+        print(
+            f"\n{task}: {statistics.fmean(tokens):.0f} tokens an example, the longest of the data"
+            f" set {longest}",
+            flush=True,
+        )
         for stage in WAYS:
             by_operations = operations[stage] / floor_operations(given, stage, rows)
             by_bytes = copied * given.batch * statistics.fmean(tokens) / floor_bytes(given, stage)
-            print(f"floor, {stage}: {by_operations:.0f} tokens a second by operations, {by_bytes:.0f} by bytes", flush=True)
+            print(
+                f"floor, {stage}: {by_operations:.0f} tokens a second by operations, {by_bytes:.0f}"
+                " by bytes",
+                flush=True,
+            )
         print()
         print(
-            "| stage | way | tokens per second (lowest to highest) | fedsp is faster by | time over the floor | peak memory, MiB |\n|---|---|---|---|---|---|",
+            "| stage | way | tokens per second (lowest to highest) | fedsp is faster by | time over"
+            " the floor | peak memory, MiB |\n|---|---|---|---|---|---|",
             flush=True,
         )
         for stage, ways in WAYS.items():
             found: dict[str, dict[str, float]] = {}
             for way in ways:
-                command = [sys.executable, __file__, *sys.argv[1:], "--tasks", task, "--way", way, "--stage", stage]
+                command = [
+                    sys.executable,
+                    __file__,
+                    *sys.argv[1:],
+                    "--tasks",
+                    task,
+                    "--way",
+                    way,
+                    "--stage",
+                    stage,
+                ]
                 printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 found[way] = json.loads(printed.splitlines()[-1])
                 ours = found[ways[0]]["rate"]
                 mine = found[way]
                 print(
-                    f"| {stage} | {way} | {mine['rate']:.0f} ({mine['low']:.0f} to {mine['high']:.0f}) | {ours / mine['rate']:.2f} | {mine['over']:.2f} | {mine['memory']:.0f} |",
+                    f"| {stage} | {way} | {mine['rate']:.0f} ({mine['low']:.0f} to"
+                    f" {mine['high']:.0f}) | {ours / mine['rate']:.2f} | {mine['over']:.2f} |"
+                    f" {mine['memory']:.0f} |",
                     flush=True,
                 )
 

@@ -1,9 +1,10 @@
-"""The most that several clients could gain by sharing a batch: the time of a step for each example, by the number of examples in it. A table of
-docs/results/performance.md.
+"""The most that several clients could gain by sharing a batch: the time of a step for each example,
+by the number of examples in it. A table of docs/results/performance.md.
 
     python benchmarks/together.py [--reference FOLDER] [--threads 1]
 
-Ten clients with batches of two would share one of twenty. No padding is counted, which unlike texts of ten clients would need, so this is a bound.
+Ten clients with batches of two would share one of twenty. No padding is counted, which unlike texts
+of ten clients would need, so this is a bound.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ def per_example(model: PromptedLM, batch_size: int) -> float:
     rng = random.Random(0)
     spec = PromptSpec(space="residual", length=LENGTH, model=model.shape)
     prompt = SoftPrompt(spec, torch.randn(spec.shape) * 0.02)
-    batch = collate([Encoded(tuple(rng.randrange(900) for _ in range(TOKENS)), TOKENS - 4) for _ in range(batch_size)])
+    batch = collate(
+        [
+            Encoded(tuple(rng.randrange(900) for _ in range(TOKENS)), TOKENS - 4)
+            for _ in range(batch_size)
+        ]
+    )
     best, until = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < until:
         started = time.perf_counter()
@@ -42,7 +48,9 @@ def per_example(model: PromptedLM, batch_size: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_reference(parser)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
@@ -52,7 +60,9 @@ def main() -> None:
     models = {"embedded, 1.7 M": load_model(str(EMBEDDED / "model"), device="cpu")}
     if given.reference:
         models["tiny-science, 8.7 M"] = load_model(model_name(given.reference), device="cpu")
-    models["GPT-2, 124 M, random"] = PromptedLM(AutoModelForCausalLM.from_config(GPT2Config()).requires_grad_(False), "gpt2")
+    models["GPT-2, 124 M, random"] = PromptedLM(
+        AutoModelForCausalLM.from_config(GPT2Config()).requires_grad_(False), "gpt2"
+    )
     print(
         "| model | "
         + " | ".join(f"{size} examples" for size in BATCHES)
@@ -62,7 +72,12 @@ def main() -> None:
     )
     for name, model in models.items():
         found = [per_example(model, size) for size in BATCHES]
-        print(f"| {name} | " + " | ".join(f"{value:.1f} ms" for value in found) + f" | {found[0] / found[-1]:.2f} |", flush=True)
+        print(
+            f"| {name} | "
+            + " | ".join(f"{value:.1f} ms" for value in found)
+            + f" | {found[0] / found[-1]:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

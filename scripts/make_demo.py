@@ -1,11 +1,14 @@
-"""Make the embedded default: a made-up world, a small language model that knows it, and questions about it.
+"""Make the embedded default: a made-up world, a small language model that knows it, and questions
+about it.
 
-    python scripts/make_demo.py            # world, tokenizer, model, questions: about half an hour on two cores
+    python scripts/make_demo.py            # world, tokenizer, model, questions: about half an hour
+                                  on two cores
     python scripts/make_demo.py --steps 50 # a quick look at the recipe
 
-The world is a list of people, each with a town, a trade, an animal, a dish and an instrument. The model reads about every person in
-plain statements; it never sees a question. The questions are in another form, so a prompt has something to teach, and they are split
-by person: the people of the validation and test questions are in nobody's training data.
+The world is a list of people, each with a town, a trade, an animal, a dish and an instrument. The
+model reads about every person in plain statements; it never sees a question. The questions are in
+another form, so a prompt has something to teach, and they are split by person: the people of the
+validation and test questions are in nobody's training data.
 """
 
 from __future__ import annotations
@@ -117,9 +120,47 @@ INSTRUMENTS = [
     "bagpipe",
 ]
 
-FIRST = ["ba", "be", "da", "do", "fa", "ga", "ho", "ka", "la", "ma", "mi", "na", "no", "pa", "ra", "ro", "sa", "ta", "to", "va"]
+FIRST = [
+    "ba",
+    "be",
+    "da",
+    "do",
+    "fa",
+    "ga",
+    "ho",
+    "ka",
+    "la",
+    "ma",
+    "mi",
+    "na",
+    "no",
+    "pa",
+    "ra",
+    "ro",
+    "sa",
+    "ta",
+    "to",
+    "va",
+]
 MIDDLE = ["di", "ka", "li", "lo", "mi", "na", "ra", "ri", "so", "ta", "ve", "vo"]
-LAST = ["ba", "dor", "fen", "gan", "kin", "la", "len", "mar", "na", "nor", "ric", "sa", "tan", "ven", "vin", "wen"]
+LAST = [
+    "ba",
+    "dor",
+    "fen",
+    "gan",
+    "kin",
+    "la",
+    "len",
+    "mar",
+    "na",
+    "nor",
+    "ric",
+    "sa",
+    "tan",
+    "ven",
+    "vin",
+    "wen",
+]
 
 # Statements: what the model is trained on. Questions: what it never sees.
 RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
@@ -189,21 +230,33 @@ RELATIONS: dict[str, tuple[list[str], list[str], str]] = {
 def make_people(rng: random.Random, count: int) -> list[dict[str, str]]:
     """Made-up names of three syllables, each person with one value for each relation."""
     names = sorted({(a + b + c).capitalize() for a in FIRST for b in MIDDLE for c in LAST})
-    return [{"name": name} | {relation: rng.choice(values) for relation, (values, _, _) in RELATIONS.items()} for name in rng.sample(names, count)]
+    return [
+        {"name": name}
+        | {relation: rng.choice(values) for relation, (values, _, _) in RELATIONS.items()}
+        for name in rng.sample(names, count)
+    ]
 
 
 def article(rng: random.Random, person: dict[str, str]) -> str:
     """One statement for each relation, in any order and any wording."""
-    sentences = [rng.choice(statements).format(name=person["name"], value=person[relation]) for relation, (_, statements, _) in RELATIONS.items()]
+    sentences = [
+        rng.choice(statements).format(name=person["name"], value=person[relation])
+        for relation, (_, statements, _) in RELATIONS.items()
+    ]
     rng.shuffle(sentences)
     return " ".join(sentences).replace(" a otter", " an otter").replace(" a organ", " an organ")
 
 
-def questions(rng: random.Random, people: list[dict[str, str]], owner: str) -> list[dict[str, object]]:
+def questions(
+    rng: random.Random, people: list[dict[str, str]], owner: str
+) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for person in people:
         for relation, (values, _, question) in RELATIONS.items():
-            choices = [person[relation], *rng.sample([value for value in values if value != person[relation]], 3)]
+            choices = [
+                person[relation],
+                *rng.sample([value for value in values if value != person[relation]], 3),
+            ]
             rng.shuffle(choices)
             rows.append(
                 {
@@ -223,12 +276,27 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, unk_token=END, model_max_length=256)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        unk_token=END,
+        model_max_length=256,
+    )
 
 
-def train(tokenizer: PreTrainedTokenizerFast, people: list[dict[str, str]], steps: int, rng: random.Random) -> Any:
+def train(
+    tokenizer: PreTrainedTokenizerFast, people: list[dict[str, str]], steps: int, rng: random.Random
+) -> Any:
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=256,
@@ -243,8 +311,13 @@ def train(tokenizer: PreTrainedTokenizerFast, people: list[dict[str, str]], step
         pad_token_id=0,
     )
     model = AutoModelForCausalLM.from_config(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.02))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.02),
+    )
     started, length, batch = time.time(), 128, 32
     order: list[dict[str, str]] = []
     for step in range(steps):
@@ -264,19 +337,29 @@ def train(tokenizer: PreTrainedTokenizerFast, people: list[dict[str, str]], step
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step} of {steps}: loss {loss.item():.3f} nats per token, {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step} of {steps}: loss {loss.item():.3f} nats per token,"
+                f" {time.time() - started:.0f} s",
+                flush=True,
+            )
     return model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2600, help="training steps of 32 sequences of 128 tokens")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=2600, help="training steps of 32 sequences of 128 tokens"
+    )
     parser.add_argument("--output", type=Path, default=EMBEDDED)
     arguments = parser.parse_args()
     rng = random.Random(20231)
     torch.manual_seed(20231)
     owners = [f"registry-{k}" for k in range(CLIENTS)]
-    people = make_people(rng, PUBLIC_PEOPLE + CLIENTS * PEOPLE_PER_OWNER + VALIDATION_PEOPLE + TEST_PEOPLE)
+    people = make_people(
+        rng, PUBLIC_PEOPLE + CLIENTS * PEOPLE_PER_OWNER + VALIDATION_PEOPLE + TEST_PEOPLE
+    )
     pool = iter(people)
 
     def take(count: int) -> list[dict[str, str]]:
@@ -284,11 +367,19 @@ def main() -> None:
 
     public = take(PUBLIC_PEOPLE)
     train_rows = [row for owner in owners for row in questions(rng, take(PEOPLE_PER_OWNER), owner)]
-    splits = {"train": train_rows, "validation": questions(rng, take(VALIDATION_PEOPLE), ""), "test": questions(rng, take(TEST_PEOPLE), "")}
+    splits = {
+        "train": train_rows,
+        "validation": questions(rng, take(VALIDATION_PEOPLE), ""),
+        "test": questions(rng, take(TEST_PEOPLE), ""),
+    }
     arguments.output.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        (arguments.output / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (arguments.output / "public.txt").write_text("\n\n".join(article(rng, person) for person in public for _ in range(6)) + "\n")
+        (arguments.output / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+    (arguments.output / "public.txt").write_text(
+        "\n\n".join(article(rng, person) for person in public for _ in range(6)) + "\n"
+    )
     tokenizer = make_tokenizer([article(rng, person) for person in people for _ in range(4)])
     tokenizer.save_pretrained(arguments.output / "model")
     model = train(tokenizer, people, arguments.steps, rng)

@@ -1,4 +1,5 @@
-"""What the tests share: tiny random models, and the reference material that may lie beside a checkout."""
+"""What the tests share: tiny random models, and the reference material that may lie beside a
+checkout."""
 
 from __future__ import annotations
 
@@ -7,13 +8,19 @@ from pathlib import Path
 
 from support.reference import REFERENCE
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test asks a hub
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # read when huggingface_hub is imported: no test asks a hub
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives, and a busy machine makes it cost much more
+torch.set_num_threads(
+    1
+    # tiny models: a second thread costs more than it gives, and a busy machine makes it cost much
+    # more
+)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""The shape of the package, beside the import contracts of `make lint`: short listings, libraries that few modules know, and nothing that is ever executed."""
+"""The shape of the package, beside the import contracts of `make lint`: short listings, libraries
+that few modules know, and nothing that is ever executed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ EMPTY = {
     "audit.__init__",
     "report.__init__",
 }
-EMPTY |= {f"federation.{part}.__init__" for part in ("aggregation", "methods", "transport")} | {"audit.inversion.__init__"}
+EMPTY |= {f"federation.{part}.__init__" for part in ("aggregation", "methods", "transport")} | {
+    "audit.inversion.__init__"
+}
 ONLY_IN = {
     "transformers": {
         "data.encoding",
@@ -53,7 +56,10 @@ MOST_ENTRIES = 15
 
 
 def modules() -> dict[str, ast.Module]:
-    return {".".join(path.relative_to(SOURCE).with_suffix("").parts): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+    return {
+        ".".join(path.relative_to(SOURCE).with_suffix("").parts): ast.parse(path.read_text())
+        for path in sorted(SOURCE.rglob("*.py"))
+    }
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
@@ -61,7 +67,11 @@ def imports(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names) if node.module == "fedsp" else [node.module]
+            yield from (
+                (f"{node.module}.{alias.name}" for alias in node.names)
+                if node.module == "fedsp"
+                else [node.module]
+            )
 
 
 MODULES = modules()
@@ -69,7 +79,11 @@ MODULES = modules()
 
 @pytest.mark.parametrize("library", sorted(ONLY_IN))
 def test_libraries_stay_in_their_rooms(library: str) -> None:
-    users = {module for module, tree in MODULES.items() if any(name.split(".")[0] == library for name in imports(tree))}
+    users = {
+        module
+        for module, tree in MODULES.items()
+        if any(name.split(".")[0] == library for name in imports(tree))
+    }
     assert users <= ONLY_IN[library]
 
 
@@ -78,12 +92,27 @@ def test_the_listing_can_be_read_at_a_glance() -> None:
     assert sum(path.is_file() for path in here) <= 10 and sum(path.is_dir() for path in here) <= 9
     for folder in SOURCE.rglob("*"):
         if folder.is_dir() and folder.name != "__pycache__":
-            assert len([path for path in folder.iterdir() if path.name not in ("__pycache__", "__init__.py")]) <= MOST_ENTRIES, folder
+            assert (
+                len(
+                    [
+                        path
+                        for path in folder.iterdir()
+                        if path.name not in ("__pycache__", "__init__.py")
+                    ]
+                )
+                <= MOST_ENTRIES
+            ), folder
 
 
 def test_only_the_command_line_prints() -> None:
     for module, tree in MODULES.items():
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"]
+        calls = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "print"
+        ]
         assert not calls or module in {"cli", "report.console"}, f"{module} prints"
 
 
@@ -92,14 +121,21 @@ FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "ma
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - EMPTY))
 def test_nothing_that_is_read_is_ever_executed(module: str) -> None:
-    """No pickle in any dress, no torch.load, no eval or exec, and no numpy or YAML loader that would unpickle."""
+    """No pickle in any dress, no torch.load, no eval or exec, and no numpy or YAML loader that
+    would unpickle."""
     assert not FORBIDDEN & {name.split(".")[0] for name in imports(MODULES[module])}
     for node in ast.walk(MODULES[module]):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"eval", "exec", "compile", "__import__"}, module
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
-            assert (owner, node.func.attr) not in {("torch", "load"), ("np", "load"), ("numpy", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}, module
+            assert (owner, node.func.attr) not in {
+                ("torch", "load"),
+                ("np", "load"),
+                ("numpy", "load"),
+                ("yaml", "load"),
+                ("yaml", "unsafe_load"),
+            }, module
         if isinstance(node, ast.keyword) and node.arg in {"allow_pickle", "trust_remote_code"}:
             assert isinstance(node.value, ast.Constant) and node.value.value is False, module
 
@@ -109,11 +145,15 @@ def test_no_model_or_tokenizer_is_loaded_without_saying_that_its_code_is_not_run
         (module, node)
         for module, tree in MODULES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in {"from_pretrained", "from_config"}
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in {"from_pretrained", "from_config"}
     ]
     assert len(loading) >= 4
     for module, call in loading:
-        assert any(word.arg == "trust_remote_code" for word in call.keywords), f"{module}, line {call.lineno}"
+        assert any(word.arg == "trust_remote_code" for word in call.keywords), (
+            f"{module}, line {call.lineno}"
+        )
 
 
 def test_every_public_thing_has_a_docstring() -> None:

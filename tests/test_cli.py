@@ -58,9 +58,16 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
     code, out, _ = fedsp("plan", config, *QUICK, "--json", tmp_path / "plan.json")
     assert code == 0 and "global / auxiliary" in out
     assert json.loads((tmp_path / "plan.json").read_text())["layers"] == [0, 1, 4, 4, 4, 4, 6, 7]
-    code, out, error = fedsp("run", config, *QUICK, f"output={run}", "--json", tmp_path / "run.json")
+    code, out, error = fedsp(
+        "run", config, *QUICK, f"output={run}", "--json", tmp_path / "run.json"
+    )
     assert (code, error) == (0, "")
-    assert "round 1/2" in out and "round 2/2" in out and "distillation 2/2" in out and "discloses" in out
+    assert (
+        "round 1/2" in out
+        and "round 2/2" in out
+        and "distillation 2/2" in out
+        and "discloses" in out
+    )
     assert "cost: client: parameters trained" in out and "{" not in out
     figures = json.loads((tmp_path / "run.json").read_text())
     assert figures["test"]["examples"] == 200 and figures["bytes_up"] == figures["bytes_down"] > 0
@@ -79,14 +86,23 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
         code, out, error = fedsp("generate", run, text, *more)
         assert code == 2 and sentence in error and not out
     assert fedsp("export", run, tmp_path / "adapter")[0] == 0
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     code, out, _ = fedsp("audit", run, "--only", "disclosure", "--json", tmp_path / "a.json")
     told = json.loads((tmp_path / "a.json").read_text())[str(run)]
-    assert code == 0 and "What can malicious clients do?" in out and "What can malicious clients do?" in told["account"]
+    assert (
+        code == 0
+        and "What can malicious clients do?" in out
+        and "What can malicious clients do?" in told["account"]
+    )
     (run / "model.json").write_text('{"extraction": []}')
     code, out, error = fedsp("audit", run, "--only", "disclosure", "--json", tmp_path / "b.json")
     assert code == 2 and "is not what fedsp wrote" in error and "bit for bit" in out
-    assert json.loads((tmp_path / "b.json").read_text())[str(run)]["disclosure"] == told["disclosure"], "what was found is not lost"
+    assert (
+        json.loads((tmp_path / "b.json").read_text())[str(run)]["disclosure"] == told["disclosure"]
+    ), "what was found is not lost"
     (run / "model.json").unlink()
     code, out, _ = fedsp("list", tmp_path)
     assert code == 0 and "2/2" in out and "finished" in out
@@ -94,7 +110,9 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
     assert (tmp_path / "package" / "auxiliary.json").exists()
 
 
-def test_a_distillation_that_fails_leaves_no_package_behind(fedsp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_distillation_that_fails_leaves_no_package_behind(  # type: ignore[no-untyped-def]
+    fedsp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wherever it fails; and what one that was killed has left is no obstacle to the next."""
     config, package = tmp_path / "run.toml", tmp_path / "package"
     assert fedsp("init", config)[0] == 0
@@ -127,11 +145,16 @@ def test_a_distillation_that_fails_leaves_no_package_behind(fedsp, tmp_path: Pat
     (mounted / ".part").mkdir(parents=True)
     monkeypatch.chdir(mounted)
     assert commands.distill(read_config(config, QUICK), ".")["folder"] == str(mounted)
-    assert {"auxiliary.json", "model.safetensors"} <= {path.name for path in mounted.iterdir()} and not (mounted / ".part").exists()
+    assert {"auxiliary.json", "model.safetensors"} <= {
+        path.name for path in mounted.iterdir()
+    } and not (mounted / ".part").exists()
     shutil.rmtree(mounted)
     assert commands.distill(read_config(config, QUICK), package)["sha256"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["package", "run.toml"]
-    assert "auxiliary.json" in {path.name for path in package.iterdir()} and not (package / "stale.json").exists()
+    assert (
+        "auxiliary.json" in {path.name for path in package.iterdir()}
+        and not (package / "stale.json").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,10 +166,18 @@ def test_a_distillation_that_fails_leaves_no_package_behind(fedsp, tmp_path: Pat
         ("\ufeffseed = 1\n", "model"),
     ],
 )
-def test_a_configuration_that_cannot_be_read_is_a_sentence(fedsp, tmp_path: Path, content: str | bytes, sentence: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_configuration_that_cannot_be_read_is_a_sentence(  # type: ignore[no-untyped-def]
+    fedsp, tmp_path: Path, content: str | bytes, sentence: str
+) -> None:
     (tmp_path / "run.toml").write_bytes(content if isinstance(content, bytes) else content.encode())
     code, _, error = fedsp("plan", tmp_path / "run.toml")
-    assert code == 2 and sentence in error and error.startswith("fedsp: ") and "Traceback" not in error and "9999" not in error
+    assert (
+        code == 2
+        and sentence in error
+        and error.startswith("fedsp: ")
+        and "Traceback" not in error
+        and "9999" not in error
+    )
 
 
 def test_figures_go_through_links_and_into_pipes(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -156,7 +187,9 @@ def test_figures_go_through_links_and_into_pipes(fedsp, tmp_path: Path) -> None:
     (tmp_path / "target.json").write_text("old")
     (tmp_path / "link.json").symlink_to("target.json")
     assert fedsp("plan", config, *QUICK, "--json", tmp_path / "link.json")[0] == 0
-    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "target.json").read_text())["layers"]
+    assert (tmp_path / "link.json").is_symlink() and json.loads(
+        (tmp_path / "target.json").read_text()
+    )["layers"]
     os.mkfifo(tmp_path / "pipe")
     read: list[str] = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
@@ -173,15 +206,25 @@ def test_figures_go_through_links_and_into_pipes(fedsp, tmp_path: Path) -> None:
         (["data.train=" + "x" * 400], "File name too long"),
         (["output=" + "x" * 400], "File name too long"),
         (['data.train="a\\u0000b"'], "data.train: it contains a NUL character"),
-        (["client.batch_size=99999999999"], "client.batch_size: Input should be less than or equal to 65536"),
-        (["profile=robust", "aggregation.malicious=1e-320"], "aggregation.malicious: less than a thousandth rounds down to no client"),
+        (
+            ["client.batch_size=99999999999"],
+            "client.batch_size: Input should be less than or equal to 65536",
+        ),
+        (
+            ["profile=robust", "aggregation.malicious=1e-320"],
+            "aggregation.malicious: less than a thousandth rounds down to no client",
+        ),
     ],
 )
-def test_values_of_a_size_that_nothing_can_use_are_a_sentence(fedsp, tmp_path: Path, words: list[str], sentence: str) -> None:  # type: ignore[no-untyped-def]
+def test_values_of_a_size_that_nothing_can_use_are_a_sentence(  # type: ignore[no-untyped-def]
+    fedsp, tmp_path: Path, words: list[str], sentence: str
+) -> None:
     config = tmp_path / "run.toml"
     fedsp("init", config)
     code, _, error = fedsp("run", config, *QUICK, f"output={tmp_path / 'run'}", *words)
-    assert code == 2 and sentence in error and error.startswith("fedsp: ") and "Traceback" not in error
+    assert (
+        code == 2 and sentence in error and error.startswith("fedsp: ") and "Traceback" not in error
+    )
 
 
 def test_a_file_in_the_way_of_a_folder_is_a_sentence(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -205,7 +248,10 @@ def test_words_that_are_no_text_are_a_sentence(fedsp, tmp_path: Path) -> None:  
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run", "nowhere.toml"], "there is no file nowhere.toml; `fedsp init nowhere.toml` writes one"),
+        (
+            ["run", "nowhere.toml"],
+            "there is no file nowhere.toml; `fedsp init nowhere.toml` writes one",
+        ),
         (["run"], "nothing to run: give a TOML file"),
         (["run", "--resume", "nowhere"], "nowhere holds no run"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
@@ -214,7 +260,9 @@ def test_words_that_are_no_text_are_a_sentence(fedsp, tmp_path: Path) -> None:  
         (["init", "x.toml", "--preset", "zzz"], "known: paper, messenger"),
     ],
 )
-def test_bad_input_is_a_sentence_and_exit_code_2(fedsp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_is_a_sentence_and_exit_code_2(  # type: ignore[no-untyped-def]
+    fedsp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, error = fedsp(*arguments)
     assert code == 2 and out == ""

@@ -15,12 +15,30 @@ SMALL = {"model": {"name": "embedded"}, "data": {}, "distill": {"text": ["x.txt"
 
 
 def test_presets_fill_in_and_what_is_written_wins() -> None:
-    paper = make_config({"preset": "paper", "model": {"name": "m"}, "data": {}, "client": {"auxiliary_steps": 3}})
-    assert (paper.prompt.space, paper.prompt.length, paper.auxiliary.plan) == ("key_value", 40, "shared(0)")
-    assert (paper.client.auxiliary_steps, paper.client.prompt_steps, paper.client.keep_optimizer) == (3, 10, True)
-    assert paper.distill.steps == 5000 and paper.distill.text == ["server"] and paper.server_share == pytest.approx(1 / 11)
+    paper = make_config(
+        {"preset": "paper", "model": {"name": "m"}, "data": {}, "client": {"auxiliary_steps": 3}}
+    )
+    assert (paper.prompt.space, paper.prompt.length, paper.auxiliary.plan) == (
+        "key_value",
+        40,
+        "shared(0)",
+    )
+    assert (
+        paper.client.auxiliary_steps,
+        paper.client.prompt_steps,
+        paper.client.keep_optimizer,
+    ) == (3, 10, True)
+    assert (
+        paper.distill.steps == 5000
+        and paper.distill.text == ["server"]
+        and paper.server_share == pytest.approx(1 / 11)
+    )
     messenger = make_config(SMALL)
-    assert (messenger.prompt.space, messenger.auxiliary.plan, messenger.client.auxiliary_steps) == ("residual", "ends(2)", 0)
+    assert (messenger.prompt.space, messenger.auxiliary.plan, messenger.client.auxiliary_steps) == (
+        "residual",
+        "ends(2)",
+        0,
+    )
     assert messenger.server.steps == 0 and messenger.server_share == 0
 
 
@@ -38,14 +56,19 @@ def test_all_faults_at_once_with_suggestions() -> None:
             "run.toml",
         )
     message = str(caught.value)
-    assert message.startswith("run.toml has 7 faults:") or message.startswith("run.toml has 8 faults:")
+    assert message.startswith("run.toml has 7 faults:") or message.startswith(
+        "run.toml has 8 faults:"
+    )
     for part in [
         "modle: unknown key; did you mean 'model'?",
         "model.nmae: unknown key; did you mean 'name'?",
         "model.name: missing; Hugging Face hub name or folder",
         "data.max_tokens: Input should be greater than or equal to 8, not 2",
         "client.batch_size: Input should be greater than or equal to 1, not 0",
-        "prompt.space: Input should be 'key_value' or 'residual', not 'keyvalue'; did you mean 'key_value'?",
+        (
+            "prompt.space: Input should be 'key_value' or 'residual', not 'keyvalue'; did you mean"
+            " 'key_value'?"
+        ),
         "auxiliary.plan:",
     ]:
         assert part in message
@@ -55,8 +78,14 @@ def test_all_faults_at_once_with_suggestions() -> None:
     ("values", "sentence"),
     [
         ({"model": {"name": "m"}, "data": {}}, "distill.text: distillation needs text"),
-        ({**SMALL, "partition": {"kind": "natural"}}, "partition.column: partition.kind = 'natural' needs the name of a column"),
-        ({"model": {"name": "m"}, "data": {}, "distill": {"steps": 0}}, "prompt.init_text: prompt.init = 'text' needs a text"),
+        (
+            {**SMALL, "partition": {"kind": "natural"}},
+            "partition.column: partition.kind = 'natural' needs the name of a column",
+        ),
+        (
+            {"model": {"name": "m"}, "data": {}, "distill": {"steps": 0}},
+            "prompt.init_text: prompt.init = 'text' needs a text",
+        ),
         ({**SMALL, "preset": "papre"}, "preset: Input should be"),
         ({**SMALL, "round": 3}, "round: Input should be a valid dictionary"),
     ],
@@ -74,16 +103,29 @@ def test_the_written_template_is_the_preset(preset: str, tmp_path: Path) -> None
     assert "# Hugging Face hub name or folder" in path.read_text()
     text = "" if preset == "paper" else 'distill.text=["x.txt"]'
     read = read_config(path, ["model.name=embedded", *([text] if text else [])])
-    assert read == make_config({"preset": preset, "model": {"name": "embedded"}, "data": {}, **({} if preset == "paper" else {"distill": {"text": ["x.txt"]}})})
+    assert read == make_config(
+        {
+            "preset": preset,
+            "model": {"name": "embedded"},
+            "data": {},
+            **({} if preset == "paper" else {"distill": {"text": ["x.txt"]}}),
+        }
+    )
     set_there = tomllib.loads(path.read_text())
-    assert set_there.pop("preset") == preset and set(set_there) >= {"data", "round", "client"} and not any(set_there.values()), "only the preset is set"
+    assert (
+        set_there.pop("preset") == preset
+        and set(set_there) >= {"data", "round", "client"}
+        and not any(set_there.values())
+    ), "only the preset is set"
     for line in path.read_text().splitlines()[2:]:
         assert re.match(r"(# )?\w+ = .*  # .+|\[\w+\]  # .+|$", line), line
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_profile_or_preset_given_beside_a_written_template_counts(preset: str, profile: str, tmp_path: Path) -> None:
+def test_a_profile_or_preset_given_beside_a_written_template_counts(
+    preset: str, profile: str, tmp_path: Path
+) -> None:
     """A template that set every default would silently overrule both."""
     path = tmp_path / "run.toml"
     path.write_text(template("messenger"))
@@ -96,18 +138,33 @@ def test_a_profile_or_preset_given_beside_a_written_template_counts(preset: str,
     ]
     read = read_config(path, set_here)
     for section, values in {**PRESETS[preset], **PROFILES[profile]}.items():
-        expected = {**PRESETS[preset].get(section, {}), **PROFILES[profile].get(section, {}), **({"text": ["x.txt"]} if section == "distill" else {})}
+        expected = {
+            **PRESETS[preset].get(section, {}),
+            **PROFILES[profile].get(section, {}),
+            **({"text": ["x.txt"]} if section == "distill" else {}),
+        }
         assert getattr(read, section).model_dump().items() >= expected.items(), (section, values)
 
 
 def test_overrides_are_toml_and_paths_follow_the_file(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}")
     path = tmp_path / "run.toml"
-    path.write_text('[model]\nname = "embedded"\n[data]\ntrain = "train.jsonl"\n[distill]\ntext = ["a.txt"]\n')
-    read = read_config(path, ["round.rounds=5", "auxiliary.plan=[0, 0, 3]", "prompt.init=normal", "seed=7"])
-    assert (read.round.rounds, read.auxiliary.plan, read.prompt.init, read.seed) == (5, [0, 0, 3], "normal", 7)
+    path.write_text(
+        '[model]\nname = "embedded"\n[data]\ntrain = "train.jsonl"\n[distill]\ntext = ["a.txt"]\n'
+    )
+    read = read_config(
+        path, ["round.rounds=5", "auxiliary.plan=[0, 0, 3]", "prompt.init=normal", "seed=7"]
+    )
+    assert (read.round.rounds, read.auxiliary.plan, read.prompt.init, read.seed) == (
+        5,
+        [0, 0, 3],
+        "normal",
+        7,
+    )
     assert read.data.train == str(tmp_path / "train.jsonl")
-    with pytest.raises(ConfigurationError, match=r"'rounds' is not an override: write section\.key=value"):
+    with pytest.raises(
+        ConfigurationError, match=r"'rounds' is not an override: write section\.key=value"
+    ):
         read_config(path, ["rounds"])
     with pytest.raises(ConfigurationError, match="round.ronds: unknown key; did you mean 'rounds'"):
         read_config(path, ["round.ronds=5"])

@@ -1,4 +1,5 @@
-"""fedsp: tune a private language model on private text. The model stays on the server, the text with its owners; only soft prompts travel.
+"""fedsp: tune a private language model on private text. The model stays on the server, the text
+with its owners; only soft prompts travel.
 
 import fedsp
 result = fedsp.run("run.toml")
@@ -19,7 +20,8 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""What keeps the libraries underneath from telling their makers of a run. Read when each is imported, so it is set before any is, and whatever was set before."""
+"""What keeps the libraries underneath from telling their makers of a run. Read when each is
+imported, so it is set before any is, and whatever was set before."""
 
 os.environ.update(QUIET)
 

@@ -1,4 +1,5 @@
-"""What fedsp does, as functions: each command of the command line is one of these, and `fedsp.run` and `fedsp.evaluate` are two of them."""
+"""What fedsp does, as functions: each command of the command line is one of these, and `fedsp.run`
+and `fedsp.evaluate` are two of them."""
 
 from __future__ import annotations
 
@@ -20,8 +21,23 @@ from fedsp.experiments.opened_run import open_run
 from fedsp.experiments.plan import make_plan
 from fedsp.experiments.run import robust_rule
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
-from fedsp.experiments.server_setup import EMBEDDED, LEAST_ROOM, examples_digest, load_dataset, score_test
-from fedsp.experiments.start import Engine, Figures, in_this_process, make_package, require_local, require_new, resume_run, start_run
+from fedsp.experiments.server_setup import (
+    EMBEDDED,
+    LEAST_ROOM,
+    examples_digest,
+    load_dataset,
+    score_test,
+)
+from fedsp.experiments.start import (
+    Engine,
+    Figures,
+    in_this_process,
+    make_package,
+    require_local,
+    require_new,
+    resume_run,
+    start_run,
+)
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
@@ -31,14 +47,20 @@ from fedsp.models.prompted_lm import length_of
 from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
 
 
-def as_config(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A configuration from what a person has: one already, nested values, or the path of a TOML file."""
+def as_config(
+    config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """A configuration from what a person has: one already, nested values, or the path of a TOML
+    file."""
     if isinstance(config, str | Path):
         return read_config(Path(config), overrides)
     values: Figures = (
         config.model_dump(exclude_none=True)
         if isinstance(config, RunConfig)
-        else {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+        else {
+            key: dict(value) if isinstance(value, Mapping) else value
+            for key, value in config.items()
+        }
     )
     for override in overrides:
         apply_override(values, override)
@@ -60,19 +82,28 @@ def _deployed(directory: RunDirectory, callbacks: Callbacks) -> Figures:
 
 
 ENGINES: dict[str, Engine] = {"local": in_this_process, "flower": _flower, "deployment": _deployed}
-"""How a run reaches its clients: in this process, in a Flower simulation, or on machines of their own."""
+"""How a run reaches its clients: in this process, in a Flower simulation, or on machines of their
+own."""
 
 
 def _require_flower() -> None:
     missing = [name for name in ("flwr", "cryptography") if find_spec(name) is None]
     if missing:
-        raise ConfigurationError(f"{missing[0]} is not installed: simulations and deployments need `pip install 'fedsp[flower]'`")
+        raise ConfigurationError(
+            f"{missing[0]} is not installed: simulations and deployments need `pip install"
+            " 'fedsp[flower]'`"
+        )
 
 
 def run(
-    config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = (), callbacks: Callbacks | None = None, engine: str = "local"
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    callbacks: Callbacks | None = None,
+    engine: str = "local",
 ) -> Figures:
-    """Run the configuration's federation; returns the figures of `result.json` and the folder. Every engine gives the same bits.
+    """Run the configuration's federation; returns the figures of `result.json` and the folder.
+    Every engine gives the same bits.
 
     Raises:
         FedspError: whatever cannot be done, as one sentence.
@@ -86,28 +117,41 @@ def _suited(config: RunConfig, engine: str) -> RunConfig:
     deployable = find_method(config.method).deployable
     if engine == "flower" and (not deployable or config.distill.again_every):
         what = f"method = {config.method!r}" if not deployable else "distill.again_every"
-        raise ConfigurationError(f"{what} is for measuring and runs in one process: use engine local")
+        raise ConfigurationError(
+            f"{what} is for measuring and runs in one process: use engine local"
+        )
     return config
 
 
-def resume(folder: str | Path, config: RunConfig | None = None, *, callbacks: Callbacks | None = None, engine: str = "local") -> Figures:
-    """Go on with an unfinished run, to the bits of a run that was never stopped. Of a finished one whatever was still to be told is told, to MLflow and to clients
-    elsewhere, and its figures are returned.
+def resume(
+    folder: str | Path,
+    config: RunConfig | None = None,
+    *,
+    callbacks: Callbacks | None = None,
+    engine: str = "local",
+) -> Figures:
+    """Go on with an unfinished run, to the bits of a run that was never stopped. Of a finished one
+    whatever was still to be told is told, to MLflow and to clients elsewhere, and its figures are
+    returned.
 
     Raises:
-        RunError: there is no run, another process has it, or it has another configuration than the one given.
+        RunError: there is no run, another process has it, or it has another configuration than the
+            one given.
     """
     directory = RunDirectory.open(Path(folder))
     if config is not None and (differing := differing_keys(config, directory.config)):
         raise RunError(
-            f"{folder} holds a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''}): resume it without a configuration file, or start a new run with output=..."
+            f"{folder} holds a run of another configuration ({', '.join(differing)}"
+            f" differ{'s' if len(differing) == 1 else ''}): resume it without a configuration file,"
+            " or start a new run with output=..."
         )
     _suited(directory.config, engine)
     return resume_run(directory, callbacks, ENGINES[engine])
 
 
 def join(path: str | Path, *, callbacks: Callbacks | None = None) -> int:
-    """Take part in a deployment as the client of a `party.toml`, until the run is finished; returns the requests answered.
+    """Take part in a deployment as the client of a `party.toml`, until the run is finished; returns
+    the requests answered.
 
     Raises:
         FedspError: whatever cannot be done, as one sentence.
@@ -137,9 +181,16 @@ def plan(config: RunConfig) -> Figures:
         FedspError: whatever cannot be done, as one sentence.
     """
     if not find_method(config.method).deployable:
-        raise ConfigurationError(f"method = {config.method!r}: a plan counts FedSP; what a baseline costs is measured in its run and shown by `fedsp report`")
+        raise ConfigurationError(
+            f"method = {config.method!r}: a plan counts FedSP; what a baseline costs is measured in"
+            " its run and shown by `fedsp report`"
+        )
     natural = config.partition.kind == "natural"
-    clients = len(load_dataset(config).partition.clients) if natural and not config.federation else config.partition.clients
+    clients = (
+        len(load_dataset(config).partition.clients)
+        if natural and not config.federation
+        else config.partition.clients
+    )
     if config.federation:
         _require_flower()
         from fedsp.deployment.credentials import read_register
@@ -149,8 +200,11 @@ def plan(config: RunConfig) -> Figures:
     return make_plan(config, clients).to_json()
 
 
-def distill(config: RunConfig, folder: str | Path, *, callbacks: Callbacks | None = None) -> Figures:
-    """Make the auxiliary model of a configuration and write it as the folder that clients get; for a deployment, with the agreement and signed.
+def distill(
+    config: RunConfig, folder: str | Path, *, callbacks: Callbacks | None = None
+) -> Figures:
+    """Make the auxiliary model of a configuration and write it as the folder that clients get; for
+    a deployment, with the agreement and signed.
 
     Raises:
         RunError: the folder is in use.
@@ -164,12 +218,20 @@ def distill(config: RunConfig, folder: str | Path, *, callbacks: Callbacks | Non
     require_new(Path(folder).resolve())
     key = Path(config.federation.folder) / SIGNING
     sign(b"", key)  # a key that cannot be used is not found out after the distillation
-    return make_package(config, folder, callbacks, lambda made, _, server: seal_package(made, agreement_of(config, server.max_tokens), key))
+    return make_package(
+        config,
+        folder,
+        callbacks,
+        lambda made, _, server: seal_package(made, agreement_of(config, server.max_tokens), key),
+    )
 
 
-def inspect(folder: str | Path, *, text: str | Path | None = None, reference: str | None = None) -> Figures:
-    """What a package looks like to whoever is handed it (`fedsp.audit.inspection`), on a text file, or on the text that comes with fedsp, and beside a model that is trusted,
-    by hub name or folder; with the digest to compare with the owner's.
+def inspect(
+    folder: str | Path, *, text: str | Path | None = None, reference: str | None = None
+) -> Figures:
+    """What a package looks like to whoever is handed it (`fedsp.audit.inspection`), on a text file,
+    or on the text that comes with fedsp, and beside a model that is trusted, by hub name or folder;
+    with the digest to compare with the owner's.
 
     Raises:
         FedspError: the package, the text or the model cannot be used.
@@ -185,11 +247,23 @@ def inspect(folder: str | Path, *, text: str | Path | None = None, reference: st
     auxiliary = load_auxiliary(folder, device=choose_device("auto"), positions="hugging_face")
     trusted = load_model(reference, precision="float32") if reference else None
     words = "\n\n".join(read_passages([text or EMBEDDED / "public.txt"]))
-    return {"folder": str(folder), "sha256": digest, "differential_privacy": private, **inspect_auxiliary(auxiliary, words, trusted)}
+    return {
+        "folder": str(folder),
+        "sha256": digest,
+        "differential_privacy": private,
+        **inspect_auxiliary(auxiliary, words, trusted),
+    }
 
 
-def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | None = None, zero_shot: bool = True) -> list[Figures]:
-    """Figures of a run's best (or of the prompt in a file) through the global model, and of no tuning beside it.
+def evaluate(
+    folder: str | Path,
+    *,
+    split: str = "test",
+    prompt: str | Path | None = None,
+    zero_shot: bool = True,
+) -> list[Figures]:
+    """Figures of a run's best (or of the prompt in a file) through the global model, and of no
+    tuning beside it.
 
     Raises:
         DataError: the run has no questions of that split.
@@ -203,7 +277,9 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
     if split not in splits:
         raise DataError(f"unknown split {split!r}: choose test or validation")
     if not splits[split]:
-        raise DataError(f"the run in {folder} has no {split} questions: name a file in data.{split}")
+        raise DataError(
+            f"the run in {folder} has no {split} questions: name a file in data.{split}"
+        )
     run.directory.hold_known({f"data.{split}": examples_digest(splits[split])})
     rows = []
     for bare in (True, False) if zero_shot else (False,):
@@ -211,15 +287,30 @@ def evaluate(folder: str | Path, *, split: str = "test", prompt: str | Path | No
         room = min(server.max_tokens, server.model.room_behind(length_of(prefix)))
         if room < LEAST_ROOM:
             raise PromptError(
-                f"a prompt of {length_of(prefix)} tokens leaves {room} of the model's {server.model.max_positions} positions for text: use a shorter one"
+                f"a prompt of {length_of(prefix)} tokens leaves {room} of the model's"
+                f" {server.model.max_positions} positions for text: use a shorter one"
             )
-        figures, _ = score_test(run.model, prefix, splits[split], dataset.task, server.tokenizer, room)
-        rows.append({"prompt": "zero-shot" if bare else "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights", **figures})
+        figures, _ = score_test(
+            run.model, prefix, splits[split], dataset.task, server.tokenizer, room
+        )
+        rows.append(
+            {
+                "prompt": (
+                    "zero-shot"
+                    if bare
+                    else (
+                        "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights"
+                    )
+                ),
+                **figures,
+            }
+        )
     return rows
 
 
 def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool = False) -> str:
-    """A greedy completion of `text`, at most `most` tokens, through a run's best prompt (or none) and the global model."""
+    """A greedy completion of `text`, at most `most` tokens, through a run's best prompt (or none)
+    and the global model."""
     if not text.strip():
         raise DataError("there is no text to complete: give at least one word")
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -228,12 +319,22 @@ def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool =
     server, tokenizer = run.server, run.server.tokenizer
     (ids,) = encode_texts(tokenizer, [text])
     if not ids:
-        raise DataError("the model's tokenizer makes no token of the text to complete: give other words")
+        raise DataError(
+            "the model's tokenizer makes no token of the text to complete: give other words"
+        )
     prefix = run.prefix(zero_shot=zero_shot)
     room = run.model.room_behind(length_of(prefix))
     if len(ids) + most > room:
-        raise DataError(f"the text has {len(ids)} tokens and {most} are to follow, but the model reads {room} behind a prompt: shorten it, or ask for fewer")
-    new = run.model.generate(torch.tensor(ids, device=server.model.device), prefix, most=most, stop=tokenizer.eos_token_id)
+        raise DataError(
+            f"the text has {len(ids)} tokens and {most} are to follow, but the model reads {room}"
+            " behind a prompt: shorten it, or ask for fewer"
+        )
+    new = run.model.generate(
+        torch.tensor(ids, device=server.model.device),
+        prefix,
+        most=most,
+        stop=tokenizer.eos_token_id,
+    )
     return decode_behind(tokenizer, ids, new)
 
 
@@ -247,6 +348,12 @@ def export(folder: str | Path, to: str | Path) -> Figures:
     require_new(to)
     run = open_run(folder)
     if not isinstance(run.messenger, SoftPrompt):
-        raise RunError(f"the run in {folder} tuned weights, not a prompt: there is no prefix to export")
+        raise RunError(
+            f"the run in {folder} tuned weights, not a prompt: there is no prefix to export"
+        )
     export_peft(run.messenger, run.model, to)
-    return {"folder": str(to), "virtual_tokens": run.messenger.spec.length, "base_model": run.model.name}
+    return {
+        "folder": str(to),
+        "virtual_tokens": run.messenger.spec.length,
+        "base_model": run.model.name,
+    }

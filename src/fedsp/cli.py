@@ -1,4 +1,5 @@
-"""The command line: it parses, prints and exits. Everything else is in `fedsp.api`; heavy imports wait until a command needs them."""
+"""The command line: it parses, prints and exits. Everything else is in `fedsp.api`; heavy imports
+wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -27,25 +28,36 @@ QUIET = {
 
 app = typer.Typer(
     name="fedsp",
-    help="Tune a private language model on private text: the model stays on the server, the text with its owners, and only soft prompts travel.",
+    help=(
+        "Tune a private language model on private text: the model stays on the server, the text"
+        " with its owners, and only soft prompts travel."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's TOML file; `fedsp init` writes one.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="section.key=value, as in TOML: round.rounds=5")]
-Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file, as JSON.")]
+Overrides = Annotated[
+    Optional[list[str]], typer.Argument(help="section.key=value, as in TOML: round.rounds=5")
+]
+Json = Annotated[
+    Optional[Path], typer.Option("--json", help="Also write the figures to this file, as JSON.")
+]
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Every draw comes from it.")] = 0,
-    output: Annotated[Optional[Path], typer.Option(help="Keep the runs in this new folder; otherwise they are thrown away.")] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(help="Keep the runs in this new folder; otherwise they are thrown away."),
+    ] = None,
     json_file: Json = None,
 ) -> None:
-    """Tune the embedded model with ten clients who never see it, and with four controls, in about three minutes."""
+    """Tune the embedded model with ten clients who never see it, and with four controls, in about
+    three minutes."""
     from fedsp.experiments.demo import demo as run_demo
     from fedsp.report.console import Display, demo_table
 
@@ -58,7 +70,9 @@ def demo(
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("run.toml"),
-    preset: Annotated[str, typer.Option(help="messenger, or paper for FedSP to the letter.")] = "messenger",
+    preset: Annotated[
+        str, typer.Option(help="messenger, or paper for FedSP to the letter.")
+    ] = "messenger",
 ) -> None:
     """Write a commented run.toml with every key of a run and its default."""
     from fedsp.config_file import PRESETS, template
@@ -66,12 +80,18 @@ def init(
     from fedsp.storage import write_bytes
 
     if preset not in PRESETS:
-        raise ConfigurationError(f"unknown preset {preset!r}{did_you_mean(preset, PRESETS) or '; known: ' + ', '.join(PRESETS)}")
+        raise ConfigurationError(
+            "unknown preset"
+            f" {preset!r}{did_you_mean(preset, PRESETS) or '; known: ' + ', '.join(PRESETS)}"
+        )
     if path.exists():
         raise ConfigurationError(f"{path} exists: give another name or remove it")
     write_bytes(path, template(preset).encode())
     public = "" if PRESETS[preset]["distill"]["text"] else ", distill.text"
-    typer.echo(f"{path} is written: set model.name, data.train{public} and data.test, then `fedsp plan {path}` and `fedsp run {path}`")
+    typer.echo(
+        f"{path} is written: set model.name, data.train{public} and data.test, then `fedsp plan"
+        f" {path}` and `fedsp run {path}`"
+    )
 
 
 @app.command()
@@ -110,21 +130,43 @@ def distill(
 def run(
     config: Annotated[Optional[Path], typer.Argument(help="The run's TOML file.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[Optional[Path], typer.Option(help="Go on with the unfinished run in this folder.")] = None,
-    engine: Annotated[str, typer.Option(help="local: in this process; flower: a Flower simulation, clients in processes of their own. Same bits.")] = "local",
+    resume: Annotated[
+        Optional[Path], typer.Option(help="Go on with the unfinished run in this folder.")
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "local: in this process; flower: a Flower simulation, clients in processes of their"
+                " own. Same bits."
+            )
+        ),
+    ] = "local",
     json_file: Json = None,
 ) -> None:
     """Run the federation with simulated clients."""
     if engine not in ("local", "flower"):
-        raise ConfigurationError(f"unknown engine {engine!r}: local or flower; `fedsp serve` is for clients on machines of their own")
+        raise ConfigurationError(
+            f"unknown engine {engine!r}: local or flower; `fedsp serve` is for clients on machines"
+            " of their own"
+        )
     _run(config, overrides, resume, engine, json_file)
 
 
-def _run(config: Path | None, overrides: list[str] | None, resume: Path | None, engine: str, json_file: Path | None) -> None:
+def _run(
+    config: Path | None,
+    overrides: list[str] | None,
+    resume: Path | None,
+    engine: str,
+    json_file: Path | None,
+) -> None:
     if config is None and resume is None:
         raise ConfigurationError("nothing to run: give a TOML file, or --resume and a run's folder")
     if overrides and config is None:
-        raise ConfigurationError(f"{overrides[0]!r} needs a TOML file to change; a resumed run keeps its own configuration")
+        raise ConfigurationError(
+            f"{overrides[0]!r} needs a TOML file to change; a resumed run keeps its own"
+            " configuration"
+        )
     read = _read(config, overrides) if config else None
     from fedsp import api as commands
     from fedsp.report.console import Display, figures_table
@@ -141,18 +183,28 @@ def _run(config: Path | None, overrides: list[str] | None, resume: Path | None, 
 
 @app.command()
 def serve(
-    config: Annotated[Optional[Path], typer.Argument(help="The run's TOML file, with a [federation] section.")] = None,
+    config: Annotated[
+        Optional[Path], typer.Argument(help="The run's TOML file, with a [federation] section.")
+    ] = None,
     overrides: Overrides = None,
-    resume: Annotated[Optional[Path], typer.Option(help="Go on with the unfinished run in this folder.")] = None,
+    resume: Annotated[
+        Optional[Path], typer.Option(help="Go on with the unfinished run in this folder.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
-    """Run the federation with clients on machines of their own, over TLS. Exit code 0: the run is finished; 2: it is not, and can be resumed."""
+    """Run the federation with clients on machines of their own, over TLS. Exit code 0: the run is
+    finished; 2: it is not, and can be resumed."""
     _run(config, overrides, resume, "deployment", json_file)
 
 
 @app.command()
-def join(party: Annotated[Path, typer.Argument(help="This client's TOML file; `fedsp federation init` writes one.")] = Path("party.toml")) -> None:
-    """Take part in a federation with the text on this machine, until the server says that the run is finished."""
+def join(
+    party: Annotated[
+        Path, typer.Argument(help="This client's TOML file; `fedsp federation init` writes one.")
+    ] = Path("party.toml"),
+) -> None:
+    """Take part in a federation with the text on this machine, until the server says that the run
+    is finished."""
     from fedsp.config_file import read_party
 
     read_party(party)  # what is wrong with it is said before anything heavy is imported
@@ -166,23 +218,42 @@ def join(party: Annotated[Path, typer.Argument(help="This client's TOML file; `f
 
 @app.command()
 def inspect(
-    package: Annotated[Path, typer.Argument(help="The folder that the owner of the model has handed over.")],
+    package: Annotated[
+        Path, typer.Argument(help="The folder that the owner of the model has handed over.")
+    ],
     text: Annotated[
         Optional[Path],
-        typer.Option(help="A text file in the model's language, yours or anybody's: nothing leaves this machine. Otherwise a short English one."),
+        typer.Option(
+            help=(
+                "A text file in the model's language, yours or anybody's: nothing leaves this"
+                " machine. Otherwise a short English one."
+            )
+        ),
     ] = None,
     reference: Annotated[
-        Optional[str], typer.Option(help="A model that you trust, hub name or folder: the package's matrices are held against those of its layers.")
+        Optional[str],
+        typer.Option(
+            help=(
+                "A model that you trust, hub name or folder: the package's matrices are held"
+                " against those of its layers."
+            )
+        ),
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Look at a package before joining: is it a language model, or was it made by hand to tell words of your text? Exit code 2 where something is unusual."""
+    """Look at a package before joining: is it a language model, or was it made by hand to tell
+    words of your text? Exit code 2 where something is unusual."""
     from fedsp import api as commands
     from fedsp.report.console import Display, figures_table, rows_table
 
     with Display() as display:
         found = commands.inspect(package, text=text, reference=reference)
-        display.print(figures_table("Package", {key: found[key] for key in ("sha256", "differential_privacy")} | found["figures"]))
+        display.print(
+            figures_table(
+                "Package",
+                {key: found[key] for key in ("sha256", "differential_privacy")} | found["figures"],
+            )
+        )
         display.print(rows_table("Weight matrices, the unlikeliest first", found["tensors"][:5]))
         display.print(rows_table("Attention", found["attention"]))
         for sentence in found["unusual"]:
@@ -190,9 +261,13 @@ def inspect(
     _write(json_file, found)
     if found["unusual"]:
         raise AuxiliaryError(
-            f"{package} is unusual in {len(found['unusual'])} ways: ask the owner of the model why before you join, or set policy.require_differential_privacy"
+            f"{package} is unusual in {len(found['unusual'])} ways: ask the owner of the model why"
+            " before you join, or set policy.require_differential_privacy"
         )
-    typer.echo("Nothing unusual was found, which proves nothing: a trap can be hidden in a model that reads well (docs/security.md).")
+    typer.echo(
+        "Nothing unusual was found, which proves nothing: a trap can be hidden in a model that"
+        " reads well (docs/security.md)."
+    )
 
 
 federation = typer.Typer(name="federation", help="Prepare a deployment.", no_args_is_help=True)
@@ -201,16 +276,22 @@ app.add_typer(federation)
 
 @federation.command("init")
 def federation_init(
-    folder: Annotated[Path, typer.Argument(help="The new folder; it will hold one folder per party.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The new folder; it will hold one folder per party.")
+    ],
     clients: Annotated[str, typer.Option(help="The clients' names, separated by commas.")],
-    address: Annotated[str, typer.Option(help="host:port at which clients reach the server.")] = "localhost:8000",
+    address: Annotated[
+        str, typer.Option(help="host:port at which clients reach the server.")
+    ] = "localhost:8000",
 ) -> None:
-    """Write keys, certificates, the register of clients and a commented configuration for each party."""
+    """Write keys, certificates, the register of clients and a commented configuration for each
+    party."""
     from fedsp import api as commands
 
     commands.init_federation(folder, [name.strip() for name in clients.split(",")], address)
     typer.echo(
-        f"{folder}/server is the server's, {folder}/NAME goes to the client of that name by a way that nobody else can read; keep {folder}/ca.key offline"
+        f"{folder}/server is the server's, {folder}/NAME goes to the client of that name by a way"
+        f" that nobody else can read; keep {folder}/ca.key offline"
     )
 
 
@@ -220,24 +301,53 @@ def audit(
     only: Annotated[
         Optional[str],
         typer.Option(
-            help="Some of them, with commas: disclosure, model, membership, inversion, trap, epsilon; traffic, depths. Otherwise the first five, and epsilon where one is promised."
+            help=(
+                "Some of them, with commas: disclosure, model, membership, inversion, trap,"
+                " epsilon; traffic, depths. Otherwise the first five, and epsilon where one is"
+                " promised."
+            )
         ),
     ] = None,
-    shadows: Annotated[int, typer.Option(help="Shadow runs of the membership audit; each costs about as much as the run's rounds did.")] = 16,
+    shadows: Annotated[
+        int,
+        typer.Option(
+            help=(
+                "Shadow runs of the membership audit; each costs about as much as the run's rounds"
+                " did."
+            )
+        ),
+    ] = 16,
     records: Annotated[
-        Optional[int], typer.Option(min=20, help="The clients' examples that the membership audit looks at, at most; all of them if not given.")
+        Optional[int],
+        typer.Option(
+            min=20,
+            help=(
+                "The clients' examples that the membership audit looks at, at most; all of them if"
+                " not given."
+            ),
+        ),
     ] = None,
     texts: Annotated[
-        int, typer.Option(min=0, help="Single texts that the inversion audit tries to read back, most of its time; 0: only the updates of the run.")
+        int,
+        typer.Option(
+            min=0,
+            help=(
+                "Single texts that the inversion audit tries to read back, most of its time; 0:"
+                " only the updates of the run."
+            ),
+        ),
     ] = 20,
     json_file: Json = None,
 ) -> None:
-    """Measure what finished runs gave away: of the model to clients, of the text to the server and to others. `fedsp report` shows what was measured."""
+    """Measure what finished runs gave away: of the model to clients, of the text to the server and
+    to others. `fedsp report` shows what was measured."""
     from fedsp.audit.registry import Options, audit_runs
     from fedsp.report.console import Display
 
     with Display() as display:
-        found, refused = audit_runs(folders, only, Options(shadows, records, texts), display.callbacks(), display.finding)
+        found, refused = audit_runs(
+            folders, only, Options(shadows, records, texts), display.callbacks(), display.finding
+        )
     _write(json_file, found)
     if refused:
         raise RunError(refused)
@@ -247,7 +357,9 @@ def audit(
 def evaluate(
     folder: RunFolder,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
-    prompt: Annotated[Optional[Path], typer.Option(help="A prompt file to use instead of the run's best.")] = None,
+    prompt: Annotated[
+        Optional[Path], typer.Option(help="A prompt file to use instead of the run's best.")
+    ] = None,
     zero_shot: Annotated[bool, typer.Option(help="Also without any prompt.")] = True,
     json_file: Json = None,
 ) -> None:
@@ -275,23 +387,47 @@ def generate(
 
 
 @app.command()
-def export(folder: RunFolder, output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")], json_file: Json = None) -> None:
+def export(
+    folder: RunFolder,
+    output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")],
+    json_file: Json = None,
+) -> None:
     """Write the tuned prompt as a PEFT prefix-tuning adapter."""
     from fedsp import api as commands
 
     figures = commands.export(folder, output)
-    typer.echo(f"{output} is a PEFT adapter of {figures['virtual_tokens']} virtual tokens: PeftModel.from_pretrained(model, {str(output)!r})")
+    typer.echo(
+        f"{output} is a PEFT adapter of {figures['virtual_tokens']} virtual tokens:"
+        f" PeftModel.from_pretrained(model, {str(output)!r})"
+    )
     _write(json_file, figures)
 
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="The study's TOML file: models, tasks, partitions, methods, grids.")],
-    root: Annotated[Optional[Path], typer.Option(help="Folder that the file names in the study are taken from; otherwise that of the study file.")] = None,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch; 1 is best where several processes share the study.")] = None,
+    file: Annotated[
+        Path,
+        typer.Argument(help="The study's TOML file: models, tasks, partitions, methods, grids."),
+    ],
+    root: Annotated[
+        Optional[Path],
+        typer.Option(
+            help=(
+                "Folder that the file names in the study are taken from; otherwise that of the"
+                " study file."
+            )
+        ),
+    ] = None,
+    threads: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="Threads of torch; 1 is best where several processes share the study."
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
-    """Run a grid of methods x tasks x models x partitions x seeds. Start it again to go on, or twice to share it between processes."""
+    """Run a grid of methods x tasks x models x partitions x seeds. Start it again to go on, or
+    twice to share it between processes."""
     from fedsp.experiments.study import run_study
     from fedsp.report.console import Display, figures_table
 
@@ -301,22 +437,28 @@ def study(
     _write(json_file, figures)
     if figures["failed"]:
         raise RunError(
-            f"{figures['failed']} of {figures['cells']} cells failed; each says why in its folder's failure.json, which you may remove to try it again"
+            f"{figures['failed']} of {figures['cells']} cells failed; each says why in its folder's"
+            " failure.json, which you may remove to try it again"
         )
 
 
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of studies, or of runs.")],
-    output: Annotated[Path, typer.Option(help="Folder for report.html and the tables as Markdown, CSV and LaTeX.")] = Path("report"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for report.html and the tables as Markdown, CSV and LaTeX.")
+    ] = Path("report"),
     json_file: Json = None,
 ) -> None:
-    """One page about finished runs: tables with spreads and paired comparisons, learning curves, costs; every number leads to its run."""
+    """One page about finished runs: tables with spreads and paired comparisons, learning curves,
+    costs; every number leads to its run."""
     from importlib.util import find_spec
 
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise ConfigurationError(f"{missing[0]} is not installed: reports need `pip install 'fedsp[study]'`")
+        raise ConfigurationError(
+            f"{missing[0]} is not installed: reports need `pip install 'fedsp[study]'`"
+        )
     from fedsp.report.console import Display, figures_table
     from fedsp.report.page import write_report
 
@@ -327,7 +469,10 @@ def report(
 
 
 @app.command("list")
-def list_runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), json_file: Json = None) -> None:
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"),
+    json_file: Json = None,
+) -> None:
     """The runs below a folder."""
     from fedsp.experiments import run_directory
     from fedsp.report.console import Display, rows_table
@@ -341,7 +486,8 @@ def list_runs(folder: Annotated[Path, typer.Argument(help="Where to look.")] = P
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of other libraries out of our output; their errors still come through."""
+    """Keep progress bars and advice of other libraries out of our output; their errors still come
+    through."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -358,7 +504,11 @@ def main() -> None:
     try:
         " ".join(sys.argv).encode()
     except UnicodeEncodeError:
-        typer.echo("fedsp: a word of the command is not UTF-8 text: set the terminal to UTF-8, and rename files whose names are not", err=True)
+        typer.echo(
+            "fedsp: a word of the command is not UTF-8 text: set the terminal to UTF-8, and rename"
+            " files whose names are not",
+            err=True,
+        )
         sys.exit(2)
     try:
         app()
@@ -368,10 +518,18 @@ def main() -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        typer.echo(f"fedsp: {str(error.filename)[:200]} cannot be used ({error.strerror}): name another file or folder", err=True)
+        typer.echo(
+            f"fedsp: {str(error.filename)[:200]} cannot be used ({error.strerror}): name another"
+            " file or folder",
+            err=True,
+        )
         sys.exit(2)
     except UnicodeEncodeError as error:
-        typer.echo(f"fedsp: the terminal cannot show a text, since it takes {error.encoding} only: set it to UTF-8 (PYTHONIOENCODING=utf-8)", err=True)
+        typer.echo(
+            f"fedsp: the terminal cannot show a text, since it takes {error.encoding} only: set it"
+            " to UTF-8 (PYTHONIOENCODING=utf-8)",
+            err=True,
+        )
         sys.exit(2)
 
 
@@ -387,7 +545,8 @@ def _write(path: Path | None, figures: dict[str, Any]) -> None:
     if path is not None:
         try:
             data = (json.dumps(figures, indent=2, default=str) + "\n").encode()
-            if path.exists() and not path.is_file():  # a terminal, a pipe: nothing to put in its place
+            # a terminal, a pipe: nothing to put in its place
+            if path.exists() and not path.is_file():
                 path.write_bytes(data)
             else:
                 write_bytes(path.resolve(), data)

@@ -61,15 +61,25 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The global model. It stays on the server."""
 
-    name: str = Field(description="Hugging Face hub name or folder of a causal language model; 'embedded' is a small one that comes with fedsp")
+    name: str = Field(
+        description=(
+            "Hugging Face hub name or folder of a causal language model; 'embedded' is a small one"
+            " that comes with fedsp"
+        )
+    )
     device: str = Field(
         "auto",
-        description="auto, cpu, cuda, cuda:1, mps; split: layers are spread over all GPUs, then memory, then disk, for a model that fits on no GPU",
+        description=(
+            "auto, cpu, cuda, cuda:1, mps; split: layers are spread over all GPUs, then memory,"
+            " then disk, for a model that fits on no GPU"
+        ),
     )
     precision: Literal["auto", "float32", "bfloat16", "8bit", "4bit"] = Field(
         "auto",
-        description="data type of the frozen weights; auto: bfloat16 on CUDA, float32 elsewhere; "
-        "8bit and 4bit need auxiliary.folder. Soft prompts are always float32",
+        description=(
+            "data type of the frozen weights; auto: bfloat16 on CUDA, float32 elsewhere; "
+            "8bit and 4bit need auxiliary.folder. Soft prompts are always float32"
+        ),
     )
     recompute: bool = Field(
         False,
@@ -77,8 +87,10 @@ class ModelSection(Section):
     )
     positions: Literal["hugging_face", "from_zero"] = Field(
         "hugging_face",
-        description="position of the first text token behind a prompt of P tokens; hugging_face: "
-        "P, as in PEFT and generate; from_zero: 0, as in the authors' code",
+        description=(
+            "position of the first text token behind a prompt of P tokens; hugging_face: "
+            "P, as in PEFT and generate; from_zero: 0, as in the authors' code"
+        ),
     )
 
 
@@ -87,29 +99,41 @@ class DataSection(Section):
 
     task: str = Field(
         "multiple_choice",
-        description="arc_easy, arc_challenge, openbookqa, hellaswag, piqa, sciq, race, webqs; for "
-        "your own files multiple_choice (formatted as 'Question: ... Answer:'), continuation "
-        "(questions as they are) or completion (prompt and completion)",
+        description=(
+            "arc_easy, arc_challenge, openbookqa, hellaswag, piqa, sciq, race, webqs; for "
+            "your own files multiple_choice (formatted as 'Question: ... Answer:'), continuation "
+            "(questions as they are) or completion (prompt and completion)"
+        ),
     )
     train: str | None = Field(
         None,
-        description="training examples, a JSONL or CSV file (may be .gz); none: the task's data set on the Hugging Face hub",
+        description=(
+            "training examples, a JSONL or CSV file (may be .gz); none: the task's data set on the"
+            " Hugging Face hub"
+        ),
     )
     validation: str | None = Field(
         None,
         description="file of validation examples at the server; none: holdout of train is used",
     )
-    test: str | None = Field(None, description="file of test examples, for the end of a run and `fedsp evaluate`")
+    test: str | None = Field(
+        None, description="file of test examples, for the end of a run and `fedsp evaluate`"
+    )
     test_examples: int | None = Field(
         None,
         ge=1,
         description="most test examples to use, the same random subset for every seed; none: all",
     )
-    holdout: Share = Field(0.1, description="fraction of train held out for validation if there is no validation file")
+    holdout: Share = Field(
+        0.1, description="fraction of train held out for validation if there is no validation file"
+    )
     max_tokens: int | None = Field(
         None,
         ge=8,
-        description="longest example in tokens; longer ones are truncated at the start of their context; none: the model's limit",
+        description=(
+            "longest example in tokens; longer ones are truncated at the start of their context;"
+            " none: the model's limit"
+        ),
     )
 
 
@@ -118,26 +142,44 @@ class PartitionSection(Section):
 
     clients: Count = Field(
         10,
-        description="number of clients; 0: all examples are at the server. With kind = natural the column decides",
+        description=(
+            "number of clients; 0: all examples are at the server. With kind = natural the column"
+            " decides"
+        ),
     )
     kind: Literal["even", "linear", "exponential", "dirichlet", "natural", "pathological"] = Field(
         "even",
-        description="even: equal sizes; linear, exponential: unequal sizes; dirichlet: skewed by a "
-        "column; natural: one client per value of a column; pathological: few values per client",
+        description=(
+            "even: equal sizes; linear, exponential: unequal sizes; dirichlet: skewed by a "
+            "column; natural: one client per value of a column; pathological: few values per client"
+        ),
     )
     column: str | None = Field(
         None,
-        description="column of the data that dirichlet, natural and pathological use; figures per client are weighted by it too",
+        description=(
+            "column of the data that dirichlet, natural and pathological use; figures per client"
+            " are weighted by it too"
+        ),
     )
     topics: Count = Field(
         0,
-        description="number of topics found by clustering the questions, used instead of a column (needs scikit-learn); 0: none",
+        description=(
+            "number of topics found by clustering the questions, used instead of a column (needs"
+            " scikit-learn); 0: none"
+        ),
     )
-    alpha: Rate = Field(0.5, description="concentration of the Dirichlet distribution; smaller is more skewed")
-    values_per_client: Positive = Field(2, description="values of the column that each client has, for kind = pathological")
+    alpha: Rate = Field(
+        0.5, description="concentration of the Dirichlet distribution; smaller is more skewed"
+    )
+    values_per_client: Positive = Field(
+        2, description="values of the column that each client has, for kind = pathological"
+    )
     server_share: Share | None = Field(
         None,
-        description="fraction of train that belongs to the server; none: 1 / (clients + 1) if the server trains on it, else 0",
+        description=(
+            "fraction of train that belongs to the server; none: 1 / (clients + 1) if the server"
+            " trains on it, else 0"
+        ),
     )
 
 
@@ -145,55 +187,86 @@ class AuxiliarySection(Section):
     """The auxiliary model: the small model that clients get, once."""
 
     plan: str | list[int] = Field(
-        description="the global layer at each depth of the auxiliary model: shared(0), copies(0), "
-        "every(k), first(n), cells(0-1), ends(n, m), emulator(n, m), or a list such as "
-        "[0, 0, 5, 5]"
+        description=(
+            "the global layer at each depth of the auxiliary model: shared(0), copies(0), "
+            "every(k), first(n), cells(0-1), ends(n, m), emulator(n, m), or a list such as "
+            "[0, 0, 5, 5]"
+        )
     )
     prompt_layers: list[int] | None = Field(
         None,
-        description="the prompt layer that each depth reads; none: as the plan says (`fedsp plan` prints it)",
+        description=(
+            "the prompt layer that each depth reads; none: as the plan says (`fedsp plan`"
+            " prints it)"
+        ),
     )
     embeddings: Literal["verbatim", "low_rank", "fresh"] = Field(
         "verbatim",
-        description="token embeddings: verbatim: the global model's; low_rank: their best "
-        "approximation of rank embedding_rank; fresh: random. The last two are distilled",
+        description=(
+            "token embeddings: verbatim: the global model's; low_rank: their best "
+            "approximation of rank embedding_rank; fresh: random. The last two are distilled"
+        ),
     )
     embedding_rank: Width = Field(32, description="rank for embeddings = low_rank")
     precision: ClientPrecision = Field(
         "float32",
-        description="data type of the frozen auxiliary model at simulated clients: float32, "
-        "bfloat16, 8bit, 4bit; others than float32 only if client.auxiliary_steps is 0",
+        description=(
+            "data type of the frozen auxiliary model at simulated clients: float32, "
+            "bfloat16, 8bit, 4bit; others than float32 only if client.auxiliary_steps is 0"
+        ),
     )
     folder: str | None = Field(
         None,
-        description="folder of an auxiliary model that `fedsp distill` wrote; none: it is made at the start of the run",
+        description=(
+            "folder of an auxiliary model that `fedsp distill` wrote; none: it is made at the start"
+            " of the run"
+        ),
     )
 
 
 class DistillSection(Section):
     """Knowledge distillation from the global to the auxiliary model, before the first round."""
 
-    steps: Count = Field(description="optimizer steps; 0: the layers are handed out as they are in the global model")
-    text: list[str] = Field(description="text files (may be .gz), passages separated by blank lines; ['server']: the server's own examples")
+    steps: Count = Field(
+        description="optimizer steps; 0: the layers are handed out as they are in the global model"
+    )
+    text: list[str] = Field(
+        description=(
+            "text files (may be .gz), passages separated by blank lines; ['server']: the server's"
+            " own examples"
+        )
+    )
     learning_rate: LearningRate = Field(description="learning rate of AdamW")
     weight_decay: Decay = Field(0.01, description="weight decay of AdamW")
     batch_size: Batch = Field(8, description="sequences per step")
     sequence_length: int = Field(128, ge=2, description="tokens per sequence")
     sequences: Positive = Field(
         512,
-        description="most sequences to use; the global model's hidden states of each are computed once and cached, in memory up to 1 GiB, else on disk",
+        description=(
+            "most sequences to use; the global model's hidden states of each are computed once and"
+            " cached, in memory up to 1 GiB, else on disk"
+        ),
     )
     match_depths: Decay = Field(
         0.0,
-        description="weight of an additional loss: mean squared error of hidden states at every depth; the paper has 0",
+        description=(
+            "weight of an additional loss: mean squared error of hidden states at every depth; the"
+            " paper has 0"
+        ),
     )
     match_logits: Decay = Field(
         0.0,
-        description="weight of an additional loss: KL divergence of next-token distributions, nats; the paper has 0",
+        description=(
+            "weight of an additional loss: KL divergence of next-token distributions, nats; the"
+            " paper has 0"
+        ),
     )
     again_every: Count = Field(
         0,
-        description="repeat the distillation every so many rounds with the current prompt in front of both models, and hand the result out again; 0: never",
+        description=(
+            "repeat the distillation every so many rounds with the current prompt in front of both"
+            " models, and hand the result out again; 0: never"
+        ),
     )
 
 
@@ -201,19 +274,32 @@ class PromptSection(Section):
     """The soft prompt: virtual tokens at every layer."""
 
     space: Literal["key_value", "residual"] = Field(
-        description="what travels for each layer; key_value: attention keys and values; residual: "
-        "inputs of the block, half the bytes in models without grouped-query attention"
+        description=(
+            "what travels for each layer; key_value: attention keys and values; residual: "
+            "inputs of the block, half the bytes in models without grouped-query attention"
+        )
     )
     length: Annotated[int, Field(ge=1, le=8192)] = Field(description="number of virtual tokens")
-    init: str = Field(description="text: activations of real text; normal: random; or a prompt file or PEFT prefix-tuning folder")
+    init: str = Field(
+        description=(
+            "text: activations of real text; normal: random; or a prompt file or PEFT prefix-tuning"
+            " folder"
+        )
+    )
     init_text: str | None = Field(
         None,
-        description="file whose first tokens give the activations for init = text; none: the distillation text",
+        description=(
+            "file whose first tokens give the activations for init = text; none: the distillation"
+            " text"
+        ),
     )
     init_scale: Rate = Field(0.02, description="standard deviation for init = normal")
     projection: Annotated[int, Field(ge=0, le=1 << 16)] = Field(
         0,
-        description="hidden size of an MLP that reparameterizes the prompt during training, as in prefix-tuning (the authors use 512); 0: none",
+        description=(
+            "hidden size of an MLP that reparameterizes the prompt during training, as in"
+            " prefix-tuning (the authors use 512); 0: none"
+        ),
     )
 
 
@@ -221,18 +307,28 @@ class RoundSection(Section):
     """The rounds of the federation, and how updates are averaged."""
 
     rounds: Positive = Field(description="number of rounds")
-    clients: Count | None = Field(None, description="clients sampled in each round; none: all; 0: the server trains alone")
+    clients: Count | None = Field(
+        None, description="clients sampled in each round; none: all; 0: the server trains alone"
+    )
     min_clients: Count = Field(
         1,
-        description="accepted updates that a round needs; with fewer the run stops and can be resumed",
+        description=(
+            "accepted updates that a round needs; with fewer the run stops and can be resumed"
+        ),
     )
     weighting: Literal["examples", "uniform"] = Field(
         "examples",
-        description="weights of the mean; examples: number of examples in the server's register; uniform: equal",
+        description=(
+            "weights of the mean; examples: number of examples in the server's register; uniform:"
+            " equal"
+        ),
     )
     max_change: Rate = Field(
         1.0,
-        description="largest accepted difference of an update from the broadcast prompt, root mean square over its numbers",
+        description=(
+            "largest accepted difference of an update from the broadcast prompt, root mean square"
+            " over its numbers"
+        ),
     )
     optimizer: Literal["none", "momentum"] = Field(
         "none",
@@ -249,26 +345,45 @@ class RoundSection(Section):
 class ClientSection(Section):
     """Local training at each sampled client."""
 
-    auxiliary_steps: Count = Field(description="stage 1 of a round: steps on the client's auxiliary model with the prompt frozen; 0: no alternating training")
-    prompt_steps: Count = Field(description="stage 2 of a round: steps on the prompt with the auxiliary model frozen")
+    auxiliary_steps: Count = Field(
+        description=(
+            "stage 1 of a round: steps on the client's auxiliary model with the prompt frozen; 0:"
+            " no alternating training"
+        )
+    )
+    prompt_steps: Count = Field(
+        description="stage 2 of a round: steps on the prompt with the auxiliary model frozen"
+    )
     learning_rate: LearningRate = Field(description="learning rate of AdamW on the prompt")
-    auxiliary_learning_rate: LearningRate = Field(5e-4, description="learning rate of AdamW on the auxiliary model")
+    auxiliary_learning_rate: LearningRate = Field(
+        5e-4, description="learning rate of AdamW on the auxiliary model"
+    )
     weight_decay: Decay = Field(description="weight decay of AdamW")
     batch_size: Batch = Field(16, description="examples per step")
     warmup: Share = Field(
         0.1,
-        description="fraction of all steps of a run in which the learning rate rises linearly; then it falls linearly to 0. Applies to the server's steps too",
+        description=(
+            "fraction of all steps of a run in which the learning rate rises linearly; then it"
+            " falls linearly to 0. Applies to the server's steps too"
+        ),
     )
-    proximal: Decay = Field(0.0, description="mu of FedProx, for the steps on the prompt; 0: no proximal term")
+    proximal: Decay = Field(
+        0.0, description="mu of FedProx, for the steps on the prompt; 0: no proximal term"
+    )
     keep_optimizer: bool = Field(
-        description="whether each client, and the server, keeps AdamW's moments from round to round; false: they start from zero in every round"
+        description=(
+            "whether each client, and the server, keeps AdamW's moments from round to round; false:"
+            " they start from zero in every round"
+        )
     )
 
 
 class ServerSection(Section):
     """The server step: training on the server's own labelled examples after aggregation."""
 
-    steps: Count = Field(description="steps on the prompt through the global model in each round; 0: none")
+    steps: Count = Field(
+        description="steps on the prompt through the global model in each round; 0: none"
+    )
     learning_rate: LearningRate = Field(description="learning rate of AdamW on the prompt")
     weight_decay: Decay = Field(description="weight decay of AdamW")
     batch_size: Batch = Field(16, description="examples per step")
@@ -288,31 +403,42 @@ class AggregationSection(Section):
         "trust",
     ] = Field(
         "mean",
-        description="mean, or a robust rule: median, trimmed_mean, krum, multi_krum, "
-        "geometric_median, centred_clipping; trust: FLTrust, weights by agreement with the "
-        "server's own step",
+        description=(
+            "mean, or a robust rule: median, trimmed_mean, krum, multi_krum, "
+            "geometric_median, centred_clipping; trust: FLTrust, weights by agreement with the "
+            "server's own step"
+        ),
     )
     malicious: Share = Field(
         0.2,
-        description="fraction of the sampled clients that may be malicious, rounded down: what a "
-        "robust rule must withstand. A run with too few clients for that is refused",
+        description=(
+            "fraction of the sampled clients that may be malicious, rounded down: what a "
+            "robust rule must withstand. A run with too few clients for that is refused"
+        ),
     )
     mixing: bool = Field(False, description="nearest-neighbour mixing before the rule")
     norm_bound: Decay = Field(
         0.0,
-        description="updates are clipped to this many times the median norm of all updates; 0: no clipping",
+        description=(
+            "updates are clipped to this many times the median norm of all updates; 0: no clipping"
+        ),
     )
     max_loss_rise: Decay | None = Field(
         None,
-        description="acceptance check: an aggregate is discarded if its validation loss at the "
-        "server is above the lowest so far by more than this fraction; none: no check",
+        description=(
+            "acceptance check: an aggregate is discarded if its validation loss at the "
+            "server is above the lowest so far by more than this fraction; none: no check"
+        ),
     )
 
     @field_validator("malicious")
     @classmethod
     def _zero_or_usable(cls, share: float) -> float:
         if 0 < share < 0.001:
-            raise ValueError("less than a thousandth rounds down to no client: set it to 0, or to the fraction that may be malicious")
+            raise ValueError(
+                "less than a thousandth rounds down to no client: set it to 0, or to the fraction"
+                " that may be malicious"
+            )
         return share
 
     @property
@@ -326,9 +452,11 @@ class AttackSection(Section):
 
     kind: AttackName = Field(
         "none",
-        description="none; on updates: sign_flip, gaussian, little_is_enough, inner_product, "
-        "mimic, scaling, free_rider; on the protocol: stale, duplicate, not_finite, huge, "
-        "out_of_shape; on data: label_flip, backdoor",
+        description=(
+            "none; on updates: sign_flip, gaussian, little_is_enough, inner_product, "
+            "mimic, scaling, free_rider; on the protocol: stale, duplicate, not_finite, huge, "
+            "out_of_shape; on data: label_flip, backdoor"
+        ),
     )
     share: Share = Field(0.2, description="fraction of clients that are malicious, rounded down")
     strength: Rate | None = Field(
@@ -342,11 +470,15 @@ class PrivacySection(Section):
 
     unit: Literal["none", "example", "client"] = Field(
         "none",
-        description="what is protected; example: each client clips and noises the gradients of its "
-        "own steps (DP-SGD), so nobody needs to be trusted; client: the server, which is trusted, "
-        "clips updates and noises their sum (DP-FedAvg)",
+        description=(
+            "what is protected; example: each client clips and noises the gradients of its own"
+            " steps (DP-SGD), so nobody needs to be trusted; client: the server, which is trusted,"
+            " clips updates and noises their sum (DP-FedAvg)"
+        ),
     )
-    epsilon: Rate | None = Field(None, description="privacy budget of the whole run; the noise is calibrated to it")
+    epsilon: Rate | None = Field(
+        None, description="privacy budget of the whole run; the noise is calibrated to it"
+    )
     noise_multiplier: Noise | None = Field(
         None,
         description="instead of epsilon: standard deviation of the noise as a multiple of clip",
@@ -355,12 +487,17 @@ class PrivacySection(Section):
         1e-5,
         gt=0,
         lt=1,
-        description="probability that the guarantee of epsilon fails; choose it well below one over the number of examples (or clients)",
+        description=(
+            "probability that the guarantee of epsilon fails; choose it well below one over the"
+            " number of examples (or clients)"
+        ),
     )
     clip: Rate = Field(
         1.0,
-        description="clipping bound: largest Euclidean norm of one example's gradient, or of one "
-        "client's update. Choose it on public text, never on private text",
+        description=(
+            "clipping bound: largest Euclidean norm of one example's gradient, or of one "
+            "client's update. Choose it on public text, never on private text"
+        ),
     )
 
 
@@ -369,11 +506,17 @@ class CompressionSection(Section):
 
     up: CodecName = Field(
         "float32",
-        description="codec of clients' updates; float32: uncompressed; float16, int8, int4, sign: the quantized change, with error feedback",
+        description=(
+            "codec of clients' updates; float32: uncompressed; float16, int8, int4, sign: the"
+            " quantized change, with error feedback"
+        ),
     )
     down: CodecName = Field(
         "float32",
-        description="codec of the server's broadcasts to clients that answered in the round before; the others get the whole prompt",
+        description=(
+            "codec of the server's broadcasts to clients that answered in the round before; the"
+            " others get the whole prompt"
+        ),
     )
 
 
@@ -384,7 +527,10 @@ class LoraSection(Section):
     alpha: Rate = Field(16.0, description="adapters are scaled by alpha / rank")
     targets: list[str] = Field(
         [],
-        description="names of the linear modules that get adapters, such as c_attn; none: PEFT's default for the model's family",
+        description=(
+            "names of the linear modules that get adapters, such as c_attn; none: PEFT's default"
+            " for the model's family"
+        ),
     )
 
 
@@ -393,7 +539,9 @@ class TrackingSection(Section):
 
     mlflow: str | None = Field(
         None,
-        description="MLflow tracking URI, such as http://host:5000 or sqlite:///mlflow.db; none: no MLflow",
+        description=(
+            "MLflow tracking URI, such as http://host:5000 or sqlite:///mlflow.db; none: no MLflow"
+        ),
     )
 
 
@@ -402,8 +550,10 @@ class ValidationSection(Section):
 
     by: Literal["server", "clients", "none"] = Field(
         "server",
-        description="server: lowest loss through the global model; clients: lowest loss through "
-        "their auxiliary models on a tenth of their examples; none: the last round",
+        description=(
+            "server: lowest loss through the global model; clients: lowest loss through "
+            "their auxiliary models on a tenth of their examples; none: the last round"
+        ),
     )
     examples: Positive = Field(300, description="most validation examples that the server uses")
     every: Positive = Field(1, description="the server validates every so many rounds")
@@ -412,11 +562,21 @@ class ValidationSection(Section):
 class FederationSection(Section):
     """A deployment. Without this section clients are simulated on the examples in data.train."""
 
-    folder: str = Field(description="folder with certificates, keys and the register of clients, written by `fedsp federation init`")
-    listen: str = Field("0.0.0.0:8000", description="host:port on which the server accepts connections")
+    folder: str = Field(
+        description=(
+            "folder with certificates, keys and the register of clients, written by `fedsp"
+            " federation init`"
+        )
+    )
+    listen: str = Field(
+        "0.0.0.0:8000", description="host:port on which the server accepts connections"
+    )
     runs: Positive = Field(
         1,
-        description="runs that clients answer under one package. It is signed with the package; resuming a run does not count again",
+        description=(
+            "runs that clients answer under one package. It is signed with the package; resuming a"
+            " run does not count again"
+        ),
     )
     connect_seconds: Rate = Field(
         600.0,
@@ -424,11 +584,16 @@ class FederationSection(Section):
     )
     reply_seconds: Rate = Field(
         3600.0,
-        description="timeout: how long a round waits for the reply to a request; later replies are ignored",
+        description=(
+            "timeout: how long a round waits for the reply to a request; later replies are ignored"
+        ),
     )
     retry_seconds: Rate = Field(
         120.0,
-        description="a request without a reply is sent again after this time, which then doubles; a client trains only once for it",
+        description=(
+            "a request without a reply is sent again after this time, which then doubles; a client"
+            " trains only once for it"
+        ),
     )
 
 
@@ -437,15 +602,24 @@ class RunConfig(Section):
 
     preset: Literal["messenger", "paper"] = Field(
         "messenger",
-        description="defaults of all other keys; messenger: what fedsp recommends; paper: the settings of the FedSP paper and its authors' code",
+        description=(
+            "defaults of all other keys; messenger: what fedsp recommends; paper: the settings of"
+            " the FedSP paper and its authors' code"
+        ),
     )
     profile: Literal["plain", "robust", "dp-example", "dp-client"] = Field(
         "plain",
-        description="a set of protections; plain: none; robust: against malicious clients; dp-example, dp-client: differential privacy (docs/security.md)",
+        description=(
+            "a set of protections; plain: none; robust: against malicious clients; dp-example,"
+            " dp-client: differential privacy (docs/security.md)"
+        ),
     )
     method: str = Field(
         "fedsp",
-        description="fedsp, or a baseline: zero_shot, finetune, prefix_tuning, fedprompt, fedprompt_single, lora, offsite_tuning; or one that you registered",
+        description=(
+            "fedsp, or a baseline: zero_shot, finetune, prefix_tuning, fedprompt, fedprompt_single,"
+            " lora, offsite_tuning; or one that you registered"
+        ),
     )
     seed: Count = Field(0, description="seed of all random numbers of the run, except privacy's")
     output: str = Field("runs/latest", description="folder of the run")
@@ -472,33 +646,63 @@ class RunConfig(Section):
         partition, round, client = self.partition, self.round, self.client
         by_column = partition.kind in ("dirichlet", "natural", "pathological")
         if by_column and not (partition.column or partition.topics):
-            raise ValueError(f"partition.column: partition.kind = {partition.kind!r} needs the name of a column, or partition.topics")
+            raise ValueError(
+                f"partition.column: partition.kind = {partition.kind!r} needs the name of a column,"
+                " or partition.topics"
+            )
         if partition.column and partition.topics:
-            raise ValueError("partition.topics: examples are divided by a column or by topics; set one of them")
+            raise ValueError(
+                "partition.topics: examples are divided by a column or by topics; set one of them"
+            )
         counted = partition.clients and partition.kind != "natural" and not self.federation
         if counted and self.privacy.unit != "client":
             asked = round.asked(partition.clients)
             if asked and round.min_clients > asked:
-                raise ValueError(f"round.min_clients: a round needs {round.min_clients} updates but samples {asked} clients; set it to {asked} at most")
+                raise ValueError(
+                    f"round.min_clients: a round needs {round.min_clients} updates but samples"
+                    f" {asked} clients; set it to {asked} at most"
+                )
         if self.attack.kind != "none" and self.federation:
-            raise ValueError("attack.kind: attacks are simulated, and the clients of a [federation] are real; set it to 'none'")
+            raise ValueError(
+                "attack.kind: attacks are simulated, and the clients of a [federation] are real;"
+                " set it to 'none'"
+            )
         if self.aggregation.max_loss_rise is not None and self.validation.by != "server":
-            raise ValueError("aggregation.max_loss_rise: the acceptance check needs validation.by = 'server'")
+            raise ValueError(
+                "aggregation.max_loss_rise: the acceptance check needs validation.by = 'server'"
+            )
         if self.aggregation.robust and round.weighting != "uniform":
-            raise ValueError("round.weighting: robust rules, mixing and norm_bound weight all clients equally; set it to 'uniform'")
+            raise ValueError(
+                "round.weighting: robust rules, mixing and norm_bound weight all clients equally;"
+                " set it to 'uniform'"
+            )
         if self.aggregation.rule == "trust" and not self.server.steps:
-            raise ValueError("aggregation.rule: trust compares updates with the server's own step; set server.steps above 0")
+            raise ValueError(
+                "aggregation.rule: trust compares updates with the server's own step; set"
+                " server.steps above 0"
+            )
         self._private()
         repeats = self.distill.again_every
         if repeats and (self.federation or client.auxiliary_steps or not self.distill.steps):
-            raise ValueError("distill.again_every: it needs simulated clients, client.auxiliary_steps = 0 and distill.steps above 0")
+            raise ValueError(
+                "distill.again_every: it needs simulated clients, client.auxiliary_steps = 0 and"
+                " distill.steps above 0"
+            )
         if self.distill.steps and not self.distill.text and not self.auxiliary.folder:
-            raise ValueError("distill.text: distillation needs text; name public text files, or ['server'] for the server's own examples")
+            raise ValueError(
+                "distill.text: distillation needs text; name public text files, or ['server'] for"
+                " the server's own examples"
+            )
         if self.prompt.init == "text" and not self.prompt.init_text and not self.distill.text:
-            raise ValueError("prompt.init_text: prompt.init = 'text' needs a text; name a file, or set distill.text, or prompt.init = 'normal'")
+            raise ValueError(
+                "prompt.init_text: prompt.init = 'text' needs a text; name a file, or set"
+                " distill.text, or prompt.init = 'normal'"
+            )
         has_clients = (partition.clients or self.federation) and round.clients != 0
         if self.validation.by == "clients" and not has_clients:
-            raise ValueError("validation.by: no client is sampled, so none can validate; use 'server' or 'none'")
+            raise ValueError(
+                "validation.by: no client is sampled, so none can validate; use 'server' or 'none'"
+            )
         changed = client.auxiliary_steps or repeats or self.federation
         if self.auxiliary.precision != "float32" and changed:
             raise ValueError(
@@ -507,7 +711,9 @@ class RunConfig(Section):
                 "client.auxiliary_steps and distill.again_every to 0 without a [federation]"
             )
         if client.keep_optimizer and client.auxiliary_steps == 0 == client.prompt_steps:
-            raise ValueError("client.keep_optimizer: a client that takes no step has no optimizer to keep")
+            raise ValueError(
+                "client.keep_optimizer: a client that takes no step has no optimizer to keep"
+            )
         return self
 
     def _private(self) -> None:
@@ -522,9 +728,15 @@ class RunConfig(Section):
                 "mixing and norm_bound"
             )
         if self.round.weighting != "uniform":
-            raise ValueError("round.weighting: with privacy.unit = 'client' all clients must count the same; set it to 'uniform'")
+            raise ValueError(
+                "round.weighting: with privacy.unit = 'client' all clients must count the same; set"
+                " it to 'uniform'"
+            )
         if self.round.min_clients:
-            raise ValueError("round.min_clients: with privacy.unit = 'client' a round releases its noisy sum however few reply; set it to 0")
+            raise ValueError(
+                "round.min_clients: with privacy.unit = 'client' a round releases its noisy sum"
+                " however few reply; set it to 0"
+            )
 
     @property
     def server_share(self) -> float:
@@ -539,7 +751,9 @@ class RunConfig(Section):
         return 1 / (self.partition.clients + 1) if needed else 0.0
 
 
-def _require_private(privacy: PrivacySection, client: ClientSection, prompt: PromptSection, clients_validate: bool) -> None:
+def _require_private(
+    privacy: PrivacySection, client: ClientSection, prompt: PromptSection, clients_validate: bool
+) -> None:
     """Raise ValueError for what would break differential privacy: in a run's configuration, and in
     the agreement that a client is asked to accept."""
     if privacy.unit == "none":
@@ -553,7 +767,10 @@ def _require_private(privacy: PrivacySection, client: ClientSection, prompt: Pro
     if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
         raise ValueError("privacy.epsilon: set it, or privacy.noise_multiplier, and not both")
     if clients_validate:
-        raise ValueError("validation.by: losses that clients report are not covered by differential privacy; use 'server' or 'none'")
+        raise ValueError(
+            "validation.by: losses that clients report are not covered by differential privacy; use"
+            " 'server' or 'none'"
+        )
     if privacy.unit != "example":
         return
     if client.auxiliary_steps:
@@ -577,12 +794,20 @@ class Agreement(Section):
     compression: CompressionSection = CompressionSection()
     seed: Count = Field(description="seed of the client's held-out examples and of its projection")
     rounds: Positive = Field(description="number of rounds")
-    max_tokens: Positive = Field(description="longest example in tokens; longer ones are truncated at the start")
-    positions: Literal["hugging_face", "from_zero"] = Field(description="position of the first text token behind the prompt")
+    max_tokens: Positive = Field(
+        description="longest example in tokens; longer ones are truncated at the start"
+    )
+    positions: Literal["hugging_face", "from_zero"] = Field(
+        description="position of the first text token behind the prompt"
+    )
     prompt: PromptSection
     client: ClientSection
-    runs: Positive = Field(1, description="runs that a client answers under this package; resuming is not a new run")
-    clients_validate: bool = Field(description="whether clients hold out a tenth of their examples and report their loss on it")
+    runs: Positive = Field(
+        1, description="runs that a client answers under this package; resuming is not a new run"
+    )
+    clients_validate: bool = Field(
+        description="whether clients hold out a tenth of their examples and report their loss on it"
+    )
 
     @model_validator(mode="after")
     def _keeps_privacy(self) -> Agreement:
@@ -597,7 +822,10 @@ class PackageSection(Section):
     folder: str = Field("package", description="folder of the package")
     sha256: str = Field(
         pattern="^[0-9a-f]{64}$",
-        description="SHA-256 digest of the package; the owner of the model tells it to you by another channel than the package",
+        description=(
+            "SHA-256 digest of the package; the owner of the model tells it to you by another"
+            " channel than the package"
+        ),
     )
 
 
@@ -606,7 +834,10 @@ class PartyDataSection(Section):
 
     task: str = Field(
         "multiple_choice",
-        description="the task that the owner of the model names: multiple_choice, continuation, completion, arc_easy, ...",
+        description=(
+            "the task that the owner of the model names: multiple_choice, continuation, completion,"
+            " arc_easy, ..."
+        ),
     )
     train: str = Field(description="your examples, a JSONL or CSV file (may be .gz)")
 
@@ -614,25 +845,41 @@ class PartyDataSection(Section):
 class PolicySection(Section):
     """Your own limits. A request that exceeds them is refused."""
 
-    max_rounds: Positive = Field(1000, description="most rounds that this client answers under one package, over all runs")
+    max_rounds: Positive = Field(
+        1000, description="most rounds that this client answers under one package, over all runs"
+    )
     min_examples: Positive = Field(
         1,
-        description="with fewer examples the client does not take part; few examples are easier to reconstruct from an update",
+        description=(
+            "with fewer examples the client does not take part; few examples are easier to"
+            " reconstruct from an update"
+        ),
     )
     methods: list[str] = Field(["fedsp"], description="methods that are accepted")
-    plans: list[str] = Field([], description='layer plans that are accepted, such as ["ends(2)"]; none: any')
-    require_differential_privacy: bool = Field(False, description="take part only in runs with example-level differential privacy")
+    plans: list[str] = Field(
+        [], description='layer plans that are accepted, such as ["ends(2)"]; none: any'
+    )
+    require_differential_privacy: bool = Field(
+        False, description="take part only in runs with example-level differential privacy"
+    )
     max_epsilon: Rate | None = Field(
         None,
-        description="largest epsilon that all runs together may cost this client's examples, by "
-        "its own ledger; none: what the package promises for one run, times its runs",
+        description=(
+            "largest epsilon that all runs together may cost this client's examples, by "
+            "its own ledger; none: what the package promises for one run, times its runs"
+        ),
     )
-    max_delta: float = Field(1e-5, gt=0, lt=1, description="largest delta at which an epsilon is accepted")
+    max_delta: float = Field(
+        1e-5, gt=0, lt=1, description="largest delta at which an epsilon is accepted"
+    )
 
     @model_validator(mode="after")
     def _needs_a_size(self) -> PolicySection:
         if self.require_differential_privacy and self.max_epsilon is None:
-            raise ValueError("policy.max_epsilon: policy.require_differential_privacy needs it; set the largest epsilon that you accept, such as 8")
+            raise ValueError(
+                "policy.max_epsilon: policy.require_differential_privacy needs it; set the largest"
+                " epsilon that you accept, such as 8"
+            )
         return self
 
 
@@ -641,12 +888,19 @@ class PartyConfig(Section):
 
     name: str = Field(pattern=NAME, description="this client's name in the server's register")
     server: str = Field(description="host:port of the server")
-    keys: str = Field(".", description="folder with ca.crt, server.pub and this client's client.key")
-    state: str = Field("state", description="folder for what this client keeps between rounds; it never leaves")
+    keys: str = Field(
+        ".", description="folder with ca.crt, server.pub and this client's client.key"
+    )
+    state: str = Field(
+        "state", description="folder for what this client keeps between rounds; it never leaves"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: ClientPrecision = Field(
         "float32",
-        description="data type of the frozen auxiliary model: float32, bfloat16, 8bit, 4bit; others than float32 only if the run does not train it",
+        description=(
+            "data type of the frozen auxiliary model: float32, bfloat16, 8bit, 4bit; others than"
+            " float32 only if the run does not train it"
+        ),
     )
     data: PartyDataSection
     package: PackageSection

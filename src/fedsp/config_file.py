@@ -1,7 +1,8 @@
-"""Reading and writing a configuration: one TOML file, checked all at once; that of a run has a preset underneath.
+"""Reading and writing a configuration: one TOML file, checked all at once; that of a run has a
+preset underneath.
 
-A preset fills in what the file leaves out: `paper` is the paper and its authors' settings, `messenger` is our default. Both are the same
-program with other numbers.
+A preset fills in what the file leaves out: `paper` is the paper and its authors' settings,
+`messenger` is our default. Both are the same program with other numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {"steps": 5000, "text": ["server"], "learning_rate": 5e-4},
         "prompt": {"space": "key_value", "length": 40, "init": "normal"},
         "round": {"rounds": 100},
-        "client": {"auxiliary_steps": 10, "prompt_steps": 10, "learning_rate": 5e-4, "weight_decay": 0.01, "keep_optimizer": True},
+        "client": {
+            "auxiliary_steps": 10,
+            "prompt_steps": 10,
+            "learning_rate": 5e-4,
+            "weight_decay": 0.01,
+            "keep_optimizer": True,
+        },
         "server": {"steps": 10, "learning_rate": 5e-4, "weight_decay": 0.01},
     },
     "messenger": {
@@ -33,7 +40,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {"steps": 500, "text": [], "learning_rate": 1e-3},
         "prompt": {"space": "residual", "length": 16, "init": "text"},
         "round": {"rounds": 20},
-        "client": {"auxiliary_steps": 0, "prompt_steps": 5, "learning_rate": 3e-2, "weight_decay": 0.0, "keep_optimizer": False},
+        "client": {
+            "auxiliary_steps": 0,
+            "prompt_steps": 5,
+            "learning_rate": 3e-2,
+            "weight_decay": 0.0,
+            "keep_optimizer": False,
+        },
         "server": {"steps": 0, "learning_rate": 3e-2, "weight_decay": 0.0},
     },
 }
@@ -42,7 +55,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "robust": {
-        "aggregation": {"rule": "trimmed_mean", "malicious": 0.2, "mixing": True, "norm_bound": 2.0, "max_loss_rise": 0.05},
+        "aggregation": {
+            "rule": "trimmed_mean",
+            "malicious": 0.2,
+            "mixing": True,
+            "norm_bound": 2.0,
+            "max_loss_rise": 0.05,
+        },
         "round": {"weighting": "uniform"},
     },
     "dp-example": {
@@ -55,17 +74,26 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
         "round": {"weighting": "uniform", "min_clients": 0},
     },
 }
-"""What a deployment promises against whom, as numbers: `docs/security.md` says what each gives and cannot give."""
+"""What a deployment promises against whom, as numbers: `docs/security.md` says what each gives and
+cannot give."""
 
 
 def make_config(values: Mapping[str, Any], source: str = "the configuration") -> RunConfig:
-    """A checked configuration from nested values, the profile filled in underneath, and the preset below that.
+    """A checked configuration from nested values, the profile filled in underneath, and the preset
+    below that.
 
     Raises:
-        ConfigurationError: every fault at once, one line each, with a suggestion for each unknown key.
+        ConfigurationError: every fault at once, one line each, with a suggestion for each unknown
+            key.
     """
-    preset, profile = PRESETS.get(str(values.get("preset", "messenger")), {}), PROFILES.get(str(values.get("profile", "plain")), {})
-    filled: dict[str, Any] = {**{name: {} for name, field in RunConfig.model_fields.items() if field.is_required()}, **values}
+    preset, profile = (
+        PRESETS.get(str(values.get("preset", "messenger")), {}),
+        PROFILES.get(str(values.get("profile", "plain")), {}),
+    )
+    filled: dict[str, Any] = {
+        **{name: {} for name, field in RunConfig.model_fields.items() if field.is_required()},
+        **values,
+    }
     for section in {**preset, **profile}:
         given = filled.get(section, {})
         if isinstance(given, Mapping):
@@ -90,23 +118,45 @@ def _check_method(config: RunConfig) -> None:
         "privacy.unit": config.privacy.unit == "example",
         "auxiliary.precision": auxiliary.precision != "float32",
     }
-    if not entry.deployable and (key := next((key for key, given in only_deployable.items() if given), None)):
+    if not entry.deployable and (
+        key := next((key for key, given in only_deployable.items() if given), None)
+    ):
         raise ValueError(f"{key}: that is a part of FedSP, and method is {config.method!r}")
-    if not entry.federated and entry.rounds and config.partition.clients and config.round.clients != 0:
-        raise ValueError(f"partition.clients: {config.method} has all text in one place; set it to 0, or use method = 'fedprompt'")
-    makes_package = entry.package and not auxiliary.folder and config.round.clients != 0 and bool(config.partition.clients or config.federation)
+    if (
+        not entry.federated
+        and entry.rounds
+        and config.partition.clients
+        and config.round.clients != 0
+    ):
+        raise ValueError(
+            f"partition.clients: {config.method} has all text in one place; set it to 0, or use"
+            " method = 'fedprompt'"
+        )
+    makes_package = (
+        entry.package
+        and not auxiliary.folder
+        and config.round.clients != 0
+        and bool(config.partition.clients or config.federation)
+    )
     for key, value, inexact in (
         ("model.precision", model.precision, model.precision in ("8bit", "4bit")),
         ("model.device", model.device, model.device == "split"),
     ):
         if inexact and entry.exact_weights:
-            raise ValueError(f"{key}: method = {config.method!r} needs the weights themselves, and not in {value!r}; set it to auto")
+            raise ValueError(
+                f"{key}: method = {config.method!r} needs the weights themselves, and not in"
+                f" {value!r}; set it to auto"
+            )
         if inexact and makes_package:
             raise ValueError(
-                f"{key}: no auxiliary model can be made of a model in {value!r}; make it first with `fedsp distill`, which reads the model whole, and name it in auxiliary.folder"
+                f"{key}: no auxiliary model can be made of a model in {value!r}; make it first with"
+                " `fedsp distill`, which reads the model whole, and name it in auxiliary.folder"
             )
     if model.precision == "bfloat16" and entry.trains_weights:
-        raise ValueError(f"model.precision: method = {config.method!r} trains the weights, in float32; set it to auto or float32")
+        raise ValueError(
+            f"model.precision: method = {config.method!r} trains the weights, in float32; set it to"
+            " auto or float32"
+        )
 
 
 Root = TypeVar("Root", bound=Section)
@@ -116,19 +166,23 @@ def validated(root: type[Root], values: Mapping[str, Any], source: str) -> Root:
     """A checked configuration of any kind.
 
     Raises:
-        ConfigurationError: every fault at once, one line each, with a suggestion for each unknown key.
+        ConfigurationError: every fault at once, one line each, with a suggestion for each unknown
+            key.
     """
     try:
         return root.model_validate(values)
     except ValidationError as error:
         lines = [f"  {_fault(root, dict(fault))}" for fault in error.errors()]
-        raise ConfigurationError(f"{source} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n" + "\n".join(lines)) from error
+        raise ConfigurationError(
+            f"{source} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n" + "\n".join(lines)
+        ) from error
 
 
 def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The configuration in a TOML file; `overrides` are `section.key=value`, values as in TOML.
 
-    File names that the file gives are taken from its own folder; those of overrides, and `output`, from the working directory.
+    File names that the file gives are taken from its own folder; those of overrides, and `output`,
+    from the working directory.
 
     Raises:
         ConfigurationError: the file is missing or not TOML, or the configuration is at fault.
@@ -141,19 +195,26 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def read_party(path: Path) -> PartyConfig:
-    """The configuration of a client in a deployment; its file names are taken from the file's own folder.
+    """The configuration of a client in a deployment; its file names are taken from the file's own
+    folder.
 
     Raises:
         ConfigurationError: the file is missing or not TOML, or the configuration is at fault.
     """
-    party = validated(PartyConfig, read_toml(path, "`fedsp federation init` writes one for each client"), str(path))
+    party = validated(
+        PartyConfig,
+        read_toml(path, "`fedsp federation init` writes one for each client"),
+        str(path),
+    )
     folder = path.parent.resolve()
     return party.model_copy(
         update={
             "keys": str(folder / party.keys),
             "state": str(folder / party.state),
             "data": party.data.model_copy(update={"train": str(folder / party.data.train)}),
-            "package": party.package.model_copy(update={"folder": str(folder / party.package.folder)}),
+            "package": party.package.model_copy(
+                update={"folder": str(folder / party.package.folder)}
+            ),
         }
     )
 
@@ -169,7 +230,9 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigurationError(f"there is no file {path}; {remedy}") from error
     except RecursionError as error:
-        raise ConfigurationError(f"{path} is not a TOML file that can be read: it is nested too deeply") from error
+        raise ConfigurationError(
+            f"{path} is not a TOML file that can be read: it is nested too deeply"
+        ) from error
     except (ValueError, OSError) as error:
         raise ConfigurationError(f"{path} is not a TOML file: {first_line(error)}") from error
 
@@ -182,7 +245,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigurationError(f"{override!r} is not an override: write section.key=value, such as round.rounds=5")
+        raise ConfigurationError(
+            f"{override!r} is not an override: write section.key=value, such as round.rounds=5"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -196,10 +261,17 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def resolve_paths(values: dict[str, Any], folder: Path) -> None:
-    """Make the file names in `values` independent of the working directory: relative ones are taken from the configuration's folder."""
+    """Make the file names in `values` independent of the working directory: relative ones are taken
+    from the configuration's folder."""
 
     def resolve(name: Any) -> Any:
-        return str(folder / name) if isinstance(name, str) and name not in ("embedded", "server", "text", "normal", "") and _is_there(folder / name) else name
+        return (
+            str(folder / name)
+            if isinstance(name, str)
+            and name not in ("embedded", "server", "text", "normal", "")
+            and _is_there(folder / name)
+            else name
+        )
 
     for section, key in [
         ("data", "train"),
@@ -227,16 +299,27 @@ def _is_there(path: Path) -> bool:
 
 
 def _fault(root: type[Section], fault: dict[str, Any]) -> str:
-    where = [part for part in fault["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "list")))]
+    where = [
+        part
+        for part in fault["loc"]
+        if not (isinstance(part, str) and ("[" in part or part in ("str", "list")))
+    ]
     key = ".".join(str(part) for part in where)
     if fault["type"] == "extra_forbidden":
         known = _section(root, where[:-1]).model_fields
-        return f"{key}: unknown key{did_you_mean(str(where[-1]), known) or '; known here: ' + ', '.join(known)}"
+        return (
+            f"{key}: unknown"
+            f" key{did_you_mean(str(where[-1]), known) or '; known here: ' + ', '.join(known)}"
+        )
     if fault["type"] == "missing":
         field = _section(root, where[:-1]).model_fields[where[-1]]
         return f"{key}: missing; {field.description or 'a section of the file'}"
     message = fault["msg"].removeprefix("Value error, ")
-    meant = did_you_mean(str(fault["input"]), re.findall("'([^']+)'", fault["ctx"]["expected"])) if fault["type"] == "literal_error" else ""
+    meant = (
+        did_you_mean(str(fault["input"]), re.findall("'([^']+)'", fault["ctx"]["expected"]))
+        if fault["type"] == "literal_error"
+        else ""
+    )
     return f"{key}: {message}, not {fault['input']!r}{meant}" if key else message
 
 
@@ -244,20 +327,35 @@ def _section(root: type[Section], path: list[Any]) -> type[Section]:
     """The section that a path of keys leads to; an optional one counts as the section it may be."""
     for part in path:
         annotation: Any = root.model_fields[part].annotation
-        root = next((choice for choice in get_args(annotation) if choice is not type(None)), annotation)
+        root = next(
+            (choice for choice in get_args(annotation) if choice is not type(None)), annotation
+        )
     return root
 
 
 def template(preset: str) -> str:
-    """A commented `run.toml` with every key of a run in one place, its default under the preset, and its description."""
+    """A commented `run.toml` with every key of a run in one place, its default under the preset,
+    and its description."""
     return template_of(RunConfig, {"preset": preset}, "A fedsp run.", PRESETS[preset])
 
 
-def template_of(root: type[Section], values: Mapping[str, Any], title: str, defaults: Mapping[str, Any] | None = None) -> str:
-    """A commented TOML file with every key of a configuration: those of `values` as given, and all others, behind a #, with their defaults, `defaults` before the
-    program's own, so that a preset or a profile still has its say. Optional sections appear where `values` has them."""
+def template_of(
+    root: type[Section],
+    values: Mapping[str, Any],
+    title: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> str:
+    """A commented TOML file with every key of a configuration: those of `values` as given, and all
+    others, behind a #, with their defaults, `defaults` before the program's own, so that a preset
+    or a profile still has its say. Optional sections appear where `values` has them."""
     filled = defaults or {}
-    lines = [f"# {title} Behind a # stands every other key with its default: take the # away to set one.", ""]
+    lines = [
+        (
+            f"# {title} Behind a # stands every other key with its default: take the # away to set"
+            " one."
+        ),
+        "",
+    ]
     for name, field in root.model_fields.items():
         section: Any = _section(root, [name])
         if not (isinstance(section, type) and issubclass(section, Section)):
@@ -266,19 +364,26 @@ def template_of(root: type[Section], values: Mapping[str, Any], title: str, defa
         if field.default is None and name not in values:
             continue
         lines += ["", f"[{name}]  # {(section.__doc__ or '').strip()}"]
-        lines += [_template_line(key, values.get(name, {}), filled.get(name, {}), inner) for key, inner in section.model_fields.items()]
+        lines += [
+            _template_line(key, values.get(name, {}), filled.get(name, {}), inner)
+            for key, inner in section.model_fields.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
-def _template_line(key: str, values: Mapping[str, Any], defaults: Mapping[str, Any], field: FieldInfo) -> str:
+def _template_line(
+    key: str, values: Mapping[str, Any], defaults: Mapping[str, Any], field: FieldInfo
+) -> str:
     value = values.get(key, defaults.get(key, None if field.is_required() else field.default))
     text = (
         ""
         if value is None
-        else str(value).lower()
-        if isinstance(value, bool)
-        else repr(value).replace("'", '"')
-        if isinstance(value, str | list)
-        else f"{value}"
+        else (
+            str(value).lower()
+            if isinstance(value, bool)
+            else repr(value).replace("'", '"')
+            if isinstance(value, str | list)
+            else f"{value}"
+        )
     )
     return f"{'' if key in values else '# '}{key} = {text}  # {field.description}"

@@ -1,4 +1,5 @@
-"""Everything fedsp refuses, as one tree. Each message is a sentence: what is wrong, where, what was expected, what to do.
+"""Everything fedsp refuses, as one tree. Each message is a sentence: what is wrong, where, what was
+expected, what to do.
 
 FedspError
 ├── ConfigurationError   a configuration that cannot be run
@@ -24,7 +25,8 @@ from collections.abc import Iterable
 
 
 class FedspError(Exception):
-    """Base of all errors that a user can mend; the command line prints the message and exits with code 2."""
+    """Base of all errors that a user can mend; the command line prints the message and exits with
+    code 2."""
 
 
 class ConfigurationError(FedspError):
@@ -84,8 +86,11 @@ class TooFewClients(FedspError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what another library says, with the next where that only announces it, or its kind where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    """The first line of what another library says, with the next where that only announces it, or
+    its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 

@@ -1,11 +1,14 @@
-"""Differential privacy: randomness, clipping, noise, what has been spent, and what is promised. Tensors by name; nothing here knows of language models.
+"""Differential privacy: randomness, clipping, noise, what has been spent, and what is promised.
+Tensors by name; nothing here knows of language models.
 
-Two units. *Example level* (Abadi et al., CCS 2016, https://arxiv.org/abs/1607.00133): each client clips the gradient of each of its examples and adds
-noise before anything leaves it. *Client level* (McMahan et al., ICLR 2018, https://arxiv.org/abs/1710.06963): the server, which is trusted, clips the
-whole update of each client and adds noise to their sum. In both, neighbours differ by one unit added or removed, and the accountant is Google's
-dp-accounting with privacy loss distributions.
+Two units. *Example level* (Abadi et al., CCS 2016, https://arxiv.org/abs/1607.00133): each client
+clips the gradient of each of its examples and adds noise before anything leaves it. *Client level*
+(McMahan et al., ICLR 2018, https://arxiv.org/abs/1710.06963): the server, which is trusted, clips
+the whole update of each client and adds noise to their sum. In both, neighbours differ by one unit
+added or removed, and the accountant is Google's dp-accounting with privacy loss distributions.
 
-Nothing private is ever drawn from the seed of a run, which others know: neither noise nor who is sampled.
+Nothing private is ever drawn from the seed of a run, which others know: neither noise nor who is
+sampled.
 """
 
 from __future__ import annotations
@@ -30,15 +33,16 @@ from fedsp.storage import parse_json, sync_folder, write_json
 
 LEDGER = "privacy.jsonl"
 LEAST_NOISE = 0.05
-"""In units of the bound. Below it one release costs an epsilon of over a hundred, which counts as no promise, and as infinite."""
+"""In units of the bound. Below it one release costs an epsilon of over a hundred, which counts as
+no promise, and as infinite."""
 _system = SystemRandom()
 
 
 def gaussian(shape: Sequence[int]) -> Tensor:
     """Standard normal numbers, float64, from the operating system's random source.
 
-    Each is half the sum of four Box-Muller draws, so that the gaps of floating-point numbers tell less of what was added to it (Holohan and
-    Braghin 2021, https://arxiv.org/abs/2107.10138).
+    Each is half the sum of four Box-Muller draws, so that the gaps of floating-point numbers tell
+    less of what was added to it (Holohan and Braghin 2021, https://arxiv.org/abs/2107.10138).
     """
     count = math.prod(shape)
     return torch.stack([_box_muller(count) for _ in range(4)]).sum(dim=0).div_(2).view(tuple(shape))
@@ -46,37 +50,46 @@ def gaussian(shape: Sequence[int]) -> Tensor:
 
 def _box_muller(count: int) -> Tensor:
     pairs = (count + 1) // 2
-    bits = torch.frombuffer(bytearray(os.urandom(16 * pairs)), dtype=torch.int64) if pairs else torch.empty(0, dtype=torch.int64)
+    bits = (
+        torch.frombuffer(bytearray(os.urandom(16 * pairs)), dtype=torch.int64)
+        if pairs
+        else torch.empty(0, dtype=torch.int64)
+    )
     uniform = ((bits & ((1 << 53) - 1)).double() + 1) * 2.0**-53  # in (0, 1]
     radius, angle = (-2 * uniform[:pairs].log()).sqrt(), 2 * math.pi * uniform[pairs:]
     return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
 
 
 def poisson_sample(count: int, rate: float) -> list[int]:
-    """Each of `count` indices with probability `rate`, independently, from the operating system's random source."""
+    """Each of `count` indices with probability `rate`, independently, from the operating system's
+    random source."""
     return [index for index in range(count) if _system.random() < rate]
 
 
 def clipped_sum(rows: Tensor, bound: float) -> Tensor:
-    """The sum (N,), float64, of rows (B, N) that are each scaled down to Euclidean length `bound` at most; a row that is not finite counts as zero.
+    """The sum (N,), float64, of rows (B, N) that are each scaled down to Euclidean length `bound`
+    at most; a row that is not finite counts as zero.
 
     So one row more or less changes the sum by `bound` at most.
     """
     rows = rows.double()
     lengths = rows.norm(dim=1, keepdim=True)
     usable = torch.isfinite(lengths)
-    return torch.where(usable, rows * (bound / lengths.clamp_min(1e-300)).clamp(max=1.0), 0.0).sum(dim=0)
+    return torch.where(usable, rows * (bound / lengths.clamp_min(1e-300)).clamp(max=1.0), 0.0).sum(
+        dim=0
+    )
 
 
 def noised_mean(total: Tensor, *, bound: float, noise_multiplier: float, expected: float) -> Tensor:
-    """A sum of clipped rows with noise of standard deviation `noise_multiplier` x `bound`, divided by how many rows were expected, never by how many
-    there were; float64."""
+    """A sum of clipped rows with noise of standard deviation `noise_multiplier` x `bound`, divided
+    by how many rows were expected, never by how many there were; float64."""
     return (total.double() + noise_multiplier * bound * gaussian(total.shape)) / expected
 
 
 @dataclass(frozen=True)
 class Release:
-    """Gaussian mechanisms that were or will be run: so many, each on a Poisson sample of this rate (1: everyone), noise in units of the bound."""
+    """Gaussian mechanisms that were or will be run: so many, each on a Poisson sample of this rate
+    (1: everyone), noise in units of the bound."""
 
     noise_multiplier: float
     sampling_rate: float = 1.0
@@ -85,12 +98,16 @@ class Release:
 
 @lru_cache(maxsize=1024)
 def epsilon(releases: tuple[Release, ...], delta: float, interval: float = 1e-4) -> float:
-    """The epsilon at `delta` of these releases together, when neighbours differ by one unit added or removed; infinite where there is no noise.
+    """The epsilon at `delta` of these releases together, when neighbours differ by one unit added
+    or removed; infinite where there is no noise.
 
     It is an upper bound: privacy losses are rounded up to multiples of `interval`.
     """
     if find_spec("dp_accounting") is None:
-        raise PrivacyError("dp-accounting is not installed: differential privacy needs `pip install 'fedsp[privacy]'`")
+        raise PrivacyError(
+            "dp-accounting is not installed: differential privacy needs `pip install"
+            " 'fedsp[privacy]'`"
+        )
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
@@ -99,7 +116,11 @@ def epsilon(releases: tuple[Release, ...], delta: float, interval: float = 1e-4)
     accountant = PLDAccountant(value_discretization_interval=interval)
     for release in merged(releases):
         event = dp_accounting.GaussianDpEvent(release.noise_multiplier)
-        sampled = event if release.sampling_rate == 1 else dp_accounting.PoissonSampledDpEvent(release.sampling_rate, event)
+        sampled = (
+            event
+            if release.sampling_rate == 1
+            else dp_accounting.PoissonSampledDpEvent(release.sampling_rate, event)
+        )
         accountant.compose(sampled, release.count)
     return float(accountant.get_epsilon(delta))
 
@@ -115,7 +136,8 @@ def merged(releases: Iterable[Release]) -> tuple[Release, ...]:
 
 @lru_cache(maxsize=256)
 def noise_for(target: float, delta: float, sampling_rate: float, count: int) -> float:
-    """The noise multiplier, rounded up to four places, at which `count` releases cost `target` epsilon at `delta` at most.
+    """The noise multiplier, rounded up to four places, at which `count` releases cost `target`
+    epsilon at `delta` at most.
 
     Raises:
         PrivacyError: no usable noise is that much.
@@ -129,7 +151,8 @@ def noise_for(target: float, delta: float, sampling_rate: float, count: int) -> 
         low, high = high, 2 * high
         if high > 1e5:
             raise PrivacyError(
-                f"epsilon = {target:g} at delta = {delta:g} over {count} releases needs more noise than 100000 times the bound: ask for a larger epsilon"
+                f"epsilon = {target:g} at delta = {delta:g} over {count} releases needs more noise"
+                " than 100000 times the bound: ask for a larger epsilon"
             )
     while high - low > 1e-3 * high and high > 0.05:
         middle = (low + high) / 2
@@ -138,14 +161,17 @@ def noise_for(target: float, delta: float, sampling_rate: float, count: int) -> 
 
 
 class Ledger:
-    """What has been released of some text, in a file: one line per release, on the disk before the release leaves. It is never taken back.
+    """What has been released of some text, in a file: one line per release, on the disk before the
+    release leaves. It is never taken back.
 
-    A line that a crash cut short was followed by no release, and is dropped. Each line carries a digest of itself and of all lines before it, and the newest
-    digest stands in a second file, so that a ledger of which either was shortened, changed or removed is found out. What both were taken back to is held against
-    what was released since (`PrivateAnswers`, `round_config`).
+    A line that a crash cut short was followed by no release, and is dropped. Each line carries a
+    digest of itself and of all lines before it, and the newest digest stands in a second file, so
+    that a ledger of which either was shortened, changed or removed is found out. What both were
+    taken back to is held against what was released since (`PrivateAnswers`, `round_config`).
 
     Raises:
-        StorageError: the file cannot be read, a line of it is no release, or it is not the file that was written.
+        StorageError: the file cannot be read, a line of it is no release, or it is not the file
+            that was written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -156,33 +182,53 @@ class Ledger:
         chains = [self._chain]
         try:
             whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-            head = parse_json(self._head.read_bytes()) if self._head.exists() else {"lines": 0, "chain": ""}
+            head = (
+                parse_json(self._head.read_bytes())
+                if self._head.exists()
+                else {"lines": 0, "chain": ""}
+            )
             for number, line in enumerate(whole.splitlines(), start=1):
                 entry = _entry(line, self._chain)
                 if entry is None:
-                    raise StorageError(f"line {number} of the privacy ledger {path} is damaged: what was spent is not known; restore the file from a backup")
+                    raise StorageError(
+                        f"line {number} of the privacy ledger {path} is damaged: what was spent is"
+                        " not known; restore the file from a backup"
+                    )
                 self._entries.append(entry)
                 self._chain = str(entry["chain"])
                 chains.append(self._chain)
             lines = head["lines"]
-            self._behind = lines == len(self._entries) - 1  # a crash came between a line and its head
-            kept = isinstance(lines, int) and max(0, len(self._entries) - 1) <= lines < len(chains) and chains[lines] == head["chain"]
+            self._behind = (
+                lines == len(self._entries) - 1
+            )  # a crash came between a line and its head
+            kept = (
+                isinstance(lines, int)
+                and max(0, len(self._entries) - 1) <= lines < len(chains)
+                and chains[lines] == head["chain"]
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
-                f"the privacy ledger {path} or {self._head.name} beside it cannot be read: what was spent is not known; restore both from a backup"
+                f"the privacy ledger {path} or {self._head.name} beside it cannot be read: what was"
+                " spent is not known; restore both from a backup"
             ) from error
         if not kept:
             raise StorageError(
-                f"the privacy ledger {path} is not the one that was written last: {self._head.name} beside it knows of {lines} lines that it does not hold so; restore both from a backup"
+                f"the privacy ledger {path} is not the one that was written last: {self._head.name}"
+                f" beside it knows of {lines} lines that it does not hold so; restore both from a"
+                " backup"
             )
 
     def paid(self, run: str, round: int) -> bool:
         """Whether anything was released in a round of a run."""
-        return any((entry.get("run"), entry.get("round")) == (run, round) for entry in self._entries)
+        return any(
+            (entry.get("run"), entry.get("round")) == (run, round) for entry in self._entries
+        )
 
     def releases(self, run: str | None = None) -> tuple[Release, ...]:
         """Everything released so far, or all that one run has."""
-        return merged(_release(entry) for entry in self._entries if run is None or entry.get("run") == run)
+        return merged(
+            _release(entry) for entry in self._entries if run is None or entry.get("run") == run
+        )
 
     def epsilon(self, delta: float, *more: Release, run: str | None = None) -> float:
         """The epsilon of everything so far (or of one run), and of `more`."""
@@ -215,7 +261,8 @@ class Ledger:
             self._write_head()
         except OSError as error:
             raise StorageError(
-                f"cannot write the privacy ledger {self.path}: {error.strerror or error}; nothing was released; free some space, then resume"
+                f"cannot write the privacy ledger {self.path}: {error.strerror or error}; nothing"
+                " was released; free some space, then resume"
             ) from error
 
     def _write_head(self) -> None:
@@ -229,9 +276,18 @@ def _release(entry: Mapping[str, Any]) -> Release:
     Raises:
         ValueError: its numbers are none that a release can have.
     """
-    release = Release(float(entry["noise_multiplier"]), float(entry["sampling_rate"]), int(entry["count"]))
-    if not (0 < release.noise_multiplier < math.inf and 0 < release.sampling_rate <= 1 and release.count >= 1):
-        raise ValueError(f"{release} is no release: it needs noise, a sampling rate up to 1, and a count of at least 1")
+    release = Release(
+        float(entry["noise_multiplier"]), float(entry["sampling_rate"]), int(entry["count"])
+    )
+    if not (
+        0 < release.noise_multiplier < math.inf
+        and 0 < release.sampling_rate <= 1
+        and release.count >= 1
+    ):
+        raise ValueError(
+            f"{release} is no release: it needs noise, a sampling rate up to 1, and a count of at"
+            " least 1"
+        )
     return release
 
 
@@ -246,5 +302,7 @@ def _entry(line: bytes, chain: str) -> dict[str, Any] | None:
 
 
 def _chained(entry: Mapping[str, Any], chain: str) -> str:
-    content = json.dumps({key: value for key, value in entry.items() if key != "chain"}, sort_keys=True)
+    content = json.dumps(
+        {key: value for key, value in entry.items() if key != "chain"}, sort_keys=True
+    )
     return hashlib.sha256(f"{chain}\n{content}".encode()).hexdigest()

@@ -1,5 +1,6 @@
-"""Files that are either whole or not there: every write goes to a temporary file, is flushed, and is renamed into place. Torch is loaded with the first
-tensor, since commands that have none use this too."""
+"""Files that are either whole or not there: every write goes to a temporary file, is flushed, and
+is renamed into place. Torch is loaded with the first tensor, since commands that have none use this
+too."""
 
 from __future__ import annotations
 
@@ -26,12 +27,21 @@ DIGEST = "sha256"
 
 
 def room_for_large_files() -> str:
-    """A folder for large files that go with the process: TMPDIR if it is set; else /var/tmp, which unlike /tmp is a disk everywhere (file-hierarchy(7))."""
-    return next((folder for folder in (os.environ.get("TMPDIR", ""), "/var/tmp") if os.access(folder, os.W_OK)), tempfile.gettempdir())
+    """A folder for large files that go with the process: TMPDIR if it is set; else /var/tmp, which
+    unlike /tmp is a disk everywhere (file-hierarchy(7))."""
+    return next(
+        (
+            folder
+            for folder in (os.environ.get("TMPDIR", ""), "/var/tmp")
+            if os.access(folder, os.W_OK)
+        ),
+        tempfile.gettempdir(),
+    )
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step; after a crash the old content or the new stands there, never a part.
+    """Replace `path` by `data` in one step; after a crash the old content or the new stands there,
+    never a part.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -48,12 +58,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; what was there before is untouched: free some space or choose another folder, then resume"
+            f"cannot write {path}: {error.strerror or error}; what was there before is untouched:"
+            " free some space or choose another folder, then resume"
         ) from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk: a new file's content alone may outlive a power cut that its name does not."""
+    """Put the names in a folder on the disk: a new file's content alone may outlive a power cut
+    that its name does not."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,16 +74,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def unfinished_beside(target: Path) -> Path:
-    """An empty place for what will become a folder: beside it, or, where the folder is there already (it may be a mount), in it. What an earlier attempt has left
-    there is removed."""
+    """An empty place for what will become a folder: beside it, or, where the folder is there
+    already (it may be a mount), in it. What an earlier attempt has left there is removed."""
     place = target / ".part" if target.is_dir() else target.with_name(f".{target.name}.part")
     shutil.rmtree(place, ignore_errors=True)
     return place
 
 
 def move_into_place(folder: Path, target: Path, *, last: str) -> None:
-    """Give what was finished its name: the whole folder in one step, or, into a folder that is there already, file by file, the one without which nothing counts
-    `last`.
+    """Give what was finished its name: the whole folder in one step, or, into a folder that is
+    there already, file by file, the one without which nothing counts `last`.
 
     Raises:
         StorageError: the disk did not take it.
@@ -85,7 +97,9 @@ def move_into_place(folder: Path, target: Path, *, last: str) -> None:
             folder.rename(target)
         sync_folder(target.parent)
     except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error
+        raise StorageError(
+            f"cannot write {target}: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 @contextmanager
@@ -108,7 +122,8 @@ def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text that somebody else wrote.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, names a field twice, or holds a number or a character that nothing can use; the message quotes none of it.
+        ValueError: it is not JSON, is nested too deeply, names a field twice, or holds a number or
+            a character that nothing can use; the message quotes none of it.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,7 +142,9 @@ def parse_json(text: str | bytes) -> Any:
     except UnicodeEncodeError:
         raise ValueError("half of a surrogate pair stands alone, which is no character") from None
     except ValueError as error:
-        raise ValueError("a number has too many digits" if "digits" in str(error) else str(error)) from None
+        raise ValueError(
+            "a number has too many digits" if "digits" in str(error) else str(error)
+        ) from None
     return value
 
 
@@ -144,11 +161,15 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(dtype=uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(
+            tensor.flatten().view(dtype=uint8).numpy().tobytes() if tensor.numel() else b""
+        )
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> str:
     """Write tensors as safetensors with their digest in the header; returns the digest."""
     from safetensors.torch import save
 
@@ -159,7 +180,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and the metadata beside them, and hold them against the digest in the header if there is one.
+    """Read tensors and the metadata beside them, and hold them against the digest in the header if
+    there is one.
 
     Raises:
         StorageError: the file is missing, cut short, or its content is not what its digest says.
@@ -169,8 +191,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (OSError, SafetensorError) as error:
-        reason = "there is no such file" if not path.exists() else f"it is cut short or is not a safetensors file ({error})"
+        reason = (
+            "there is no such file"
+            if not path.exists()
+            else f"it is cut short or is not a safetensors file ({error})"
+        )
         raise StorageError(f"cannot read {path}: {reason}") from error
     if DIGEST in metadata and tensors_digest(tensors) != metadata[DIGEST]:
-        raise StorageError(f"cannot use {path}: its content does not have the SHA-256 digest that its header states")
+        raise StorageError(
+            f"cannot use {path}: its content does not have the SHA-256 digest that its header"
+            " states"
+        )
     return tensors, metadata

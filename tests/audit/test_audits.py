@@ -1,4 +1,5 @@
-"""Audits: each attack succeeds where it must (else its failures would say nothing), and finds nothing where there is nothing to find."""
+"""Audits: each attack succeeds where it must (else its failures would say nothing), and finds
+nothing where there is nothing to find."""
 
 from __future__ import annotations
 
@@ -63,9 +64,12 @@ def audited(folder: Path, only: str | None = None, **options: Any) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize(("family", "tokens"), [("gpt2", 6), ("llama", 3), ("gemma", 3), ("opt", 6), ("gpt_neox", 6)])
+@pytest.mark.parametrize(
+    ("family", "tokens"), [("gpt2", 6), ("llama", 3), ("gemma", 3), ("opt", 6), ("gpt_neox", 6)]
+)
 def test_one_step_on_one_example_gives_its_text_away(family: str, tokens: int) -> None:
-    """Up to as many tokens as a head is wide; where several query heads share a key head, to that many times fewer."""
+    """Up to as many tokens as a head is wide; where several query heads share a key head, to that
+    many times fewer."""
     model = tiny_model(family)
     prompt = prompt_for(model, "key_value", 16)
     dictionary = key_dictionary(model, prompt, tokens)
@@ -73,8 +77,19 @@ def test_one_step_on_one_example_gives_its_text_away(family: str, tokens: int) -
     gradient = example_gradients(model, prompt, collate([row]))[1][0]
     for sent in (gradient, gradient.half().float()):
         distances = span_test(gradient_rows(prompt, model, sent), dictionary, tokens)
-        assert recall(distances, [row]) == 1.0 and read_back(distances, tokens) == list(TEXT[:tokens])
-    noised = noised_mean(clipped_sum(gradient.flatten()[None], 1.0), bound=1.0, noise_multiplier=1.0, expected=1.0).float().view_as(gradient)
+        assert recall(distances, [row]) == 1.0 and read_back(distances, tokens) == list(
+            TEXT[:tokens]
+        )
+    noised = (
+        noised_mean(
+            clipped_sum(gradient.flatten()[None], 1.0),
+            bound=1.0,
+            noise_multiplier=1.0,
+            expected=1.0,
+        )
+        .float()
+        .view_as(gradient)
+    )
     assert recall(span_test(gradient_rows(prompt, model, noised), dictionary, tokens), [row]) < 0.5
 
 
@@ -89,14 +104,23 @@ def test_pursuit_reads_more_tokens_than_the_prompt_has() -> None:
 
 
 def test_pursuit_takes_what_explains_the_rows() -> None:
-    vectors = torch.nn.functional.normalize(torch.randn(3, 20, 2, 1, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    vectors = torch.nn.functional.normalize(
+        torch.randn(3, 20, 2, 1, 6, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     coefficients = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(1))
-    rows = torch.stack([coefficients[head, :, :1] * vectors[0, 7, head] + coefficients[head, :, 1:] * vectors[2, 11, head] for head in range(2)])
+    rows = torch.stack(
+        [
+            coefficients[head, :, :1] * vectors[0, 7, head]
+            + coefficients[head, :, 1:] * vectors[2, 11, head]
+            for head in range(2)
+        ]
+    )
     assert set(matching_pursuit(rows, Dictionary(vectors), 2)) == {(0, 7), (2, 11)}
 
 
 def test_a_residual_prompts_gradient_is_no_span_to_read_from() -> None:
-    """Each row passes through its own norm, so a single token's rows have full rank already: the test is tried as it is, and its distances stay far from zero."""
+    """Each row passes through its own norm, so a single token's rows have full rank already: the
+    test is tried as it is, and its distances stay far from zero."""
     model = tiny_model("gpt2")
     prompt = prompt_for(model, "residual", 24)
     row = Encoded(TEXT[:2], 1)
@@ -121,27 +145,39 @@ def test_figures_of_scores() -> None:
 
 
 def test_intervals_hold_what_is_true_as_often_as_they_say() -> None:
-    """Scores that know nothing, of six targets whose records have something in common: the share of members above the threshold is the share of the others."""
+    """Scores that know nothing, of six targets whose records have something in common: the share of
+    members above the threshold is the share of the others."""
     held = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
         hardness = rng.normal(size=400)
         members = [rng.random(400) < 0.5 for _ in range(6)]
-        found = summarise_scores([hardness + rng.normal(size=400) for _ in members], members, resamples=100).hits_at_1
+        found = summarise_scores(
+            [hardness + rng.normal(size=400) for _ in members], members, resamples=100
+        ).hits_at_1
         assert found is not None
         held += found[1] <= 0.01 <= found[2]
     assert held >= 51
 
 
 def test_shadows_start_alike_whatever_was_tried_in_between(tmp_path: Path) -> None:
-    opened = open_audited(Path(commands.run(settings(tmp_path, server={"steps": 1, "batch_size": 2}))["folder"]), Callbacks())
+    opened = open_audited(
+        Path(commands.run(settings(tmp_path, server={"steps": 1, "batch_size": 2}))["folder"]),
+        Callbacks(),
+    )
     first = train_shadow(opened, 0)
     tuned = opened.federation.messenger
     assert isinstance(tuned, SoftPrompt)
     losses_under(opened.federation.model, tuned, first.broadcasts[-1], encoded_rows(opened)[:4])
     again, second = train_shadow(opened, 0), train_shadow(opened, 1)
-    assert all(torch.equal(first.broadcasts[0][name], second.broadcasts[0][name]) for name in first.broadcasts[0])
-    assert all(torch.equal(first.broadcasts[-1][name], again.broadcasts[-1][name]) for name in first.broadcasts[-1])
+    assert all(
+        torch.equal(first.broadcasts[0][name], second.broadcasts[0][name])
+        for name in first.broadcasts[0]
+    )
+    assert all(
+        torch.equal(first.broadcasts[-1][name], again.broadcasts[-1][name])
+        for name in first.broadcasts[-1]
+    )
     assert not torch.equal(first.included, second.included)
     assert len(train_shadow(opened, 0, rounds=1).updates) == 1
 
@@ -156,8 +192,13 @@ def test_a_template_is_no_secret() -> None:
 
 def test_ceilings_of_a_promise() -> None:
     assert ceiling(0.0, 0.0, 0.3) == pytest.approx(0.3) and ceiling(np.inf, 0.0, 0.01) == 1.0
-    assert ceiling(1.0, 1e-5, 0.01) == pytest.approx(np.e * 0.01 + 1e-5) and ceiling(3.0, 0.0, 0.9) == pytest.approx(1 - np.exp(-3) * 0.1)
-    assert auc_ceiling(0.0, 0.0) == pytest.approx(0.5, abs=1e-3) and 0.5 < auc_ceiling(1.0, 0.0) < auc_ceiling(8.0, 0.0) < 1.0
+    assert ceiling(1.0, 1e-5, 0.01) == pytest.approx(np.e * 0.01 + 1e-5) and ceiling(
+        3.0, 0.0, 0.9
+    ) == pytest.approx(1 - np.exp(-3) * 0.1)
+    assert (
+        auc_ceiling(0.0, 0.0) == pytest.approx(0.5, abs=1e-3)
+        and 0.5 < auc_ceiling(1.0, 0.0) < auc_ceiling(8.0, 0.0) < 1.0
+    )
 
 
 def test_shadows_sharpen_what_one_run_shows_dimly() -> None:
@@ -166,13 +207,16 @@ def test_shadows_sharpen_what_one_run_shows_dimly() -> None:
     members = [rng.random(600) < 0.5 for _ in range(12)]
     losses = [3 + 0.1 * hardness - 0.1 * marks + 0.05 * rng.normal(size=600) for marks in members]
     plain = summarise_scores([-loss for loss in losses], members).auc[0]
-    ratios = summarise_scores(likelihood_ratios([-loss for loss in losses], members), members).auc[0]
+    ratios = summarise_scores(likelihood_ratios([-loss for loss in losses], members), members).auc[
+        0
+    ]
     relative = summarise_scores(relative_ratios(losses), members).auc[0]
     assert plain < 0.6 < 0.85 < min(ratios, relative)
 
 
 def test_membership_is_seen_where_it_must_be_and_nowhere_else(tmp_path: Path) -> None:
-    """Forty steps on a dozen questions with answers drawn at random, which can only be learned by heart."""
+    """Forty steps on a dozen questions with answers drawn at random, which can only be learned by
+    heart."""
     rng = random.Random(0)
     answers = sorted({choice for row in ROWS for choice in row["choices"]})
     by_heart = [row | {"choices": rng.sample(answers, 4), "answer": 0} for row in ROWS[:24]]
@@ -189,33 +233,60 @@ def test_membership_is_seen_where_it_must_be_and_nowhere_else(tmp_path: Path) ->
     }
     folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
     figures = audit_membership(folder, shadows=5)
-    assert max(row["auc"][0] for row in figures["rows"]) > 0.9, [(row["observer"], row["attack"], row["auc"]) for row in figures["rows"]]
-    assert all(control["auc"][1] - 0.1 < 0.5 < control["auc"][2] + 0.1 for control in figures["controls"].values())
+    assert max(row["auc"][0] for row in figures["rows"]) > 0.9, [
+        (row["observer"], row["attack"], row["auc"]) for row in figures["rows"]
+    ]
+    assert all(
+        control["auc"][1] - 0.1 < 0.5 < control["auc"][2] + 0.1
+        for control in figures["controls"].values()
+    )
     written = json.loads((folder / "membership.json").read_text())
     assert written["shadows"] == 5 and written["power"]["auc"][0] > 0.85
     with pytest.raises(ConfigurationError, match="--shadows 3: the likelihoods"):
         audit_membership(folder, shadows=3)
 
 
-def test_every_audit_of_a_private_run_and_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_audit_of_a_private_run_and_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(inverting, "ITERATIONS", 3)
     monkeypatch.setattr(matching, "EXCHANGED", 2)
-    folder = Path(commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"])
-    found = audited(folder, "disclosure, depths, model, membership, inversion", shadows=4, records=20, texts=3)
+    folder = Path(
+        commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"]
+    )
+    found = audited(
+        folder, "disclosure, depths, model, membership, inversion", shadows=4, records=20, texts=3
+    )
     assert list(found) == ["disclosure", "depths", "model", "membership", "inversion"]
-    assert found["model"]["embeddings"] == "verbatim" and found["model"]["embedding_distance"] == 0.0
-    assert all(finding.rows for name, figures in found.items() for finding in findings(name, figures))
+    assert (
+        found["model"]["embeddings"] == "verbatim" and found["model"]["embedding_distance"] == 0.0
+    )
+    assert all(
+        finding.rows for name, figures in found.items() for finding in findings(name, figures)
+    )
     rows = json.loads((folder / "inversion.json").read_text())["rows"]
-    assert rows[0]["tokens"][0] > 0.9 > 0.5 > next(row for row in rows if "epsilon = 1" in row["level"])["tokens"][0]
+    assert (
+        rows[0]["tokens"][0]
+        > 0.9
+        > 0.5
+        > next(row for row in rows if "epsilon = 1" in row["level"])["tokens"][0]
+    )
     assert {row["attack"] for row in rows} == {"span test", "pursuit", "gradient matching"}
     members = json.loads((folder / "membership.json").read_text())
     assert members["epsilon"] <= 3.0 and all(row["auc_ceiling"] < 1 for row in members["rows"])
     write_report([tmp_path], tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "Audits" in page and "found at 1 % false alarms" in page and "What can malicious clients do?" in page and "learns of any one example" in page
+    assert (
+        "Audits" in page
+        and "found at 1 % false alarms" in page
+        and "What can malicious clients do?" in page
+        and "learns of any one example" in page
+    )
     with pytest.raises(RunError, match="the audit needs 1000 canaries"):
         audited(folder, "epsilon")
-    with pytest.raises(ConfigurationError, match="there is no audit 'memership'; did you mean 'membership'"):
+    with pytest.raises(
+        ConfigurationError, match="there is no audit 'memership'; did you mean 'membership'"
+    ):
         audited(folder, "memership")
     with pytest.raises(ConfigurationError, match="there is no audit ''; known: "):
         audited(folder, " ,")
@@ -229,7 +300,13 @@ def test_every_audit_of_a_private_run_and_its_report(tmp_path: Path, monkeypatch
         "What can malicious clients do?",
     ]
     assert all(
-        said in answers["What do others learn of the text?"] for said in ("no secure aggregation", "server, sums", "one client", "Out of ten plausible texts")
+        said in answers["What do others learn of the text?"]
+        for said in (
+            "no secure aggregation",
+            "server, sums",
+            "one client",
+            "Out of ten plausible texts",
+        )
     )
     assert "Not covered: other runs over the same text" in answers["What is promised of the text?"]
     assert "One of 3 is enough" in answers["What can malicious clients do?"]
@@ -237,39 +314,65 @@ def test_every_audit_of_a_private_run_and_its_report(tmp_path: Path, monkeypatch
         whole = (folder / f"{name}.json").read_bytes()
         for damaged in (b"{}", whole[:50]):
             (folder / f"{name}.json").write_bytes(damaged)
-            with pytest.raises(RunError, match=f"{name}.json (cannot be read|is not what fedsp wrote)"):
+            with pytest.raises(
+                RunError, match=f"{name}.json (cannot be read|is not what fedsp wrote)"
+            ):
                 write_report([tmp_path], tmp_path / "report")
         (folder / f"{name}.json").write_bytes(whole)
-    for damaged, why in ((b"{}", "best_round is missing"), (b"[]", "a JSON object is missing"), (b'{"best', "cannot be read")):
+    for damaged, why in (
+        (b"{}", "best_round is missing"),
+        (b"[]", "a JSON object is missing"),
+        (b'{"best', "cannot be read"),
+    ):
         (folder / "result.json").write_bytes(damaged)
         with pytest.raises(RunError, match=rf"holds no usable run: .*result\.json .*{why}"):
             audited(folder, "inversion")
 
 
 def test_an_audit_holds_the_run_to_its_own_auxiliary_model(tmp_path: Path) -> None:
-    folder, other = (Path(commands.run(settings(tmp_path / name, seed=seed))["folder"]) for name, seed in (("one", 0), ("two", 1)))
+    folder, other = (
+        Path(commands.run(settings(tmp_path / name, seed=seed))["folder"])
+        for name, seed in (("one", 0), ("two", 1))
+    )
     shutil.rmtree(folder / "auxiliary")
     shutil.copytree(other / "auxiliary", folder / "auxiliary")
     for name in ("disclosure", "membership"):
-        with pytest.raises(RunError, match="was begun with another auxiliary model: bring back what it was"):
+        with pytest.raises(
+            RunError, match="was begun with another auxiliary model: bring back what it was"
+        ):
             audited(folder, name, shadows=4)
 
 
-def test_only_clients_that_answered_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of three is asked: the others' changes are nothing, and count neither as text that was not found nor as scores."""
+def test_only_clients_that_answered_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of three is asked: the others' changes are nothing, and count neither as text that was
+    not found nor as scores."""
     monkeypatch.setattr(inverting, "ITERATIONS", 3)
-    folder = Path(commands.run(settings(tmp_path, round={"rounds": 1, "clients": 1, "weighting": "uniform"}))["folder"])
+    folder = Path(
+        commands.run(settings(tmp_path, round={"rounds": 1, "clients": 1, "weighting": "uniform"}))[
+            "folder"
+        ]
+    )
     rows = audit_inversion(folder, examples=0)["rows"]
     assert [row["read"] for row in rows if row["observed"]] == [1, 1, 1]
     figures = audit_membership(folder, shadows=4)
     assert all(0.0 <= row["auc"][0] <= 1.0 for row in figures["rows"])
     assert ("server", "cosine") in {(row["observer"], row["attack"]) for row in figures["rows"]}
-    assert "cosine, others" not in {row["attack"] for row in figures["rows"]}, "nobody else answered"
+    assert "cosine, others" not in {row["attack"] for row in figures["rows"]}, (
+        "nobody else answered"
+    )
 
 
 def test_an_audit_with_nothing_to_compare_says_so(tmp_path: Path) -> None:
     folder = Path(commands.run(settings(tmp_path))["folder"])
-    with pytest.raises(RunError, match=r"(are too few for a membership audit|too few records have a score).*take more --records"):
+    with pytest.raises(
+        RunError,
+        match=(
+            r"(are too few for a membership audit|too few records have a score).*take more"
+            r" --records"
+        ),
+    ):
         audit_membership(folder, shadows=4, most=2)
 
 
@@ -280,27 +383,52 @@ def test_an_audit_with_nothing_to_compare_says_so(tmp_path: Path) -> None:
             {"aggregation": {"rule": "median", "malicious": 0.4}},
             "1 of the 3 asked in a round may be malicious (aggregation: median).",
         ),
-        ({"aggregation": {"rule": "median", "malicious": 0.0}}, "The rule (median) is set for no malicious client: aggregation.malicious = 0."),
+        (
+            {"aggregation": {"rule": "median", "malicious": 0.0}},
+            "The rule (median) is set for no malicious client: aggregation.malicious = 0.",
+        ),
         (
             {"aggregation": {"norm_bound": 2.0}},
-            "One of 3 is enough to move what is tuned: a mean withstands none. Changes are cut to 2 times their median length.",
+            (
+                "One of 3 is enough to move what is tuned: a mean withstands none. Changes are cut"
+                " to 2 times their median length."
+            ),
         ),
-        ({"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5}}, "Each change is clipped to a length of 0.5 before the mean of some 3"),
-        ({"attack": {"kind": "sign_flip", "share": 0.4}}, "In this run 40% of the clients lied, rounded down, by sign_flip"),
+        (
+            {"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5}},
+            "Each change is clipped to a length of 0.5 before the mean of some 3",
+        ),
+        (
+            {"attack": {"kind": "sign_flip", "share": 0.4}},
+            "In this run 40% of the clients lied, rounded down, by sign_flip",
+        ),
     ],
 )
-def test_the_account_says_what_liars_can_do(changes: dict[str, Any], answer: str, tmp_path: Path) -> None:
+def test_the_account_says_what_liars_can_do(
+    changes: dict[str, Any], answer: str, tmp_path: Path
+) -> None:
     rounds = {"rounds": 1, "weighting": "uniform", "min_clients": 0}
-    folder = Path(commands.run(settings(tmp_path, round=rounds, data={**settings(tmp_path)["data"], "test": ""}, **changes))["folder"])
+    folder = Path(
+        commands.run(
+            settings(
+                tmp_path, round=rounds, data={**settings(tmp_path)["data"], "test": ""}, **changes
+            )
+        )["folder"]
+    )
     assert answer in account(folder).rows[3]["answer"]
 
 
 def test_records_without_a_score_do_not_count() -> None:
-    scores, members = np.array([3.0, np.nan, 1.0, 2.0, np.nan]), np.array([True, True, False, False, False])
+    scores, members = (
+        np.array([3.0, np.nan, 1.0, 2.0, np.nan]),
+        np.array([True, True, False, False, False]),
+    )
     assert auc(scores, members) == auc(scores[[0, 2, 3]], members[[0, 2, 3]]) == 1.0
 
 
-def test_the_epsilon_of_a_client_level_run_is_not_refuted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_epsilon_of_a_client_level_run_is_not_refuted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes: dict[str, Any] = {
         "privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5},
         "round": {"rounds": 3, "weighting": "uniform", "min_clients": 0},
@@ -310,38 +438,79 @@ def test_the_epsilon_of_a_client_level_run_is_not_refuted(tmp_path: Path, monkey
     assert not figures["broken"] and figures["promised"] > figures["epsilon"]
     (finding,) = findings("epsilon", figures)
     assert finding.rows[0]["verdict"] == "not refuted"
-    sampled = {**changes, "round": {**changes["round"], "rounds": 20, "clients": 1}, "privacy": {**changes["privacy"], "noise_multiplier": 4.0}}
+    sampled = {
+        **changes,
+        "round": {**changes["round"], "rounds": 20, "clients": 1},
+        "privacy": {**changes["privacy"], "noise_multiplier": 4.0},
+    }
     folder = Path(commands.run(settings(tmp_path / "sampled", **sampled))["folder"])
     figures = audit_epsilon(folder)
     assert not figures["broken"] and figures["epsilon"] < figures["promised"]
     monkeypatch.setattr(privacy, "gaussian", lambda shape: gaussian(shape) / 50)
-    assert audit_epsilon(folder)["broken"], "the audit goes through the run's own clipping, sum and noise"
+    assert audit_epsilon(folder)["broken"], (
+        "the audit goes through the run's own clipping, sum and noise"
+    )
     plain = Path(commands.run(settings(tmp_path / "plain"))["folder"])
     with pytest.raises(RunError, match="promises nothing"):
         audited(plain, "epsilon")
 
 
-def test_what_a_run_does_not_allow_is_said_and_the_rest_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path(commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"])
+def test_what_a_run_does_not_allow_is_said_and_the_rest_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(
+        commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"]
+    )
     for name in ("model", "membership", "inversion"):
         monkeypatch.setitem(AUDITS, name, Audit(lambda *_: {"done": 1}, lambda _: []))
     found = audited(folder)
-    assert found["membership"] == {"done": 1} and "the audit needs 1000 canaries" in found["epsilon"]["not_done"]
+    assert (
+        found["membership"] == {"done": 1}
+        and "the audit needs 1000 canaries" in found["epsilon"]["not_done"]
+    )
     (finding,) = findings("epsilon", found["epsilon"])
     assert finding.title == "not done" and "1000 canaries" in finding.rows[0]["why"]
-    with pytest.raises(ConfigurationError, match="attack.kind: 'backdoor' changes which choice is right, and completion has no choices"):
-        rows = [{"prompt": f"{row['question']} is", "completion": row["choices"][row["answer"]]} for row in ROWS[:30]]
-        data = {"task": "completion", **{split: questions(tmp_path, split, rows) for split in ("train", "validation", "test")}}
-        commands.run(settings(tmp_path / "no-choices", data=data, attack={"kind": "backdoor", "share": 0.4}))
+    with pytest.raises(
+        ConfigurationError,
+        match=(
+            "attack.kind: 'backdoor' changes which choice is right, and completion has no choices"
+        ),
+    ):
+        rows = [
+            {"prompt": f"{row['question']} is", "completion": row["choices"][row["answer"]]}
+            for row in ROWS[:30]
+        ]
+        data = {
+            "task": "completion",
+            **{
+                split: questions(tmp_path, split, rows) for split in ("train", "validation", "test")
+            },
+        }
+        commands.run(
+            settings(tmp_path / "no-choices", data=data, attack={"kind": "backdoor", "share": 0.4})
+        )
 
 
 def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
-    folder = Path(commands.run(settings(tmp_path, round={"rounds": 1, "clients": 0}, server={"steps": 1, "batch_size": 2}))["folder"])
-    with pytest.raises(RunError, match="asked no clients: there is nobody whose text could be told"):
+    folder = Path(
+        commands.run(
+            settings(
+                tmp_path, round={"rounds": 1, "clients": 0}, server={"steps": 1, "batch_size": 2}
+            )
+        )["folder"]
+    )
+    with pytest.raises(
+        RunError, match="asked no clients: there is nobody whose text could be told"
+    ):
         audited(folder, "membership")
     found = audited(folder)
-    assert "asked no clients" in found["membership"]["not_done"] and found["disclosure"]["disclosed_share"] == 0.0
-    assert refusal(found, None) == "" and "asked no clients" in refusal(found, "membership, disclosure")
+    assert (
+        "asked no clients" in found["membership"]["not_done"]
+        and found["disclosure"]["disclosed_share"] == 0.0
+    )
+    assert refusal(found, None) == "" and "asked no clients" in refusal(
+        found, "membership, disclosure"
+    )
     answers = [row["answer"] for row in account(folder).rows]
     assert answers[1:] == [
         "No client was asked: what was trained on lies where the model does.",
@@ -349,9 +518,13 @@ def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
         "No client was asked, so none could lie.",
     ]
     (folder / "result.json").unlink()
-    with pytest.raises(RunError, match=r"holds no finished run: finish it with `fedsp run --resume .*`"):
+    with pytest.raises(
+        RunError, match=r"holds no finished run: finish it with `fedsp run --resume .*`"
+    ):
         audited(folder)
-    with pytest.raises(RunError, match=f"there are 1 in it: name one, such as {re.escape(str(folder))}"):
+    with pytest.raises(
+        RunError, match=f"there are 1 in it: name one, such as {re.escape(str(folder))}"
+    ):
         audited(folder.parent)
 
 
@@ -363,17 +536,28 @@ def test_embeddings_that_are_not_disclosed_share(family: str, policy: Any, tmp_p
     verbatim = build_auxiliary(model, plan, tokenizer)
     other = build_auxiliary(model, plan, tokenizer, embeddings=policy, rank=4, seed=1)
     mine, theirs = (some.model.get_input_embeddings().weight for some in (other, model))
-    assert not torch.equal(mine, theirs) and disclosed_share(other, model) < disclosed_share(verbatim, model)
+    assert not torch.equal(mine, theirs) and disclosed_share(other, model) < disclosed_share(
+        verbatim, model
+    )
     if policy == "low_rank":
         assert int(torch.linalg.matrix_rank(mine - mine.mean(dim=0))) == 4
     assert set(other.distillable()) > set(verbatim.distillable())
     other.save(tmp_path / "package")
-    assert load_auxiliary(tmp_path / "package", device=torch.device("cpu"), positions="hugging_face").embeddings == policy
+    assert (
+        load_auxiliary(
+            tmp_path / "package", device=torch.device("cpu"), positions="hugging_face"
+        ).embeddings
+        == policy
+    )
 
 
 def test_a_package_with_other_embeddings_is_refused(tmp_path: Path) -> None:
-    commands.distill(make_config(settings(tmp_path, auxiliary={"embeddings": "fresh"})), tmp_path / "package")
-    with pytest.raises(AuxiliaryError, match="has fresh embeddings, the configuration says verbatim"):
+    commands.distill(
+        make_config(settings(tmp_path, auxiliary={"embeddings": "fresh"})), tmp_path / "package"
+    )
+    with pytest.raises(
+        AuxiliaryError, match="has fresh embeddings, the configuration says verbatim"
+    ):
         commands.run(settings(tmp_path / "other", auxiliary={"folder": str(tmp_path / "package")}))
 
 
@@ -390,6 +574,14 @@ def test_the_plan_knows_what_is_not_disclosed_share(tmp_path: Path) -> None:
 def test_alignment_of_features() -> None:
     table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     table = table - table.mean(dim=0)
-    turned = table @ torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    turned = (
+        table
+        @ torch.linalg.qr(
+            torch.randn(8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        )[0]
+    )
     other = torch.randn(50, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    assert linear_cka(table, turned * 3) == pytest.approx(1.0) and linear_cka(table, other - other.mean(dim=0)) < 0.5
+    assert (
+        linear_cka(table, turned * 3) == pytest.approx(1.0)
+        and linear_cka(table, other - other.mean(dim=0)) < 0.5
+    )

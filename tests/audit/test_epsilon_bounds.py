@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from fedsp import privacy
-from fedsp.audit.epsilon_bounds import estimated_epsilon, lower_bound, p_value, spheres, two_worlds_bound
+from fedsp.audit.epsilon_bounds import (
+    estimated_epsilon,
+    lower_bound,
+    p_value,
+    spheres,
+    two_worlds_bound,
+)
 from fedsp.audit.statistics import exact_interval
 from fedsp.data.encoding import Batch, Encoded, collate
 from fedsp.federation.aggregation.private import private_mean
@@ -32,16 +38,27 @@ PROMISED = epsilon((Release(NOISE),), DELTA)
 
 @pytest.fixture(autouse=True)
 def _one_noise_for_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same tests with the same noise: a lower bound of 95 % confidence is wrong in one of twenty."""
+    """The same tests with the same noise: a lower bound of 95 % confidence is wrong in one of
+    twenty."""
     draws = random.Random(11)
     monkeypatch.setattr("os.urandom", draws.randbytes)
     monkeypatch.setattr(privacy, "_system", draws)
 
 
-@pytest.mark.parametrize(("guesses", "expected"), [(10, 1.05), (50, 2.78), (100, 3.49), (200, 4.19), (500, 5.11), (1000, 5.81), (5000, 7.42)])
+@pytest.mark.parametrize(
+    ("guesses", "expected"),
+    [(10, 1.05), (50, 2.78), (100, 3.49), (200, 4.19), (500, 5.11), (1000, 5.81), (5000, 7.42)],
+)
 def test_what_so_many_right_guesses_can_show(guesses: int, expected: float) -> None:
-    bound = lower_bound(list(range(guesses)), [index >= guesses // 2 for index in range(guesses)], delta=0.0, guesses=[guesses])
-    assert bound.right == bound.guesses == guesses and bound.epsilon == pytest.approx(expected, abs=0.01)
+    bound = lower_bound(
+        list(range(guesses)),
+        [index >= guesses // 2 for index in range(guesses)],
+        delta=0.0,
+        guesses=[guesses],
+    )
+    assert bound.right == bound.guesses == guesses and bound.epsilon == pytest.approx(
+        expected, abs=0.01
+    )
 
 
 def test_the_p_value_is_that_of_a_binomial_and_grows_with_delta() -> None:
@@ -56,7 +73,8 @@ def test_intervals_of_a_share() -> None:
 
 
 def released(model: Any, prompt: SoftPrompt, included: list[bool]) -> list[float]:
-    """What one private step releases of examples whose gradients are ten times the bound, each along a coordinate of its own."""
+    """What one private step releases of examples whose gradients are ten times the bound, each
+    along a coordinate of its own."""
     lot = [Encoded((index, 0), 1) for index, there in enumerate(included) if there]
     steps = PrivateSteps(bound=1.0, noise_multiplier=NOISE, sampling_rate=1.0, count=1)
     return private_gradient(model, prompt, lot, len(included), steps, at_once=64).flatten().tolist()
@@ -66,7 +84,9 @@ def released(model: Any, prompt: SoftPrompt, included: list[bool]) -> list[float
 def canaries(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """One audit in one run, of the private step as it stands when this is called."""
     model = tiny_model("gpt2")
-    prompt = SoftPrompt(PromptSpec(space="residual", length=8, model=model.shape), torch.zeros(8, 4, 32))
+    prompt = SoftPrompt(
+        PromptSpec(space="residual", length=8, model=model.shape), torch.zeros(8, 4, 32)
+    )
     assert prompt.direct.numel() == CANARIES
 
     def gradients(model: Any, prompt: SoftPrompt, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -89,14 +109,18 @@ def test_a_correct_build_is_never_refuted(canaries: Callable[[], Any]) -> None:
 
 
 def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private_fitting, "clipped_sum", lambda rows, bound: rows.double().sum(dim=0))
+    monkeypatch.setattr(
+        private_fitting, "clipped_sum", lambda rows, bound: rows.double().sum(dim=0)
+    )
 
 
 def noise_divided_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         private_fitting,
         "noised_mean",
-        lambda total, *, bound, noise_multiplier, expected: (total + noise_multiplier * bound * gaussian(total.shape) / expected) / expected,
+        lambda total, *, bound, noise_multiplier, expected: (
+            (total + noise_multiplier * bound * gaussian(total.shape) / expected) / expected
+        ),
     )
 
 
@@ -104,44 +128,72 @@ def noise_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         private_fitting,
         "noised_mean",
-        lambda total, *, bound, noise_multiplier, expected: (total + noise_multiplier / 10 * bound * gaussian(total.shape)) / expected,
+        lambda total, *, bound, noise_multiplier, expected: (
+            (total + noise_multiplier / 10 * bound * gaussian(total.shape)) / expected
+        ),
     )
 
 
 def clipping_after_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def noised(total: Tensor, *, bound: float, noise_multiplier: float, expected: float) -> Tensor:
-        return clipped_sum((total + noise_multiplier * bound * gaussian(total.shape))[None] / expected, bound)
+        return clipped_sum(
+            (total + noise_multiplier * bound * gaussian(total.shape))[None] / expected, bound
+        )
 
-    monkeypatch.setattr(private_fitting, "clipped_sum", lambda rows, bound: rows.double().sum(dim=0))
+    monkeypatch.setattr(
+        private_fitting, "clipped_sum", lambda rows, bound: rows.double().sum(dim=0)
+    )
     monkeypatch.setattr(private_fitting, "noised_mean", noised)
 
 
-@pytest.mark.parametrize("broken", [no_clipping, noise_divided_twice, noise_too_small, clipping_after_noise])
-def test_a_broken_build_is_refuted(canaries: Callable[[], Any], broken: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "broken", [no_clipping, noise_divided_twice, noise_too_small, clipping_after_noise]
+)
+def test_a_broken_build_is_refuted(
+    canaries: Callable[[], Any],
+    broken: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     broken(monkeypatch)
     assert canaries().epsilon > PROMISED
 
 
 def distinguished(*, auxiliary_trained: bool) -> float:
-    """The epsilon refuted by 400 private steps with an example and 400 without it, the auxiliary model auxiliary_trained on all of them first, or not."""
+    """The epsilon refuted by 400 private steps with an example and 400 without it, the auxiliary
+    model auxiliary_trained on all of them first, or not."""
     base = [Encoded((5 + index % 7, 20 + index % 11, 40), 1) for index in range(40)]
     worlds, noiseless = [], []
     steps = PrivateSteps(bound=1e-3, noise_multiplier=NOISE, sampling_rate=1.0, count=1)
     quiet = PrivateSteps(bound=1e-3, noise_multiplier=0.0, sampling_rate=1.0, count=1)
     for rows in ([*base, Encoded((90, 91, 92, 93, 94), 1)], base):
         model = tiny_model("gpt2")
-        prompt = SoftPrompt(PromptSpec(space="residual", length=4, model=model.shape), torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0)))
+        prompt = SoftPrompt(
+            PromptSpec(space="residual", length=4, model=model.shape),
+            torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0)),
+        )
         if auxiliary_trained:
-            loss = lambda batch, model=model: states_loss(model, model(batch.input_ids, batch.attention_mask), batch)
-            fit(trainable(model.model), loss, [collate(rows[-8:])] * 10, Optimisation(learning_rate=3e-3))
+            loss = lambda batch, model=model: states_loss(
+                model, model(batch.input_ids, batch.attention_mask), batch
+            )
+            fit(
+                trainable(model.model),
+                loss,
+                [collate(rows[-8:])] * 10,
+                Optimisation(learning_rate=3e-3),
+            )
         worlds.append((model, prompt, rows))
-        noiseless.append(private_gradient(model, prompt, rows, 40, quiet, at_once=64).double().flatten())
+        noiseless.append(
+            private_gradient(model, prompt, rows, 40, quiet, at_once=64).double().flatten()
+        )
     direction = noiseless[0] - noiseless[1]
     each: list[list[float]] = []
     for (model, prompt, rows), mean in zip(worlds, noiseless, strict=True):
         # the sum of clipped gradients is the same each time: only the noise is drawn anew
         total = mean * 40
-        draws = [noised_mean(total, bound=1e-3, noise_multiplier=NOISE, expected=40.0) for _ in range(400)]
+        draws = [
+            noised_mean(total, bound=1e-3, noise_multiplier=NOISE, expected=40.0)
+            for _ in range(400)
+        ]
         assert torch.isfinite(private_gradient(model, prompt, rows, 40, steps, at_once=64)).all()
         each.append([float(draw @ direction) for draw in draws])
     return two_worlds_bound(each[0], each[1], delta=DELTA)
@@ -158,14 +210,26 @@ def test_canary_clients_refute_a_server_with_too_little_noise() -> None:
     rows = spheres(2 * asked, numbers, 1.0, 3)
     coins = random.Random(1)
     included = [coins.random() < 0.5 for _ in rows]
-    replies = {str(index): {PROMPT: row.float().view(1, 4, 1024)} for index, (row, there) in enumerate(zip(rows, included, strict=True)) if there}
+    replies = {
+        str(index): {PROMPT: row.float().view(1, 4, 1024)}
+        for index, (row, there) in enumerate(zip(rows, included, strict=True))
+        if there
+    }
     promised = epsilon((Release(2.0),), DELTA)
 
     def audit(noise: float) -> tuple[float, float]:
-        release = private_mean(sent, replies, bound=1.0, noise_multiplier=noise, expected=float(asked))[PROMPT].double().flatten()
+        release = (
+            private_mean(sent, replies, bound=1.0, noise_multiplier=noise, expected=float(asked))[
+                PROMPT
+            ]
+            .double()
+            .flatten()
+        )
         cosines = (rows @ release / release.norm()).tolist()
         inside = [cosine for cosine, there in zip(cosines, included, strict=True) if there]
-        return lower_bound(cosines, included, delta=DELTA).epsilon, estimated_epsilon(inside, numbers, delta=DELTA)
+        return lower_bound(cosines, included, delta=DELTA).epsilon, estimated_epsilon(
+            inside, numbers, delta=DELTA
+        )
 
     bound, estimate = audit(2.0)
     assert bound <= promised and promised / 2 < estimate < 3 * promised, "it comes of 200 cosines"

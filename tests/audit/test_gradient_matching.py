@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from fedsp.audit.inversion.gradient_matching import LocalSteps, Target, best_distances, local_change, match_embeddings, match_text, mismatch
+from fedsp.audit.inversion.gradient_matching import (
+    LocalSteps,
+    Target,
+    best_distances,
+    local_change,
+    match_embeddings,
+    match_text,
+    mismatch,
+)
 from fedsp.audit.inversion.scenarios import cut, noise_of, noised, recovery_of
 from fedsp.data.encoding import Encoded, collate
 from fedsp.training.loop import Optimisation, answer_loss, fit
@@ -30,12 +38,19 @@ def test_the_simulated_client_is_the_real_one(family: str, space: Any) -> None:
     model = tiny_model(family)
     prompt = prompt_for(model, space, 5)
     seen = local_change(model, prompt, embedded(model, ROW), ANSWER, LocalSteps())[0]
-    assert torch.allclose(-seen, example_gradients(model, prompt, collate([ROW]))[1][0], rtol=1e-3, atol=1e-5)
+    assert torch.allclose(
+        -seen, example_gradients(model, prompt, collate([ROW]))[1][0], rtol=1e-3, atol=1e-5
+    )
     optimisation = Optimisation(learning_rate=1e-2, weight_decay=0.1, warmup=0.5, total_steps=8)
     steps = LocalSteps(tuple(optimisation.rate(step) for step in range(3)), 0.1)
     changed = local_change(model, prompt, embedded(model, ROW), ANSWER, steps)[0]
     before = prompt.values().detach().clone()
-    fit(prompt.trained(), lambda batch: answer_loss(model, prompt.prefix(model), batch), [collate([ROW])] * 3, optimisation)
+    fit(
+        prompt.trained(),
+        lambda batch: answer_loss(model, prompt.prefix(model), batch),
+        [collate([ROW])] * 3,
+        optimisation,
+    )
     assert torch.allclose(changed, prompt.values().detach() - before, rtol=1e-3, atol=1e-5)
 
 
@@ -46,7 +61,12 @@ def test_two_texts_are_one_client() -> None:
     both = torch.cat([embedded(model, ROW), embedded(model, other)], dim=1)
     answers = torch.tensor([TEXT[3], TEXT[9]])
     seen = local_change(model, prompt, both, answers, LocalSteps())[0]
-    assert torch.allclose(-seen, example_gradients(model, prompt, collate([ROW, other]))[1].mean(dim=0), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(
+        -seen,
+        example_gradients(model, prompt, collate([ROW, other]))[1].mean(dim=0),
+        rtol=1e-3,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("steps", [LocalSteps(), LocalSteps((5e-3, 1e-2), 0.01)])
@@ -55,9 +75,16 @@ def test_a_residual_prompt_gives_its_text_away_too(steps: LocalSteps) -> None:
     model = tiny_model("gpt2")
     prompt = prompt_for(model, "residual", 5)
     change = local_change(model, prompt, embedded(model, ROW), ANSWER, steps)[0].detach()
-    read = match_text(model, prompt, Target(change=change, answers=ANSWER, tokens=3, steps=steps), iterations=150)
+    read = match_text(
+        model, prompt, Target(change=change, answers=ANSWER, tokens=3, steps=steps), iterations=150
+    )
     assert recovery_of(read, ROW).exact
-    hidden = match_text(model, prompt, Target(change=noised(change, noise_of(1.0)), answers=ANSWER, tokens=3, steps=steps), iterations=20)
+    hidden = match_text(
+        model,
+        prompt,
+        Target(change=noised(change, noise_of(1.0)), answers=ANSWER, tokens=3, steps=steps),
+        iterations=20,
+    )
     assert recovery_of(hidden, ROW).tokens < 0.5
 
 
@@ -67,10 +94,20 @@ def test_texts_of_a_lot_are_found_together() -> None:
     rows = [Encoded(TEXT[:3], 2), Encoded(TEXT[5:8], 2)]
     change = -example_gradients(model, prompt, collate(rows))[1].mean(dim=0)
     answers = torch.tensor([row.ids[-1] for row in rows])
-    found = match_embeddings(model, prompt, Target(change=change, answers=answers, tokens=2, steps=LocalSteps()), iterations=150, restarts=2, seed=0)
+    found = match_embeddings(
+        model,
+        prompt,
+        Target(change=change, answers=answers, tokens=2, steps=LocalSteps()),
+        iterations=150,
+        restarts=2,
+        seed=0,
+    )
     nearest = best_distances(model, found).topk(2, largest=False).indices
     there = [{row.ids[position] for row in rows} for position in range(2)]
-    assert sum(len(set(some.tolist()) & tokens) for some, tokens in zip(nearest, there, strict=True)) >= 3
+    assert (
+        sum(len(set(some.tolist()) & tokens) for some, tokens in zip(nearest, there, strict=True))
+        >= 3
+    )
 
 
 def test_mismatch_looks_at_each_depth_alike() -> None:

@@ -19,7 +19,16 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from fedsp.config import PartitionSection
-from fedsp.data.encoding import IGNORED, Encoded, collate, decode_behind, encode_pairs, encode_targets, encode_texts, training_batches
+from fedsp.data.encoding import (
+    IGNORED,
+    Encoded,
+    collate,
+    decode_behind,
+    encode_pairs,
+    encode_targets,
+    encode_texts,
+    training_batches,
+)
 from fedsp.data.files import read_passages, read_rows
 from fedsp.data.partition import make_partition, read_partition
 from fedsp.data.tasks import TASKS, Example, examples_of, find_task
@@ -32,22 +41,53 @@ from support.tokenizers_made import bpe
 TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
 
 HUB_ROWS: dict[str, tuple[dict[str, Any], str, list[str], list[int]]] = {
-    "arc_easy": ({"question": "Why?", "choices": {"text": ["a b", "c"], "label": ["1", "2"]}, "answerKey": "2"}, "Question: Why?\nAnswer:", ["a b", "c"], [1]),
+    "arc_easy": (
+        {
+            "question": "Why?",
+            "choices": {"text": ["a b", "c"], "label": ["1", "2"]},
+            "answerKey": "2",
+        },
+        "Question: Why?\nAnswer:",
+        ["a b", "c"],
+        [1],
+    ),
     "openbookqa": (
-        {"question_stem": "Plants need", "choices": {"text": ["sun", "tar"], "label": ["A", "B"]}, "answerKey": " A"},
+        {
+            "question_stem": "Plants need",
+            "choices": {"text": ["sun", "tar"], "label": ["A", "B"]},
+            "answerKey": " A",
+        },
         "Plants need",
         ["sun", "tar"],
         [0],
     ),
-    "piqa": ({"goal": "Boil", "sol1": "heat it", "sol2": "cool it", "label": 0}, "Question: Boil\nAnswer:", ["heat it", "cool it"], [0]),
+    "piqa": (
+        {"goal": "Boil", "sol1": "heat it", "sol2": "cool it", "label": 0},
+        "Question: Boil\nAnswer:",
+        ["heat it", "cool it"],
+        [0],
+    ),
     "sciq": (
-        {"support": " It is.", "question": "What?", "distractor1": "x", "distractor2": "y", "distractor3": "z", "correct_answer": "w"},
+        {
+            "support": " It is.",
+            "question": "What?",
+            "distractor1": "x",
+            "distractor2": "y",
+            "distractor3": "z",
+            "correct_answer": "w",
+        },
         "It is.\nQuestion: What?\nAnswer:",
         ["x", "y", "z", "w"],
         [3],
     ),
     "hellaswag": (
-        {"activity_label": "Roof", "ctx_a": "A man.", "ctx_b": "he [step] sits", "endings": ["falls [title] down", " goes"], "label": "1"},
+        {
+            "activity_label": "Roof",
+            "ctx_a": "A man.",
+            "ctx_b": "he [step] sits",
+            "endings": ["falls [title] down", " goes"],
+            "label": "1",
+        },
         "Roof: A man. He sits",
         ["falls. down", "goes"],
         [1],
@@ -67,7 +107,12 @@ HUB_ROWS: dict[str, tuple[dict[str, Any], str, list[str], list[int]]] = {
         ["1", "2", "3", "4"],
         [3],
     ),
-    "webqs": ({"question": "where?", "answers": ["Paris, France", "Lyon", "Paris"]}, "Question: where?\nAnswer:", ["Lyon", "Paris"], [0, 1]),
+    "webqs": (
+        {"question": "where?", "answers": ["Paris, France", "Lyon", "Paris"]},
+        "Question: where?\nAnswer:",
+        ["Lyon", "Paris"],
+        [0, 1],
+    ),
 }
 
 
@@ -80,7 +125,9 @@ def test_hub_rows_are_rendered_as_the_harness_renders_them(name: str) -> None:
     assert example.gold == tuple(gold)
 
 
-@pytest.mark.parametrize("name", ["arc_easy", "openbookqa", "piqa", "sciq", "hellaswag", "race", "webqs"])
+@pytest.mark.parametrize(
+    "name", ["arc_easy", "openbookqa", "piqa", "sciq", "hellaswag", "race", "webqs"]
+)
 def test_rendering_equals_the_harness(name: str, tmp_path: Path) -> None:
     """The same rows through lm-evaluation-harness's own task files."""
     row = HUB_ROWS[name][0]
@@ -95,8 +142,23 @@ def test_rendering_equals_the_harness(name: str, tmp_path: Path) -> None:
 
 def test_own_rows_multiple_choice_and_completion() -> None:
     question, completion = find_task("multiple_choice"), find_task("completion")
-    (example,) = examples_of(question, [{"context": "Facts.", "question": "So?", "choices": [" yes", "no"], "answer": 1, "id": "q"}])
-    assert (example.context, example.choices, example.target) == ("Facts.\nQuestion: So?\nAnswer:", (" yes", " no"), " no")
+    (example,) = examples_of(
+        question,
+        [
+            {
+                "context": "Facts.",
+                "question": "So?",
+                "choices": [" yes", "no"],
+                "answer": 1,
+                "id": "q",
+            }
+        ],
+    )
+    assert (example.context, example.choices, example.target) == (
+        "Facts.\nQuestion: So?\nAnswer:",
+        (" yes", " no"),
+        " no",
+    )
     (example,) = examples_of(completion, [{"prompt": "Dear ", "completion": "Sir"}])
     assert (example.context, example.target) == ("Dear", " Sir")
 
@@ -118,12 +180,24 @@ def test_files_in_every_form(tmp_path: Path) -> None:
         ('{"question": "q"}\nnot json\n', r"line 2 is not JSON"),
         ('{"question": "q"}\n[1]\n', r"line 2 is a list"),
         ("", "holds no rows"),
-        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', "line 1 has answer 2 but 2 choices: expected an index from 0 to 1"),
+        (
+            '{"question": "q", "choices": ["a", "b"], "answer": 2}',
+            "line 1 has answer 2 but 2 choices: expected an index from 0 to 1",
+        ),
         ('{"question": "q", "choices": ["a", "b"], "answer": -1}', "line 1 has answer -1"),
-        ('{"question": "q", "choices": ["a", "b"], "answer": "b"}', "line 1 cannot be read.*answer is a text, not an index"),
-        ('{"question": "q", "choices": "Anna Q has it", "answer": 0}', "line 1 cannot be read.*choices is a text, not a list"),
+        (
+            '{"question": "q", "choices": ["a", "b"], "answer": "b"}',
+            "line 1 cannot be read.*answer is a text, not an index",
+        ),
+        (
+            '{"question": "q", "choices": "Anna Q has it", "answer": 0}',
+            "line 1 cannot be read.*choices is a text, not a list",
+        ),
         ('{"question": "q", "choices": ["a"]}', "line 1 has no field 'answer'.*needs question"),
-        ('{"question": "q", "choices": ["a", " "], "answer": 0}', "line 1 has no choices, or an empty one"),
+        (
+            '{"question": "q", "choices": ["a", " "], "answer": 0}',
+            "line 1 has no choices, or an empty one",
+        ),
     ],
 )
 def test_bad_rows_are_named_by_line(tmp_path: Path, content: str, sentence: str) -> None:
@@ -153,20 +227,30 @@ ROW = {"question": "q", "choices": ["a", "b"], "answer": 1}
     ],
 )
 @pytest.mark.parametrize("task", ["multiple_choice", "continuation", "sciq"])
-def test_a_value_that_is_no_text_is_refused_with_its_line(task: str, changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_a_value_that_is_no_text_is_refused_with_its_line(
+    task: str, changes: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
     """And not trained on as "None", or as what Python writes for a list."""
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | changes) + "\n")
-    with pytest.raises(DataError, match=f"rows.jsonl, line 2 cannot be read as a {task} row \\({sentence}\\)"):
+    with pytest.raises(
+        DataError, match=f"rows.jsonl, line 2 cannot be read as a {task} row \\({sentence}\\)"
+    ):
         examples_of(TASKS[task], read_rows(path))
 
 
 @pytest.mark.parametrize("name", sorted(HUB_ROWS))
 def test_no_field_of_a_hub_row_is_read_as_what_python_writes_for_it(name: str) -> None:
-    """Every text and every list of every schema, replaced by nothing, by a number, by another kind; a list as a table has it; and an answer that is none."""
+    """Every text and every list of every schema, replaced by nothing, by a number, by another kind;
+    a list as a table has it; and an answer that is none."""
     row = HUB_ROWS[name][0]
     for key, value in row.items():
-        others: list[Any] = [None, 7.5, {"a": "b"}, ["a", None] if isinstance(value, list) else ["a"]]
+        others: list[Any] = [
+            None,
+            7.5,
+            {"a": "b"},
+            ["a", None] if isinstance(value, list) else ["a"],
+        ]
         for other in [*others, "['Paris']"] if not isinstance(value, str | int) else others:
             with pytest.raises(DataError, match="cannot be read as|needs question"):
                 examples_of(find_task(name), [row | {key: other}])
@@ -182,7 +266,9 @@ def test_an_answer_of_race_is_one_letter(answer: Any) -> None:
 
 @pytest.mark.parametrize("value", [None, ["x"], 1.5, True])
 def test_an_id_is_a_text_or_a_whole_number(value: Any) -> None:
-    with pytest.raises(DataError, match="row 0 has an id that is .*expected a text or a whole number"):
+    with pytest.raises(
+        DataError, match="row 0 has an id that is .*expected a text or a whole number"
+    ):
         examples_of(TASKS["multiple_choice"], [ROW | {"id": value}])
 
 
@@ -203,17 +289,32 @@ def test_completions_are_texts() -> None:
 
 
 def test_the_same_rows_in_every_dress(tmp_path: Path) -> None:
-    """Excel's byte order mark, its semicolons, tabs, line ends of every system, a field of a million letters, gzip, and endings in capitals: the same rows, and one digest."""
+    """Excel's byte order mark, its semicolons, tabs, line ends of every system, a field of a
+    million letters, gzip, and endings in capitals: the same rows, and one digest."""
     long = "x" * 1_000_000
-    rows = [{"question": f"a; b, c{long}", "choices": ["a", "b"], "answer": 1}, {"question": "two\r\nlines", "choices": ["c", "d"], "answer": 0}]
+    rows = [
+        {"question": f"a; b, c{long}", "choices": ["a", "b"], "answer": 1},
+        {"question": "two\r\nlines", "choices": ["c", "d"], "answer": 0},
+    ]
     json_lines = "".join(json.dumps(row) + "\n" for row in rows)
     tables = {}
     for ending, divider in ((".csv", ","), (".semi.csv", ";"), (".tsv", "\t"), (".CSV", ",")):
         out = io.StringIO(newline="")
         writer = csv.writer(out, delimiter=divider, lineterminator="\r\n")
-        writer.writerows([["question", "choices", "answer"], *([row["question"], json.dumps(row["choices"]), row["answer"]] for row in rows)])
+        writer.writerows(
+            [
+                ["question", "choices", "answer"],
+                *([row["question"], json.dumps(row["choices"]), row["answer"]] for row in rows),
+            ]
+        )
         tables[f"table{ending}"] = out.getvalue()
-    files = {"rows.jsonl": json_lines, "name.csv.jsonl": json_lines, "rows.csv.d/rows": json_lines, "windows.jsonl": json_lines.replace("\n", "\r\n"), **tables}
+    files = {
+        "rows.jsonl": json_lines,
+        "name.csv.jsonl": json_lines,
+        "rows.csv.d/rows": json_lines,
+        "windows.jsonl": json_lines.replace("\n", "\r\n"),
+        **tables,
+    }
     digests = {}
     for name, text in files.items():
         for mark in ("utf-8", "utf-8-sig"):
@@ -222,7 +323,10 @@ def test_the_same_rows_in_every_dress(tmp_path: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(gzip.compress(text.encode(mark)) if packed else text.encode(mark))
                 found = read_rows(path)
-                assert [{key: value for key, value in row.items() if key != "__where__"} for row in found] == rows, path
+                assert [
+                    {key: value for key, value in row.items() if key != "__where__"}
+                    for row in found
+                ] == rows, path
                 digests[str(path)] = rows_digest(found)
     assert len(set(digests.values())) == 1
     (tmp_path / "marked.txt").write_bytes("\ufefffirst\r\n\r\nsecond".encode())
@@ -232,18 +336,38 @@ def test_the_same_rows_in_every_dress(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('question,choices,answer\nq,"[""a"", ""b""]",1\nq,"[""a"", ""b""]",1,more\n', "line 3 has 4 fields, but the first line names 3 columns"),
-        ('question,choices,answer\nq,"[""a"", ""b""]"\n', "line 2 has 2 fields, but the first line names 3 columns"),
+        (
+            'question,choices,answer\nq,"[""a"", ""b""]",1\nq,"[""a"", ""b""]",1,more\n',
+            "line 3 has 4 fields, but the first line names 3 columns",
+        ),
+        (
+            'question,choices,answer\nq,"[""a"", ""b""]"\n',
+            "line 2 has 2 fields, but the first line names 3 columns",
+        ),
         ("question,choices,question\nq,[],1\n", "line 1 has two columns named 'question'"),
         ("question,,answer\nq,[],1\n", "line 1 has a column without a name"),
-        ('question,choices,answer\nq,"[""a"", ""b""]",1_0\n', "line 2: in a table, choices is a JSON list .* and answer its index \\(not a whole number"),
+        (
+            'question,choices,answer\nq,"[""a"", ""b""]",1_0\n',
+            (
+                "line 2: in a table, choices is a JSON list .* and answer its index \\(not a whole"
+                " number"
+            ),
+        ),
         ('question,choices,answer\nq,"[""a"", ""b""]",' + "9" * 5000 + "\n", "line 2: in a table"),
-        ("question,choices,answer\nq," + "[" * 100_000 + ",1\n", "line 2: in a table.*nested too deeply"),
-        ('question,choices,answer\nq,"[""a"", ""b""]",1\nopen,"[""a"",1\nq,x,1\n', "line 3 cannot be read as a row of a table"),
+        (
+            "question,choices,answer\nq," + "[" * 100_000 + ",1\n",
+            "line 2: in a table.*nested too deeply",
+        ),
+        (
+            'question,choices,answer\nq,"[""a"", ""b""]",1\nopen,"[""a"",1\nq,x,1\n',
+            "line 3 cannot be read as a row of a table",
+        ),
         ('prompt\n"two\nlines"\n"x" y\n', "line 4 cannot be read as a row of a table"),
     ],
 )
-def test_a_table_that_does_not_fit_its_first_line_is_refused_with_the_line(content: str, sentence: str, tmp_path: Path) -> None:
+def test_a_table_that_does_not_fit_its_first_line_is_refused_with_the_line(
+    content: str, sentence: str, tmp_path: Path
+) -> None:
     (tmp_path / "table.csv").write_text(content)
     with pytest.raises(DataError, match=f"table.csv, {sentence}"):
         read_rows(tmp_path / "table.csv")
@@ -259,8 +383,12 @@ def test_a_table_that_does_not_fit_its_first_line_is_refused_with_the_line(conte
         ('{"question": "a"', "at column"),
     ],
 )
-def test_json_that_nothing_can_use_is_refused_with_its_line(line: str, sentence: str, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"question": "whole \\ud83d\\ude00 pair"}\n' + line + "\n")
+def test_json_that_nothing_can_use_is_refused_with_its_line(
+    line: str, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        '{"question": "whole \\ud83d\\ude00 pair"}\n' + line + "\n"
+    )
     with pytest.raises(DataError, match=f"rows.jsonl, line 2 is not JSON \\(.*{sentence}"):
         read_rows(tmp_path / "rows.jsonl")
 
@@ -270,29 +398,46 @@ def test_json_that_nothing_can_use_is_refused_with_its_line(line: str, sentence:
     [
         ('sep=;\nquestion;answer;choices\nq;1;"[""a"", ""b""]"\n', 1),
         ('\n\r\nquestion,answer,choices\nq,1,"[""a"", ""b""]"\n,,\n\n', 1),
-        ('question,"answer",choices,"a\nname"\nq,1,"[""a"", ""b""]",x\nq,1,"[""a"", ""b""]",y\n', 2),
+        (
+            'question,"answer",choices,"a\nname"\nq,1,"[""a"", ""b""]",x\nq,1,"[""a"", ""b""]",y\n',
+            2,
+        ),
     ],
 )
-def test_what_excel_puts_around_a_table_is_not_the_table(content: str, rows: int, tmp_path: Path) -> None:
+def test_what_excel_puts_around_a_table_is_not_the_table(
+    content: str, rows: int, tmp_path: Path
+) -> None:
     (tmp_path / "t.csv").write_text(content, newline="")
     found = read_rows(tmp_path / "t.csv")
-    assert len(found) == rows and all((row["question"], row["answer"], row["choices"]) == ("q", 1, ["a", "b"]) for row in found)
+    assert len(found) == rows and all(
+        (row["question"], row["answer"], row["choices"]) == ("q", 1, ["a", "b"]) for row in found
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("t.csv", b"question|answer\nq|1\n", "divides its columns by '|': save the table with commas"),
+        (
+            "t.csv",
+            b"question|answer\nq|1\n",
+            "divides its columns by '|': save the table with commas",
+        ),
         ("t.csv", b"prompt,completion\na,b,\n", "line 2 ends in more dividers"),
         ("t.csv", b"prompt,completion\na\0,b\n", "line 2 holds a NUL character"),
         ("t.csv", b"\n\nprompt,completion\na\n", "line 4 has 1 fields, but the first line names 2"),
         ("t.csv", "prompt\ta".encode("utf-16"), "it is UTF-16 .*save it as CSV UTF-8"),
-        ("t.xlsx", b"PK\x03\x04\xff\xff", "it is a spreadsheet or an archive; export the sheet as CSV"),
+        (
+            "t.xlsx",
+            b"PK\x03\x04\xff\xff",
+            "it is a spreadsheet or an archive; export the sheet as CSV",
+        ),
         ("t.jsonl", b'{"prompt": "a\\u0000"}', "line 1 is not JSON .a text holds a NUL"),
         ("t.jsonl", b"null", "line 1 is null: expected one JSON object"),
     ],
 )
-def test_what_is_no_table_or_text_says_what_it_is(name: str, content: bytes, sentence: str, tmp_path: Path) -> None:
+def test_what_is_no_table_or_text_says_what_it_is(
+    name: str, content: bytes, sentence: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=sentence):
         read_rows(tmp_path / name)
@@ -300,7 +445,9 @@ def test_what_is_no_table_or_text_says_what_it_is(name: str, content: bytes, sen
 
 def test_a_text_without_letters_between_nul_characters_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_bytes("the text".encode("utf-16-le"))
-    with pytest.raises(DataError, match=r"holds NUL characters, which no text has \(it may be UTF-16\)"):
+    with pytest.raises(
+        DataError, match=r"holds NUL characters, which no text has \(it may be UTF-16\)"
+    ):
         read_passages([tmp_path / "t.txt"])
 
 
@@ -318,41 +465,80 @@ def test_a_partition_that_was_damaged_or_is_of_other_rows_is_a_sentence(written:
         read_partition(written, 3)
 
 
-TABLE_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), min_size=1, max_size=20).filter(str.strip)
+TABLE_TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), min_size=1, max_size=20
+).filter(str.strip)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(TABLE_TEXT, st.lists(TABLE_TEXT, min_size=1, max_size=3)), min_size=1, max_size=4), st.sampled_from(",;\t"))
-def test_what_a_spreadsheet_writes_is_read_back(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, list[str]]], divider: str) -> None:
+@given(
+    st.lists(
+        st.tuples(TABLE_TEXT, st.lists(TABLE_TEXT, min_size=1, max_size=3)), min_size=1, max_size=4
+    ),
+    st.sampled_from(",;\t"),
+)
+def test_what_a_spreadsheet_writes_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, list[str]]], divider: str
+) -> None:
     path = tmp_path_factory.mktemp("table") / "rows.csv"
     with open(path, "w", encoding="utf-8-sig", newline="") as file:
-        csv.writer(file, delimiter=divider).writerows([["question", "choices", "answer"], *([text, json.dumps(choices), 0] for text, choices in rows)])
+        csv.writer(file, delimiter=divider).writerows(
+            [
+                ["question", "choices", "answer"],
+                *([text, json.dumps(choices), 0] for text, choices in rows),
+            ]
+        )
     assert [(row["question"], row["choices"]) for row in read_rows(path)] == rows
 
 
 @pytest.mark.parametrize("column", [None, "", 1.5, True, ["a"]])
 def test_a_group_is_a_text_or_a_whole_number(column: Any) -> None:
     rows = [{"owner": "a", "__where__": "f, line 1"}, {"owner": column, "__where__": "f, line 2"}]
-    with pytest.raises(DataError, match="f, line 2 has .* in column 'owner', which partition.column names: expected a text or a whole number"):
-        make_partition(rows, PartitionSection(kind="natural", column="owner"), server_share=0, holdout=0, seed=0)
+    with pytest.raises(
+        DataError,
+        match=(
+            "f, line 2 has .* in column 'owner', which partition.column names: expected a text or a"
+            " whole number"
+        ),
+    ):
+        make_partition(
+            rows,
+            PartitionSection(kind="natural", column="owner"),
+            server_share=0,
+            holdout=0,
+            seed=0,
+        )
 
 
 MERGES = [("b", " "), ("b ", "x"), ("a", "b"), (" ", "x"), ("y", "y"), ("c", " "), ("d", " x")]
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text("abcdxy <s>", max_size=6), st.text("abcdxy ", min_size=1, max_size=5).filter(str.strip), st.booleans(), st.booleans(), st.integers(2, 9))
-def test_whatever_a_tokenizer_merges_an_answer_has_a_token(context: str, answer: str, begins: bool, ends: bool, limit: int) -> None:
-    """Where something is left behind the context, it is what lm-evaluation-harness takes; where nothing is, the tokens that the answer changed."""
+@given(
+    st.text("abcdxy <s>", max_size=6),
+    st.text("abcdxy ", min_size=1, max_size=5).filter(str.strip),
+    st.booleans(),
+    st.booleans(),
+    st.integers(2, 9),
+)
+def test_whatever_a_tokenizer_merges_an_answer_has_a_token(
+    context: str, answer: str, begins: bool, ends: bool, limit: int
+) -> None:
+    """Where something is left behind the context, it is what lm-evaluation-harness takes; where
+    nothing is, the tokens that the answer changed."""
     tokenizer = bpe(MERGES, begins=begins, ends=ends)
-    (full,), (cut,) = (encode_pairs(tokenizer, [(context, f" {answer}")], most) for most in (1000, limit))
+    (full,), (cut,) = (
+        encode_pairs(tokenizer, [(context, f" {answer}")], most) for most in (1000, limit)
+    )
     bare = context.rstrip()
     assert 1 <= full.start < len(full.ids) and 1 <= cut.start < len(cut.ids) <= limit
     assert cut.ids == full.ids[-len(cut.ids) :]
     assert full.ids[-1] != tokenizer.eos_token_id, "nothing ends behind an answer"
     plain = bpe(MERGES, begins=begins)
     special = not bare.startswith("<s>")
-    before, whole = (plain.encode(part, add_special_tokens=special) for part in (bare, context + f" {answer}"))
+    before, whole = (
+        plain.encode(part, add_special_tokens=special) for part in (bare, context + f" {answer}")
+    )
     if bare and len(whole) > len(before):
         assert list(full.ids) == [*before, *whole[len(before) :]] and full.start == len(before)
     else:
@@ -365,22 +551,43 @@ def test_whatever_a_tokenizer_merges_an_answer_has_a_token(context: str, answer:
 def test_an_answer_without_a_token_is_refused_by_name() -> None:
     tokenizer = bpe()
     with pytest.raises(DataError, match="example q7: the tokenizer makes no token of an answer"):
-        encode_targets(tokenizer, [Example(id="q7", context="abc", choices=("\u0000",), gold=(0,))], 20)
-    with pytest.raises(DataError, match="pair 0: no token of a context is in front of the answer, and this tokenizer has none"):
+        encode_targets(
+            tokenizer, [Example(id="q7", context="abc", choices=("\u0000",), gold=(0,))], 20
+        )
+    with pytest.raises(
+        DataError,
+        match=(
+            "pair 0: no token of a context is in front of the answer, and this tokenizer has none"
+        ),
+    ):
         encode_pairs(bpe(tokens=False), [("", " a")], 20)
 
 
-@pytest.mark.parametrize(("begins", "ends"), [(False, False), (True, False), (False, True), (True, True)])
-def test_a_text_is_begun_as_its_tokenizer_begins_it_and_never_ended(begins: bool, ends: bool) -> None:
+@pytest.mark.parametrize(
+    ("begins", "ends"), [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_a_text_is_begun_as_its_tokenizer_begins_it_and_never_ended(
+    begins: bool, ends: bool
+) -> None:
     tokenizer = bpe(begins=begins, ends=ends)
     first, body = [0] if begins else [], bpe().encode("abc")
-    assert encode_texts(tokenizer, ["abc", "<s>abc", "", "abc</s>"]) == [[*first, *body], [0, *body], first, [*first, *body, 1]]
+    assert encode_texts(tokenizer, ["abc", "<s>abc", "", "abc</s>"]) == [
+        [*first, *body],
+        [0, *body],
+        first,
+        [*first, *body, 1],
+    ]
     (pair,) = encode_pairs(tokenizer, [("", " a")], 20)
     assert pair.ids[:1] == (0,) and pair.start == 1
 
 
 def test_what_is_generated_keeps_its_space_and_shows_no_special_token() -> None:
-    backend = Backend(BPE(vocab={word: number for number, word in enumerate(["<s>", "</s>", "\u2581", *"abc"])}, merges=[]))
+    backend = Backend(
+        BPE(
+            vocab={word: number for number, word in enumerate(["<s>", "</s>", "\u2581", *"abc"])},
+            merges=[],
+        )
+    )
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     (ids,) = encode_texts(tokenizer, ["ab"])
@@ -407,7 +614,9 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200))
-def test_no_bytes_crash_the_reader(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_no_bytes_crash_the_reader(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     path = tmp_path_factory.mktemp("bytes") / "rows.jsonl"
     path.write_bytes(content)
     try:
@@ -417,18 +626,37 @@ def test_no_bytes_crash_the_reader(tmp_path_factory: pytest.TempPathFactory, con
 
 
 @settings(max_examples=100, deadline=None)
-@given(pairs=st.lists(st.tuples(st.text(max_size=60) | st.just("one context "), st.text(min_size=1, max_size=20)), max_size=5), limit=st.integers(2, 40))
-def test_a_long_example_loses_old_context_and_never_the_answer(pairs: list[tuple[str, str]], limit: int) -> None:
+@given(
+    pairs=st.lists(
+        st.tuples(st.text(max_size=60) | st.just("one context "), st.text(min_size=1, max_size=20)),
+        max_size=5,
+    ),
+    limit=st.integers(2, 40),
+)
+def test_a_long_example_loses_old_context_and_never_the_answer(
+    pairs: list[tuple[str, str]], limit: int
+) -> None:
     """And pairs that are encoded together have the tokens that each has alone."""
     asked = [(context, f" {continuation}") for context, continuation in pairs]
-    for (context, continuation), full, cut in zip(asked, encode_pairs(TOKENIZER, asked, 10_000), encode_pairs(TOKENIZER, asked, limit), strict=True):
+    for (context, continuation), full, cut in zip(
+        asked,
+        encode_pairs(TOKENIZER, asked, 10_000),
+        encode_pairs(TOKENIZER, asked, limit),
+        strict=True,
+    ):
         bare = context.rstrip()
         before = TOKENIZER.encode(bare) or [TOKENIZER.bos_token_id]
         assert full.start == len(before)
         assert full.ids == tuple(
-            TOKENIZER.encode(context + continuation) if bare else before + TOKENIZER.encode(context + continuation, add_special_tokens=False)
+            TOKENIZER.encode(context + continuation)
+            if bare
+            else before + TOKENIZER.encode(context + continuation, add_special_tokens=False)
         )
-        assert len(cut.ids) <= limit and cut.ids == full.ids[-len(cut.ids) :] and cut.dropped == len(full.ids) - len(cut.ids)
+        assert (
+            len(cut.ids) <= limit
+            and cut.ids == full.ids[-len(cut.ids) :]
+            and cut.dropped == len(full.ids) - len(cut.ids)
+        )
         answer = full.ids[full.start :]
         if len(answer) < limit:
             assert cut.ids[cut.start :] == answer
@@ -437,12 +665,16 @@ def test_a_long_example_loses_old_context_and_never_the_answer(pairs: list[tuple
 def test_batches_are_padded_to_their_own_longest_and_cover_every_row() -> None:
     rows = [Encoded(tuple(range(1, 3 + n)), 1 + n // 2) for n in range(12)]
     batches = list(training_batches(rows, steps=4, batch_size=3, seed=0))
-    assert sorted(int(n) for batch in batches for n in batch.attention_mask.sum(dim=1)) == [len(row.ids) for row in rows]
+    assert sorted(int(n) for batch in batches for n in batch.attention_mask.sum(dim=1)) == [
+        len(row.ids) for row in rows
+    ]
     assert sum(batch.input_ids.numel() for batch in batches) < 12 * 13
     again = list(training_batches(rows, steps=4, batch_size=3, seed=0))
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(batches, again, strict=True))
     batch = collate([rows[4]])
-    assert batch.labels[0].tolist() == [IGNORED] * rows[4].start + list(rows[4].ids[rows[4].start :])
+    assert batch.labels[0].tolist() == [IGNORED] * rows[4].start + list(
+        rows[4].ids[rows[4].start :]
+    )
 
 
 ROWS = [{"topic": f"t{index % 7}", "question": "q"} for index in range(210)]
@@ -459,14 +691,21 @@ ROWS = [{"topic": f"t{index % 7}", "question": "q"} for index in range(210)]
     ids=lambda section: section.kind,
 )
 def test_partitions_are_seeded_and_give_each_row_one_holder(section: PartitionSection) -> None:
-    one, same, other = (make_partition(ROWS, section, server_share=0.1, holdout=0.1, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (
+        make_partition(ROWS, section, server_share=0.1, holdout=0.1, seed=seed)
+        for seed in (0, 0, 1)
+    )
     assert one == same != other
-    held = sorted([*one.server, *one.validation, *(row for rows in one.clients.values() for row in rows)])
+    held = sorted(
+        [*one.server, *one.validation, *(row for rows in one.clients.values() for row in rows)]
+    )
     assert held == list(range(210))
     assert len(one.server) == len(one.validation) == 21
     if section.kind == "natural":
         assert sorted(one.clients) == [f"t{index}" for index in range(7)]
-        assert all({ROWS[row]["topic"] for row in rows} == {client} for client, rows in one.clients.items())
+        assert all(
+            {ROWS[row]["topic"] for row in rows} == {client} for client, rows in one.clients.items()
+        )
     if section.kind == "pathological":
         assert all(len({ROWS[row]["topic"] for row in rows}) <= 2 for rows in one.clients.values())
 
@@ -475,8 +714,26 @@ def test_partitions_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(DataError, match=r"partition.clients = 300, but only 210"):
         make_partition(ROWS, PartitionSection(clients=300), server_share=0, holdout=0, seed=0)
     with pytest.raises(DataError, match="has no column 'colour'"):
-        make_partition(ROWS, PartitionSection(kind="natural", column="colour"), server_share=0, holdout=0, seed=0)
+        make_partition(
+            ROWS,
+            PartitionSection(kind="natural", column="colour"),
+            server_share=0,
+            holdout=0,
+            seed=0,
+        )
     with pytest.raises(DataError, match="values_per_client = 9"):
-        make_partition(ROWS, PartitionSection(kind="pathological", column="topic", values_per_client=9), server_share=0, holdout=0, seed=0)
+        make_partition(
+            ROWS,
+            PartitionSection(kind="pathological", column="topic", values_per_client=9),
+            server_share=0,
+            holdout=0,
+            seed=0,
+        )
     with pytest.raises(DataError, match="cannot be made"):
-        make_partition(ROWS[:12], PartitionSection(clients=10, kind="dirichlet", column="topic", alpha=0.001), server_share=0, holdout=0, seed=0)
+        make_partition(
+            ROWS[:12],
+            PartitionSection(clients=10, kind="dirichlet", column="topic", alpha=0.001),
+            server_share=0,
+            holdout=0,
+            seed=0,
+        )

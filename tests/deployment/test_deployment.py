@@ -1,4 +1,5 @@
-"""Real processes: a server and clients over TLS on this machine, and Flower's simulation. Marked `deployment`: minutes rather than seconds."""
+"""Real processes: a server and clients over TLS on this machine, and Flower's simulation. Marked
+`deployment`: minutes rather than seconds."""
 
 from __future__ import annotations
 
@@ -43,26 +44,49 @@ CLIENTS = ("client-0", "client-1", "client-2")
 
 
 class Deployment:
-    """A federation on disk, and its processes. Every process that a test starts is ended, by pid, when the test is."""
+    """A federation on disk, and its processes. Every process that a test starts is ended, by pid,
+    when the test is."""
 
     def __init__(self, place: Path, port: int) -> None:
         self.place, self.port, self.run = place, port, place / "server" / "run"
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, folder: Path, log: str, *command: str, hostile: str = "") -> subprocess.Popen[bytes]:
+    def start(
+        self, folder: Path, log: str, *command: str, hostile: str = ""
+    ) -> subprocess.Popen[bytes]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HOSTILE": hostile}
         with open(folder / log, "ab") as file:
-            process = subprocess.Popen([sys.executable, "-P", *command], cwd=folder, stdout=file, stderr=file, env=environment)
+            process = subprocess.Popen(
+                [sys.executable, "-P", *command],
+                cwd=folder,
+                stdout=file,
+                stderr=file,
+                env=environment,
+            )
         self._started.append(process)
         return process
 
     def join(self, client: str, refused_for: float = 90.0) -> subprocess.Popen[bytes]:
         patience = f"from fedsp.deployment import join; join.REFUSED_FOR = {refused_for}"
-        code = f"import sys; {patience}; sys.argv = ['fedsp', 'join', 'party.toml']; from fedsp.cli import main; main()"
+        code = (
+            f"import sys; {patience}; sys.argv = ['fedsp', 'join', 'party.toml']; from fedsp.cli"
+            " import main; main()"
+        )
         return self.start(self.place / client, "join.log", "-c", code)
 
-    def serve(self, *arguments: str, kill: str = "nothing", record: str = "nothing", hostile: str = "") -> subprocess.Popen[bytes]:
-        return self.start(self.place / "server", "serve.log", str(DRIVER), kill, record, "serve", *(arguments or ("run.toml",)), hostile=hostile)
+    def serve(
+        self, *arguments: str, kill: str = "nothing", record: str = "nothing", hostile: str = ""
+    ) -> subprocess.Popen[bytes]:
+        return self.start(
+            self.place / "server",
+            "serve.log",
+            str(DRIVER),
+            kill,
+            record,
+            "serve",
+            *(arguments or ("run.toml",)),
+            hostile=hostile,
+        )
 
     def said(self, party: str) -> str:
         return (self.place / party / ("serve.log" if party == "server" else "join.log")).read_text()
@@ -72,7 +96,10 @@ class Deployment:
             child
             for process in self._started
             if process.poll() is None
-            for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            for child in [
+                *psutil.Process(process.pid).children(recursive=True),
+                psutil.Process(process.pid),
+            ]
         ]
         for process in self._started:
             if process.poll() is None:
@@ -125,7 +152,9 @@ def deployment(made: tuple[RunDirectory, Path, int], tmp_path: Path) -> Iterator
 def coded(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Path, int]:
     """The same with prompts that travel as changes, both ways."""
     port = free_port()
-    local, place = make_federation(tmp_path_factory.mktemp("coded"), port, compression={"up": "sign", "down": "int8"})
+    local, place = make_federation(
+        tmp_path_factory.mktemp("coded"), port, compression={"up": "sign", "down": "int8"}
+    )
     return local, place, port
 
 
@@ -136,7 +165,8 @@ def coded_deployment(coded: tuple[RunDirectory, Path, int], tmp_path: Path) -> I
 
 
 def shingles(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[bytes, str]:
-    """Every 64 bytes of every tensor, at steps of 64, by the tensor's name: any 127 bytes of it that stand somewhere hold one of them."""
+    """Every 64 bytes of every tensor, at steps of 64, by the tensor's name: any 127 bytes of it
+    that stand somewhere hold one of them."""
     found = {}
     for name, tensor in tensors.items():
         data = tensor.detach().to(dtype).contiguous().numpy().tobytes()
@@ -146,42 +176,83 @@ def shingles(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[by
 
 
 def seen_in(data: bytes, pieces: dict[bytes, str]) -> set[str]:
-    return {pieces[data[start : start + 64]] for start in range(len(data) - 63) if data[start : start + 64] in pieces}
+    return {
+        pieces[data[start : start + 64]]
+        for start in range(len(data) - 63)
+        if data[start : start + 64] in pieces
+    }
 
 
-def test_three_clients_over_tls_give_the_bits_of_a_run_in_one_place_and_send_nothing_else(deployment: Deployment, made: Any, tmp_path: Path) -> None:
+def test_three_clients_over_tls_give_the_bits_of_a_run_in_one_place_and_send_nothing_else(
+    deployment: Deployment, made: Any, tmp_path: Path
+) -> None:
     record = tmp_path / "sent"
     bundle = shutil.copytree(APP, tmp_path / "bundle")
     code = (bundle / "messenger.py").read_text()
-    marker = f"import sys\nimport pathlib\npathlib.Path({str(tmp_path)!r}, 'ran-in-' + pathlib.Path(sys.argv[0]).name).touch()\n"
+    marker = (
+        f"import sys\nimport pathlib\npathlib.Path({str(tmp_path)!r}, 'ran-in-' +"
+        " pathlib.Path(sys.argv[0]).name).touch()\n"
+    )
     (bundle / "messenger.py").write_text(code.replace("import os\n", "import os\n" + marker, 1))
-    for name in ("httpx.py", "flwr.py", "fedsp.py"):  # nor what lies in the folder that the server's owner handed over
-        (deployment.place / "client-0" / name).write_text(f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'ran-{name}').touch(); raise SystemExit(9)")
-    server = deployment.serve("run.toml", "federation.retry_seconds=300", record=str(record), hostile=str(bundle))
+    for name in (
+        "httpx.py",
+        "flwr.py",
+        "fedsp.py",
+    ):  # nor what lies in the folder that the server's owner handed over
+        (deployment.place / "client-0" / name).write_text(
+            f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'ran-{name}').touch(); raise"
+            " SystemExit(9)"
+        )
+    server = deployment.serve(
+        "run.toml", "federation.retry_seconds=300", record=str(record), hostile=str(bundle)
+    )
     clients = [deployment.join(client) for client in CLIENTS]
     assert exited(server) == 0, deployment.said("server")
     assert [exited(client, 60) for client in clients] == [0, 0, 0]
     assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
 
-    assert {path.name for path in tmp_path.glob("ran-*")} == {"ran-in-flwr-serverapp"}, "the server's bundle runs at the server alone"
+    assert {path.name for path in tmp_path.glob("ran-*")} == {"ran-in-flwr-serverapp"}, (
+        "the server's bundle runs at the server alone"
+    )
 
     rows = [row for row in traffic(deployment.run) if row["client"] in CLIENTS]
-    calls = {(row["name"], row["direction"]): row["bytes"] for row in traffic(deployment.run) if row["client"] not in CLIENTS}
-    assert calls["Flower's push-object", "up"] > 9 * 16_000 and calls["Flower's pull-object", "down"] > 9 * 16_000
+    calls = {
+        (row["name"], row["direction"]): row["bytes"]
+        for row in traffic(deployment.run)
+        if row["client"] not in CLIENTS
+    }
+    assert (
+        calls["Flower's push-object", "up"] > 9 * 16_000
+        and calls["Flower's pull-object", "down"] > 9 * 16_000
+    )
     assert {(row["name"], row["direction"], row["messages"]) for row in rows} == {
         (name, way, 3) for name in ("header", "prompt.values") for way in ("up", "down")
     }
     assert sum(row["bytes"] for row in rows if row["name"] == "header") < 3 * 6 * 500
-    everything = "".join(path.read_text(errors="replace") for path in [*deployment.place.glob("*/*.log"), *deployment.place.glob("**/flower/*.log")])
-    assert "round 3" in everything and not any(row in everything for row in ("The town of", "The trade of", "The dish of"))
+    everything = "".join(
+        path.read_text(errors="replace")
+        for path in [*deployment.place.glob("*/*.log"), *deployment.place.glob("**/flower/*.log")]
+    )
+    assert "round 3" in everything and not any(
+        row in everything for row in ("The town of", "The trade of", "The dish of")
+    )
 
-    sent, model = record.read_bytes(), load_model(str(EMBEDDED / "model"), device="cpu", positions="hugging_face")
+    sent, model = (
+        record.read_bytes(),
+        load_model(str(EMBEDDED / "model"), device="cpu", positions="hugging_face"),
+    )
     weights = trainable(model.model)
     both = shingles(weights, torch.float32) | shingles(weights, torch.float16)
     assert len(sent) > 3 * 3 * 16_000 and len(both) > 50_000
     assert seen_in(sent, both) == set(), "a weight of the global model was sent"
-    planted = sent[:1000] + weights["transformer.h.3.mlp.c_fc.weight"].numpy().tobytes()[1001:1201] + sent[1000:2000]
-    assert seen_in(planted, both) == {"transformer.h.3.mlp.c_fc.weight"}, "the scan would have seen it"
+    planted = (
+        sent[:1000]
+        + weights["transformer.h.3.mlp.c_fc.weight"].numpy().tobytes()[1001:1201]
+        + sent[1000:2000]
+    )
+    assert seen_in(planted, both) == {"transformer.h.3.mlp.c_fc.weight"}, (
+        "the scan would have seen it"
+    )
 
 
 def test_the_package_holds_of_the_global_model_what_its_plan_declares(made: Any) -> None:
@@ -189,17 +260,36 @@ def test_the_package_holds_of_the_global_model_what_its_plan_declares(made: Any)
     package = made[1] / "server" / "package"
     auxiliary = load_auxiliary(package, device=torch.device("cpu"), positions="hugging_face")
     data = b"".join(path.read_bytes() for path in sorted(package.iterdir()))
-    blocks = {int(name.split(".h.")[1].split(".")[0]) for name in seen_in(data, shingles(trainable(model.model), torch.float32)) if ".h." in name}
-    assert blocks == {source for source, frozen in zip(auxiliary.plan.sources, auxiliary.plan.frozen, strict=True) if frozen} == {0, 1, 6, 7}
+    blocks = {
+        int(name.split(".h.")[1].split(".")[0])
+        for name in seen_in(data, shingles(trainable(model.model), torch.float32))
+        if ".h." in name
+    }
+    assert (
+        blocks
+        == {
+            source
+            for source, frozen in zip(auxiliary.plan.sources, auxiliary.plan.frozen, strict=True)
+            if frozen
+        }
+        == {0, 1, 6, 7}
+    )
 
 
-def test_a_flower_simulation_gives_the_bits_of_a_run_in_one_place(made: Any, tmp_path: Path) -> None:
+def test_a_flower_simulation_gives_the_bits_of_a_run_in_one_place(
+    made: Any, tmp_path: Path
+) -> None:
     code = "import sys; from fedsp.cli import main; sys.argv[0] = 'fedsp'; main()"
     config = tmp_path / "run.toml"
     config.write_text(tomli_w.dumps(settings(tmp_path, server={"steps": 2, "batch_size": 4})))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code, "run", str(config), "--engine", "flower"], capture_output=True, text=True, timeout=300, env=environment, check=False
+        [sys.executable, "-c", code, "run", str(config), "--engine", "flower"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert prompt_bits(tmp_path / "run") == prompt_bits(made[0].path)
@@ -218,16 +308,34 @@ def test_whoever_is_not_registered_or_does_not_speak_tls_is_refused(deployment: 
     deployment.serve()
     until(lambda: "listening on" in deployment.said("server"))
     stranger, astray = deployment.join("stranger", 5.0), deployment.join("client-1")
-    assert exited(stranger, 90) == 2 and "its key is not in the server's register" in deployment.said("stranger"), deployment.said("stranger")
-    assert exited(astray, 90) == 2 and "is not the server that ca.crt vouches for" in deployment.said("client-1"), deployment.said("client-1")
+    assert exited(
+        stranger, 90
+    ) == 2 and "its key is not in the server's register" in deployment.said("stranger"), (
+        deployment.said("stranger")
+    )
+    assert exited(
+        astray, 90
+    ) == 2 and "is not the server that ca.crt vouches for" in deployment.said("client-1"), (
+        deployment.said("client-1")
+    )
 
     trusted = ssl.create_default_context(cafile=str(deployment.place / "server" / CA))
     address = f"localhost:{deployment.port}"
     with httpx.Client(verify=trusted) as client:
-        for api in ("control/start-run", "control/list-nodes", "control/register-node", "runtime/pull-task-input", ""):
+        for api in (
+            "control/start-run",
+            "control/list-nodes",
+            "control/register-node",
+            "runtime/pull-task-input",
+            "",
+        ):
             assert client.post(f"https://{address}/v1/{api}", content=b"").status_code == 404, api
         assert client.get(f"https://{address}/v1/fleet/pull-messages").status_code == 404
-    for path in ("/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control/start-run", "/v1//control/start-run"):
+    for path in (
+        "/v1/fleet/../control/start-run",
+        "/v1/fleet/%2e%2e/control/start-run",
+        "/v1//control/start-run",
+    ):
         raw = http.client.HTTPSConnection("localhost", deployment.port, context=trusted)
         raw.request("POST", path, b"")
         assert raw.getresponse().status == 404, path
@@ -235,7 +343,11 @@ def test_whoever_is_not_registered_or_does_not_speak_tls_is_refused(deployment: 
     with pytest.raises(httpx.HTTPError):
         httpx.post(f"http://{address}/v1/fleet/pull-messages", content=b"")
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-        httpx.post(f"https://{address}/v1/fleet/pull-messages", content=b"", verify=ssl.create_default_context(cafile=str(other / "server" / CA)))
+        httpx.post(
+            f"https://{address}/v1/fleet/pull-messages",
+            content=b"",
+            verify=ssl.create_default_context(cafile=str(other / "server" / CA)),
+        )
 
 
 def call_unsigned(deployment: Deployment, trusted: ssl.SSLContext) -> int:
@@ -245,12 +357,20 @@ def call_unsigned(deployment: Deployment, trusted: ssl.SSLContext) -> int:
 
     body = PullMessagesRequest(node=Node(node_id=1)).SerializeToString()
     headers = {"content-type": "application/protobuf", "accept": "application/protobuf"}
-    return httpx.post(f"https://localhost:{deployment.port}/v1/fleet/pull-messages", content=body, headers=headers, verify=trusted).status_code
+    return httpx.post(
+        f"https://localhost:{deployment.port}/v1/fleet/pull-messages",
+        content=body,
+        headers=headers,
+        verify=trusted,
+    ).status_code
 
 
-def test_a_server_killed_at_every_boundary_ends_with_the_bits_of_an_undisturbed_run(coded_deployment: Deployment, coded: Any) -> None:
-    """kill -9 at each boundary in turn, resumed after each; the clients stay, lose the server five times, and find it again. A resumed server does not know
-    what its clients hold, and sends whole prompts."""
+def test_a_server_killed_at_every_boundary_ends_with_the_bits_of_an_undisturbed_run(
+    coded_deployment: Deployment, coded: Any
+) -> None:
+    """kill -9 at each boundary in turn, resumed after each; the clients stay, lose the server five
+    times, and find it again. A resumed server does not know what its clients hold, and sends whole
+    prompts."""
     deployment, made = coded_deployment, coded
     clients = [deployment.join(client) for client in CLIENTS]
     start: tuple[str, ...] = ("run.toml",)
@@ -262,12 +382,17 @@ def test_a_server_killed_at_every_boundary_ends_with_the_bits_of_an_undisturbed_
     assert [exited(client, 90) for client in clients] == [0, 0, 0], deployment.said("client-0")
     assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
     assert [record["round"] for record in RunDirectory.open(deployment.run).records()] == [1, 2, 3]
-    assert "does not answer" in deployment.said("client-0") and "answers again" in deployment.said("client-0")
+    assert "does not answer" in deployment.said("client-0") and "answers again" in deployment.said(
+        "client-0"
+    )
 
 
-def test_a_client_killed_and_started_again_keeps_its_place(coded_deployment: Deployment, coded: Any) -> None:
-    """kill -9 of a client as soon as it has answered round 1; started again, it is asked for the rest, and the bits are the same. It has lost the broadcast
-    that the next one is a change of, says so, and gets the whole."""
+def test_a_client_killed_and_started_again_keeps_its_place(
+    coded_deployment: Deployment, coded: Any
+) -> None:
+    """kill -9 of a client as soon as it has answered round 1; started again, it is asked for the
+    rest, and the bits are the same. It has lost the broadcast that the next one is a change of,
+    says so, and gets the whole."""
     deployment, made = coded_deployment, coded
     server = deployment.serve()
     clients = {client: deployment.join(client) for client in CLIENTS}
@@ -279,16 +404,23 @@ def test_a_client_killed_and_started_again_keeps_its_place(coded_deployment: Dep
     assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
     records = RunDirectory.open(deployment.run).records()
     assert [len(record["answered"]) for record in records] == [3, 3, 3]
-    assert records[2]["bytes_down"] < records[0]["bytes_down"] / 2 and records[2]["bytes_up"] < 3 * 16_000 / 5
+    assert (
+        records[2]["bytes_down"] < records[0]["bytes_down"] / 2
+        and records[2]["bytes_up"] < 3 * 16_000 / 5
+    )
 
 
-def test_a_client_that_dies_is_done_without_and_too_few_stop_the_run_with_code_2(deployment: Deployment, made: Any) -> None:
+def test_a_client_that_dies_is_done_without_and_too_few_stop_the_run_with_code_2(
+    deployment: Deployment, made: Any
+) -> None:
     server = deployment.serve("run.toml", "federation.connect_seconds=40", "round.min_clients=3")
     clients = {client: deployment.join(client) for client in CLIENTS}
     until(lambda: "round 1: received" in deployment.said("client-2"))
     clients["client-2"].kill()
     assert exited(server) == 2, deployment.said("server")
-    assert "round.min_clients is 3 (client-2:" in deployment.said("server") and "can be resumed" in deployment.said("server")
+    assert "round.min_clients is 3 (client-2:" in deployment.said(
+        "server"
+    ) and "can be resumed" in deployment.said("server")
     clients["client-2"] = deployment.join("client-2")
     assert exited(deployment.serve("--resume", str(deployment.run))) == 0, deployment.said("server")
     assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
@@ -326,7 +458,9 @@ def test_three_of_ten_clients_killed_in_one_round_and_it_completes(tmp_path: Pat
     _, place = make_federation(tmp_path, port, partition={"clients": 10})
     deployment = Deployment(place, port)
     try:
-        server = deployment.serve("run.toml", "federation.connect_seconds=60", "round.min_clients=7")
+        server = deployment.serve(
+            "run.toml", "federation.connect_seconds=60", "round.min_clients=7"
+        )
         clients = {f"client-{number}": deployment.join(f"client-{number}") for number in range(10)}
         doomed = ("client-1", "client-4", "client-8")
         until(lambda: (deployment.run / "checkpoint" / "round-00001.safetensors").exists(), 300)
@@ -335,7 +469,9 @@ def test_three_of_ten_clients_killed_in_one_round_and_it_completes(tmp_path: Pat
         assert exited(server, 500) == 0, deployment.said("server")
         records = RunDirectory.open(deployment.run).records()
         answered = [len(record["answered"]) for record in records]
-        assert len(records) == 3 and answered[0] == 10 and answered[2] == 7 and answered[1] >= 7, answered
+        assert len(records) == 3 and answered[0] == 10 and answered[2] == 7 and answered[1] >= 7, (
+            answered
+        )
         assert sorted(records[-1]["failed"]) == sorted(doomed)
     finally:
         deployment.stop()
@@ -343,4 +479,13 @@ def test_three_of_ten_clients_killed_in_one_round_and_it_completes(tmp_path: Pat
 
 def test_a_simulation_refuses_a_federation(made: Any) -> None:
     with pytest.raises(Exception, match="run it with `fedsp serve`"):
-        commands.run(make_config({"model": {"name": "embedded"}, "distill": {"text": ["x"]}, "federation": {"folder": "x"}}), engine="flower")
+        commands.run(
+            make_config(
+                {
+                    "model": {"name": "embedded"},
+                    "distill": {"text": ["x"]},
+                    "federation": {"folder": "x"},
+                }
+            ),
+            engine="flower",
+        )

@@ -1,4 +1,5 @@
-"""The one open port of a deployment, as whoever can reach it meets it: nobody is authenticated yet, and nobody may keep it from others."""
+"""The one open port of a deployment, as whoever can reach it meets it: nobody is authenticated yet,
+and nobody may keep it from others."""
 
 from __future__ import annotations
 
@@ -28,9 +29,15 @@ from fedsp.deployment.serve import init_federation
 
 def signed(key: Any, time: str = "2026-01-01T00:00:00+00:00") -> dict[str, str]:
     """The headers of a call, as Flower's node signs it."""
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
     signature = key.sign(time.encode(), ec.ECDSA(hashes.SHA256()))
-    return {"flwr-public-key": base64.b64encode(public).decode(), "flwr-signature": base64.b64encode(signature).decode(), "flwr-timestamp": time}
+    return {
+        "flwr-public-key": base64.b64encode(public).decode(),
+        "flwr-signature": base64.b64encode(signature).decode(),
+        "flwr-timestamp": time,
+    }
 
 
 def lines(headers: dict[str, str]) -> bytes:
@@ -38,7 +45,8 @@ def lines(headers: dict[str, str]) -> bytes:
 
 
 class Upstream:
-    """What stands for the SuperLink: it notes what reaches it, and answers with the length of the body."""
+    """What stands for the SuperLink: it notes what reaches it, and answers with the length of the
+    body."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []
@@ -55,14 +63,30 @@ class Upstream:
         self.seen.append((scope["path"], len(body)))
         self.headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         status = 503 if body == b"busy" else 200
-        await send({"type": "http.response.start", "status": status, "headers": [(b"X-Said", b"Yes"), (b"content-encoding", b"identity")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"X-Said", b"Yes"), (b"content-encoding", b"identity")],
+            }
+        )
         await send({"type": "http.response.body", "body": str(len(body)).encode()})
 
 
 @contextlib.contextmanager
 def serving(app: Any, folder: Path, port: int, **more: Any) -> Iterator[None]:
     tls: dict[str, Any] = {"ssl_certfile": folder / CERTIFICATE, "ssl_keyfile": folder / KEY}
-    server = uvicorn.Server(config=uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1, **tls, **more))
+    server = uvicorn.Server(
+        config=uvicorn.Config(
+            app,
+            host="127.0.0.1",
+            port=port,
+            log_level="error",
+            timeout_graceful_shutdown=1,
+            **tls,
+            **more,
+        )
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -84,7 +108,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def headers(folder: Path) -> dict[str, dict[str, str]]:
     """What each registered client's calls carry."""
-    keys = {name: serialization.load_ssh_private_key((folder.parent / name / CLIENT_KEY).read_bytes(), None) for name in ("a", "b")}
+    keys = {
+        name: serialization.load_ssh_private_key(
+            (folder.parent / name / CLIENT_KEY).read_bytes(), None
+        )
+        for name in ("a", "b")
+    }
     return {name: signed(key) for name, key in keys.items()}
 
 
@@ -97,8 +126,15 @@ def running(folder: Path) -> Iterator[tuple[str, Upstream, ssl.SSLContext]]:
         patch.setattr(proxy, "EACH", 8)
         patch.setattr(proxy, "HELD", 10 << 20)
         upstream.proxy = proxy.FleetProxy(inner, folder, folder / "counts")
-        with serving(upstream, folder, inner), serving(upstream.proxy, folder, outer, **proxy.SERVING):
-            yield f"https://127.0.0.1:{outer}", upstream, ssl.create_default_context(cafile=str(folder / CA))
+        with (
+            serving(upstream, folder, inner),
+            serving(upstream.proxy, folder, outer, **proxy.SERVING),
+        ):
+            yield (
+                f"https://127.0.0.1:{outer}",
+                upstream,
+                ssl.create_default_context(cafile=str(folder / CA)),
+            )
 
 
 @pytest.fixture()
@@ -116,7 +152,10 @@ def until(there: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def dial(url: str, context: ssl.SSLContext) -> ssl.SSLSocket:
-    return context.wrap_socket(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 5), server_hostname="127.0.0.1")
+    return context.wrap_socket(
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 5),
+        server_hostname="127.0.0.1",
+    )
 
 
 def closed(connection: ssl.SSLSocket, seconds: float = 12.0) -> bool:
@@ -136,13 +175,22 @@ def test_a_node_that_is_not_registered_hears_what_flower_says() -> None:
     from flwr.supercore.error.catalog import API_ERROR_MAP
 
     said = API_ERROR_MAP[ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED]
-    assert said.http_status_code == 412 and json.loads(proxy.UNKNOWN_NODE) == {"code": ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "detail": said.public_message}
+    assert said.http_status_code == 412 and json.loads(proxy.UNKNOWN_NODE) == {
+        "code": ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED,
+        "detail": said.public_message,
+    }
 
 
 def test_a_signed_call_is_passed_on(opened: Any, headers: Any) -> None:
     url, upstream, context = opened
-    reply = httpx.post(f"{url}/v1/fleet/pull-messages", content=b"x" * 1000, headers=headers["a"], verify=context)
-    assert (reply.status_code, reply.text, upstream.seen) == (200, "1000", [("/v1/fleet/pull-messages", 1000)])
+    reply = httpx.post(
+        f"{url}/v1/fleet/pull-messages", content=b"x" * 1000, headers=headers["a"], verify=context
+    )
+    assert (reply.status_code, reply.text, upstream.seen) == (
+        200,
+        "1000",
+        [("/v1/fleet/pull-messages", 1000)],
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,13 +210,31 @@ def test_a_signed_call_is_passed_on(opened: Any, headers: Any) -> None:
 def test_nothing_else_is(method: str, path: str, opened: Any, headers: Any) -> None:
     url, upstream, context = opened
     connection = dial(url, context)
-    connection.sendall(f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\nconnection: close\r\n".encode() + lines(headers["a"]) + b"\r\n")
+    connection.sendall(
+        f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n".encode()
+        + b"connection: close\r\n"
+        + lines(headers["a"])
+        + b"\r\n"
+    )
     assert connection.recv(4096).startswith(b"HTTP/1.1 404 ")
     assert not upstream.seen
 
 
-@pytest.mark.parametrize("wrong", ["nothing", "a header less", "an unknown key", "another's signature", "another time", "no base64", "no signature"])
-def test_a_body_is_not_waited_for_unless_a_registered_client_has_signed(wrong: str, opened: Any, headers: Any) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "nothing",
+        "a header less",
+        "an unknown key",
+        "another's signature",
+        "another time",
+        "no base64",
+        "no signature",
+    ],
+)
+def test_a_body_is_not_waited_for_unless_a_registered_client_has_signed(
+    wrong: str, opened: Any, headers: Any
+) -> None:
     url, upstream, context = opened
     call = dict(headers["a"])
     if wrong == "nothing":
@@ -186,58 +252,140 @@ def test_a_body_is_not_waited_for_unless_a_registered_client_has_signed(wrong: s
     else:
         call["flwr-signature"] = base64.b64encode(b"x").decode()
     connection = dial(url, context)
-    connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n" + lines(call) + b"\r\n")
-    assert connection.recv(4096).startswith(b"HTTP/1.1 412 " if wrong == "an unknown key" else b"HTTP/1.1 401 ")
+    connection.sendall(
+        b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n"
+        + lines(call)
+        + b"\r\n"
+    )
+    assert connection.recv(4096).startswith(
+        b"HTTP/1.1 412 " if wrong == "an unknown key" else b"HTTP/1.1 401 "
+    )
     assert not upstream.seen
 
 
-def test_what_belongs_to_the_call_is_passed_on_and_what_belongs_to_the_connection_is_not(opened: Any, headers: Any) -> None:
+def test_what_belongs_to_the_call_is_passed_on_and_what_belongs_to_the_connection_is_not(
+    opened: Any, headers: Any
+) -> None:
     url, upstream, context = opened
-    more = {"content-type": "application/protobuf", "te": "trailers", "Keep-Alive": "timeout=5", "x-of-ours": "1"}
-    reply = httpx.post(f"{url}/v1/fleet/pull", content=b"abc", headers={**headers["a"], **more}, verify=context)
-    assert upstream.headers.items() >= {**headers["a"], "content-type": "application/protobuf", "x-of-ours": "1"}.items()
-    assert "te" not in upstream.headers and "keep-alive" not in upstream.headers and upstream.headers["host"] != httpx.URL(url).netloc.decode()
-    assert reply.headers["x-said"] == "Yes" and "content-encoding" not in reply.headers and reply.text == "3"
-    assert httpx.post(f"{url}/v1/fleet/pull", content=b"busy", headers=headers["a"], verify=context).status_code == 503
+    more = {
+        "content-type": "application/protobuf",
+        "te": "trailers",
+        "Keep-Alive": "timeout=5",
+        "x-of-ours": "1",
+    }
+    reply = httpx.post(
+        f"{url}/v1/fleet/pull", content=b"abc", headers={**headers["a"], **more}, verify=context
+    )
+    assert (
+        upstream.headers.items()
+        >= {
+            **headers["a"],
+            "content-type": "application/protobuf",
+            "x-of-ours": "1",
+        }.items()
+    )
+    assert (
+        "te" not in upstream.headers
+        and "keep-alive" not in upstream.headers
+        and upstream.headers["host"] != httpx.URL(url).netloc.decode()
+    )
+    assert (
+        reply.headers["x-said"] == "Yes"
+        and "content-encoding" not in reply.headers
+        and reply.text == "3"
+    )
+    assert (
+        httpx.post(
+            f"{url}/v1/fleet/pull", content=b"busy", headers=headers["a"], verify=context
+        ).status_code
+        == 503
+    )
 
 
-def test_what_was_passed_on_is_counted_when_the_proxy_stops(folder: Path, headers: Any, tmp_path: Path) -> None:
+def test_what_was_passed_on_is_counted_when_the_proxy_stops(
+    folder: Path, headers: Any, tmp_path: Path
+) -> None:
     upstream, inner, outer = Upstream(), free_port(), free_port()
-    url, context = f"https://127.0.0.1:{outer}/v1/fleet", ssl.create_default_context(cafile=str(folder / CA))
+    url, context = (
+        f"https://127.0.0.1:{outer}/v1/fleet",
+        ssl.create_default_context(cafile=str(folder / CA)),
+    )
     counts = tmp_path / "counts"
     for more in (True, False):
-        with serving(upstream, folder, inner), serving(proxy.FleetProxy(inner, folder, counts), folder, outer, **proxy.SERVING):
-            for path, body in (("pull", b"x" * 10), ("pull", b"x" * 7), ("push/object", b"x" * 1000), ("pull", b"busy")) if more else ():
+        with (
+            serving(upstream, folder, inner),
+            serving(proxy.FleetProxy(inner, folder, counts), folder, outer, **proxy.SERVING),
+        ):
+            for path, body in (
+                (
+                    ("pull", b"x" * 10),
+                    ("pull", b"x" * 7),
+                    ("push/object", b"x" * 1000),
+                    ("pull", b"busy"),
+                )
+                if more
+                else ()
+            ):
                 httpx.post(f"{url}/{path}", content=body, headers=headers["a"], verify=context)
             httpx.post(f"{url}/pull", content=b"x", verify=context)
-        assert [json.loads(line) for line in counts.read_text().splitlines()] == [{"pull": [2, 17, 3], "push/object": [1, 1000, 4]}], "one line, no refusals"
+        assert [json.loads(line) for line in counts.read_text().splitlines()] == [
+            {"pull": [2, 17, 3], "push/object": [1, 1000, 4]}
+        ], "one line, no refusals"
 
 
-def test_an_upstream_that_is_gone_is_no_fault_of_the_proxy(folder: Path, headers: Any, tmp_path: Path) -> None:
+def test_an_upstream_that_is_gone_is_no_fault_of_the_proxy(
+    folder: Path, headers: Any, tmp_path: Path
+) -> None:
     outer = free_port()
-    with serving(proxy.FleetProxy(free_port(), folder, tmp_path / "counts"), folder, outer, **proxy.SERVING):
+    with serving(
+        proxy.FleetProxy(free_port(), folder, tmp_path / "counts"), folder, outer, **proxy.SERVING
+    ):
         context = ssl.create_default_context(cafile=str(folder / CA))
-        assert httpx.post(f"https://127.0.0.1:{outer}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context).status_code == 503
+        assert (
+            httpx.post(
+                f"https://127.0.0.1:{outer}/v1/fleet/pull",
+                content=b"x",
+                headers=headers["a"],
+                verify=context,
+            ).status_code
+            == 503
+        )
     assert not (tmp_path / "counts").exists()
 
 
-def test_requests_above_an_address_s_share_are_told_so(opened: Any, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over connections that were there before: each request counts while it is answered, and not longer."""
+def test_requests_above_an_address_s_share_are_told_so(
+    opened: Any, headers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over connections that were there before: each request counts while it is answered, and not
+    longer."""
     url, upstream, context = opened
     with httpx.Client(verify=context) as client:
-        assert client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 200
+        assert (
+            client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code
+            == 200
+        )
         monkeypatch.setattr(proxy, "EACH", 0)
-        assert client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 429
+        assert (
+            client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code
+            == 429
+        )
         monkeypatch.setattr(proxy, "EACH", 1)
         for _ in range(3):
-            assert client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code == 200
+            assert (
+                client.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"]).status_code
+                == 200
+            )
     assert len(upstream.seen) == 4
 
 
 def test_a_body_that_comes_slowly_or_is_too_large_ends(opened: Any, headers: Any) -> None:
     url, upstream, context = opened
     slow = dial(url, context)
-    slow.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + lines(headers["a"]) + b"\r\n")
+    slow.sendall(
+        b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
+        + lines(headers["a"])
+        + b"\r\n"
+    )
     slow.settimeout(0.5)
     until, said = time.monotonic() + 15, b""
     while not said and time.monotonic() < until:  # each piece in time, the whole not
@@ -245,21 +393,41 @@ def test_a_body_that_comes_slowly_or_is_too_large_ends(opened: Any, headers: Any
             slow.sendall(b"x")
             said = slow.recv(4096)
     assert said.startswith(b"HTTP/1.1 408 ")
-    reply = httpx.post(f"{url}/v1/fleet/push", content=b"x" * (proxy.LARGEST + 1), headers=headers["a"], verify=context)
+    reply = httpx.post(
+        f"{url}/v1/fleet/push",
+        content=b"x" * (proxy.LARGEST + 1),
+        headers=headers["a"],
+        verify=context,
+    )
     assert reply.status_code == 413 and not upstream.seen
 
 
 def test_one_client_cannot_take_the_memory_of_others(opened: Any, headers: Any) -> None:
     url, upstream, context = opened
     first = dial(url, context)
-    first.sendall(b"POST /v1/fleet/push HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n" + lines(headers["a"]) + b"\r\n" + b"x" * 7_900_000)
+    first.sendall(
+        b"POST /v1/fleet/push HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n"
+        + lines(headers["a"])
+        + b"\r\n"
+        + b"x" * 7_900_000
+    )
     until(lambda: sum(upstream.proxy._held.values()) == 7_900_000)
-    refused = httpx.post(f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["a"], verify=context)
-    other = httpx.post(f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["b"], verify=context)
-    assert (refused.status_code, other.status_code, upstream.seen) == (503, 200, [("/v1/fleet/push", 7_000_000)])
+    refused = httpx.post(
+        f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["a"], verify=context
+    )
+    other = httpx.post(
+        f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["b"], verify=context
+    )
+    assert (refused.status_code, other.status_code, upstream.seen) == (
+        503,
+        200,
+        [("/v1/fleet/push", 7_000_000)],
+    )
     first.sendall(b"x" * 100_000)
     assert first.recv(4096).startswith(b"HTTP/1.1 200 ")
-    again = httpx.post(f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["a"], verify=context)
+    again = httpx.post(
+        f"{url}/v1/fleet/push", content=b"x" * 7_000_000, headers=headers["a"], verify=context
+    )
     assert again.status_code == 200, "the share of a client is not given back"
 
 
@@ -267,7 +435,10 @@ def test_headers_without_end_or_that_do_not_come_are_cut_off(opened: Any) -> Non
     url, upstream, context = opened
     large = dial(url, context)
     with contextlib.suppress(OSError):
-        large.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\n" + b"".join(b"x-%d: %s\r\n" % (n, b"y" * 1000) for n in range(200)))
+        large.sendall(
+            b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\n"
+            + b"".join(b"x-%d: %s\r\n" % (n, b"y" * 1000) for n in range(200))
+        )
     assert closed(large)
     silent = dial(url, context)
     trickle = dial(url, context)
@@ -282,14 +453,28 @@ def test_one_address_cannot_keep_the_proxy_from_others(opened: Any, headers: Any
     held = []
     for _ in range(proxy.EACH - 1):
         held.append(connection := dial(url, context))
-        connection.sendall(b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n" + lines(headers["a"]) + b"\r\nx")
+        connection.sendall(
+            b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
+            + lines(headers["a"])
+            + b"\r\nx"
+        )
     reply = httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context)
     assert reply.status_code == 200 and upstream.seen == [("/v1/fleet/pull", 1)]
-    port, call = int(url.rpartition(":")[2]), b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n" + lines(headers["a"]) + b"\r\nx"
-    elsewhere = [socket.create_connection(("127.0.0.1", port), 5, source_address=("127.0.0.2", 0)) for _ in range(proxy.EACH)]
+    port, call = (
+        int(url.rpartition(":")[2]),
+        b"POST /v1/fleet/pull HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n"
+        + lines(headers["a"])
+        + b"\r\nx",
+    )
+    elsewhere = [
+        socket.create_connection(("127.0.0.1", port), 5, source_address=("127.0.0.2", 0))
+        for _ in range(proxy.EACH)
+    ]
     for connection in [context.wrap_socket(one, server_hostname="127.0.0.1") for one in elsewhere]:
         connection.sendall(call)
-        assert connection.recv(4096).startswith(b"HTTP/1.1 200 "), "another address has a share of its own, all of it"
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 "), (
+            "another address has a share of its own, all of it"
+        )
         connection.close()
     more = []
     for _ in range(6):
@@ -302,16 +487,24 @@ def test_one_address_cannot_keep_the_proxy_from_others(opened: Any, headers: Any
     until = time.monotonic() + 20
     while time.monotonic() < until:
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.post(f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context).status_code == 200:
+            if (
+                httpx.post(
+                    f"{url}/v1/fleet/pull", content=b"x", headers=headers["a"], verify=context
+                ).status_code
+                == 200
+            ):
                 return
         time.sleep(0.1)
     pytest.fail("the share of an address is not given back")
 
 
 class Call:
-    """One request as an ASGI server hands it to the proxy, and what came back; what stands for the SuperLink answers with `reply`."""
+    """One request as an ASGI server hands it to the proxy, and what came back; what stands for the
+    SuperLink answers with `reply`."""
 
-    def __init__(self, app: proxy.FleetProxy, headers: dict[str, str], reply: httpx.Response | None = None) -> None:
+    def __init__(
+        self, app: proxy.FleetProxy, headers: dict[str, str], reply: httpx.Response | None = None
+    ) -> None:
         self.app, self.passed = app, list[httpx.Request]()
         self.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
@@ -321,7 +514,12 @@ class Call:
 
         app._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
 
-    async def __call__(self, *events: dict[str, Any], client: tuple[str, int] | None = ("10.0.0.1", 1), **scope: Any) -> tuple[int, list[Any], bytes]:
+    async def __call__(
+        self,
+        *events: dict[str, Any],
+        client: tuple[str, int] | None = ("10.0.0.1", 1),
+        **scope: Any,
+    ) -> tuple[int, list[Any], bytes]:
         told: list[Any] = []
         coming = iter(events)
 
@@ -336,7 +534,15 @@ class Call:
             told.append(event)
 
         path = "/v1/fleet/pull"
-        whole = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": self.headers, "client": client}
+        whole = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": self.headers,
+            "client": client,
+        }
         await self.app({**whole, **scope}, receive, send)
         start, body = told
         assert (start["type"], body["type"]) == ("http.response.start", "http.response.body")
@@ -352,13 +558,21 @@ def app(folder: Path, tmp_path: Path) -> proxy.FleetProxy:
     return proxy.FleetProxy(1, folder, tmp_path / "counts")
 
 
-def test_bounds_are_met_exactly(app: proxy.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_are_met_exactly(
+    app: proxy.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(proxy, "LARGEST", 100)
     monkeypatch.setattr(proxy, "HELD", 150)
     call = Call(app, headers["a"])
-    assert asyncio.run(call(part(60, more=True), part(40)))[0] == 200 and len(call.passed[0].content) == 100
+    assert (
+        asyncio.run(call(part(60, more=True), part(40)))[0] == 200
+        and len(call.passed[0].content) == 100
+    )
     assert asyncio.run(call(part(60, more=True), part(41))) == (413, [], b"")
-    assert asyncio.run(call({"type": "http.request", "more_body": True}, part(5)))[0] == 200 and len(call.passed[1].content) == 5
+    assert (
+        asyncio.run(call({"type": "http.request", "more_body": True}, part(5)))[0] == 200
+        and len(call.passed[1].content) == 5
+    )
     assert asyncio.run(call({"type": "http.request"}))[0] == 200 and call.passed[2].content == b""
     assert asyncio.run(call(part(60, more=True), {"type": "http.disconnect"})) == (400, [], b"")
 
@@ -375,15 +589,24 @@ def test_bounds_are_met_exactly(app: proxy.FleetProxy, headers: Any, monkeypatch
     assert not any(app._held.values()), "what was held is given back, of refused calls too"
 
 
-def test_requests_are_counted_by_address_while_they_are_answered(app: proxy.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_are_counted_by_address_while_they_are_answered(
+    app: proxy.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(proxy, "EACH", 2)
     call = Call(app, headers["a"])
 
     async def crowd() -> list[int]:
         gone_on = asyncio.Event()
-        held = [asyncio.ensure_future(call(part(1, more=True), {"wait": gone_on.wait()}, part(1))) for _ in range(2)]
+        held = [
+            asyncio.ensure_future(call(part(1, more=True), {"wait": gone_on.wait()}, part(1)))
+            for _ in range(2)
+        ]
         await asyncio.sleep(0)
-        found = [(await call(part(1)))[0], (await call(part(1), client=("10.0.0.2", 1)))[0], (await call(part(1), client=None))[0]]
+        found = [
+            (await call(part(1)))[0],
+            (await call(part(1), client=("10.0.0.2", 1)))[0],
+            (await call(part(1), client=None))[0],
+        ]
         assert app._of_address == {"10.0.0.1": 2}
         gone_on.set()
         return found + [(await one)[0] for one in held] + [(await call(part(1)))[0]]
@@ -392,15 +615,25 @@ def test_requests_are_counted_by_address_while_they_are_answered(app: proxy.Flee
     assert not app._of_address, "addresses that have none are forgotten"
 
 
-@pytest.mark.parametrize(("status", "counted"), [(200, True), (399, True), (400, False), (503, False)])
-def test_only_what_was_answered_is_counted(status: int, counted: bool, app: proxy.FleetProxy, headers: Any) -> None:
-    said = httpx.Response(status, headers={"Connection": "close", "X-One": "1", "Content-Encoding": "identity"}, content=b"what is said")
+@pytest.mark.parametrize(
+    ("status", "counted"), [(200, True), (399, True), (400, False), (503, False)]
+)
+def test_only_what_was_answered_is_counted(
+    status: int, counted: bool, app: proxy.FleetProxy, headers: Any
+) -> None:
+    said = httpx.Response(
+        status,
+        headers={"Connection": "close", "X-One": "1", "Content-Encoding": "identity"},
+        content=b"what is said",
+    )
     found, kept, body = asyncio.run(Call(app, headers["a"], said)(part(7)))
     assert (found, kept, body) == (status, [(b"x-one", b"1")], b"what is said")
     assert app._counts == ({"pull": [1, 7, 12]} if counted else {})
 
 
-def test_an_upstream_s_fault_is_an_empty_answer_and_is_not_counted(app: proxy.FleetProxy, headers: Any) -> None:
+def test_an_upstream_s_fault_is_an_empty_answer_and_is_not_counted(
+    app: proxy.FleetProxy, headers: Any
+) -> None:
     call = Call(app, headers["a"])
 
     def broken(request: httpx.Request) -> httpx.Response:
@@ -429,7 +662,9 @@ def test_a_signature_with_what_is_no_base64_is_none(app: proxy.FleetProxy, heade
     assert asyncio.run(call(part(7))) == (401, [], b"") and not call.passed
 
 
-def test_what_is_refused_is_refused_without_a_word(app: proxy.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused_is_refused_without_a_word(
+    app: proxy.FleetProxy, headers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     call = Call(app, headers["a"])
     assert asyncio.run(call(part(7), method="GET")) == (404, [], b"")
     monkeypatch.setattr(proxy, "BODY_WITHIN", 0.0)
@@ -440,13 +675,20 @@ def test_what_is_refused_is_refused_without_a_word(app: proxy.FleetProxy, header
     assert asyncio.run(stalled()) == (408, [], b"") and not call.passed
 
 
-def test_the_proxy_is_served_as_it_is_meant_to_be(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TLS with the server's certificate, our own protocol with its patience and its bound on headers, and no log of requests."""
+def test_the_proxy_is_served_as_it_is_meant_to_be(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TLS with the server's certificate, our own protocol with its patience and its bound on
+    headers, and no log of requests."""
     served: list[Any] = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **how: served.extend([app, how]))
     proxy.main("0.0.0.0", 8000, 9000, folder, tmp_path / "counts")
     app, how = served
-    assert type(app) is proxy.FleetProxy and app._url == "https://127.0.0.1:9000" and app._file == tmp_path / "counts"
+    assert (
+        type(app) is proxy.FleetProxy
+        and app._url == "https://127.0.0.1:9000"
+        and app._file == tmp_path / "counts"
+    )
     assert how == {
         "host": "0.0.0.0",
         "port": 8000,
@@ -456,5 +698,12 @@ def test_the_proxy_is_served_as_it_is_meant_to_be(folder: Path, tmp_path: Path, 
         "timeout_graceful_shutdown": 3,
         **proxy.SERVING,
     }
-    assert {"http": proxy.Guarded, "h11_max_incomplete_event_size": proxy.LONGEST_HEADERS, "access_log": False} == proxy.SERVING
-    assert (app._client.timeout, app._client._transport._pool._max_connections) == (httpx.Timeout(120.0), 256)  # type: ignore[attr-defined]
+    assert {
+        "http": proxy.Guarded,
+        "h11_max_incomplete_event_size": proxy.LONGEST_HEADERS,
+        "access_log": False,
+    } == proxy.SERVING
+    assert (app._client.timeout, app._client._transport._pool._max_connections) == (  # type: ignore[attr-defined]
+        httpx.Timeout(120.0),
+        256,
+    )

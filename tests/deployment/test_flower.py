@@ -18,7 +18,11 @@ from fedsp.deployment.grid import SPARE, GridLink, from_record, to_record
 from fedsp.federation.transport.message import Answer, Message
 
 identity: Any = importlib.import_module("flwr.supercore.task_identity").TaskIdentity
-identity.run_id, identity.node_id, identity.task_id = 7, 1, 7  # a Message asks for them when it is made
+identity.run_id, identity.node_id, identity.task_id = (
+    7,
+    1,
+    7,
+)  # a Message asks for them when it is made
 
 SENT = Message('{"kind": "train"}', b"prompt" * 1000)
 Reply = Callable[[FlowerMessage], FlowerMessage]
@@ -40,7 +44,10 @@ class MemoryGrid:
         return [flower_message.metadata.message_id for flower_message in message_ids]
 
     def pull_messages(self, names: list[str]) -> list[FlowerMessage]:
-        return [self.replies[self.message_ids[name].metadata.dst_node_id](self.message_ids[name]) for name in names]
+        return [
+            self.replies[self.message_ids[name].metadata.dst_node_id](self.message_ids[name])
+            for name in names
+        ]
 
 
 def echo(flower_message: FlowerMessage) -> FlowerMessage:
@@ -50,7 +57,9 @@ def echo(flower_message: FlowerMessage) -> FlowerMessage:
 def pulled(replies: dict[int, Reply], looks: int = 20) -> dict[int, Answer]:
     """What comes back from each node that answers within some looks."""
     link = GridLink(MemoryGrid(replies))  # type: ignore[arg-type]
-    names = dict(zip(link.push([(node, SENT) for node in replies], "1", 60.0), replies, strict=True))
+    names = dict(
+        zip(link.push([(node, SENT) for node in replies], "1", 60.0), replies, strict=True)
+    )
     found: dict[int, Answer] = {}
     for _ in range(looks):
         for answer in link.pull([name for name, node in names.items() if node not in found]):
@@ -60,32 +69,71 @@ def pulled(replies: dict[int, Reply], looks: int = 20) -> dict[int, Answer]:
     return found
 
 
-@pytest.mark.parametrize("message", [SENT, Message("header alone"), Message("é" * 100, bytes(range(256)))])
+@pytest.mark.parametrize(
+    "message", [SENT, Message("header alone"), Message("é" * 100, bytes(range(256)))]
+)
 def test_a_frame_survives_flower_s_records(message: Message) -> None:
     assert from_record(to_record(message)) == message
 
 
-@pytest.mark.parametrize("record", [RecordDict(), RecordDict({"header": ConfigRecord({"header": 3})}), RecordDict({"payload": ConfigRecord({})})])
+@pytest.mark.parametrize(
+    "record",
+    [
+        RecordDict(),
+        RecordDict({"header": ConfigRecord({"header": 3})}),
+        RecordDict({"payload": ConfigRecord({})}),
+    ],
+)
 def test_content_that_is_no_frame_becomes_an_empty_one(record: RecordDict) -> None:
     assert from_record(record) == Message("")
 
 
 def test_every_node_s_answer_comes_back_under_its_message() -> None:
     found = pulled({11: echo, 22: echo})
-    assert {node: (answer.message, answer.fault) for node, answer in found.items()} == {11: (SENT, ""), 22: (SENT, "")}
+    assert {node: (answer.message, answer.fault) for node, answer in found.items()} == {
+        11: (SENT, ""),
+        22: (SENT, ""),
+    }
 
 
 @pytest.mark.parametrize(
-    ("code", "fault"), [(3, ""), (4, ""), (5, ""), (2, "the client's process ended before it answered"), (8, "the client's process ended before it answered")]
+    ("code", "fault"),
+    [
+        (3, ""),
+        (4, ""),
+        (5, ""),
+        (2, "the client's process ended before it answered"),
+        (8, "the client's process ended before it answered"),
+    ],
 )
-def test_flower_s_errors_are_a_loss_or_a_fault_and_their_text_is_not_read(code: int, fault: str) -> None:
-    found = pulled({11: lambda flower_message: FlowerMessage(Error(code=code, reason="the patient Jane Doe"), reply_to=flower_message)})
+def test_flower_s_errors_are_a_loss_or_a_fault_and_their_text_is_not_read(
+    code: int, fault: str
+) -> None:
+    found = pulled(
+        {
+            11: lambda flower_message: FlowerMessage(
+                Error(code=code, reason="the patient Jane Doe"), reply_to=flower_message
+            )
+        }
+    )
     assert (found[11].message, found[11].fault) == (None, fault)
 
 
-@pytest.mark.parametrize("message", [Message(SENT.header, bytes(len(SENT.payload) + SPARE + 1)), Message("x" * (SPARE + 1), SENT.payload)])
+@pytest.mark.parametrize(
+    "message",
+    [
+        Message(SENT.header, bytes(len(SENT.payload) + SPARE + 1)),
+        Message("x" * (SPARE + 1), SENT.payload),
+    ],
+)
 def test_a_reply_that_is_too_long_is_not_passed_on(message: Message) -> None:
-    found = pulled({11: lambda flower_message: FlowerMessage(content=to_record(message), reply_to=flower_message)})
+    found = pulled(
+        {
+            11: lambda flower_message: FlowerMessage(
+                content=to_record(message), reply_to=flower_message
+            )
+        }
+    )
     assert found[11].message == Message("")
 
 

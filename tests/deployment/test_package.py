@@ -1,4 +1,5 @@
-"""The folder that a client gets, its signature, and the client's own floor. No process is started here."""
+"""The folder that a client gets, its signature, and the client's own floor. No process is started
+here."""
 
 from __future__ import annotations
 
@@ -31,13 +32,32 @@ from fedsp.config_file import read_config
 from fedsp.data.seeding import derive_seed
 from fedsp.deployment import join as joining
 from fedsp.deployment import restricted_executor as pinned
-from fedsp.deployment.credentials import CERTIFICATE, client_key, has_signed, read_register, sign, verify
+from fedsp.deployment.credentials import (
+    CERTIFICATE,
+    client_key,
+    has_signed,
+    read_register,
+    sign,
+    verify,
+)
 from fedsp.deployment.join import Client, Node, ServerProbe, supernode_command
-from fedsp.deployment.package import hold_against_policy, package_digest, read_agreement, seal_package
+from fedsp.deployment.package import (
+    hold_against_policy,
+    package_digest,
+    read_agreement,
+    seal_package,
+)
 from fedsp.deployment.package_check import require_harmless
 from fedsp.deployment.processes import host_and_port, written
 from fedsp.deployment.serve import init_federation, proxy_command, superlink_command
-from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError, FedspError, PolicyError
+from fedsp.errors import (
+    AuxiliaryError,
+    ConfigurationError,
+    CredentialError,
+    DeploymentError,
+    FedspError,
+    PolicyError,
+)
 from fedsp.experiments import start
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
@@ -62,19 +82,44 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, 
 @pytest.fixture()
 def place(federation: tuple[RunDirectory, Path], tmp_path: Path) -> Path:
     """A copy of the federation to spoil."""
-    return Path(shutil.copytree(federation[1], tmp_path / "federation", ignore=shutil.ignore_patterns("state")))
+    return Path(
+        shutil.copytree(
+            federation[1], tmp_path / "federation", ignore=shutil.ignore_patterns("state")
+        )
+    )
 
 
 def test_each_party_has_what_it_needs_and_no_more(federation: tuple[RunDirectory, Path]) -> None:
     place = federation[1]
-    assert {path.name for path in place.iterdir()} == {"ca.key", "server", "client-0", "client-1", "client-2"}
+    assert {path.name for path in place.iterdir()} == {
+        "ca.key",
+        "server",
+        "client-0",
+        "client-1",
+        "client-2",
+    }
     for client in ("client-0", "client-1", "client-2"):
-        assert {path.name for path in (place / client).iterdir()} >= {"ca.crt", "client.key", "server.pub", "party.toml"}
-        assert not list((place / client).rglob("*signing*")) and not list((place / client).rglob("server.key"))
+        assert {path.name for path in (place / client).iterdir()} >= {
+            "ca.crt",
+            "client.key",
+            "server.pub",
+            "party.toml",
+        }
+        assert not list((place / client).rglob("*signing*")) and not list(
+            (place / client).rglob("server.key")
+        )
     assert not list((place / "server").rglob("client.key"))
-    private = [place / "ca.key", place / "server" / "server.key", place / "server" / "signing.key", place / "client-0" / "client.key"]
+    private = [
+        place / "ca.key",
+        place / "server" / "server.key",
+        place / "server" / "signing.key",
+        place / "client-0" / "client.key",
+    ]
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
-    keys = {(place / client / "client.key").read_bytes() for client in ("client-0", "client-1", "client-2")}
+    keys = {
+        (place / client / "client.key").read_bytes()
+        for client in ("client-0", "client-1", "client-2")
+    }
     assert len(keys) == 3
 
 
@@ -127,16 +172,24 @@ def test_what_is_no_address_is_a_sentence(text: str) -> None:
         host_and_port(text, "listen")
 
 
-def test_a_federation_at_an_ipv6_address_has_its_certificate_and_listens_there(tmp_path: Path) -> None:
+def test_a_federation_at_an_ipv6_address_has_its_certificate_and_listens_there(
+    tmp_path: Path,
+) -> None:
     commands.init_federation(tmp_path / "federation", ["a"], "[::1]:8443")
     server = tmp_path / "federation" / "server"
-    names = x509.load_pem_x509_certificate((server / CERTIFICATE).read_bytes()).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    names = (
+        x509.load_pem_x509_certificate((server / CERTIFICATE).read_bytes())
+        .extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        .value
+    )
     assert ipaddress.ip_address("::1") in names.get_values_for_type(x509.IPAddress)
     assert 'listen = "[::]:8443"' in (server / "run.toml").read_text()
     assert 'server = "[::1]:8443"' in (tmp_path / "federation" / "a" / "party.toml").read_text()
 
 
-def test_the_certificate_is_for_the_server_s_name_and_chains_to_the_authority(federation: tuple[RunDirectory, Path], tmp_path: Path) -> None:
+def test_the_certificate_is_for_the_server_s_name_and_chains_to_the_authority(
+    federation: tuple[RunDirectory, Path], tmp_path: Path
+) -> None:
     server = federation[1] / "server"
     certificate = x509.load_pem_x509_certificate((server / "server.crt").read_bytes())
     authority = x509.load_pem_x509_certificate((server / "ca.crt").read_bytes())
@@ -145,58 +198,103 @@ def test_the_certificate_is_for_the_server_s_name_and_chains_to_the_authority(fe
     assert names.get_values_for_type(x509.DNSName) == ["localhost"]
     ssl.create_default_context(cafile=str(server / "ca.crt")).set_ciphers("DEFAULT")
     init_federation(tmp_path / "by-number", ["a"], "192.0.2.7:8000")
-    numbered = x509.load_pem_x509_certificate((tmp_path / "by-number" / "server" / "server.crt").read_bytes())
-    addresses = numbered.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.IPAddress)
+    numbered = x509.load_pem_x509_certificate(
+        (tmp_path / "by-number" / "server" / "server.crt").read_bytes()
+    )
+    addresses = numbered.extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    ).value.get_values_for_type(x509.IPAddress)
     assert [str(address) for address in addresses] == ["192.0.2.7", "127.0.0.1"]
 
 
 def test_the_server_s_template_is_a_configuration_once_it_names_a_model(tmp_path: Path) -> None:
     init_federation(tmp_path / "new", ["a", "b"], "localhost:8000")
-    read = read_config(tmp_path / "new" / "server" / "run.toml", ["model.name=embedded", f"distill.text=['{tmp_path}']"])
+    read = read_config(
+        tmp_path / "new" / "server" / "run.toml",
+        ["model.name=embedded", f"distill.text=['{tmp_path}']"],
+    )
     assert read.federation and read.auxiliary.folder == "package" and read.server_share == 1.0
     assert sorted(read_register(tmp_path / "new" / "server")) == ["a", "b"]
 
 
 def test_flower_s_own_commands_are_the_documented_ones(place: Path) -> None:
-    assert "--enable-supernode-auth" in superlink_command(place, 1) and "127.0.0.1" in superlink_command(place, 1)
+    assert "--enable-supernode-auth" in superlink_command(
+        place, 1
+    ) and "127.0.0.1" in superlink_command(place, 1)
     node = supernode_command(party_of(place), 1, place)
-    assert node[node.index("--isolation") + 1] == "process", "else the node would run what the server sends"
-    assert "--insecure" not in [*superlink_command(place, 1), *supernode_command(party_of(place), 1, place), *proxy_command("h", 1, 2, place, place)]
+    assert node[node.index("--isolation") + 1] == "process", (
+        "else the node would run what the server sends"
+    )
+    assert "--insecure" not in [
+        *superlink_command(place, 1),
+        *supernode_command(party_of(place), 1, place),
+        *proxy_command("h", 1, 2, place, place),
+    ]
 
 
-def test_the_package_holds_no_file_name_of_the_server_s(federation: tuple[RunDirectory, Path]) -> None:
+def test_the_package_holds_no_file_name_of_the_server_s(
+    federation: tuple[RunDirectory, Path],
+) -> None:
     text = (federation[1] / "server" / "package" / "agreement.json").read_text()
     assert str(federation[1]) not in text and "public.txt" not in text
 
 
-def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(federation: tuple[RunDirectory, Path]) -> None:
+def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(
+    federation: tuple[RunDirectory, Path],
+) -> None:
     local, place = federation
     said: list[str] = []
     client = Client(party_of(place), Callbacks(say=said.append))
     first = read_prompt(local.path / "prompts" / "round-00001.safetensors").values()
-    request = Request(run="ab", round=2, client="client-0", seed=derive_seed(0, "client", "client-0", 2), payload={PROMPT: first})
+    request = Request(
+        run="ab",
+        round=2,
+        client="client-0",
+        seed=derive_seed(0, "client", "client-0", 2),
+        payload={PROMPT: first},
+    )
     message = write_request(request, client.party.package.sha256)
     reply = read_reply(unsigned(client, message), request)
     assert isinstance(reply, Update), reply
     assert client.respond(message) == client.respond(message), "asked again, it says the same"
-    assert json.loads((place / "client-0" / "state" / client.party.package.sha256[:16] / "rounds.json").read_text()).keys() == {"ab 2"}
-    assert len(said) == 3 and "received 16,7" in said[0] and "prompt loss" in said[0] and said[1] == "round 2: asked again, sent the same"
+    assert json.loads(
+        (
+            place / "client-0" / "state" / client.party.package.sha256[:16] / "rounds.json"
+        ).read_text()
+    ).keys() == {"ab 2"}
+    assert (
+        len(said) == 3
+        and "received 16,7" in said[0]
+        and "prompt loss" in said[0]
+        and said[1] == "round 2: asked again, sent the same"
+    )
     assert not any(word in line for line in said for word in ("town of", "trade of", "animal of"))
 
 
 def unsigned(client: Client, request: Message) -> Message:
     """A client's reply, once its signature was held against the key in the server's register."""
-    registered = client_key(Path(client.party.keys).parent / "server" / "clients" / f"{client.party.name}.pub")
+    registered = client_key(
+        Path(client.party.keys).parent / "server" / "clients" / f"{client.party.name}.pub"
+    )
     return signed_reply(client.respond(request), request, partial(has_signed, registered))
 
 
 def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
-    """The sentence at the server, and what was said at the client, for a request that differs in something."""
-    values: dict[str, Any] = {"run": "ab", "round": 1, "client": "client-0", "seed": 1, "payload": {PROMPT: torch.zeros(4, 8, 128)}} | changes
+    """The sentence at the server, and what was said at the client, for a request that differs in
+    something."""
+    values: dict[str, Any] = {
+        "run": "ab",
+        "round": 1,
+        "client": "client-0",
+        "seed": 1,
+        "payload": {PROMPT: torch.zeros(4, 8, 128)},
+    } | changes
     request = Request(**values)
     said: list[str] = []
     client._info = said.append
-    reply = read_reply(unsigned(client, write_request(request, client.party.package.sha256)), request)
+    reply = read_reply(
+        unsigned(client, write_request(request, client.party.package.sha256)), request
+    )
     return getattr(reply, "reason", "answered"), said
 
 
@@ -209,12 +307,18 @@ def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
         ({"round": 4}, "policy", "round 4 is not one of the 3"),
         ({"round": 2, "train": False}, "policy", "round 2 is not one of the 3"),
         ({"round": 4, "train": False}, "policy", "round 4 is not one of the 3"),
-        ({"answer_in": parse_codec("int8")}, "policy", "asks for an answer in int8, the package allows float32"),
+        (
+            {"answer_in": parse_codec("int8")},
+            "policy",
+            "asks for an answer in int8, the package allows float32",
+        ),
         ({"payload": {PROMPT: torch.zeros(4, 8, 127)}}, "request", "expected"),
         ({"payload": {PROMPT: torch.full((4, 8, 128), float("nan"))}}, "request", "not finite"),
     ],
 )
-def test_a_request_outside_the_agreement_is_refused_and_says_so(place: Path, changes: dict[str, Any], code: str, here: str) -> None:
+def test_a_request_outside_the_agreement_is_refused_and_says_so(
+    place: Path, changes: dict[str, Any], code: str, here: str
+) -> None:
     reason, said = respond(Client(party_of(place), Callbacks()), **changes)
     assert reason == REFUSALS[code] and here in said[0]
 
@@ -229,17 +333,26 @@ def test_the_client_counts_rounds_over_restarts_and_stops_at_its_own_limit(place
 
 
 def test_a_client_answers_as_many_runs_as_the_package_speaks_of(place: Path) -> None:
-    """Over restarts too: an identity is the server's invention, and each run has a budget of its own."""
+    """Over restarts too: an identity is the server's invention, and each run has a budget of its
+    own."""
     party = party_of(place)
-    assert [respond(Client(party, Callbacks()), run=run)[0] for run in ("ab", "cd", "ab")] == ["answered"] * 3
+    assert [respond(Client(party, Callbacks()), run=run)[0] for run in ("ab", "cd", "ab")] == [
+        "answered"
+    ] * 3
     reason, said = respond(Client(party, Callbacks()), run="ef")
-    assert reason == REFUSALS["policy"] and "the package allows 2 runs, and as many were answered" in said[0]
+    assert (
+        reason == REFUSALS["policy"]
+        and "the package allows 2 runs, and as many were answered" in said[0]
+    )
 
 
 def test_a_round_is_answered_once_and_again_only_to_the_very_same_request(place: Path) -> None:
     """Else a server could ask for as many prompts as it likes under one round's name."""
     party = party_of(place)
-    assert [respond(Client(party, Callbacks()), round=1)[0] for _ in range(2)] == ["answered", "answered"]
+    assert [respond(Client(party, Callbacks()), round=1)[0] for _ in range(2)] == [
+        "answered",
+        "answered",
+    ]
     for other in ({"seed": 2}, {"payload": {PROMPT: torch.ones(4, 8, 128)}}):
         reason, said = respond(Client(party, Callbacks()), round=1, **other)
         assert reason == REFUSALS["policy"] and "answered already, to another request" in said[0]
@@ -250,22 +363,61 @@ def test_a_private_client_keeps_its_own_ledger_and_its_own_limit(tmp_path: Path)
     party = party_of(place, policy={"require_differential_privacy": True, "max_epsilon": 6.0})
     for run, round in (("ab", 1), ("ab", 1), ("ab", 2), ("ab", 3)):
         client = Client(party, Callbacks())
-        request = Request(run=run, round=round, client="client-0", seed=1, payload={PROMPT: torch.zeros(4, 8, 128)})
+        request = Request(
+            run=run,
+            round=round,
+            client="client-0",
+            seed=1,
+            payload={PROMPT: torch.zeros(4, 8, 128)},
+        )
         said = json.loads(unsigned(client, write_request(request, party.package.sha256)).header)
-        assert (said["kind"], said["losses"], said["seconds"], said["shortened"]) == ("update", {}, 0.0, 0)
+        assert (said["kind"], said["losses"], said["seconds"], said["shortened"]) == (
+            "update",
+            {},
+            0.0,
+            0,
+        )
     ledger = Ledger(Path(party.state) / LEDGER)
-    assert sum(release.count for release in ledger.releases()) == 6 and 5 < ledger.epsilon(1e-5) <= 6.0
+    assert (
+        sum(release.count for release in ledger.releases()) == 6 and 5 < ledger.epsilon(1e-5) <= 6.0
+    )
     reason, here = respond(Client(party, Callbacks()), run="cd", round=1)
-    assert reason == REFUSALS["policy"] and "more than this client's budget of epsilon = 6 " in here[0]
+    assert (
+        reason == REFUSALS["policy"] and "more than this client's budget of epsilon = 6 " in here[0]
+    )
     patient = party_of(place, state=str(tmp_path / "state"))
-    answered = {run: [respond(Client(patient, Callbacks()), run=f"{run:x}", round=round)[0] for round in (1, 2, 3)] for run in range(6)}
+    answered = {
+        run: [
+            respond(Client(patient, Callbacks()), run=f"{run:x}", round=round)[0]
+            for round in (1, 2, 3)
+        ]
+        for run in range(6)
+    }
     assert [run for run, said_of in answered.items() if "answered" in said_of] == [0, 1]
-    asked = write_request(Request(run="0", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(4, 8, 128)}), patient.package.sha256)
+    asked = write_request(
+        Request(
+            run="0", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(4, 8, 128)}
+        ),
+        patient.package.sha256,
+    )
     opened = Client(patient, Callbacks())
-    assert opened._open(asked, "client-0").max_epsilon == 12.0 and Client(party, Callbacks())._open(asked, "client-0").max_epsilon == 6.0
-    opened.agreement = opened.agreement.model_copy(update={"privacy": opened.agreement.privacy.model_copy(update={"epsilon": None, "noise_multiplier": 4.0})})
-    assert 0 < opened._open(asked, "client-0").max_epsilon < 12.0, "by noise alone: what both runs cost with it"
-    assert Ledger(Path(patient.state) / LEDGER).epsilon(1e-5) <= 12.0, "what was signed, for each of two runs, whatever a server invents"
+    assert (
+        opened._open(asked, "client-0").max_epsilon == 12.0
+        and Client(party, Callbacks())._open(asked, "client-0").max_epsilon == 6.0
+    )
+    opened.agreement = opened.agreement.model_copy(
+        update={
+            "privacy": opened.agreement.privacy.model_copy(
+                update={"epsilon": None, "noise_multiplier": 4.0}
+            )
+        }
+    )
+    assert 0 < opened._open(asked, "client-0").max_epsilon < 12.0, (
+        "by noise alone: what both runs cost with it"
+    )
+    assert Ledger(Path(patient.state) / LEDGER).epsilon(1e-5) <= 12.0, (
+        "what was signed, for each of two runs, whatever a server invents"
+    )
     for policy, sentence in (
         ({"max_epsilon": 3.0}, "the run may cost epsilon = 6, policy.max_epsilon allows 3"),
         ({"max_delta": 1e-6}, "at delta = 1e-05, policy.max_delta allows 1e-06"),
@@ -275,16 +427,23 @@ def test_a_private_client_keeps_its_own_ledger_and_its_own_limit(tmp_path: Path)
 
 
 def test_a_limit_on_epsilon_needs_a_promise(place: Path) -> None:
-    with pytest.raises(PolicyError, match="so no epsilon holds, and policy.max_epsilon = 3 asks for one"):
+    with pytest.raises(
+        PolicyError, match="so no epsilon holds, and policy.max_epsilon = 3 asks for one"
+    ):
         Client(party_of(place, policy={"max_epsilon": 3.0}), Callbacks())
 
 
 @pytest.mark.parametrize(("header", "payload"), [(5000, 0), (0, 4 * 4 * 8 * 128 + 1025)])
-def test_a_message_larger_than_a_request_is_not_even_read(header: int, payload: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_larger_than_a_request_is_not_even_read(
+    header: int, payload: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     client = Client(party_of(place), Callbacks(say=said.append))
     monkeypatch.setattr(joining, "answer", lambda *_, **__: pytest.fail("it was read"))
-    assert client.respond(Message("x" * header, b"x" * payload)) == Message("") and "they are more than a prompt has" in said[0]
+    assert (
+        client.respond(Message("x" * header, b"x" * payload)) == Message("")
+        and "they are more than a prompt has" in said[0]
+    )
 
 
 def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place: Path) -> None:
@@ -294,7 +453,14 @@ def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place:
         Message(""),
         Message("{}"),
         Message(END.header + " "),
-        Message(write_request(Request(run="ab", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(2)})).header, b"pickle"),
+        Message(
+            write_request(
+                Request(
+                    run="ab", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(2)}
+                )
+            ).header,
+            b"pickle",
+        ),
     ):
         assert client.respond(message) == Message("")
     assert client.answered == 0 and all("no request" in line for line in said)
@@ -306,7 +472,11 @@ def unpinned(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Flower's modules as they are; what a test pins is put back."""
     for module, names in pinned.REPLACED.items():
         for name in names:
-            monkeypatch.setattr(importlib.import_module(module), name, getattr(importlib.import_module(module), name))
+            monkeypatch.setattr(
+                importlib.import_module(module),
+                name,
+                getattr(importlib.import_module(module), name),
+            )
     plugin = importlib.import_module("flwr.supercore.superexec.run_superexec").AutoExecPlugin
     monkeypatch.setattr(plugin, "supported_task_types", plugin.supported_task_types)
     return monkeypatch
@@ -316,11 +486,19 @@ def test_a_bundle_that_the_server_sends_is_never_installed_or_loaded(unpinned: A
     pinned.pin_client_app()
     runner: Any = importlib.import_module("flwr.supernode.runtime.run_clientapp")
     assert runner.install_from_fab(b"hostile", skip_prompt=True) is None
-    assert type(runner.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)("id", "1", "hash")).__name__ == "ClientApp"
+    assert (
+        type(
+            runner.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)(
+                "id", "1", "hash"
+            )
+        ).__name__
+        == "ClientApp"
+    )
 
 
 def test_no_kind_of_task_but_our_client_app_is_ever_started(unpinned: Any) -> None:
-    """Flower can run agents, models and more at a client, each of which would install what the server sends."""
+    """Flower can run agents, models and more at a client, each of which would install what the
+    server sends."""
     started: list[list[str]] = []
     unpinned.setattr(subprocess, "Popen", started.append)
     pinned.pin_executor()
@@ -328,14 +506,24 @@ def test_no_kind_of_task_but_our_client_app_is_ever_started(unpinned: Any) -> No
     kinds = list(importlib.import_module("flwr.supercore.constant").TaskType)
     specification = importlib.import_module("flwr.supercore.superexec.executor").ExecutionSpec
     executor = module.get_executor("subprocess")
-    assert executor.get_eligible_capacity(set(kinds)) == ({"flwr-clientapp"}, set()) and module.AutoExecPlugin.supported_task_types == {"flwr-clientapp"}
+    assert executor.get_eligible_capacity(set(kinds)) == (
+        {"flwr-clientapp"},
+        set(),
+    ) and module.AutoExecPlugin.supported_task_types == {"flwr-clientapp"}
     for kind in kinds:
-        result = executor.launch(specification(kind, "127.0.0.1:1", "token", True, None, False, 1, False, 7, None))
+        result = executor.launch(
+            specification(kind, "127.0.0.1:1", "token", True, None, False, 1, False, 7, None)
+        )
         assert (result.status == "accepted") == (kind == "flwr-clientapp")
-    assert [command[:5] for command in started] == [[sys.executable, "-P", "-m", "fedsp.deployment.restricted_executor", "clientapp"]]
+    assert [command[:5] for command in started] == [
+        [sys.executable, "-P", "-m", "fedsp.deployment.restricted_executor", "clientapp"]
+    ]
 
 
-@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in pinned.REPLACED.items() for name in names])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(module, name) for module, names in pinned.REPLACED.items() for name in names],
+)
 def test_a_flower_that_cannot_be_pinned_is_refused(unpinned: Any, module: str, name: str) -> None:
     unpinned.delattr(importlib.import_module(module), name)
     with pytest.raises(DeploymentError, match="cannot be kept from running code"):
@@ -344,7 +532,9 @@ def test_a_flower_that_cannot_be_pinned_is_refused(unpinned: Any, module: str, n
 
 def test_a_request_about_another_package_is_refused(place: Path) -> None:
     client = Client(party_of(place), Callbacks())
-    request = Request(run="ab", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(4, 8, 128)})
+    request = Request(
+        run="ab", round=1, client="client-0", seed=1, payload={PROMPT: torch.zeros(4, 8, 128)}
+    )
     reply = read_reply(unsigned(client, write_request(request, "0" * 64)), request)
     assert getattr(reply, "reason", "") == REFUSALS["policy"]
 
@@ -359,13 +549,20 @@ def test_a_request_about_another_package_is_refused(place: Path) -> None:
         ({"require_differential_privacy": True}, "no differential privacy"),
     ],
 )
-def test_a_client_does_not_join_what_its_policy_forbids(place: Path, policy: dict[str, Any], sentence: str) -> None:
+def test_a_client_does_not_join_what_its_policy_forbids(
+    place: Path, policy: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(PolicyError, match=sentence.replace("(", r"\(")):
         Client(party_of(place, policy=policy), Callbacks())
 
 
 def test_a_client_joins_what_its_policy_allows(place: Path) -> None:
-    Client(party_of(place, policy={"plans": ["shared(0)", "ends(2)"], "min_examples": 16, "max_rounds": 3}), Callbacks())
+    Client(
+        party_of(
+            place, policy={"plans": ["shared(0)", "ends(2)"], "min_examples": 16, "max_rounds": 3}
+        ),
+        Callbacks(),
+    )
 
 
 def spoil_weights(package: Path) -> None:
@@ -377,12 +574,36 @@ def spoil_weights(package: Path) -> None:
 
 SPOILED: dict[str, tuple[Any, type[FedspError], str]] = {
     "weights": (spoil_weights, AuxiliaryError, "package.sha256 says"),
-    "agreement": (lambda package: (package / "agreement.json").write_text("{}"), AuxiliaryError, "package.sha256 says"),
-    "one file more": (lambda package: (package / "code.py").write_text(""), AuxiliaryError, "package.sha256 says"),
-    "a link": (lambda package: (package / "link").symlink_to("/etc/passwd"), AuxiliaryError, "link, which is no plain file"),
-    "no signature": (lambda package: (package / "signature").unlink(), CredentialError, "is not signed"),
-    "another signature": (lambda package: (package / "signature").write_text("00" * 64), CredentialError, "is refused"),
-    "no hexadecimal": (lambda package: (package / "signature").write_text("zz"), CredentialError, "is refused"),
+    "agreement": (
+        lambda package: (package / "agreement.json").write_text("{}"),
+        AuxiliaryError,
+        "package.sha256 says",
+    ),
+    "one file more": (
+        lambda package: (package / "code.py").write_text(""),
+        AuxiliaryError,
+        "package.sha256 says",
+    ),
+    "a link": (
+        lambda package: (package / "link").symlink_to("/etc/passwd"),
+        AuxiliaryError,
+        "link, which is no plain file",
+    ),
+    "no signature": (
+        lambda package: (package / "signature").unlink(),
+        CredentialError,
+        "is not signed",
+    ),
+    "another signature": (
+        lambda package: (package / "signature").write_text("00" * 64),
+        CredentialError,
+        "is refused",
+    ),
+    "no hexadecimal": (
+        lambda package: (package / "signature").write_text("zz"),
+        CredentialError,
+        "is refused",
+    ),
     "gone": (shutil.rmtree, AuxiliaryError, "there is no package"),
 }
 
@@ -400,7 +621,9 @@ def signed_again(place: Path, spoil: Callable[[Path], Any]) -> PartyConfig:
     package = place / "client-0" / "package"
     spoil(package)
     digest = package_digest(package)
-    (package / "signature").write_text(sign(f"fedsp package 1\n{digest}\n".encode(), place / "server" / "signing.key"))
+    (package / "signature").write_text(
+        sign(f"fedsp package 1\n{digest}\n".encode(), place / "server" / "signing.key")
+    )
     return party_of(place, package={"sha256": digest})
 
 
@@ -413,29 +636,82 @@ def changed(name: str, **values: Any) -> Callable[[Path], Any]:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "code of its own": (changed("config.json", model_type="vit", auto_map={"AutoModelForCausalLM": "code--Model"}), "of a model of the type 'vit'"),
-    "code by a known type": (changed("config.json", auto_map={"AutoModelForCausalLM": "code--Model"}), "has the key 'auto_map'"),
-    "code of a tokenizer": (changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["code--T", None]}), "names code of its own"),
-    "a file of code": (lambda package: (package / "modeling.py").write_text("raise SystemExit"), "holds 'modeling.py', which no package has"),
-    "a pickle": (lambda package: (package / "pytorch_model.bin").write_bytes(b""), "holds 'pytorch_model.bin', which no package has"),
-    "kernels": (changed("config.json", attn_implementation="kernels-community/flash-attn"), "has the key 'attn_implementation'"),
-    "kernels inside": (changed("config.json", activation_function="kernels-community/gelu"), "activation_function is no text that a configuration needs"),
-    "other weights": (changed("config.json", quantization_config={"load_in_8bit": True}), "has the key 'quantization_config'"),
-    "a compiler": (changed("config.json", model_type="rwkv"), "of a model of the type 'rwkv', which is not among those"),
-    "a terabyte": (changed("config.json", n_positions=2**40), "n_positions is larger than any model needs"),
-    "more than its file": (changed("config.json", n_positions=2**24), "has other weights than its configuration: transformer.wpe.weight"),
-    "a billion layers": (changed("config.json", n_layer=2**23), "does not have the 8 layers of its plan"),
-    "a long list": (changed("config.json", architectures=["x"] * 200_000), "architectures has 200000 entries"),
+    "code of its own": (
+        changed("config.json", model_type="vit", auto_map={"AutoModelForCausalLM": "code--Model"}),
+        "of a model of the type 'vit'",
+    ),
+    "code by a known type": (
+        changed("config.json", auto_map={"AutoModelForCausalLM": "code--Model"}),
+        "has the key 'auto_map'",
+    ),
+    "code of a tokenizer": (
+        changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["code--T", None]}),
+        "names code of its own",
+    ),
+    "a file of code": (
+        lambda package: (package / "modeling.py").write_text("raise SystemExit"),
+        "holds 'modeling.py', which no package has",
+    ),
+    "a pickle": (
+        lambda package: (package / "pytorch_model.bin").write_bytes(b""),
+        "holds 'pytorch_model.bin', which no package has",
+    ),
+    "kernels": (
+        changed("config.json", attn_implementation="kernels-community/flash-attn"),
+        "has the key 'attn_implementation'",
+    ),
+    "kernels inside": (
+        changed("config.json", activation_function="kernels-community/gelu"),
+        "activation_function is no text that a configuration needs",
+    ),
+    "other weights": (
+        changed("config.json", quantization_config={"load_in_8bit": True}),
+        "has the key 'quantization_config'",
+    ),
+    "a compiler": (
+        changed("config.json", model_type="rwkv"),
+        "of a model of the type 'rwkv', which is not among those",
+    ),
+    "a terabyte": (
+        changed("config.json", n_positions=2**40),
+        "n_positions is larger than any model needs",
+    ),
+    "more than its file": (
+        changed("config.json", n_positions=2**24),
+        "has other weights than its configuration: transformer.wpe.weight",
+    ),
+    "a billion layers": (
+        changed("config.json", n_layer=2**23),
+        "does not have the 8 layers of its plan",
+    ),
+    "a long list": (
+        changed("config.json", architectures=["x"] * 200_000),
+        "architectures has 200000 entries",
+    ),
     "no type": (changed("config.json", model_type=7), "of a model of the type 7"),
-    "not JSON": (lambda package: (package / "config.json").write_text("[" * 100_000), "nested too deeply"),
-    "another shape of prompt": (changed("auxiliary.json", prompt_shape={"layers": "x"}), "cannot be used"),
+    "not JSON": (
+        lambda package: (package / "config.json").write_text("[" * 100_000),
+        "nested too deeply",
+    ),
+    "another shape of prompt": (
+        changed("auxiliary.json", prompt_shape={"layers": "x"}),
+        "cannot be used",
+    ),
     "no plan": (changed("auxiliary.json", plan=None), "cannot be used"),
-    "a plan of words": (changed("auxiliary.json", plan={"sources": ["a"], "groups": [], "frozen": 3, "prompt_layers": {}}), "cannot be used"),
+    "a plan of words": (
+        changed(
+            "auxiliary.json",
+            plan={"sources": ["a"], "groups": [], "frozen": 3, "prompt_layers": {}},
+        ),
+        "cannot be used",
+    ),
 }
 
 
 @pytest.mark.parametrize("how", sorted(HOSTILE))
-def test_a_signed_package_runs_no_code_and_takes_no_memory_of_its_own(how: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signed_package_runs_no_code_and_takes_no_memory_of_its_own(
+    how: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run code"))
     spoil, sentence = HOSTILE[how]
     party = signed_again(place, spoil)
@@ -447,7 +723,9 @@ def test_a_signed_package_runs_no_code_and_takes_no_memory_of_its_own(how: str, 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -455,29 +733,47 @@ JSON = st.recursive(
 @hypothesis_settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_whatever_an_owner_writes_into_a_package_is_a_sentence(
-    data: st.DataObject, federation: tuple[RunDirectory, Path], tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject,
+    federation: tuple[RunDirectory, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     place = tmp_path_factory.mktemp("spoiled") / "federation"
     (place / "client-0").mkdir(parents=True)
-    shutil.copytree(federation[1] / "server", place / "server", ignore=shutil.ignore_patterns("package", "run"))
+    shutil.copytree(
+        federation[1] / "server", place / "server", ignore=shutil.ignore_patterns("package", "run")
+    )
     for entry in (federation[1] / "client-0").iterdir():
         if entry.name != "state":
-            (shutil.copytree if entry.is_dir() else shutil.copy)(entry, place / "client-0" / entry.name)
-    name = data.draw(st.sampled_from(["config.json", "auxiliary.json", "agreement.json", "tokenizer_config.json"]))
+            (shutil.copytree if entry.is_dir() else shutil.copy)(
+                entry, place / "client-0" / entry.name
+            )
+    name = data.draw(
+        st.sampled_from(
+            ["config.json", "auxiliary.json", "agreement.json", "tokenizer_config.json"]
+        )
+    )
     known = json.loads((place / "client-0" / "package" / name).read_text())
     key = data.draw(st.sampled_from(sorted(known)))
-    inner = known[key] if isinstance(known[key], dict) and known[key] and data.draw(st.booleans()) else None
+    inner = (
+        known[key]
+        if isinstance(known[key], dict) and known[key] and data.draw(st.booleans())
+        else None
+    )
     if inner is None:
         spoil = changed(name, **{key: data.draw(JSON)})
     else:
-        spoil = changed(name, **{key: {**inner, data.draw(st.sampled_from(sorted(inner))): data.draw(JSON)}})
+        spoil = changed(
+            name, **{key: {**inner, data.draw(st.sampled_from(sorted(inner))): data.draw(JSON)}}
+        )
     party = signed_again(place, spoil)
     with contextlib.suppress(FedspError):
         Client(party, Callbacks())
 
 
 def test_a_large_base_of_rotations_is_no_size(tmp_path: Path) -> None:
-    tiny_causal_lm("llama", rope_parameters={"rope_type": "default", "rope_theta": 50_000_000}).config.save_pretrained(tmp_path)
+    tiny_causal_lm(
+        "llama", rope_parameters={"rope_type": "default", "rope_theta": 50_000_000}
+    ).config.save_pretrained(tmp_path)
     require_harmless(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     values["rope_parameters"]["factor"] = 2**40
@@ -495,13 +791,30 @@ def test_a_package_that_clients_would_refuse_is_not_sealed(place: Path) -> None:
 
 def test_a_private_run_within_a_policy_is_joined_to_the_last_digit(place: Path) -> None:
     agreement = read_agreement(place / "server" / "package")
-    private = agreement.model_copy(update={"privacy": agreement.privacy.model_copy(update={"unit": "example", "epsilon": 6.0, "delta": 1e-5})})
+    private = agreement.model_copy(
+        update={
+            "privacy": agreement.privacy.model_copy(
+                update={"unit": "example", "epsilon": 6.0, "delta": 1e-5}
+            )
+        }
+    )
     policy = party_of(place).policy.model_copy(
-        update={"require_differential_privacy": True, "max_epsilon": 6.0, "max_delta": 1e-5, "max_rounds": private.rounds, "min_examples": 9}
+        update={
+            "require_differential_privacy": True,
+            "max_epsilon": 6.0,
+            "max_delta": 1e-5,
+            "max_rounds": private.rounds,
+            "min_examples": 9,
+        }
     )
     nobody: Any = None  # no plans are asked for
     hold_against_policy(policy, private, nobody, 9)
-    for change, examples in (({"max_epsilon": 5.99}, 9), ({"max_delta": 0.99e-5}, 9), ({"max_rounds": private.rounds - 1}, 9), ({}, 8)):
+    for change, examples in (
+        ({"max_epsilon": 5.99}, 9),
+        ({"max_delta": 0.99e-5}, 9),
+        ({"max_rounds": private.rounds - 1}, 9),
+        ({}, 8),
+    ):
         with pytest.raises(PolicyError, match=f"policy.{next(iter(change), 'min_examples')}"):
             hold_against_policy(policy.model_copy(update=change), private, nobody, examples)
 
@@ -513,7 +826,9 @@ def test_an_agreement_that_says_something_else_is_named_by_its_file(place: Path)
         read_agreement(place / "server" / "package")
 
 
-def test_a_key_that_cannot_sign_is_found_out_before_the_distillation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_cannot_sign_is_found_out_before_the_distillation(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (place / "server" / "signing.key").unlink()
     monkeypatch.setattr(start, "make_auxiliary", lambda *_: pytest.fail("it was distilled first"))
     with pytest.raises(CredentialError, match="cannot read the signing key"):
@@ -541,7 +856,9 @@ def test_a_signature_is_of_one_statement_and_one_key(place: Path) -> None:
 
 REGISTERS = {
     "[clients.a]\nexamples = 3\n": "client 'a': expected exactly public_key and examples",
-    '[clients.a]\npublic_key = "clients/client-0.pub"\nexamples = 0\n': "examples is 0, expected a whole number of at least 1",
+    '[clients.a]\npublic_key = "clients/client-0.pub"\nexamples = 0\n': (
+        "examples is 0, expected a whole number of at least 1"
+    ),
     '[clients.a]\npublic_key = "clients/a.pub"\nexamples = 1\n': "there is no public key",
     "": "names no client",
     "clients = 3": "clients is no table",
@@ -560,27 +877,77 @@ def test_a_register_that_cannot_be_used_says_where(place: Path, text: str) -> No
 WRONG: dict[str, tuple[list[str], Any, str]] = {
     "no section": (
         ["serve", "run.toml"],
-        lambda server: (server / "run.toml").write_text('model.name = "embedded"\n[distill]\ntext = ["run.toml"]\n'),
+        lambda server: (server / "run.toml").write_text(
+            'model.name = "embedded"\n[distill]\ntext = ["run.toml"]\n'
+        ),
         "has no [federation] section",
     ),
     "run in one place": (["run", "run.toml"], lambda server: None, "run it with `fedsp serve`"),
-    "a key is gone": (["serve", "run.toml"], lambda server: (server / "server.key").unlink(), "server.key; `fedsp federation init` makes it"),
-    "another agreement": (["serve", "run.toml", "client.prompt_steps=9"], lambda server: None, "signed for another agreement (client)"),
-    "a bare auxiliary": (["serve", "run.toml"], lambda server: (server / "package" / "agreement.json").unlink(), "is no package for clients"),
-    "an address": (["serve", "run.toml", "federation.listen=nowhere"], lambda server: None, "'nowhere' is no host:port"),
-    "an engine": (["run", "run.toml", "--engine", "cloud"], lambda server: None, "unknown engine 'cloud'"),
-    "federation again": (["federation", "init", "..", "--clients", "a"], lambda server: None, "is in use: give a new folder; keys are never written over"),
-    "a client's name": (["federation", "init", "new", "--clients", "a,../b"], lambda server: None, "'../b' is no name for a client"),
-    "a reserved name": (["federation", "init", "new", "--clients", "ca.key"], lambda server: None, "'ca.key' is no name for a client"),
+    "a key is gone": (
+        ["serve", "run.toml"],
+        lambda server: (server / "server.key").unlink(),
+        "server.key; `fedsp federation init` makes it",
+    ),
+    "another agreement": (
+        ["serve", "run.toml", "client.prompt_steps=9"],
+        lambda server: None,
+        "signed for another agreement (client)",
+    ),
+    "a bare auxiliary": (
+        ["serve", "run.toml"],
+        lambda server: (server / "package" / "agreement.json").unlink(),
+        "is no package for clients",
+    ),
+    "an address": (
+        ["serve", "run.toml", "federation.listen=nowhere"],
+        lambda server: None,
+        "'nowhere' is no host:port",
+    ),
+    "an engine": (
+        ["run", "run.toml", "--engine", "cloud"],
+        lambda server: None,
+        "unknown engine 'cloud'",
+    ),
+    "federation again": (
+        ["federation", "init", "..", "--clients", "a"],
+        lambda server: None,
+        "is in use: give a new folder; keys are never written over",
+    ),
+    "a client's name": (
+        ["federation", "init", "new", "--clients", "a,../b"],
+        lambda server: None,
+        "'../b' is no name for a client",
+    ),
+    "a reserved name": (
+        ["federation", "init", "new", "--clients", "ca.key"],
+        lambda server: None,
+        "'ca.key' is no name for a client",
+    ),
     "a name in no ASCII": (
         ["federation", "init", "new", "--clients", "a", "--address", "münchen.de:8000"],
         lambda server: None,
         "has letters that a certificate cannot",
     ),
-    "a port in no ASCII": (["federation", "init", "new", "--clients", "a", "--address", "localhost:²"], lambda server: None, "is no host:port"),
-    "a certificate": (["join", "../client-0/party.toml"], lambda server: (server.parent / "client-0" / "ca.crt").write_text("no"), "is no certificate"),
-    "a client twice": (["federation", "init", "new", "--clients", "a,a"], lambda server: None, "give each client once"),
-    "no party": (["join", "nothing.toml"], lambda server: None, "there is no file nothing.toml; `fedsp federation init` writes one"),
+    "a port in no ASCII": (
+        ["federation", "init", "new", "--clients", "a", "--address", "localhost:²"],
+        lambda server: None,
+        "is no host:port",
+    ),
+    "a certificate": (
+        ["join", "../client-0/party.toml"],
+        lambda server: (server.parent / "client-0" / "ca.crt").write_text("no"),
+        "is no certificate",
+    ),
+    "a client twice": (
+        ["federation", "init", "new", "--clients", "a,a"],
+        lambda server: None,
+        "give each client once",
+    ),
+    "no party": (
+        ["join", "nothing.toml"],
+        lambda server: None,
+        "there is no file nothing.toml; `fedsp federation init` writes one",
+    ),
     "a party's key": (
         ["join", "../client-0/party.toml"],
         lambda server: (server.parent / "client-0" / "client.key").unlink(),
@@ -589,17 +956,25 @@ WRONG: dict[str, tuple[list[str], Any, str]] = {
     "a party's digest": (
         ["join", "../client-0/party.toml"],
         lambda server: (server.parent / "client-0" / "party.toml").write_text(
-            (server.parent / "client-0" / "party.toml").read_text().replace("sha256 = ", "sha265 = ")
+            (server.parent / "client-0" / "party.toml")
+            .read_text()
+            .replace("sha256 = ", "sha265 = ")
         ),
         "package.sha265: unknown key; did you mean 'sha256'?",
     ),
-    "a party's text": (["join", "../client-0/party.toml"], lambda server: (server.parent / "client-0" / "questions.jsonl").unlink(), "there is no file"),
+    "a party's text": (
+        ["join", "../client-0/party.toml"],
+        lambda server: (server.parent / "client-0" / "questions.jsonl").unlink(),
+        "there is no file",
+    ),
     "no traffic": (["audit", "traffic", "../../local"], lambda server: None, "holds no run"),
 }
 
 
 @pytest.mark.parametrize("what", sorted(WRONG))
-def test_wrong_input_gets_one_sentence_and_code_2(what: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_gets_one_sentence_and_code_2(
+    what: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments, spoil, sentence = WRONG[what]
     spoil(place / "server")
     monkeypatch.chdir(place / "server")
@@ -613,9 +988,19 @@ def test_wrong_input_gets_one_sentence_and_code_2(what: str, place: Path, monkey
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run", "run.toml", "--engine", "flower"], ["serve", "run.toml"], ["join", "../client-0/party.toml"], ["federation", "init", "x", "--clients", "a"]],
+    [
+        ["run", "run.toml", "--engine", "flower"],
+        ["serve", "run.toml"],
+        ["join", "../client-0/party.toml"],
+        ["federation", "init", "x", "--clients", "a"],
+    ],
 )
-def test_without_the_extra_there_is_a_sentence(arguments: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_extra_there_is_a_sentence(
+    arguments: list[str],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = place / "server" / "run.toml"
     if arguments[0] == "run":
         path.write_text(path.read_text().split("[federation]")[0])
@@ -624,7 +1009,9 @@ def test_without_the_extra_there_is_a_sentence(arguments: list[str], place: Path
     monkeypatch.setattr(sys, "argv", ["fedsp", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 2 and "need `pip install 'fedsp[flower]'`" in capsys.readouterr().err
+    assert (
+        stopped.value.code == 2 and "need `pip install 'fedsp[flower]'`" in capsys.readouterr().err
+    )
 
 
 def test_an_impostor_at_the_server_s_address_is_named(place: Path) -> None:
@@ -634,7 +1021,10 @@ def test_an_impostor_at_the_server_s_address_is_named(place: Path) -> None:
 
     init_federation(place.parent / "other", ["x"], "localhost:8000")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(place.parent / "other" / "server" / "server.crt", place.parent / "other" / "server" / "server.key")
+    context.load_cert_chain(
+        place.parent / "other" / "server" / "server.crt",
+        place.parent / "other" / "server" / "server.key",
+    )
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -647,7 +1037,9 @@ def test_an_impostor_at_the_server_s_address_is_named(place: Path) -> None:
     thread = threading.Thread(target=serve)
     thread.start()
     with pytest.raises(CredentialError, match="is not the server that ca.crt vouches for"):
-        ServerProbe("localhost", listening.getsockname()[1], place / "client-0" / "ca.crt", Callbacks()).out()
+        ServerProbe(
+            "localhost", listening.getsockname()[1], place / "client-0" / "ca.crt", Callbacks()
+        ).out()
     thread.join(10)
     listening.close()
 
@@ -679,15 +1071,25 @@ def node_of(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Node, StandIn
     processes, said = StandIn(), list[str]()
     clock = Clock(monkeypatch)
     clock.now = 1000.0
-    return Node(party_of(place), place / "flower", processes, Callbacks(say=said.append)), processes, said, clock  # type: ignore[arg-type]
+    return (
+        Node(party_of(place), place / "flower", processes, Callbacks(say=said.append)),  # type: ignore[arg-type]
+        processes,
+        said,
+        clock,
+    )
 
 
 @pytest.mark.parametrize("name", ["supernode", "executor"])
-def test_a_node_or_its_executor_that_ends_alone_is_started_again_with_the_other_after_a_pause(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_or_its_executor_that_ends_alone_is_started_again_with_the_other_after_a_pause(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node, processes, _, clock = node_of(place, monkeypatch)
     for _ in range(3):
         node.keep_running()
-    assert processes.started == ["supernode", "executor"] and stat.S_IMODE((place / "flower" / "executor.secret").stat().st_mode) == 0o600
+    assert (
+        processes.started == ["supernode", "executor"]
+        and stat.S_IMODE((place / "flower" / "executor.secret").stat().st_mode) == 0o600
+    )
     processes.down = {name}
     clock.now += 1
     node.keep_running()
@@ -697,7 +1099,9 @@ def test_a_node_or_its_executor_that_ends_alone_is_started_again_with_the_other_
     assert processes.started == ["supernode", "executor"] * 2
 
 
-def test_a_refusal_is_believed_after_a_minute_and_a_half_and_a_node_that_keeps_ending_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_believed_after_a_minute_and_a_half_and_a_node_that_keeps_ending_is_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node, processes, said, clock = node_of(place, monkeypatch)
     node.keep_running()
     processes.log = "Failed to activate SuperNode."

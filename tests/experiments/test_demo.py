@@ -1,4 +1,5 @@
-"""The embedded default: what it holds, and that the recipe works. The recipe trains for real, three seeds."""
+"""The embedded default: what it holds, and that the recipe works. The recipe trains for real, three
+seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ import pytest
 
 from fedsp import api as commands
 from fedsp.experiments.demo import DEMO_ROWS, demo_config
-from fedsp.experiments.server_setup import EMBEDDED, evaluate_prompt, load_dataset, make_auxiliary, open_server
+from fedsp.experiments.server_setup import (
+    EMBEDDED,
+    evaluate_prompt,
+    load_dataset,
+    make_auxiliary,
+    open_server,
+)
 from fedsp.federation.callbacks import Callbacks
 
 
@@ -25,7 +32,11 @@ def people(split: str) -> set[str]:
 def test_what_is_embedded_is_small_and_whole() -> None:
     assert (EMBEDDED / "model" / "model.safetensors").stat().st_size <= 4_000_000
     assert len({row["owner"] for row in rows("train")}) == 10
-    assert all(row["choices"][row["answer"]] and len(set(row["choices"])) == 4 for split in ("train", "validation", "test") for row in rows(split))
+    assert all(
+        row["choices"][row["answer"]] and len(set(row["choices"])) == 4
+        for split in ("train", "validation", "test")
+        for row in rows(split)
+    )
 
 
 def test_nobody_who_is_asked_about_in_the_test_is_anybody_s_data() -> None:
@@ -50,18 +61,26 @@ def test_the_question_form_was_not_in_the_training_text() -> None:
 @pytest.mark.recipe
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_fedsp_beats_zero_shot_beyond_any_noise(seed: int, tmp_path: Path) -> None:
-    """400 questions: the standard error of each accuracy is at most 2.5 points, so a margin of 30 is twelve of them."""
+    """400 questions: the standard error of each accuracy is at most 2.5 points, so a margin of 30
+    is twelve of them."""
     config = demo_config("fedsp", seed=seed, folder=tmp_path, auxiliary=None)
     server = open_server(config, load_dataset(config))
     make_auxiliary(server, tmp_path / "auxiliary", Callbacks())
     questions = server.dataset
-    zero_shot = evaluate_prompt(server.model, None, questions.test, questions.task, server.tokenizer, server.max_tokens)
+    zero_shot = evaluate_prompt(
+        server.model, None, questions.test, questions.task, server.tokenizer, server.max_tokens
+    )
     assert zero_shot["examples"] == 400
-    tuned = commands.run(demo_config("fedsp", seed=seed, folder=tmp_path, auxiliary=tmp_path / "auxiliary"))["test"]
+    tuned = commands.run(
+        demo_config("fedsp", seed=seed, folder=tmp_path, auxiliary=tmp_path / "auxiliary")
+    )["test"]
     assert tuned["accuracy"] > zero_shot["accuracy"] + 0.3
 
 
 def test_every_row_of_the_demo_is_a_configuration(tmp_path: Path) -> None:
-    configs = {method: demo_config(method, seed=0, folder=tmp_path, auxiliary=tmp_path) for method in DEMO_ROWS}
+    configs = {
+        method: demo_config(method, seed=0, folder=tmp_path, auxiliary=tmp_path)
+        for method in DEMO_ROWS
+    }
     assert configs["clients-only"].server.steps == 0 and configs["server-only"].round.clients == 0
     assert configs["central"].server_share == 1.0 and configs["fedsp"].server.steps > 0

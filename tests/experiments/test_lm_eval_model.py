@@ -1,4 +1,5 @@
-"""`lm_eval --model fedsp`: a run's prompt on the harness's own tasks, with the figures of our own evaluation."""
+"""`lm_eval --model fedsp`: a run's prompt on the harness's own tasks, with the figures of our own
+evaluation."""
 
 from __future__ import annotations
 
@@ -31,17 +32,31 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "sciq"])
-def test_the_harness_gives_the_figures_of_our_own_evaluation(name: str, run: Path, tmp_path: Path) -> None:
+def test_the_harness_gives_the_figures_of_our_own_evaluation(
+    name: str, run: Path, tmp_path: Path
+) -> None:
     from lm_eval.evaluator import simple_evaluate
 
     import fedsp.experiments.lm_eval_model  # noqa: F401 (it registers itself)
 
     rows = [hub_schema(name, row) for row in real_rows(name, 60)]
-    theirs = simple_evaluate("fedsp", model_args={"run": str(run)}, tasks=[harness_task(name, rows, tmp_path)], bootstrap_iters=0)
+    theirs = simple_evaluate(
+        "fedsp",
+        model_args={"run": str(run)},
+        tasks=[harness_task(name, rows, tmp_path)],
+        bootstrap_iters=0,
+    )
     assert theirs is not None
     opened = open_run(run)
     task, server = find_task(name), opened.server
-    ours, _ = score_test(opened.model, opened.prefix(), examples_of(task, rows), task, server.tokenizer, server.max_tokens)
+    ours, _ = score_test(
+        opened.model,
+        opened.prefix(),
+        examples_of(task, rows),
+        task,
+        server.tokenizer,
+        server.max_tokens,
+    )
     assert theirs["results"][name]["acc,none"] == pytest.approx(ours["accuracy"])
     assert theirs["results"][name]["acc_norm,none"] == pytest.approx(ours["accuracy_norm"])
 
@@ -56,9 +71,13 @@ def test_it_generates_what_fedsp_generate_does_and_stops_where_it_is_told(run: P
     from fedsp.experiments.lm_eval_model import TunedPrompt
 
     model = TunedPrompt(run=str(run))
-    (text,) = model.generate_until([asked("generate_until", "The town of Badiba:", {"until": [], "max_gen_toks": 12})])
+    (text,) = model.generate_until(
+        [asked("generate_until", "The town of Badiba:", {"until": [], "max_gen_toks": 12})]
+    )
     assert text == commands.generate(run, "The town of Badiba:", most=12)
-    (cut,) = model.generate_until([asked("generate_until", "The town of Badiba:", {"until": [text[3:5]], "max_gen_toks": 12})])
+    (cut,) = model.generate_until(
+        [asked("generate_until", "The town of Badiba:", {"until": [text[3:5]], "max_gen_toks": 12})]
+    )
     assert cut == text.split(text[3:5])[0]
 
 
@@ -71,16 +90,32 @@ def opened_with(tokenizer: Any) -> tuple[Any, Any]:
     ours = TunedPrompt.__new__(TunedPrompt)
     model = PromptedLM(tiny_causal_lm("llama"), "a model")
     ours._model, ours._tokenizer, ours._max_tokens, ours._prefix = model, tokenizer, 128, None
-    return ours, HFLM(pretrained=tiny_causal_lm("llama"), tokenizer=tokenizer, batch_size=1, device="cpu", max_length=128)
+    return ours, HFLM(
+        pretrained=tiny_causal_lm("llama"),
+        tokenizer=tokenizer,
+        batch_size=1,
+        device="cpu",
+        max_length=128,
+    )
 
 
 @pytest.mark.parametrize("begins", [False, True])
 def test_texts_begin_as_in_the_harness_own_model(begins: bool) -> None:
-    """Empty contexts, contexts that begin with the first token written out, answers that do, merges over the cut."""
+    """Empty contexts, contexts that begin with the first token written out, answers that do, merges
+    over the cut."""
     ours, theirs = opened_with(bpe([("b", " "), ("y", "y")], begins=begins))
-    pairs = [("", " yes"), ("abc", " yes"), ("<s>abc", " yes"), ("", "<s>yes"), ("ab ", "yyes"), ("ab", " yyes")]
+    pairs = [
+        ("", " yes"),
+        ("abc", " yes"),
+        ("<s>abc", " yes"),
+        ("", "<s>yes"),
+        ("ab ", "yyes"),
+        ("ab", " yyes"),
+    ]
     asked_for = [asked("loglikelihood", *pair) for pair in pairs]
-    for (found, greedy), (expected, theirs_greedy) in zip(ours.loglikelihood(asked_for), theirs.loglikelihood(asked_for), strict=True):
+    for (found, greedy), (expected, theirs_greedy) in zip(
+        ours.loglikelihood(asked_for), theirs.loglikelihood(asked_for), strict=True
+    ):
         assert found == pytest.approx(expected, abs=1e-3) and greedy == theirs_greedy
 
 
@@ -93,7 +128,11 @@ def test_what_is_generated_is_what_the_harness_own_model_generates() -> None:
         {"max_gen_toks": 50, "until": ["zz"]},
         {"until": ["q"], "max_tokens": 30, "do_sample": False, "temperature": 0.7},
     ):
-        for context in ("abc", "a long one, of which the beginning gives way to what is said", "<s>abc"):
+        for context in (
+            "abc",
+            "a long one, of which the beginning gives way to what is said",
+            "<s>abc",
+        ):
             request = [asked("generate_until", context, dict(settings_asked))]
             assert ours.generate_until(request) == theirs.generate_until(request)
 
@@ -103,7 +142,15 @@ def test_drawn_tokens_follow_the_temperature_and_the_seed() -> None:
 
     def drawn(temperature: float, seed: int) -> str:
         torch.manual_seed(seed)
-        (text,) = ours.generate_until([asked("generate_until", "abc", {"do_sample": True, "temperature": temperature, "max_gen_toks": 20})])
+        (text,) = ours.generate_until(
+            [
+                asked(
+                    "generate_until",
+                    "abc",
+                    {"do_sample": True, "temperature": temperature, "max_gen_toks": 20},
+                )
+            ]
+        )
         return str(text)
 
     (greedy,) = ours.generate_until([asked("generate_until", "abc", {"max_gen_toks": 20})])
@@ -114,13 +161,24 @@ def test_drawn_tokens_follow_the_temperature_and_the_seed() -> None:
 @pytest.mark.parametrize(
     ("settings_asked", "sentence"),
     [
-        ({"max_gen_toks": 128}, "the task asks for 128 tokens, but the model reads 128 behind the prompt.*set max_gen_toks lower"),
+        (
+            {"max_gen_toks": 128},
+            (
+                "the task asks for 128 tokens, but the model reads 128 behind the prompt.*set"
+                " max_gen_toks lower"
+            ),
+        ),
         ({}, "does not say how many, and the harness asks for 256 tokens, but the model reads 128"),
-        ({"max_gen_toks": 5, "top_p": 0.9, "num_beams": 2}, "asks for num_beams, top_p in generation"),
+        (
+            {"max_gen_toks": 5, "top_p": 0.9, "num_beams": 2},
+            "asks for num_beams, top_p in generation",
+        ),
         ({"max_gen_toks": 5, "do_sample": True}, "do_sample without a temperature"),
     ],
 )
-def test_settings_that_would_be_ignored_are_refused(settings_asked: dict[str, Any], sentence: str) -> None:
+def test_settings_that_would_be_ignored_are_refused(
+    settings_asked: dict[str, Any], sentence: str
+) -> None:
     ours, _ = opened_with(bpe())
     with pytest.raises(RunError, match=sentence):
         ours.generate_until([asked("generate_until", "abc", settings_asked)])
@@ -128,7 +186,9 @@ def test_settings_that_would_be_ignored_are_refused(settings_asked: dict[str, An
 
 def test_an_empty_context_needs_a_token_that_can_stand_there() -> None:
     ours, _ = opened_with(bpe(tokens=False))
-    with pytest.raises(RunError, match="empty context, and this tokenizer has no token that begins or ends a text"):
+    with pytest.raises(
+        RunError, match="empty context, and this tokenizer has no token that begins or ends a text"
+    ):
         ours.generate_until([asked("generate_until", "", {"max_gen_toks": 5})])
     with pytest.raises(DataError, match="this tokenizer has none that begins or ends a text"):
         ours.loglikelihood([asked("loglikelihood", "", " a")])
@@ -137,8 +197,13 @@ def test_an_empty_context_needs_a_token_that_can_stand_there() -> None:
 def test_without_the_prompt_it_is_another_model_and_what_it_cannot_do_it_says(run: Path) -> None:
     from fedsp.experiments.lm_eval_model import TunedPrompt
 
-    request = [asked("loglikelihood", "The town of Badiba:", " Kelby"), asked("loglikelihood", "", "The")]
-    assert TunedPrompt(run=str(run)).loglikelihood(request) != TunedPrompt(run=str(run), zero_shot="true").loglikelihood(request)
+    request = [
+        asked("loglikelihood", "The town of Badiba:", " Kelby"),
+        asked("loglikelihood", "", "The"),
+    ]
+    assert TunedPrompt(run=str(run)).loglikelihood(request) != TunedPrompt(
+        run=str(run), zero_shot="true"
+    ).loglikelihood(request)
     with pytest.raises(RunError, match="choose a task with questions"):
         TunedPrompt(run=str(run)).loglikelihood_rolling([])
     with pytest.raises(RunError, match="there is no such folder"):

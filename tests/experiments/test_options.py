@@ -1,4 +1,5 @@
-"""The options of ablations and heterogeneity: server optimizers, topics, unequal sizes, distillation again, measured cost."""
+"""The options of ablations and heterogeneity: server optimizers, topics, unequal sizes,
+distillation again, measured cost."""
 
 from __future__ import annotations
 
@@ -25,7 +26,13 @@ from fedsp.experiments.costs import measure
 from fedsp.federation.methods.base import Averaging
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
-from fedsp.models.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, nearly_disclosed_share, parse_plan
+from fedsp.models.auxiliary import (
+    build_auxiliary,
+    disclosed_share,
+    load_auxiliary,
+    nearly_disclosed_share,
+    parse_plan,
+)
 from fedsp.models.payload import PROMPT
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.models.weights import Weights
@@ -38,13 +45,34 @@ from support.small_runs import PAPER, ROWS, settings
 from support.tiny_models import tiny_model
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "momentum": {"round": {"rounds": 3, "optimizer": "momentum", "momentum": 0.5}, "client": {"prompt_steps": 2, "batch_size": 4, "proximal": 0.1}},
-    "compressed": {"compression": {"up": "sign", "down": "int4"}, "server": {"steps": 1, "batch_size": 4}},
+    "momentum": {
+        "round": {"rounds": 3, "optimizer": "momentum", "momentum": 0.5},
+        "client": {"prompt_steps": 2, "batch_size": 4, "proximal": 0.1},
+    },
+    "compressed": {
+        "compression": {"up": "sign", "down": "int4"},
+        "server": {"steps": 1, "batch_size": 4},
+    },
     "again": {"distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "again_every": 1}},
-    "finetune": {"method": "finetune", "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-4}},
-    "lora": {"method": "lora", "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "keep_optimizer": True}},
+    "finetune": {
+        "method": "finetune",
+        "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-4},
+    },
+    "lora": {
+        "method": "lora",
+        "client": {
+            "prompt_steps": 2,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "keep_optimizer": True,
+        },
+    },
     "fedprompt with projection": {"method": "fedprompt", "prompt": {"length": 4, "projection": 8}},
-    "fedprompt_single": {"method": "fedprompt_single", "prompt": {"length": 4, "space": "key_value"}, "server": {"steps": 1, "batch_size": 4}},
+    "fedprompt_single": {
+        "method": "fedprompt_single",
+        "prompt": {"length": 4, "space": "key_value"},
+        "server": {"steps": 1, "batch_size": 4},
+    },
     "offsite_tuning": {
         "method": "offsite_tuning",
         "auxiliary": {"plan": "emulator(1, 2)"},
@@ -55,7 +83,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.study
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_own_figures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_own_figures(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = commands.run(settings(tmp_path / "whole", **OPTIONS[name]))
     original = runs.RunDirectory.save_round
 
@@ -69,9 +99,17 @@ def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_o
         commands.run(settings(tmp_path / "killed", **OPTIONS[name]))
     monkeypatch.setattr(runs.RunDirectory, "save_round", original)
     resumed = commands.resume(tmp_path / "killed" / "run")
-    assert (resumed["test"], resumed["validation_loss"]) == (whole["test"], whole["validation_loss"])
-    files = [read_tensors(tmp_path / place / "run" / "best.safetensors")[0] for place in ("whole", "killed")]
-    assert sorted(files[0]) == sorted(files[1]) and all(files[0][key].equal(files[1][key]) for key in files[0])
+    assert (resumed["test"], resumed["validation_loss"]) == (
+        whole["test"],
+        whole["validation_loss"],
+    )
+    files = [
+        read_tensors(tmp_path / place / "run" / "best.safetensors")[0]
+        for place in ("whole", "killed")
+    ]
+    assert sorted(files[0]) == sorted(files[1]) and all(
+        files[0][key].equal(files[1][key]) for key in files[0]
+    )
     zero, tuned = commands.evaluate(tmp_path / "whole" / "run")
     assert tuned["answer_loss"] == pytest.approx(whole["test"]["answer_loss"], abs=1e-5)
     bare = commands.run(settings(tmp_path / "bare", method="zero_shot"))
@@ -81,18 +119,36 @@ def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_o
 def test_a_package_that_is_made_again_is_counted_as_sent(tmp_path: Path) -> None:
     plain = commands.run(settings(tmp_path / "plain"))
     again = commands.run(settings(tmp_path / "again", **OPTIONS["again"]))
-    assert again["bytes_down"] - plain["bytes_down"] == 2 * 3 * again["package_bytes"]  # before rounds 2 and 3, to three clients
-    digests = [json.loads((tmp_path / place / "run" / "inputs.json").read_text())["auxiliary model"] for place in ("plain", "again")]
+    assert (
+        again["bytes_down"] - plain["bytes_down"] == 2 * 3 * again["package_bytes"]
+    )  # before rounds 2 and 3, to three clients
+    digests = [
+        json.loads((tmp_path / place / "run" / "inputs.json").read_text())["auxiliary model"]
+        for place in ("plain", "again")
+    ]
     assert digests[0] == digests[1]
 
 
 def test_distillation_around_a_prompt_brings_the_two_sides_together_there() -> None:
     teacher = tiny_model("gpt2")
     auxiliary = build_auxiliary(teacher, parse_plan("ends(1)", 4), None)
-    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=teacher.shape), torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)))
-    texts = [torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(8)]
+    prompt = SoftPrompt(
+        PromptSpec(space="key_value", length=3, model=teacher.shape),
+        torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)),
+    )
+    texts = [
+        torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for seed in range(8)
+    ]
     losses = distill(
-        auxiliary, teacher, texts, Distillation(steps=60, batch_size=4, optimisation=Optimisation(learning_rate=3e-3, weight_decay=0.0)), seed=0, around=prompt
+        auxiliary,
+        teacher,
+        texts,
+        Distillation(
+            steps=60, batch_size=4, optimisation=Optimisation(learning_rate=3e-3, weight_decay=0.0)
+        ),
+        seed=0,
+        around=prompt,
     )
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
@@ -106,12 +162,20 @@ def test_plans_of_copies_and_emulators() -> None:
     torch.testing.assert_close(auxiliary(ids), shared(ids))
     assert auxiliary.bytes > shared.bytes
     emulator = parse_plan("emulator(1, 2)", 8)
-    assert emulator.sources == (0, 2, 5, 7) and emulator.frozen == (True, False, False, True) and len(set(emulator.groups)) == 4
+    assert (
+        emulator.sources == (0, 2, 5, 7)
+        and emulator.frozen == (True, False, False, True)
+        and len(set(emulator.groups)) == 4
+    )
     with pytest.raises(ConfigurationError, match=r"emulator\(1, 9\) leaves no middle"):
         parse_plan("emulator(1, 9)", 8)
 
 
-TOPICS = {"river": "the water of the river flows to the sea", "metal": "iron and copper are heavy metals", "bird": "birds lay eggs in nests and sing"}
+TOPICS = {
+    "river": "the water of the river flows to the sea",
+    "metal": "iron and copper are heavy metals",
+    "bird": "birds lay eggs in nests and sing",
+}
 
 
 def test_topics_are_found_and_divide_the_questions() -> None:
@@ -120,18 +184,38 @@ def test_topics_are_found_and_divide_the_questions() -> None:
     found, of_test = find_topics(train, test, count=3, seed=0)
     assert len(set(of_test)) == 3 and all(found[index] == of_test[index % 3] for index in range(36))
     assert find_topics(train, test, count=3, seed=0) == (found, of_test)
-    with pytest.raises(DataError, match="partition.topics = 99, but there are only 36 different questions"):
+    with pytest.raises(
+        DataError, match="partition.topics = 99, but there are only 36 different questions"
+    ):
         find_topics(train, test, count=99, seed=0)
 
 
 def test_figures_per_client_weight_each_kind_by_the_clients_own_share() -> None:
     def scored(right: bool) -> Scored:
-        return Scored(id="x", log_likelihoods=[0.0, -1.0] if right else [-2.0, -1.0], greedy=[False, False], tokens=[1, 1], characters=[1, 1], gold=(0,))
+        return Scored(
+            id="x",
+            log_likelihoods=[0.0, -1.0] if right else [-2.0, -1.0],
+            greedy=[False, False],
+            tokens=[1, 1],
+            characters=[1, 1],
+            gold=(0,),
+        )
 
     rows = [scored(True), scored(True), scored(False), scored(True), scored(False)]
-    figures = by_client(rows, find_task("arc_easy"), ["a", "a", "a", "b", "b"], {"one": ["a", "a", "a", "b"], "two": ["b"], "none": ["c"]})
-    assert figures["one"]["accuracy"] == pytest.approx(0.75 * 2 / 3 + 0.25 * 0.5) and figures["two"]["accuracy"] == 0.5
-    assert figures["one"]["answer_loss"] == pytest.approx(0.75 * 2 / 3 + 0.25 * 1.0) and "none" not in figures
+    figures = by_client(
+        rows,
+        find_task("arc_easy"),
+        ["a", "a", "a", "b", "b"],
+        {"one": ["a", "a", "a", "b"], "two": ["b"], "none": ["c"]},
+    )
+    assert (
+        figures["one"]["accuracy"] == pytest.approx(0.75 * 2 / 3 + 0.25 * 0.5)
+        and figures["two"]["accuracy"] == 0.5
+    )
+    assert (
+        figures["one"]["answer_loss"] == pytest.approx(0.75 * 2 / 3 + 0.25 * 1.0)
+        and "none" not in figures
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "exponential"])
@@ -139,11 +223,26 @@ def test_clients_of_unequal_size(kind: Any) -> None:
     section = PartitionSection(clients=5, kind=kind)
     partition = make_partition(ROWS, section, server_share=0.1, holdout=0.0, seed=0)
     sizes = [len(rows) for rows in partition.clients.values()]
-    assert len(sizes) == 5 and max(sizes) >= 3 * min(sizes) and max(Counter(sum(partition.clients.values(), partition.server)).values()) == 1
+    assert (
+        len(sizes) == 5
+        and max(sizes) >= 3 * min(sizes)
+        and max(Counter(sum(partition.clients.values(), partition.server)).values()) == 1
+    )
 
 
 def test_a_run_over_topics_gives_figures_for_each_client(tmp_path: Path) -> None:
-    figures = commands.run(settings(tmp_path, partition={"clients": 3, "server_share": 0.2, "kind": "dirichlet", "topics": 4, "alpha": 5.0}))
+    figures = commands.run(
+        settings(
+            tmp_path,
+            partition={
+                "clients": 3,
+                "server_share": 0.2,
+                "kind": "dirichlet",
+                "topics": 4,
+                "alpha": 5.0,
+            },
+        )
+    )
     assert sorted(figures["clients"]) == ["client-0", "client-1", "client-2"]
     records = runs.RunDirectory.open(tmp_path / "run").records()
     assert all(-1 <= record["update_cosine"] <= 1 for record in records)
@@ -152,25 +251,51 @@ def test_a_run_over_topics_gives_figures_for_each_client(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"distill": {"again_every": 1}, "client": {"auxiliary_steps": 1}}, "distill.again_every: it needs simulated clients"),
+        (
+            {"distill": {"again_every": 1}, "client": {"auxiliary_steps": 1}},
+            "distill.again_every: it needs simulated clients",
+        ),
         ({"partition": {"kind": "dirichlet"}}, "needs the name of a column, or partition.topics"),
-        ({"partition": {"column": "x", "topics": 3}}, "partition.topics: examples are divided by a column or by topics"),
+        (
+            {"partition": {"column": "x", "topics": 3}},
+            "partition.topics: examples are divided by a column or by topics",
+        ),
         ({"method": "prefix_tuning"}, "partition.clients: prefix_tuning has all text in one place"),
-        ({"method": "lora", "client": {"auxiliary_steps": 2}}, "client.auxiliary_steps: that is a part of FedSP, and method is 'lora'"),
+        (
+            {"method": "lora", "client": {"auxiliary_steps": 2}},
+            "client.auxiliary_steps: that is a part of FedSP, and method is 'lora'",
+        ),
         ({"method": "fedpromt"}, "method: "),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+def test_options_that_do_not_go_together_are_refused(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
     values = settings(tmp_path)
-    merged = {**values, **{key: {**values.get(key, {}), **change} if isinstance(change, dict) else change for key, change in changes.items()}}
+    merged = {
+        **values,
+        **{
+            key: {**values.get(key, {}), **change} if isinstance(change, dict) else change
+            for key, change in changes.items()
+        },
+    }
     with pytest.raises(ConfigurationError, match=sentence):
         make_config(merged)
 
 
 def test_baselines_run_in_one_process_alone(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="method = 'lora' is for measuring and runs in one process: use engine local"):
+    with pytest.raises(
+        ConfigurationError,
+        match="method = 'lora' is for measuring and runs in one process: use engine local",
+    ):
         commands.run(settings(tmp_path, method="lora"), engine="flower")
-    commands.run(settings(tmp_path, method="finetune", client={"prompt_steps": 1, "batch_size": 4, "learning_rate": 1e-4}))
+    commands.run(
+        settings(
+            tmp_path,
+            method="finetune",
+            client={"prompt_steps": 1, "batch_size": 4, "learning_rate": 1e-4},
+        )
+    )
     with pytest.raises(RunError, match="tuned weights, not a prompt: there is no prefix to export"):
         commands.export(tmp_path / "run", tmp_path / "adapter")
     assert commands.generate(tmp_path / "run", "Who", most=3)
@@ -182,38 +307,83 @@ def party(model: Any, tuned: Any, place: Path) -> Party:
 
 
 def test_operations_are_those_of_the_matrix_products(tmp_path: Path) -> None:
-    """Two operations per weight and token forward, two more for the gradient of inputs and two for that of weights; attention on top."""
+    """Two operations per weight and token forward, two more for the gradient of inputs and two for
+    that of weights; attention on top."""
     model = tiny_model("gpt2")
-    stage = Stage(name="client", seed_label="client", steps=2, batch_size=4, optimisation=Optimisation(learning_rate=1e-3))
+    stage = Stage(
+        name="client",
+        seed_label="client",
+        steps=2,
+        batch_size=4,
+        optimisation=Optimisation(learning_rate=1e-3),
+    )
     tokens, length, layers, hidden = 2 * 4 * 24, 3, 4, 32
     blocks = 12 * hidden**2 * layers * tokens
     head = 97 * hidden * 2 * 4 * 4  # four answer tokens a row
-    weights = measure(Averaging(client_stage=stage, server_stage=stage), party(model, Weights(model.trained()), tmp_path), "client", 0)
-    attention = 2 * 2 * 4 * layers * hidden * 24 * 24 * 2  # rows x (scores and values) forward; the backward pass takes 2.5 times as much
+    weights = measure(
+        Averaging(client_stage=stage, server_stage=stage),
+        party(model, Weights(model.trained()), tmp_path),
+        "client",
+        0,
+    )
+    attention = (
+        2 * 2 * 4 * layers * hidden * 24 * 24 * 2
+    )  # rows x (scores and values) forward; the backward pass takes 2.5 times as much
     assert weights["operations"] == pytest.approx(6 * (blocks + head) + 3.5 * attention, rel=0.02)
     prompt = SoftPrompt(PromptSpec(space="key_value", length=length, model=model.shape))
-    only = measure(Averaging(client_stage=stage, server_stage=stage), party(model, prompt, tmp_path), "client", 0)
+    only = measure(
+        Averaging(client_stage=stage, server_stage=stage),
+        party(model, prompt, tmp_path),
+        "client",
+        0,
+    )
     assert only["operations"] < 0.8 * weights["operations"]
-    assert (only["parameters_trained"], only["parameters_sent"]) == (3 * 4 * 2 * 32, 3 * 4 * 2 * 32) and weights["parameters_sent"] == weights[
-        "parameters_held"
-    ]
+    assert (only["parameters_trained"], only["parameters_sent"]) == (
+        3 * 4 * 2 * 32,
+        3 * 4 * 2 * 32,
+    ) and weights["parameters_sent"] == weights["parameters_held"]
     assert only["tokens"] == tokens and only["memory_bytes"] > 4 * only["parameters_held"]
     assert weights["memory_bytes"] > 16 * weights["parameters_held"]
 
 
 def test_measuring_changes_nothing(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
-    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=model.shape), torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)))
+    prompt = SoftPrompt(
+        PromptSpec(space="key_value", length=3, model=model.shape),
+        torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)),
+    )
     before = prompt.payload()[PROMPT].clone()
-    stage = Stage(name="client", seed_label="client", steps=2, batch_size=4, optimisation=Optimisation(learning_rate=1e-3))
-    first = measure(Averaging(client_stage=stage, server_stage=stage), party(model, prompt, tmp_path), "client", 0)
-    again = measure(Averaging(client_stage=stage, server_stage=stage), party(model, prompt, tmp_path), "client", 0)
-    assert torch.equal(prompt.payload()[PROMPT], before) and first["operations"] == again["operations"] and first["memory_bytes"] == again["memory_bytes"]
+    stage = Stage(
+        name="client",
+        seed_label="client",
+        steps=2,
+        batch_size=4,
+        optimisation=Optimisation(learning_rate=1e-3),
+    )
+    first = measure(
+        Averaging(client_stage=stage, server_stage=stage),
+        party(model, prompt, tmp_path),
+        "client",
+        0,
+    )
+    again = measure(
+        Averaging(client_stage=stage, server_stage=stage),
+        party(model, prompt, tmp_path),
+        "client",
+        0,
+    )
+    assert (
+        torch.equal(prompt.payload()[PROMPT], before)
+        and first["operations"] == again["operations"]
+        and first["memory_bytes"] == again["memory_bytes"]
+    )
     assert all(parameter.grad is None for parameter in [*model.parameters(), *prompt.parameters()])
 
 
 def test_spikes_are_steps_far_above_the_median() -> None:
-    assert TrainResult([1.0, 1.1, 0.9, 2.0, 1.0], {}).spikes == 1 and TrainResult([], {}).spikes == 0
+    assert (
+        TrainResult([1.0, 1.1, 0.9, 2.0, 1.0], {}).spikes == 1 and TrainResult([], {}).spikes == 0
+    )
 
 
 def test_what_is_nearly_disclosed_is_found(tmp_path: Path) -> None:
@@ -224,21 +394,37 @@ def test_what_is_nearly_disclosed_is_found(tmp_path: Path) -> None:
         for parameter in auxiliary.model.parameters():
             parameter.mul_(1.02)
     assert disclosed_share(auxiliary, model) < 0.05 < whole  # biases of zero stay what they were
-    assert nearly_disclosed_share(auxiliary, model, 0.1) == pytest.approx(whole, abs=1e-9) and nearly_disclosed_share(auxiliary, model, 0.01) < 0.05
+    assert (
+        nearly_disclosed_share(auxiliary, model, 0.1) == pytest.approx(whole, abs=1e-9)
+        and nearly_disclosed_share(auxiliary, model, 0.01) < 0.05
+    )
     commands.run(settings(tmp_path, **PAPER))
     figures = measure_disclosure(tmp_path / "run")
-    assert figures["disclosed_share"] < 0.01 and 0.2 < figures["nearly_disclosed_share"] < 0.5  # embeddings and one layer, a little moved
+    assert (
+        figures["disclosed_share"] < 0.01 and 0.2 < figures["nearly_disclosed_share"] < 0.5
+    )  # embeddings and one layer, a little moved
     write = commands.run(settings(tmp_path / "whole", method="fedprompt"))
-    assert measure_disclosure(tmp_path / "whole" / "run")["nearly_disclosed_share"] == write["disclosed_share"] == 1
+    assert (
+        measure_disclosure(tmp_path / "whole" / "run")["nearly_disclosed_share"]
+        == write["disclosed_share"]
+        == 1
+    )
 
 
 def test_depths_of_a_shared_auxiliary_model(tmp_path: Path) -> None:
     commands.run(settings(tmp_path, **PAPER))
     rows = measure_depths(tmp_path / "run")
-    assert [row["depth"] for row in rows] == [*range(9), *range(9)] and all(row["gradient_norm"] > 0 for row in rows)
-    package, client = ([row["hidden_scale"] for row in rows if row["weights"] == kind] for kind in ("package", "client"))
+    assert [row["depth"] for row in rows] == [*range(9), *range(9)] and all(
+        row["gradient_norm"] > 0 for row in rows
+    )
+    package, client = (
+        [row["hidden_scale"] for row in rows if row["weights"] == kind]
+        for kind in ("package", "client")
+    )
     assert package != client  # stage 1 has moved the client's own weights
-    auxiliary = load_auxiliary(tmp_path / "run" / "auxiliary", device=torch.device("cpu"), positions="hugging_face")
+    auxiliary = load_auxiliary(
+        tmp_path / "run" / "auxiliary", device=torch.device("cpu"), positions="hugging_face"
+    )
     assert auxiliary.plan.sources == (0,) * 8
     with pytest.raises(RunError, match="is no run of FedSP with clients"):
         commands.run(settings(tmp_path / "zero", method="zero_shot"))

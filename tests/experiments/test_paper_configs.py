@@ -1,4 +1,5 @@
-"""The authors' settings in configs/paper: every file is planned, without weights and without a network."""
+"""The authors' settings in configs/paper: every file is planned, without weights and without a
+network."""
 
 from __future__ import annotations
 
@@ -28,20 +29,43 @@ def test_there_is_a_file_for_each_task(model: str) -> None:
 @pytest.mark.parametrize("model", COUNTS)
 def test_fedsp_plan_counts_what_the_paper_describes(model: str, task: str, tmp_path: Path) -> None:
     figures = tmp_path / "plan.json"
-    arguments = ["plan", str(CONFIGS / model / f"{task}.toml"), f"model.name={CONFIGS / model / 'model'}", "--json", str(figures)]
+    arguments = [
+        "plan",
+        str(CONFIGS / model / f"{task}.toml"),
+        f"model.name={CONFIGS / model / 'model'}",
+        "--json",
+        str(figures),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     plan = json.loads(figures.read_text())
-    assert (plan["global_parameters"], plan["auxiliary_parameters"], plan["prompt_parameters"]) == COUNTS[model]
+    assert (
+        plan["global_parameters"],
+        plan["auxiliary_parameters"],
+        plan["prompt_parameters"],
+    ) == COUNTS[model]
     assert plan["ratio"] == pytest.approx({"gpt2-xl": 13.8, "opt-1.3b": 8.35}[model], abs=0.02)
-    assert set(plan["layers"]) == {0} and plan["bytes_in_all"] == 2 * 10 * 100 * plan["bytes_per_message"]
+    assert (
+        set(plan["layers"]) == {0}
+        and plan["bytes_in_all"] == 2 * 10 * 100 * plan["bytes_per_message"]
+    )
 
 
 @pytest.mark.parametrize("model", COUNTS)
 def test_the_settings_are_those_of_the_authors_code(model: str) -> None:
     for task in TASKS:
         config = read_config(CONFIGS / model / f"{task}.toml")
-        assert (config.partition.clients, config.prompt.length, config.client.batch_size) == (10, 40, 16)
-        assert config.client.learning_rate == config.server.learning_rate == (1e-4 if task == "hellaswag" else 5e-4)
-        assert bool(config.prompt.projection) == (task in ("hellaswag", "race") or (model, task) == ("gpt2-xl", "sciq"))
+        assert (config.partition.clients, config.prompt.length, config.client.batch_size) == (
+            10,
+            40,
+            16,
+        )
+        assert (
+            config.client.learning_rate
+            == config.server.learning_rate
+            == (1e-4 if task == "hellaswag" else 5e-4)
+        )
+        assert bool(config.prompt.projection) == (
+            task in ("hellaswag", "race") or (model, task) == ("gpt2-xl", "sciq")
+        )
         assert config.server_share == pytest.approx(1 / 11) and config.distill.steps == 5000

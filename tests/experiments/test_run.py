@@ -1,4 +1,5 @@
-"""Whole runs on the embedded model: resume, order, privacy of the wire, faults, and every sentence about bad input."""
+"""Whole runs on the embedded model: resume, order, privacy of the wire, faults, and every sentence
+about bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +21,16 @@ from fedsp.algorithm import FedSP
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import AuxiliaryError, DataError, FedspError, PromptError, RunError, StorageError, TooFewClients, TrainingDiverged
+from fedsp.errors import (
+    AuxiliaryError,
+    DataError,
+    FedspError,
+    PromptError,
+    RunError,
+    StorageError,
+    TooFewClients,
+    TrainingDiverged,
+)
 from fedsp.experiments import build
 from fedsp.experiments import run as experiment
 from fedsp.experiments import server_setup as server
@@ -32,7 +42,14 @@ from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients, make_client, make_method
 from fedsp.federation.loop import RoundConfig, RunState, federate
-from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update, sample_clients
+from fedsp.federation.messages import (
+    Failure,
+    Request,
+    RoundRecord,
+    Transport,
+    Update,
+    sample_clients,
+)
 from fedsp.federation.methods.base import Side, Work
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
@@ -51,7 +68,10 @@ from support.small_runs import PAPER, ROWS, prompt_bits, questions, settings
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
     """The journal without its seconds."""
-    return [{key: value for key, value in record.items() if not key.startswith("seconds")} for record in RunDirectory.open(folder).records()]
+    return [
+        {key: value for key, value in record.items() if not key.startswith("seconds")}
+        for record in RunDirectory.open(folder).records()
+    ]
 
 
 class Killed(Exception):
@@ -59,13 +79,20 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("preset", [{}, PAPER], ids=["messenger", "paper"])
-def test_a_run_writes_what_it_promises_and_leaves_the_global_model_alone(tmp_path: Path, preset: dict[str, Any]) -> None:
-    before = tensors_digest(dict(loading.load_model(str(EMBEDDED / "model"), device="cpu").model.named_parameters()))
+def test_a_run_writes_what_it_promises_and_leaves_the_global_model_alone(
+    tmp_path: Path, preset: dict[str, Any]
+) -> None:
+    before = tensors_digest(
+        dict(loading.load_model(str(EMBEDDED / "model"), device="cpu").model.named_parameters())
+    )
     figures = commands.run(settings(tmp_path, **preset))
     folder = Path(figures["folder"])
     records = RunDirectory.open(folder).records()
     assert [record["round"] for record in records] == [1, 2, 3]
-    assert all(record["answered"] == ["client-0", "client-1", "client-2"] and not record["failed"] for record in records)
+    assert all(
+        record["answered"] == ["client-0", "client-1", "client-2"] and not record["failed"]
+        for record in records
+    )
     spec = read_prompt(folder / "best.safetensors").spec
     link = len(pack({PROMPT: torch.zeros(spec.shape)}))
     assert all(record["bytes_up"] == record["bytes_down"] == 3 * link for record in records)
@@ -84,10 +111,17 @@ def test_a_run_writes_what_it_promises_and_leaves_the_global_model_alone(tmp_pat
     partition = json.loads((folder / "partition.json").read_text())
     held = [*partition["server"], *(row for rows in partition["clients"].values() for row in rows)]
     assert sorted(held) == list(range(60))
-    assert tensors_digest(dict(loading.load_model(str(EMBEDDED / "model"), device="cpu").model.named_parameters())) == before
+    assert (
+        tensors_digest(
+            dict(loading.load_model(str(EMBEDDED / "model"), device="cpu").model.named_parameters())
+        )
+        == before
+    )
 
 
-def test_the_global_weights_in_memory_are_bit_identical_after_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_global_weights_in_memory_are_bit_identical_after_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[tuple[Server, str]] = []
     original = server.open_server
 
@@ -103,7 +137,9 @@ def test_the_global_weights_in_memory_are_bit_identical_after_a_run(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "preset", [{}, PAPER, {"validation": {"by": "clients"}}, {"validation": {"by": "none"}}], ids=["messenger", "paper", "validated by clients", "last prompt"]
+    "preset",
+    [{}, PAPER, {"validation": {"by": "clients"}}, {"validation": {"by": "none"}}],
+    ids=["messenger", "paper", "validated by clients", "last prompt"],
 )
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, preset: dict[str, Any]) -> None:
     whole = Path(commands.run(settings(tmp_path / "whole", **preset))["folder"])
@@ -127,7 +163,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, preset: dict[str,
         return engine
 
     directory = RunDirectory.create(config)
-    for count in (2, 3, 5):  # in the first round; at its last reply; in the second round after a resume
+    for count in (
+        2,
+        3,
+        5,
+    ):  # in the first round; at its last reply; in the second round after a resume
         with pytest.raises(Killed):
             run_experiment(directory, dies_at(count), Callbacks())
     commands.resume(killed)
@@ -141,12 +181,17 @@ def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_used(tmp_path: Pa
     cut = Path(config.output)
     shutil.copytree(whole, cut)
     (cut / "result.json").unlink()
-    (cut / "config.toml").write_text((cut / "config.toml").read_text().replace(str(tmp_path / "whole"), str(tmp_path / "cut")))
+    (cut / "config.toml").write_text(
+        (cut / "config.toml").read_text().replace(str(tmp_path / "whole"), str(tmp_path / "cut"))
+    )
     last = cut / "checkpoint" / "round-00003.safetensors"
     last.write_bytes(last.read_bytes()[:-100])
     said: list[str] = []
     commands.resume(cut, callbacks=Callbacks(say=said.append))
-    assert any("round-00003.safetensors is damaged" in line and "the one before it is" in line for line in said)
+    assert any(
+        "round-00003.safetensors is damaged" in line and "the one before it is" in line
+        for line in said
+    )
     assert prompt_bits(cut) == prompt_bits(whole)
 
 
@@ -154,7 +199,9 @@ def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_used(tmp_path: Pa
 def test_the_order_of_answers_does_not_matter(tmp_path: Path, preset: dict[str, Any]) -> None:
     forward = Path(commands.run(settings(tmp_path / "forward", **preset))["folder"])
     directory = RunDirectory.create(make_config(settings(tmp_path / "backward", **preset)))
-    run_experiment(directory, lambda clients: lambda requests: local(clients)(requests[::-1]), Callbacks())
+    run_experiment(
+        directory, lambda clients: lambda requests: local(clients)(requests[::-1]), Callbacks()
+    )
     assert prompt_bits(directory.path) == prompt_bits(forward)
 
 
@@ -171,11 +218,15 @@ def test_only_one_named_tensor_crosses_the_border(tmp_path: Path) -> None:
 
         return transport
 
-    run_experiment(RunDirectory.create(make_config(settings(tmp_path, **PAPER))), engine, Callbacks())
+    run_experiment(
+        RunDirectory.create(make_config(settings(tmp_path, **PAPER))), engine, Callbacks()
+    )
     assert crossed == {PROMPT}
 
 
-def test_a_client_lives_where_the_global_model_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_lives_where_the_global_model_cannot_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config(settings(tmp_path))
     commands.distill(config, tmp_path / "package")
 
@@ -184,12 +235,30 @@ def test_a_client_lives_where_the_global_model_cannot_be_loaded(tmp_path: Path, 
 
     for module in (loading, server):
         monkeypatch.setattr(module, "load_model", refuse)
-    auxiliary = load_auxiliary(tmp_path / "package", device=torch.device("cpu"), positions="hugging_face")
+    auxiliary = load_auxiliary(
+        tmp_path / "package", device=torch.device("cpu"), positions="hugging_face"
+    )
     agreement = agreement_of(config, 64)
-    client = make_client("a", agreement, auxiliary, [Encoded((5, 6, 7, 8), 2)] * 4, StateStore(tmp_path / "rest"), Ledger(tmp_path / "privacy.jsonl"), 1.0)
-    request = Request(run="run", round=1, client="a", seed=0, payload={PROMPT: torch.zeros(client.prompt.spec.shape)})
+    client = make_client(
+        "a",
+        agreement,
+        auxiliary,
+        [Encoded((5, 6, 7, 8), 2)] * 4,
+        StateStore(tmp_path / "rest"),
+        Ledger(tmp_path / "privacy.jsonl"),
+        1.0,
+    )
+    request = Request(
+        run="run",
+        round=1,
+        client="a",
+        seed=0,
+        payload={PROMPT: torch.zeros(client.prompt.spec.shape)},
+    )
     update = make_method(agreement, auxiliary).client_update(client, request)
-    assert list(update.payload) == [PROMPT] and not torch.equal(update.payload[PROMPT], request.payload[PROMPT])
+    assert list(update.payload) == [PROMPT] and not torch.equal(
+        update.payload[PROMPT], request.payload[PROMPT]
+    )
 
 
 class Echo:
@@ -202,9 +271,15 @@ class Echo:
         return self.payload
 
     def client_update(self, client: Party, request: Request) -> Update:
-        return Update(round=request.round, client=request.client, payload={PROMPT: request.payload[PROMPT] + 1e-3})
+        return Update(
+            round=request.round,
+            client=request.client,
+            payload={PROMPT: request.payload[PROMPT] + 1e-3},
+        )
 
-    def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
+    def server_update(
+        self, server: Party, aggregated: Payload, round: int, seed: int
+    ) -> tuple[Payload, float | None]:
         return aggregated, None
 
     def work(self, party: Party, side: Side) -> list[Work]:
@@ -212,10 +287,25 @@ class Echo:
 
 
 def loop(
-    transport: Transport, *, clients: int = 4, asked: int | None = None, rounds: int = 1, minimum: int = 1, shape: tuple[int, ...] = (2, 3, 4)
+    transport: Transport,
+    *,
+    clients: int = 4,
+    asked: int | None = None,
+    rounds: int = 1,
+    minimum: int = 1,
+    shape: tuple[int, ...] = (2, 3, 4),
 ) -> tuple[RunState, list[RoundRecord]]:
     records: list[RoundRecord] = []
-    settings = RoundConfig(run="run", seed=0, rounds=rounds, clients=asked, min_clients=minimum, weighting="examples", max_change=1.0, validate_by="none")
+    settings = RoundConfig(
+        run="run",
+        seed=0,
+        rounds=rounds,
+        clients=asked,
+        min_clients=minimum,
+        weighting="examples",
+        max_change=1.0,
+        validate_by="none",
+    )
     register = {f"c{index}": 1 + index % 3 for index in range(clients)}
     nobody: Any = None
     state = federate(
@@ -237,15 +327,25 @@ def test_admission_counts_each_refusal_with_its_reason() -> None:
     replies: dict[str, Callable[[Request], Update | Failure]] = {
         "c0": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: bad}),
         "c1": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: torch.zeros(2, 3)}),
-        "c2": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: torch.zeros(2, 3, 4).double()}),
-        "c3": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), 1e3)}),
-        "c4": lambda r: Update(round=r.round, client=r.client, payload={**r.payload, "auxiliary": torch.zeros(1)}),
+        "c2": lambda r: Update(
+            round=r.round, client=r.client, payload={PROMPT: torch.zeros(2, 3, 4).double()}
+        ),
+        "c3": lambda r: Update(
+            round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), 1e3)}
+        ),
+        "c4": lambda r: Update(
+            round=r.round, client=r.client, payload={**r.payload, "auxiliary": torch.zeros(1)}
+        ),
         "c5": lambda r: Update(round=r.round + 1, client=r.client, payload=r.payload),
         "c6": lambda r: Failure(round=r.round, client=r.client, reason="out of memory"),
         "c7": lambda r: Update(round=r.round, client="stranger", payload=r.payload),
-        "c8": lambda r: Update(round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), 0.5)}),
+        "c8": lambda r: Update(
+            round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), 0.5)}
+        ),
     }
-    state, (record,) = loop(lambda requests: [replies[request.client](request) for request in requests], clients=9)
+    state, (record,) = loop(
+        lambda requests: [replies[request.client](request) for request in requests], clients=9
+    )
     assert record.answered == ["c8"]
     assert torch.equal(state.payload[PROMPT], torch.full((2, 3, 4), 0.5))
     expected = {
@@ -265,21 +365,35 @@ def test_admission_counts_each_refusal_with_its_reason() -> None:
 
 def test_a_second_reply_does_not_count_twice() -> None:
     state, _ = loop(
-        lambda requests: [Update(round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), value)}) for r in requests for value in (0.25, 0.75)]
+        lambda requests: [
+            Update(round=r.round, client=r.client, payload={PROMPT: torch.full((2, 3, 4), value)})
+            for r in requests
+            for value in (0.25, 0.75)
+        ]
     )
     assert torch.equal(state.payload[PROMPT], torch.full((2, 3, 4), 0.25))
 
 
 def test_too_few_replies_stop_the_run_where_it_can_be_resumed() -> None:
-    with pytest.raises(TooFewClients, match=r"round 1 has 0 accepted updates of 4 asked.*c0: away.*can be resumed"):
-        loop(lambda requests: [Failure(round=r.round, client=r.client, reason="away") for r in requests], minimum=2)
+    with pytest.raises(
+        TooFewClients, match=r"round 1 has 0 accepted updates of 4 asked.*c0: away.*can be resumed"
+    ):
+        loop(
+            lambda requests: [
+                Failure(round=r.round, client=r.client, reason="away") for r in requests
+            ],
+            minimum=2,
+        )
 
 
 def test_a_thousand_clients_cost_no_memory_and_little_time() -> None:
     shape = (16, 8, 256)
 
     def transport(requests: list[Request]) -> Iterable[Update | Failure]:
-        return (Update(round=r.round, client=r.client, payload={PROMPT: r.payload[PROMPT].clone()}) for r in requests)
+        return (
+            Update(round=r.round, client=r.client, payload={PROMPT: r.payload[PROMPT].clone()})
+            for r in requests
+        )
 
     peaks = []
     for clients in (10, 1000):
@@ -291,7 +405,9 @@ def test_a_thousand_clients_cost_no_memory_and_little_time() -> None:
     assert peaks[1] < peaks[0] + 1_000_000
 
 
-def test_only_clients_that_are_asked_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_clients_that_are_asked_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A thousand clients with ten asked."""
     opened: list[str] = []
     made = clients_side.make_party
@@ -311,7 +427,9 @@ def test_only_clients_that_are_asked_are_opened(tmp_path: Path, monkeypatch: pyt
     )
     figures = commands.run(values)
     asked = RunDirectory.open(Path(figures["folder"])).records()[0]["asked"]
-    assert len(asked) == 10 and opened[:10] == asked and len(set(opened[10:])) <= 1, "and one more, for what a round costs"
+    assert len(asked) == 10 and opened[:10] == asked and len(set(opened[10:])) <= 1, (
+        "and one more, for what a round costs"
+    )
 
 
 def test_seeds_and_samples_do_not_move() -> None:
@@ -321,11 +439,20 @@ def test_seeds_and_samples_do_not_move() -> None:
 
 
 def test_a_fit_goes_on_from_an_earlier_one_and_leaves_that_as_it_was() -> None:
-    def fit(weights: torch.Tensor, first: int, last: int, moments: dict[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, fitting.TrainResult]:
+    def fit(
+        weights: torch.Tensor, first: int, last: int, moments: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, fitting.TrainResult]:
         parameter = torch.nn.Parameter(weights.clone())
         batches = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))[first:last]
         loss = lambda batch: ((parameter - batch) ** 2).sum()
-        fitted = fitting.fit({"a": parameter}, loss, batches, fitting.Optimisation(learning_rate=0.1, total_steps=4), first_step=first, moments=moments)
+        fitted = fitting.fit(
+            {"a": parameter},
+            loss,
+            batches,
+            fitting.Optimisation(learning_rate=0.1, total_steps=4),
+            first_step=first,
+            moments=moments,
+        )
         return parameter.detach(), fitted
 
     whole, _ = fit(torch.zeros(3), 0, 4)
@@ -333,10 +460,14 @@ def test_a_fit_goes_on_from_an_earlier_one_and_leaves_that_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in fitted.moments.items()}
     for _ in range(2):
         assert torch.equal(fit(half, 2, 4, fitted.moments)[0], whole)
-    assert sorted(before) == ["exp_avg.a", "exp_avg_sq.a", "step.a"] and all(torch.equal(fitted.moments[name], before[name]) for name in before)
+    assert sorted(before) == ["exp_avg.a", "exp_avg_sq.a", "step.a"] and all(
+        torch.equal(fitted.moments[name], before[name]) for name in before
+    )
 
 
-def test_a_loss_that_is_not_a_number_stops_with_round_and_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_a_number_stops_with_round_and_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, calls = fitting.answer_loss, 0
 
     def broken(*arguments: Any) -> torch.Tensor:
@@ -345,7 +476,13 @@ def test_a_loss_that_is_not_a_number_stops_with_round_and_client(tmp_path: Path,
         return original(*arguments) * (float("nan") if calls > 8 else 1.0)
 
     monkeypatch.setattr(stage, "answer_loss", broken)
-    with pytest.raises(TrainingDiverged, match=r"round 2, client 'client-\d': the loss is nan at local step \d of 2.*the prompt of round 1 is kept"):
+    with pytest.raises(
+        TrainingDiverged,
+        match=(
+            r"round 2, client 'client-\d': the loss is nan at local step \d of 2.*the prompt of"
+            r" round 1 is kept"
+        ),
+    ):
         commands.run(settings(tmp_path, validation={"by": "none"}))
     assert read_prompt(tmp_path / "run" / "best.safetensors")
     monkeypatch.setattr(stage, "answer_loss", original)
@@ -370,23 +507,69 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         commands.run(settings(tmp_path))
     monkeypatch.setattr(os, "fsync", original)
     commands.resume(tmp_path / "run")
-    assert prompt_bits(tmp_path / "run") == prompt_bits(Path(commands.run(settings(tmp_path / "whole"))["folder"]))
+    assert prompt_bits(tmp_path / "run") == prompt_bits(
+        Path(commands.run(settings(tmp_path / "whole"))["folder"])
+    )
 
 
 BAD: list[tuple[str, dict[str, Any], type[FedspError], str]] = [
-    ("unknown task", {"data": {"task": "arc_esay"}}, DataError, "unknown task 'arc_esay'; did you mean 'arc_easy'?"),
-    ("file missing", {"data": {"train": "nowhere.jsonl"}}, DataError, "there is no file nowhere.jsonl"),
-    ("more clients than examples", {"partition": {"clients": 99}}, DataError, "partition.clients = 99, but only 48 training examples"),
-    ("missing column", {"partition": {"kind": "dirichlet", "column": "nothing"}}, DataError, "has no column 'nothing'"),
-    ("server without examples", {"partition": {"server_share": 0.0}, "server": {"steps": 1}}, DataError, "the server holds no example"),
-    ("text missing", {"distill": {"text": ["nowhere.txt"]}}, DataError, "there is no text file nowhere.txt"),
-    ("plan", {"auxiliary": {"plan": "ends(4)"}}, FedspError, "leaves no middle in a model of 8 layers"),
-    ("prompt too long", {"prompt": {"length": 250}}, FedspError, "leaves 6 of the model's 256 positions"),
+    (
+        "unknown task",
+        {"data": {"task": "arc_esay"}},
+        DataError,
+        "unknown task 'arc_esay'; did you mean 'arc_easy'?",
+    ),
+    (
+        "file missing",
+        {"data": {"train": "nowhere.jsonl"}},
+        DataError,
+        "there is no file nowhere.jsonl",
+    ),
+    (
+        "more clients than examples",
+        {"partition": {"clients": 99}},
+        DataError,
+        "partition.clients = 99, but only 48 training examples",
+    ),
+    (
+        "missing column",
+        {"partition": {"kind": "dirichlet", "column": "nothing"}},
+        DataError,
+        "has no column 'nothing'",
+    ),
+    (
+        "server without examples",
+        {"partition": {"server_share": 0.0}, "server": {"steps": 1}},
+        DataError,
+        "the server holds no example",
+    ),
+    (
+        "text missing",
+        {"distill": {"text": ["nowhere.txt"]}},
+        DataError,
+        "there is no text file nowhere.txt",
+    ),
+    (
+        "plan",
+        {"auxiliary": {"plan": "ends(4)"}},
+        FedspError,
+        "leaves no middle in a model of 8 layers",
+    ),
+    (
+        "prompt too long",
+        {"prompt": {"length": 250}},
+        FedspError,
+        "leaves 6 of the model's 256 positions",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "kind", "sentence"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
-def test_bad_input_is_one_sentence(tmp_path: Path, change: dict[str, Any], kind: type[FedspError], sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "kind", "sentence"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
+)
+def test_bad_input_is_one_sentence(
+    tmp_path: Path, change: dict[str, Any], kind: type[FedspError], sentence: str
+) -> None:
     with pytest.raises(kind) as caught:
         commands.run(settings(tmp_path, **change))
     assert sentence in str(caught.value)
@@ -395,27 +578,52 @@ def test_bad_input_is_one_sentence(tmp_path: Path, change: dict[str, Any], kind:
 @pytest.mark.parametrize(
     ("changes", "kind", "sentence"),
     [
-        ({"validation": {"by": "clients"}, "round": {"rounds": 1, "clients": 0}}, FedspError, "validation.by: no client is asked"),
         (
-            {"distill": {"steps": 2, "text": ["server"], "sequence_length": 32}, "partition": {"clients": 3, "server_share": 0.0}},
+            {"validation": {"by": "clients"}, "round": {"rounds": 1, "clients": 0}},
+            FedspError,
+            "validation.by: no client is sampled",
+        ),
+        (
+            {
+                "distill": {"steps": 2, "text": ["server"], "sequence_length": 32},
+                "partition": {"clients": 3, "server_share": 0.0},
+            },
             DataError,
             "there is no text to distil on",
         ),
         (
-            {"distill": {"steps": 2, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 300}},
+            {
+                "distill": {
+                    "steps": 2,
+                    "text": [str(EMBEDDED / "public.txt")],
+                    "sequence_length": 300,
+                }
+            },
             DataError,
             "distill.sequence_length = 300 is more than the 252",
         ),
-        ({"model": {"name": "embedded", "device": "gpu"}}, FedspError, "model.device = 'gpu' cannot be used on this machine"),
-        ({"partition": {"clients": 3, "server_share": 1.0}}, DataError, "only 0 training examples are left"),
+        (
+            {"model": {"name": "embedded", "device": "gpu"}},
+            FedspError,
+            "model.device = 'gpu' cannot be used on this machine",
+        ),
+        (
+            {"partition": {"clients": 3, "server_share": 1.0}},
+            DataError,
+            "only 0 training examples are left",
+        ),
     ],
 )
-def test_configurations_that_fit_no_data(tmp_path: Path, changes: dict[str, Any], kind: type[FedspError], sentence: str) -> None:
+def test_configurations_that_fit_no_data(
+    tmp_path: Path, changes: dict[str, Any], kind: type[FedspError], sentence: str
+) -> None:
     with pytest.raises(kind) as caught:
         commands.run(settings(tmp_path, **changes))
     assert sentence in str(caught.value)
     values = settings(tmp_path)
-    assert commands.run(values)["best_round"] >= 0, "a run that could not begin must not keep its folder"
+    assert commands.run(values)["best_round"] >= 0, (
+        "a run that could not begin must not keep its folder"
+    )
 
 
 def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
@@ -429,14 +637,22 @@ def test_a_run_begun_with_other_rows_is_not_resumed(tmp_path: Path) -> None:
     commands.run(settings(tmp_path))
     (tmp_path / "run" / "result.json").unlink()
     questions(tmp_path, "train", ROWS[1:61])
-    with pytest.raises(RunError, match=r"was begun with another data\.train: bring back what it was"):
+    with pytest.raises(
+        RunError, match=r"was begun with another data\.train: bring back what it was"
+    ):
         commands.resume(tmp_path / "run")
 
 
 def test_a_peft_adapter_can_be_where_a_run_starts(tmp_path: Path) -> None:
     commands.run(settings(tmp_path / "first", prompt={"length": 4, "space": "key_value"}))
     commands.export(tmp_path / "first" / "run", tmp_path / "adapter")
-    figures = commands.run(settings(tmp_path / "second", prompt={"length": 4, "space": "key_value", "init": str(tmp_path / "adapter")}, round={"rounds": 1}))
+    figures = commands.run(
+        settings(
+            tmp_path / "second",
+            prompt={"length": 4, "space": "key_value", "init": str(tmp_path / "adapter")},
+            round={"rounds": 1},
+        )
+    )
     first = read_prompt(tmp_path / "first" / "run" / "best.safetensors").values()
     second = read_prompt(Path(figures["folder"]) / "best.safetensors").values()
     assert float((first - second).detach().abs().max()) < 0.2
@@ -453,7 +669,9 @@ def test_an_empty_client_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from fedsp.data import partition
 
     monkeypatch.setattr(partition, "_divide", lambda *_: {"hospital-a": [0], "hospital-b": []})
-    with pytest.raises(DataError, match="client 'hospital-b' would hold no example: use fewer clients"):
+    with pytest.raises(
+        DataError, match="client 'hospital-b' would hold no example: use fewer clients"
+    ):
         commands.run(settings(tmp_path))
 
 
@@ -492,7 +710,10 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path: Path, write: int) -> None:
     whole = Path(commands.run(settings(tmp_path / "whole", **PAPER))["folder"])
     values = settings(tmp_path / "killed", **PAPER)
     (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
-    killed = subprocess.run([sys.executable, "-c", KILLED_AT_A_WRITE, str(tmp_path / "run.toml"), str(write)], capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_A_WRITE, str(tmp_path / "run.toml"), str(write)],
+        capture_output=True,
+    )
     assert killed.returncode == -9, killed.stderr.decode()
     commands.resume(values["output"])
     assert prompt_bits(Path(values["output"])) == prompt_bits(whole)
@@ -501,9 +722,23 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path: Path, write: int) -> None:
 def test_a_prompt_of_another_shape_is_refused(tmp_path: Path) -> None:
     from fedsp.models.soft_prompt import SoftPrompt
 
-    SoftPrompt(PromptSpec(space="residual", length=5, model=ModelShape(layers=8, heads=4, head_size=32, hidden=128))).save(tmp_path / "p.safetensors")
-    with pytest.raises(FedspError, match=r"holds a residual prompt of shape \(5, 8, 128\), the run needs residual of shape \(4, 8, 128\)"):
-        commands.run(settings(tmp_path, prompt={"length": 4, "init": str(tmp_path / "p.safetensors")}))
+    SoftPrompt(
+        PromptSpec(
+            space="residual",
+            length=5,
+            model=ModelShape(layers=8, heads=4, head_size=32, hidden=128),
+        )
+    ).save(tmp_path / "p.safetensors")
+    with pytest.raises(
+        FedspError,
+        match=(
+            r"holds a residual prompt of shape \(5, 8, 128\), the run needs residual of shape \(4,"
+            r" 8, 128\)"
+        ),
+    ):
+        commands.run(
+            settings(tmp_path, prompt={"length": 4, "init": str(tmp_path / "p.safetensors")})
+        )
 
 
 def test_a_changed_package_is_refused(tmp_path: Path) -> None:
@@ -536,13 +771,19 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         commands.resume(tmp_path / "elsewhere")
 
 
-def test_a_finished_run_is_said_to_be_finished_and_nothing_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_said_to_be_finished_and_nothing_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     figures = commands.run(settings(tmp_path))
     bits = prompt_bits(tmp_path / "run")
     monkeypatch.setattr(experiment, "open_server", lambda *_: pytest.fail("the model was loaded"))
     said: list[str] = []
     again = commands.resume(tmp_path / "run", callbacks=Callbacks(say=said.append))
-    assert again["test"] == figures["test"] and again["folder"] == figures["folder"] and "is finished" in said[0]
+    assert (
+        again["test"] == figures["test"]
+        and again["folder"] == figures["folder"]
+        and "is finished" in said[0]
+    )
     assert prompt_bits(tmp_path / "run") == bits
 
 
@@ -555,16 +796,30 @@ def test_a_test_file_that_changed_since_is_not_evaluated_in_silence(tmp_path: Pa
     assert commands.evaluate(tmp_path / "run", split="validation")[0]["examples"] == 12
 
 
-def test_a_server_whose_own_steps_diverge_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FedSP, "server_update", lambda _self, _server, aggregated, *_: ({PROMPT: aggregated[PROMPT] * float("nan")}, 1.0))
-    with pytest.raises(TrainingDiverged, match="round 1, server: the tuned numbers are not finite: lower server.learning_rate"):
+def test_a_server_whose_own_steps_diverge_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        FedSP,
+        "server_update",
+        lambda _self, _server, aggregated, *_: ({PROMPT: aggregated[PROMPT] * float("nan")}, 1.0),
+    )
+    with pytest.raises(
+        TrainingDiverged,
+        match="round 1, server: the tuned numbers are not finite: lower server.learning_rate",
+    ):
         commands.run(settings(tmp_path, server={"steps": 1}))
-    with pytest.raises(FedspError, match="server.learning_rate: Input should be less than or equal to 100"):
+    with pytest.raises(
+        FedspError, match="server.learning_rate: Input should be less than or equal to 100"
+    ):
         make_config(settings(tmp_path, server={"steps": 1, "learning_rate": 1e23}))
 
 
 def test_more_answers_than_a_round_asks_for_are_refused_beforehand(tmp_path: Path) -> None:
-    with pytest.raises(FedspError, match="round.min_clients: 5 clients must answer, but a round asks 3; set it to 3 at most"):
+    with pytest.raises(
+        FedspError,
+        match="round.min_clients: a round needs 5 updates but samples 3 clients; set it to 3 at most",
+    ):
         make_config(settings(tmp_path, round={"min_clients": 5}))
 
 
@@ -581,18 +836,24 @@ def test_a_prompt_that_leaves_no_room_for_text_is_refused(tmp_path: Path) -> Non
     commands.run(settings(tmp_path))
     spec = read_prompt(tmp_path / "run" / "best.safetensors").spec
     SoftPrompt(replace(spec, length=255)).save(tmp_path / "long.safetensors")
-    with pytest.raises(PromptError, match="a prompt of 255 tokens leaves 1 of the model's 256 positions for text"):
+    with pytest.raises(
+        PromptError, match="a prompt of 255 tokens leaves 1 of the model's 256 positions for text"
+    ):
         commands.evaluate(tmp_path / "run", prompt=tmp_path / "long.safetensors")
 
 
 @pytest.mark.parametrize("how", ["run", "resume"])
-def test_a_run_is_one_process_s_at_a_time(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_one_process_s_at_a_time(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two that go on with it would train twice, and a private run would spend twice."""
     keep = RunDirectory.save_round
 
     def another_comes(self: RunDirectory, *arguments: Any) -> None:
         keep(self, *arguments)
-        with pytest.raises(RunError, match="is being run by another process: wait for it, or end it"):
+        with pytest.raises(
+            RunError, match="is being run by another process: wait for it, or end it"
+        ):
             commands.resume(self.path)
         if how == "resume":
             raise KeyboardInterrupt
@@ -607,23 +868,38 @@ def test_a_run_is_one_process_s_at_a_time(how: str, tmp_path: Path, monkeypatch:
         assert commands.resume(tmp_path / "run")["best_round"] >= 0, "a lock ends with its process"
 
 
-@pytest.mark.parametrize("arguments", [["-c", "import fedsp; fedsp.__all__"], ["-m", "fedsp", "--help"]], ids=["import", "help"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["-c", "import fedsp; fedsp.__all__"], ["-m", "fedsp", "--help"]],
+    ids=["import", "help"],
+)
 def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
-    """What makes a start slow is torch and transformers; neither may be loaded before a command needs it."""
+    """What makes a start slow is torch and transformers; neither may be loaded before a command
+    needs it."""
     code = "import runpy, sys\n" + (
         "import fedsp\nfedsp.__all__\n"
         if arguments[0] == "-c"
-        else "sys.argv = ['fedsp', '--help']\ntry:\n    runpy.run_module('fedsp', run_name='__main__')\nexcept SystemExit:\n    pass\n"
+        else (
+            "sys.argv = ['fedsp', '--help']\ntry:\n    runpy.run_module('fedsp',"
+            " run_name='__main__')\nexcept SystemExit:\n    pass\n"
+        )
     )
-    code += "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    code += (
+        "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'numpy'} &"
+        " set(sys.modules)\nassert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_a_test_question_that_cannot_be_scored_stops_a_run_before_its_first_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_question_that_cannot_be_scored_stops_a_run_before_its_first_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuses(_tokenizer: Any, examples: Any, _most: int) -> Any:
         raise DataError(f"example {examples[0].id}: the tokenizer makes no token of an answer")
 
     monkeypatch.setattr(experiment, "encode_choices", refuses)
-    with pytest.raises(DataError, match=f"example {ROWS[200]['id']}: " if "id" in ROWS[200] else "example 0: "):
+    with pytest.raises(
+        DataError, match=f"example {ROWS[200]['id']}: " if "id" in ROWS[200] else "example 0: "
+    ):
         commands.run(settings(tmp_path))
     assert not RunDirectory.open(tmp_path / "run").records()

@@ -1,4 +1,5 @@
-"""Studies and their report: a grid is run once, whatever happens, and every number of the report is a run's."""
+"""Studies and their report: a grid is run once, whatever happens, and every number of the report is
+a run's."""
 
 from __future__ import annotations
 
@@ -49,8 +50,15 @@ def study_file(folder: Path, **changes: Any) -> Path:
         "base": {key: value for key, value in base.items() if key not in ("model", "data")},
         "models": {"embedded": {"model": base["model"]}},
         "tasks": {"people": {"data": base["data"]}},
-        "partitions": {"even": {}, "topics": {"partition": {"kind": "dirichlet", "topics": 3, "alpha": 5.0}}},
-        "methods": {"zero-shot": {"method": "zero_shot"}, "FedSP": {}, "FedPrompt": {"method": "fedprompt"}},
+        "partitions": {
+            "even": {},
+            "topics": {"partition": {"kind": "dirichlet", "topics": 3, "alpha": 5.0}},
+        },
+        "methods": {
+            "zero-shot": {"method": "zero_shot"},
+            "FedSP": {},
+            "FedPrompt": {"method": "fedprompt"},
+        },
         "grids": [{"title": "Methods", "methods": ["zero-shot", "FedSP"]}],
     }
     path = folder / "study.toml"
@@ -65,21 +73,33 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     methods = {
         "zero-shot": {"method": "zero_shot"},
         "FedSP": {},
-        "FedPrompt & <friends>": {"method": "fedprompt", "choose": {"client.learning_rate": [1e-3, 3e-2]}},
+        "FedPrompt & <friends>": {
+            "method": "fedprompt",
+            "choose": {"client.learning_rate": [1e-3, 3e-2]},
+        },
     }
     grids = [
         {"title": "Methods", "methods": list(methods)},
-        {"title": "Topics", "methods": ["FedSP"], "partitions": ["even", "topics"], "text": "By topic."},
+        {
+            "title": "Topics",
+            "methods": ["FedSP"],
+            "partitions": ["even", "topics"],
+            "text": "By topic.",
+        },
     ]
     figures = study.run_study(study_file(folder, methods=methods, grids=grids))
     assert figures["finished"] == figures["cells"] == 2 * 5
     return Path(figures["folder"])
 
 
-def test_a_study_runs_each_cell_once_and_shares_packages(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_runs_each_cell_once_and_shares_packages(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = sorted(path for path in finished.iterdir() if (path / "result.json").exists())
     assert len(folders) == 10
-    assert len(list((finished / "packages").glob("*.json"))) == 2  # one for each seed: the division of the text is not in it
+    assert (
+        len(list((finished / "packages").glob("*.json"))) == 2
+    )  # one for each seed: the division of the text is not in it
     before = {path: (path / "result.json").stat().st_mtime_ns for path in folders}
 
     def never(*_: Any, **__: Any) -> Any:
@@ -88,10 +108,14 @@ def test_a_study_runs_each_cell_once_and_shares_packages(finished: Path, monkeyp
     monkeypatch.setattr(study, "start_run", never)
     monkeypatch.setattr(study, "resume_run", never)
     again = study.run_study(finished.parent.parent / "study.toml")
-    assert again["finished"] == 10 and before == {path: (path / "result.json").stat().st_mtime_ns for path in folders}
+    assert again["finished"] == 10 and before == {
+        path: (path / "result.json").stat().st_mtime_ns for path in folders
+    }
 
 
-def test_a_killed_study_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_study_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = study.run_study(study_file(tmp_path / "whole"))
     original = runs.RunDirectory.save_round
     kept: list[str] = []
@@ -123,9 +147,16 @@ def test_two_studies_in_one_folder_leave_each_other_alone(tmp_path: Path) -> Non
     second = study.run_study(study_file(tmp_path, grids=grids, seeds=[0], name="other"))
     assert first["folder"] != second["folder"] and first["finished"] == second["finished"] == 1
     base = tomli(tmp_path / "study.toml")["base"] | {"round": {"rounds": 2}}
-    changed = study.run_study(study_file(tmp_path, grids=grids, seeds=[0], base=base))  # the same name, another configuration
-    assert changed["folder"] == first["folder"] and len(list(Path(first["folder"]).glob("*/result.json"))) == 2
-    assert len(read_results([Path(first["folder"])]).runs) == 1  # the report shows the study as it is now
+    changed = study.run_study(
+        study_file(tmp_path, grids=grids, seeds=[0], base=base)
+    )  # the same name, another configuration
+    assert (
+        changed["folder"] == first["folder"]
+        and len(list(Path(first["folder"]).glob("*/result.json"))) == 2
+    )
+    assert (
+        len(read_results([Path(first["folder"])]).runs) == 1
+    )  # the report shows the study as it is now
 
 
 def tomli(path: Path) -> dict[str, Any]:
@@ -138,13 +169,27 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     path = study_file(tmp_path)
     command = [sys.executable, "-m", "fedsp", "study", str(path), "--threads", "1"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=180)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     folders = [folder.parent for folder in (tmp_path / "studies" / "small").glob("*/result.json")]
-    assert len(folders) == 4 and len(list((tmp_path / "studies" / "small" / "packages").glob("*.json"))) == 2
-    assert all(len((folder / "rounds.jsonl").read_text().splitlines()) == (3 if "FedSP" in folder.name else 0) for folder in folders)
-    assert sum(line.count(": finished  ") for text in said for line in text.splitlines()) == 4  # each by one of them, once
+    assert (
+        len(folders) == 4
+        and len(list((tmp_path / "studies" / "small" / "packages").glob("*.json"))) == 2
+    )
+    assert all(
+        len((folder / "rounds.jsonl").read_text().splitlines())
+        == (3 if "FedSP" in folder.name else 0)
+        for folder in folders
+    )
+    assert (
+        sum(line.count(": finished  ") for text in said for line in text.splitlines()) == 4
+    )  # each by one of them, once
 
 
 def test_a_cell_that_another_process_has_is_left_to_it(tmp_path: Path) -> None:
@@ -160,33 +205,65 @@ def test_a_cell_that_another_process_has_is_left_to_it(tmp_path: Path) -> None:
 
 
 def test_a_cell_that_fails_is_written_down_and_the_rest_goes_on(tmp_path: Path) -> None:
-    methods = {"zero-shot": {"method": "zero_shot"}, "broken": {"method": "lora", "lora": {"targets": ["nothing_of_that_name"]}}}
-    path = study_file(tmp_path, methods=methods, reference="broken", seeds=[0], grids=[{"title": "One", "methods": ["broken", "zero-shot"]}])
+    methods = {
+        "zero-shot": {"method": "zero_shot"},
+        "broken": {"method": "lora", "lora": {"targets": ["nothing_of_that_name"]}},
+    }
+    path = study_file(
+        tmp_path,
+        methods=methods,
+        reference="broken",
+        seeds=[0],
+        grids=[{"title": "One", "methods": ["broken", "zero-shot"]}],
+    )
     result = CliRunner().invoke(app, ["study", str(path)])
     assert isinstance(result.exception, RunError) and "1 of 2 cells failed" in str(result.exception)
     (failure,) = (tmp_path / "studies" / "small").glob("*/failure.json")
     assert "name its linear modules in lora.targets" in json.loads(failure.read_text())["reason"]
-    assert study.run_study(path) | {"folder": ""} == {"folder": "", "cells": 2, "finished": 1, "failed": 1, "elsewhere": 0}
+    assert study.run_study(path) | {"folder": ""} == {
+        "folder": "",
+        "cells": 2,
+        "finished": 1,
+        "failed": 1,
+        "elsewhere": 0,
+    }
     report = write_report([tmp_path / "studies" / "small"], tmp_path / "report")
-    assert report["failed"] == 1 and "nothing_of_that_name" in (tmp_path / "report" / "report.html").read_text()
+    assert (
+        report["failed"] == 1
+        and "nothing_of_that_name" in (tmp_path / "report" / "report.html").read_text()
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"grids": [{"title": "One", "methods": ["FedSp"]}]}, r"the grid 'One' names 'FedSp', which is not in \[methods\]; did you mean 'FedSP'"),
-        ({"grids": [{"title": "One", "methods": ["FedSP"], "tasks": ["x"]}]}, r"names 'x', which is not in \[tasks\]"),
+        (
+            {"grids": [{"title": "One", "methods": ["FedSp"]}]},
+            r"the grid 'One' names 'FedSp', which is not in \[methods\]; did you mean 'FedSP'",
+        ),
+        (
+            {"grids": [{"title": "One", "methods": ["FedSP"], "tasks": ["x"]}]},
+            r"names 'x', which is not in \[tasks\]",
+        ),
         ({"reference": "nobody"}, r"reference = 'nobody' is not in \[methods\]"),
         (
             {"methods": {"zero-shot": {}, "FedSP": {"round": {"roundz": 1}}}},
-            r"the cell 'embedded, people, even, FedSP', has 1 fault:\n  round.roundz: unknown key; did you mean 'rounds'",
+            (
+                r"the cell 'embedded, people, even, FedSP', has 1 fault:\n  round.roundz: unknown"
+                r" key; did you mean 'rounds'"
+            ),
         ),
-        ({"methods": {"zero-shot": {}, "FedSP": {"choose": {"client.learning_rate": 1.0}}}}, "choose gives lists of values by key"),
+        (
+            {"methods": {"zero-shot": {}, "FedSP": {"choose": {"client.learning_rate": 1.0}}}},
+            "choose gives lists of values by key",
+        ),
         ({"name": "a/b"}, "name: "),
         ({"sedes": [1]}, "sedes: unknown key; did you mean 'seeds'"),
     ],
 )
-def test_a_wrong_study_is_refused_before_anything_is_run(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+def test_a_wrong_study_is_refused_before_anything_is_run(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ConfigurationError, match=sentence):
         study.run_study(study_file(tmp_path, **changes))
     assert not (tmp_path / "studies").exists()
@@ -216,9 +293,13 @@ class Tables(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         self.ids.add(values.get("id") or "")
-        self.resources += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+        self.resources += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href") and value
+        ]
         if tag == "table":
-            self._rows = self.found.setdefault((values.get("data-section") or "", values.get("data-table") or ""), [])
+            self._rows = self.found.setdefault(
+                (values.get("data-section") or "", values.get("data-table") or ""), []
+            )
         elif tag == "tr" and self._rows is not None:
             self._rows.append([])
         elif tag in ("td", "th"):
@@ -242,55 +323,102 @@ class Tables(HTMLParser):
 def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("report")
     figures = write_report([finished], output)
-    assert (figures["runs"], figures["sections"], figures["missing"], figures["failed"]) == (10, 2, 0, 0)
+    assert (figures["runs"], figures["sections"], figures["missing"], figures["failed"]) == (
+        10,
+        2,
+        0,
+        0,
+    )
     return output
 
 
 def figures_of(finished: Path, pattern: str) -> list[dict[str, Any]]:
-    return [json.loads((path / "result.json").read_text()) for path in sorted(finished.glob(pattern))]
+    return [
+        json.loads((path / "result.json").read_text()) for path in sorted(finished.glob(pattern))
+    ]
 
 
-def test_the_tables_of_the_report_agree_with_the_run_directories(finished: Path, page: Path) -> None:
+def test_the_tables_of_the_report_agree_with_the_run_directories(
+    finished: Path, page: Path
+) -> None:
     tables = Tables()
     tables.feed((page / "report.html").read_text())
     losses = {row[0][0]: row for row in tables.found[("1", "answer_loss")][1:]}
     for label, pattern in (("zero-shot", "*zero-shot*"), ("FedSP", "*people-even-FedSP*")):
         numbers = [figures["test"]["answer_loss"] for figures in figures_of(finished, pattern)]
         assert len(numbers) == 2
-        assert losses[label][1][0] == f"{statistics.fmean(numbers):.3f} ± {statistics.stdev(numbers):.3f}"
+        assert (
+            losses[label][1][0]
+            == f"{statistics.fmean(numbers):.3f} ± {statistics.stdev(numbers):.3f}"
+        )
     chosen = min(
-        ("0.001", "0.03"), key=lambda rate: statistics.fmean(figures["validation_loss"] for figures in figures_of(finished, f"*learning-rate-{rate}*"))
+        ("0.001", "0.03"),
+        key=lambda rate: statistics.fmean(
+            figures["validation_loss"]
+            for figures in figures_of(finished, f"*learning-rate-{rate}*")
+        ),
     )
     (row,) = [row for label, row in losses.items() if label.startswith("FedPrompt & <friends>")]
     assert row[0][0] == f"FedPrompt & <friends> (learning_rate {chosen})"  # by validation
-    numbers = [figures["test"]["answer_loss"] for figures in figures_of(finished, f"*learning-rate-{chosen}*")]
+    numbers = [
+        figures["test"]["answer_loss"]
+        for figures in figures_of(finished, f"*learning-rate-{chosen}*")
+    ]
     assert row[1][0] == f"{statistics.fmean(numbers):.3f} ± {statistics.stdev(numbers):.3f}"
     with open(page / "csv" / "1-answer_loss.csv") as file:
         written = {line["method"]: line for line in csv.DictReader(file)}
-    own = [figures["test"]["answer_loss"] for figures in figures_of(finished, "*people-even-FedSP*")]
-    assert float(written["FedSP"]["people, number"]) == pytest.approx(statistics.fmean(own), abs=1e-12)
+    own = [
+        figures["test"]["answer_loss"] for figures in figures_of(finished, "*people-even-FedSP*")
+    ]
+    assert float(written["FedSP"]["people, number"]) == pytest.approx(
+        statistics.fmean(own), abs=1e-12
+    )
     markdown = (page / "report.md").read_text()
     assert f"| FedSP | {losses['FedSP'][1][0]} |" in markdown
     assert losses["FedSP"][1][0].replace("±", "$\\pm$") in (page / "report.tex").read_text()
     by_client = {row[0][0]: row for row in tables.found[("2", "clients")][1:]}
-    worst = [100 * min(client["accuracy"] for client in figures["clients"].values()) for figures in figures_of(finished, "*topics-FedSP*")]
-    assert by_client["FedSP, topics"][2][0] == f"{statistics.fmean(worst):.1f} ± {statistics.stdev(worst):.1f}"
+    worst = [
+        100 * min(client["accuracy"] for client in figures["clients"].values())
+        for figures in figures_of(finished, "*topics-FedSP*")
+    ]
+    assert (
+        by_client["FedSP, topics"][2][0]
+        == f"{statistics.fmean(worst):.1f} ± {statistics.stdev(worst):.1f}"
+    )
 
 
-def test_every_number_leads_to_its_run_with_seed_commit_and_configuration(finished: Path, page: Path) -> None:
+def test_every_number_leads_to_its_run_with_seed_commit_and_configuration(
+    finished: Path, page: Path
+) -> None:
     text = (page / "report.html").read_text()
     tables = Tables()
     tables.feed(text)
-    links = [link for rows in tables.found.values() for row in rows[1:] for shown, link in row[1:] if re.match(r"[+-]?\d", shown)]
+    links = [
+        link
+        for rows in tables.found.values()
+        for row in rows[1:]
+        for shown, link in row[1:]
+        if re.match(r"[+-]?\d", shown)
+    ]
     assert links and all(link.removeprefix("#") in tables.ids for link in links)
-    assert len(re.findall(r'<a href="#run-\d+">people, seed [01]</a>', text)) == 2 * 3 + 2 * 2  # each line's list: all of its runs
+    assert (
+        len(re.findall(r'<a href="#run-\d+">people, seed [01]</a>', text)) == 2 * 3 + 2 * 2
+    )  # each line's list: all of its runs
     with open(page / "csv" / "runs.csv") as file:
-        assert {row["folder"] for row in csv.DictReader(file)} == {path.parent.name for path in finished.glob("*/result.json")}
+        assert {row["folder"] for row in csv.DictReader(file)} == {
+            path.parent.name for path in finished.glob("*/result.json")
+        }
     for path in finished.glob("*-seed-*"):
         if path.is_dir():
             assert path.name in text
-    commit = json.loads((next(finished.glob("*FedSP*")) / "run.json").read_text())["versions"]["commit"]
-    assert f"<dd>{commit}</dd>" in text and text.count("<dt>seed</dt>") == 10 and text.count("[client]") == 10
+    commit = json.loads((next(finished.glob("*FedSP*")) / "run.json").read_text())["versions"][
+        "commit"
+    ]
+    assert (
+        f"<dd>{commit}</dd>" in text
+        and text.count("<dt>seed</dt>") == 10
+        and text.count("[client]") == 10
+    )
 
 
 def test_the_report_needs_no_network(page: Path) -> None:
@@ -302,11 +430,26 @@ def test_the_report_needs_no_network(page: Path) -> None:
 
 
 def test_the_report_shows_no_error_in_chromium(page: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if browser is None:
         pytest.skip("there is no Chromium on this machine")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
-    result = subprocess.run([*command, f"file://{page / 'report.html'}#run-3"], capture_output=True, text=True, timeout=120)
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--dump-dom",
+    ]
+    result = subprocess.run(
+        [*command, f"file://{page / 'report.html'}#run-3"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0 and "CONSOLE" not in result.stderr
     assert re.search(r'<details id="run-3" open', result.stdout)  # the page's one script has run
 
@@ -314,14 +457,23 @@ def test_the_report_shows_no_error_in_chromium(page: Path) -> None:
 def test_plain_runs_make_a_report_too(tmp_path: Path) -> None:
     commands.run(settings(tmp_path))
     figures = write_report([tmp_path], tmp_path / "report")
-    assert figures["runs"] == 1 and "FedSP, messenger (run)" in (tmp_path / "report" / "report.md").read_text()
+    assert (
+        figures["runs"] == 1
+        and "FedSP, messenger (run)" in (tmp_path / "report" / "report.md").read_text()
+    )
     with pytest.raises(RunError, match="there is no finished run with test questions in"):
         write_report([tmp_path / "nothing"], tmp_path / "other")
 
 
 def test_a_task_without_choices_is_reported_by_its_exact_match(tmp_path: Path) -> None:
-    rows = [{"prompt": row["question"], "completion": row["choices"][row["answer"]]} for row in ROWS[:40]]
-    names = {split: questions(tmp_path, f"{split}-completions", rows[start : start + 20]) for split, start in (("train", 0), ("validation", 20), ("test", 20))}
+    rows = [
+        {"prompt": row["question"], "completion": row["choices"][row["answer"]]}
+        for row in ROWS[:40]
+    ]
+    names = {
+        split: questions(tmp_path, f"{split}-completions", rows[start : start + 20])
+        for split, start in (("train", 0), ("validation", 20), ("test", 20))
+    }
     figures = commands.run(settings(tmp_path, data={"task": "completion", **names}))
     write_report([tmp_path], tmp_path / "report")
     with open(tmp_path / "report" / "csv" / "1-accuracy.csv") as file:
@@ -330,13 +482,27 @@ def test_a_task_without_choices_is_reported_by_its_exact_match(tmp_path: Path) -
     assert "exact match" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_what_diverged_stays_in_the_table_of_stability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_diverged_stays_in_the_table_of_stability(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def diverge(*_: Any, **__: Any) -> Any:
         raise TrainingDiverged("the loss is nan")
 
     methods = {"zero-shot": {"method": "zero_shot"}, "FedPrompt": {"method": "fedprompt"}}
-    path = study_file(tmp_path, methods=methods, reference="zero-shot", seeds=[0], grids=[{"title": "One", "methods": list(methods)}])
-    monkeypatch.setattr(study, "start_run", lambda config, *rest: diverge() if config.method == "fedprompt" else start_run(config, *rest))
+    path = study_file(
+        tmp_path,
+        methods=methods,
+        reference="zero-shot",
+        seeds=[0],
+        grids=[{"title": "One", "methods": list(methods)}],
+    )
+    monkeypatch.setattr(
+        study,
+        "start_run",
+        lambda config, *rest: (
+            diverge() if config.method == "fedprompt" else start_run(config, *rest)
+        ),
+    )
     assert study.run_study(path)["failed"] == 1
     monkeypatch.setattr(study, "start_run", diverge)
     assert study.run_study(path)["failed"] == 1  # what diverged is not tried again
@@ -352,7 +518,11 @@ def test_paired_differences_find_what_is_there_and_not_what_is_not() -> None:
     assert better.low < -0.2 + noise.mean() < better.high < 0 and better.p < 0.01
     same = paired_difference([(base, base)])
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
-    found = sum(paired_difference([(base[:, :50] + rng.normal(0, 1, (3, 50)), base[:, :50])], seed=seed).p < 0.05 for seed in range(60))
+    found = sum(
+        paired_difference([(base[:, :50] + rng.normal(0, 1, (3, 50)), base[:, :50])], seed=seed).p
+        < 0.05
+        for seed in range(60)
+    )
     assert found <= 8  # about one in twenty is false
     with pytest.raises(ValueError, match="one shape"):
         paired_difference([(base, base[:, :3])])

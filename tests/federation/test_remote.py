@@ -1,4 +1,5 @@
-"""Clients that are elsewhere: late, silent, lost and back, speaking twice or for others. The wire here is a list in memory; time is a counter."""
+"""Clients that are elsewhere: late, silent, lost and back, speaking twice or for others. The wire
+here is a list in memory; time is a counter."""
 
 from __future__ import annotations
 
@@ -30,7 +31,13 @@ from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.transport.message import Answer, Message
 from fedsp.federation.transport.remote import Timeouts, remote
 from fedsp.federation.transport.request_handler import answer
-from fedsp.federation.transport.wire import CannotRead, read_request, sign_reply, write_refusal, write_update
+from fedsp.federation.transport.wire import (
+    CannotRead,
+    read_request,
+    sign_reply,
+    write_refusal,
+    write_update,
+)
 from fedsp.models.payload import PROMPT, Payload, pack
 from support.clock import Clock
 from support.small_runs import prompt_bits, settings
@@ -39,7 +46,8 @@ Respond = Callable[[int, Message], "Message | str | None"]
 
 
 class ListLink:
-    """A wire in memory. `respond` gives a frame, "lost", "crashed", or None for silence; `connected` says who is there at each look."""
+    """A wire in memory. `respond` gives a frame, "lost", "crashed", or None for silence;
+    `connected` says who is there at each look."""
 
     def __init__(self, respond: Respond, connected: Callable[[], set[int]]) -> None:
         self.respond, self.connected = respond, connected
@@ -62,7 +70,16 @@ class ListLink:
                 answers.append(Answer(message_id=message_id, node=node, message=reply))
             elif reply:
                 answers.append(
-                    Answer(message_id=message_id, node=node, message=None, fault="the client's process ended before it answered" if reply == "crashed" else "")
+                    Answer(
+                        message_id=message_id,
+                        node=node,
+                        message=None,
+                        fault=(
+                            "the client's process ended before it answered"
+                            if reply == "crashed"
+                            else ""
+                        ),
+                    )
                 )
         return answers
 
@@ -74,7 +91,9 @@ QUIET: Any = lambda *_: None
 
 
 def replied(request: Request, payload: Payload) -> Message:
-    return write_update(Update(round=request.round, client=request.client, payload=payload), pack(payload))
+    return write_update(
+        Update(round=request.round, client=request.client, payload=payload), pack(payload)
+    )
 
 
 def good(node: int, message: Message) -> Message:
@@ -85,7 +104,9 @@ def good(node: int, message: Message) -> Message:
 def outcome(link: ListLink, **timeouts: float) -> dict[str, str]:
     """Each client's fate: "ok" or the reason."""
     replies = list(remote(link, NODES, Timeouts(**timeouts), QUIET, QUIET)(REQUESTS))
-    assert len(replies) == len({reply.client for reply in replies}) == 3, "every client is accounted for once"
+    assert len(replies) == len({reply.client for reply in replies}) == 3, (
+        "every client is accounted for once"
+    )
     return {reply.client: reply.reason if isinstance(reply, Failure) else "ok" for reply in replies}
 
 
@@ -97,8 +118,11 @@ def test_everybody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome(ListLink(good, lambda: ALL)) == {"a": "ok", "b": "ok", "c": "ok"}
 
 
-def test_a_reply_counts_only_with_its_client_s_signature_over_the_request_that_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever else speaks from the node that was asked, another registered client or the server's own machine, is not the client."""
+def test_a_reply_counts_only_with_its_client_s_signature_over_the_request_that_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever else speaks from the node that was asked, another registered client or the server's
+    own machine, is not the client."""
     Clock(monkeypatch)
     secrets = {client: ec.generate_private_key(ec.SECP384R1()) for client in NODES}
 
@@ -110,25 +134,51 @@ def test_a_reply_counts_only_with_its_client_s_signature_over_the_request_that_i
 
     def speak(node: int, message: Message) -> Message:
         client = read_request(message).client
-        answered[client] = sign_reply(good(node, message), message, signer("a" if client == "b" else client))
+        answered[client] = sign_reply(
+            good(node, message), message, signer("a" if client == "b" else client)
+        )
         return good(node, message) if client == "c" else answered[client]
 
-    replies = {reply.client: reply for reply in remote(ListLink(speak, lambda: ALL), NODES, Timeouts(), QUIET, QUIET, "", keys)(REQUESTS)}
+    replies = {
+        reply.client: reply
+        for reply in remote(
+            ListLink(speak, lambda: ALL), NODES, Timeouts(), QUIET, QUIET, "", keys
+        )(REQUESTS)
+    }
     assert isinstance(replies["a"], Update)
     for client in "bc":
         reply = replies[client]
-        assert isinstance(reply, Failure) and reply.reason == "the reply is not signed with the client's key, or answers another request" and reply.bytes_up
+        assert (
+            isinstance(reply, Failure)
+            and reply.reason
+            == "the reply is not signed with the client's key, or answers another request"
+            and reply.bytes_up
+        )
     again = [replace(request, seed=8) for request in REQUESTS]
     other = {
-        reply.client: reply for reply in remote(ListLink(lambda node, message: answered["a"], lambda: ALL), NODES, Timeouts(), QUIET, QUIET, "", keys)(again)
+        reply.client: reply
+        for reply in remote(
+            ListLink(lambda node, message: answered["a"], lambda: ALL),
+            NODES,
+            Timeouts(),
+            QUIET,
+            QUIET,
+            "",
+            keys,
+        )(again)
     }
-    assert all(isinstance(reply, Failure) for reply in other.values()), "a signed reply is of one request: it cannot be played again"
+    assert all(isinstance(reply, Failure) for reply in other.values()), (
+        "a signed reply is of one request: it cannot be played again"
+    )
 
 
 def test_a_client_that_comes_late_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     said: list[str] = []
-    link = ListLink(lambda node, message: good(node, message) if node != 33 or clock.now > 32 else None, lambda: ALL if clock.now > 30 else {11, 22})
+    link = ListLink(
+        lambda node, message: good(node, message) if node != 33 or clock.now > 32 else None,
+        lambda: ALL if clock.now > 30 else {11, 22},
+    )
     replies = list(remote(link, NODES, Timeouts(connect=60), QUIET, said.append)(REQUESTS))
     assert all(isinstance(reply, Update) for reply in replies)
     assert said == ["round 1: waiting for c to connect", "round 1: every asked client is connected"]
@@ -136,14 +186,22 @@ def test_a_client_that_comes_late_is_waited_for_and_named(monkeypatch: pytest.Mo
 
 def test_a_client_that_stays_away_fails_after_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    assert outcome(ListLink(good, lambda: {11, 22}), connect=60.0) == {"a": "ok", "b": "ok", "c": "not connected for 60 s"}
+    assert outcome(ListLink(good, lambda: {11, 22}), connect=60.0) == {
+        "a": "ok",
+        "b": "ok",
+        "c": "not connected for 60 s",
+    }
     assert 60 < clock.now < 61
 
 
 def test_a_client_that_is_silent_fails_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch)
     link = ListLink(lambda node, message: None if node == 22 else good(node, message), lambda: ALL)
-    assert outcome(link, reply=100.0, retry=1000.0) == {"a": "ok", "b": "no reply within 100 s", "c": "ok"}
+    assert outcome(link, reply=100.0, retry=1000.0) == {
+        "a": "ok",
+        "b": "no reply within 100 s",
+        "c": "ok",
+    }
 
 
 def test_a_network_cut_of_a_minute_is_bridged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,30 +221,52 @@ def test_a_network_cut_of_a_minute_is_bridged(monkeypatch: pytest.MonkeyPatch) -
     assert len(asked) == 2 and asked[0] == asked[1], "asked again, with the very same request"
 
 
-def test_a_client_that_is_lost_again_and_again_fails_in_its_time_and_is_not_asked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error in place of a reply, each time at once: by Flower, when a message has expired, or by a client that means it."""
+def test_a_client_that_is_lost_again_and_again_fails_in_its_time_and_is_not_asked_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error in place of a reply, each time at once: by Flower, when a message has expired, or by
+    a client that means it."""
     clock = Clock(monkeypatch)
-    link = ListLink(lambda node, message: "lost" if node == 22 else good(node, message), lambda: ALL)
-    assert outcome(link, reply=1000.0) == {"a": "ok", "b": "its replies were lost 11 times", "c": "ok"}
+    link = ListLink(
+        lambda node, message: "lost" if node == 22 else good(node, message), lambda: ALL
+    )
+    assert outcome(link, reply=1000.0) == {
+        "a": "ok",
+        "b": "its replies were lost 11 times",
+        "c": "ok",
+    }
     assert clock.now < 60 and [node for node, _ in link.sent].count(22) == 11
 
 
-def test_a_client_that_was_restarted_is_asked_again_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_was_restarted_is_asked_again_and_counted_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its first request died with it; of the later ones every one is answered, and one counts."""
     clock = Clock(monkeypatch)
-    link = ListLink(lambda node, message: good(node, message) if node != 22 or clock.now > 40 else None, lambda: ALL)
+    link = ListLink(
+        lambda node, message: good(node, message) if node != 22 or clock.now > 40 else None,
+        lambda: ALL,
+    )
     assert outcome(link, retry=10.0) == {"a": "ok", "b": "ok", "c": "ok"}
     assert [node for node, _ in link.sent].count(22) == 3, "at 0, 10 and 30 seconds"
 
 
 def test_a_client_whose_process_ends_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    link = ListLink(lambda node, message: "crashed" if node == 11 else good(node, message), lambda: ALL)
-    assert outcome(link) == {"a": "the client's process ended before it answered", "b": "ok", "c": "ok"}
+    link = ListLink(
+        lambda node, message: "crashed" if node == 11 else good(node, message), lambda: ALL
+    )
+    assert outcome(link) == {
+        "a": "the client's process ended before it answered",
+        "b": "ok",
+        "c": "ok",
+    }
     assert clock.now < 1
 
 
-def test_a_reply_from_another_node_or_to_no_message_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_from_another_node_or_to_no_message_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     Clock(monkeypatch)
 
     class Confused(ListLink):
@@ -197,19 +277,33 @@ def test_a_reply_from_another_node_or_to_no_message_is_not_counted(monkeypatch: 
                 *answers,
             ]
 
-    assert outcome(Confused(good, lambda: ALL)) == {"a": "the reply came from another node", "b": "ok", "c": "ok"}
+    assert outcome(Confused(good, lambda: ALL)) == {
+        "a": "the reply came from another node",
+        "b": "ok",
+        "c": "ok",
+    }
 
 
-def engine_over(wire_of: Callable[[Clients], ListLink], nodes: Callable[[Clients], dict[str, int]]) -> Callable[[Clients], Transport]:
-    return lambda clients: remote(wire_of(clients), nodes(clients), Timeouts(connect=5, reply=5), QUIET, QUIET)
+def engine_over(
+    wire_of: Callable[[Clients], ListLink], nodes: Callable[[Clients], dict[str, int]]
+) -> Callable[[Clients], Transport]:
+    return lambda clients: remote(
+        wire_of(clients), nodes(clients), Timeouts(connect=5, reply=5), QUIET, QUIET
+    )
 
 
 def numbered(clients: Clients) -> dict[str, int]:
     return {client: 100 + index for index, client in enumerate(sorted(clients.register))}
 
 
-def answering(clients: Clients, spoil: Callable[[int, Request, Message], Message | str | None] = lambda node, request, reply: reply) -> ListLink:
-    """Simulated clients behind a wire; `spoil` may put something else in a reply's place. Each keeps the last broadcast, but for the one of node 101."""
+def answering(
+    clients: Clients,
+    spoil: Callable[[int, Request, Message], Message | str | None] = lambda node, request, reply: (
+        reply
+    ),
+) -> ListLink:
+    """Simulated clients behind a wire; `spoil` may put something else in a reply's place. Each
+    keeps the last broadcast, but for the one of node 101."""
     kept: dict[int, dict[tuple[str, int], Payload]] = {}
 
     def respond(node: int, message: Message) -> Message | str | None:
@@ -224,7 +318,9 @@ def answering(clients: Clients, spoil: Callable[[int, Request, Message], Message
     return ListLink(respond, lambda: set(numbered(clients).values()))
 
 
-def test_over_a_wire_a_run_has_the_bits_of_a_run_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_over_a_wire_a_run_has_the_bits_of_a_run_in_one_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = {"server": {"steps": 2, "batch_size": 4}, "validation": {"by": "clients"}}
     commands.run(settings(tmp_path / "local", **changes))
     run = RunDirectory.create(make_config(settings(tmp_path / "wire", **changes)))
@@ -233,7 +329,9 @@ def test_over_a_wire_a_run_has_the_bits_of_a_run_in_one_place(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("up", ["int8", "sign"])
-def test_with_codings_too_and_a_client_that_has_lost_a_broadcast_gets_it_whole(tmp_path: Path, up: str) -> None:
+def test_with_codings_too_and_a_client_that_has_lost_a_broadcast_gets_it_whole(
+    tmp_path: Path, up: str
+) -> None:
     changes = {"compression": {"up": up, "down": "int4"}, "validation": {"by": "clients"}}
     commands.run(settings(tmp_path / "local", **changes))
     run = RunDirectory.create(make_config(settings(tmp_path / "wire", **changes)))
@@ -244,8 +342,11 @@ def test_with_codings_too_and_a_client_that_has_lost_a_broadcast_gets_it_whole(t
     assert second < first / 2 and third < first / 2, "two of three get a change, and the third both"
 
 
-def test_two_copies_of_a_change_that_a_restarted_client_cannot_read_are_one_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both were waiting for it; it says twice that it lacks the broadcast before, is sent the whole once, and counts."""
+def test_two_copies_of_a_change_that_a_restarted_client_cannot_read_are_one_refusal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both were waiting for it; it says twice that it lacks the broadcast before, is sent the whole
+    once, and counts."""
     clock = Clock(monkeypatch)
     int8 = parse_codec("int8")
     kept: dict[int, Payload] = {}
@@ -265,10 +366,17 @@ def test_two_copies_of_a_change_that_a_restarted_client_cannot_read_are_one_refu
     transport = remote(link, NODES, Timeouts(connect=600, reply=600, retry=30), QUIET, QUIET)
     assert all(isinstance(reply, Update) for reply in transport(REQUESTS))
     sent = {PROMPT: SENT[PROMPT] + 1}
-    second = [replace(request, round=2, payload=sent, change=write_values(sent, SENT, int8), sent_in=int8) for request in REQUESTS]
+    second = [
+        replace(request, round=2, payload=sent, change=write_values(sent, SENT, int8), sent_in=int8)
+        for request in REQUESTS
+    ]
     replies = list(transport(second))
     assert all(isinstance(reply, Update) for reply in replies), replies
-    asked = [json.loads(message.header)["codec"] for node, message in link.sent if node == 22 and json.loads(message.header)["round"] == 2]
+    asked = [
+        json.loads(message.header)["codec"]
+        for node, message in link.sent
+        if node == 22 and json.loads(message.header)["round"] == 2
+    ]
     assert asked.count("int8") >= 2 and asked.count("float32") == 1
 
 
@@ -279,12 +387,18 @@ def without_losses(request: Request) -> Message:
 def test_a_client_that_tells_no_losses_does_not_stop_the_round(tmp_path: Path) -> None:
     run = RunDirectory.create(make_config(settings(tmp_path)))
     spoil = lambda node, request, reply: without_losses(request) if node == 101 else reply
-    run_experiment(run, engine_over(lambda clients: answering(clients, spoil), numbered), Callbacks())
-    assert [len(record["answered"]) for record in run.records()] == [3, 3, 3] and all("prompt" in record["client_losses"] for record in run.records())
+    run_experiment(
+        run, engine_over(lambda clients: answering(clients, spoil), numbered), Callbacks()
+    )
+    assert [len(record["answered"]) for record in run.records()] == [3, 3, 3] and all(
+        "prompt" in record["client_losses"] for record in run.records()
+    )
 
 
 BAD: dict[str, Callable[[Request], Message]] = {
-    "another round": lambda request: replied(replace(request, round=request.round - 1), request.payload),
+    "another round": lambda request: replied(
+        replace(request, round=request.round - 1), request.payload
+    ),
     "wrong shape": lambda request: replied(request, {PROMPT: torch.zeros(3)}),
     "NaN": lambda request: replied(request, {PROMPT: request.payload[PROMPT] * float("nan")}),
     "Inf": lambda request: replied(request, {PROMPT: request.payload[PROMPT] + float("inf")}),
@@ -295,7 +409,9 @@ BAD: dict[str, Callable[[Request], Message]] = {
 
 
 @pytest.mark.parametrize("kind", sorted(BAD))
-def test_one_bad_client_costs_its_own_reply_and_nothing_else(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_bad_client_costs_its_own_reply_and_nothing_else(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the others do is what it would be if the bad client had not been there in that round."""
     Clock(monkeypatch)
 
@@ -303,7 +419,9 @@ def test_one_bad_client_costs_its_own_reply_and_nothing_else(kind: str, tmp_path
         return BAD[kind](request) if (node, request.round) == (101, 2) else reply
 
     run = RunDirectory.create(make_config(settings(tmp_path / kind)))
-    run_experiment(run, engine_over(lambda clients: answering(clients, spoil), numbered), Callbacks())
+    run_experiment(
+        run, engine_over(lambda clients: answering(clients, spoil), numbered), Callbacks()
+    )
     assert [len(record["answered"]) for record in run.records()] == [3, 2, 3]
     assert list(run.records()[1]["failed"]) == ["client-1"]
 
@@ -311,23 +429,35 @@ def test_one_bad_client_costs_its_own_reply_and_nothing_else(kind: str, tmp_path
         return None if (node, request.round) == (101, 2) else reply
 
     other = RunDirectory.create(make_config(settings(tmp_path / "silent")))
-    run_experiment(other, engine_over(lambda clients: answering(clients, silent), numbered), Callbacks())
+    run_experiment(
+        other, engine_over(lambda clients: answering(clients, silent), numbered), Callbacks()
+    )
     assert prompt_bits(run.path) == prompt_bits(other.path)
 
 
-def test_three_of_ten_killed_in_a_round_and_it_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_of_ten_killed_in_a_round_and_it_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Clock(monkeypatch)
 
     def spoil(node: int, request: Request, reply: Message) -> Message | str:
         return "crashed" if request.round == 2 and node in (100, 104, 109) else reply
 
-    run = RunDirectory.create(make_config(settings(tmp_path, partition={"clients": 10}, round={"rounds": 3, "min_clients": 7})))
-    run_experiment(run, engine_over(lambda clients: answering(clients, spoil), numbered), Callbacks())
+    run = RunDirectory.create(
+        make_config(
+            settings(tmp_path, partition={"clients": 10}, round={"rounds": 3, "min_clients": 7})
+        )
+    )
+    run_experiment(
+        run, engine_over(lambda clients: answering(clients, spoil), numbered), Callbacks()
+    )
     assert [len(record["answered"]) for record in run.records()] == [10, 7, 10]
     assert sorted(run.records()[1]["failed"]) == ["client-0", "client-4", "client-9"]
 
 
-def test_too_few_stops_cleanly_and_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_stops_cleanly_and_a_resumed_run_has_the_bits_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Clock(monkeypatch)
     changes = {"round": {"rounds": 3, "min_clients": 2}}
     whole = RunDirectory.create(make_config(settings(tmp_path / "whole", **changes)))
@@ -338,9 +468,15 @@ def test_too_few_stops_cleanly_and_a_resumed_run_has_the_bits_of_a_whole_one(tmp
 
     run = RunDirectory.create(make_config(settings(tmp_path / "stopped", **changes)))
     with pytest.raises(
-        TooFewClients, match=r"round 2 has 1 accepted updates of 3 asked.*client-1: no reply within 5 s.*stands after round 1 and can be resumed"
+        TooFewClients,
+        match=(
+            r"round 2 has 1 accepted updates of 3 asked.*client-1: no reply within 5 s.*stands"
+            r" after round 1 and can be resumed"
+        ),
     ):
-        run_experiment(run, engine_over(lambda clients: answering(clients, spoil), numbered), Callbacks())
+        run_experiment(
+            run, engine_over(lambda clients: answering(clients, spoil), numbered), Callbacks()
+        )
     run_experiment(RunDirectory.open(run.path), engine_over(answering, numbered), Callbacks())
     assert prompt_bits(run.path) == prompt_bits(whole.path)
     assert [record["round"] for record in run.records()] == [1, 2, 3]
@@ -363,7 +499,12 @@ def test_frames_pass_a_local_socket_unchanged() -> None:
         link.respond = lambda node, asked: asked if node == 11 else "crashed"
         assert distant.pull(["0", "1"]) == [
             Answer(message_id="0", node=11, message=message),
-            Answer(message_id="1", node=22, message=None, fault="the client's process ended before it answered"),
+            Answer(
+                message_id="1",
+                node=22,
+                message=None,
+                fault="the client's process ended before it answered",
+            ),
         ]
         channel.close()
         other.join(10)

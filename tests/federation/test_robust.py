@@ -1,4 +1,5 @@
-"""Robust aggregation: against independent implementations, and against what malicious clients send."""
+"""Robust aggregation: against independent implementations, and against what malicious clients
+send."""
 
 from __future__ import annotations
 
@@ -45,17 +46,31 @@ def test_rules_equal_byzfl(n: int, f: int, seed: int) -> None:
         median: byzfl.Median(),
         trimmed_mean: byzfl.TrMean(f=f),
     }
-    assert torch.allclose(krum(table, f), torch.as_tensor(byzfl.Krum(f=f + 1)(table.numpy())), atol=1e-9)  # it takes one neighbour more than the paper
+    assert torch.allclose(
+        krum(table, f), torch.as_tensor(byzfl.Krum(f=f + 1)(table.numpy())), atol=1e-9
+    )  # it takes one neighbour more than the paper
     for ours, other in theirs.items():
-        assert torch.allclose(ours(table, f), torch.as_tensor(other(table.numpy())), atol=1e-9), ours.__name__
-    assert torch.allclose(geometric_median(table, f), torch.as_tensor(byzfl.GeometricMedian(nu=1e-12, T=2000)(table.numpy())), atol=1e-5)
-    assert torch.allclose(nearest_neighbour_mixing(table, f), torch.as_tensor(byzfl.NNM(f=f)(table.numpy())), atol=1e-9)
+        assert torch.allclose(ours(table, f), torch.as_tensor(other(table.numpy())), atol=1e-9), (
+            ours.__name__
+        )
+    assert torch.allclose(
+        geometric_median(table, f),
+        torch.as_tensor(byzfl.GeometricMedian(nu=1e-12, T=2000)(table.numpy())),
+        atol=1e-5,
+    )
+    assert torch.allclose(
+        nearest_neighbour_mixing(table, f),
+        torch.as_tensor(byzfl.NNM(f=f)(table.numpy())),
+        atol=1e-9,
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("n", "f"), [(10, 2), (11, 3), (7, 1)])
 def test_rules_equal_flowers(n: int, f: int, seed: int) -> None:
-    flower: Any = pytest.importorskip("flwr.server.strategy.aggregate", reason="Flower comes with the flower extra")
+    flower: Any = pytest.importorskip(
+        "flwr.server.strategy.aggregate", reason="Flower comes with the flower extra"
+    )
     table = rows(n, 30, seed)
     results = [([row.numpy()], 1) for row in table]
     assert np.allclose(median(table, f), flower.aggregate_median(results)[0])
@@ -77,7 +92,12 @@ def test_rules_equal_plain_definitions(seed: int) -> None:
         scores.append(sum(distances[: n - f - 2]))
     assert np.allclose(krum(table, f), array[int(np.argmin(scores))])
     assert np.allclose(multi_krum(table, f), array[np.argsort(scores)[: n - f]].mean(axis=0))
-    mixed = [array[np.argsort([float(((array[i] - array[j]) ** 2).sum()) for j in range(n)])[: n - f]].mean(axis=0) for i in range(n)]
+    mixed = [
+        array[
+            np.argsort([float(((array[i] - array[j]) ** 2).sum()) for j in range(n)])[: n - f]
+        ].mean(axis=0)
+        for i in range(n)
+    ]
     assert np.allclose(nearest_neighbour_mixing(table, f), mixed)
     centre = geometric_median(table, f)
     gradient = sum((centre - row) / (centre - row).norm() for row in table)
@@ -92,7 +112,10 @@ def test_trust_follows_the_servers_own_step_and_its_length() -> None:
 
 
 def payloads(table: torch.Tensor) -> dict[str, Payload]:
-    return {f"client-{index:02d}": {"a": row[:4].view(2, 2).float(), "b": row[4:].float()} for index, row in enumerate(table)}
+    return {
+        f"client-{index:02d}": {"a": row[:4].view(2, 2).float(), "b": row[4:].float()}
+        for index, row in enumerate(table)
+    }
 
 
 SENT: Payload = {"a": torch.zeros(2, 2), "b": torch.zeros(8)}
@@ -100,19 +123,32 @@ SENT: Payload = {"a": torch.zeros(2, 2), "b": torch.zeros(8)}
 
 @pytest.mark.parametrize("lie", [math.nan, math.inf, -math.inf, 1e38])
 @pytest.mark.parametrize("rule", [*RULES, "mean"])
-def test_two_of_ten_malicious_clients_never_get_a_number_in_that_is_not_finite(rule: str, lie: float) -> None:
+def test_two_of_ten_malicious_clients_never_get_a_number_in_that_is_not_finite(
+    rule: str, lie: float
+) -> None:
     table = rows(10, 12, 0) * 0.1 + 1.0
     replies = payloads(table)
     for malicious_client in ("client-03", "client-07"):
         replies[malicious_client] = {"a": torch.full((2, 2), lie), "b": torch.full((8,), lie)}
-    requests = {client: Request(run="run", round=1, client=client, seed=0, payload=SENT) for client in replies}
+    requests = {
+        client: Request(run="run", round=1, client=client, seed=0, payload=SENT)
+        for client in replies
+    }
     admitted = {
         client: payload
         for client, payload in replies.items()
-        if validate_update(Update(round=1, client=client, payload=payload), requests, {}, math.inf if lie == 1e38 else 100.0) is None
+        if validate_update(
+            Update(round=1, client=client, payload=payload),
+            requests,
+            {},
+            math.inf if lie == 1e38 else 100.0,
+        )
+        is None
     }
     assert len(admitted) == (10 if lie == 1e38 else 8)
-    combined = Robust(rule=rule, malicious=0.2, mixing=True, norm_bound=2.0)(SENT, admitted, {}, 10, None)
+    combined = Robust(rule=rule, malicious=0.2, mixing=True, norm_bound=2.0)(
+        SENT, admitted, {}, 10, None
+    )
     numbers = torch.cat([tensor.flatten() for tensor in combined.values()])
     assert torch.isfinite(numbers).all() and float((numbers - 1).abs().max()) < 0.5
 
@@ -121,20 +157,36 @@ def test_two_of_ten_malicious_clients_never_get_a_number_in_that_is_not_finite(r
 @given(
     st.sampled_from(sorted(RULES)),
     st.booleans(),
-    st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=12, max_size=12), min_size=2, max_size=2),
+    st.lists(
+        st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=12, max_size=12),
+        min_size=2,
+        max_size=2,
+    ),
 )
-def test_rules_stay_within_the_honest_range(rule: str, mixing: bool, lies: list[list[float]]) -> None:
+def test_rules_stay_within_the_honest_range(
+    rule: str, mixing: bool, lies: list[list[float]]
+) -> None:
     table = rows(8, 12, 3)
     replies = payloads(torch.cat([table, torch.tensor(lies, dtype=torch.float64)]))
-    combined = Robust(rule=rule, malicious=0.2, mixing=mixing, norm_bound=2.0)(SENT, replies, {}, 10, None)
+    combined = Robust(rule=rule, malicious=0.2, mixing=mixing, norm_bound=2.0)(
+        SENT, replies, {}, 10, None
+    )
     numbers = torch.cat([tensor.flatten() for tensor in combined.values()])
-    assert torch.isfinite(numbers).all() and float(numbers.norm()) <= 4 * float(table.norm(dim=1).max())
+    assert torch.isfinite(numbers).all() and float(numbers.norm()) <= 4 * float(
+        table.norm(dim=1).max()
+    )
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_too_few_clients_are_refused_and_never_clamped(rule: str) -> None:
     needed = LEAST[rule](3)
-    with pytest.raises(TooFewClients, match=f"{needed - 1} replies are too few .* to withstand 3 malicious clients of 10 asked: it needs {needed}"):
+    with pytest.raises(
+        TooFewClients,
+        match=(
+            f"{needed - 1} replies are too few .* to withstand 3 malicious clients of 10 asked: it"
+            f" needs {needed}"
+        ),
+    ):
         Robust(rule=rule, malicious=0.3)(SENT, payloads(rows(needed - 1, 12, 0)), {}, 10, None)
     Robust(rule=rule, malicious=0.3)(SENT, payloads(rows(needed, 12, 0)), {}, 10, None)
 
@@ -143,7 +195,10 @@ def test_too_few_clients_are_refused_and_never_clamped(rule: str) -> None:
 def test_the_order_of_arrival_changes_no_bit(rule: str) -> None:
     replies: dict[str, Any] = payloads(rows(9, 12, 5))
     shuffled = dict(sorted(replies.items(), key=lambda item: hash(item[0])))
-    one, other = (Robust(rule=rule, malicious=0.2, mixing=True, norm_bound=2.0)(SENT, some, {}, 9, None) for some in (replies, shuffled))
+    one, other = (
+        Robust(rule=rule, malicious=0.2, mixing=True, norm_bound=2.0)(SENT, some, {}, 9, None)
+        for some in (replies, shuffled)
+    )
     assert all(torch.equal(one[name], other[name]) for name in SENT)
 
 
@@ -155,7 +210,10 @@ def test_centred_clipping_equals_its_definition_and_withstands_a_liar() -> None:
         for _ in range(3):
             lengths = [float(np.linalg.norm(row - point)) for row in some.numpy()]
             radius = sorted(lengths)[(len(lengths) - 1) // 2]
-            point = point + sum((row - point) * min(1.0, radius / length) for row, length in zip(some.numpy(), lengths, strict=True)) / len(some)
+            point = point + sum(
+                (row - point) * min(1.0, radius / length)
+                for row, length in zip(some.numpy(), lengths, strict=True)
+            ) / len(some)
         assert np.allclose(centred_clipping(some, 1).numpy(), point)
         assert float((centred_clipping(some, 1) - honest.mean(dim=0)).norm()) < 0.2
 
@@ -163,8 +221,13 @@ def test_centred_clipping_equals_its_definition_and_withstands_a_liar() -> None:
 def test_less_than_one_malicious_client_is_refused() -> None:
     """A fifth of four clients is nobody: the rule would bear none and look as if it did."""
     for rule, mixing in (("trimmed_mean", False), ("mean", True), ("krum", False)):
-        with pytest.raises(TooFewClients, match=r"malicious = 0.2 of 4 clients asked is less than one.*ask at least 5"):
-            Robust(rule=rule, malicious=0.2, mixing=mixing)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
+        with pytest.raises(
+            TooFewClients,
+            match=r"malicious = 0.2 of 4 clients asked is less than one.*ask at least 5",
+        ):
+            Robust(rule=rule, malicious=0.2, mixing=mixing)(
+                SENT, payloads(rows(4, 12, 0)), {}, 4, None
+            )
     Robust(rule="mean", malicious=0.2, norm_bound=2.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
     Robust(rule="trimmed_mean", malicious=0.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
     with pytest.raises(TooFewClients, match="6 replies are too few"):
@@ -176,7 +239,12 @@ def test_the_acceptance_check_does_not_let_small_rises_add_up() -> None:
     payload = {value: {"p": torch.tensor([value])} for value in losses}
     validate = lambda some: losses[float(some["p"])]
     state = RunState(round=1, payload=payload[2.0], best=payload[1.0], best_round=0, best_loss=1.0)
-    assert _accept(RunState(round=0, payload=payload[1.0], best=payload[1.0], best_round=0, best_loss=1.0), payload[2.0], validate, 0.05).accepted
+    assert _accept(
+        RunState(round=0, payload=payload[1.0], best=payload[1.0], best_round=0, best_loss=1.0),
+        payload[2.0],
+        validate,
+        0.05,
+    ).accepted
     assert not _accept(state, payload[3.0], validate, 0.05).accepted
     assert not _accept(state, payload[3.0], lambda some: float("nan"), 0.05).accepted
 
@@ -190,4 +258,10 @@ def test_a_prompt_is_tried_once() -> None:
 
     validate = _Cached(measure)
     one, other = {"p": torch.tensor([1.0])}, {"p": torch.tensor([2.0])}
-    assert [validate(some) for some in (one, other, one, one, other)] == [1.0, 2.0, 1.0, 1.0, 2.0] and tried == [1.0, 2.0]
+    assert [validate(some) for some in (one, other, one, one, other)] == [
+        1.0,
+        2.0,
+        1.0,
+        1.0,
+        2.0,
+    ] and tried == [1.0, 2.0]

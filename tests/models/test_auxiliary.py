@@ -1,4 +1,5 @@
-"""Layer plans, the package that clients get, distillation, and the plan's figures against what torch counts."""
+"""Layer plans, the package that clients get, distillation, and the plan's figures against what
+torch counts."""
 
 from __future__ import annotations
 
@@ -46,8 +47,12 @@ PLANS: list[tuple[Any, int, list[int], list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "layers", "sources", "prompt_layers"), PLANS, ids=[str(plan[0]) for plan in PLANS])
-def test_plans_say_what_stands_where(text: Any, layers: int, sources: list[int], prompt_layers: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("text", "layers", "sources", "prompt_layers"), PLANS, ids=[str(plan[0]) for plan in PLANS]
+)
+def test_plans_say_what_stands_where(
+    text: Any, layers: int, sources: list[int], prompt_layers: list[int]
+) -> None:
     plan = parse_plan(text, layers)
     assert list(plan.sources) == sources and list(plan.prompt_layers) == prompt_layers
     assert plan.keeps_verbatim == str(text).startswith("ends")
@@ -69,7 +74,9 @@ def test_plans_say_what_stands_where(text: Any, layers: int, sources: list[int],
 def test_plans_that_do_not_fit_are_refused(text: Any, sentence: str) -> None:
     with pytest.raises(ConfigurationError, match=re.escape(sentence)):
         parse_plan(text, 8)
-    with pytest.raises(ConfigurationError, match="must give one layer from 0 to 7 for each of the 4 depths"):
+    with pytest.raises(
+        ConfigurationError, match="must give one layer from 0 to 7 for each of the 4 depths"
+    ):
         parse_plan("every(2)", 8, [0, 1])
 
 
@@ -77,21 +84,38 @@ def test_plans_that_do_not_fit_are_refused(text: Any, sentence: str) -> None:
 def test_a_full_plan_is_the_global_model(family: str) -> None:
     model = tiny_model(family)
     auxiliary = build_auxiliary(model, parse_plan("every(1)", 4), TOKENIZER)
-    prompt = SoftPrompt(PromptSpec(space="residual", length=3, model=model.shape), torch.randn(3, 4, 32))
+    prompt = SoftPrompt(
+        PromptSpec(space="residual", length=3, model=model.shape), torch.randn(3, 4, 32)
+    )
     with torch.no_grad():
-        assert torch.equal(auxiliary(TOKENS, None, prompt.prefix(auxiliary)), model(TOKENS, None, prompt.prefix(model)))
+        assert torch.equal(
+            auxiliary(TOKENS, None, prompt.prefix(auxiliary)),
+            model(TOKENS, None, prompt.prefix(model)),
+        )
     assert disclosed_share(auxiliary, model) == 1.0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plan", ["shared(0)", "ends(1)", "every(2)", [1, 1, 3]])
-def test_shared_depths_share_parameters_and_keep_a_cache_slot_each(family: str, plan: Any, tmp_path: Path) -> None:
-    """The slow reference: the same blocks, unshared. Then a folder, and the same again from the folder alone."""
+def test_shared_depths_share_parameters_and_keep_a_cache_slot_each(
+    family: str, plan: Any, tmp_path: Path
+) -> None:
+    """The slow reference: the same blocks, unshared. Then a folder, and the same again from the
+    folder alone."""
     model = tiny_model(family)
     layers = parse_plan(plan, 4)
     auxiliary = build_auxiliary(model, layers, TOKENIZER)
-    prompt = SoftPrompt(PromptSpec(space="key_value", length=3, model=model.shape), torch.randn(3, 4, 2, model.shape.heads, model.shape.head_size))
-    unshared = tiny_model(family) if layers.depth == 4 else build_auxiliary(model, parse_plan(list(range(layers.depth)), 4, layers.prompt_layers), TOKENIZER)
+    prompt = SoftPrompt(
+        PromptSpec(space="key_value", length=3, model=model.shape),
+        torch.randn(3, 4, 2, model.shape.heads, model.shape.head_size),
+    )
+    unshared = (
+        tiny_model(family)
+        if layers.depth == 4
+        else build_auxiliary(
+            model, parse_plan(list(range(layers.depth)), 4, layers.prompt_layers), TOKENIZER
+        )
+    )
     for depth, source in enumerate(layers.sources):
         unshared.blocks[depth].load_state_dict(model.blocks[source].state_dict())
     with torch.no_grad():
@@ -100,10 +124,21 @@ def test_shared_depths_share_parameters_and_keep_a_cache_slot_each(family: str, 
     torch.testing.assert_close(found, expected)
     for depth, group in enumerate(layers.groups):
         first = layers.groups.index(group)
-        assert all(a is b for a, b in zip(auxiliary.blocks[first].parameters(), auxiliary.blocks[depth].parameters(), strict=True))
-    assert sum(p.numel() for p in trainable(auxiliary.model).values()) < sum(p.numel() for p in trainable(model.model).values())
+        assert all(
+            a is b
+            for a, b in zip(
+                auxiliary.blocks[first].parameters(),
+                auxiliary.blocks[depth].parameters(),
+                strict=True,
+            )
+        )
+    assert sum(p.numel() for p in trainable(auxiliary.model).values()) < sum(
+        p.numel() for p in trainable(model.model).values()
+    )
     digest = auxiliary.save(tmp_path)
-    read = load_auxiliary(tmp_path, device=torch.device("cpu"), positions="hugging_face", digest=digest)
+    read = load_auxiliary(
+        tmp_path, device=torch.device("cpu"), positions="hugging_face", digest=digest
+    )
     with torch.no_grad():
         assert torch.equal(read(TOKENS, None, prompt.prefix(read)), found)
     assert read.plan == layers and read.prompt_shape == model.shape
@@ -136,7 +171,9 @@ def of_these_layers(name: str, sources: list[int], **changes: Any) -> Any:
     """Last logits of the very layers of a model, in another list and not in another model."""
     model = tiny_causal_lm(name, **changes)
     layers = model.get_decoder().layers
-    layers._modules = {str(place): copy.deepcopy(layers[source]) for place, source in enumerate(sources)}
+    layers._modules = {
+        str(place): copy.deepcopy(layers[source]) for place, source in enumerate(sources)
+    }
     config = model.config
     config.layer_types = [config.layer_types[source] for source in sources]
     config.num_hidden_layers = len(sources)
@@ -146,8 +183,13 @@ def of_these_layers(name: str, sources: list[int], **changes: Any) -> Any:
 
 @pytest.mark.parametrize("plan", ["ends(1, 1)", "ends(1)", [3, 0], "shared(3)"])
 def test_a_layer_keeps_its_own_settings_where_it_moves_to(plan: Any, tmp_path: Path) -> None:
-    """SmolLM3 has no rotations in every fourth layer: which those are is a list in its configuration, and moves with the layers, into the package too."""
-    changes: dict[str, Any] = {"no_rope_layers": [1, 1, 0, 0], "layer_types": ["sliding_attention", "full_attention"] * 2, "use_sliding_window": True}
+    """SmolLM3 has no rotations in every fourth layer: which those are is a list in its
+    configuration, and moves with the layers, into the package too."""
+    changes: dict[str, Any] = {
+        "no_rope_layers": [1, 1, 0, 0],
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "use_sliding_window": True,
+    }
     model, layers = PromptedLM(tiny_causal_lm("smollm3", **changes), "smollm3"), parse_plan(plan, 4)
     auxiliary = build_auxiliary(model, layers, TOKENIZER)
     auxiliary.save(tmp_path)
@@ -155,7 +197,9 @@ def test_a_layer_keeps_its_own_settings_where_it_moves_to(plan: Any, tmp_path: P
     expected = of_these_layers("smollm3", list(layers.sources), **changes)
     for made in (auxiliary, again):
         with torch.no_grad():
-            torch.testing.assert_close(made.logits(made(TOKENS))[0, -1], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                made.logits(made(TOKENS))[0, -1], expected, rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize(
@@ -165,26 +209,62 @@ def test_a_layer_keeps_its_own_settings_where_it_moves_to(plan: Any, tmp_path: P
             "diffllama",
             {},
             [2, 3],
-            r"layer 2 of a model is not of the kind that stands at depth 0: self_attn.lambda_init is 0\.\d+ in the one and 0\.\d+ in the other",
+            (
+                r"layer 2 of a model is not of the kind that stands at depth 0:"
+                r" self_attn.lambda_init is 0\.\d+ in the one and 0\.\d+ in the other"
+            ),
         ),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, [1, 2], r"layer 1 of a model is not of the kind.*attn.scaling is"),
-        ("glm4_moe", {}, "shared(0)", r"depths 0 and 1 cannot share a layer: mlp is Glm4MoeMLP in the one and Glm4MoeMoE in the other"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, [3, 0], r"layer 3 of a model is not of the kind that stands at depth 0: mlp is Qwen3MoeSparseMoeBlock"),
-        ("gpt_neox_japanese", {}, [0, 1], r"is not of the kind that stands at depth 1: attention.dense_bias is"),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            [1, 2],
+            r"layer 1 of a model is not of the kind.*attn.scaling is",
+        ),
+        (
+            "glm4_moe",
+            {},
+            "shared(0)",
+            (
+                r"depths 0 and 1 cannot share a layer: mlp is Glm4MoeMLP in the one and Glm4MoeMoE"
+                r" in the other"
+            ),
+        ),
+        (
+            "qwen3_moe",
+            {"mlp_only_layers": [0]},
+            [3, 0],
+            (
+                r"layer 3 of a model is not of the kind that stands at depth 0: mlp is"
+                r" Qwen3MoeSparseMoeBlock"
+            ),
+        ),
+        (
+            "gpt_neox_japanese",
+            {},
+            [0, 1],
+            r"is not of the kind that stands at depth 1: attention.dense_bias is",
+        ),
     ],
 )
-def test_a_layer_whose_kind_hangs_on_its_place_is_refused_with_both_kinds(family: str, changes: dict[str, Any], plan: Any, sentence: str) -> None:
+def test_a_layer_whose_kind_hangs_on_its_place_is_refused_with_both_kinds(
+    family: str, changes: dict[str, Any], plan: Any, sentence: str
+) -> None:
     model = PromptedLM(tiny_causal_lm(family, **changes), "a model")
     with pytest.raises(AuxiliaryError, match=sentence):
         build_auxiliary(model, parse_plan(plan, 4), TOKENIZER)
     kept = build_auxiliary(model, parse_plan("every(1)", 4), TOKENIZER)
     with torch.no_grad():
-        torch.testing.assert_close(kept.logits(kept(TOKENS)), model.logits(model(TOKENS)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            kept.logits(kept(TOKENS)), model.logits(model(TOKENS)), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_that_computes_by_its_place_is_found_out_though_no_setting_says_so(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it adds little to what it is given, and in the precision in which large models are held."""
+def test_a_layer_that_computes_by_its_place_is_found_out_though_no_setting_says_so(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it adds little to what it is given, and in the precision in which large models are
+    held."""
     attention = LlamaAttention.forward
 
     def by_place(self: Any, hidden_states: Any, *arguments: Any, **named: Any) -> Any:
@@ -198,7 +278,13 @@ def test_a_layer_that_computes_by_its_place_is_found_out_though_no_setting_says_
             if parameter.dim() > 1:
                 parameter *= 0.15
     model = PromptedLM(made, "a model")
-    with pytest.raises(AuxiliaryError, match="layer 3 of a model computes something else at depth 1.*depends on where they stand; keep it at depth 3"):
+    with pytest.raises(
+        AuxiliaryError,
+        match=(
+            "layer 3 of a model computes something else at depth 1.*depends on where they stand;"
+            " keep it at depth 3"
+        ),
+    ):
         build_auxiliary(model, parse_plan([0, 3], 4), TOKENIZER)
 
 
@@ -212,10 +298,14 @@ OPTIONS: list[dict[str, float]] = [{}, {"match_depths": 1.0}, {"match_logits": 1
 
 
 @pytest.mark.parametrize("options", [{}, {"match_depths": 1.0}], ids=str)
-def test_teacher_states_are_read_once_and_are_the_same_from_the_disk(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_states_are_read_once_and_are_the_same_from_the_disk(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     teacher = load_model(str(EMBEDDED / "model"), device="cpu")
     texts = [list(range(5, 5 + length)) for length in (9, 12, 7, 12)]
-    how = Distillation(steps=6, batch_size=2, optimisation=Optimisation(learning_rate=1e-3), **options)
+    how = Distillation(
+        steps=6, batch_size=2, optimisation=Optimisation(learning_rate=1e-3), **options
+    )
     found = []
     read_again: Any = lambda kept, indices, read: read(indices)
     for bound in (1 << 30, 0, None):
@@ -224,15 +314,25 @@ def test_teacher_states_are_read_once_and_are_the_same_from_the_disk(options: di
         monkeypatch.setattr(distillation, "IN_MEMORY", bound)
         read: list[int] = []
         auxiliary = build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER)
-        handle = teacher.backbone.register_forward_pre_hook(lambda *seen, rows=read: rows.append(len(seen[2]["input_ids"])), with_kwargs=True)
-        found.append((distill(auxiliary, teacher, texts, how, seed=0), tensors_digest(auxiliary.weights())))
+        handle = teacher.backbone.register_forward_pre_hook(
+            lambda *seen, rows=read: rows.append(len(seen[2]["input_ids"])), with_kwargs=True
+        )
+        found.append(
+            (distill(auxiliary, teacher, texts, how, seed=0), tensors_digest(auxiliary.weights()))
+        )
         handle.remove()
-        assert sum(read) == (12 if bound is None else 4), "six steps of two texts, and each of the four was read once"
+        assert sum(read) == (12 if bound is None else 4), (
+            "six steps of two texts, and each of the four was read once"
+        )
     assert found[0] == found[1]
-    assert found[0][0] == pytest.approx(found[2][0], rel=1e-4), "as if it were read again in each step"
+    assert found[0][0] == pytest.approx(found[2][0], rel=1e-4), (
+        "as if it were read again in each step"
+    )
 
 
-def test_states_are_kept_of_texts_that_are_read_twice_and_of_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_are_kept_of_texts_that_are_read_twice_and_of_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     teacher, made = load_model(str(EMBEDDED / "model"), device="cpu"), []
 
     class Watched(distillation.Kept):
@@ -261,7 +361,13 @@ def test_no_room_for_teacher_states_is_one_clear_sentence(monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(StorageError, match=r"the teacher's states need 0\.0 GiB in .* \(No space left on device\): set TMPDIR to a folder with more room"):
+    with pytest.raises(
+        StorageError,
+        match=(
+            r"the teacher's states need 0\.0 GiB in .* \(No space left on device\): set TMPDIR to a"
+            r" folder with more room"
+        ),
+    ):
         distill(
             build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER),
             teacher,
@@ -273,16 +379,23 @@ def test_no_room_for_teacher_states_is_one_clear_sentence(monkeypatch: pytest.Mo
 
 def test_a_few_packed_texts_are_the_first_of_many() -> None:
     passages = (EMBEDDED / "public.txt").read_text().split("\n\n")
-    assert packed(TOKENIZER, passages, length=32, count=2, seed=0) == packed(TOKENIZER, passages, length=32, count=16, seed=0)[:2]
+    assert (
+        packed(TOKENIZER, passages, length=32, count=2, seed=0)
+        == packed(TOKENIZER, passages, length=32, count=16, seed=0)[:2]
+    )
 
 
 @pytest.mark.parametrize("plan", ["shared(0)", "ends(2)"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_distillation_lowers_the_loss_and_keeps_verbatim_what_it_says(plan: str, options: dict[str, float]) -> None:
+def test_distillation_lowers_the_loss_and_keeps_verbatim_what_it_says(
+    plan: str, options: dict[str, float]
+) -> None:
     teacher = load_model(str(EMBEDDED / "model"), device="cpu")
     auxiliary = build_auxiliary(teacher, parse_plan(plan, 8), TOKENIZER)
     before = auxiliary.weights()
-    texts = packed(TOKENIZER, (EMBEDDED / "public.txt").read_text().split("\n\n"), length=32, count=16, seed=0)
+    texts = packed(
+        TOKENIZER, (EMBEDDED / "public.txt").read_text().split("\n\n"), length=32, count=16, seed=0
+    )
     batch = torch.tensor(texts[:8])
 
     def distance() -> float:
@@ -290,13 +403,25 @@ def test_distillation_lowers_the_loss_and_keeps_verbatim_what_it_says(plan: str,
             return float(masked_mse(auxiliary(batch), teacher(batch), torch.ones_like(batch)))
 
     start = distance()
-    losses = distill(auxiliary, teacher, texts, Distillation(steps=12, batch_size=4, optimisation=Optimisation(learning_rate=1e-3), **options), seed=0)
+    losses = distill(
+        auxiliary,
+        teacher,
+        texts,
+        Distillation(
+            steps=12, batch_size=4, optimisation=Optimisation(learning_rate=1e-3), **options
+        ),
+        seed=0,
+    )
     assert len(losses) == 12 and distance() < start
-    changed = {name for name, value in auxiliary.weights().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in auxiliary.weights().items() if not torch.equal(value, before[name])
+    }
     if plan == "ends(2)":
         assert changed and all(".h.2." in name for name in changed)
         plain = {name: p.numel() for name, p in trainable(auxiliary.model).items()}
-        share = sum(count for name, count in plain.items() if ".h.2." not in name) / sum(p.numel() for p in trainable(teacher.model).values())
+        share = sum(count for name, count in plain.items() if ".h.2." not in name) / sum(
+            p.numel() for p in trainable(teacher.model).values()
+        )
         assert disclosed_share(auxiliary, teacher) == pytest.approx(share, abs=1e-3)
     else:
         assert changed == set(before)
@@ -307,39 +432,69 @@ def test_teacher_states_are_computed_once() -> None:
     teacher = tiny_model("gpt2")
     auxiliary = build_auxiliary(teacher, parse_plan("shared(0)", 4), TOKENIZER)
     read: list[int] = []
-    teacher.backbone.register_forward_pre_hook(lambda *seen: read.append(len(seen[2]["input_ids"])), with_kwargs=True)
+    teacher.backbone.register_forward_pre_hook(
+        lambda *seen: read.append(len(seen[2]["input_ids"])), with_kwargs=True
+    )
     texts = [[5, 6, 7 + n] for n in range(6)]
-    distill(auxiliary, teacher, texts, Distillation(steps=12, batch_size=3, optimisation=Optimisation(learning_rate=1e-3)), seed=0)
+    distill(
+        auxiliary,
+        teacher,
+        texts,
+        Distillation(steps=12, batch_size=3, optimisation=Optimisation(learning_rate=1e-3)),
+        seed=0,
+    )
     assert sum(read) == len(texts)
 
 
 def test_padding_does_not_count_in_distillation() -> None:
-    student, teacher = torch.zeros(1, 3, 2), torch.tensor([[[1.0, 1.0], [3.0, 3.0], [100.0, 100.0]]])
+    student, teacher = (
+        torch.zeros(1, 3, 2),
+        torch.tensor([[[1.0, 1.0], [3.0, 3.0], [100.0, 100.0]]]),
+    )
     assert float(masked_mse(student, teacher, torch.tensor([[1, 1, 0]]))) == 5.0
 
 
 def config(plan: str, model: str, **sections: Any) -> Any:
-    return make_config({"model": {"name": model}, "data": {}, "auxiliary": {"plan": plan}, "distill": {"text": ["x"]}, **sections})
+    return make_config(
+        {
+            "model": {"name": model},
+            "data": {},
+            "auxiliary": {"plan": plan},
+            "distill": {"text": ["x"]},
+            **sections,
+        }
+    )
 
 
 def test_the_paper_s_sizes(tmp_path: Path) -> None:
-    """GPT2-XL from its configuration alone: the counts of the paper's own package, and a prompt of 12.3 MB in fp16."""
+    """GPT2-XL from its configuration alone: the counts of the paper's own package, and a prompt of
+    12.3 MB in fp16."""
     from transformers import GPT2Config
 
     GPT2Config(n_embd=1600, n_layer=48, n_head=25).save_pretrained(tmp_path)
-    plan = make_plan(make_config({"preset": "paper", "model": {"name": str(tmp_path)}, "data": {}}), clients=10)
+    plan = make_plan(
+        make_config({"preset": "paper", "model": {"name": str(tmp_path)}, "data": {}}), clients=10
+    )
     assert plan.global_parameters == 1_557_611_200
     assert plan.auxiliary_parameters == 112_793_600
     assert plan.prompt_parameters == 6_144_000
     assert plan.disclosed_share == 0.0 and plan.handed_out_share == pytest.approx(0.0724, abs=1e-4)
-    assert plan.bytes_in_all == 2 * 10 * 100 * plan.bytes_per_message and 0 < plan.bytes_per_message - 4 * 6_144_000 < 200
+    assert (
+        plan.bytes_in_all == 2 * 10 * 100 * plan.bytes_per_message
+        and 0 < plan.bytes_per_message - 4 * 6_144_000 < 200
+    )
 
 
 def test_the_plan_agrees_with_what_is_built_and_what_torch_counts() -> None:
     model = load_model(str(EMBEDDED / "model"), device="cpu")
-    plan = make_plan(config("ends(2)", "embedded", prompt={"length": 16}, client={"auxiliary_steps": 1}), clients=10)
+    plan = make_plan(
+        config("ends(2)", "embedded", prompt={"length": 16}, client={"auxiliary_steps": 1}),
+        clients=10,
+    )
     auxiliary = build_auxiliary(model, parse_plan("ends(2)", 8), TOKENIZER)
-    auxiliary.model.set_attn_implementation("eager")  # torch's counter does not know the fused kernel of the CPU
+    auxiliary.model.set_attn_implementation(
+        "eager"
+    )  # torch's counter does not know the fused kernel of the CPU
     assert plan.global_parameters == sum(p.numel() for p in trainable(model.model).values())
     assert plan.auxiliary_parameters == sum(p.numel() for p in trainable(auxiliary.model).values())
     prompt = SoftPrompt(PromptSpec(space="key_value", length=16, model=model.shape))
@@ -350,9 +505,13 @@ def test_the_plan_agrees_with_what_is_built_and_what_torch_counts() -> None:
     assert forward == pytest.approx(forward_operations(auxiliary.model, 8, 16, 64), rel=0.03)
     with FlopCounterMode(display=False) as counter:
         loss.backward()  # type: ignore[no-untyped-call]
-    assert (forward + counter.get_total_flops()) * 16 == pytest.approx(plan.client_operations_prompt, rel=0.1)
+    assert (forward + counter.get_total_flops()) * 16 == pytest.approx(
+        plan.client_operations_prompt, rel=0.1
+    )
     for parameter in trainable(auxiliary.model).values():
         parameter.requires_grad_(True)
     with FlopCounterMode(display=False) as counter:
         answer_loss(auxiliary, prompt.prefix(auxiliary).detach(), batch).backward()  # type: ignore[no-untyped-call]
-    assert counter.get_total_flops() * 16 == pytest.approx(plan.client_operations_auxiliary, rel=0.1)
+    assert counter.get_total_flops() * 16 == pytest.approx(
+        plan.client_operations_auxiliary, rel=0.1
+    )

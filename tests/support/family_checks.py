@@ -1,6 +1,8 @@
-"""What must hold of a family of models, each as a check against a slow reference; and, run as a program, the matrix of all families (`make families`).
+"""What must hold of a family of models, each as a check against a slow reference; and, run as a
+program, the matrix of all families (`make families`).
 
-The reference is a second copy of the Hugging Face model that reads one unpadded row at a time, without a batch, and behind a prompt with Hugging Face's own cache.
+The reference is a second copy of the Hugging Face model that reads one unpadded row at a time,
+without a batch, and behind a prompt with Hugging Face's own cache.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Family:
         self.reference = tiny_causal_lm(name)
         self.model = PromptedLM(tiny_causal_lm(name), name)
         self.moved: dict[str, tuple[float, int]] = {}
-        """By precision: how far one of eight examples moves the clipped sum of a private step, in units of the bound, and how many of them share a call."""
+        """By precision: how far one of eight examples moves the clipped sum of a private step, in
+        units of the bound, and how many of them share a call."""
 
     def prompt(self, space: str) -> SoftPrompt:
         spec = PromptSpec(space=space, length=PROMPT, model=self.model.shape)  # type: ignore[arg-type]
@@ -69,24 +72,34 @@ class Family:
     @torch.no_grad()
     def alone(self, row: list[int]) -> Tensor:
         """Logits (T, V) of one row by Hugging Face."""
-        logits: Tensor = self.reference(input_ids=torch.tensor([row]), use_cache=False).logits[0].float()
+        logits: Tensor = (
+            self.reference(input_ids=torch.tensor([row]), use_cache=False).logits[0].float()
+        )
         return logits
 
     def behind(self, row: list[int], prefix: Tensor) -> Tensor:
         """The same behind keys and values (P, L, 2, H, K), in Hugging Face's own cache."""
         cache, length = DynamicCache(), len(prefix)
         for layer in range(prefix.shape[1]):
-            cache.update(*(prefix[:, layer, which].transpose(0, 1)[None] for which in (0, 1)), layer)
+            cache.update(
+                *(prefix[:, layer, which].transpose(0, 1)[None] for which in (0, 1)), layer
+            )
         places = torch.arange(length, length + len(row))[None]
         mask = torch.ones(1, length + len(row), dtype=torch.long)
-        logits: Tensor = self.reference(input_ids=torch.tensor([row]), attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True).logits[
-            0
-        ]
+        logits: Tensor = self.reference(
+            input_ids=torch.tensor([row]),
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[0]
         return logits
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-3) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )
 
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -112,7 +125,9 @@ def _as_text(family: Family, space: str) -> None:
     spec = PromptSpec(space=space, length=PROMPT, model=family.model.shape)  # type: ignore[arg-type]
     prompt = SoftPrompt(spec, initial_values(spec, family.model, scale=None, tokens=tokens, seed=0))
     with torch.no_grad():
-        found = family.model.logits(family.model(tokens[None, PROMPT:], None, prompt.prefix(family.model)))[0]
+        found = family.model.logits(
+            family.model(tokens[None, PROMPT:], None, prompt.prefix(family.model))
+        )[0]
     close(found, family.alone(ROWS[0])[PROMPT:])
 
 
@@ -134,7 +149,12 @@ def padded_is_single(family: Family, _: Path) -> None:
 
 
 QUESTIONS = [
-    Example(id="a", context="Question: Is it?\nAnswer:", choices=(" yes", " no, never", " it is"), gold=(1,)),
+    Example(
+        id="a",
+        context="Question: Is it?\nAnswer:",
+        choices=(" yes", " no, never", " it is"),
+        gold=(1,),
+    ),
     Example(id="b", context="abc", choices=(" x", " y"), gold=(0,)),
     Example(id="c", context="abcdefgh", choices=(" x", " y"), gold=(0,)),
     Example(id="d", context="", choices=(" alone", " all"), gold=(0,)),
@@ -144,14 +164,31 @@ QUESTIONS = [
 @torch.no_grad()
 def scores(family: Family, _: Path) -> None:
     for prefix in (None, family.prompt("key_value").prefix(family.model)):
-        for tokens_per_batch, questions in ((1, QUESTIONS), (512, QUESTIONS), (512, QUESTIONS[:-1])):  # an empty context leaves no cache to go on from
-            found, _dropped = score(family.model, prefix, questions, LETTERS, max_tokens=60, tokens_per_batch=tokens_per_batch)
+        for tokens_per_batch, questions in (
+            (1, QUESTIONS),
+            (512, QUESTIONS),
+            (512, QUESTIONS[:-1]),
+        ):  # an empty context leaves no cache to go on from
+            found, _dropped = score(
+                family.model,
+                prefix,
+                questions,
+                LETTERS,
+                max_tokens=60,
+                tokens_per_batch=tokens_per_batch,
+            )
             for scored, example in zip(found, questions, strict=True):
                 for likelihood, pair in zip(
-                    scored.log_likelihoods, encode_pairs(LETTERS, [(example.context, choice) for choice in example.choices], 60), strict=True
+                    scored.log_likelihoods,
+                    encode_pairs(
+                        LETTERS, [(example.context, choice) for choice in example.choices], 60
+                    ),
+                    strict=True,
                 ):
                     row = list(pair.ids)
-                    logits = (family.alone(row) if prefix is None else family.behind(row, prefix)).log_softmax(dim=-1)
+                    logits = (
+                        family.alone(row) if prefix is None else family.behind(row, prefix)
+                    ).log_softmax(dim=-1)
                     answer = torch.tensor(row[pair.start :])
                     expected = float(logits[pair.start - 1 : -1].gather(1, answer[:, None]).sum())
                     assert likelihood == pytest.approx(expected, rel=1e-3, abs=1e-3)
@@ -186,7 +223,9 @@ def gradient(family: Family, _: Path) -> None:
     prefix = prompt.values().detach().requires_grad_(True)
     logits: list[Tensor] = []
     wanted: list[int] = []
-    for pair in encode_pairs(LETTERS, [(example.context, example.target) for example in QUESTIONS], 60):
+    for pair in encode_pairs(
+        LETTERS, [(example.context, example.target) for example in QUESTIONS], 60
+    ):
         logits.append(family.behind(list(pair.ids), prefix)[pair.start - 1 : -1])
         wanted += pair.ids[pair.start :]
     cross_entropy(torch.cat(logits).float(), torch.tensor(wanted)).backward()  # type: ignore[no-untyped-call]
@@ -199,7 +238,10 @@ def gradient(family: Family, _: Path) -> None:
     (slope,) = torch.autograd.grad((made * weights).sum(), inputs)
     step, direction = 1e-2, slope / slope.norm()
     with torch.no_grad():
-        above, below = (float((family.model.keys_and_values(inputs + sign * step * direction) * weights).sum()) for sign in (1, -1))
+        above, below = (
+            float((family.model.keys_and_values(inputs + sign * step * direction) * weights).sum())
+            for sign in (1, -1)
+        )
     assert (above - below) / (2 * step) == pytest.approx(float(slope.norm()), rel=0.02)
 
 
@@ -227,14 +269,22 @@ def packages(family: Family, folder: Path) -> None:
             continue
         expected = _of_these_blocks(family, list(plan.sources))
         auxiliary.save(folder / str(number))
-        again = load_auxiliary(folder / str(number), device=torch.device("cpu"), positions="hugging_face")
+        again = load_auxiliary(
+            folder / str(number), device=torch.device("cpu"), positions="hugging_face"
+        )
         for model in (auxiliary, again):
             close(model.logits(model(torch.tensor([ROWS[0]])))[0], expected)
     if refused:
         raise FedspError(f"{len(refused)} of {len(PLANS)} plans: {refused[0]}")
 
 
-BY_LAYER = {"layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers", "layers_block_type"}
+BY_LAYER = {
+    "layer_types",
+    "mlp_layer_types",
+    "attention_layers",
+    "no_rope_layers",
+    "layers_block_type",
+}
 
 
 def _of_these_blocks(family: Family, sources: list[int]) -> Tensor:
@@ -243,7 +293,9 @@ def _of_these_blocks(family: Family, sources: list[int]) -> Tensor:
     blocks = backbone.get_submodule(family.model.path_of_blocks)
     chosen = [copy.deepcopy(blocks[source]) for source in sources]
     blocks._modules = {str(index): block for index, block in enumerate(chosen)}
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
     texts = {id(config.get_text_config()): config.get_text_config() for config in configs.values()}
     for text in texts.values():
         for key in BY_LAYER & set(vars(text)):
@@ -257,7 +309,9 @@ def _of_these_blocks(family: Family, sources: list[int]) -> Tensor:
 def peft_export(family: Family, folder: Path) -> None:
     prompt = family.prompt("residual")
     export_peft(prompt, family.model, folder / "adapter")
-    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(family.reference), folder / "adapter").eval()
+    adapted = peft.PeftModel.from_pretrained(
+        copy.deepcopy(family.reference), folder / "adapter"
+    ).eval()
     row = torch.tensor([ROWS[0]])
     theirs = adapted(input_ids=row, attention_mask=torch.ones_like(row)).logits[0]
     close(theirs, family.behind(ROWS[0], prompt.prefix(family.model)))
@@ -265,13 +319,19 @@ def peft_export(family: Family, folder: Path) -> None:
 
 @torch.no_grad()
 def bfloat16(family: Family, _: Path) -> None:
-    reference, model = tiny_causal_lm(family.name, dtype=torch.bfloat16), PromptedLM(tiny_causal_lm(family.name, dtype=torch.bfloat16), family.name)
+    reference, model = (
+        tiny_causal_lm(family.name, dtype=torch.bfloat16),
+        PromptedLM(tiny_causal_lm(family.name, dtype=torch.bfloat16), family.name),
+    )
     prefix = family.prompt("key_value").prefix(model)
     behind = model.logits(model.read_padded(*padded(ROWS), prefix))
     for place, row in enumerate(ROWS):
         tokens = torch.tensor([row])
         for found, expected in (
-            (model.logits(model(tokens))[0], reference(input_ids=tokens, use_cache=False).logits[0].float()),
+            (
+                model.logits(model(tokens))[0],
+                reference(input_ids=tokens, use_cache=False).logits[0].float(),
+            ),
             (behind[place, : len(row)], model.logits(model(tokens, None, prefix))[0]),
         ):
             assert float((found - expected).abs().max()) <= 0.1 * float(expected.abs().max())
@@ -290,13 +350,16 @@ def one_example_moves_one_bound(family: Family, _: Path) -> None:
     drawn = torch.randint(3, 97, (8, 12), generator=torch.Generator().manual_seed(5)).tolist()
     lot = [Encoded(tuple(row[: 6 + place % 7]), 3) for place, row in enumerate(drawn)]
     for dtype in (torch.float32, torch.bfloat16):
-        model = PromptedLM(tiny_causal_lm(family.name, dtype=dtype).requires_grad_(False), family.name)
+        model = PromptedLM(
+            tiny_causal_lm(family.name, dtype=dtype).requires_grad_(False), family.name
+        )
         prompt = family.prompt("residual")
         together = examples_together(model, prompt, 12)
         bound = 0.1 * float(example_gradients(model, prompt, collate(lot[:1]))[1].norm())
         quiet = PrivateSteps(bound=bound, noise_multiplier=0.0, sampling_rate=1.0, count=1)
         whole, *without = (
-            private_gradient(model, prompt, some, 1, quiet, together).double() for some in (lot, *(lot[:out] + lot[out + 1 :] for out in range(8)))
+            private_gradient(model, prompt, some, 1, quiet, together).double()
+            for some in (lot, *(lot[:out] + lot[out + 1 :] for out in range(8)))
         )
         moved = max(float((whole - rest).norm()) for rest in without) / bound
         family.moved[str(dtype).removeprefix("torch.")] = moved, together
@@ -326,8 +389,8 @@ CHECKS: dict[str, Callable[[Family, Path], None]] = {
 
 @dataclass
 class Outcome:
-    """What became of a family: `refused` by fedsp as a whole, `not_made` by this transformers from a tiny configuration, and of each check why it was refused, or
-    what went wrong."""
+    """What became of a family: `refused` by fedsp as a whole, `not_made` by this transformers from
+    a tiny configuration, and of each check why it was refused, or what went wrong."""
 
     family: str
     refused: str | None = None
@@ -351,7 +414,17 @@ def outcome(name: str) -> Outcome:
     try:
         with tempfile.TemporaryDirectory() as folder:
             tiny_config(name).save_pretrained(folder)
-            make_plan(make_config({"model": {"name": folder}, "data": {}, "auxiliary": {"plan": "every(1)"}, "distill": {"text": ["x"]}}), clients=2)
+            make_plan(
+                make_config(
+                    {
+                        "model": {"name": folder},
+                        "data": {},
+                        "auxiliary": {"plan": "every(1)"},
+                        "distill": {"text": ["x"]},
+                    }
+                ),
+                clients=2,
+            )
     except FedspError:
         pass
     except Exception:
@@ -377,18 +450,30 @@ def outcome(name: str) -> Outcome:
 
 
 def _line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )[:200]
 
 
 def table(outcomes: list[Outcome]) -> str:
     """The matrix as Markdown."""
-    whole = [found for found in outcomes if not (found.refused or found.not_made or found.refusals or found.wrong)]
+    whole = [
+        found
+        for found in outcomes
+        if not (found.refused or found.not_made or found.refusals or found.wrong)
+    ]
     partly = [found for found in outcomes if found.refusals or found.wrong]
     lines = [
         "# Families of models",
         "",
-        f"transformers {transformers.__version__} registers {len(outcomes)} families as causal language models. Each is tried as a tiny random model (4 layers, hidden size 32, 97",
-        f"tokens, windows of 4) against a second copy that reads one unpadded row at a time: {', '.join(CHECKS)}. `make families` makes this page and fails",
+        (
+            f"transformers {transformers.__version__} registers {len(outcomes)} families as causal"
+            " language models. Each is tried as a tiny random model (4 layers, hidden size 32, 97"
+        ),
+        (
+            "tokens, windows of 4) against a second copy that reads one unpadded row at a time:"
+            f" {', '.join(CHECKS)}. `make families` makes this page and fails"
+        ),
         "where something is wrong; `make test` tries ten of them.",
         "",
         *_moves(outcomes),
@@ -406,32 +491,49 @@ def table(outcomes: list[Outcome]) -> str:
         ("Refused when they are opened", "refused"),
         ("Not tried: this transformers does not make them from a tiny configuration", "not_made"),
     ):
-        rows = [(found.family, getattr(found, reason)) for found in outcomes if getattr(found, reason)]
-        lines += ["", f"**{title}, {len(rows)}:**", "", "| family | why |", "|---|---|", *(f"| {family} | {why} |" for family, why in rows)]
+        rows = [
+            (found.family, getattr(found, reason)) for found in outcomes if getattr(found, reason)
+        ]
+        lines += [
+            "",
+            f"**{title}, {len(rows)}:**",
+            "",
+            "| family | why |",
+            "|---|---|",
+            *(f"| {family} | {why} |" for family, why in rows),
+        ]
     return "\n".join(line.replace("<", "&lt;") for line in lines) + "\n"
 
 
 def _moves(outcomes: list[Outcome]) -> list[str]:
-    """A sentence for each precision on what one example does to the clipped sum of a private step."""
+    """A sentence for each precision on what one example does to the clipped sum of a private
+    step."""
     lines = []
     for precision in ("float32", "bfloat16"):
-        moved = {found.family: found.moved[precision] for found in outcomes if precision in found.moved}
+        moved = {
+            found.family: found.moved[precision] for found in outcomes if precision in found.moved
+        }
         alone = sum(together == 1 for _, together in moved.values())
         most = max((most for most, _ in moved.values()), default=0.0)
         lines.append(
-            f"In {precision} one of eight examples moves the clipped sum of a private step by {most:.4f} bounds at most, over {len(moved)} families, {alone} of which read examples one by one there."
+            f"In {precision} one of eight examples moves the clipped sum of a private step by"
+            f" {most:.4f} bounds at most, over {len(moved)} families, {alone} of which read"
+            " examples one by one there."
         )
     return [*lines, ""]
 
 
 def right_in_everything(page: str) -> set[str]:
     """The families that a page of the matrix calls so."""
-    line = next((line for line in page.splitlines() if line.startswith("**Right in everything")), ":** .")
+    line = next(
+        (line for line in page.splitlines() if line.startswith("**Right in everything")), ":** ."
+    )
     return set(line.partition(":** ")[2].rstrip(".").split(", "))
 
 
 def main() -> None:
-    """Try every family, write the page, and end with 1 where something is wrong, or is refused that was right on the page before."""
+    """Try every family, write the page, and end with 1 where something is wrong, or is refused that
+    was right on the page before."""
     page = Path(sys.argv[1])
     before = right_in_everything(page.read_text(encoding="utf-8")) if page.exists() else set()
     with ProcessPoolExecutor() as pool:
@@ -443,8 +545,14 @@ def main() -> None:
     lost = sorted(before - right_in_everything(page.read_text(encoding="utf-8")) - {""})
     if lost:
         print(f"right before, and no longer: {', '.join(lost)}")
-    packaged = [found for found in outcomes if not found.refusals.get("packages", "").startswith(f"{len(PLANS)} of")]
-    useful = {found.family for found in packaged if not (found.refused or found.not_made or found.wrong)}
+    packaged = [
+        found
+        for found in outcomes
+        if not found.refusals.get("packages", "").startswith(f"{len(PLANS)} of")
+    ]
+    useful = {
+        found.family for found in packaged if not (found.refused or found.not_made or found.wrong)
+    }
     unlisted = sorted(useful ^ FAMILIES)
     if unlisted:
         print(f"not as fedsp.deployment.package_check.FAMILIES has it: {', '.join(unlisted)}")

@@ -12,21 +12,39 @@ from support.reference import REFERENCE
 
 
 def real_rows(task: str, count: int) -> list[dict[str, Any]]:
-    path = REFERENCE / "data" / "qa" / task / ("validation.jsonl.gz" if task == "piqa" else "test.jsonl.gz")
+    path = (
+        REFERENCE
+        / "data"
+        / "qa"
+        / task
+        / ("validation.jsonl.gz" if task == "piqa" else "test.jsonl.gz")
+    )
     if not path.exists():
         pytest.skip(f"the real questions are not here: {path}")
     with gzip.open(path, "rt") as file:
         rows = [json.loads(line) for line in file]
-    return sorted(rows, key=lambda row: len(row["context"]) + len(row["question"]) + len("".join(row["choices"])))[:count]
+    return sorted(
+        rows,
+        key=lambda row: len(row["context"]) + len(row["question"]) + len("".join(row["choices"])),
+    )[:count]
 
 
 def hub_schema(task: str, row: dict[str, Any]) -> dict[str, Any]:
     """A plain row as the hub has it."""
     if task == "arc_easy":
         letters = "ABCDE"[: len(row["choices"])]
-        return {"question": row["question"], "choices": {"text": row["choices"], "label": list(letters)}, "answerKey": letters[row["answer"]]}
+        return {
+            "question": row["question"],
+            "choices": {"text": row["choices"], "label": list(letters)},
+            "answerKey": letters[row["answer"]],
+        }
     if task == "piqa":
-        return {"goal": row["question"], "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["answer"]}
+        return {
+            "goal": row["question"],
+            "sol1": row["choices"][0],
+            "sol2": row["choices"][1],
+            "label": row["answer"],
+        }
     wrong = [choice for index, choice in enumerate(row["choices"]) if index != row["answer"]]
     return {
         "support": row["context"],

@@ -1,8 +1,10 @@
-"""`fedsp serve` that kills itself at a boundary of a round, and whose proxy writes down every byte that it sends.
+"""`fedsp serve` that kills itself at a boundary of a round, and whose proxy writes down every byte
+that it sends.
 
     python serve_driver.py KILL RECORD serve run.toml
 
-KILL is `nothing`, or a boundary and a round such as `before-broadcast:2`; RECORD is a file, or `nothing`.
+KILL is `nothing`, or a boundary and a round such as `before-broadcast:2`; RECORD is a file, or
+`nothing`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BOUNDARIES = ("before-broadcast", "after-one-reply", "after-aggregation", "before-checkpoint", "after-checkpoint")
+BOUNDARIES = (
+    "before-broadcast",
+    "after-one-reply",
+    "after-aggregation",
+    "before-checkpoint",
+    "after-checkpoint",
+)
 
 
 def die() -> None:
@@ -58,7 +66,9 @@ def arm(boundary: str, round: int) -> None:
         write = getattr(runs, "write_tensors")
 
         def dying_write(path: Path, *arguments: Any) -> str:
-            here = path.name == f"round-{round:05d}.safetensors" and path.parent.name == "checkpoint"
+            here = (
+                path.name == f"round-{round:05d}.safetensors" and path.parent.name == "checkpoint"
+            )
             if here and boundary == "before-checkpoint":
                 die()
             digest = write(path, *arguments)
@@ -74,10 +84,16 @@ def record(file: str) -> None:
     from fedsp.deployment import serve as deployment
 
     usual = deployment.proxy_command
-    setattr(deployment, "proxy_command", lambda *arguments: [sys.executable, __file__, "proxy", file, *usual(*arguments)[4:]])
+    setattr(
+        deployment,
+        "proxy_command",
+        lambda *arguments: [sys.executable, __file__, "proxy", file, *usual(*arguments)[4:]],
+    )
 
 
-def recording_proxy(file: str, host: str, port: str, superlink: str, folder: str, counts: str) -> None:
+def recording_proxy(
+    file: str, host: str, port: str, superlink: str, folder: str, counts: str
+) -> None:
     """The proxy, with a copy of all that clients are sent."""
     from fedsp.deployment import fleet_proxy as proxy
 

@@ -33,13 +33,20 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
             "test": questions(folder, "test", ROWS[200:212]),
         },
         "partition": {"clients": 3, "server_share": 0.2},
-        "distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "text": [str(EMBEDDED / "public.txt")]},
+        "distill": {
+            "steps": 2,
+            "batch_size": 2,
+            "sequence_length": 32,
+            "text": [str(EMBEDDED / "public.txt")],
+        },
         "prompt": {"length": 4},
         "round": {"rounds": 3},
         "client": {"prompt_steps": 2, "batch_size": 4},
     }
     for section, change in changes.items():
-        values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
+        values[section] = (
+            {**values.get(section, {}), **change} if isinstance(change, dict) else change
+        )
     return values
 
 
@@ -54,7 +61,9 @@ PAPER: dict[str, Any] = {
 def prompt_bits(folder: Path) -> str:
     """The digest of everything a run concludes: its last checkpoint and its best prompt."""
     last = sorted((folder / "checkpoint").glob("*.safetensors"))[-1]
-    return tensors_digest(experiment_tensors(last)) + tensors_digest({"best": read_prompt(folder / "best.safetensors").values()})
+    return tensors_digest(experiment_tensors(last)) + tensors_digest(
+        {"best": read_prompt(folder / "best.safetensors").values()}
+    )
 
 
 def experiment_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -6,7 +6,16 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from fedsp.models.prompted_lm import PromptedLM
 
@@ -25,7 +34,16 @@ _LLAMA: dict[str, Any] = {
 
 FAMILIES: dict[str, Any] = {
     "gpt2": GPT2Config(
-        vocab_size=97, n_embd=32, n_layer=4, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        vocab_size=97,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     ),
     "opt": OPTConfig(
         vocab_size=97,
@@ -49,7 +67,8 @@ FAMILIES: dict[str, Any] = {
 
 
 def tiny_model(family: str, *, seed: int = 0, positions: Any = "hugging_face") -> PromptedLM:
-    """A random model of a family: 4 layers, hidden size 32, 97 tokens; weights large enough that logits differ."""
+    """A random model of a family: 4 layers, hidden size 32, 97 tokens; weights large enough that
+    logits differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(deepcopy(FAMILIES[family]), dtype=torch.float32)

@@ -29,26 +29,49 @@ TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
 @pytest.mark.parametrize("positions", ["hugging_face", "from_zero"])
 @pytest.mark.parametrize("prompted", [True, False])
 @pytest.mark.parametrize("trees", [True, False])
-def test_scores_equal_a_plain_forward_of_each_choice(family: str, positions: str, prompted: bool, packed: bool) -> None:
-    """Contexts read once, choices as branches or behind a cache, and batches by length change nothing but the time: the slow reference reads every pair alone."""
+def test_scores_equal_a_plain_forward_of_each_choice(
+    family: str, positions: str, prompted: bool, packed: bool
+) -> None:
+    """Contexts read once, choices as branches or behind a cache, and batches by length change
+    nothing but the time: the slow reference reads every pair alone."""
     model = tiny_model(family, positions=positions)
     if not packed:
         model.__dict__["room_for_trees"] = 0
     examples = [
-        Example(id="a", context="Question: Is it?\nAnswer:", choices=(" yes", " no, never", " it is"), gold=(1,)),
+        Example(
+            id="a",
+            context="Question: Is it?\nAnswer:",
+            choices=(" yes", " no, never", " it is"),
+            gold=(1,),
+        ),
         Example(id="b", context="Short", choices=(" x", " yy"), gold=(0,)),
-        Example(id="c", context="A rather longer context than the others have", choices=(" one", " two", " one two"), gold=(2,)),
+        Example(
+            id="c",
+            context="A rather longer context than the others have",
+            choices=(" one", " two", " one two"),
+            gold=(2,),
+        ),
         Example(id="d", context="", choices=(" alone", " all"), gold=(0,)),
     ]
     spec = PromptSpec(space="key_value", length=3, model=model.shape)
-    prefix = SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))).values().detach() if prompted else None
+    prefix = (
+        SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)))
+        .values()
+        .detach()
+        if prompted
+        else None
+    )
     scored, dropped = score(model, prefix, examples, LETTERS, max_tokens=40, tokens_per_batch=100)
     assert dropped == 1 and [row.id for row in scored] == ["a", "b", "c", "d"]
     for row, example in zip(scored, examples, strict=True):
-        for found, greedy, choice in zip(row.log_likelihoods, row.greedy, example.choices, strict=True):
+        for found, greedy, choice in zip(
+            row.log_likelihoods, row.greedy, example.choices, strict=True
+        ):
             (pair,) = encode_pairs(LETTERS, [(example.context, choice)], 40)
             with torch.no_grad():
-                logits = model.logits(model(torch.tensor([pair.ids]), None, prefix))[0].log_softmax(dim=-1)
+                logits = model.logits(model(torch.tensor([pair.ids]), None, prefix))[0].log_softmax(
+                    dim=-1
+                )
             wanted = torch.tensor(pair.ids[pair.start :])
             before = logits[pair.start - 1 : len(pair.ids) - 1]
             assert found == pytest.approx(float(before.gather(1, wanted[:, None]).sum()), abs=2e-4)
@@ -60,7 +83,8 @@ def test_a_model_takes_trees_up_to_its_window() -> None:
     assert all(room.values()), room
     model = tiny_model("llama")
     model.model.config.sliding_window = 16
-    model.model.config.sliding_window_pattern = 4  # in EXAONE 4, and with a leading underscore in Gemma 3: not how wide, but at which layers
+    # in EXAONE 4, and with a leading underscore in Gemma 3: not how wide, but at which layers
+    model.model.config.sliding_window_pattern = 4
     assert model.packs_branches == 16
     other = tiny_model("gpt2")
     assert other.packs_branches == other.max_positions
@@ -71,10 +95,16 @@ def test_a_model_takes_trees_up_to_its_window() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_heeds_no_mask_or_no_positions_is_read_row_by_row(family: str, dtype: torch.dtype) -> None:
+def test_a_model_that_heeds_no_mask_or_no_positions_is_read_row_by_row(
+    family: str, dtype: torch.dtype
+) -> None:
     """Also where rounding is coarse, and one number of the states is far larger than the others."""
     made = tiny_model(family).model.to(dtype)
-    last = [parameter for name, parameter in made.base_model.named_parameters() if "norm" in name or "ln_f" in name][-1]
+    last = [
+        parameter
+        for name, parameter in made.base_model.named_parameters()
+        if "norm" in name or "ln_f" in name
+    ][-1]
     with torch.no_grad():
         last[0] = 30.0
     assert PromptedLM(made, family).packs_branches == 128
@@ -97,15 +127,20 @@ def test_a_model_that_heeds_no_mask_or_no_positions_is_read_row_by_row(family: s
         model.backbone.forward = original
 
 
-def test_a_model_that_takes_no_mask_of_ones_own_is_read_behind_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_takes_no_mask_of_ones_own_is_read_behind_a_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model("gpt2")
-    monkeypatch.setattr(model, "read_branches", lambda packed, prefix: torch.zeros(*packed.ids.shape, 32))
+    monkeypatch.setattr(
+        model, "read_branches", lambda packed, prefix: torch.zeros(*packed.ids.shape, 32)
+    )
     assert model.packs_branches == 0
 
 
 @pytest.mark.parametrize("family", ["mistral", "mpt", "bloom", "xglm", "gemma2"])
 def test_a_question_scores_alone_what_it_scores_in_a_batch(family: str) -> None:
-    """Padding between a context and its answers would count as distance in models that measure it by place in the row: windows, ALiBi."""
+    """Padding between a context and its answers would count as distance in models that measure it
+    by place in the row: windows, ALiBi."""
     reference, model = tiny_causal_lm(family), PromptedLM(tiny_causal_lm(family), family)
     examples = [
         Example(id="long", context="abcdefgh", choices=(" x", " y"), gold=(0,)),
@@ -121,11 +156,14 @@ def test_a_question_scores_alone_what_it_scores_in_a_batch(family: str) -> None:
             with torch.no_grad():
                 said = reference(input_ids=row, use_cache=False).logits[0].log_softmax(dim=-1)
             start = len(example.context)
-            assert likelihood == pytest.approx(float(said[start - 1 : -1].gather(1, row[0, start:, None]).sum()), abs=1e-3)
+            assert likelihood == pytest.approx(
+                float(said[start - 1 : -1].gather(1, row[0, start:, None]).sum()), abs=1e-3
+            )
 
 
 def test_a_choice_that_a_merge_swallows_is_scored_by_the_token_that_it_changed() -> None:
-    """`b` and ` x` are one token: behind `ab` nothing is left of the choice. It once counted as certain, and shifted the scores of the other questions."""
+    """`b` and ` x` are one token: behind `ab` nothing is left of the choice. It once counted as
+    certain, and shifted the scores of the other questions."""
     tokenizer: Any = bpe([("b", " "), ("b ", "x")])
     model = PromptedLM(tiny_causal_lm("llama"), "llama")
     examples = [
@@ -140,14 +178,19 @@ def test_a_choice_that_a_merge_swallows_is_scored_by_the_token_that_it_changed()
         assert found.log_likelihoods == pytest.approx(alone.log_likelihoods, abs=1e-4)
     with torch.no_grad():
         said = model.logits(model(torch.tensor([tokenizer.encode("a")])))[0].log_softmax(dim=-1)
-    assert together[0].log_likelihoods[0] == pytest.approx(float(said[0, tokenizer.convert_tokens_to_ids("b x")]), abs=1e-4)
+    assert together[0].log_likelihoods[0] == pytest.approx(
+        float(said[0, tokenizer.convert_tokens_to_ids("b x")]), abs=1e-4
+    )
     assert summarise(together[:1], find_task("completion"))["answer_loss"] > 0
 
 
 @pytest.mark.parametrize("switched", [False, True])
-def test_rotations_that_change_with_the_longest_position_are_those_of_each_row(switched: bool) -> None:
-    """Phi-3's long rope: a row beyond the original length turns on other frequencies, for itself and not for the rows beside it. As in lm-evaluation-harness a row is
-    read without its last token, from which nothing is predicted."""
+def test_rotations_that_change_with_the_longest_position_are_those_of_each_row(
+    switched: bool,
+) -> None:
+    """Phi-3's long rope: a row beyond the original length turns on other frequencies, for itself
+    and not for the rows beside it. As in lm-evaluation-harness a row is read without its last
+    token, from which nothing is predicted."""
     reference, model = (PromptedLM(tiny_causal_lm("phi3", **LONG_ROPE), "phi3") for _ in range(2))
     prefix = torch.randn(3, 4, 2, 2, 8, generator=torch.Generator().manual_seed(0))
     long = "abcdefghijklm" + ("nopq" if switched else "")
@@ -161,9 +204,13 @@ def test_rotations_that_change_with_the_longest_position_are_those_of_each_row(s
             for likelihood, choice in zip(found.log_likelihoods, example.choices, strict=True):
                 row = torch.tensor([LETTERS.encode(example.context + choice)])
                 with torch.no_grad():
-                    said = reference.logits(reference(row[:, :-1], None, front))[0].log_softmax(dim=-1)
+                    said = reference.logits(reference(row[:, :-1], None, front))[0].log_softmax(
+                        dim=-1
+                    )
                 start = len(example.context)
-                assert likelihood == pytest.approx(float(said[start - 1 :].gather(1, row[0, start:, None]).sum()), abs=1e-3)
+                assert likelihood == pytest.approx(
+                    float(said[start - 1 :].gather(1, row[0, start:, None]).sum()), abs=1e-3
+                )
 
 
 @pytest.fixture(scope="module")
@@ -173,18 +220,30 @@ def real_model(science: Path) -> tuple[Any, Tokenizer]:
 
 @pytest.mark.harness
 @pytest.mark.parametrize("name", ["arc_easy", "piqa", "sciq"])
-def test_figures_equal_the_harness_on_200_real_documents(name: str, real_model: tuple[Any, Tokenizer], tmp_path: Path) -> None:
+def test_figures_equal_the_harness_on_200_real_documents(
+    name: str, real_model: tuple[Any, Tokenizer], tmp_path: Path
+) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with the eval extra")
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     model, tokenizer = real_model
     rows = [hub_schema(name, row) for row in real_rows(name, 200)]
-    harness = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=32, device="cpu", max_length=model.max_positions)
-    theirs = simple_evaluate(harness, tasks=[harness_task(name, rows, tmp_path)], bootstrap_iters=0, log_samples=True)
+    harness = HFLM(
+        pretrained=model.model,
+        tokenizer=tokenizer,
+        batch_size=32,
+        device="cpu",
+        max_length=model.max_positions,
+    )
+    theirs = simple_evaluate(
+        harness, tasks=[harness_task(name, rows, tmp_path)], bootstrap_iters=0, log_samples=True
+    )
     assert theirs is not None
     task = find_task(name)
-    scored, _ = score(model, None, examples_of(task, rows), tokenizer, max_tokens=model.max_positions)
+    scored, _ = score(
+        model, None, examples_of(task, rows), tokenizer, max_tokens=model.max_positions
+    )
     samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
     assert len(samples) == len(scored) == 200
     for sample, row in zip(samples, scored, strict=True):

@@ -1,4 +1,5 @@
-"""What clients hold of the global model: bit for bit, and nearly. Distillation changes every number a little, so the first alone says too little."""
+"""What clients hold of the global model: bit for bit, and nearly. Distillation changes every number
+a little, so the first alone says too little."""
 
 from __future__ import annotations
 
@@ -16,18 +17,26 @@ from fedsp.storage import write_json
 
 
 def measure_disclosure(folder: Path) -> dict[str, float]:
-    """The shares of the global model's parameters that the clients of a finished run hold: `disclosed_share` bit for bit, and `nearly_disclosed_share` in
-    tensors whose relative distance from the global one is at most NEAR. Also written to the run's `disclosure.json`.
+    """The shares of the global model's parameters that the clients of a finished run hold:
+    `disclosed_share` bit for bit, and `nearly_disclosed_share` in tensors whose relative distance
+    from the global one is at most NEAR. Also written to the run's `disclosure.json`.
 
     Raises:
-        RunError: there is no finished run, or its auxiliary model is not the one that it was begun with.
+        RunError: there is no finished run, or its auxiliary model is not the one that it was begun
+            with.
     """
     run = RunDirectory.open(folder)
     config, share = run.config, float(run.result()["disclosed_share"])
-    figures = {"disclosed_share": share, "nearly_disclosed_share": share}  # where clients hold nothing, the whole model, or its own layers
-    if find_method(config.method).package and config.partition.clients and config.round.clients != 0:
+    # where clients hold nothing, the whole model, or its own layers
+    figures = {"disclosed_share": share, "nearly_disclosed_share": share}
+    if (
+        find_method(config.method).package
+        and config.partition.clients
+        and config.round.clients != 0
+    ):
         digest, found = _of_package(run.package.resolve(), model_name(config), config.model.device)
-        if config.auxiliary.precision == "float32":  # a run in fewer bits was begun with the rounded numbers
+        # a run in fewer bits was begun with the rounded numbers
+        if config.auxiliary.precision == "float32":
             run.hold({"auxiliary model": digest})
         figures = dict(found)
     write_json(run.path / DISCLOSURE, figures)

@@ -1,8 +1,10 @@
-"""The epsilon that a run can be shown to have cost at least, from canaries: one run, many canaries, each in or out by a coin.
+"""The epsilon that a run can be shown to have cost at least, from canaries: one run, many canaries,
+each in or out by a coin.
 
-T. Steinke, M. Nasr, M. Jagielski. *Privacy Auditing with One (1) Training Run*. NeurIPS 2023. https://arxiv.org/abs/2305.08846. For clients: G. Andrew et
-al. *One-shot Empirical Privacy Estimation for Federated Learning*. ICLR 2024. https://arxiv.org/abs/2302.03098. A lower bound that stays below what is
-promised proves nothing; one above it proves that the promise is broken.
+T. Steinke, M. Nasr, M. Jagielski. *Privacy Auditing with One (1) Training Run*. NeurIPS 2023.
+https://arxiv.org/abs/2305.08846. For clients: G. Andrew et al. *One-shot Empirical Privacy
+Estimation for Federated Learning*. ICLR 2024. https://arxiv.org/abs/2302.03098. A lower bound that
+stays below what is promised proves nothing; one above it proves that the promise is broken.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from fedsp.audit.statistics import exact_interval
 
 @dataclass(frozen=True, kw_only=True)
 class LowerBound:
-    """At `confidence`, epsilon at `delta` is at least this: of `guesses` canaries that were guessed, `right` were right; `most` is what so many could show."""
+    """At `confidence`, epsilon at `delta` is at least this: of `guesses` canaries that were
+    guessed, `right` were right; `most` is what so many could show."""
 
     epsilon: float
     delta: float
@@ -33,13 +36,24 @@ class LowerBound:
     most: float
 
 
-def lower_bound(scores: Sequence[float], included: Sequence[bool], *, delta: float, confidence: float = 0.95, guesses: Sequence[int] = ()) -> LowerBound:
-    """The largest epsilon that the scores refute: the highest are guessed in, the lowest out, and the middle is passed over.
+def lower_bound(
+    scores: Sequence[float],
+    included: Sequence[bool],
+    *,
+    delta: float,
+    confidence: float = 0.95,
+    guesses: Sequence[int] = (),
+) -> LowerBound:
+    """The largest epsilon that the scores refute: the highest are guessed in, the lowest out, and
+    the middle is passed over.
 
-    How many are guessed is chosen among `guesses` (none: a tenth, a fifth, half and all of them) with a Bonferroni correction for the choice.
+    How many are guessed is chosen among `guesses` (none: a tenth, a fifth, half and all of them)
+    with a Bonferroni correction for the choice.
     """
     m = len(scores)
-    choices = sorted({min(m, 2 * max(1, count // 2)) for count in (guesses or (m // 10, m // 5, m // 2, m))})
+    choices = sorted(
+        {min(m, 2 * max(1, count // 2)) for count in guesses or (m // 10, m // 5, m // 2, m)}
+    )
     order = sorted(range(m), key=lambda index: scores[index])
     failure = (1 - confidence) / len(choices)
     found = []
@@ -70,27 +84,37 @@ def _refuted(m: int, guesses: int, right: int, delta: float, failure: float) -> 
         low, high = high, 2 * high
     while high - low > 1e-4:
         middle = (low + high) / 2
-        low, high = (middle, high) if p_value(m, guesses, right, middle, delta) <= failure else (low, middle)
+        low, high = (
+            (middle, high)
+            if p_value(m, guesses, right, middle, delta) <= failure
+            else (low, middle)
+        )
     return low
 
 
 def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """The chance, at most, that a mechanism of (epsilon, delta) lets so many of `guesses` be right, with m canaries in all (theorem 5.2 of the paper)."""
+    """The chance, at most, that a mechanism of (epsilon, delta) lets so many of `guesses` be right,
+    with m canaries in all (theorem 5.2 of the paper)."""
     chance = 1 / (1 + math.exp(-epsilon))
-    tail = binom.sf(np.arange(-1, guesses), guesses, chance).tolist()  # P[Binomial >= v] for v = 0 .. guesses
+    # P[Binomial >= v] for v = 0 .. guesses
+    tail = binom.sf(np.arange(-1, guesses), guesses, chance).tolist()
     worst = max(((tail[right - i] - tail[right]) / i for i in range(1, right + 1)), default=0.0)
     return float(min(1.0, tail[right] + 2 * m * delta * worst))
 
 
 def spheres(count: int, numbers: int, length: float, seed: int) -> Tensor:
-    """Canary updates (count, numbers): uniform on the sphere of this radius, so that two of them are almost at right angles."""
-    rows = torch.randn(count, numbers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Canary updates (count, numbers): uniform on the sphere of this radius, so that two of them
+    are almost at right angles."""
+    rows = torch.randn(
+        count, numbers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     scaled: Tensor = length * rows / rows.norm(dim=1, keepdim=True)
     return scaled
 
 
 def estimated_epsilon(inside: Sequence[float], numbers: int, *, delta: float) -> float:
-    """The client-level estimate of Andrew et al.: cosines of canaries that were in, against the normal of variance 1 / numbers that those left out follow.
+    """The client-level estimate of Andrew et al.: cosines of canaries that were in, against the
+    normal of variance 1 / numbers that those left out follow.
 
     An estimate, no bound: it takes the cosines for normal.
     """
@@ -100,30 +124,56 @@ def estimated_epsilon(inside: Sequence[float], numbers: int, *, delta: float) ->
     low, high = 0.0, 100.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _delta_of(NormalDist(mean, spread), out, middle) > delta else (low, middle)
+        low, high = (
+            (middle, high)
+            if _delta_of(NormalDist(mean, spread), out, middle) > delta
+            else (low, middle)
+        )
     return high
 
 
 def _delta_of(one: NormalDist, other: NormalDist, epsilon: float, points: int = 4001) -> float:
-    """The larger of the two deltas at which neither normal is more than e^epsilon likelier than the other, by the trapezoid rule."""
+    """The larger of the two deltas at which neither normal is more than e^epsilon likelier than the
+    other, by the trapezoid rule."""
     low = min(one.mean - 10 * one.stdev, other.mean - 10 * other.stdev)
     high = max(one.mean + 10 * one.stdev, other.mean + 10 * other.stdev)
     x = torch.linspace(low, high, points, dtype=torch.float64)
-    p, q = (torch.exp(-(((x - normal.mean) / normal.stdev) ** 2) / 2) / (normal.stdev * math.sqrt(2 * math.pi)) for normal in (one, other))
+    p, q = (
+        torch.exp(-(((x - normal.mean) / normal.stdev) ** 2) / 2)
+        / (normal.stdev * math.sqrt(2 * math.pi))
+        for normal in (one, other)
+    )
     factor = math.exp(epsilon)
-    return max(float(torch.trapezoid((p - factor * q).clamp_min(0), x)), float(torch.trapezoid((q - factor * p).clamp_min(0), x)))
+    return max(
+        float(torch.trapezoid((p - factor * q).clamp_min(0), x)),
+        float(torch.trapezoid((q - factor * p).clamp_min(0), x)),
+    )
 
 
-def two_worlds_bound(inside: Sequence[float], outside: Sequence[float], *, delta: float, confidence: float = 0.95) -> float:
-    """The largest epsilon refuted by many runs with a unit and many without it: the first half of both chooses the threshold, the second half is counted,
-    with Clopper-Pearson intervals (Jagielski, Ullman and Oprea, NeurIPS 2020, https://arxiv.org/abs/2006.07709)."""
-    halves = [(list(scores[: len(scores) // 2]), list(scores[len(scores) // 2 :])) for scores in (inside, outside)]
+def two_worlds_bound(
+    inside: Sequence[float], outside: Sequence[float], *, delta: float, confidence: float = 0.95
+) -> float:
+    """The largest epsilon refuted by many runs with a unit and many without it: the first half of
+    both chooses the threshold, the second half is counted, with Clopper-Pearson intervals
+    (Jagielski, Ullman and Oprea, NeurIPS 2020, https://arxiv.org/abs/2006.07709)."""
+    halves = [
+        (list(scores[: len(scores) // 2]), list(scores[len(scores) // 2 :]))
+        for scores in (inside, outside)
+    ]
     (chosen_in, counted_in), (chosen_out, counted_out) = halves
 
     def gap(threshold: float) -> float:
-        return sum(score > threshold for score in chosen_in) / len(chosen_in) - sum(score > threshold for score in chosen_out) / len(chosen_out)
+        return sum(score > threshold for score in chosen_in) / len(chosen_in) - sum(
+            score > threshold for score in chosen_out
+        ) / len(chosen_out)
 
     threshold = max(sorted([*chosen_in, *chosen_out]), key=gap)
-    hits, false = sum(score > threshold for score in counted_in), sum(score > threshold for score in counted_out)
-    least, most = exact_interval(hits, len(counted_in), confidence)[0], exact_interval(false, len(counted_out), confidence)[1]
+    hits, false = (
+        sum(score > threshold for score in counted_in),
+        sum(score > threshold for score in counted_out),
+    )
+    least, most = (
+        exact_interval(hits, len(counted_in), confidence)[0],
+        exact_interval(false, len(counted_out), confidence)[1],
+    )
     return max(0.0, math.log(max(least - delta, 1e-300) / most))

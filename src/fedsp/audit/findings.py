@@ -1,4 +1,5 @@
-"""What audits found, as tables for people, each with what must be known to read it: from the files that they leave in a run's folder."""
+"""What audits found, as tables for people, each with what must be known to read it: from the files
+that they leave in a run's folder."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from fedsp.errors import RunError
 from fedsp.experiments.run_directory import read_json
 
 DISCLOSURE, DEPTHS, MEMBERSHIP, INVERSION, MODEL, EPSILON, TRAP = (
-    f"{name}.json" for name in ("disclosure", "depths", "membership", "inversion", "model", "epsilon", "trap")
+    f"{name}.json"
+    for name in ("disclosure", "depths", "membership", "inversion", "model", "epsilon", "trap")
 )
 NEAR = 0.1
 """Relative distance of a tensor up to which it counts as nearly disclosed."""
@@ -51,14 +53,23 @@ def found_tables(folder: Path) -> dict[str, list[Finding]]:
             try:
                 tables[name] = tables_of(figures)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise RunError(f"{folder / file} is not what fedsp wrote ({error!r}): measure it again with `fedsp audit {folder} --only {name}`") from error
+                raise RunError(
+                    f"{folder / file} is not what fedsp wrote ({error!r}): measure it again with"
+                    f" `fedsp audit {folder} --only {name}`"
+                ) from error
     return tables
 
 
 def disclosure_tables(figures: Figures) -> list[Finding]:
     """How much of the global model do clients hold?"""
-    row = {"bit for bit": f"{figures['disclosed_share']:.1%}", "nearly": f"{figures['nearly_disclosed_share']:.1%}"}
-    note = f"Nearly: in tensors whose distance from the global model's is at most {NEAR:.0%} of their length. Distillation changes every number a little."
+    row = {
+        "bit for bit": f"{figures['disclosed_share']:.1%}",
+        "nearly": f"{figures['nearly_disclosed_share']:.1%}",
+    }
+    note = (
+        f"Nearly: in tensors whose distance from the global model's is at most {NEAR:.0%} of their"
+        " length. Distillation changes every number a little."
+    )
     return [Finding("the global model's parameters that clients hold", [row], note)]
 
 
@@ -68,30 +79,57 @@ def membership_tables(figures: Figures) -> list[Finding]:
 
     def row(head: dict[str, Any], found: Mapping[str, Any], **tail: str) -> dict[str, Any]:
         limits = (
-            {"AUC at most, by epsilon": f"{found['auc_ceiling']:.3f}", "found at most, by epsilon": f"{found['hits_at_1_ceiling']:.1%}"}
+            {
+                "AUC at most, by epsilon": f"{found['auc_ceiling']:.3f}",
+                "found at most, by epsilon": f"{found['hits_at_1_ceiling']:.1%}",
+            }
             if private and "auc_ceiling" in found
             else {}
         )
-        return head | {"AUC": interval(found["auc"], "{:.3f}"), "found at 1 % false alarms": interval(found["hits_at_1"], "{:.1%}"), **limits, **tail}
+        return head | {
+            "AUC": interval(found["auc"], "{:.3f}"),
+            "found at 1 % false alarms": interval(found["hits_at_1"], "{:.1%}"),
+            **limits,
+            **tail,
+        }
 
-    title = f"who was trained on, by {figures['shadows']} shadow runs and {figures['records']} records" + (
-        f", epsilon = {figures['epsilon']:.3g}" if private else ", no differential privacy"
+    title = (
+        f"who was trained on, by {figures['shadows']} shadow runs and {figures['records']} records"
+        + (f", epsilon = {figures['epsilon']:.3g}" if private else ", no differential privacy")
     )
-    few = " With fewer than 16 shadow runs the likelihood ratios (LiRA) are weak." if figures["shadows"] < 16 else ""
+    few = (
+        " With fewer than 16 shadow runs the likelihood ratios (LiRA) are weak."
+        if figures["shadows"] < 16
+        else ""
+    )
     note = (
-        "AUC: the chance that an example that was trained on scores higher than one that was not; 0.5 is guessing. In brackets 95 % intervals. `fedsp.audit.membership` "
-        f"names the attacks and their papers. What no attack finds here another may find.{few}"
+        "AUC: the chance that an example that was trained on scores higher than one that was not;"
+        " 0.5 is guessing. In brackets 95 % intervals. `fedsp.audit.membership` names the attacks"
+        f" and their papers. What no attack finds here another may find.{few}"
     )
-    controls = [row({"control": name}, found, verdict="holds" if holds(found) else "FAILS") for name, found in figures["controls"].items()]
+    controls = [
+        row({"control": name}, found, verdict="holds" if holds(found) else "FAILS")
+        for name, found in figures["controls"].items()
+    ]
     learned = row(
-        {"control": "half of some examples learned by heart"}, figures["power"], verdict="is seen" if figures["power"]["auc"][1] > 0.5 else "IS NOT SEEN"
+        {"control": "half of some examples learned by heart"},
+        figures["power"],
+        verdict="is seen" if figures["power"]["auc"][1] > 0.5 else "IS NOT SEEN",
     )
     return [
-        Finding(title, [row({"who": found["observer"], "attack": found["attack"]}, found) for found in figures["rows"]], note),
+        Finding(
+            title,
+            [
+                row({"who": found["observer"], "attack": found["attack"]}, found)
+                for found in figures["rows"]
+            ],
+            note,
+        ),
         Finding(
             "controls, in which there is nothing to find",
             controls,
-            "One that fails makes the audit invalid, unless by chance, as one of three does in one audit of seven: take more --records or --shadows.",
+            "One that fails makes the audit invalid, unless by chance, as one of three does in one"
+            " audit of seven: take more --records or --shadows.",
         ),
         Finding("power: what there is to find must be seen", [learned]),
     ]
@@ -109,7 +147,11 @@ def inversion_tables(figures: Figures) -> list[Finding]:
         {
             "what is seen": found["level"],
             "attack": found["attack"],
-            "tokens read back": interval(found["tokens"], "{:.0%}") if found["read"] > 1 else f"{found['tokens'][0]:.0%}",
+            "tokens read back": (
+                interval(found["tokens"], "{:.0%}")
+                if found["read"] > 1
+                else f"{found['tokens'][0]:.0%}"
+            ),
             "a guess has": f"{found['guess']:.0%}",
             "whole texts": "-" if found["texts"] is None else interval(found["texts"], "{:.0%}"),
             "ROUGE-L": "-" if found["rouge"] is None else f"{found['rouge']:.2f}",
@@ -118,15 +160,24 @@ def inversion_tables(figures: Figures) -> list[Finding]:
         for found in figures["rows"]
     ]
     note = (
-        "A guess sees nothing and knows which tokens are common at each place of such texts, counted on these very texts; only what is above it was read out of a "
-        "change. Looked at: so many texts, or clients' updates. Of a residual prompt the first 4 tokens of each text are sought. A row that names an epsilon shows what the "
-        "noise of one such release leaves, whatever this run promises."
+        "A guess sees nothing and knows which tokens are common at each place of such texts,"
+        " counted on these very texts; only what is above it was read out of a change. Looked at:"
+        " so many texts, or clients' updates. Of a residual prompt the first 4 tokens of each text"
+        " are sought. A row that names an epsilon shows what the noise of one such release leaves,"
+        " whatever this run promises."
     )
     candidates = figures["candidates"]
-    picked = {"texts": candidates["texts"], "the right one of ten": interval(candidates["right"], "{:.0%}"), "a guess has": f"{candidates['guess']:.0%}"}
+    picked = {
+        "texts": candidates["texts"],
+        "the right one of ten": interval(candidates["right"], "{:.0%}"),
+        "a guess has": f"{candidates['guess']:.0%}",
+    }
     return [
         Finding("tokens read back out of a prompt's change", rows, note),
-        Finding("ten plausible texts, one of them trained on, and a client's update: which was it?", [picked]),
+        Finding(
+            "ten plausible texts, one of them trained on, and a client's update: which was it?",
+            [picked],
+        ),
     ]
 
 
@@ -134,7 +185,11 @@ def model_tables(figures: Figures) -> list[Finding]:
     """What does a client learn of the model?"""
     shares = {
         name: f"{figures[key]:.0%}"
-        for name, key in (("bit for bit", "disclosed_share"), ("nearly", "nearly_disclosed_share"), ("same next token", "agreement"))
+        for name, key in (
+            ("bit for bit", "disclosed_share"),
+            ("nearly", "nearly_disclosed_share"),
+            ("same next token", "agreement"),
+        )
     }
     numbers = {
         "embedding distance": "embedding_distance",
@@ -145,7 +200,12 @@ def model_tables(figures: Figures) -> list[Finding]:
         "KL, nats": "kl",
         "CKA of states": "cka",
     }
-    package = {"plan": str(figures["plan"]), "embeddings": figures["embeddings"], **shares, **{name: f"{figures[key]:.3g}" for name, key in numbers.items()}}
+    package = {
+        "plan": str(figures["plan"]),
+        "embeddings": figures["embeddings"],
+        **shares,
+        **{name: f"{figures[key]:.3g}" for name, key in numbers.items()},
+    }
     gap = {
         "federated prompt, global model": f"{figures['federated_loss']:.3f}",
         "a client alone, its package fine-tuned": f"{figures['client_alone_loss']:.3f}",
@@ -164,31 +224,54 @@ def model_tables(figures: Figures) -> list[Finding]:
         Finding(
             "the package",
             [package],
-            "On public text that the distillation did not read. CKA (centred kernel alignment): 1 where two sets of vectors differ by a rotation and a scale, 0 where nothing is alike.",
+            "On public text that the distillation did not read. CKA (centred kernel alignment): 1"
+            " where two sets of vectors differ by a rotation and a scale, 0 where nothing is"
+            " alike.",
         ),
         Finding(
             "answer loss on the test questions, nats",
             [gap],
-            "Above zero the federation serves a client better than its package does. Below zero the package is worth more to a client by itself than the federation gives it.",
+            "Above zero the federation serves a client better than its package does. Below zero the"
+            " package is worth more to a client by itself than the federation gives it.",
         ),
         Finding(
             "perplexity of an attacker who trains on",
             attacker,
-            f"The global model has {figures['global_perplexity']:.4g}. Share of the way from nothing to it that the package spares the attacker; above 100 % the attacker's model is the better one on this text.",
+            f"The global model has {figures['global_perplexity']:.4g}. Share of the way from"
+            " nothing to it that the package spares the attacker; above 100 % the attacker's model"
+            " is the better one on this text.",
         ),
     ]
 
 
 def trap_tables(figures: Figures) -> list[Finding]:
     """What would a dishonest owner of the model learn?"""
-    private = "no differential privacy" if figures["epsilon"] is None else f"epsilon = {figures['epsilon']:.3g}"
+    private = (
+        "no differential privacy"
+        if figures["epsilon"] is None
+        else f"epsilon = {figures['epsilon']:.3g}"
+    )
     rows = [
-        {"examples of a client": f"{row['examples']:.0f}", "words": row["words"], "told rightly": interval(row["right"], "{:.0%}"), "by guessing": "50%"}
+        {
+            "examples of a client": f"{row['examples']:.0f}",
+            "words": row["words"],
+            "told rightly": interval(row["right"], "{:.0%}"),
+            "by guessing": "50%",
+        }
         for row in figures["rows"]
     ]
-    looked = [{"package": name, "unusual": "; ".join(found) or "nothing"} for name, found in figures["unusual"].items()]
-    title = f"a package made to tell words: {figures['clients']} clients, one round of {figures['steps']} steps of {figures['batch_size']} examples, {private}"
-    note = "Of each word, whether it stands in the client's text; half of them do. One way to make such a package, and not the best: others may read more, or be harder to see."
+    looked = [
+        {"package": name, "unusual": "; ".join(found) or "nothing"}
+        for name, found in figures["unusual"].items()
+    ]
+    title = (
+        f"a package made to tell words: {figures['clients']} clients, one round of"
+        f" {figures['steps']} steps of {figures['batch_size']} examples, {private}"
+    )
+    note = (
+        "Of each word, whether it stands in the client's text; half of them do. One way to make"
+        " such a package, and not the best: others may read more, or be harder to see."
+    )
     return [Finding(title, rows, note), Finding("what `fedsp inspect` says of it", looked)]
 
 
@@ -202,9 +285,14 @@ def epsilon_tables(figures: Figures) -> list[Finding]:
         "canaries": figures["canaries"],
         "guessed": figures["guesses"],
         "right": figures["right"],
-        "verdict": "BROKEN: more was given away than promised" if figures["broken"] else "not refuted",
+        "verdict": (
+            "BROKEN: more was given away than promised" if figures["broken"] else "not refuted"
+        ),
     }
-    note = f"Canaries: {figures['canaries_are']}; score: {figures['score']}. A bound above the promise proves that it is broken; one below it proves nothing."
+    note = (
+        f"Canaries: {figures['canaries_are']}; score: {figures['score']}. A bound above the promise"
+        " proves that it is broken; one below it proves nothing."
+    )
     return [Finding("the promise, held against canaries", [row], note)]
 
 

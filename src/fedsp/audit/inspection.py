@@ -1,7 +1,10 @@
-"""What a package looks like to whoever is handed it: whether it reads text as a language model does, or was made by hand for something else.
+"""What a package looks like to whoever is handed it: whether it reads text as a language model
+does, or was made by hand for something else.
 
-A dishonest owner of the model can make a package whose answers tell which words stand in a client's text (`fedsp.audit.trap`). What was made clumsily for that is
-seen in its weights, its attention, and what it makes of text. That nothing is seen is no proof: a trap can be hidden in a model that reads well.
+A dishonest owner of the model can make a package whose answers tell which words stand in a client's
+text (`fedsp.audit.trap`). What was made clumsily for that is seen in its weights, its attention,
+and what it makes of text. That nothing is seen is no proof: a trap can be hidden in a model that
+reads well.
 """
 
 from __future__ import annotations
@@ -23,29 +26,39 @@ from fedsp.models.trainable import trainable
 from fedsp.training.per_example_gradients import example_gradients
 
 SEQUENCE, SEQUENCES, VIRTUAL = 64, 16, 16
-"""Tokens of a sequence that is read, sequences, and virtual tokens of the prompt that gradients are taken of."""
+"""Tokens of a sequence that is read, sequences, and virtual tokens of the prompt that gradients are
+taken of."""
 SMALLEST = 16
 """Rows and columns that a matrix must have for its numbers to have a distribution."""
 SHAPE, SCALE = ("largest", "rank_share"), ("deviation",)
-"""What a matrix shares with one of its family that was never trained, and what only with one of a trained model."""
+"""What a matrix shares with one of its family that was never trained, and what only with one of a
+trained model."""
 LIMITS: dict[str, tuple[float, str]] = {
     "tensor_distance": (3.0, "a weight matrix is unlike what its family makes"),
     "zero_share": (0.1, "numbers of a weight matrix are exactly zero"),
-    "excess_loss": (3.0, "it reads text far worse than a guess that takes all tokens for equally likely"),
+    "excess_loss": (
+        3.0,
+        "it reads text far worse than a guess that takes all tokens for equally likely",
+    ),
     "dead_head_share": (0.25, "attention heads look at all text alike"),
     "saturated_head_share": (0.5, "attention heads look at one token alone"),
     "silent_gradient_share": (0.1, "numbers of a prompt have no influence on any text"),
     "alike_gradients": (0.95, "all texts pull a prompt the same way"),
 }
-"""How large each figure may be, and what is said of one that is larger. Above those of every honest package that was measured (docs/results/privacy.md), with room."""
+"""How large each figure may be, and what is said of one that is larger. Above those of every honest
+package that was measured (docs/results/privacy.md), with room."""
 
 
-def inspect_auxiliary(auxiliary: AuxiliaryModel, text: str, reference: PromptedLM | None = None) -> dict[str, Any]:
+def inspect_auxiliary(
+    auxiliary: AuxiliaryModel, text: str, reference: PromptedLM | None = None
+) -> dict[str, Any]:
     """Figures of a package on some text, nobody's or one's own: nothing leaves this process.
 
-    `tensors` has a row for each weight matrix, the unlikeliest first; `attention` one for each depth, or none where the family's code does not show it; `figures`
-    those of LIMITS with `perplexity` and `unigram_perplexity`, what somebody has who knows how frequent each token of this very text is; `unusual` a sentence for each
-    figure beyond its limit. With a `reference`, a model that is trusted, matrices are held against those of its layers as well.
+    `tensors` has a row for each weight matrix, the unlikeliest first; `attention` one for each
+    depth, or none where the family's code does not show it; `figures` those of LIMITS with
+    `perplexity` and `unigram_perplexity`, what somebody has who knows how frequent each token of
+    this very text is; `unusual` a sentence for each figure beyond its limit. With a `reference`, a
+    model that is trusted, matrices are held against those of its layers as well.
 
     Raises:
         DataError: the text has too few tokens.
@@ -67,10 +80,20 @@ def inspect_auxiliary(auxiliary: AuxiliaryModel, text: str, reference: PromptedL
         "alike_gradients": alike,
     }
     unusual = [
-        f"{sentence} ({name} {figures[name]:.3g}, usual is at most {limit:g})" for name, (limit, sentence) in LIMITS.items() if not figures[name] <= limit
+        f"{sentence} ({name} {figures[name]:.3g}, usual is at most {limit:g})"
+        for name, (limit, sentence) in LIMITS.items()
+        if not figures[name] <= limit
     ]
-    perplexities = {"perplexity": math.exp(min(loss, 700.0)), "unigram_perplexity": math.exp(unigram)}
-    return {"figures": figures | perplexities, "unusual": unusual, "tensors": tensors, "attention": attention}
+    perplexities = {
+        "perplexity": math.exp(min(loss, 700.0)),
+        "unigram_perplexity": math.exp(unigram),
+    }
+    return {
+        "figures": figures | perplexities,
+        "unusual": unusual,
+        "tensors": tensors,
+        "attention": attention,
+    }
 
 
 def _sequences(auxiliary: AuxiliaryModel, text: str) -> Tensor:
@@ -78,19 +101,36 @@ def _sequences(auxiliary: AuxiliaryModel, text: str) -> Tensor:
     length = min(SEQUENCE, auxiliary.max_positions - VIRTUAL)
     (ids,) = encode_texts(auxiliary.tokenizer, [text[: 40 * SEQUENCES * SEQUENCE]])
     if len(ids) < SEQUENCES * length:
-        raise DataError(f"the text to inspect with has {len(ids)} tokens, expected at least {SEQUENCES * length}: give a longer one with --text")
+        raise DataError(
+            f"the text to inspect with has {len(ids)} tokens, expected at least"
+            f" {SEQUENCES * length}: give a longer one with --text"
+        )
     return torch.tensor(ids[: SEQUENCES * length], device=auxiliary.device).view(SEQUENCES, length)
 
 
 def _tensors(auxiliary: AuxiliaryModel, reference: PromptedLM | None) -> list[dict[str, Any]]:
     family = _looks(empty_auxiliary(auxiliary.model.config, auxiliary.plan))
     trusted = _looks(reference.model) if reference else {}
-    reduced = set(embedding_parameters(auxiliary.model)) if auxiliary.embeddings == "low_rank" else set()  # of a low rank on purpose, as the package says
+    # of a low rank on purpose, as the package says
+    reduced = (
+        set(embedding_parameters(auxiliary.model)) if auxiliary.embeddings == "low_rank" else set()
+    )
     rows = []
     for name, look in _looks(auxiliary.model).items():
         shape = [key for key in SHAPE if not (name in reduced and key == "rank_share")]
-        others = [_distance(look, other, [*shape, *SCALE]) for other_name, other in trusted.items() if _kind(other_name) == _kind(name)]
-        rows.append({"tensor": name, **look, "from_family": _distance(look, family[name], shape), "from_reference": min(others, default=None)})
+        others = [
+            _distance(look, other, [*shape, *SCALE])
+            for other_name, other in trusted.items()
+            if _kind(other_name) == _kind(name)
+        ]
+        rows.append(
+            {
+                "tensor": name,
+                **look,
+                "from_family": _distance(look, family[name], shape),
+                "from_reference": min(others, default=None),
+            }
+        )
     return sorted(rows, key=_farthest, reverse=True)
 
 
@@ -106,8 +146,9 @@ def _kind(name: str) -> str:
 
 @torch.no_grad()
 def _looks(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Of each weight matrix (N, D): the standard deviation of its numbers, the largest of them in standard deviations, the share of exact zeros, and the effective
-    rank (Roy and Vetterli, EUSIPCO 2007) as a share of the largest possible."""
+    """Of each weight matrix (N, D): the standard deviation of its numbers, the largest of them in
+    standard deviations, the share of exact zeros, and the effective rank (Roy and Vetterli, EUSIPCO
+    2007) as a share of the largest possible."""
     found = {}
     for name, parameter in trainable(model).items():
         if parameter.dim() < 2 or min(parameter.shape) < SMALLEST:
@@ -137,49 +178,80 @@ def _distance(one: Mapping[str, float], other: Mapping[str, float], keys: Sequen
 
 @torch.no_grad()
 def _attention(auxiliary: AuxiliaryModel, texts: Tensor) -> list[dict[str, Any]]:
-    """For each depth, how many heads spread alike over all they may look at whatever stands there (dead), and how many put nearly all of it on one token."""
+    """For each depth, how many heads spread alike over all they may look at whatever stands there
+    (dead), and how many put nearly all of it on one token."""
     usual = auxiliary.model.config._attn_implementation
     try:
         auxiliary.model.set_attn_implementation("eager")
-        output = auxiliary.backbone(input_ids=texts, attention_mask=torch.ones_like(texts), output_attentions=True, use_cache=False)
+        output = auxiliary.backbone(
+            input_ids=texts,
+            attention_mask=torch.ones_like(texts),
+            output_attentions=True,
+            use_cache=False,
+        )
     except (ValueError, TypeError, NotImplementedError):
         return []
     finally:
         auxiliary.model.set_attn_implementation(usual)
     shown = getattr(output, "attentions", None)
     rows = []
-    for depth, weights in enumerate(shown if shown and all(part is not None for part in shown) else ()):
-        late = weights.float()[:, :, texts.shape[1] // 4 :]  # (B, H, Q, T): the first tokens have little to look at
-        seen = torch.arange(texts.shape[1] // 4 + 1, texts.shape[1] + 1, device=late.device)[:, None]
+    for depth, weights in enumerate(
+        shown if shown and all(part is not None for part in shown) else ()
+    ):
+        # (B, H, Q, T): the first tokens have little to look at
+        late = weights.float()[:, :, texts.shape[1] // 4 :]
+        seen = torch.arange(texts.shape[1] // 4 + 1, texts.shape[1] + 1, device=late.device)[
+            :, None
+        ]
         places = torch.arange(texts.shape[1], device=late.device)[None]
         even = (places < seen) / seen
         moved = 0.5 * (late - even).abs().sum(dim=-1).mean(dim=(0, 2))  # (H,)
         top = late.amax(dim=-1).mean(dim=(0, 2))
         rows.append(
-            {"depth": depth, "heads": len(top), "dead": int((moved < 0.01).sum()), "saturated": int((top > 0.99).sum()), "largest_share": float(top.max())}
+            {
+                "depth": depth,
+                "heads": len(top),
+                "dead": int((moved < 0.01).sum()),
+                "saturated": int((top > 0.99).sum()),
+                "largest_share": float(top.max()),
+            }
         )
     return rows
 
 
 @torch.no_grad()
 def _losses(auxiliary: AuxiliaryModel, texts: Tensor) -> tuple[float, float, float]:
-    """Nats per token: the package's, those of the tokens' own frequencies, and of a guess that takes all for equally likely."""
+    """Nats per token: the package's, those of the tokens' own frequencies, and of a guess that
+    takes all for equally likely."""
     logits = auxiliary.logits(auxiliary(texts)[:, :-1])
     counts = torch.bincount(texts.flatten()).double()
     shares = counts[counts > 0] / counts.sum()
-    return float(cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten())), float(-(shares * shares.log()).sum()), math.log(logits.shape[-1])
+    return (
+        float(cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten())),
+        float(-(shares * shares.log()).sum()),
+        math.log(logits.shape[-1]),
+    )
 
 
 def _gradients(auxiliary: AuxiliaryModel, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """With a prompt of a text's own activations: the share of its numbers that no text's loss depends on, and how far the texts' gradients are alike, 0 where they are at
-    right angles to each other and 1 where they are one."""
+    """With a prompt of a text's own activations: the share of its numbers that no text's loss
+    depends on, and how far the texts' gradients are alike, 0 where they are at right angles to each
+    other and 1 where they are one."""
     spec = PromptSpec(space="residual", length=VIRTUAL, model=auxiliary.prompt_shape)
     layers = list(auxiliary.prompt_layers)
     values = torch.zeros(spec.shape)
-    values[:, layers] = auxiliary.activations(torch.tensor(rows[0][:VIRTUAL], device=auxiliary.device))[0].cpu()
+    values[:, layers] = auxiliary.activations(
+        torch.tensor(rows[0][:VIRTUAL], device=auxiliary.device)
+    )[0].cpu()
     prompt = SoftPrompt(spec, values).to(auxiliary.device)
     examples = [Encoded(tuple(row), len(row) - 8) for row in rows]
-    gradients = torch.cat([example_gradients(auxiliary, prompt, collate([example]))[1] for example in examples])[:, :, sorted(set(layers))].flatten(1).double()
+    gradients = (
+        torch.cat(
+            [example_gradients(auxiliary, prompt, collate([example]))[1] for example in examples]
+        )[:, :, sorted(set(layers))]
+        .flatten(1)
+        .double()
+    )
     largest = gradients.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)
     silent = float((gradients.abs() <= 1e-9 * largest).all(dim=0).double().mean())
     unit = gradients / gradients.norm(dim=1, keepdim=True).clamp_min(1e-300)

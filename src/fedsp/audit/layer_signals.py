@@ -1,4 +1,5 @@
-"""How signals grow or fade along the depths of an auxiliary model in which layers are shared: hidden states forward, gradients backward."""
+"""How signals grow or fade along the depths of an auxiliary model in which layers are shared:
+hidden states forward, gradients backward."""
 
 from __future__ import annotations
 
@@ -27,11 +28,14 @@ EXAMPLES = 32
 
 
 def measure_depths(folder: Path) -> list[dict[str, Any]]:
-    """One row for each depth of a finished run's auxiliary model, at its first client, with the last prompt in front of that client's own examples: with the
-    weights as handed out (`package`), and with those that the client has after its last round (`client`, the same where client.auxiliary_steps is 0).
+    """One row for each depth of a finished run's auxiliary model, at its first client, with the
+    last prompt in front of that client's own examples: with the weights as handed out (`package`),
+    and with those that the client has after its last round (`client`, the same where
+    client.auxiliary_steps is 0).
 
-    `hidden_scale` is the root mean square of a number of the block's input; `gradient_norm` the norm of the loss's gradient with respect to that input,
-    over the batch. The last row is behind the last block. The rows are also written to the run's `depths.json`.
+    `hidden_scale` is the root mean square of a number of the block's input; `gradient_norm` the
+    norm of the loss's gradient with respect to that input, over the batch. The last row is behind
+    the last block. The rows are also written to the run's `depths.json`.
 
     Raises:
         RunError: there is no finished run of FedSP with clients in the folder.
@@ -46,7 +50,11 @@ def measure_depths(folder: Path) -> list[dict[str, Any]]:
     client = clients.party(min(clients.register))
     client.prompt.load(read_prompt(prompts[-1]).payload())
     rows = [{"weights": "package", **row} for row in _profile(client)]
-    own = entries_below(client.store.load(before=config.round.rounds + 1), "auxiliary") if config.client.auxiliary_steps else {}
+    own = (
+        entries_below(client.store.load(before=config.round.rounds + 1), "auxiliary")
+        if config.client.auxiliary_steps
+        else {}
+    )
     with client.own_weights(own, auxiliary.weights()):
         rows += [{"weights": "client", **row} for row in _profile(client)]
     write_json(run.path / DEPTHS, {"rows": rows})
@@ -60,8 +68,14 @@ def check_depths(run: RunDirectory) -> None:
         RunError: there is no finished run of FedSP with clients in the folder.
     """
     run.result()
-    if not find_method(run.config.method).deployable or not run.config.partition.clients or run.config.round.clients == 0:
-        raise RunError(f"{run.path} is no run of FedSP with clients: there is no auxiliary model to look at")
+    if (
+        not find_method(run.config.method).deployable
+        or not run.config.partition.clients
+        or run.config.round.clients == 0
+    ):
+        raise RunError(
+            f"{run.path} is no run of FedSP with clients: there is no auxiliary model to look at"
+        )
 
 
 def _profile(client: Party) -> list[dict[str, Any]]:
@@ -69,7 +83,9 @@ def _profile(client: Party) -> list[dict[str, Any]]:
     batch = collate(client.examples[:EXAMPLES]).to(model.device)
     real = batch.attention_mask.bool()
     with gradients_set(model.trained().values(), True):
-        states = hidden_at_depths(model, batch.input_ids, batch.attention_mask, client.prompt.prefix(model))
+        states = hidden_at_depths(
+            model, batch.input_ids, batch.attention_mask, client.prompt.prefix(model)
+        )
         gradients = torch.autograd.grad(states_loss(model, states[-1], batch), states)
     return [
         {

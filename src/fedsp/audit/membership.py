@@ -1,4 +1,5 @@
-"""Membership: how well can somebody tell whether an example was trained on? For each who sees something, with each attack that what they see allows.
+"""Membership: how well can somebody tell whether an example was trained on? For each who sees
+something, with each attack that what they see allows.
 
 observer          sees
 server            each client's update, round by round
@@ -8,11 +9,15 @@ outsider          the answers of the global model behind the last prompt
 
 attack            score, high for a member
 loss              minus the loss (Yeom et al. 2018, https://arxiv.org/abs/1709.01604)
-calibrated        how far the loss fell from what it was before any tuning (Watson et al. 2022, https://arxiv.org/abs/2111.08440)
-LiRA              likelihood ratio of the calibrated loss, normals fitted to the shadows with and without it (Carlini et al. 2022)
-RMIA              the share of the population whose likelihood rose less (Zarifzadeh et al. 2024, https://arxiv.org/abs/2312.03262)
+calibrated        how far the loss fell from what it was before any tuning (Watson et al. 2022,
+                  https://arxiv.org/abs/2111.08440)
+LiRA              likelihood ratio of the calibrated loss, normals fitted to the shadows with and
+                  without it (Carlini et al. 2022)
+RMIA              the share of the population whose likelihood rose less (Zarifzadeh et al. 2024,
+                  https://arxiv.org/abs/2312.03262)
 cosine            how far the update points the way the example pulls
-cosine, others    the same against the updates of the clients that do not hold it (FedMIA, https://arxiv.org/abs/2402.06289)
+cosine, others    the same against the updates of the clients that do not hold it (FedMIA,
+                  https://arxiv.org/abs/2402.06289)
 cosine, LiRA      the likelihood ratio of the cosine
 """
 
@@ -30,8 +35,25 @@ import numpy as np
 import torch
 
 from fedsp.audit.findings import MEMBERSHIP
-from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, losses_under, open_audited, promised, train_shadow
-from fedsp.audit.statistics import Marks, Numbers, ScoreSummary, auc_ceiling, ceiling, summarise_scores
+from fedsp.audit.shadows import (
+    Opened,
+    Shadow,
+    alignment,
+    changes_of,
+    encoded_rows,
+    losses_under,
+    open_audited,
+    promised,
+    train_shadow,
+)
+from fedsp.audit.statistics import (
+    Marks,
+    Numbers,
+    ScoreSummary,
+    auc_ceiling,
+    ceiling,
+    summarise_scores,
+)
 from fedsp.data.encoding import Encoded, training_batches
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError, RunError
@@ -43,23 +65,35 @@ from fedsp.training.loop import Optimisation, answer_loss, fit
 
 ROUNDS = 4
 LEARNED, LEARNING = 16, 80
-"""Rows of the power test, of which every other one is learned by heart, and the steps that takes."""
+"""Rows of the power test, of which every other one is learned by heart, and the steps that takes.
+"""
 
 
-def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None, callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """The audit of a finished run, also written to its `membership.json`: a row for each observer and attack, and the controls. Shadows train on halves of
-    all examples; with `most`, only so many of them are looked at.
+def audit_membership(
+    folder: Path, *, shadows: int = 16, most: int | None = None, callbacks: Callbacks | None = None
+) -> dict[str, Any]:
+    """The audit of a finished run, also written to its `membership.json`: a row for each observer
+    and attack, and the controls. Shadows train on halves of all examples; with `most`, only so many
+    of them are looked at.
 
     Raises:
-        RunError: there is no finished run of FedSP with simulated clients, or too few records to tell anything.
+        RunError: there is no finished run of FedSP with simulated clients, or too few records to
+            tell anything.
         ConfigurationError: fewer than four shadows, or scikit-learn is not there.
     """
     check_membership(shadows)
     callbacks = callbacks or Callbacks()
     opened = open_audited(folder, callbacks)
     held, count = encoded_rows(opened), len(opened.rows)
-    looked_at = sorted(random.Random(derive_seed(opened.run.config.seed, "audited")).sample(range(count), min(most or count, count)))
-    rows, holders = [held[index] for index in looked_at], [opened.holders[index] for index in looked_at]
+    looked_at = sorted(
+        random.Random(derive_seed(opened.run.config.seed, "audited")).sample(
+            range(count), min(most or count, count)
+        )
+    )
+    rows, holders = (
+        [held[index] for index in looked_at],
+        [opened.holders[index] for index in looked_at],
+    )
     seen: dict[str, list[Numbers]] = {}
     coins: list[Marks] = []
     asked: list[Marks] = []
@@ -88,7 +122,10 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         if _comparable(scores := _where(every, asked), members)
     ]
     if not table:
-        raise RunError(f"{folder}: too few of the {len(rows)} records are held by clients that answered: take more --records")
+        raise RunError(
+            f"{folder}: too few of the {len(rows)} records are held by clients that answered: take"
+            " more --records"
+        )
     figures = {
         "shadows": shadows,
         "records": len(rows),
@@ -97,8 +134,12 @@ def audit_membership(folder: Path, *, shadows: int = 16, most: int | None = None
         "rows": table,
         "controls": {
             "bag of words, blind": asdict(summarise_scores(*_blind(rows, coins))),
-            "before any tuning": asdict(summarise_scores(_where([-seen["outsider before"][0]] * shadows, asked), members)),
-            "who was in the shadow before": asdict(summarise_scores(_where(seen["server"], asked), [coins[-1], *coins[:-1]])),
+            "before any tuning": asdict(
+                summarise_scores(_where([-seen["outsider before"][0]] * shadows, asked), members)
+            ),
+            "who was in the shadow before": asdict(
+                summarise_scores(_where(seen["server"], asked), [coins[-1], *coins[:-1]])
+            ),
         },
         "power": asdict(_power(opened, rows)),
     }
@@ -113,38 +154,55 @@ def check_membership(shadows: int) -> None:
         ConfigurationError: fewer than four shadows, or scikit-learn is not installed.
     """
     if shadows < 4:
-        raise ConfigurationError(f"--shadows {shadows}: the likelihoods of members and others need at least 4")
+        raise ConfigurationError(
+            f"--shadows {shadows}: the likelihoods of members and others need at least 4"
+        )
     if find_spec("sklearn") is None:
-        raise ConfigurationError("scikit-learn is not installed: the blind control of the membership audit needs `pip install 'fedsp[study]'`")
+        raise ConfigurationError(
+            "scikit-learn is not installed: the blind control of the membership audit needs `pip"
+            " install 'fedsp[study]'`"
+        )
 
 
 def _where(scores: list[Numbers], asked: list[Marks]) -> list[Numbers]:
-    """Scores of records whose client answered in the shadow, and nothing for the others: it is no secret that a silent client's were not trained on."""
+    """Scores of records whose client answered in the shadow, and nothing for the others: it is no
+    secret that a silent client's were not trained on."""
     return [np.where(there, row, np.nan) for row, there in zip(scores, asked, strict=True)]
 
 
 def _comparable(scores: list[Numbers], members: list[Marks]) -> bool:
-    """Whether members and others have scores in any shadow: where one client answers a round, nothing can be held against the others' answers."""
-    return any(len(set(marks[~np.isnan(row)])) == 2 for row, marks in zip(scores, members, strict=True))
+    """Whether members and others have scores in any shadow: where one client answers a round,
+    nothing can be held against the others' answers."""
+    return any(
+        len(set(marks[~np.isnan(row)])) == 2 for row, marks in zip(scores, members, strict=True)
+    )
 
 
 def _before(opened: Opened, shadow: Shadow, rows: list[Encoded]) -> dict[str, Numbers]:
     """The losses of each row (N,) before any tuning."""
-    return {f"{name} before": _losses(opened, name, shadow.broadcasts[0], rows) for name in ("outsider", "client")}
+    return {
+        f"{name} before": _losses(opened, name, shadow.broadcasts[0], rows)
+        for name in ("outsider", "client")
+    }
 
 
 def _power(opened: Opened, rows: list[Encoded]) -> ScoreSummary:
-    """Whether the audit sees what is there: a prompt that has learned half of some rows by heart, and how far the loss of each fell."""
+    """Whether the audit sees what is there: a prompt that has learned half of some rows by heart,
+    and how far the loss of each fell."""
     rng = random.Random(derive_seed(opened.run.config.seed, "power"))
     drawn = rng.sample(rows, min(LEARNED, len(rows) // 2 * 2))
     inside = [index % 2 == 0 for index in range(len(drawn))]
     prompt = opened.federation.clients.party(opened.holders[0]).prompt
     before = losses_under(opened.auxiliary, prompt, opened.start, drawn)
     learned = [row for row, there in zip(drawn, inside, strict=True) if there]
-    batches = training_batches(learned, steps=LEARNING, batch_size=len(learned), seed=opened.run.config.seed)
+    batches = training_batches(
+        learned, steps=LEARNING, batch_size=len(learned), seed=opened.run.config.seed
+    )
     fit(
         prompt.trained(),
-        lambda batch: answer_loss(opened.auxiliary, prompt.prefix(opened.auxiliary), batch.to(opened.auxiliary.device)),
+        lambda batch: answer_loss(
+            opened.auxiliary, prompt.prefix(opened.auxiliary), batch.to(opened.auxiliary.device)
+        ),
         batches,
         Optimisation(learning_rate=0.1),
     )
@@ -154,17 +212,29 @@ def _power(opened: Opened, rows: list[Encoded]) -> ScoreSummary:
 
 def _losses(opened: Opened, observer: str, payload: Payload, rows: list[Encoded]) -> Numbers:
     client = opened.federation.clients.party(opened.holders[0]).prompt
-    model, prompt = (opened.federation.model, opened.federation.messenger) if observer == "outsider" else (opened.auxiliary, client)
+    model, prompt = (
+        (opened.federation.model, opened.federation.messenger)
+        if observer == "outsider"
+        else (opened.auxiliary, client)
+    )
     assert isinstance(prompt, SoftPrompt)
     return losses_under(model, prompt, payload, rows).double().numpy()
 
 
-def _seen(opened: Opened, shadow: Shadow, rows: list[Encoded], holders: list[str]) -> dict[str, Numbers]:
-    """What the observers see of each row (N,) in one shadow: losses after the last round, and cosines, means over at most ROUNDS rounds, first and last among them."""
+def _seen(
+    opened: Opened, shadow: Shadow, rows: list[Encoded], holders: list[str]
+) -> dict[str, Numbers]:
+    """What the observers see of each row (N,) in one shadow: losses after the last round, and
+    cosines, means over at most ROUNDS rounds, first and last among them."""
     clients = sorted(set(opened.holders))
     prompt = opened.federation.clients.party(clients[0]).prompt
     count = len(shadow.updates)
-    looked_at = sorted({round(place * (count - 1) / max(1, min(ROUNDS, count) - 1)) for place in range(min(ROUNDS, count))})
+    looked_at = sorted(
+        {
+            round(place * (count - 1) / max(1, min(ROUNDS, count) - 1))
+            for place in range(min(ROUNDS, count))
+        }
+    )
     holder = torch.tensor([clients.index(client) for client in holders])
     single, sums = [], []
     for number in looked_at:
@@ -174,9 +244,13 @@ def _seen(opened: Opened, shadow: Shadow, rows: list[Encoded], holders: list[str
         silent = torch.tensor([client not in shadow.updates[number] for client in clients])
         single.append(cosines[:, :-1].masked_fill(silent, torch.nan))
         sums.append(cosines[:, -1])
-    each = torch.stack(single).nanmean(dim=0)  # (N, C), no number for a client that was silent in all of these rounds
+    # (N, C), no number for a client that was silent in all of these rounds
+    each = torch.stack(single).nanmean(dim=0)
     own = each.gather(1, holder[:, None])[:, 0]
-    found = {"server": own.double().numpy(), "server, sums": torch.stack(sums).mean(dim=0).double().numpy()}
+    found = {
+        "server": own.double().numpy(),
+        "server, sums": torch.stack(sums).mean(dim=0).double().numpy(),
+    }
     for observer in ("outsider", "client"):
         found[observer] = _losses(opened, observer, shadow.broadcasts[-1], rows)
     if len(clients) > 2:
@@ -187,11 +261,16 @@ def _seen(opened: Opened, shadow: Shadow, rows: list[Encoded], holders: list[str
     return found
 
 
-def _scores(seen: dict[str, list[Numbers]], members: list[Marks]) -> dict[tuple[str, str], list[Numbers]]:
+def _scores(
+    seen: dict[str, list[Numbers]], members: list[Marks]
+) -> dict[tuple[str, str], list[Numbers]]:
     """The scores of each attack (K of N)."""
     scores: dict[tuple[str, str], list[Numbers]] = {}
     for observer in ("outsider", "client"):
-        fell = [before - after for before, after in zip(seen[f"{observer} before"], seen[observer], strict=True)]
+        fell = [
+            before - after
+            for before, after in zip(seen[f"{observer} before"], seen[observer], strict=True)
+        ]
         scores[observer, "loss"] = [-after for after in seen[observer]]
         scores[observer, "calibrated"] = fell
         scores[observer, "LiRA"] = likelihood_ratios(fell, members)
@@ -205,28 +284,41 @@ def _scores(seen: dict[str, list[Numbers]], members: list[Marks]) -> dict[tuple[
 
 
 def likelihood_ratios(values: list[Numbers], members: list[Marks]) -> list[Numbers]:
-    """LiRA, online, each shadow the target once: log of how much likelier a value is with the record than without, by the other shadows. With so few shadows
-    the variance is one for all records; what a shadow's values have in common says nothing of any of them, and is taken out."""
+    """LiRA, online, each shadow the target once: log of how much likelier a value is with the
+    record than without, by the other shadows. With so few shadows the variance is one for all
+    records; what a shadow's values have in common says nothing of any of them, and is taken out."""
     table, marks = np.stack([some - np.nanmedian(some) for some in values]), np.stack(members)
     scores = []
     for target in range(len(table)):
         rest = np.arange(len(table)) != target
-        inside, outside = (np.where(marks[rest] == side, table[rest], np.nan) for side in (True, False))
+        inside, outside = (
+            np.where(marks[rest] == side, table[rest], np.nan) for side in (True, False)
+        )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a record that is in all of the others, or in none
+            # a record that is in all of the others, or in none
+            warnings.simplefilter("ignore", RuntimeWarning)
             means = [np.nanmean(some, axis=0) for some in (inside, outside)]
-        means = [np.where(np.isnan(mean), np.nanmean(some), mean) for mean, some in zip(means, (inside, outside), strict=True)]
-        variances = [
-            float(np.nansum((some - mean) ** 2)) / max(1, int((~np.isnan(some)).sum(axis=0).clip(1).sum()) - some.shape[1]) + 1e-12
+        means = [
+            np.where(np.isnan(mean), np.nanmean(some), mean)
             for mean, some in zip(means, (inside, outside), strict=True)
         ]
-        normals = [-((table[target] - mean) ** 2) / (2 * variance) - np.log(variance) / 2 for mean, variance in zip(means, variances, strict=True)]
+        variances = [
+            float(np.nansum((some - mean) ** 2))
+            / max(1, int((~np.isnan(some)).sum(axis=0).clip(1).sum()) - some.shape[1])
+            + 1e-12
+            for mean, some in zip(means, (inside, outside), strict=True)
+        ]
+        normals = [
+            -((table[target] - mean) ** 2) / (2 * variance) - np.log(variance) / 2
+            for mean, variance in zip(means, variances, strict=True)
+        ]
         scores.append(normals[0] - normals[1])
     return scores
 
 
 def relative_ratios(losses: list[Numbers]) -> list[Numbers]:
-    """RMIA, online: how likely a record is under the target, against its mean over the other shadows, ranked among all records."""
+    """RMIA, online: how likely a record is under the target, against its mean over the other
+    shadows, ranked among all records."""
     table = np.exp(-np.stack(losses))
     scores = []
     for target in range(len(table)):
@@ -237,15 +329,26 @@ def relative_ratios(losses: list[Numbers]) -> list[Numbers]:
 
 
 def _blind(rows: list[Encoded], coins: list[Marks]) -> tuple[list[Numbers], list[Marks]]:
-    """Scores, of one half of the records, by a classifier that has learned from the other half and sees words alone, never a model: where it can tell, the coins
-    were none and the audit says nothing. (Folds with as many members each would pull a blind score below chance.)"""
+    """Scores, of one half of the records, by a classifier that has learned from the other half and
+    sees words alone, never a model: where it can tell, the coins were none and the audit says
+    nothing. (Folds with as many members each would pull a blind score below chance.)"""
     from sklearn.feature_extraction import DictVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    words = DictVectorizer().fit_transform([{str(token): count for token, count in Counter(row.ids).items()} for row in rows])
+    words = DictVectorizer().fit_transform(
+        [{str(token): count for token, count in Counter(row.ids).items()} for row in rows]
+    )
     learned = np.random.default_rng(0).random(len(rows)) < 0.5
     few = coins[:4]
     if any(len(set(marks[learned])) < 2 for marks in few):
-        raise RunError(f"{len(rows)} records are too few for a membership audit: take more --records, or a run with more text")
-    scores = [LogisticRegression(C=0.1, max_iter=200).fit(words[learned], marks[learned]).decision_function(words) for marks in few]
+        raise RunError(
+            f"{len(rows)} records are too few for a membership audit: take more --records, or a run"
+            " with more text"
+        )
+    scores = [
+        LogisticRegression(C=0.1, max_iter=200)
+        .fit(words[learned], marks[learned])
+        .decision_function(words)
+        for marks in few
+    ]
     return [np.where(learned, np.nan, row) for row in scores], few

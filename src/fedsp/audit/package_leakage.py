@@ -1,4 +1,5 @@
-"""What a client learns of the global model from its package: what is in it, what it can do, and what an attacker gains by starting from it."""
+"""What a client learns of the global model from its package: what is in it, what it can do, and
+what an attacker gains by starting from it."""
 
 from __future__ import annotations
 
@@ -19,32 +20,46 @@ from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
 from fedsp.experiments.server_setup import public_sequences, score_test, unread_sequences
 from fedsp.federation.callbacks import Callbacks
-from fedsp.models.auxiliary import AuxiliaryModel, disclosed_share, empty_auxiliary, nearly_disclosed_share
+from fedsp.models.auxiliary import (
+    AuxiliaryModel,
+    disclosed_share,
+    empty_auxiliary,
+    nearly_disclosed_share,
+)
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.trainable import trainable
 from fedsp.storage import write_json
 from fedsp.training.loop import Optimisation, fit, states_loss
 
 HELD_BACK = 32
-"""Sequences of public text that neither the distillation nor an attacker has read: figures on what the package was fitted to would flatter it."""
+"""Sequences of public text that neither the distillation nor an attacker has read: figures on what
+the package was fitted to would flatter it."""
 
 
-def audit_model(folder: Path, *, steps: Sequence[int] = (0, 30, 120), callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """The audit of a finished run, also written to its `model.json`. `steps` are those of an attacker who trains on with public text.
+def audit_model(
+    folder: Path, *, steps: Sequence[int] = (0, 30, 120), callbacks: Callbacks | None = None
+) -> dict[str, Any]:
+    """The audit of a finished run, also written to its `model.json`. `steps` are those of an
+    attacker who trains on with public text.
 
     Raises:
-        RunError: there is no finished run of FedSP with simulated clients, or no public text that was not read, or no test questions with choices.
+        RunError: there is no finished run of FedSP with simulated clients, or no public text that
+            was not read, or no test questions with choices.
     """
     callbacks = callbacks or Callbacks()
     opened = open_audited(folder, callbacks)
     if "answer_loss" not in opened.run.result().get("test", {}):
-        raise RunError(f"{folder} was not measured on test questions with choices, so no gap can be measured: name data.test")
+        raise RunError(
+            f"{folder} was not measured on test questions with choices, so no gap can be measured:"
+            " name data.test"
+        )
     auxiliary, model = opened.auxiliary, opened.server.model
     assert isinstance(auxiliary, AuxiliaryModel)
     held, public = unread_sequences(opened.server, HELD_BACK), public_sequences(opened.server)
     if len(held) < HELD_BACK:
         raise RunError(
-            f"{folder}: the distillation has read all public text but {len(held)} sequences, the audit needs {HELD_BACK} that it has not: lower distill.sequences, or add text"
+            f"{folder}: the distillation has read all public text but {len(held)} sequences, the"
+            f" audit needs {HELD_BACK} that it has not: lower distill.sequences, or add text"
         )
     figures: dict[str, Any] = {
         "embeddings": auxiliary.embeddings,
@@ -57,45 +72,62 @@ def audit_model(folder: Path, *, steps: Sequence[int] = (0, 30, 120), callbacks:
     callbacks.say("what is in the package and what it can do is measured")
     figures |= _gap(opened)
     callbacks.say("a client's own fine-tuned package is measured")
-    figures["extraction"] = _extraction(auxiliary, public, held, figures["global_perplexity"], steps, opened.run.config.seed)
+    figures["extraction"] = _extraction(
+        auxiliary, public, held, figures["global_perplexity"], steps, opened.run.config.seed
+    )
     write_json(opened.run.path / MODEL, figures)
     return figures
 
 
 def _embeddings(auxiliary: PromptedLM, model: PromptedLM) -> dict[str, float]:
-    """How near the embeddings of tokens are: relative distance as they are, and after the best rotation (Procrustes); linear CKA, which no rotation changes."""
-    mine, theirs = (some.model.get_input_embeddings().weight.detach().double().cpu() for some in (auxiliary, model))
+    """How near the embeddings of tokens are: relative distance as they are, and after the best
+    rotation (Procrustes); linear CKA, which no rotation changes."""
+    mine, theirs = (
+        some.model.get_input_embeddings().weight.detach().double().cpu()
+        for some in (auxiliary, model)
+    )
     left, _, right = torch.linalg.svd(mine.T @ theirs)
     centred, other = mine - mine.mean(dim=0), theirs - theirs.mean(dim=0)
     return {
         "embedding_distance": float((mine - theirs).norm() / theirs.norm()),
-        "embedding_distance_aligned": float((mine @ (left @ right) - theirs).norm() / theirs.norm()),
+        "embedding_distance_aligned": float(
+            (mine @ (left @ right) - theirs).norm() / theirs.norm()
+        ),
         "embedding_cka": linear_cka(centred, other),
     }
 
 
 def linear_cka(one: Tensor, other: Tensor) -> float:
-    """Linear centred kernel alignment of two centred tables of features (N, D) and (N, E) (Kornblith et al., ICML 2019, https://arxiv.org/abs/1905.00414)."""
+    """Linear centred kernel alignment of two centred tables of features (N, D) and (N, E)
+    (Kornblith et al., ICML 2019, https://arxiv.org/abs/1905.00414)."""
     return float((one.T @ other).norm() ** 2 / ((one.T @ one).norm() * (other.T @ other).norm()))
 
 
 @torch.no_grad()
-def _capability(auxiliary: PromptedLM, model: PromptedLM, texts: Sequence[Sequence[int]]) -> dict[str, float]:
-    """On public text: perplexities, KL(global || auxiliary) in nats per token, agreement of the likeliest next token, and CKA of the last states."""
+def _capability(
+    auxiliary: PromptedLM, model: PromptedLM, texts: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """On public text: perplexities, KL(global || auxiliary) in nats per token, agreement of the
+    likeliest next token, and CKA of the last states."""
     loss, own, divergence, agreed, count = 0.0, 0.0, 0.0, 0, 0
     states: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(texts), 8):
         batch = pad(texts[start : start + 8], model.device)
         hidden = [some(batch.ids, batch.mask) for some in (auxiliary, model)]
         real = batch.mask[:, 1:].bool()
-        said = [torch.log_softmax(some.logits(states_[:, :-1][real]), dim=-1) for some, states_ in zip((auxiliary, model), hidden, strict=True)]
+        said = [
+            torch.log_softmax(some.logits(states_[:, :-1][real]), dim=-1)
+            for some, states_ in zip((auxiliary, model), hidden, strict=True)
+        ]
         wanted = batch.ids[:, 1:][real]
         own -= float(said[0].gather(1, wanted[:, None]).sum())
         loss -= float(said[1].gather(1, wanted[:, None]).sum())
         divergence += float(kl_div(said[0], said[1], log_target=True, reduction="sum"))
         agreed += int((said[0].argmax(dim=1) == said[1].argmax(dim=1)).sum())
         count += len(wanted)
-        states.append((hidden[0][:, :-1][real].double().cpu(), hidden[1][:, :-1][real].double().cpu()))
+        states.append(
+            (hidden[0][:, :-1][real].double().cpu(), hidden[1][:, :-1][real].double().cpu())
+        )
     mine, theirs = (torch.cat([pair[side] for pair in states]) for side in (0, 1))
     return {
         "auxiliary_perplexity": float(torch.tensor(own / count).exp()),
@@ -107,22 +139,32 @@ def _capability(auxiliary: PromptedLM, model: PromptedLM, texts: Sequence[Sequen
 
 
 def _gap(opened: Opened) -> dict[str, float]:
-    """Answer loss on the test questions of the global model with the federated prompt, and of the package as its first client fine-tunes it alone, with as many
-    steps as it takes in the run. The gap must be above zero, or a client has no reason to keep to the federation."""
+    """Answer loss on the test questions of the global model with the federated prompt, and of the
+    package as its first client fine-tunes it alone, with as many steps as it takes in the run. The
+    gap must be above zero, or a client has no reason to keep to the federation."""
     config, server, auxiliary = opened.run.config, opened.server, opened.auxiliary
     dataset = server.dataset
     assert isinstance(auxiliary, AuxiliaryModel)
     rows = opened.federation.clients.party(min(dataset.partition.clients)).examples
     package = auxiliary.weights()
     steps = config.round.rounds * config.client.prompt_steps
-    batches = training_batches(rows, steps=steps, batch_size=config.client.batch_size, seed=derive_seed(config.seed, "alone"))
+    batches = training_batches(
+        rows,
+        steps=steps,
+        batch_size=config.client.batch_size,
+        seed=derive_seed(config.seed, "alone"),
+    )
     fit(
         trainable(auxiliary.model),
-        lambda batch: states_loss(auxiliary, auxiliary(batch.input_ids, batch.attention_mask), batch),
+        lambda batch: states_loss(
+            auxiliary, auxiliary(batch.input_ids, batch.attention_mask), batch
+        ),
         batches,
         Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1, total_steps=steps),
     )
-    alone, _ = score_test(auxiliary, None, dataset.test, dataset.task, server.tokenizer, server.max_tokens)
+    alone, _ = score_test(
+        auxiliary, None, dataset.test, dataset.task, server.tokenizer, server.max_tokens
+    )
     auxiliary.load_weights(package)
     federated = opened.run.result()["test"]
     return {
@@ -133,15 +175,26 @@ def _gap(opened: Opened) -> dict[str, float]:
 
 
 def _extraction(
-    auxiliary: AuxiliaryModel, public: Sequence[Sequence[int]], held: Sequence[Sequence[int]], best: float, steps: Sequence[int], seed: int
+    auxiliary: AuxiliaryModel,
+    public: Sequence[Sequence[int]],
+    held: Sequence[Sequence[int]],
+    best: float,
+    steps: Sequence[int],
+    seed: int,
 ) -> list[dict[str, float]]:
-    """Perplexity on held-back public text of an attacker who trains the package on, and of one who starts the same architecture from nothing, with the same
-    steps; the advantage is the share of the way from the second to the global model that the package gives."""
+    """Perplexity on held-back public text of an attacker who trains the package on, and of one who
+    starts the same architecture from nothing, with the same steps; the advantage is the share of
+    the way from the second to the global model that the package gives."""
     found: dict[tuple[str, int], float] = {}
     package = auxiliary.weights()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "nothing"))
-        nothing = {name: parameter.detach() for name, parameter in trainable(empty_auxiliary(auxiliary.model.config, auxiliary.plan)).items()}
+        nothing = {
+            name: parameter.detach()
+            for name, parameter in trainable(
+                empty_auxiliary(auxiliary.model.config, auxiliary.plan)
+            ).items()
+        }
     for start, weights in (("package", package), ("nothing", nothing)):
         auxiliary.load_weights(weights)
         done = 0
@@ -156,7 +209,10 @@ def _extraction(
             "tokens": number * 8 * len(public[0]),
             "from_package": found["package", number],
             "from_nothing": found["nothing", number],
-            "advantage": (found["nothing", number] - found["package", number]) / (found["nothing", number] - best),
+            "advantage": (
+                (found["nothing", number] - found["package", number])
+                / (found["nothing", number] - best)
+            ),
         }
         for number in sorted(steps)
     ]
@@ -168,7 +224,12 @@ def _train_on(model: AuxiliaryModel, texts: Sequence[Sequence[int]], steps: int,
     def loss(indices: list[int]) -> Tensor:
         return _next_token_loss(model, [texts[index] for index in indices])
 
-    fit(trainable(model.model), loss, [rng.sample(range(len(texts)), 8) for _ in range(steps)], Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1))
+    fit(
+        trainable(model.model),
+        loss,
+        [rng.sample(range(len(texts)), 8) for _ in range(steps)],
+        Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
+    )
 
 
 def _next_token_loss(model: PromptedLM, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -180,5 +241,8 @@ def _next_token_loss(model: PromptedLM, texts: Sequence[Sequence[int]]) -> Tenso
 
 @torch.no_grad()
 def _perplexity(model: PromptedLM, texts: Sequence[Sequence[int]]) -> float:
-    losses = [float(_next_token_loss(model, texts[start : start + 8])) for start in range(0, len(texts), 8)]
+    losses = [
+        float(_next_token_loss(model, texts[start : start + 8]))
+        for start in range(0, len(texts), 8)
+    ]
     return float(torch.tensor(sum(losses) / len(losses)).exp())

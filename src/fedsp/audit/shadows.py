@@ -1,7 +1,9 @@
-"""Shadow runs: the finished run's configuration, trained anew through the same code on independent random halves of the clients' text.
+"""Shadow runs: the finished run's configuration, trained anew through the same code on independent
+random halves of the clients' text.
 
-Each shadow is the target once and the others then know what members and non-members look like (Carlini et al., S&P 2022,
-https://arxiv.org/abs/2112.03570). Only prompts are trained, so a shadow costs as little as a run without its tests.
+Each shadow is the target once and the others then know what members and non-members look like
+(Carlini et al., S&P 2022, https://arxiv.org/abs/2112.03570). Only prompts are trained, so a shadow
+costs as little as a run without its tests.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from fedsp.training.per_example_gradients import example_gradients, example_loss
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A finished run of FedSP with everything needed to run it again, the rows that its clients hold, each with its holder, and the prompt that it began with."""
+    """A finished run of FedSP with everything needed to run it again, the rows that its clients
+    hold, each with its holder, and the prompt that it began with."""
 
     run: RunDirectory
     server: Server
@@ -56,7 +59,8 @@ class Opened:
 
 @dataclass(frozen=True)
 class Shadow:
-    """What a shadow run leaves: who is in (N,), the broadcast of each round and the last prompt, and each client's update by round."""
+    """What a shadow run leaves: who is in (N,), the broadcast of each round and the last prompt,
+    and each client's update by round."""
 
     included: Tensor
     broadcasts: list[Payload]
@@ -64,27 +68,41 @@ class Shadow:
 
     @property
     def answered(self) -> set[str]:
-        """The clients that answered in any round: of the others' text nothing was seen, and nothing was trained on."""
+        """The clients that answered in any round: of the others' text nothing was seen, and nothing
+        was trained on."""
         return {client for said in self.updates for client in said}
 
 
 def check_audited(run: RunDirectory) -> None:
-    """Whether a run can be opened and run again on halves of its clients' text, by its configuration.
+    """Whether a run can be opened and run again on halves of its clients' text, by its
+    configuration.
 
     Raises:
-        RunError: it is not finished, or no run of FedSP with clients whose text is here, or its weights were held in few bits.
+        RunError: it is not finished, or no run of FedSP with clients whose text is here, or its
+            weights were held in few bits.
     """
     config, folder = run.config, run.path
     run.result()
     if not find_method(config.method).deployable:
-        raise RunError(f"{folder} is a run of method = {config.method!r}: this audit is for 'fedsp'")
+        raise RunError(
+            f"{folder} is a run of method = {config.method!r}: this audit is for 'fedsp'"
+        )
     if config.federation:
-        raise RunError(f"{folder} was deployed, and its clients' text is not here: audit a run of the same configuration with simulated clients")
+        raise RunError(
+            f"{folder} was deployed, and its clients' text is not here: audit a run of the same"
+            " configuration with simulated clients"
+        )
     if not config.partition.clients or config.round.clients == 0:
         raise RunError(f"{folder} asked no clients: there is nobody whose text could be told")
-    if config.model.precision in ("8bit", "4bit") or config.model.device == "split" or config.auxiliary.precision != "float32":
+    if (
+        config.model.precision in ("8bit", "4bit")
+        or config.model.device == "split"
+        or config.auxiliary.precision != "float32"
+    ):
         raise RunError(
-            f"{folder} held weights in few bits, or in several places, and this audit compares and trains them: run it with model.precision = 'auto' and auxiliary.precision = 'float32'"
+            f"{folder} held weights in few bits, or in several places, and this audit compares and"
+            " trains them: run it with model.precision = 'auto' and auxiliary.precision ="
+            " 'float32'"
         )
 
 
@@ -92,25 +110,45 @@ def open_audited(folder: Path, callbacks: Callbacks) -> Opened:
     """A finished run, opened again.
 
     Raises:
-        RunError: it is none that can be audited, or its text or its auxiliary model is not what it was begun with.
+        RunError: it is none that can be audited, or its text or its auxiliary model is not what it
+            was begun with.
     """
     run = RunDirectory.open(folder)
     check_audited(run)
     config = run.config
     if config.auxiliary.folder:
-        config = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(run.package)})})
+        config = config.model_copy(
+            update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(run.package)})}
+        )
     server = open_server(config, load_dataset(config, run.partition()))
     federation = build_federation(server, run, callbacks, None)
     assert federation.package is not None
-    run.hold({"data.train": rows_digest(server.dataset.train), "auxiliary model": federation.package.digest()})
-    held = [(row, client) for client, rows in sorted(server.dataset.partition.clients.items()) for row in rows]
+    run.hold(
+        {
+            "data.train": rows_digest(server.dataset.train),
+            "auxiliary model": federation.package.digest(),
+        }
+    )
+    held = [
+        (row, client)
+        for client, rows in sorted(server.dataset.partition.clients.items())
+        for row in rows
+    ]
     start = {name: tensor.clone() for name, tensor in federation.messenger.payload().items()}
-    return Opened(run=run, server=server, federation=federation, rows=[row for row, _ in held], holders=[client for _, client in held], start=start)
+    return Opened(
+        run=run,
+        server=server,
+        federation=federation,
+        rows=[row for row, _ in held],
+        holders=[client for _, client in held],
+        start=start,
+    )
 
 
 def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shadow:
-    """One shadow: each row is in with one half, drawn from the run's seed and the shadow's number; everything else is the run's own, in all its rounds or in the first
-    few. All start from one prompt, whatever was tried in between."""
+    """One shadow: each row is in with one half, drawn from the run's seed and the shadow's number;
+    everything else is the run's own, in all its rounds or in the first few. All start from one
+    prompt, whatever was tried in between."""
     config, server = opened.run.config, opened.server
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "shadow", index))
     included = torch.rand(len(opened.rows), generator=generator) < 0.5
@@ -118,7 +156,12 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
     for row, client, there in zip(opened.rows, opened.holders, included.tolist(), strict=True):
         if there:
             members[client].append(row)
-    dataset = replace(server.dataset, partition=Partition(server.dataset.partition.server, [], {k: v for k, v in members.items() if v}))
+    dataset = replace(
+        server.dataset,
+        partition=Partition(
+            server.dataset.partition.server, [], {k: v for k, v in members.items() if v}
+        ),
+    )
     broadcasts: list[Payload] = []
     updates: list[dict[str, Payload]] = []
     with tempfile.TemporaryDirectory(prefix="fedsp-shadow-") as temporary:
@@ -136,54 +179,100 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
         def transport(requests: list[Request]) -> Iterable[Update | Failure]:
             replies = list(inner(requests))
             broadcasts.append(requests[0].payload if requests else {})
-            updates.append({reply.client: reply.payload for reply in replies if isinstance(reply, Update)})
+            updates.append(
+                {reply.client: reply.payload for reply in replies if isinstance(reply, Update)}
+            )
             return replies
 
-        own = encode_targets(server.tokenizer, dataset.held(dataset.partition.server), server.max_tokens)
-        party = Party(id="server", model=opened.federation.model, messenger=opened.federation.messenger, examples=own, store=run.state_store("server"))
+        own = encode_targets(
+            server.tokenizer, dataset.held(dataset.partition.server), server.max_tokens
+        )
+        party = Party(
+            id="server",
+            model=opened.federation.model,
+            messenger=opened.federation.messenger,
+            examples=own,
+            store=run.state_store("server"),
+        )
         observed: Transport = transport
         settings = round_config(seeded, run, len(clients.register))
         settings = replace(settings, rounds=min(rounds or settings.rounds, settings.rounds))
-        begin = RunState(round=0, payload=opened.start, best=opened.start, best_round=0, best_loss=None)
+        begin = RunState(
+            round=0, payload=opened.start, best=opened.start, best_round=0, best_loss=None
+        )
         final = federate(
-            opened.federation.clients.method, party, clients.register, observed, settings, state=begin, validate=lambda payload: 0.0, save=lambda *_: None
+            opened.federation.clients.method,
+            party,
+            clients.register,
+            observed,
+            settings,
+            state=begin,
+            validate=lambda payload: 0.0,
+            save=lambda *_: None,
         )
     return Shadow(included, [*broadcasts, final.payload], updates)
 
 
 def promised(opened: Opened, shadow: Shadow) -> float:
-    """The epsilon that a shadow run itself promises of an example, for the halves that its clients hold; infinite where it promises none."""
+    """The epsilon that a shadow run itself promises of an example, for the halves that its clients
+    hold; infinite where it promises none."""
     config = opened.run.config
     privacy = example_privacy(agreement_of(config, opened.server.max_tokens))
     if privacy is None:
         return math.inf
     spent = [0.0]
     for client in sorted(set(opened.holders)):
-        size = sum(there for there, holder in zip(shadow.included.tolist(), opened.holders, strict=True) if holder == client)
+        size = sum(
+            there
+            for there, holder in zip(shadow.included.tolist(), opened.holders, strict=True)
+            if holder == client
+        )
         rounds = sum(client in said for said in shadow.updates)
         if size and rounds:
             steps = privacy.steps(size, config.client.batch_size, config.client.prompt_steps)
-            spent.append(epsilon((replace(steps.release, count=rounds * steps.count),), privacy.delta, 1e-3))
+            spent.append(
+                epsilon((replace(steps.release, count=rounds * steps.count),), privacy.delta, 1e-3)
+            )
     return max(spent)
 
 
 def encoded_rows(opened: Opened) -> list[Encoded]:
     """The audited rows as tokens."""
-    return encode_targets(opened.server.tokenizer, opened.server.dataset.held(opened.rows), opened.server.max_tokens)
+    return encode_targets(
+        opened.server.tokenizer, opened.server.dataset.held(opened.rows), opened.server.max_tokens
+    )
 
 
 @torch.no_grad()
-def losses_under(model: PromptedLM, prompt: SoftPrompt, payload: Payload, rows: Sequence[Encoded], at_once: int = 64) -> Tensor:
+def losses_under(
+    model: PromptedLM,
+    prompt: SoftPrompt,
+    payload: Payload,
+    rows: Sequence[Encoded],
+    at_once: int = 64,
+) -> Tensor:
     """The loss of each row (N,), nats per answer token, with a payload in front."""
     prompt.load(payload)
     prefix = prompt.prefix(model)
-    return _by_length(rows, at_once, lambda some: example_losses(model, prefix, collate(some).to(model.device)))
+    return _by_length(
+        rows, at_once, lambda some: example_losses(model, prefix, collate(some).to(model.device))
+    )
 
 
-def alignment(model: PromptedLM, prompt: SoftPrompt, at: Payload, changes: Tensor, rows: Sequence[Encoded], at_once: int = 32) -> Tensor:
-    """The cosine (N, C) of each row's descent direction at a payload with each of some changes (C, numbers)."""
+def alignment(
+    model: PromptedLM,
+    prompt: SoftPrompt,
+    at: Payload,
+    changes: Tensor,
+    rows: Sequence[Encoded],
+    at_once: int = 32,
+) -> Tensor:
+    """The cosine (N, C) of each row's descent direction at a payload with each of some changes (C,
+    numbers)."""
     prompt.load(at)
-    directions = (changes / changes.norm(dim=1, keepdim=True).clamp_min(1e-300)).float().to(model.device)
+    directions = (
+        (changes / changes.norm(dim=1, keepdim=True).clamp_min(1e-300)).float().to(model.device)
+    )
 
     def cosines(some: Sequence[Encoded]) -> Tensor:
         gradients = -example_gradients(model, prompt, collate(some))[1].flatten(start_dim=1)
@@ -195,16 +284,27 @@ def alignment(model: PromptedLM, prompt: SoftPrompt, at: Payload, changes: Tenso
 
 
 def changes_of(shadow: Shadow, round: int, clients: Sequence[str]) -> Tensor:
-    """How each client's prompt differs from the broadcast of a round (C, numbers); zero for a client that did not answer."""
+    """How each client's prompt differs from the broadcast of a round (C, numbers); zero for a
+    client that did not answer."""
     sent = as_row(shadow.broadcasts[round])
     said = shadow.updates[round]
-    return torch.stack([as_row(said[client]) - sent if client in said else torch.zeros_like(sent) for client in clients])
+    return torch.stack(
+        [
+            as_row(said[client]) - sent if client in said else torch.zeros_like(sent)
+            for client in clients
+        ]
+    )
 
 
-def _by_length(rows: Sequence[Encoded], at_once: int, measure: Callable[[Sequence[Encoded]], Tensor]) -> Tensor:
+def _by_length(
+    rows: Sequence[Encoded], at_once: int, measure: Callable[[Sequence[Encoded]], Tensor]
+) -> Tensor:
     """What is measured of each row, in their order, rows of like length together."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    parts = [measure([rows[index] for index in order[start : start + at_once]]).cpu() for start in range(0, len(order), at_once)]
+    parts = [
+        measure([rows[index] for index in order[start : start + at_once]]).cpu()
+        for start in range(0, len(order), at_once)
+    ]
     found = torch.cat(parts)
     placed: Tensor = torch.empty_like(found)
     placed[torch.tensor(order)] = found

@@ -1,4 +1,5 @@
-"""What a score says about membership: AUC, hits at few false alarms, each with an interval, and what differential privacy allows at most."""
+"""What a score says about membership: AUC, hits at few false alarms, each with an interval, and
+what differential privacy allows at most."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ Marks = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """How well scores tell members from others: pairs (value, low, high) at 95 %. `hits_at_1` is None with too few others to say."""
+    """How well scores tell members from others: pairs (value, low, high) at 95 %. `hits_at_1` is
+    None with too few others to say."""
 
     auc: tuple[float, float, float]
     hits_at_1: tuple[float, float, float] | None
@@ -27,12 +29,17 @@ class ScoreSummary:
 
 
 def auc(scores: Numbers, members: Marks) -> float:
-    """The chance that a member scores higher than another, ties counted half; records without a score do not count."""
+    """The chance that a member scores higher than another, ties counted half; records without a
+    score do not count."""
     scores, members = _scored(scores, members)
     ranks = rankdata(scores)
     inside = int(members.sum())
     outside = len(members) - inside
-    return float((ranks[members].sum() - inside * (inside + 1) / 2) / (inside * outside)) if inside and outside else math.nan
+    return (
+        float((ranks[members].sum() - inside * (inside + 1) / 2) / (inside * outside))
+        if inside and outside
+        else math.nan
+    )
 
 
 def _scored(scores: Numbers, members: Marks) -> tuple[Numbers, Marks]:
@@ -41,17 +48,21 @@ def _scored(scores: Numbers, members: Marks) -> tuple[Numbers, Marks]:
 
 
 def hits_at(scores: Numbers, members: Marks, false_alarms: float) -> float | None:
-    """The share of members above a threshold that this share of the others passes; None with fewer than ten others above it: the threshold would be a guess."""
+    """The share of members above a threshold that this share of the others passes; None with fewer
+    than ten others above it: the threshold would be a guess."""
     scores, members = _scored(scores, members)
     others = np.sort(scores[~members])[::-1]
     allowed = math.floor(false_alarms * len(others))
     return float((scores[members] > others[allowed]).mean()) if allowed >= 10 else None
 
 
-def summarise_scores(scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int = 200, seed: int = 0) -> ScoreSummary:
-    """The figures over all targets together; scores (targets of N). An AUC is the mean over targets. The intervals are by a bootstrap over records, whose scores
-    under several targets belong together, with the threshold found anew each time. 0.1 % of false alarms needs 10,000 others that are independent, so that many
-    records.
+def summarise_scores(
+    scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int = 200, seed: int = 0
+) -> ScoreSummary:
+    """The figures over all targets together; scores (targets of N). An AUC is the mean over
+    targets. The intervals are by a bootstrap over records, whose scores under several targets
+    belong together, with the threshold found anew each time. 0.1 % of false alarms needs 10,000
+    others that are independent, so that many records.
 
     Raises:
         RunError: no target has both members and others with a score.
@@ -62,22 +73,41 @@ def summarise_scores(scores: Sequence[Numbers], members: Sequence[Marks], *, res
     drawn = [rng.choice(whole, len(whole)) for _ in range(resamples)]
 
     def mean_auc(columns: NDArray[np.int64]) -> float | None:
-        found = [one for row, mark in zip(table, marks, strict=True) if not math.isnan(one := auc(row[columns], mark[columns]))]
+        found = [
+            one
+            for row, mark in zip(table, marks, strict=True)
+            if not math.isnan(one := auc(row[columns], mark[columns]))
+        ]
         return sum(found) / len(found) if found else None
 
     def hits(false_alarms: float, columns: NDArray[np.int64]) -> float | None:
         return hits_at(table[:, columns].ravel(), marks[:, columns].ravel(), false_alarms)
 
-    def interval(measure: Callable[[NDArray[np.int64]], float | None]) -> tuple[float, float, float] | None:
-        value, spread = measure(whole), sorted(one for columns in drawn if (one := measure(columns)) is not None)
+    def interval(
+        measure: Callable[[NDArray[np.int64]], float | None],
+    ) -> tuple[float, float, float] | None:
+        value, spread = (
+            measure(whole),
+            sorted(one for columns in drawn if (one := measure(columns)) is not None),
+        )
         if value is None or not spread:
             return None
         return value, spread[int(0.025 * len(spread))], spread[int(0.975 * len(spread)) - 1]
 
     found = interval(mean_auc)
     if found is None:
-        raise RunError("too few records have a score to tell members from others: take more --records")
-    return ScoreSummary(found, interval(partial(hits, 0.01)), interval(partial(hits, 0.001)) if int((~np.isnan(table)).any(axis=0).sum()) >= 20_000 else None)
+        raise RunError(
+            "too few records have a score to tell members from others: take more --records"
+        )
+    return ScoreSummary(
+        found,
+        interval(partial(hits, 0.01)),
+        (
+            interval(partial(hits, 0.001))
+            if int((~np.isnan(table)).any(axis=0).sum()) >= 20_000
+            else None
+        ),
+    )
 
 
 def exact_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -87,10 +117,15 @@ def exact_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[fl
 
 
 def ceiling(epsilon: float, delta: float, false_alarms: float) -> float:
-    """The largest share of members that any attack can find at so many false alarms, under (epsilon, delta) (Kairouz et al., ICML 2015)."""
+    """The largest share of members that any attack can find at so many false alarms, under
+    (epsilon, delta) (Kairouz et al., ICML 2015)."""
     if math.isinf(epsilon):
         return 1.0
-    return min(1.0, math.exp(epsilon) * false_alarms + delta, 1 - math.exp(-epsilon) * (1 - delta - false_alarms))
+    return min(
+        1.0,
+        math.exp(epsilon) * false_alarms + delta,
+        1 - math.exp(-epsilon) * (1 - delta - false_alarms),
+    )
 
 
 def auc_ceiling(epsilon: float, delta: float) -> float:

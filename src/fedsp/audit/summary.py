@@ -1,10 +1,22 @@
-"""The account of a run for whoever must sign it off: four questions, answered by its configuration, its journal and its statement, and by what its audits found."""
+"""The account of a run for whoever must sign it off: four questions, answered by its configuration,
+its journal and its statement, and by what its audits found."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fedsp.audit.findings import DISCLOSURE, EPSILON, INVERSION, MEMBERSHIP, MODEL, TRAP, Finding, holds, interval, read_found
+from fedsp.audit.findings import (
+    DISCLOSURE,
+    EPSILON,
+    INVERSION,
+    MEMBERSHIP,
+    MODEL,
+    TRAP,
+    Finding,
+    holds,
+    interval,
+    read_found,
+)
 from fedsp.errors import RunError
 from fedsp.experiments.privacy_statement import STATEMENT
 from fedsp.experiments.run_directory import RunDirectory, read_json
@@ -27,24 +39,45 @@ def account(folder: Path) -> Finding:
     }
     asked = max((len(record["asked"]) for record in run.records()), default=0)
     try:
-        rows = [{"question": question, "answer": " ".join(answer(run, asked))} for question, answer in questions.items()]
+        rows = [
+            {"question": question, "answer": " ".join(answer(run, asked))}
+            for question, answer in questions.items()
+        ]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise RunError(f"{folder}: what its audits left is not what fedsp wrote ({error!r}): do them again") from error
-    return Finding("account", rows, "What attacks found is a floor: others may find more. docs/security.md says what no setting gives.")
+        raise RunError(
+            f"{folder}: what its audits left is not what fedsp wrote ({error!r}): do them again"
+        ) from error
+    return Finding(
+        "account",
+        rows,
+        "What attacks found is a floor: others may find more. docs/security.md says what no setting"
+        " gives.",
+    )
 
 
 def _of_the_model(run: RunDirectory, asked: int) -> list[str]:
     held, found = read_found(run.path, DISCLOSURE), read_found(run.path, MODEL)
     nearly = f", {held['nearly_disclosed_share']:.1%} nearly" if held else ""
-    said = [f"It holds {run.result()['disclosed_share']:.1%} of the global model's parameters bit for bit{nearly}."]
+    said = [
+        f"It holds {run.result()['disclosed_share']:.1%} of the global model's parameters bit for"
+        f" bit{nearly}."
+    ]
     if found:
-        best, nothing = (min(row[start] for row in found["extraction"]) for start in ("from_package", "from_nothing"))
+        best, nothing = (
+            min(row[start] for row in found["extraction"])
+            for start in ("from_package", "from_nothing")
+        )
         said.append(
-            f"Its package has a perplexity of {found['auxiliary_perplexity']:.4g} on public text, the global model {found['global_perplexity']:.4g}; trained on with at most "
-            f"{max(row['tokens'] for row in found['extraction']):,} tokens of such text {best:.4g} at best, where the same training from nothing gives {nothing:.4g}."
+            f"Its package has a perplexity of {found['auxiliary_perplexity']:.4g} on public text,"
+            f" the global model {found['global_perplexity']:.4g}; trained on with at most"
+            f" {max(row['tokens'] for row in found['extraction']):,} tokens of such text {best:.4g}"
+            f" at best, where the same training from nothing gives {nothing:.4g}."
         )
         if found["gap"] <= 0:
-            said.append("Fine-tuned by its client alone the package serves it better than the federation does.")
+            said.append(
+                "Fine-tuned by its client alone the package serves it better than the federation"
+                " does."
+            )
     elif _audited(run, asked):
         said.append("What can be done with them has not been measured (the audit `model`).")
     return said
@@ -56,45 +89,75 @@ def _of_the_text(run: RunDirectory, asked: int) -> list[str]:
     said = ["The server sees every client's update: there is no secure aggregation."]
     told, read, trapped = (read_found(run.path, file) for file in (MEMBERSHIP, INVERSION, TRAP))
     if told:
-        best = {row["observer"]: row for row in sorted(told["rows"], key=lambda row: float(row["auc"][0]))}
-        each = "; ".join(f"{who} {interval(row['auc'], '{:.2f}')} by {row['attack']}" for who, row in best.items())
-        said.append(f"Who was trained on, AUC of each observer's strongest attack (0.5 is a guess; the best of several is above it by chance too): {each}.")
+        best = {
+            row["observer"]: row
+            for row in sorted(told["rows"], key=lambda row: float(row["auc"][0]))
+        }
+        each = "; ".join(
+            f"{who} {interval(row['auc'], '{:.2f}')} by {row['attack']}"
+            for who, row in best.items()
+        )
+        said.append(
+            "Who was trained on, AUC of each observer's strongest attack (0.5 is a guess; the best"
+            f" of several is above it by chance too): {each}."
+        )
         if failed := [name for name, control in told["controls"].items() if not holds(control)]:
-            said.append(f"THIS AUDIT IS NOT VALID unless by chance: its control fails ({', '.join(failed)}).")
+            said.append(
+                "THIS AUDIT IS NOT VALID unless by chance: its control fails"
+                f" ({', '.join(failed)})."
+            )
         if told["power"]["auc"][1] <= 0.5:
             said.append("THIS AUDIT HAS NO POWER: it does not even see what was learned by heart.")
     if read:
         said += [
-            f"Read back by {row['attack']} from {row['level']}: {row['tokens'][0]:.0%} of the tokens sought; a guess has {row['guess']:.0%}."
+            f"Read back by {row['attack']} from {row['level']}: {row['tokens'][0]:.0%} of the"
+            f" tokens sought; a guess has {row['guess']:.0%}."
             for row in read["rows"]
             if row["observed"]
         ]
         picked = read["candidates"]
         said.append(
-            f"Out of ten plausible texts a client's update picks the right one in {interval(picked['right'], '{:.0%}')}; a guess does in {picked['guess']:.0%}."
+            "Out of ten plausible texts a client's update picks the right one in"
+            f" {interval(picked['right'], '{:.0%}')}; a guess does in {picked['guess']:.0%}."
         )
     if trapped:
         row = trapped["rows"][0]
         said.append(
-            f"With a package made for it, a dishonest owner of the model is told rightly of {interval(row['right'], '{:.0%}')} of the words that it seeks whether they stand in a client's {row['examples']:.0f} examples, in one round; a guess does of 50%."
+            "With a package made for it, a dishonest owner of the model is told rightly of"
+            f" {interval(row['right'], '{:.0%}')} of the words that it seeks whether they stand in"
+            f" a client's {row['examples']:.0f} examples, in one round; a guess does of 50%."
         )
-    missing = [f"`{name}`" for name, found in (("membership", told), ("inversion", read), ("trap", trapped)) if not found]
+    missing = [
+        f"`{name}`"
+        for name, found in (("membership", told), ("inversion", read), ("trap", trapped))
+        if not found
+    ]
     if missing and _audited(run, asked):
-        said.append(f"Not measured: the audit{'s' if len(missing) > 1 else ''} {' and '.join(missing)}.")
+        said.append(
+            f"Not measured: the audit{'s' if len(missing) > 1 else ''} {' and '.join(missing)}."
+        )
     return said
 
 
 def _promise(run: RunDirectory, asked: int) -> list[str]:
     path, found = run.path / STATEMENT, read_found(run.path, EPSILON)
     if not path.exists():
-        why = f"privacy.unit = {run.config.privacy.unit!r}" + ("" if asked else ", and no client was asked")
-        stays = " That text stays with its owners is no promise about what can be inferred of it." if asked else ""
+        why = f"privacy.unit = {run.config.privacy.unit!r}" + (
+            "" if asked else ", and no client was asked"
+        )
+        stays = (
+            " That text stays with its owners is no promise about what can be inferred of it."
+            if asked
+            else ""
+        )
         return [f"Nothing: no noise was added ({why}).{stays}"]
     statement = read_json(path, "sentence", "not_covered")
     said = [statement["sentence"], f"Not covered: {'; '.join(statement['not_covered'])}."]
     if found:
         verdict = "BREAK the promise" if found["broken"] else "do not refute it"
-        said.append(f"{found['canaries']} canaries {verdict}: they show at least {found['epsilon']:.3g}.")
+        said.append(
+            f"{found['canaries']} canaries {verdict}: they show at least {found['epsilon']:.3g}."
+        )
     return said
 
 
@@ -106,30 +169,43 @@ def _malice(run: RunDirectory, asked: int) -> list[str]:
     rule = section.rule.replace("_", " ") + (" after mixing" if section.mixing else "")
     if config.privacy.unit == "client":
         said = [
-            f"Each change is clipped to a length of {config.privacy.clip:g} before the mean of some {asked}: one malicious client moves what is tuned by no more than its share of that in a round, in any direction."
+            f"Each change is clipped to a length of {config.privacy.clip:g} before the mean of some"
+            f" {asked}: one malicious client moves what is tuned by no more than its share of that"
+            " in a round, in any direction."
         ]
     elif section.rule == "trust":
         said = ["Answers count by how far they agree with the server's own step."]
     elif borne:
         said = [f"{borne} of the {asked} asked in a round may be malicious (aggregation: {rule})."]
     elif section.rule in RULES:
-        said = [f"The rule ({rule}) is set for no malicious client: aggregation.malicious = {section.malicious:g}."]
+        said = [
+            f"The rule ({rule}) is set for no malicious client: aggregation.malicious ="
+            f" {section.malicious:g}."
+        ]
     else:
         said = [f"One of {asked} is enough to move what is tuned: a mean withstands none."]
     if section.norm_bound:
         said.append(f"Changes are cut to {section.norm_bound:g} times their median length.")
     if section.max_loss_rise is not None:
-        said.append(f"A candidate that raises the server's validation loss by more than {section.max_loss_rise:.0%} is thrown away.")
+        said.append(
+            "A candidate that raises the server's validation loss by more than"
+            f" {section.max_loss_rise:.0%} is thrown away."
+        )
     said.append(
-        f"What is not finite, out of shape, or further from the broadcast than {config.round.max_change:g} a number (root mean square) is never let in. Lies among the honest answers' spread, backdoors among them, are not told from them."
+        "What is not finite, out of shape, or further from the broadcast than"
+        f" {config.round.max_change:g} a number (root mean square) is never let in. Lies among the"
+        " honest answers' spread, backdoors among them, are not told from them."
     )
     if config.attack.kind != "none":
         said.append(
-            f"In this run {config.attack.share:.0%} of the clients lied, rounded down, by {config.attack.kind}; in the audits' shadow runs nobody tampers with updates."
+            f"In this run {config.attack.share:.0%} of the clients lied, rounded down, by"
+            f" {config.attack.kind}; in the audits' shadow runs nobody tampers with updates."
         )
     return said
 
 
 def _audited(run: RunDirectory, asked: int) -> bool:
     """Whether the audits of text and package are for this run."""
-    return bool(asked) and find_method(run.config.method).deployable and run.config.federation is None
+    return (
+        bool(asked) and find_method(run.config.method).deployable and run.config.federation is None
+    )

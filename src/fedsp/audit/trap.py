@@ -1,9 +1,12 @@
-"""The trap audit of a finished run: what a dishonest owner of the model learns of a client's words from one round, with a package made for that.
+"""The trap audit of a finished run: what a dishonest owner of the model learns of a client's words
+from one round, with a package made for that.
 
-In the package's first block a token that is one of the words sought attends to a virtual token of its own, and every other token to the text; in its last block
-the answer attends to all text. So the values of a word's virtual token have a gradient if and only if the word stands in front of an answer, and its change in the
-client's answer says so. The idea is that of planted neurons that fire for one input (Boenisch et al., EuroS&P 2023, https://arxiv.org/abs/2112.02918; Fowl et al.,
-ICLR 2022, https://arxiv.org/abs/2110.13057), moved from the model's gradients to those of a prompt.
+In the package's first block a token that is one of the words sought attends to a virtual token of
+its own, and every other token to the text; in its last block the answer attends to all text. So the
+values of a word's virtual token have a gradient if and only if the word stands in front of an
+answer, and its change in the client's answer says so. The idea is that of planted neurons that fire
+for one input (Boenisch et al., EuroS&P 2023, https://arxiv.org/abs/2112.02918; Fowl et al., ICLR
+2022, https://arxiv.org/abs/2110.13057), moved from the model's gradients to those of a prompt.
 """
 
 from __future__ import annotations
@@ -42,43 +45,53 @@ from fedsp.privacy import LEDGER, Ledger
 from fedsp.storage import write_json
 
 WORDS, LETTERS = 16, 4
-"""Words sought in a client's text, half of which stand there; letters that a token has at least to be one."""
+"""Words sought in a client's text, half of which stand there; letters that a token has at least to
+be one."""
 QUESTIONS = 16
 """Examples of a client that has few."""
 SURE = 60.0
-"""By how much an attention score is above all others, in nats: the others then get less than a float32 can tell from nothing."""
+"""By how much an attention score is above all others, in nats: the others then get less than a
+float32 can tell from nothing."""
 
 
 @dataclass(frozen=True)
 class Trap:
-    """A package that tells words, what its owner broadcasts with it, and where in an answer each word is told."""
+    """A package that tells words, what its owner broadcasts with it, and where in an answer each
+    word is told."""
 
     auxiliary: AuxiliaryModel
     payload: Payload
     places: list[tuple[int, ...]]
 
     def read(self, answer: Payload) -> Tensor:
-        """How far each word's number was moved in the direction in which every example moves it (W,)."""
+        """How far each word's number was moved in the direction in which every example moves it
+        (W,)."""
         change = answer[PROMPT] - self.payload[PROMPT]
         return torch.stack([change[place] for place in self.places])
 
 
 def room_for_words(spec: PromptSpec) -> int:
-    """The words that fit a prompt and a model: each needs a virtual token, a direction of the first head's keys and two of the hidden states."""
-    return min(WORDS, spec.length - 1, spec.model.head_size - 1, (spec.model.hidden - 7) // 2) // 2 * 2
+    """The words that fit a prompt and a model: each needs a virtual token, a direction of the first
+    head's keys and two of the hidden states."""
+    return (
+        min(WORDS, spec.length - 1, spec.model.head_size - 1, (spec.model.hidden - 7) // 2) // 2 * 2
+    )
 
 
 def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) -> Trap:
-    """A package of the honest one's architecture and layer plan, whose prompt of this shape tells which of these tokens stand in front of an answer.
+    """A package of the honest one's architecture and layer plan, whose prompt of this shape tells
+    which of these tokens stand in front of an answer.
 
     Raises:
-        RunError: the architecture is not GPT-2's, or has one layer, one head, or no room for so many words.
+        RunError: the architecture is not GPT-2's, or has one layer, one head, or no room for so
+            many words.
     """
     require_trap(honest, spec)
     auxiliary = _copy(honest)
     weights = {name: torch.zeros_like(tensor) for name, tensor in auxiliary.weights().items()}
     hidden, size, count = spec.model.hidden, spec.model.head_size, len(words)
-    # What a token's embedding is marked with, the last for no word; a virtual token's residual; and where numbers are carried.
+    # What a token's embedding is marked with, the last for no word; a virtual token's residual; and
+    # where numbers are carried.
     marks, keys = range(count + 1), range(count + 1, 2 * count + 1)
     text, balance, value, carried, said, unsaid = range(2 * count + 1, 2 * count + 7)
 
@@ -86,19 +99,28 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
         weights[name][list(inputs), list(outputs)] = number
 
     path = f"{honest.path_of_backbone}.".lstrip(".")
-    embeddings = weights[f"{path}wte.weight"]  # of mean zero and of one length, so that the norms leave their direction
-    embeddings[:, [text, marks[-1], said, balance, unsaid]] = torch.tensor([1.0, 1.0, 0.5, -2.0, -0.5])
+    # of mean zero and of one length, so that the norms leave their direction
+    embeddings = weights[f"{path}wte.weight"]
+    embeddings[:, [text, marks[-1], said, balance, unsaid]] = torch.tensor(
+        [1.0, 1.0, 0.5, -2.0, -0.5]
+    )
     embeddings[list(words), marks[-1]] = 0.0
     embeddings[list(words), list(marks[:-1])] = 1.0
-    # The last token is the answer that is always expected, so that every true one pulls the same way.
+    # The last token is the answer that is always expected, so that every true one pulls the same
+    # way.
     embeddings[-1, [text, said, balance, unsaid]] = torch.tensor([5.0, -0.5, -6.0, 0.5])
-    token, virtual = math.sqrt(hidden / 6.5), math.sqrt(hidden / 2)  # what a norm makes of a 1.0 in a token's vector, and in a virtual token's
+    # what a norm makes of a 1.0 in a token's vector, and in a virtual token's
+    token, virtual = math.sqrt(hidden / 6.5), math.sqrt(hidden / 2)
     scale = SURE * math.sqrt(size)
-    first, last = (f"{path}{honest.path_of_blocks}.{_group(honest, depth)}.attn" for depth in (0, honest.plan.depth - 1))
+    first, last = (
+        f"{path}{honest.path_of_blocks}.{_group(honest, depth)}.attn"
+        for depth in (0, honest.plan.depth - 1)
+    )
     for name, tensor in weights.items():
         if name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f")) and name.endswith("weight"):
             tensor.fill_(1.0)
-    # The first head: a word reads its virtual token, and what is no word reads the text, so that it gives no virtual token a gradient.
+    # The first head: a word reads its virtual token, and what is no word reads the text, so that it
+    # gives no virtual token a gradient.
     put(f"{first}.c_attn.weight", marks, marks, scale / (token * virtual))
     put(f"{first}.c_attn.weight", keys, [hidden + mark for mark in marks[:-1]])
     put(f"{first}.c_attn.weight", [text], [hidden + marks[-1]], virtual / token)
@@ -119,7 +141,11 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
     if spec.space == "residual":
         return Trap(auxiliary, {PROMPT: residual}, [(word, layer, value) for word in range(count)])
     pairs = torch.zeros(spec.shape)
-    pairs[:, list(honest.prompt_layers)] = auxiliary.keys_and_values(residual[:, list(honest.prompt_layers)].to(auxiliary.device)).detach().cpu()
+    pairs[:, list(honest.prompt_layers)] = (
+        auxiliary.keys_and_values(residual[:, list(honest.prompt_layers)].to(auxiliary.device))
+        .detach()
+        .cpu()
+    )
     return Trap(auxiliary, {PROMPT: pairs}, [(word, layer, 1, 0, 0) for word in range(count)])
 
 
@@ -131,7 +157,8 @@ def require_trap(honest: AuxiliaryModel, spec: PromptSpec) -> None:
     """
     if honest.model.config.model_type != "gpt2":
         raise RunError(
-            f"the audit's trap is made for GPT-2's architecture, not for {honest.model.config.model_type}: others have traps as well, it has none of them"
+            "the audit's trap is made for GPT-2's architecture, not for"
+            f" {honest.model.config.model_type}: others have traps as well, it has none of them"
         )
     if honest.plan.depth < 2 or spec.model.heads < 2 or room_for_words(spec) < 2:
         raise RunError("the audit's trap needs two layers, two heads and three virtual tokens")
@@ -149,21 +176,45 @@ def _group(auxiliary: AuxiliaryModel, depth: int) -> int:
     return auxiliary.plan.groups.index(auxiliary.plan.groups[depth])
 
 
-def draw_words(texts: Sequence[Encoded], others: Sequence[Encoded], tokenizer: Tokenizer, count: int, rng: random.Random) -> tuple[list[int], list[bool]]:
-    """At most so many tokens that are words, half of which stand in some of a client's texts, in front of the answer, and half in none of them but in others', or in nobody's where these have too few; and which do.
+def draw_words(
+    texts: Sequence[Encoded],
+    others: Sequence[Encoded],
+    tokenizer: Tokenizer,
+    count: int,
+    rng: random.Random,
+) -> tuple[list[int], list[bool]]:
+    """At most so many tokens that are words, half of which stand in some of a client's texts, in
+    front of the answer, and half in none of them but in others', or in nobody's where these have
+    too few; and which do.
 
     Raises:
         RunError: there are none.
     """
-    mine, theirs = (Counter(token for text in some for token in set(text.ids[: text.start])) for some in (texts, others))
-    there = [token for token, number in sorted(mine.items()) if number < len(texts) and _is_word(tokenizer, token)]
+    mine, theirs = (
+        Counter(token for text in some for token in set(text.ids[: text.start]))
+        for some in (texts, others)
+    )
+    there = [
+        token
+        for token, number in sorted(mine.items())
+        if number < len(texts) and _is_word(tokenizer, token)
+    ]
     absent = [token for token in sorted(theirs) if token not in mine and _is_word(tokenizer, token)]
     if len(absent) < count // 2:
-        absent = [token for token in range(len(tokenizer)) if token not in mine and _is_word(tokenizer, token)]
+        absent = [
+            token
+            for token in range(len(tokenizer))
+            if token not in mine and _is_word(tokenizer, token)
+        ]
     half = min(count // 2, len(there), len(absent))
     if not half:
-        raise RunError(f"there are {len(there)} words that stand in a client's text and {len(absent)} that do not, the audit needs one of each at least")
-    drawn = [(token, True) for token in rng.sample(there, half)] + [(token, False) for token in rng.sample(absent, half)]
+        raise RunError(
+            f"there are {len(there)} words that stand in a client's text and {len(absent)} that do"
+            " not, the audit needs one of each at least"
+        )
+    drawn = [(token, True) for token in rng.sample(there, half)] + [
+        (token, False) for token in rng.sample(absent, half)
+    ]
     rng.shuffle(drawn)
     return [token for token, _ in drawn], [known for _, known in drawn]
 
@@ -174,54 +225,86 @@ def _is_word(tokenizer: Tokenizer, token: int) -> bool:
 
 
 def right_words(scores: Tensor, there: Sequence[bool]) -> float:
-    """Of so many words, how many are taken for what they are by whoever takes the better half for those that stand there; ties are drawn."""
+    """Of so many words, how many are taken for what they are by whoever takes the better half for
+    those that stand there; ties are drawn."""
     values, half = scores.tolist(), len(there) // 2
     cut = sorted(values, reverse=True)[half - 1]
     left = (half - sum(value > cut for value in values)) / values.count(cut)
     taken = [1.0 if value > cut else left if value == cut else 0.0 for value in values]
-    return float(sum(share if known else 1 - share for share, known in zip(taken, there, strict=True)))
+    return float(
+        sum(share if known else 1 - share for share, known in zip(taken, there, strict=True))
+    )
 
 
 def audit_trap(folder: Path, *, callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """The audit of a finished run, also written to its `trap.json`: each client does a first round, by the run's own settings, with a package made to tell whether each
-    of some words stands in its text; once with a few of its examples, once with all.
+    """The audit of a finished run, also written to its `trap.json`: each client does a first round,
+    by the run's own settings, with a package made to tell whether each of some words stands in its
+    text; once with a few of its examples, once with all.
 
     Raises:
-        RunError: there is no finished run of FedSP with simulated clients, of a GPT-2, with room for the words.
+        RunError: there is no finished run of FedSP with simulated clients, of a GPT-2, with room
+            for the words.
     """
     callbacks = callbacks or Callbacks()
     opened = open_audited(folder, callbacks)
     config, honest = opened.run.config, opened.auxiliary
     assert isinstance(honest, AuxiliaryModel)
-    spec = PromptSpec(space=config.prompt.space, length=config.prompt.length, model=honest.prompt_shape)
+    spec = PromptSpec(
+        space=config.prompt.space, length=config.prompt.length, model=honest.prompt_shape
+    )
     require_trap(honest, spec)
     rows = encoded_rows(opened)
-    held = {client: [row for row, holder in zip(rows, opened.holders, strict=True) if holder == client] for client in sorted(set(opened.holders))}
+    held = {
+        client: [row for row, holder in zip(rows, opened.holders, strict=True) if holder == client]
+        for client in sorted(set(opened.holders))
+    }
     table = []
     for most in (QUESTIONS, None):
         tried = [_told(opened, honest, spec, client, held, most) for client in held]
         words, right = sum(one for one, _ in tried), sum(one for _, one in tried)
         examples = sum(min(most or len(own), len(own)) for own in held.values()) / len(held)
-        table.append({"examples": examples, "words": words, "right": (right / words, *exact_interval(round(right), words))})
-        callbacks.say(f"{examples:.0f} examples a client: of {right / words:.0%} of {words} words it is told whether they stand in its text")
+        table.append(
+            {
+                "examples": examples,
+                "words": words,
+                "right": (right / words, *exact_interval(round(right), words)),
+            }
+        )
+        callbacks.say(
+            f"{examples:.0f} examples a client: of {right / words:.0%} of {words} words it is told"
+            " whether they stand in its text"
+        )
     figures = {
         "clients": len(held),
         "steps": config.client.prompt_steps,
         "batch_size": config.client.batch_size,
         "epsilon": config.privacy.epsilon if config.privacy.unit == "example" else None,
         "rows": table,
-        "unusual": {"the run's own": _unusual(honest), "the trap": _unusual(make_trap(honest, spec, range(room_for_words(spec))).auxiliary)},
+        "unusual": {
+            "the run's own": _unusual(honest),
+            "the trap": _unusual(make_trap(honest, spec, range(room_for_words(spec))).auxiliary),
+        },
     }
     write_json(opened.run.path / TRAP, figures)
     return figures
 
 
-def _told(opened: Opened, honest: AuxiliaryModel, spec: PromptSpec, client: str, held: dict[str, list[Encoded]], most: int | None) -> tuple[int, float]:
-    """The words that are sought in some of a client's examples, and of how many it is told rightly whether they stand there."""
+def _told(
+    opened: Opened,
+    honest: AuxiliaryModel,
+    spec: PromptSpec,
+    client: str,
+    held: dict[str, list[Encoded]],
+    most: int | None,
+) -> tuple[int, float]:
+    """The words that are sought in some of a client's examples, and of how many it is told rightly
+    whether they stand there."""
     rng = random.Random(derive_seed(opened.run.config.seed, "trap", client, most or 0))
     texts = held[client] if most is None else rng.sample(held[client], min(most, len(held[client])))
     others = [row for other, own in held.items() for row in own if other != client]
-    words, there = draw_words(texts, others or held[client], opened.server.tokenizer, room_for_words(spec), rng)
+    words, there = draw_words(
+        texts, others or held[client], opened.server.tokenizer, room_for_words(spec), rng
+    )
     trap = make_trap(honest, spec, words)
     return len(words), right_words(trap.read(_answer(opened, trap, client, texts)), there)
 
@@ -236,10 +319,29 @@ def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -
     agreement = agreement_of(config, opened.server.max_tokens)
     with tempfile.TemporaryDirectory(prefix="fedsp-trap-") as folder:
         rest, ledger = StateStore(Path(folder) / "state"), Ledger(Path(folder) / LEDGER)
-        party = make_client(client, agreement, auxiliary, list(texts), rest, ledger, promised_epsilon(agreement, len(texts)))
-        transport = local(Clients(method=make_method(agreement, auxiliary), register={client: len(texts)}, party=lambda _: party))
+        party = make_client(
+            client,
+            agreement,
+            auxiliary,
+            list(texts),
+            rest,
+            ledger,
+            promised_epsilon(agreement, len(texts)),
+        )
+        transport = local(
+            Clients(
+                method=make_method(agreement, auxiliary),
+                register={client: len(texts)},
+                party=lambda _: party,
+            )
+        )
         request = Request(
-            run="0", round=1, client=client, seed=derive_seed(config.seed, "trap", client), payload=trap.payload, answer_in=parse_codec(config.compression.up)
+            run="0",
+            round=1,
+            client=client,
+            seed=derive_seed(config.seed, "trap", client),
+            payload=trap.payload,
+            answer_in=parse_codec(config.compression.up),
         )
         (reply,) = transport([request])
     if not isinstance(reply, Update):
@@ -249,5 +351,7 @@ def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -
 
 def _unusual(auxiliary: AuxiliaryModel) -> list[str]:
     """What `fedsp inspect` finds unusual in a package, on the text that comes with fedsp."""
-    found: list[str] = inspect_auxiliary(auxiliary, (EMBEDDED / "public.txt").read_text(encoding="utf-8"))["unusual"]
+    found: list[str] = inspect_auxiliary(
+        auxiliary, (EMBEDDED / "public.txt").read_text(encoding="utf-8")
+    )["unusual"]
     return found

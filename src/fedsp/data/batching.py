@@ -1,4 +1,5 @@
-"""Rows of token ids as one tensor: padded on the right, side by side, or contexts with their branches, each as one row."""
+"""Rows of token ids as one tensor: padded on the right, side by side, or contexts with their
+branches, each as one row."""
 
 from __future__ import annotations
 
@@ -19,17 +20,23 @@ class Padded(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """Contexts with the branches that continue them, a row each: token ids (B, T), the position of each token on its way from the root, and its branch, 0
-    for the context and -1 for padding."""
+    """Contexts with the branches that continue them, a row each: token ids (B, T), the position of
+    each token on its way from the root, and its branch, 0 for the context and -1 for padding."""
 
     ids: Tensor
     positions: Tensor
     branches: Tensor
 
 
-def pack_branches(contexts: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[int]]], device: torch.device) -> PackedBatch:
+def pack_branches(
+    contexts: Sequence[Sequence[int]],
+    branches: Sequence[Sequence[Sequence[int]]],
+    device: torch.device,
+) -> PackedBatch:
     """Each context and its branches, one behind the other, as one row, padded to the longest."""
-    width = max(len(context) + sum(map(len, rows)) for context, rows in zip(contexts, branches, strict=True))
+    width = max(
+        len(context) + sum(map(len, rows)) for context, rows in zip(contexts, branches, strict=True)
+    )
     ids, positions, which = torch.zeros(3, len(contexts), width, dtype=torch.long).unbind()
     which.fill_(-1)
     for row, (context, tails) in enumerate(zip(contexts, branches, strict=True)):
@@ -54,14 +61,20 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
 
 
 def pack(padded: Padded, *, weight: int, room: int) -> tuple[PackedBatch, Tensor]:
-    """Padded rows side by side: trees without a context, and the cell of these trees, counted through their rows, where each token (B, T) stands; padding
-    points to its row's first. In as many rows, of at most `room` tokens, as cost least, where the work on a token weighs as much as `weight` keys that it sees:
-    of one for each to a fourth of that, in a dozen steps."""
+    """Padded rows side by side: trees without a context, and the cell of these trees, counted
+    through their rows, where each token (B, T) stands; padding points to its row's first. In as
+    many rows, of at most `room` tokens, as cost least, where the work on a token weighs as much as
+    `weight` keys that it sees: of one for each to a fourth of that, in a dozen steps."""
     lengths, tokens = padded.mask.sum(dim=1).tolist(), padded.ids.tolist()
     longest = max(lengths)
-    counts = {min(len(lengths), math.ceil(sum(lengths) / (longest * 1.12**step))) for step in range(13)}
+    counts = {
+        min(len(lengths), math.ceil(sum(lengths) / (longest * 1.12**step))) for step in range(13)
+    }
     plans = [_spread(lengths, count) for count in {*counts, len(lengths)}]
-    width, shared = min((plan for plan in plans if plan[0] <= min(room, 4 * longest)), key=lambda plan: len(plan[1]) * plan[0] * (weight + plan[0]))
+    width, shared = min(
+        (plan for plan in plans if plan[0] <= min(room, 4 * longest)),
+        key=lambda plan: len(plan[1]) * plan[0] * (weight + plan[0]),
+    )
     cells = torch.zeros(padded.ids.shape, dtype=torch.long)
     for number, rows in enumerate(shared):
         start = number * width
@@ -70,11 +83,14 @@ def pack(padded: Padded, *, weight: int, room: int) -> tuple[PackedBatch, Tensor
             cells[row, : lengths[row]] += torch.arange(lengths[row])
             start += lengths[row]
     branches = [[tokens[row][: lengths[row]] for row in rows] for rows in shared]
-    return pack_branches([[]] * len(shared), branches, padded.ids.device), cells.to(padded.ids.device)
+    return pack_branches([[]] * len(shared), branches, padded.ids.device), cells.to(
+        padded.ids.device
+    )
 
 
 def _spread(lengths: Sequence[int], count: int) -> tuple[int, list[list[int]]]:
-    """Rows of these lengths spread over `count` shared ones, longest first, each to where there is least: the longest shared one, and who stands in each."""
+    """Rows of these lengths spread over `count` shared ones, longest first, each to where there is
+    least: the longest shared one, and who stands in each."""
     shared: list[list[int]] = [[] for _ in range(count)]
     filled = [(0, number) for number in range(count)]
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):

@@ -28,7 +28,8 @@ Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a context and a continuation, which begins at `start`; `dropped` tokens of old context did not fit."""
+    """Token ids of a context and a continuation, which begins at `start`; `dropped` tokens of old
+    context did not fit."""
 
     ids: tuple[int, ...]
     start: int
@@ -44,57 +45,102 @@ class Batch:
     labels: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        return Batch(
+            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device)
+        )
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Each text's token ids (T,), with what the tokenizer puts in front of every text, and without what some put behind it: an answer follows, or more text.
+    """Each text's token ids (T,), with what the tokenizer puts in front of every text, and without
+    what some put behind it: an answer follows, or more text.
 
-    A text that begins with the first token written out gets no second one. So does lm-evaluation-harness's own model.
+    A text that begins with the first token written out gets no second one. So does
+    lm-evaluation-harness's own model.
     """
     first = first_token(tokenizer)
     written = "" if first is None else tokenizer.decode([first])
     whole = [text for text in dict.fromkeys(texts) if not (written and text.startswith(written))]
-    ids = dict(zip(whole, tokenizer(whole, return_attention_mask=False)["input_ids"], strict=True)) if whole else {}
+    ids = (
+        dict(zip(whole, tokenizer(whole, return_attention_mask=False)["input_ids"], strict=True))
+        if whole
+        else {}
+    )
     ending = _ending(tokenizer) if ids else []
     if ending:
-        ids = {text: row[: -len(ending)] if row[-len(ending) :] == ending else row for text, row in ids.items()}
-    return [ids[text] if text in ids else tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        ids = {
+            text: row[: -len(ending)] if row[-len(ending) :] == ending else row
+            for text, row in ids.items()
+        }
+    return [
+        ids[text] if text in ids else tokenizer.encode(text, add_special_tokens=False)
+        for text in texts
+    ]
 
 
 def _ending(tokenizer: Tokenizer) -> list[int]:
     """The tokens that a tokenizer puts behind every text."""
     bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    start = next((start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare), 0)
+    start = next(
+        (
+            start
+            for start in range(len(whole) - len(bare) + 1)
+            if whole[start : start + len(bare)] == bare
+        ),
+        0,
+    )
     return whole[start + len(bare) :] if bare else []
 
 
 def decode_behind(tokenizer: Tokenizer, ids: Sequence[int], new: Sequence[int]) -> str:
     """What new tokens add to the text of earlier ones, its space included, and no special token."""
-    before, whole = (tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False) for part in (ids, [*ids, *new]))
+    before, whole = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (ids, [*ids, *new])
+    )
     return str(whole)[len(before) :]
 
 
 def first_token(tokenizer: Tokenizer) -> int | None:
-    """What stands where there is no context: the token that begins a text, else the one that ends it; None where a tokenizer has neither."""
-    token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    """What stands where there is no context: the token that begins a text, else the one that ends
+    it; None where a tokenizer has neither."""
+    token: int | None = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
     return token
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tokens: int, names: Iterable[str] | None = None) -> list[Encoded]:
-    """Encode pairs of a context and a continuation; when one is longer than `max_tokens`, the oldest context goes, never the continuation.
+def encode_pairs(
+    tokenizer: Tokenizer,
+    pairs: Iterable[tuple[str, str]],
+    max_tokens: int,
+    names: Iterable[str] | None = None,
+) -> list[Encoded]:
+    """Encode pairs of a context and a continuation; when one is longer than `max_tokens`, the
+    oldest context goes, never the continuation.
 
-    As lm-evaluation-harness does it: the context alone, and what the whole text has behind as many tokens. Where a token reaches over that cut and nothing is left
-    behind it, the whole text, cut at the first token that the continuation changes. At least one token of context stays, since the first token of a continuation
-    needs something to be predicted from; so a continuation keeps at most its last `max_tokens` - 1 tokens. `names` says what each pair is called in an error.
+    As lm-evaluation-harness does it: the context alone, and what the whole text has behind as many
+    tokens. Where a token reaches over that cut and nothing is left behind it, the whole text, cut
+    at the first token that the continuation changes. At least one token of context stays, since the
+    first token of a continuation needs something to be predicted from; so a continuation keeps at
+    most its last `max_tokens` - 1 tokens. `names` says what each pair is called in an error.
 
     Raises:
-        DataError: a continuation adds and changes no token, or there is nothing that an empty context could begin with.
+        DataError: a continuation adds and changes no token, or there is nothing that an empty
+            context could begin with.
     """
     split = [_at_the_space(context, continuation) for context, continuation in pairs]
-    texts = list(dict.fromkeys(text for context, continuation in split if context for text in (context, context + continuation)))
+    texts = list(
+        dict.fromkeys(
+            text
+            for context, continuation in split
+            if context
+            for text in (context, context + continuation)
+        )
+    )
     ids = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
-    called = list(names) if names is not None else [f"pair {number}" for number in range(len(split))]
+    called = (
+        list(names) if names is not None else [f"pair {number}" for number in range(len(split))]
+    )
     encoded = []
     for name, (context, continuation) in zip(called, split, strict=True):
         if context:
@@ -105,9 +151,19 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tok
         if len(whole) > start:
             whole = [*before, *whole[start:]]
         else:
-            start = next((place for place, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other), len(whole))
+            start = next(
+                (
+                    place
+                    for place, (one, other) in enumerate(zip(before, whole, strict=False))
+                    if one != other
+                ),
+                len(whole),
+            )
         if start >= len(whole):
-            raise DataError(f"{name}: the tokenizer makes no token of an answer, so there is nothing to train on or to score: reword the answer")
+            raise DataError(
+                f"{name}: the tokenizer makes no token of an answer, so there is nothing to train"
+                " on or to score: reword the answer"
+            )
         if not start:  # the context has become part of the answer's first token
             before, whole = _behind_nothing(tokenizer, context + continuation, name)
             start = len(before)
@@ -117,11 +173,13 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], max_tok
 
 
 def _behind_nothing(tokenizer: Tokenizer, text: str, name: str) -> tuple[list[int], list[int]]:
-    """The first token, and it with the tokens of a text behind it, unless the text begins with it."""
+    """The first token, and it with the tokens of a text behind it, unless the text begins with
+    it."""
     first, ids = first_token(tokenizer), tokenizer.encode(text, add_special_tokens=False)
     if first is None:
         raise DataError(
-            f"{name}: no token of a context is in front of the answer, and this tokenizer has none that begins or ends a text: give the question a longer context"
+            f"{name}: no token of a context is in front of the answer, and this tokenizer has none"
+            " that begins or ends a text: give the question a longer context"
         )
     return [first], ids if ids[:1] == [first] else [first, *ids]
 
@@ -132,9 +190,16 @@ def _at_the_space(context: str, continuation: str) -> tuple[str, str]:
     return bare, context[len(bare) :] + continuation
 
 
-def encode_targets(tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int) -> list[Encoded]:
+def encode_targets(
+    tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int
+) -> list[Encoded]:
     """The context and the right answer of each example: what training reads."""
-    return encode_pairs(tokenizer, ((example.context, example.target) for example in examples), max_tokens, (f"example {example.id}" for example in examples))
+    return encode_pairs(
+        tokenizer,
+        ((example.context, example.target) for example in examples),
+        max_tokens,
+        (f"example {example.id}" for example in examples),
+    )
 
 
 def collate(rows: Sequence[Encoded]) -> Batch:
@@ -145,10 +210,14 @@ def collate(rows: Sequence[Encoded]) -> Batch:
     return Batch(input_ids, attention_mask, input_ids.where(asked, IGNORED))
 
 
-def training_batches(rows: Sequence[Encoded], *, steps: int, batch_size: int, seed: int) -> Iterator[Batch]:
-    """`steps` batches drawn without replacement until the rows run out, then afresh; within each pass rows of like length go together.
+def training_batches(
+    rows: Sequence[Encoded], *, steps: int, batch_size: int, seed: int
+) -> Iterator[Batch]:
+    """`steps` batches drawn without replacement until the rows run out, then afresh; within each
+    pass rows of like length go together.
 
-    Which rows are read depends on the seed alone; the order of the batches is drawn too, so short and long ones mix.
+    Which rows are read depends on the seed alone; the order of the batches is drawn too, so short
+    and long ones mix.
     """
     if not steps:
         return
@@ -158,7 +227,10 @@ def training_batches(rows: Sequence[Encoded], *, steps: int, batch_size: int, se
         drawn += rng.sample(range(len(rows)), len(rows))
     a_pass = max(1, len(rows) // batch_size) * batch_size
     for start in range(0, steps * batch_size, a_pass):
-        pool = sorted(drawn[start : min(start + a_pass, steps * batch_size)], key=lambda index: len(rows[index].ids))
+        pool = sorted(
+            drawn[start : min(start + a_pass, steps * batch_size)],
+            key=lambda index: len(rows[index].ids),
+        )
         groups = [pool[first : first + batch_size] for first in range(0, len(pool), batch_size)]
         for group in rng.sample(groups, len(groups)):
             yield collate([rows[index] for index in group])

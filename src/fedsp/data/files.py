@@ -22,7 +22,8 @@ TABLES = {".csv", ".tsv"}
 
 @contextmanager
 def _open(path: Path, what: str) -> Iterator[IO[str]]:
-    """A text file in UTF-8, gzipped or not, with or without a byte order mark, its line ends as they are.
+    """A text file in UTF-8, gzipped or not, with or without a byte order mark, its line ends as
+    they are.
 
     Raises:
         DataError: it is missing, or cannot be read as text.
@@ -49,14 +50,22 @@ def _what_it_is(data: bytes) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file: a table where its name ends in .csv or .tsv, else one JSON object per line; gzipped where .gz stands behind that. The columns of a table
-    are divided by commas, semicolons or tabs, as its first line is; in it, `choices` is a JSON list.
+    """The rows of a file: a table where its name ends in .csv or .tsv, else one JSON object per
+    line; gzipped where .gz stands behind that. The columns of a table are divided by commas,
+    semicolons or tabs, as its first line is; in it, `choices` is a JSON list.
 
     Raises:
-        DataError: the file is missing, not text, or a line cannot be used; the message gives the line number.
+        DataError: the file is missing, not text, or a line cannot be used; the message gives the
+            line number.
     """
     endings = [ending.lower() for ending in path.suffixes]
-    last = endings[-2] if endings[-1:] == [".gz"] and len(endings) > 1 else endings[-1] if endings else ""
+    last = (
+        endings[-2]
+        if endings[-1:] == [".gz"] and len(endings) > 1
+        else endings[-1]
+        if endings
+        else ""
+    )
     with _open(path, "file") as file:
         rows = list(_table_rows(path, file) if last in TABLES else _json_rows(path, file))
     if not rows:
@@ -73,9 +82,13 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
             if "\\u0000" in line and _holds_nul(row):
                 raise ValueError("a text holds a NUL character")
         except ValueError as error:
-            raise DataError(f"{path}, line {number} is not JSON ({error}): expected one JSON object per line") from error
+            raise DataError(
+                f"{path}, line {number} is not JSON ({error}): expected one JSON object per line"
+            ) from error
         if not isinstance(row, dict):
-            what = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(row), "a number")
+            what = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(
+                type(row), "a number"
+            )
             raise DataError(f"{path}, line {number} is {what}: expected one JSON object per line")
         yield row | {"__where__": f"{path}, line {number}"}
 
@@ -96,11 +109,16 @@ def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
     divider = divider or max(",;\t", key=lambda mark: len(_names(head, mark)))
     names = _names(head, divider)
     if len(names) == 1 and "|" in names[0]:
-        raise DataError(f"{path}, line {line - 1} divides its columns by '|': save the table with commas, semicolons or tabs")
+        raise DataError(
+            f"{path}, line {line - 1} divides its columns by '|': save the table with commas,"
+            " semicolons or tabs"
+        )
     if len(set(names)) < len(names) or "" in names:
         odd = next((name for name in names if names.count(name) > 1 or not name), "")
         raise DataError(
-            f"{path}, line {line - 1} has {'a column without a name' if not odd else f'two columns named {odd!r}'}: every column needs a name of its own"
+            f"{path}, line {line - 1} has"
+            f" {'a column without a name' if not odd else f'two columns named {odd!r}'}: every"
+            " column needs a name of its own"
         )
     reader = csv.reader(file, delimiter=divider, strict=True)
     while True:
@@ -109,7 +127,8 @@ def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
             fields = next(reader, None)
         except csv.Error as error:
             raise DataError(
-                f"{where} cannot be read as a row of a table ({error}): a quotation mark inside a field is doubled, and one that opens is closed"
+                f"{where} cannot be read as a row of a table ({error}): a quotation mark inside a"
+                " field is doubled, and one that opens is closed"
             ) from error
         if fields is None:
             return
@@ -117,24 +136,39 @@ def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
         if not any(field.strip() for field in fields):
             continue
         if any("\0" in field for field in fields):
-            raise DataError(f"{where} holds a NUL character, which no text has: save the table as UTF-8")
+            raise DataError(
+                f"{where} holds a NUL character, which no text has: save the table as UTF-8"
+            )
         if len(fields) > len(names) and not any(fields[len(names) :]):
-            raise DataError(f"{where} ends in more dividers ({divider!r}) than the first line: remove those at its end")
+            raise DataError(
+                f"{where} ends in more dividers ({divider!r}) than the first line: remove those at"
+                " its end"
+            )
         if len(fields) != len(names):
             raise DataError(
-                f"{where} has {len(fields)} fields, but the first line names {len(names)} columns: a field that holds {divider!r} stands in quotation marks"
+                f"{where} has {len(fields)} fields, but the first line names {len(names)} columns:"
+                f" a field that holds {divider!r} stands in quotation marks"
             )
         values: Row = dict(zip(names, fields, strict=True))
         if "choices" in values:
             try:
-                values["choices"], values["answer"] = parse_json(values["choices"]), whole_number(values["answer"])
+                values["choices"], values["answer"] = (
+                    parse_json(values["choices"]),
+                    whole_number(values["answer"]),
+                )
             except (TypeError, ValueError, KeyError) as error:
-                raise DataError(f'{where}: in a table, choices is a JSON list such as ["yes", "no"] and answer its index ({error})') from error
+                raise DataError(
+                    f'{where}: in a table, choices is a JSON list such as ["yes", "no"] and answer'
+                    f" its index ({error})"
+                ) from error
         yield values | {"__where__": where}
 
 
 def _names(head: str, divider: str) -> list[str]:
-    return [name.strip() for name in next(csv.reader(io.StringIO(head, newline=""), delimiter=divider), [])]
+    return [
+        name.strip()
+        for name in next(csv.reader(io.StringIO(head, newline=""), delimiter=divider), [])
+    ]
 
 
 def _holds_nul(value: Any) -> bool:
@@ -165,8 +199,14 @@ def hub_rows(path: str, name: str | None, split: str) -> list[Row]:
     try:
         dataset = load_dataset(path, name, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types
-        raise DataError(f"cannot load {path} ({split}) from the Hugging Face hub: {first_line(error)}; or name local files in [data]") from error
-    return [dict(row) | {"__where__": f"{path} {split}, row {number}"} for number, row in enumerate(dataset)]
+        raise DataError(
+            f"cannot load {path} ({split}) from the Hugging Face hub: {first_line(error)}; or name"
+            " local files in [data]"
+        ) from error
+    return [
+        dict(row) | {"__where__": f"{path} {split}, row {number}"}
+        for number, row in enumerate(dataset)
+    ]
 
 
 def read_passages(paths: Iterable[str | Path]) -> list[str]:
@@ -180,7 +220,10 @@ def read_passages(paths: Iterable[str | Path]) -> list[str]:
         with _open(path, "text file") as file:
             text = file.read().replace("\r\n", "\n")
         if "\0" in text:
-            raise DataError(f"the text file {path} holds NUL characters, which no text has (it may be UTF-16): save it as UTF-8")
+            raise DataError(
+                f"the text file {path} holds NUL characters, which no text has (it may be UTF-16):"
+                " save it as UTF-8"
+            )
         found = [passage.strip() for passage in text.split("\n\n") if passage.strip()]
         if not found:
             raise DataError(f"the text file {path} holds no text")

@@ -1,4 +1,5 @@
-"""Who holds which training questions: the server's share first, then `flwr-datasets` among the clients. Seeded, and written to disk."""
+"""Who holds which training questions: the server's share first, then `flwr-datasets` among the
+clients. Seeded, and written to disk."""
 
 from __future__ import annotations
 
@@ -36,46 +37,91 @@ def read_partition(written: dict[str, Any], rows: int) -> Partition:
         DataError: it is none, or of other rows.
     """
     try:
-        partition = Partition(list(written["server"]), list(written["validation"]), {str(name): list(held) for name, held in written["clients"].items()})
-        held = [*partition.server, *partition.validation, *(row for owned in partition.clients.values() for row in owned)]
+        partition = Partition(
+            list(written["server"]),
+            list(written["validation"]),
+            {str(name): list(held) for name, held in written["clients"].items()},
+        )
+        held = [
+            *partition.server,
+            *partition.validation,
+            *(row for owned in partition.clients.values() for row in owned),
+        ]
         if all(isinstance(row, int) and 0 <= row < rows for row in held):
             return partition
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError("the partition that the run wrote down is damaged: restore its partition.json, or start a new run") from error
-    raise DataError(f"the partition that the run wrote down is not of these {rows} rows of data.train: bring back the file that the run was begun with")
+        raise DataError(
+            "the partition that the run wrote down is damaged: restore its partition.json, or start"
+            " a new run"
+        ) from error
+    raise DataError(
+        f"the partition that the run wrote down is not of these {rows} rows of data.train: bring"
+        " back the file that the run was begun with"
+    )
 
 
-def make_partition(rows: Sequence[Row], section: PartitionSection, *, server_share: float, holdout: float, seed: int) -> Partition:
+def make_partition(
+    rows: Sequence[Row],
+    section: PartitionSection,
+    *,
+    server_share: float,
+    holdout: float,
+    seed: int,
+) -> Partition:
     """Hold out validation rows, give the server its share, and divide the rest among the clients.
 
     Raises:
-        DataError: there are more clients than rows, a client would be empty, or the column is not there.
+        DataError: there are more clients than rows, a client would be empty, or the column is not
+            there.
     """
     order = list(range(len(rows)))
     random.Random(derive_seed(seed, "partition")).shuffle(order)
     held, owned = round(holdout * len(order)), round(server_share * len(order))
-    validation, server, rest = sorted(order[:held]), sorted(order[held : held + owned]), order[held + owned :]
+    validation, server, rest = (
+        sorted(order[:held]),
+        sorted(order[held : held + owned]),
+        order[held + owned :],
+    )
     if not section.clients:
         return Partition(sorted(server + rest), validation, {})
     if section.kind != "natural" and section.clients > len(rest):
         raise DataError(
-            f"partition.clients = {section.clients}, but only {len(rest)} training examples are left for clients: ask for fewer clients or bring more questions"
+            f"partition.clients = {section.clients}, but only {len(rest)} training examples are"
+            " left for clients: ask for fewer clients or bring more questions"
         )
     clients = _divide(rows, rest, section, derive_seed(seed, "clients") % 2**32)
     empty = [client for client, owned_rows in clients.items() if not owned_rows]
     if empty:
-        raise DataError(f"client {empty[0]!r} would hold no example: use fewer clients, a larger partition.alpha, or another column")
+        raise DataError(
+            f"client {empty[0]!r} would hold no example: use fewer clients, a larger"
+            " partition.alpha, or another column"
+        )
     return Partition(server, validation, clients)
 
 
-def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, seed: int) -> dict[str, list[int]]:
+def _divide(
+    rows: Sequence[Row], rest: list[int], section: PartitionSection, seed: int
+) -> dict[str, list[int]]:
     """Rows by client, by the partitioner of flwr-datasets that the section names."""
     if not rest:
-        raise DataError("no training examples are left for the clients: lower partition.server_share, or set partition.clients = 0")
-    if section.kind == "even":  # every (clients)-th of a shuffled list: what its IidPartitioner does, without a table in memory
+        raise DataError(
+            "no training examples are left for the clients: lower partition.server_share, or set"
+            " partition.clients = 0"
+        )
+    # every (clients)-th of a shuffled list: what its IidPartitioner does, without a table in memory
+    if section.kind == "even":
         width = len(str(section.clients - 1))
-        return {f"client-{index:0{width}d}": sorted(rest[index :: section.clients]) for index in range(section.clients)}
-    from flwr_datasets.partitioner import DirichletPartitioner, ExponentialPartitioner, LinearPartitioner, NaturalIdPartitioner, PathologicalPartitioner
+        return {
+            f"client-{index:0{width}d}": sorted(rest[index :: section.clients])
+            for index in range(section.clients)
+        }
+    from flwr_datasets.partitioner import (
+        DirichletPartitioner,
+        ExponentialPartitioner,
+        LinearPartitioner,
+        NaturalIdPartitioner,
+        PathologicalPartitioner,
+    )
 
     if section.kind in ("linear", "exponential"):
         sizes = LinearPartitioner if section.kind == "linear" else ExponentialPartitioner
@@ -84,24 +130,46 @@ def _divide(rows: Sequence[Row], rest: list[int], section: PartitionSection, see
     missing = next((row for row in (rows[index] for index in rest) if column not in row), None)
     if missing is not None:
         raise DataError(
-            f"{missing.get('__where__', 'a row')} has no column {column!r}, which partition.column names; it has {sorted(key for key in missing if key != '__where__')}"
+            f"{missing.get('__where__', 'a row')} has no column {column!r}, which partition.column"
+            f" names; it has {sorted(key for key in missing if key != '__where__')}"
         )
     values = [group_of(rows[index], column) for index in rest]
     if section.kind == "natural":
         partitioner = NaturalIdPartitioner(partition_by=column)
     elif section.kind == "dirichlet":
-        partitioner = DirichletPartitioner(section.clients, column, section.alpha, min_partition_size=1, self_balancing=False, seed=seed)
+        partitioner = DirichletPartitioner(
+            section.clients,
+            column,
+            section.alpha,
+            min_partition_size=1,
+            self_balancing=False,
+            seed=seed,
+        )
     else:
         if section.values_per_client > len(Counter(values)):
-            raise DataError(f"partition.values_per_client = {section.values_per_client}, but column {column!r} has {len(Counter(values))} values")
-        partitioner = PathologicalPartitioner(section.clients, column, section.values_per_client, class_assignment_mode="deterministic", seed=seed)
+            raise DataError(
+                f"partition.values_per_client = {section.values_per_client}, but column {column!r}"
+                f" has {len(Counter(values))} values"
+            )
+        partitioner = PathologicalPartitioner(
+            section.clients,
+            column,
+            section.values_per_client,
+            class_assignment_mode="deterministic",
+            seed=seed,
+        )
     clients = _parts(partitioner, {ROW: rest, column: values}, section)
     left = len(rest) - sum(len(part) for part in clients.values())
     if left:
         raise DataError(
-            f"partition.values_per_client = {section.values_per_client} for {section.clients} clients leaves {left} examples to nobody: raise either"
+            f"partition.values_per_client = {section.values_per_client} for {section.clients}"
+            f" clients leaves {left} examples to nobody: raise either"
         )
-    return {group_of(rows[part[0]], column): part for part in clients.values()} if section.kind == "natural" else clients
+    return (
+        {group_of(rows[part[0]], column): part for part in clients.values()}
+        if section.kind == "natural"
+        else clients
+    )
 
 
 def group_of(row: Row, column: str) -> str:
@@ -113,21 +181,33 @@ def group_of(row: Row, column: str) -> str:
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         what = "nothing" if value in (None, "") else f"a {type(value).__name__}"
-        raise DataError(f"{row.get('__where__', 'a row')} has {what} in column {column!r}, which partition.column names: expected a text or a whole number")
+        raise DataError(
+            f"{row.get('__where__', 'a row')} has {what} in column {column!r}, which"
+            " partition.column names: expected a text or a whole number"
+        )
     return str(value)
 
 
-def _parts(partitioner: Any, columns: dict[str, list[Any]], section: PartitionSection) -> dict[str, list[int]]:
+def _parts(
+    partitioner: Any, columns: dict[str, list[Any]], section: PartitionSection
+) -> dict[str, list[int]]:
     """Rows by client, as a partitioner of flwr-datasets divides a table of these columns."""
     from datasets import Dataset
 
     partitioner.dataset = Dataset.from_dict(columns)
     try:
-        with warnings.catch_warnings():  # of draws that were made again; a draw that never fits raises
+        # of draws that were made again; a draw that never fits raises
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            parts = [sorted(partitioner.load_partition(index)[ROW]) for index in range(partitioner.num_partitions)]
+            parts = [
+                sorted(partitioner.load_partition(index)[ROW])
+                for index in range(partitioner.num_partitions)
+            ]
     except ValueError as error:
         by = f" over {section.column!r}" if section.column else ""
-        raise DataError(f"partition.kind = {section.kind!r}{by} with {section.clients} clients cannot be made: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"partition.kind = {section.kind!r}{by} with {section.clients} clients cannot be made:"
+            f" {str(error).splitlines()[0]}"
+        ) from error
     width = len(str(len(parts) - 1))
     return {f"client-{index:0{width}d}": part for index, part in enumerate(parts)}

@@ -8,20 +8,27 @@ from functools import lru_cache
 from fedsp.errors import DataError
 
 
-def find_topics(train: Sequence[str], test: Sequence[str], *, count: int, seed: int) -> tuple[list[str], list[str]]:
-    """The topic of each training question and of each test question: k-means on the leading components of TF-IDF (latent semantic analysis).
-    What was found is kept, since the runs of a study ask for the same again and again.
+def find_topics(
+    train: Sequence[str], test: Sequence[str], *, count: int, seed: int
+) -> tuple[list[str], list[str]]:
+    """The topic of each training question and of each test question: k-means on the leading
+    components of TF-IDF (latent semantic analysis). What was found is kept, since the runs of a
+    study ask for the same again and again.
 
-    Both are as scikit-learn documents them for the clustering of text, fitted on the training questions alone.
+    Both are as scikit-learn documents them for the clustering of text, fitted on the training
+    questions alone.
 
     Raises:
-        DataError: scikit-learn is not installed, or there are fewer different questions than topics.
+        DataError: scikit-learn is not installed, or there are fewer different questions than
+            topics.
     """
     return _find(tuple(train), tuple(test), count, seed)
 
 
 @lru_cache(maxsize=8)
-def _find(train: tuple[str, ...], test: tuple[str, ...], count: int, seed: int) -> tuple[list[str], list[str]]:
+def _find(
+    train: tuple[str, ...], test: tuple[str, ...], count: int, seed: int
+) -> tuple[list[str], list[str]]:
     try:
         from sklearn.cluster import KMeans
         from sklearn.decomposition import TruncatedSVD
@@ -29,14 +36,28 @@ def _find(train: tuple[str, ...], test: tuple[str, ...], count: int, seed: int) 
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import Normalizer
     except ImportError as error:
-        raise DataError("partition.topics needs scikit-learn: `pip install 'fedsp[study]'`") from error
+        raise DataError(
+            "partition.topics needs scikit-learn: `pip install 'fedsp[study]'`"
+        ) from error
     if len(set(train)) < count:
-        raise DataError(f"partition.topics = {count}, but there are only {len(set(train))} different questions")
+        raise DataError(
+            f"partition.topics = {count}, but there are only {len(set(train))} different questions"
+        )
     try:
         vectors = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit(train)
         components = max(1, min(50, len(vectors.vocabulary_) - 1, len(train) - 1))
-        clusters = make_pipeline(vectors, TruncatedSVD(components, random_state=seed), Normalizer(copy=False), KMeans(count, n_init=5, random_state=seed))
+        clusters = make_pipeline(
+            vectors,
+            TruncatedSVD(components, random_state=seed),
+            Normalizer(copy=False),
+            KMeans(count, n_init=5, random_state=seed),
+        )
         found = clusters.fit_predict(train)
     except ValueError as error:
-        raise DataError(f"partition.topics = {count}: no topics can be found in these questions ({str(error).splitlines()[0]})") from error
-    return [f"topic-{topic}" for topic in found], [f"topic-{topic}" for topic in (clusters.predict(test) if test else [])]
+        raise DataError(
+            f"partition.topics = {count}: no topics can be found in these questions"
+            f" ({str(error).splitlines()[0]})"
+        ) from error
+    return [f"topic-{topic}" for topic in found], [
+        f"topic-{topic}" for topic in (clusters.predict(test) if test else [])
+    ]

@@ -1,6 +1,7 @@
 """The keys of a deployment: who may speak to whom, and what the owner of the model has signed.
 
-A federation's folder has one folder per party. What is secret stays in the folder of the party it belongs to:
+A federation's folder has one folder per party. What is secret stays in the folder of the party it
+belongs to:
 
 ca.key                      signs the server's certificate; keep it offline
 server/ca.crt               the certificate authority's certificate
@@ -35,14 +36,21 @@ from fedsp.errors import ConfigurationError, CredentialError
 from fedsp.storage import write_bytes
 
 DAYS = 825
-CA, CERTIFICATE, KEY, SIGNING, REGISTER = "ca.crt", "server.crt", "server.key", "signing.key", "register.toml"
+CA, CERTIFICATE, KEY, SIGNING, REGISTER = (
+    "ca.crt",
+    "server.crt",
+    "server.key",
+    "signing.key",
+    "register.toml",
+)
 CLIENT_KEY, SERVER_PUBLIC = "client.key", "server.pub"
 
 
 @dataclass(frozen=True)
 class Member:
-    """A client in the server's register: its public key, the number of its examples, by which its prompts weigh in the mean, and, for those who
-    run a SuperLink of their own, the node that they have registered the key as."""
+    """A client in the server's register: its public key, the number of its examples, by which its
+    prompts weigh in the mean, and, for those who run a SuperLink of their own, the node that they
+    have registered the key as."""
 
     public_key: Path
     examples: int
@@ -50,12 +58,16 @@ class Member:
 
 
 def make_server_credentials(folder: Path, host: str) -> None:
-    """A certificate authority, the server's certificate for `host` and this machine, and the key that signs packages.
+    """A certificate authority, the server's certificate for `host` and this machine, and the key
+    that signs packages.
 
     Raises:
         StorageError: the disk did not take it.
     """
-    authority, key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    authority, key = (
+        ec.generate_private_key(ec.SECP384R1()),
+        ec.generate_private_key(ec.SECP384R1()),
+    )
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedsp certificate authority")])
     names = dict.fromkeys([host, "localhost", "127.0.0.1"])
     root = (
@@ -69,8 +81,13 @@ def make_server_credentials(folder: Path, host: str) -> None:
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(sign_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False
+        )
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
+            critical=False,
+        )
         .sign(authority, hashes.SHA384())
     )
     _write_private(folder.parent / "ca.key", authority)
@@ -81,7 +98,8 @@ def make_server_credentials(folder: Path, host: str) -> None:
 
 
 def make_client_credentials(folder: Path, server: Path, name: str) -> None:
-    """A client's key in its own folder, its public key on the server's side, and what it checks the server by.
+    """A client's key in its own folder, its public key on the server's side, and what it checks the
+    server by.
 
     Raises:
         StorageError: the disk did not take it.
@@ -97,33 +115,49 @@ def read_register(folder: Path) -> dict[str, Member]:
     """The clients that a server knows, by name.
 
     Raises:
-        ConfigurationError: the register is missing, or an entry has no public key or no number of examples.
+        ConfigurationError: the register is missing, or an entry has no public key or no number of
+            examples.
     """
     path = folder / REGISTER
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8")).get("clients", {})
     except FileNotFoundError as error:
-        raise ConfigurationError(f"federation.folder: there is no register {path}; `fedsp federation init` writes one") from error
+        raise ConfigurationError(
+            f"federation.folder: there is no register {path}; `fedsp federation init` writes one"
+        ) from error
     except (ValueError, RecursionError, OSError) as error:
         raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
     if not isinstance(entries, dict):
-        raise ConfigurationError(f"{path}: clients is no table; write one [clients.NAME] table for each client")
+        raise ConfigurationError(
+            f"{path}: clients is no table; write one [clients.NAME] table for each client"
+        )
     register: dict[str, Member] = {}
     for name, entry in entries.items():
         if not isinstance(entry, dict) or set(entry) - {"node"} != {"public_key", "examples"}:
-            raise ConfigurationError(f"{path}, client {name!r}: expected exactly public_key and examples")
+            raise ConfigurationError(
+                f"{path}, client {name!r}: expected exactly public_key and examples"
+            )
         if not isinstance(entry["examples"], int) or entry["examples"] < 1:
-            raise ConfigurationError(f"{path}, client {name!r}: examples is {entry['examples']!r}, expected a whole number of at least 1")
+            raise ConfigurationError(
+                f"{path}, client {name!r}: examples is {entry['examples']!r}, expected a whole"
+                " number of at least 1"
+            )
         if not (folder / str(entry["public_key"])).is_file():
-            raise ConfigurationError(f"{path}, client {name!r}: there is no public key {folder / str(entry['public_key'])}")
+            raise ConfigurationError(
+                f"{path}, client {name!r}: there is no public key"
+                f" {folder / str(entry['public_key'])}"
+            )
         register[name] = Member(folder / entry["public_key"], entry["examples"], entry.get("node"))
     if not register:
-        raise ConfigurationError(f"{path} names no client: add a [clients.NAME] table with public_key and examples")
+        raise ConfigurationError(
+            f"{path} names no client: add a [clients.NAME] table with public_key and examples"
+        )
     return register
 
 
 def client_keys(folder: Path) -> dict[bytes, ec.EllipticCurvePublicKey]:
-    """The public keys of the clients in a server's register, by their PEM form, in which Flower's calls name them.
+    """The public keys of the clients in a server's register, by their PEM form, in which Flower's
+    calls name them.
 
     Raises:
         ConfigurationError: the register cannot be read.
@@ -132,7 +166,11 @@ def client_keys(folder: Path) -> dict[bytes, ec.EllipticCurvePublicKey]:
     keys: dict[bytes, ec.EllipticCurvePublicKey] = {}
     for member in read_register(folder).values():
         key = client_key(member.public_key)
-        keys[key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)] = key
+        keys[
+            key.public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+        ] = key
     return keys
 
 
@@ -147,7 +185,10 @@ def client_key(path: Path) -> ec.EllipticCurvePublicKey:
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise CredentialError(f"cannot read the client's public key {path}: {error}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise CredentialError(f"{path} is no ECDSA key: take the one that `fedsp federation init` made for this client")
+        raise CredentialError(
+            f"{path} is no ECDSA key: take the one that `fedsp federation init` made for this"
+            " client"
+        )
     return key
 
 
@@ -160,14 +201,21 @@ def client_signer(path: Path) -> Callable[[bytes], bytes]:
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise CredentialError(f"cannot read this client's key {path}: {error}; it comes with the folder that `fedsp federation init` made") from error
+        raise CredentialError(
+            f"cannot read this client's key {path}: {error}; it comes with the folder that `fedsp"
+            " federation init` made"
+        ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise CredentialError(f"{path} is no ECDSA key: take the one that `fedsp federation init` made for this client")
+        raise CredentialError(
+            f"{path} is no ECDSA key: take the one that `fedsp federation init` made for this"
+            " client"
+        )
     return lambda statement: key.sign(statement, ec.ECDSA(hashes.SHA256()))
 
 
 def has_signed(key: ec.EllipticCurvePublicKey, statement: bytes, signature: bytes) -> bool:
-    """Whether a client's key made this signature, as Flower's nodes make theirs: ECDSA with SHA-256."""
+    """Whether a client's key made this signature, as Flower's nodes make theirs: ECDSA with
+    SHA-256."""
     try:
         key.verify(signature, statement, ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
@@ -193,7 +241,9 @@ def verify(statement: bytes, signature: str, public: Path) -> None:
     try:
         key = serialization.load_ssh_public_key(public.read_bytes())
         if not isinstance(key, Ed25519PublicKey):
-            raise CredentialError(f"{public} is no Ed25519 key: get server.pub again from the owner of the model")
+            raise CredentialError(
+                f"{public} is no Ed25519 key: get server.pub again from the owner of the model"
+            )
         key.verify(bytes.fromhex(signature), statement)
     except (OSError, UnsupportedAlgorithm) as error:
         raise CredentialError(f"cannot read the server's public key {public}: {error}") from error
@@ -211,7 +261,9 @@ def _signing_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -247,16 +299,22 @@ def _alternative(name: str) -> x509.GeneralName:
 
 
 def _ssh(key: ec.EllipticCurvePublicKey | Ed25519PublicKey) -> bytes:
-    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b"\n"
+    return (
+        key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b"\n"
+    )
 
 
 def _write_private(
-    path: Path, key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey, form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8
+    path: Path,
+    key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey,
+    form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8,
 ) -> None:
     """A private key that only its owner can read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     previous = os.umask(0o077)
     try:
-        write_bytes(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+        write_bytes(
+            path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+        )
     finally:
         os.umask(previous)

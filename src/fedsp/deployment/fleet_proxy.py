@@ -1,11 +1,14 @@
-"""The server's proxy: the only port that is open to clients. It speaks TLS and passes on what Flower's nodes need, and nothing else.
+"""The server's proxy: the only port that is open to clients. It speaks TLS and passes on what
+Flower's nodes need, and nothing else.
 
-Flower's SuperLink serves three APIs on one port, and whoever reaches it can start a run, that is: run code on the server. So the SuperLink
-listens on this machine alone, and the proxy passes only its Fleet API (`POST /v1/fleet/...`), and of that what a registered client has signed.
+Flower's SuperLink serves three APIs on one port, and whoever reaches it can start a run, that is:
+run code on the server. So the SuperLink listens on this machine alone, and the proxy passes only
+its Fleet API (`POST /v1/fleet/...`), and of that what a registered client has signed.
 
     python -m fedsp.deployment.fleet_proxy LISTEN_HOST LISTEN_PORT SUPERLINK_PORT FOLDER COUNTS
 
-When it is stopped it adds one line to the file COUNTS: requests, bytes up and bytes down of each call, bodies as they were before TLS.
+When it is stopped it adds one line to the file COUNTS: requests, bytes up and bytes down of each
+call, bodies as they were before TLS.
 """
 
 from __future__ import annotations
@@ -28,11 +31,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fedsp.deployment.credentials import CA, CERTIFICATE, KEY, client_keys, has_signed
 
 PASSED = re.compile(r"/v1/fleet/[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
-"""The paths that are passed on, whole: no dots, no percent signs, nothing that another reader could take for another path."""
+"""The paths that are passed on, whole: no dots, no percent signs, nothing that another reader could
+take for another path."""
 
 KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER = b"flwr-public-key", b"flwr-signature", b"flwr-timestamp"
-"""Headers that every call of a registered node has: its key and the signature of the time. Unless they hold nothing of a body is read; whether the time is near is
-Flower's to say."""
+"""Headers that every call of a registered node has: its key and the signature of the time. Unless
+they hold nothing of a body is read; whether the time is near is Flower's to say."""
 
 LARGEST = 8 << 20
 """Bytes of one request's body: Flower cuts what is larger into pieces of 5 MB at most."""
@@ -44,13 +48,16 @@ HELD = 64 << 20
 """Bytes of bodies that are held of one client at once, all of its requests together."""
 
 AT_ONCE, EACH = 256, 128
-"""Requests that are passed on at once; and connections, and requests, that one address may have at once. Nobody has been authenticated yet."""
+"""Requests that are passed on at once; and connections, and requests, that one address may have at
+once. Nobody has been authenticated yet."""
 
 HEADERS_WITHIN, BODY_WITHIN = 15.0, 60.0
-"""Seconds in which a connection must have sent the headers of a request, and a request its whole body."""
+"""Seconds in which a connection must have sent the headers of a request, and a request its whole
+body."""
 
 UNKNOWN_NODE = b'{"code": 2004, "detail": "Failed to activate SuperNode."}'
-"""What Flower says to a node whose key it does not know, which tells the node that trying again is of no use."""
+"""What Flower says to a node whose key it does not know, which tells the node that trying again is
+of no use."""
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -62,12 +69,20 @@ class Refused(Exception):
 
     def __init__(self, status: int, body: bytes = b"") -> None:
         super().__init__(status)
-        self.answer: Answer = status, [(b"content-type", b"application/json")] if body else [], body, 0
+        self.answer: Answer = (
+            status,
+            [(b"content-type", b"application/json")] if body else [],
+            body,
+            0,
+        )
 
 
 class FleetProxy:
-    """An ASGI app that passes on the calls `POST /v1/fleet/...` that a client in the register of a server's folder has signed to the SuperLink on this machine. No
-    machine can keep it from others: each has its own share of requests, each client one of memory, and none waits for another's body."""
+    """An ASGI app that passes on the calls `POST /v1/fleet/...` that a client in the register of a
+    server's folder has signed to the SuperLink on this machine. No machine can keep it from others:
+    each has its own share of requests, each client one of memory, and none waits for another's
+    body.
+    """
 
     def __init__(self, port: int, folder: Path, counts: Path) -> None:
         self._counts: dict[str, list[int]] = {}
@@ -78,9 +93,13 @@ class FleetProxy:
         self._keys = client_keys(folder)
         self._url = f"https://127.0.0.1:{port}"
         context = ssl.create_default_context(cafile=str(folder / CA))
-        self._client = httpx.AsyncClient(verify=context, timeout=httpx.Timeout(120.0), limits=httpx.Limits(max_connections=256))
+        self._client = httpx.AsyncClient(
+            verify=context, timeout=httpx.Timeout(120.0), limits=httpx.Limits(max_connections=256)
+        )
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:  # pragma: no mutate block
+    async def __call__(
+        self, scope: MutableMapping[str, Any], receive: Receive, send: Send
+    ) -> None:  # pragma: no mutate block
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
@@ -90,19 +109,30 @@ class FleetProxy:
         address = str((scope.get("client") or ("",))[0])
         self._of_address[address] += 1
         try:
-            status, headers, body, received = await self._answer(scope, receive) if self._of_address[address] <= EACH else REFUSED_BUSY
+            status, headers, body, received = (
+                await self._answer(scope, receive)
+                if self._of_address[address] <= EACH
+                else REFUSED_BUSY
+            )
         finally:
             self._of_address[address] -= 1
             self._of_address += Counter()  # forget addresses that have none
         if status < 400:
-            entry = self._counts.setdefault(str(scope["path"]).removeprefix("/v1/fleet/"), [0, 0, 0])
+            entry = self._counts.setdefault(
+                str(scope["path"]).removeprefix("/v1/fleet/"), [0, 0, 0]
+            )
             entry[:] = entry[0] + 1, entry[1] + received, entry[2] + len(body)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def _answer(self, scope: MutableMapping[str, Any], receive: Receive) -> Answer:
         raw = bytes(scope.get("raw_path") or b"").decode("latin-1")
-        if scope["method"] != "POST" or not PASSED.fullmatch(raw) or raw != scope["path"] or scope.get("query_string"):
+        if (
+            scope["method"] != "POST"
+            or not PASSED.fullmatch(raw)
+            or raw != scope["path"]
+            or scope.get("query_string")
+        ):
             return 404, [], b"", 0
         try:
             client = self._signer({name.lower(): value for name, value in scope["headers"]})
@@ -164,7 +194,11 @@ class FleetProxy:
             reply = await self._client.post(self._url + path, content=body, headers=headers)
         except (httpx.HTTPError, httpx.InvalidURL):
             return 503, [], b"", 0
-        kept = [(name.lower(), value) for name, value in reply.headers.raw if name.lower() not in HOP and name.lower() != b"content-encoding"]
+        kept = [
+            (name.lower(), value)
+            for name, value in reply.headers.raw
+            if name.lower() not in HOP and name.lower() != b"content-encoding"
+        ]
         return reply.status_code, kept, reply.content, len(body)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -179,7 +213,16 @@ class FleetProxy:
 
 REFUSED_BUSY: Answer = (429, [], b"", 0)
 
-HOP = {b"host", b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"te", b"upgrade", b"expect"}
+HOP = {
+    b"host",
+    b"connection",
+    b"keep-alive",
+    b"transfer-encoding",
+    b"content-length",
+    b"te",
+    b"upgrade",
+    b"expect",
+}
 """Headers that belong to one connection."""
 
 
@@ -212,11 +255,22 @@ class Guarded(H11Protocol):
         super().connection_lost(exc)
 
 
-SERVING: dict[str, Any] = {"http": Guarded, "h11_max_incomplete_event_size": LONGEST_HEADERS, "access_log": False}
+SERVING: dict[str, Any] = {
+    "http": Guarded,
+    "h11_max_incomplete_event_size": LONGEST_HEADERS,
+    "access_log": False,
+}
 """How uvicorn serves the proxy."""
 
 
-def main(host: str, port: int, superlink: int, folder: Path, counts: Path, kind: type[FleetProxy] = FleetProxy) -> None:
+def main(
+    host: str,
+    port: int,
+    superlink: int,
+    folder: Path,
+    counts: Path,
+    kind: type[FleetProxy] = FleetProxy,
+) -> None:
     """Serve until stopped; TLS 1.2 or later with the server's certificate."""
     uvicorn.run(
         kind(superlink, folder, counts),

@@ -1,8 +1,9 @@
 """Flower underneath: our messages as Flower's, and the two apps. https://flower.ai/docs/framework/
 
-In a deployment Flower's processes carry and fedsp's compute: the ServerApp and the ClientApp pass messages through a local socket to
-`fedsp serve`, which holds the global model, and to `fedsp join`, which holds the text. Both start for every message or run, so nothing
-heavy is imported here. In a simulation the apps compute themselves; see `fedsp.deployment.simulation`.
+In a deployment Flower's processes carry and fedsp's compute: the ServerApp and the ClientApp pass
+messages through a local socket to `fedsp serve`, which holds the global model, and to `fedsp join`,
+which holds the text. Both start for every message or run, so nothing heavy is imported here. In a
+simulation the apps compute themselves; see `fedsp.deployment.simulation`.
 """
 
 from __future__ import annotations
@@ -27,26 +28,33 @@ KIND = "train"
 """Flower's type of all our messages; what is asked stands in the header."""
 
 LOST = (3, 4, 5)
-"""Flower's error codes of a message, a reply or a node that is not there any more; the others are of an app that raised or crashed."""
+"""Flower's error codes of a message, a reply or a node that is not there any more; the others are
+of an app that raised or crashed."""
 
 SPARE = 4096
-"""Bytes by which a reply's payload may be longer than what was asked, and of its header; how long they may be exactly, their reader decides."""
+"""Bytes by which a reply's payload may be longer than what was asked, and of its header; how long
+they may be exactly, their reader decides."""
 
 MEMORY = 8 << 30
-"""Bytes of address space that a process which only carries may take: what is sent to it may unfold to any size."""
+"""Bytes of address space that a process which only carries may take: what is sent to it may unfold
+to any size."""
 
 
 def to_record(message: Message) -> RecordDict:
-    """A message as Flower's content: the header in a ConfigRecord, the payload's bytes as one Array, which Flower cuts into pieces."""
+    """A message as Flower's content: the header in a ConfigRecord, the payload's bytes as one
+    Array, which Flower cuts into pieces."""
     record = RecordDict({HEADER: ConfigRecord({HEADER: message.header})})
     if message.payload:
-        array = Array(dtype="uint8", shape=(len(message.payload),), stype="safetensors", data=message.payload)
+        array = Array(
+            dtype="uint8", shape=(len(message.payload),), stype="safetensors", data=message.payload
+        )
         record["payload"] = ArrayRecord({PAYLOAD: array})
     return record
 
 
 def from_record(record: RecordDict) -> Message:
-    """The message in Flower's content; anything else becomes an empty message, which no reader accepts."""
+    """The message in Flower's content; anything else becomes an empty message, which no reader
+    accepts."""
     header = record.config_records[HEADER].get(HEADER) if HEADER in record.config_records else None
     arrays = record.array_records.get("payload")
     array = arrays.get(PAYLOAD) if arrays else None
@@ -56,8 +64,9 @@ def from_record(record: RecordDict) -> Message:
 class GridLink:
     """A link over Flower's Grid. See `fedsp.federation.transport.remote.NodeLink`.
 
-    What a node answers is fetched by a thread for that node, one at a time: a reply that Flower cannot read, or one whose upload stalls, holds
-    up no other's. No reply is longer than the longest message that was sent, and some room.
+    What a node answers is fetched by a thread for that node, one at a time: a reply that Flower
+    cannot read, or one whose upload stalls, holds up no other's. No reply is longer than the
+    longest message that was sent, and some room.
     """
 
     def __init__(self, grid: Grid, workers: int = 256) -> None:
@@ -76,13 +85,20 @@ class GridLink:
         self._longest = max([self._longest, *(len(message.payload) for _, message in sends)])
         names = []
         for node, message in sends:
-            flower_message = FlowerMessage(content=to_record(message), dst_node_id=node, message_type=KIND, group_id=group, ttl=seconds)
+            flower_message = FlowerMessage(
+                content=to_record(message),
+                dst_node_id=node,
+                message_type=KIND,
+                group_id=group,
+                ttl=seconds,
+            )
             names.append(next(iter(self._grid.push_messages([flower_message]))))
             self._node_of[names[-1]] = node
         return names
 
     def pull(self, message_ids: list[str]) -> list[Answer]:
-        """See `NodeLink.pull`. Flower's own error messages are answers without a message; what they say of the client is not read."""
+        """See `NodeLink.pull`. Flower's own error messages are answers without a message; what they
+        say of the client is not read."""
         wanted: dict[int, list[str]] = {}
         for message_id in message_ids:
             wanted.setdefault(self._node_of[message_id], []).append(message_id)
@@ -96,17 +112,32 @@ class GridLink:
     def _fetch(self, message_ids: list[str]) -> list[Answer]:
         try:
             return [self._answer(reply) for reply in self._grid.pull_messages(message_ids)]
-        except Exception:  # whatever a client has sent instead of a message; Flower calls it lost from now on
+        except (
+            Exception
+        ):  # whatever a client has sent instead of a message; Flower calls it lost from now on
             return []
 
     def _answer(self, flower_message: FlowerMessage) -> Answer:
         metadata = flower_message.metadata
         if not flower_message.has_content():
-            fault = "" if flower_message.error.code in LOST else "the client's process ended before it answered"
-            return Answer(message_id=metadata.reply_to_message_id, node=metadata.src_node_id, message=None, fault=fault)
+            fault = (
+                ""
+                if flower_message.error.code in LOST
+                else "the client's process ended before it answered"
+            )
+            return Answer(
+                message_id=metadata.reply_to_message_id,
+                node=metadata.src_node_id,
+                message=None,
+                fault=fault,
+            )
         message = from_record(flower_message.content)
         fits = len(message.payload) <= self._longest + SPARE and len(message.header) <= SPARE
-        return Answer(message_id=metadata.reply_to_message_id, node=metadata.src_node_id, message=message if fits else Message(""))
+        return Answer(
+            message_id=metadata.reply_to_message_id,
+            node=metadata.src_node_id,
+            message=message if fits else Message(""),
+        )
 
 
 def make_client_app(respond: Callable[[Message, Context], Message]) -> ClientApp:
@@ -115,7 +146,10 @@ def make_client_app(respond: Callable[[Message, Context], Message]) -> ClientApp
 
     @app.train()
     def train(flower_message: FlowerMessage, context: Context) -> FlowerMessage:
-        return FlowerMessage(content=to_record(respond(from_record(flower_message.content), context)), reply_to=flower_message)
+        return FlowerMessage(
+            content=to_record(respond(from_record(flower_message.content), context)),
+            reply_to=flower_message,
+        )
 
     return app
 
@@ -127,10 +161,12 @@ def server_main(grid: Grid, context: Context) -> None:
 
 
 def handle_client_message(message: Message, context: Context) -> Message:
-    """The ClientApp of a deployment: ask the `fedsp join` that listens on this machine, and wait for one that is being started again.
+    """The ClientApp of a deployment: ask the `fedsp join` that listens on this machine, and wait
+    for one that is being started again.
 
     Raises:
-        RuntimeError: there is none. Flower sends the text of what is raised here to the server, so it says nothing else.
+        RuntimeError: there is none. Flower sends the text of what is raised here to the server, so
+            it says nothing else.
     """
     for _ in range(60):
         with contextlib.suppress(DeploymentError, ValueError):

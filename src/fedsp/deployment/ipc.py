@@ -1,5 +1,6 @@
-"""A socket on this machine, between a process of fedsp's that holds a model or text and one of Flower's that carries messages. Nothing
-that is received is ever executed: it is read as bytes and JSON."""
+"""A socket on this machine, between a process of fedsp's that holds a model or text and one of
+Flower's that carries messages. Nothing that is received is ever executed: it is read as bytes and
+JSON."""
 
 from __future__ import annotations
 
@@ -38,11 +39,17 @@ class Channel:
         """
         messages = messages or []
         try:
-            self._connection.send_bytes(json.dumps({"value": value, "headers": [message.header for message in messages]}).encode())
+            self._connection.send_bytes(
+                json.dumps(
+                    {"value": value, "headers": [message.header for message in messages]}
+                ).encode()
+            )
             for message in messages:
                 self._connection.send_bytes(message.payload)
         except OSError as error:
-            raise DeploymentError("the process on the other side of the local socket has gone") from error
+            raise DeploymentError(
+                "the process on the other side of the local socket has gone"
+            ) from error
 
     def receive(self) -> tuple[Any, list[Message]]:
         """The next value and its messages.
@@ -52,9 +59,14 @@ class Channel:
         """
         try:
             message_id = json.loads(self._connection.recv_bytes(LARGEST))
-            return message_id["value"], [Message(header, self._connection.recv_bytes(LARGEST)) for header in message_id["headers"]]
+            return message_id["value"], [
+                Message(header, self._connection.recv_bytes(LARGEST))
+                for header in message_id["headers"]
+            ]
         except (EOFError, OSError, ValueError, KeyError, TypeError) as error:
-            raise DeploymentError("the process on the other side of the local socket has gone") from error
+            raise DeploymentError(
+                "the process on the other side of the local socket has gone"
+            ) from error
 
     def close(self) -> None:
         """Hang up."""
@@ -69,14 +81,19 @@ class Socket:
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self._folder = None if path else tempfile.mkdtemp(prefix="fedsp-")  # short: a socket's path has room for about 100 characters
+        self._folder = (
+            None if path else tempfile.mkdtemp(prefix="fedsp-")
+        )  # short: a socket's path has room for about 100 characters
         self.path = path or f"{self._folder}/socket"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.bind(self.path)
             Path(self.path).chmod(0o600)
         except OSError as error:
-            raise DeploymentError(f"cannot listen at {self.path} ({error.strerror}): remove what is there, or set {SOCKET} to another path") from error
+            raise DeploymentError(
+                f"cannot listen at {self.path} ({error.strerror}): remove what is there, or set"
+                f" {SOCKET} to another path"
+            ) from error
         self._socket.listen(8)
 
     def accept(self, check: Callable[[], None], seconds: float | None = None) -> Channel:
@@ -91,7 +108,9 @@ class Socket:
             with contextlib.suppress(TimeoutError):
                 return Channel(self._socket.accept()[0])
             check()
-        raise DeploymentError(f"Flower's app has not connected in {seconds:g} s; the logs in the run's folder say why")
+        raise DeploymentError(
+            f"Flower's app has not connected in {seconds:g} s; the logs in the run's folder say why"
+        )
 
     def close(self) -> None:
         """Stop listening and leave nothing behind."""
@@ -111,12 +130,16 @@ def connect(path: str) -> Channel:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.connect(path)
     except OSError as error:
-        raise DeploymentError(f"nobody listens at {path}: start `fedsp serve` or `fedsp join` first ({error.strerror})") from error
+        raise DeploymentError(
+            f"nobody listens at {path}: start `fedsp serve` or `fedsp join` first"
+            f" ({error.strerror})"
+        ) from error
     return Channel(connection)
 
 
 class SocketLink:
-    """A link whose other end is in another process of this machine, behind a channel; see `carry`. `check` is called at each look, and may raise."""
+    """A link whose other end is in another process of this machine, behind a channel; see `carry`.
+    `check` is called at each look, and may raise."""
 
     def __init__(self, channel: Channel, check: Callable[[], None] = lambda: None) -> None:
         self._channel, self._check = channel, check
@@ -128,7 +151,9 @@ class SocketLink:
 
     def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
         """See `NodeLink.push`."""
-        message_ids: list[str] = self._call(["push", [node for node, _ in sends], group, seconds], [message for _, message in sends])[0]
+        message_ids: list[str] = self._call(
+            ["push", [node for node, _ in sends], group, seconds], [message for _, message in sends]
+        )[0]
         return message_ids
 
     def pull(self, message_ids: list[str]) -> list[Answer]:
@@ -136,7 +161,13 @@ class SocketLink:
         found, messages = self._call(["pull", message_ids])
         bodies = iter(messages)
         return [
-            Answer(message_id=message_id, node=node, message=next(bodies) if answered else None, fault=fault) for message_id, node, answered, fault in found
+            Answer(
+                message_id=message_id,
+                node=node,
+                message=next(bodies) if answered else None,
+                fault=fault,
+            )
+            for message_id, node, answered, fault in found
         ]
 
     def _call(self, value: Any, messages: list[Message] | None = None) -> tuple[Any, list[Message]]:
@@ -145,7 +176,8 @@ class SocketLink:
 
 
 def carry(link: Any, channel: Channel) -> None:
-    """The other end of a SocketLink: do on `link` what is asked through the channel, until it closes."""
+    """The other end of a SocketLink: do on `link` what is asked through the channel, until it
+    closes."""
     while True:
         try:
             (name, *arguments), messages = channel.receive()
@@ -159,6 +191,9 @@ def carry(link: Any, channel: Channel) -> None:
         else:
             answers = link.pull(*arguments)
             channel.send(
-                [[answer.message_id, answer.node, answer.message is not None, answer.fault] for answer in answers],
+                [
+                    [answer.message_id, answer.node, answer.message is not None, answer.fault]
+                    for answer in answers
+                ],
                 [answer.message for answer in answers if answer.message],
             )

@@ -1,4 +1,5 @@
-"""A deployment, at an owner of text: `fedsp join`. The text is in this process alone; Flower's, which carry messages, stand beside it."""
+"""A deployment, at an owner of text: `fedsp join`. The text is in this process alone; Flower's,
+which carry messages, stand beside it."""
 
 from __future__ import annotations
 
@@ -27,7 +28,14 @@ from fedsp.deployment.ipc import SOCKET, Socket
 from fedsp.deployment.package import hold_against_policy, open_package
 from fedsp.deployment.processes import Processes, free_port, host_and_port, written
 from fedsp.deployment.restricted_executor import require_pinning
-from fedsp.errors import ConfigurationError, CredentialError, DeploymentError, PayloadError, PolicyError, first_line
+from fedsp.errors import (
+    ConfigurationError,
+    CredentialError,
+    DeploymentError,
+    PayloadError,
+    PolicyError,
+    first_line,
+)
 from fedsp.federation.agreement import promised_epsilon
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import client_prompt, make_client, make_method, require_independence
@@ -50,15 +58,18 @@ PAUSE = 3.0
 """Seconds from one start of Flower's node to the next."""
 
 REFUSED, REFUSED_FOR = "Failed to activate SuperNode", 90.0
-"""What a node says that the server does not let in, and the seconds after which that is believed: for 60 a server takes a node that has
-vanished for one that is still connected, and says the same."""
+"""What a node says that the server does not let in, and the seconds after which that is believed:
+for 60 a server takes a node that has vanished for one that is still connected, and says the same.
+"""
 
 
 class Client:
-    """An owner of text: its rows, the package it was given, its policy, and what it remembers of what it has answered.
+    """An owner of text: its rows, the package it was given, its policy, and what it remembers of
+    what it has answered.
 
     Raises:
-        FedspError: the data, the package or its signature cannot be used, or the policy refuses what the package asks.
+        FedspError: the data, the package or its signature cannot be used, or the policy refuses
+            what the package asks.
     """
 
     def __init__(self, party: PartyConfig, callbacks: Callbacks) -> None:
@@ -67,31 +78,54 @@ class Client:
         self._sign = client_signer(Path(party.keys) / CLIENT_KEY)
         examples = examples_of(find_task(party.data.task), read_rows(Path(party.data.train)))
         device = choose_device(party.device)
-        self.auxiliary, self.agreement = open_package(party.package, Path(party.keys) / SERVER_PUBLIC, device)
+        self.auxiliary, self.agreement = open_package(
+            party.package, Path(party.keys) / SERVER_PUBLIC, device
+        )
         hold_against_policy(party.policy, self.agreement, self.auxiliary, len(examples))
         self.rows = encode_targets(self.auxiliary.tokenizer, examples, self.agreement.max_tokens)
         if self.agreement.client.auxiliary_steps and party.precision != "float32":
-            raise PolicyError(f"the run trains the auxiliary model, whose weights precision = {party.precision!r} would freeze: set it to float32")
+            raise PolicyError(
+                f"the run trains the auxiliary model, whose weights precision = {party.precision!r}"
+                " would freeze: set it to float32"
+            )
         self._method = make_method(self.agreement, self.auxiliary)
         reduce_precision(self.auxiliary, party.precision, "precision")
         if self.agreement.privacy.unit == "example":
-            require_independence(self.auxiliary, client_prompt(self.agreement, self.auxiliary), self.agreement.max_tokens)
-            self._info(f"self-test: neighbours change an example's gradient by {self.auxiliary.largest_difference:.1e} of its length at most")
+            require_independence(
+                self.auxiliary,
+                client_prompt(self.agreement, self.auxiliary),
+                self.agreement.max_tokens,
+            )
+            self._info(
+                "self-test: neighbours change an example's gradient by"
+                f" {self.auxiliary.largest_difference:.1e} of its length at most"
+            )
             if self.auxiliary.together == 1:
-                self._info("in this precision examples change each other by rounding, so each goes through the model by itself, which takes longer")
+                self._info(
+                    "in this precision examples change each other by rounding, so each goes through"
+                    " the model by itself, which takes longer"
+                )
         self._state = Path(party.state) / party.package.sha256[:16]
-        self._shape = PromptSpec(space=self.agreement.prompt.space, length=self.agreement.prompt.length, model=self.auxiliary.prompt_shape).shape
+        self._shape = PromptSpec(
+            space=self.agreement.prompt.space,
+            length=self.agreement.prompt.length,
+            model=self.auxiliary.prompt_shape,
+        ).shape
         self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
         self.answered = 0
 
     def respond(self, message: Message) -> Message:
-        """The answer to a message; the same message again gets the same answer, without training again. What is no request gets an empty message."""
+        """The answer to a message; the same message again gets the same answer, without training
+        again. What is no request gets an empty message."""
         if self._last and self._last[0] == message:
             self._info(f"round {json.loads(message.header)['round']}: asked again, sent the same")
             return self._last[1]
         try:
-            if len(message.header) > LONGEST_HEADER or len(message.payload) > 4 * math.prod(self._shape) + ROOM:
+            if (
+                len(message.header) > LONGEST_HEADER
+                or len(message.payload) > 4 * math.prod(self._shape) + ROOM
+            ):
                 raise PayloadError("they are more than a prompt has")
             reply = answer(
                 message,
@@ -110,61 +144,104 @@ class Client:
         said = json.loads(reply.header.partition("\n")[2])
         what = said.get("losses") or said.get("code") or ""
         self._info(
-            f"round {said['round']}: received {_amount(message)}, sent {_amount(reply)}: {said['kind']} {what if isinstance(what, str) else _figures(what)}"
+            f"round {said['round']}: received {_amount(message)}, sent {_amount(reply)}:"
+            f" {said['kind']} {what if isinstance(what, str) else _figures(what)}"
         )
         return reply
 
     def _open(self, message: Message, client: str) -> Party:
         rest = StateStore(self._state / str(json.loads(message.header)["run"]))
-        ledger = Ledger(Path(self.party.state) / LEDGER)  # one for all packages and runs: the text is the same
+        ledger = Ledger(
+            Path(self.party.state) / LEDGER
+        )  # one for all packages and runs: the text is the same
         most = self.party.policy.max_epsilon
         if most is None:
             most = promised_epsilon(self.agreement, len(self.rows))
         return make_client(client, self.agreement, self.auxiliary, self.rows, rest, ledger, most)
 
     def _allow(self, message: Message, request: Request) -> None:
-        """Raises PolicyError or PayloadError for a request outside the package's agreement or the client's own policy.
+        """Raises PolicyError or PayloadError for a request outside the package's agreement or the
+        client's own policy.
 
-        A round is answered once: again only to the very same request, as a server that was killed and resumed sends it.
+        A round is answered once: again only to the very same request, as a server that was killed
+        and resumed sends it.
         """
         if json.loads(message.header).get("package") != self.party.package.sha256:
-            raise PolicyError("the request is about another package than this client's: get the new one from the owner of the model")
+            raise PolicyError(
+                "the request is about another package than this client's: get the new one from the"
+                " owner of the model"
+            )
         if request.client != self.party.name:
             raise PolicyError("the request is for another client")
         if not re.fullmatch(r"[0-9a-f]{1,32}", request.run):
             raise PolicyError("the request's run has no usable identity")
         rounds = self.agreement.rounds
-        known = request.round <= rounds if request.train else request.round == rounds + 1 and self.agreement.clients_validate
+        known = (
+            request.round <= rounds
+            if request.train
+            else request.round == rounds + 1 and self.agreement.clients_validate
+        )
         if not (known and request.round >= 1):
-            raise PolicyError(f"round {request.round} is not one of the {rounds} that the package allows")
+            raise PolicyError(
+                f"round {request.round} is not one of the {rounds} that the package allows"
+            )
         check(request.payload, {PROMPT: self._shape})
         if str(request.answer_in) != self.agreement.compression.up:
-            raise PolicyError(f"the request asks for an answer in {request.answer_in}, the package allows {self.agreement.compression.up}")
+            raise PolicyError(
+                f"the request asks for an answer in {request.answer_in}, the package allows"
+                f" {self.agreement.compression.up}"
+            )
         path = self._state / "rounds.json"
-        answered: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        asked = [request.train, request.run, request.round, request.client, request.seed]  # and not in which codec it came: after a kill it comes whole
-        this, digest = f"{request.run} {request.round}", hashlib.sha256(json.dumps(asked).encode() + pack(request.payload)).hexdigest()
+        answered: dict[str, str] = (
+            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        )
+        asked = [
+            request.train,
+            request.run,
+            request.round,
+            request.client,
+            request.seed,
+        ]  # and not in which codec it came: after a kill it comes whole
+        this, digest = (
+            f"{request.run} {request.round}",
+            hashlib.sha256(json.dumps(asked).encode() + pack(request.payload)).hexdigest(),
+        )
         if answered.get(this, digest) != digest:
             raise PolicyError(f"round {request.round} was answered already, to another request")
         runs = {key.split()[0] for key in answered}
         if request.run not in runs and len(runs) >= self.agreement.runs:
-            raise PolicyError(f"the package allows {self.agreement.runs} runs, and as many were answered: a new run needs a new package")
-        alike = [key for key in answered if (int(key.split()[1]) <= rounds) == request.train]  # the last validation has a count of its own
+            raise PolicyError(
+                f"the package allows {self.agreement.runs} runs, and as many were answered: a new"
+                " run needs a new package"
+            )
+        alike = [
+            key for key in answered if (int(key.split()[1]) <= rounds) == request.train
+        ]  # the last validation has a count of its own
         if this not in answered and len(alike) >= self.party.policy.max_rounds:
-            raise PolicyError(f"{len(alike)} rounds were answered under this package, policy.max_rounds allows no more")
+            raise PolicyError(
+                f"{len(alike)} rounds were answered under this package, policy.max_rounds allows no"
+                " more"
+            )
         write_json(path, {**answered, this: digest})
         self._received = {(request.run, request.round): request.payload}
 
     def _log(self, request: Request, error: Exception) -> None:
-        """What is said of a fault on this machine: whole sentences of fedsp's, and of anything else only its kind, since its text may hold yours."""
-        what = first_line(error) if isinstance(error, PolicyError | PayloadError) else type(error).__name__
+        """What is said of a fault on this machine: whole sentences of fedsp's, and of anything else
+        only its kind, since its text may hold yours."""
+        what = (
+            first_line(error)
+            if isinstance(error, PolicyError | PayloadError)
+            else type(error).__name__
+        )
         self._info(f"round {request.round}: not done: {what}")
 
 
 def join(party: PartyConfig, callbacks: Callbacks) -> int:
-    """Answer the server's requests until it says that the run is finished; returns the number of requests answered.
+    """Answer the server's requests until it says that the run is finished; returns the number of
+    requests answered.
 
-    With FEDSP_SOCKET set, no process of Flower's is started: a SuperNode of one's own runs with the same variable.
+    With FEDSP_SOCKET set, no process of Flower's is started: a SuperNode of one's own runs with the
+    same variable.
 
     Raises:
         FedspError: the client cannot take part, or Flower's process on this machine has ended.
@@ -172,23 +249,36 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
     host, port = host_and_port(party.server, "server")
     for name in (CA, CLIENT_KEY, SERVER_PUBLIC):
         if not (Path(party.keys) / name).is_file():
-            raise ConfigurationError(f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp federation init` made for this client")
+            raise ConfigurationError(
+                f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp"
+                " federation init` made for this client"
+            )
     client = Client(party, callbacks)
     if client.agreement.privacy.unit != "example":
         callbacks.say(
-            "this run has no differential privacy: a dishonest owner of the model could make a package whose answers tell words of your text; `fedsp inspect` finds clumsy ones, policy.require_differential_privacy refuses such runs"
+            "this run has no differential privacy: a dishonest owner of the model could make a"
+            " package whose answers tell words of your text; `fedsp inspect` finds clumsy ones,"
+            " policy.require_differential_privacy refuses such runs"
         )
     require_pinning()
     with ExitStack() as stack:
         if not stack.enter_context(locked(Path(party.state) / "lock", wait=False)):
-            raise ConfigurationError(f"state: another `fedsp join` works in {party.state}: wait for it, or give this one a folder of its own")
+            raise ConfigurationError(
+                f"state: another `fedsp join` works in {party.state}: wait for it, or give this one"
+                " a folder of its own"
+            )
         listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
         place = Path(party.state) / "flower"
-        processes = Processes(place, {"FLWR_HOME": str((place / "home").resolve()), SOCKET: listening.path})
+        processes = Processes(
+            place, {"FLWR_HOME": str((place / "home").resolve()), SOCKET: listening.path}
+        )
         stack.callback(processes.stop)
         node = Node(party, place, processes, callbacks)
-        callbacks.say(f"{party.name} joins {party.server} with {len(client.rows)} examples; Flower's log is {place / 'supernode.log'}")
+        callbacks.say(
+            f"{party.name} joins {party.server} with {len(client.rows)} examples; Flower's log is"
+            f" {place / 'supernode.log'}"
+        )
         look = ServerProbe(host, port, Path(party.keys) / CA, callbacks)
 
         def check() -> None:
@@ -200,7 +290,9 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
         finished = False
         while not finished:
             channel = listening.accept(check)
-            with contextlib.suppress(DeploymentError, OSError, ValueError):  # whoever asked has gone, or was nobody of ours
+            with contextlib.suppress(
+                DeploymentError, OSError, ValueError
+            ):  # whoever asked has gone, or was nobody of ours
                 _, (message,) = channel.receive()
                 finished = message == END
                 working = worker.submit(client.respond, message) if not finished else None
@@ -214,18 +306,27 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
 
 
 class Node:
-    """Flower's SuperNode of this client and the pinned executor beside it, started again whenever they end: a node ends when the server that
-    knew it is gone, when a connection breaks off at the wrong moment, and when it is refused."""
+    """Flower's SuperNode of this client and the pinned executor beside it, started again whenever
+    they end: a node ends when the server that knew it is gone, when a connection breaks off at the
+    wrong moment, and when it is refused."""
 
-    def __init__(self, party: PartyConfig, place: Path, processes: Processes, callbacks: Callbacks) -> None:
-        self._party, self._place, self._processes, self._info = party, place, processes, callbacks.say
+    def __init__(
+        self, party: PartyConfig, place: Path, processes: Processes, callbacks: Callbacks
+    ) -> None:
+        self._party, self._place, self._processes, self._info = (
+            party,
+            place,
+            processes,
+            callbacks.say,
+        )
         self._started, self._refused, self._short = -PAUSE, 0.0, 0
 
     def keep_running(self) -> None:
         """Start what is not running, after a pause.
 
         Raises:
-            CredentialError: the server has refused this client's key for as long as it could take the client for one that is still connected.
+            CredentialError: the server has refused this client's key for as long as it could take
+                the client for one that is still connected.
         """
         ended = self._processes.ended("supernode") or self._processes.ended("executor")
         if self._started > 0 and not ended:
@@ -238,13 +339,17 @@ class Node:
                 self._refused = now
             if self._refused and now - self._refused > REFUSED_FOR:
                 raise CredentialError(
-                    "the server refuses this client: its key is not in the server's register, or its name belongs to another that is connected; ask the owner of the model"
+                    "the server refuses this client: its key is not in the server's register, or"
+                    " its name belongs to another that is connected; ask the owner of the model"
                 )
             if now - self._started < PAUSE:
                 return
             self._short = self._short + 1 if now - self._started < REFUSED_FOR / 3 else 0
             if self._short == 5:
-                self._info("Flower's node ends again and again: is this machine's clock right? Its log says what happens")
+                self._info(
+                    "Flower's node ends again and again: is this machine's clock right? Its log"
+                    " says what happens"
+                )
             self._processes.stop()
         port, secret = free_port(), self._place / "executor.secret"
         secret.unlink(missing_ok=True)
@@ -258,28 +363,40 @@ class Node:
 class ServerProbe:
     """Looks now and then whether the server can be reached, and says so when that changes."""
 
-    def __init__(self, host: str, port: int, authority: Path, callbacks: Callbacks, every: float = 5.0) -> None:
+    def __init__(
+        self, host: str, port: int, authority: Path, callbacks: Callbacks, every: float = 5.0
+    ) -> None:
         self._address, self._every, self._info = (host, port), every, callbacks.say
         try:
             self._context = ssl.create_default_context(cafile=str(authority))
         except (OSError, ssl.SSLError) as error:
-            raise CredentialError(f"{authority} is no certificate: get it again from the owner of the model") from error
+            raise CredentialError(
+                f"{authority} is no certificate: get it again from the owner of the model"
+            ) from error
         self._next, self._reached, self._once = 0.0, True, False
 
     def out(self) -> None:
         """Look, if it is time to.
 
         Raises:
-            CredentialError: what answers there, the first time, is not the server that `ca.crt` vouches for.
+            CredentialError: what answers there, the first time, is not the server that `ca.crt`
+                vouches for.
         """
         if time.monotonic() < self._next:
             return
         try:
-            with socket.create_connection(self._address, 2) as plain, self._context.wrap_socket(plain, server_hostname=self._address[0]):
+            with (
+                socket.create_connection(self._address, 2) as plain,
+                self._context.wrap_socket(plain, server_hostname=self._address[0]),
+            ):
                 reached = True
         except ssl.SSLCertVerificationError as error:
             reached = False
-            wrong = f"what answers at {written(*self._address)} is not the server that ca.crt vouches for ({error.verify_message}): check `server` and `keys`, and ask the owner of the model"
+            wrong = (
+                f"what answers at {written(*self._address)} is not the server that ca.crt vouches"
+                f" for ({error.verify_message}): check `server` and `keys`, and ask the owner of"
+                " the model"
+            )
             if not self._once:
                 raise CredentialError(wrong) from error
             if self._reached:
@@ -288,7 +405,14 @@ class ServerProbe:
             reached = False
         self._once = self._once or reached
         if reached != self._reached:
-            self._info("the server answers again" if reached else f"the server does not answer at {written(*self._address)}; this client keeps trying")
+            self._info(
+                "the server answers again"
+                if reached
+                else (
+                    f"the server does not answer at {written(*self._address)}; this client keeps"
+                    " trying"
+                )
+            )
         self._reached, self._next = reached, time.monotonic() + self._every
 
 
@@ -296,14 +420,38 @@ def supernode_command(party: PartyConfig, port: int, secret: Path) -> list[str]:
     """Flower's own command for a client's SuperNode, which starts nothing by itself."""
     keys = Path(party.keys)
     alone = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
-    tls = ["--root-certificates", str(keys / CA), "--auth-supernode-private-key", str(keys / CLIENT_KEY)]
-    return ["flower-supernode", "--superlink", party.server, *tls, "--host", "127.0.0.1", "--port", str(port), *alone]
+    tls = [
+        "--root-certificates",
+        str(keys / CA),
+        "--auth-supernode-private-key",
+        str(keys / CLIENT_KEY),
+    ]
+    return [
+        "flower-supernode",
+        "--superlink",
+        party.server,
+        *tls,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *alone,
+    ]
 
 
 def executor_command(port: int, secret: Path) -> list[str]:
     """The pinned executor beside a SuperNode."""
     address = ["--runtime-api-address", f"127.0.0.1:{port}", "--insecure"]
-    return [sys.executable, "-P", "-m", "fedsp.deployment.restricted_executor", "superexec", *address, "--superexec-auth-secret-file", str(secret)]
+    return [
+        sys.executable,
+        "-P",
+        "-m",
+        "fedsp.deployment.restricted_executor",
+        "superexec",
+        *address,
+        "--superexec-auth-secret-file",
+        str(secret),
+    ]
 
 
 def _amount(message: Message) -> str:

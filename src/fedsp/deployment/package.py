@@ -1,5 +1,6 @@
-"""The package: the folder that every client gets once, by another way than the network. The auxiliary model, what the run asks of its clients,
-and the signature of the model's owner over all of it."""
+"""The package: the folder that every client gets once, by another way than the network. The
+auxiliary model, what the run asks of its clients, and the signature of the model's owner over all
+of it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ from fedsp.config import Agreement, PackageSection, PolicySection
 from fedsp.config_file import validated
 from fedsp.deployment.credentials import sign, verify
 from fedsp.deployment.package_check import require_harmless
-from fedsp.errors import AuxiliaryError, CredentialError, FedspError, PolicyError, did_you_mean, first_line
+from fedsp.errors import (
+    AuxiliaryError,
+    CredentialError,
+    FedspError,
+    PolicyError,
+    did_you_mean,
+    first_line,
+)
 from fedsp.models.auxiliary import AuxiliaryModel, load_auxiliary, parse_plan
 from fedsp.models.loading import require_vocabulary
 from fedsp.storage import parse_json, write_bytes, write_json
@@ -27,18 +35,26 @@ def package_digest(folder: Path) -> str:
         AuxiliaryError: the folder is not there, or holds anything but plain files.
     """
     if not folder.is_dir():
-        raise AuxiliaryError(f"there is no package {folder}: get the folder from the owner of the model")
+        raise AuxiliaryError(
+            f"there is no package {folder}: get the folder from the owner of the model"
+        )
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or not path.is_file():
-            raise AuxiliaryError(f"the package {folder} holds {path.name}, which is no plain file: get the folder again from the owner of the model")
+            raise AuxiliaryError(
+                f"the package {folder} holds {path.name}, which is no plain file: get the folder"
+                " again from the owner of the model"
+            )
         if path.name != SIGNATURE:
-            digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+            digest.update(
+                f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+            )
     return digest.hexdigest()
 
 
 def seal_package(folder: Path, agreement: Agreement, signing_key: Path) -> str:
-    """Add the agreement and the signature to an auxiliary model's folder; returns the digest that clients pin.
+    """Add the agreement and the signature to an auxiliary model's folder; returns the digest that
+    clients pin.
 
     Raises:
         AuxiliaryError: it holds what clients refuse.
@@ -62,13 +78,17 @@ def read_agreement(folder: Path) -> Agreement:
         values = parse_json((folder / AGREEMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AuxiliaryError(
-            f"{folder} is no package for clients: its {AGREEMENT} cannot be read; `fedsp distill` makes one from a run.toml with a [federation] section"
+            f"{folder} is no package for clients: its {AGREEMENT} cannot be read; `fedsp distill`"
+            " makes one from a run.toml with a [federation] section"
         ) from error
     return validated(Agreement, values, str(folder / AGREEMENT))
 
 
-def open_package(section: PackageSection, public_key: Path, device: torch.device) -> tuple[AuxiliaryModel, Agreement]:
-    """The auxiliary model and the agreement of a package that is the one pinned, and signed by the model's owner.
+def open_package(
+    section: PackageSection, public_key: Path, device: torch.device
+) -> tuple[AuxiliaryModel, Agreement]:
+    """The auxiliary model and the agreement of a package that is the one pinned, and signed by the
+    model's owner.
 
     Raises:
         AuxiliaryError: the folder is incomplete, or is not the one whose digest was pinned.
@@ -78,12 +98,16 @@ def open_package(section: PackageSection, public_key: Path, device: torch.device
     digest = package_digest(folder)
     if digest != section.sha256:
         raise AuxiliaryError(
-            f"the package {folder} has the SHA-256 digest {digest[:16]}..., package.sha256 says {section.sha256[:16]}...: get the folder again, or ask the owner of the model for the digest of a new one"
+            f"the package {folder} has the SHA-256 digest {digest[:16]}..., package.sha256 says"
+            f" {section.sha256[:16]}...: get the folder again, or ask the owner of the model for"
+            " the digest of a new one"
         )
     try:
         signature = (folder / SIGNATURE).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError) as error:
-        raise CredentialError(f"the package {folder} is not signed: get the folder again from the owner of the model") from error
+        raise CredentialError(
+            f"the package {folder} is not signed: get the folder again from the owner of the model"
+        ) from error
     try:
         verify(_statement(digest), signature, public_key)
     except CredentialError as error:
@@ -97,34 +121,66 @@ def open_package(section: PackageSection, public_key: Path, device: torch.device
     except FedspError:
         raise
     except Exception as error:  # whatever an owner of a model puts into a package
-        raise AuxiliaryError(f"the package {folder} cannot be used ({type(error).__name__}: {first_line(error)}): ask the owner of the model") from error
+        raise AuxiliaryError(
+            f"the package {folder} cannot be used ({type(error).__name__}: {first_line(error)}):"
+            " ask the owner of the model"
+        ) from error
 
 
-def hold_against_policy(policy: PolicySection, agreement: Agreement, auxiliary: AuxiliaryModel, examples: int) -> None:
+def hold_against_policy(
+    policy: PolicySection, agreement: Agreement, auxiliary: AuxiliaryModel, examples: int
+) -> None:
     """Check what a run asks of a client against the client's own policy.
 
     Raises:
         PolicyError: the first point that the policy does not allow.
     """
     if agreement.method not in policy.methods:
-        raise PolicyError(f"the run's method is {agreement.method!r}, policy.methods allows {policy.methods}{did_you_mean(agreement.method, policy.methods)}")
+        raise PolicyError(
+            f"the run's method is {agreement.method!r}, policy.methods allows"
+            f" {policy.methods}{did_you_mean(agreement.method, policy.methods)}"
+        )
     if agreement.rounds > policy.max_rounds:
-        raise PolicyError(f"the run has {agreement.rounds} rounds, policy.max_rounds allows {policy.max_rounds}")
+        raise PolicyError(
+            f"the run has {agreement.rounds} rounds, policy.max_rounds allows {policy.max_rounds}"
+        )
     if examples < policy.min_examples:
-        raise PolicyError(f"data.train holds {examples} examples, policy.min_examples asks for {policy.min_examples} before anything is trained on them")
+        raise PolicyError(
+            f"data.train holds {examples} examples, policy.min_examples asks for"
+            f" {policy.min_examples} before anything is trained on them"
+        )
     private = agreement.privacy.unit == "example"
     if policy.require_differential_privacy and not private:
-        raise PolicyError("the run has no differential privacy at the client, policy.require_differential_privacy asks for it")
+        raise PolicyError(
+            "the run has no differential privacy at the client, policy.require_differential_privacy"
+            " asks for it"
+        )
     if policy.max_epsilon is not None and not private:
         raise PolicyError(
-            f"the run has no differential privacy at the client, so no epsilon holds, and policy.max_epsilon = {policy.max_epsilon:g} asks for one"
+            "the run has no differential privacy at the client, so no epsilon holds, and"
+            f" policy.max_epsilon = {policy.max_epsilon:g} asks for one"
         )
-    if policy.max_epsilon is not None and agreement.privacy.epsilon is not None and agreement.privacy.epsilon > policy.max_epsilon:
-        raise PolicyError(f"the run may cost epsilon = {agreement.privacy.epsilon:g}, policy.max_epsilon allows {policy.max_epsilon:g}")
+    if (
+        policy.max_epsilon is not None
+        and agreement.privacy.epsilon is not None
+        and agreement.privacy.epsilon > policy.max_epsilon
+    ):
+        raise PolicyError(
+            f"the run may cost epsilon = {agreement.privacy.epsilon:g}, policy.max_epsilon allows"
+            f" {policy.max_epsilon:g}"
+        )
     if private and agreement.privacy.delta > policy.max_delta:
-        raise PolicyError(f"the run promises its epsilon at delta = {agreement.privacy.delta:g}, policy.max_delta allows {policy.max_delta:g}")
-    if policy.plans and auxiliary.plan not in [parse_plan(plan, auxiliary.prompt_shape.layers) for plan in policy.plans]:
-        raise PolicyError(f"the auxiliary model has the layer plan {list(auxiliary.plan.sources)}, policy.plans allows {policy.plans}")
+        raise PolicyError(
+            f"the run promises its epsilon at delta = {agreement.privacy.delta:g}, policy.max_delta"
+            f" allows {policy.max_delta:g}"
+        )
+    if policy.plans and auxiliary.plan not in [
+        parse_plan(plan, auxiliary.prompt_shape.layers) for plan in policy.plans
+    ]:
+        raise PolicyError(
+            f"the auxiliary model has the layer plan {list(auxiliary.plan.sources)}, policy.plans"
+            f" allows {policy.plans}"
+        )
 
 
 def _statement(digest: str) -> bytes:

@@ -1,5 +1,7 @@
-"""What a package may hold, whoever signed it: files of known names, and configurations of known keys and bounded numbers. It is held against this before anything
-of it is built, so that no package makes a client run code, ask for some, or take memory that its own files do not account for."""
+"""What a package may hold, whoever signed it: files of known names, and configurations of known
+keys and bounded numbers. It is held against this before anything of it is built, so that no package
+makes a client run code, ask for some, or take memory that its own files do not account for.
+"""
 
 from __future__ import annotations
 
@@ -154,10 +156,12 @@ FAMILIES = frozenset(
         "xglm",
     ]
 )
-"""The families of models that a package may be of: those that `make families` finds right. Others may ask for compilers or code of a hub when they are built."""
+"""The families of models that a package may be of: those that `make families` finds right. Others
+may ask for compilers or code of a hub when they are built."""
 
 LARGEST = 1 << 24
-"""The largest number that a configuration may name: more than any vocabulary, and than any length but what nobody tunes on two cores."""
+"""The largest number that a configuration may name: more than any vocabulary, and than any length
+but what nobody tunes on two cores."""
 
 LONGEST = 100_000
 """Characters of a text, and entries of a list or table, that a configuration may have."""
@@ -172,18 +176,24 @@ def require_harmless(folder: Path) -> None:
     odd = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
     if odd:
         raise AuxiliaryError(
-            f"the package {folder} holds {odd[0]!r}, which no package has: expected {', '.join(sorted(FILES)[:5])}, ...; ask the owner of the model"
+            f"the package {folder} holds {odd[0]!r}, which no package has: expected"
+            f" {', '.join(sorted(FILES)[:5])}, ...; ask the owner of the model"
         )
     values = _read(folder / "config.json")
     family = values.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise AuxiliaryError(
-            f"the package {folder} is of a model of the type {family!r}, which is not among those that a package may be of{did_you_mean(str(family), FAMILIES)}; docs/results/families.md has the list"
+            f"the package {folder} is of a model of the type {family!r}, which is not among those"
+            f" that a package may be of{did_you_mean(str(family), FAMILIES)};"
+            " docs/results/families.md has the list"
         )
     _hold(folder / "config.json", values, CONFIG_MAPPING[family])
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists() and "auto_map" in _read(folder / name):
-            raise AuxiliaryError(f"{folder / name} names code of its own (auto_map): no package may; ask the owner of the model")
+            raise AuxiliaryError(
+                f"{folder / name} names code of its own (auto_map): no package may; ask the owner"
+                " of the model"
+            )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -191,21 +201,31 @@ def _read(path: Path) -> dict[str, Any]:
         values = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise AuxiliaryError(
-            f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else error}): get the package again from the owner of the model"
+            f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else error}):"
+            " get the package again from the owner of the model"
         ) from error
     if not isinstance(values, dict):
-        raise AuxiliaryError(f"{path} is no JSON object: get the package again from the owner of the model")
+        raise AuxiliaryError(
+            f"{path} is no JSON object: get the package again from the owner of the model"
+        )
     return values
 
 
 def _hold(path: Path, values: dict[str, Any], kind: type[PretrainedConfig]) -> None:
     unknown = sorted(set(values) - known_keys(kind))
     if unknown:
-        raise AuxiliaryError(f"{path} has the key {unknown[0]!r}, which a {kind.model_type} model does not have: no package may; ask the owner of the model")
+        raise AuxiliaryError(
+            f"{path} has the key {unknown[0]!r}, which a {kind.model_type} model does not have: no"
+            " package may; ask the owner of the model"
+        )
     for key, value in values.items():
         part = kind.sub_configs.get(key)
         if isinstance(value, dict) and part is not None:
-            inner = CONFIG_MAPPING[value["model_type"]] if value.get("model_type") in CONFIG_MAPPING else part
+            inner = (
+                CONFIG_MAPPING[value["model_type"]]
+                if value.get("model_type") in CONFIG_MAPPING
+                else part
+            )
             if inner.model_type:
                 _hold(path, value, inner)
         _bounded(path, key, value)
@@ -215,10 +235,21 @@ def _bounded(path: Path, key: str, value: Any) -> None:
     """Numbers, texts and lists of a size that a configuration needs, however deep they stand."""
     if isinstance(value, dict | list):
         if len(value) > LONGEST:
-            raise AuxiliaryError(f"{path}: {key} has {len(value)} entries, more than any model needs; ask the owner of the model")
-        for name, inner in value.items() if isinstance(value, dict) else ((key, inner) for inner in value):
+            raise AuxiliaryError(
+                f"{path}: {key} has {len(value)} entries, more than any model needs; ask the owner"
+                " of the model"
+            )
+        for name, inner in (
+            value.items() if isinstance(value, dict) else ((key, inner) for inner in value)
+        ):
             _bounded(path, name, inner)
-    elif isinstance(value, int) and abs(value) > LARGEST and "theta" not in key:  # the base of rotations, by which nothing is made
-        raise AuxiliaryError(f"{path}: {key} is larger than any model needs ({LARGEST}); ask the owner of the model")
+    elif (
+        isinstance(value, int) and abs(value) > LARGEST and "theta" not in key
+    ):  # the base of rotations, by which nothing is made
+        raise AuxiliaryError(
+            f"{path}: {key} is larger than any model needs ({LARGEST}); ask the owner of the model"
+        )
     elif isinstance(value, str) and (len(value) > LONGEST or re.search(r"kernels?[-_/]", value)):
-        raise AuxiliaryError(f"{path}: {key} is no text that a configuration needs; ask the owner of the model")
+        raise AuxiliaryError(
+            f"{path}: {key} is no text that a configuration needs; ask the owner of the model"
+        )

@@ -24,7 +24,11 @@ FLOWER = QUIET | {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
     "NO_COLOR": "1",
-    "PYTHONSAFEPATH": "1",  # else Python would look for modules in the working directory first, which another may have written
+    "PYTHONSAFEPATH": (
+        "1"
+        # else Python would look for modules in the working directory first, which another may have
+        # written
+    ),
 }
 
 
@@ -34,7 +38,12 @@ class Processes:
     def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
-        self.environment = {**os.environ, **FLOWER, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", **environment}
+        self.environment = {
+            **os.environ,
+            **FLOWER,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            **environment,
+        }
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._since: dict[str, int] = {}
 
@@ -44,7 +53,9 @@ class Processes:
         self._since[name] = path.stat().st_size if path.exists() else 0
         with open(path, "ab") as log:
             leash = [sys.executable, "-P", "-m", "fedsp.deployment.watchdog", *command]
-            self._running[name] = subprocess.Popen(leash, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment)
+            self._running[name] = subprocess.Popen(
+                leash, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment
+            )
 
     def once(self, *command: str) -> str:
         """Run a command to its end; returns what it printed.
@@ -53,11 +64,21 @@ class Processes:
             DeploymentError: it failed.
         """
         try:
-            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=START, check=False)
+            done = subprocess.run(
+                command,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=START,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise DeploymentError(f"`{' '.join(command[:3])} ...` failed: {error}") from error
         if done.returncode:
-            raise DeploymentError(f"`{' '.join(command[:3])} ...` failed: {(done.stdout + done.stderr).strip()[-300:]}")
+            raise DeploymentError(
+                f"`{' '.join(command[:3])} ...` failed:"
+                f" {(done.stdout + done.stderr).strip()[-300:]}"
+            )
         return done.stdout
 
     def check(self) -> None:
@@ -67,7 +88,10 @@ class Processes:
             DeploymentError: one has ended.
         """
         for name in filter(self.ended, self._running):
-            raise DeploymentError(f"Flower's {name} has ended with code {self._running[name].returncode}; its log, {self._logs / f'{name}.log'}, says why")
+            raise DeploymentError(
+                f"Flower's {name} has ended with code {self._running[name].returncode}; its log,"
+                f" {self._logs / f'{name}.log'}, says why"
+            )
 
     def ended(self, name: str) -> bool:
         """Whether a process was started and has ended."""
@@ -105,13 +129,30 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
         ConfigurationError: it is none; `key` says where it stands.
     """
     host, _, port = text.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal()) or len(port) > 5 or not 0 < int(port) < 65536:
-        raise ConfigurationError(f"{key}: {text[:80]!r} is no host:port, such as 0.0.0.0:8000 or [::]:8000")
+    if (
+        not host
+        or not (port.isascii() and port.isdecimal())
+        or len(port) > 5
+        or not 0 < int(port) < 65536
+    ):
+        raise ConfigurationError(
+            f"{key}: {text[:80]!r} is no host:port, such as 0.0.0.0:8000 or [::]:8000"
+        )
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if (":" in host) != (bare != host) or (bare != host and not _is_ipv6(bare)):
-        raise ConfigurationError(f"{key}: {text!r} is no host:port: an IPv6 address stands in brackets, such as [::1]:8000")
-    if bare == host and not (re.fullmatch(HOST, host) and len(host) <= 253 and (not host.rpartition(".")[2].isdecimal() or _is_ip(host))):
-        raise ConfigurationError(f"{key}: {text[:80]!r} is no host:port: {host[:60]!r} is neither a name of letters, digits, dashes and dots nor an address")
+        raise ConfigurationError(
+            f"{key}: {text!r} is no host:port: an IPv6 address stands in brackets, such as"
+            " [::1]:8000"
+        )
+    if bare == host and not (
+        re.fullmatch(HOST, host)
+        and len(host) <= 253
+        and (not host.rpartition(".")[2].isdecimal() or _is_ip(host))
+    ):
+        raise ConfigurationError(
+            f"{key}: {text[:80]!r} is no host:port: {host[:60]!r} is neither a name of letters,"
+            " digits, dashes and dots nor an address"
+        )
     return bare, int(port)
 
 
@@ -146,9 +187,14 @@ def require_free(host: str, port: int, key: str) -> None:
         ConfigurationError: somebody does, or this machine has no such address.
     """
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        ).close()
     except OSError as error:
-        raise ConfigurationError(f"{key}: cannot listen on {written(host, port)} ({error.strerror}): end what listens there, or choose another") from error
+        raise ConfigurationError(
+            f"{key}: cannot listen on {written(host, port)} ({error.strerror}): end what listens"
+            " there, or choose another"
+        ) from error
 
 
 def wait_for_port(host: str, port: int, name: str, processes: Processes) -> None:

@@ -1,8 +1,9 @@
 """Flower's processes at a client, kept from running code that the server sends.
 
-A SuperNode runs, with the rights of whoever started it, the app bundle that the server sends, of whichever kind the server says. So the node
-is started with `--isolation process`, where it starts nothing by itself, and beside it this module's executor, which starts one kind of task
-alone, and that by itself, with the app of this installation:
+A SuperNode runs, with the rights of whoever started it, the app bundle that the server sends, of
+whichever kind the server says. So the node is started with `--isolation process`, where it starts
+nothing by itself, and beside it this module's executor, which starts one kind of task alone, and
+that by itself, with the app of this installation:
 
     python -P -m fedsp.deployment.restricted_executor superexec ...     Flower's `flower-superexec`
     python -P -m fedsp.deployment.restricted_executor clientapp ...     Flower's `flwr-clientapp`
@@ -22,7 +23,12 @@ from fedsp.deployment.grid import handle_client_message, limit_memory, make_clie
 from fedsp.errors import DeploymentError
 
 REPLACED = {
-    "flwr.supernode.runtime.run_clientapp": ("install_from_fab", "get_project_dir", "get_load_client_app_fn", "run_clientapp"),
+    "flwr.supernode.runtime.run_clientapp": (
+        "install_from_fab",
+        "get_project_dir",
+        "get_load_client_app_fn",
+        "run_clientapp",
+    ),
     "flwr.supercore.superexec.run_superexec": ("get_executor", "AutoExecPlugin", "run_superexec"),
 }
 """What of Flower is put out of service, and what runs it."""
@@ -32,15 +38,21 @@ def require_pinning() -> None:
     """See that this release of Flower can be kept from running code that the server sends.
 
     Raises:
-        DeploymentError: it is built in another way, so this client would have to trust the server with its machine.
+        DeploymentError: it is built in another way, so this client would have to trust the server
+            with its machine.
     """
     for module, names in REPLACED.items():
         try:
             found = importlib.import_module(module)
         except ImportError:
             found = None
-        if not all(hasattr(found, name) for name in names) or not hasattr(getattr(found, "AutoExecPlugin", _Any), "supported_task_types"):
-            raise DeploymentError(f"this release of Flower cannot be kept from running code that the server sends ({module} is another): install flwr 1.41")
+        if not all(hasattr(found, name) for name in names) or not hasattr(
+            getattr(found, "AutoExecPlugin", _Any), "supported_task_types"
+        ):
+            raise DeploymentError(
+                "this release of Flower cannot be kept from running code that the server sends"
+                f" ({module} is another): install flwr 1.41"
+            )
 
 
 class _Any:
@@ -53,7 +65,9 @@ class OnlyOurApp:
     def __init__(self, client_app: Any, accepted: Any, refused: Any) -> None:
         self._client_app, self._accepted, self._refused = client_app, accepted, refused
 
-    def get_eligible_capacity(self, supported_task_types: set[Any], **_: Any) -> tuple[set[Any], set[str]]:
+    def get_eligible_capacity(
+        self, supported_task_types: set[Any], **_: Any
+    ) -> tuple[set[Any], set[str]]:
         """ClientApps, whatever else is offered."""
         return {self._client_app} & set(supported_task_types), set()
 
@@ -72,8 +86,14 @@ class OnlyOurApp:
             "--token",
             spec.token,
         ]
-        command += ["--insecure"] if spec.insecure else ["--root-certificates", str(spec.root_certificates_path)]
-        subprocess.Popen([*command, *(["--parent-pid", str(spec.parent_pid)] if spec.parent_pid else [])])
+        command += (
+            ["--insecure"]
+            if spec.insecure
+            else ["--root-certificates", str(spec.root_certificates_path)]
+        )
+        subprocess.Popen(
+            [*command, *(["--parent-pid", str(spec.parent_pid)] if spec.parent_pid else [])]
+        )
         return self._accepted()
 
     def reconcile(self) -> None:
@@ -93,12 +113,15 @@ def pin_executor() -> None:
     module: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
     kinds = importlib.import_module("flwr.supercore.constant").TaskType
     results = importlib.import_module("flwr.supercore.superexec.executor").LaunchResult
-    module.get_executor = lambda *_, **__: OnlyOurApp(kinds.CLIENT_APP, results.accepted, results.failed)
+    module.get_executor = lambda *_, **__: OnlyOurApp(
+        kinds.CLIENT_APP, results.accepted, results.failed
+    )
     module.AutoExecPlugin.supported_task_types = frozenset({kinds.CLIENT_APP})
 
 
 def pin_client_app() -> None:
-    """Put this installation's app in the place of the bundle that Flower's `flwr-clientapp` would install and load.
+    """Put this installation's app in the place of the bundle that Flower's `flwr-clientapp` would
+    install and load.
 
     Raises:
         DeploymentError: this release of Flower is built in another way.

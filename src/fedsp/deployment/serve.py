@@ -1,5 +1,5 @@
-"""A deployment, at the owner of the model: `fedsp federation init` and `fedsp serve`. The model is in this process alone; Flower's, which
-carry messages, stand beside it."""
+"""A deployment, at the owner of the model: `fedsp federation init` and `fedsp serve`. The model is
+in this process alone; Flower's, which carry messages, stand beside it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,16 @@ from fedsp.deployment.credentials import (
 )
 from fedsp.deployment.ipc import SOCKET, Socket, SocketLink
 from fedsp.deployment.package import package_digest, read_agreement
-from fedsp.deployment.processes import START, Processes, free_port, host_and_port, reached_from_here, require_free, wait_for_port, written
+from fedsp.deployment.processes import (
+    START,
+    Processes,
+    free_port,
+    host_and_port,
+    reached_from_here,
+    require_free,
+    wait_for_port,
+    written,
+)
 from fedsp.errors import AuxiliaryError, ConfigurationError, DeploymentError
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import PROXY_COUNTS, RunDirectory
@@ -56,18 +65,25 @@ LINK = "fedsp"
 def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
     """Run, or go on with, a run whose clients are elsewhere; returns the figures of `result.json`.
 
-    With FEDSP_SOCKET set, no process of Flower's is started: a SuperLink of one's own runs the app with the same variable.
+    With FEDSP_SOCKET set, no process of Flower's is started: a SuperLink of one's own runs the app
+    with the same variable.
 
     Raises:
         FedspError: whatever cannot be done; what was done before stands and can be resumed.
     """
     section = _server_section(run.config)
     register = read_register(Path(section.folder))
-    keys = {name: partial(has_signed, client_key(member.public_key)) for name, member in register.items()}
+    keys = {
+        name: partial(has_signed, client_key(member.public_key))
+        for name, member in register.items()
+    }
     with ExitStack() as stack:
         listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
-        processes = Processes(run.path / "flower", {"FLWR_HOME": str((run.path / "flower" / "home").resolve()), SOCKET: listening.path})
+        processes = Processes(
+            run.path / "flower",
+            {"FLWR_HOME": str((run.path / "flower" / "home").resolve()), SOCKET: listening.path},
+        )
         stack.callback(processes.stop)
         if SOCKET in os.environ:
             node_of = _registered_elsewhere(register)
@@ -81,38 +97,53 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
         package = package_digest(Path(str(run.config.auxiliary.folder)))
 
         def engine(clients: Clients) -> Transport:
-            timeouts = Timeouts(connect=section.connect_seconds, reply=section.reply_seconds, retry=section.retry_seconds)
+            timeouts = Timeouts(
+                connect=section.connect_seconds,
+                reply=section.reply_seconds,
+                retry=section.retry_seconds,
+            )
             return remote(link, node_of, timeouts, run.log_traffic, callbacks.say, package, keys)
 
         if run.finished:
             _wait_for_nodes(link, node_of)
-        figures = run_experiment(run, engine, callbacks, {name: member.examples for name, member in register.items()})
-        with contextlib.suppress(DeploymentError):  # the run is finished, whether its clients hear of it or not
+        figures = run_experiment(
+            run, engine, callbacks, {name: member.examples for name, member in register.items()}
+        )
+        with contextlib.suppress(
+            DeploymentError
+        ):  # the run is finished, whether its clients hear of it or not
             _say_goodbye(link, node_of)
     return figures
 
 
 def _server_section(config: RunConfig) -> FederationSection:
-    """Raises ConfigurationError or AuxiliaryError where a deployment cannot start from this configuration."""
+    """Raises ConfigurationError or AuxiliaryError where a deployment cannot start from this
+    configuration."""
     if config.federation is None:
         raise ConfigurationError(
-            "the configuration has no [federation] section, so it runs in one place: `fedsp run` does that; `fedsp federation init` writes one that serves"
+            "the configuration has no [federation] section, so it runs in one place: `fedsp run`"
+            " does that; `fedsp federation init` writes one that serves"
         )
     folder = Path(config.federation.folder)
     for name in (CA, CERTIFICATE, KEY, SIGNING):
         if not (folder / name).is_file():
-            raise ConfigurationError(f"federation.folder: there is no {folder / name}; `fedsp federation init` makes it")
+            raise ConfigurationError(
+                f"federation.folder: there is no {folder / name}; `fedsp federation init` makes it"
+            )
     host_and_port(config.federation.listen, "federation.listen")
     if not config.auxiliary.folder:
         raise ConfigurationError(
-            "auxiliary.folder: a deployment needs the package that its clients have: make it with `fedsp distill`, hand it to them, and name it here"
+            "auxiliary.folder: a deployment needs the package that its clients have: make it with"
+            " `fedsp distill`, hand it to them, and name it here"
         )
     agreed = read_agreement(Path(config.auxiliary.folder))
     now = agreement_of(config, agreed.max_tokens).model_dump()
     differing = [name for name, value in agreed.model_dump().items() if now[name] != value]
     if differing:
         raise AuxiliaryError(
-            f"the package {config.auxiliary.folder} was signed for another agreement ({', '.join(differing)}): clients will do what it says, so bring the configuration back or make a new package"
+            f"the package {config.auxiliary.folder} was signed for another agreement"
+            f" ({', '.join(differing)}): clients will do what it says, so bring the configuration"
+            " back or make a new package"
         )
     return config.federation
 
@@ -122,20 +153,31 @@ def _registered_elsewhere(register: Mapping[str, Member]) -> dict[str, int]:
     unknown = sorted(name for name, node in nodes.items() if not isinstance(node, int))
     if unknown:
         raise ConfigurationError(
-            f"register.toml, client {unknown[0]!r}: with a SuperLink of your own each client needs `node = ...`, which `flwr supernode register` prints"
+            f"register.toml, client {unknown[0]!r}: with a SuperLink of your own each client needs"
+            " `node = ...`, which `flwr supernode register` prints"
         )
     return {name: node for name, node in nodes.items() if node is not None}
 
 
-def _start_superlink(section: FederationSection, register: dict[str, Member], place: Path, processes: Processes, callbacks: Callbacks) -> dict[str, int]:
-    """Start the SuperLink and the proxy in front of it, register the clients' keys, submit the app; returns each client's node."""
+def _start_superlink(
+    section: FederationSection,
+    register: dict[str, Member],
+    place: Path,
+    processes: Processes,
+    callbacks: Callbacks,
+) -> dict[str, int]:
+    """Start the SuperLink and the proxy in front of it, register the clients' keys, submit the app;
+    returns each client's node."""
     folder = Path(section.folder)
     host, port = host_and_port(section.listen, "federation.listen")
     require_free(host, port, "federation.listen")
     inner = free_port()
     processes.start("superlink", *superlink_command(folder, inner))
     home = Path(processes.environment["FLWR_HOME"])
-    link = f'[superlink]\ndefault = "{LINK}"\n\n[superlink.{LINK}]\naddress = "127.0.0.1:{inner}"\nroot-certificates = "{(folder / CA).resolve()}"\n'
+    link = (
+        f'[superlink]\ndefault = "{LINK}"\n\n[superlink.{LINK}]\naddress ='
+        f' "127.0.0.1:{inner}"\nroot-certificates = "{(folder / CA).resolve()}"\n'
+    )
     write_bytes(home / "config.toml", link.encode())
     wait_for_port("127.0.0.1", inner, "superlink", processes)
     node_of = {name: _register(processes, member.public_key) for name, member in register.items()}
@@ -147,27 +189,60 @@ def _start_superlink(section: FederationSection, register: dict[str, Member], pl
     shutil.rmtree(bundle, ignore_errors=True)
     shutil.copytree(APP, bundle, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     processes.once("flwr", "run", str(bundle), LINK)
-    callbacks.say(f"listening on {section.listen} for {', '.join(sorted(register))}; start `fedsp join party.toml` at each")
+    callbacks.say(
+        f"listening on {section.listen} for {', '.join(sorted(register))}; start `fedsp join"
+        " party.toml` at each"
+    )
     return node_of
 
 
 def superlink_command(folder: Path, port: int) -> list[str]:
     """Flower's own command for a SuperLink that only this machine reaches."""
-    tls = ["--ssl-certfile", str(folder / CERTIFICATE), "--ssl-keyfile", str(folder / KEY), "--ssl-ca-certfile", str(folder / CA)]
-    return ["flower-superlink", "--host", "127.0.0.1", "--port", str(port), *tls, "--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+    tls = [
+        "--ssl-certfile",
+        str(folder / CERTIFICATE),
+        "--ssl-keyfile",
+        str(folder / KEY),
+        "--ssl-ca-certfile",
+        str(folder / CA),
+    ]
+    return [
+        "flower-superlink",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *tls,
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+    ]
 
 
 def proxy_command(host: str, port: int, superlink: int, folder: Path, counts: Path) -> list[str]:
     """The command of the proxy between clients and the SuperLink."""
-    return [sys.executable, "-P", "-m", "fedsp.deployment.fleet_proxy", host, str(port), str(superlink), str(folder), str(counts.resolve())]
+    return [
+        sys.executable,
+        "-P",
+        "-m",
+        "fedsp.deployment.fleet_proxy",
+        host,
+        str(port),
+        str(superlink),
+        str(folder),
+        str(counts.resolve()),
+    ]
 
 
 def _register(processes: Processes, public_key: Path) -> int:
-    printed = processes.once("flwr", "supernode", "register", str(public_key.resolve()), LINK, "--format", "json")
+    printed = processes.once(
+        "flwr", "supernode", "register", str(public_key.resolve()), LINK, "--format", "json"
+    )
     try:
         return int(json.loads(printed[printed.index("{") :])["node-id"])
     except (ValueError, KeyError) as error:
-        raise DeploymentError(f"Flower did not register {public_key.name}: {printed.strip()[-300:]}") from error
+        raise DeploymentError(
+            f"Flower did not register {public_key.name}: {printed.strip()[-300:]}"
+        ) from error
 
 
 def _wait_for_nodes(link: SocketLink, node_of: Mapping[str, int]) -> None:
@@ -178,7 +253,8 @@ def _wait_for_nodes(link: SocketLink, node_of: Mapping[str, int]) -> None:
 
 
 def _say_goodbye(link: SocketLink, node_of: Mapping[str, int]) -> None:
-    """Tell the clients that are there that the run is finished; those that are not will find the server gone."""
+    """Tell the clients that are there that the run is finished; those that are not will find the
+    server gone."""
     here = sorted(link.nodes() & set(node_of.values()))
     left = link.push([(node, END) for node in here], "end", 60.0) if here else []
     until = time.monotonic() + 20
@@ -189,7 +265,8 @@ def _say_goodbye(link: SocketLink, node_of: Mapping[str, int]) -> None:
 
 
 def init_federation(folder: Path, clients: list[str], address: str) -> None:
-    """Write a folder for each party: keys, certificates, register, and a commented configuration each. See `fedsp.deployment.credentials`.
+    """Write a folder for each party: keys, certificates, register, and a commented configuration
+    each. See `fedsp.deployment.credentials`.
 
     Raises:
         ConfigurationError: the folder is in use, or a name or the address cannot be used.
@@ -197,15 +274,24 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
     """
     host, port = host_and_port(address, "--address")
     if host in ("0.0.0.0", "::"):
-        raise ConfigurationError(f"--address: {address!r} is where a server listens and nowhere that clients can reach; name the server's machine")
+        raise ConfigurationError(
+            f"--address: {address!r} is where a server listens and nowhere that clients can reach;"
+            " name the server's machine"
+        )
     if not host.isascii():
-        raise ConfigurationError(f"--address: {host!r} has letters that a certificate cannot: write the name in its ASCII form, xn--...")
+        raise ConfigurationError(
+            f"--address: {host!r} has letters that a certificate cannot: write the name in its"
+            " ASCII form, xn--..."
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(f"{folder} is in use: give a new folder; keys are never written over")
+        raise ConfigurationError(
+            f"{folder} is in use: give a new folder; keys are never written over"
+        )
     for name in clients:
         if not re.fullmatch(NAME, name) or name in ("server", "ca.key"):
             raise ConfigurationError(
-                f"--clients: {name!r} is no name for a client: use up to 64 letters, digits, dots, dashes and underscores, and not 'server' or 'ca.key'"
+                f"--clients: {name!r} is no name for a client: use up to 64 letters, digits, dots,"
+                " dashes and underscores, and not 'server' or 'ca.key'"
             )
     if len(set(clients)) != len(clients) or not clients:
         raise ConfigurationError("--clients: give each client once, separated by commas")
@@ -220,10 +306,22 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
             "package": {"sha256": "the digest that the owner of the model tells you"},
         }
         write_bytes(
-            folder / name / "party.toml", template_of(PartyConfig, settings, f"The configuration of {name}. File names are taken from this folder.").encode()
+            folder / name / "party.toml",
+            template_of(
+                PartyConfig,
+                settings,
+                f"The configuration of {name}. File names are taken from this folder.",
+            ).encode(),
         )
-    entries = "".join(f'\n[clients."{name}"]\npublic_key = "clients/{name}.pub"\nexamples = 1\n' for name in clients)
-    write_bytes(server / REGISTER, f"# The clients of this federation. examples: how much a client's prompt weighs in the mean.\n{entries}".encode())
+    entries = "".join(
+        f'\n[clients."{name}"]\npublic_key = "clients/{name}.pub"\nexamples = 1\n'
+        for name in clients
+    )
+    write_bytes(
+        server / REGISTER,
+        "# The clients of this federation. examples: how much a client's prompt weighs in the"
+        f" mean.\n{entries}".encode(),
+    )
     values = {
         "preset": "messenger",
         "auxiliary": {"folder": "package"},
@@ -231,5 +329,10 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
     }
     write_bytes(
         server / "run.toml",
-        template_of(RunConfig, values, "The run of a federation. File names are taken from this folder, but for output.", PRESETS["messenger"]).encode(),
+        template_of(
+            RunConfig,
+            values,
+            "The run of a federation. File names are taken from this folder, but for output.",
+            PRESETS["messenger"],
+        ).encode(),
     )

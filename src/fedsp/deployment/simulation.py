@@ -1,4 +1,5 @@
-"""A run as a Flower simulation: the server in one process, clients in Ray's workers, one core each. The clients' processes never load the global model."""
+"""A run as a Flower simulation: the server in one process, clients in Ray's workers, one core each.
+The clients' processes never load the global model."""
 
 from __future__ import annotations
 
@@ -65,10 +66,16 @@ def simulate(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
             app,
             make_client_app(lambda message, _: simulated(folder, message)),
             max(1, clients),
-            backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"logging_level": "error", "log_to_driver": False}},
+            backend_config={
+                "client_resources": {"num_cpus": 1},
+                "init_args": {"logging_level": "error", "log_to_driver": False},
+            },
         )
     if not figures:
-        raise DeploymentError(f"the simulation ended before the run did; what was done is in {run.path} and can be resumed")
+        raise DeploymentError(
+            f"the simulation ended before the run did; what was done is in {run.path} and can be"
+            " resumed"
+        )
     return figures
 
 
@@ -80,10 +87,17 @@ def over_grid(grid: Grid, run: RunDirectory, clients: Clients) -> Transport:
     """
     nodes = sorted(grid.get_node_ids())
     if len(nodes) < len(clients.register):
-        raise DeploymentError(f"the simulation has {len(nodes)} nodes for {len(clients.register)} clients: give Flower {len(clients.register)} of them")
+        raise DeploymentError(
+            f"the simulation has {len(nodes)} nodes for {len(clients.register)} clients: give"
+            f" Flower {len(clients.register)} of them"
+        )
     node_of = dict(zip(sorted(clients.register), nodes, strict=False))
-    transport = remote(GridLink(grid), node_of, Timeouts(poll=0.02), run.log_traffic, lambda text: None)
-    return lambda requests: transport([replace(request, change=b"") for request in requests])  # a worker keeps no broadcast: the next client may be another's
+    transport = remote(
+        GridLink(grid), node_of, Timeouts(poll=0.02), run.log_traffic, lambda text: None
+    )
+    return lambda requests: transport(
+        [replace(request, change=b"") for request in requests]
+    )  # a worker keeps no broadcast: the next client may be another's
 
 
 def simulated(folder: str, message: Message) -> Message:
@@ -93,12 +107,15 @@ def simulated(folder: str, message: Message) -> Message:
 
 
 def server_main(grid: Grid, context: Context) -> None:
-    """The ServerApp of a simulation that was started by `flwr run`; a run that is there already goes on."""
+    """The ServerApp of a simulation that was started by `flwr run`; a run that is there already
+    goes on."""
     settings = read_config(Path(str(context.run_config["config"])))
     started = (Path(settings.output) / "config.toml").exists()
     run = RunDirectory.open(Path(settings.output)) if started else RunDirectory.create(settings)
     torch.set_num_threads(run.threads)
-    run_experiment(run, partial(over_grid, grid, run), Callbacks(say=logging.getLogger("flwr").info))
+    run_experiment(
+        run, partial(over_grid, grid, run), Callbacks(say=logging.getLogger("flwr").info)
+    )
 
 
 def handle_client_message(message: Message, context: Context) -> Message:
@@ -113,6 +130,10 @@ def _opened(folder: str) -> Clients:
     torch.set_num_threads(run.threads)
     config = run.config
     device = choose_device(config.model.device)
-    auxiliary = load_auxiliary(Path(config.auxiliary.folder or run.auxiliary), device=device, positions=config.model.positions)
+    auxiliary = load_auxiliary(
+        Path(config.auxiliary.folder or run.auxiliary),
+        device=device,
+        positions=config.model.positions,
+    )
     reduce_precision(auxiliary, config.auxiliary.precision, "auxiliary.precision")
     return open_clients(config, auxiliary, load_dataset(config, run.partition()), run)

@@ -1,6 +1,8 @@
-"""A watchdog for a child process: `python -m fedsp.deployment.watchdog COMMAND...` runs a command, and ends it and all it started when standard input closes.
+"""A watchdog for a child process: `python -m fedsp.deployment.watchdog COMMAND...` runs a command,
+and ends it and all it started when standard input closes.
 
-Standard input is a pipe from the process that started it, so it closes however that process ends, kill -9 included.
+Standard input is a pipe from the process that started it, so it closes however that process ends,
+kill -9 included.
 """
 
 from __future__ import annotations

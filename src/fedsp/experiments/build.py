@@ -1,4 +1,5 @@
-"""From a configuration to a `Federation`: the server's side, the clients' side and the method, for FedSP and every baseline."""
+"""From a configuration to a `Federation`: the server's side, the clients' side and the method, for
+FedSP and every baseline."""
 
 from __future__ import annotations
 
@@ -10,10 +11,23 @@ from fedsp.config import Agreement, LoraSection, RunConfig
 from fedsp.data.encoding import Encoded, Tokenizer, encode_targets
 from fedsp.errors import ConfigurationError
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import FederatedDataset, Server, initial_prompt, make_auxiliary, token_limit
+from fedsp.experiments.server_setup import (
+    FederatedDataset,
+    Server,
+    initial_prompt,
+    make_auxiliary,
+    token_limit,
+)
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, absent_clients, client_prompt, make_method, make_party, require_independence
+from fedsp.federation.clients import (
+    Clients,
+    absent_clients,
+    client_prompt,
+    make_method,
+    make_party,
+    require_independence,
+)
 from fedsp.federation.methods.base import Method
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
@@ -44,7 +58,8 @@ class Federation:
 
 @dataclass
 class MethodSetup:
-    """What a run offers to a method that builds its two sides (`fedsp.federation.methods.registry.Setup`). `run` is None where only the server is opened."""
+    """What a run offers to a method that builds its two sides
+    (`fedsp.federation.methods.registry.Setup`). `run` is None where only the server is opened."""
 
     server: Server
     run: RunDirectory | None = None
@@ -88,7 +103,9 @@ def server_side(server: Server) -> tuple[PromptedLM, Messenger]:
     return find_method(server.config.method).server_side(MethodSetup(server))
 
 
-def build_federation(server: Server, run: RunDirectory, callbacks: Callbacks, register: dict[str, int] | None) -> Federation:
+def build_federation(
+    server: Server, run: RunDirectory, callbacks: Callbacks, register: dict[str, int] | None
+) -> Federation:
     """Both sides of a run's method. With a `register` the clients' text is on other machines.
 
     Raises:
@@ -98,24 +115,40 @@ def build_federation(server: Server, run: RunDirectory, callbacks: Callbacks, re
     entry, setup = find_method(config.method), MethodSetup(server, run, callbacks)
     agreement = agreement_of(config, server.max_tokens)
     model, messenger = entry.server_side(setup)
-    asks = entry.federated and config.round.clients != 0 and bool(dataset.partition.clients if register is None else register)
+    asks = (
+        entry.federated
+        and config.round.clients != 0
+        and bool(dataset.partition.clients if register is None else register)
+    )
     if not asks:
         method = make_method(agreement, None, config.server, entry)
-        return Federation(method=method, model=model, messenger=messenger, clients=absent_clients(method, {}))
+        return Federation(
+            method=method, model=model, messenger=messenger, clients=absent_clients(method, {})
+        )
     side = entry.client_side(setup, model, messenger)
     share = _disclosed_share(server, side.package) if side.package else 1.0
     if side.package:
         reduce_precision(side.package, config.auxiliary.precision, "auxiliary.precision")
     method = make_method(agreement, side.package, config.server, entry)
     if register is None:
-        clients = clients_here(method, agreement, side.model, server.tokenizer, side.messenger, dataset, run)
+        clients = clients_here(
+            method, agreement, side.model, server.tokenizer, side.messenger, dataset, run
+        )
     else:
         clients = absent_clients(method, register)
-    return Federation(method=method, model=model, messenger=messenger, clients=clients, package=side.package, disclosed_share=share)
+    return Federation(
+        method=method,
+        model=model,
+        messenger=messenger,
+        clients=clients,
+        package=side.package,
+        disclosed_share=share,
+    )
 
 
 def _disclosed_share(server: Server, package: AuxiliaryModel) -> float:
-    """The disclosed share as it was measured when the package was made, since the weights here may be rounded or elsewhere; measured now if it was not.
+    """The disclosed share as it was measured when the package was made, since the weights here may
+    be rounded or elsewhere; measured now if it was not.
 
     Raises:
         ConfigurationError: the package does not say it, and here it cannot be measured.
@@ -124,16 +157,27 @@ def _disclosed_share(server: Server, package: AuxiliaryModel) -> float:
         return package.discloses
     if server.config.model.precision in ("8bit", "4bit") or server.config.model.device == "split":
         raise ConfigurationError(
-            "auxiliary.folder: the package does not say what it discloses, as an earlier version made it: make it again with `fedsp distill`"
+            "auxiliary.folder: the package does not say what it discloses, as an earlier version"
+            " made it: make it again with `fedsp distill`"
         )
     return disclosed_share(package, server.model)
 
 
-def open_clients(config: RunConfig, auxiliary: AuxiliaryModel, dataset: FederatedDataset, run: RunDirectory) -> Clients:
+def open_clients(
+    config: RunConfig, auxiliary: AuxiliaryModel, dataset: FederatedDataset, run: RunDirectory
+) -> Clients:
     """Every client of a run of FedSP in this process, without the global model."""
     agreement = agreement_of(config, token_limit(config, auxiliary))
     method = make_method(agreement, auxiliary, config.server)
-    return clients_here(method, agreement, auxiliary, auxiliary.tokenizer, partial(client_prompt, agreement, auxiliary), dataset, run)
+    return clients_here(
+        method,
+        agreement,
+        auxiliary,
+        auxiliary.tokenizer,
+        partial(client_prompt, agreement, auxiliary),
+        dataset,
+        run,
+    )
 
 
 def clients_here(
@@ -145,10 +189,12 @@ def clients_here(
     dataset: FederatedDataset,
     run: RunDirectory,
 ) -> Clients:
-    """Clients in this process. A party is made when it is asked for, from its examples and its state on disk; few stay in memory.
+    """Clients in this process. A party is made when it is asked for, from its examples and its
+    state on disk; few stay in memory.
 
     Raises:
-        PrivacyError: the run has example-level privacy, and the model's gradient of one example depends on others.
+        PrivacyError: the run has example-level privacy, and the model's gradient of one example
+            depends on others.
     """
     private = agreement.privacy.unit == "example"
     if private:
@@ -163,4 +209,8 @@ def clients_here(
         made = make_party(client, agreement, model, messenger(), encoded(client), store)
         return replace(made, ledger=Ledger(store.folder / LEDGER)) if private else made
 
-    return Clients(method=method, register={client: len(rows) for client, rows in dataset.partition.clients.items()}, party=party)
+    return Clients(
+        method=method,
+        register={client: len(rows) for client, rows in dataset.partition.clients.items()},
+        party=party,
+    )

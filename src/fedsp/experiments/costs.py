@@ -1,8 +1,10 @@
-"""What a party's work in a round costs, measured on its own first batches: operations, tokens, seconds, memory, numbers held, trained and sent.
+"""What a party's work in a round costs, measured on its own first batches: operations, tokens,
+seconds, memory, numbers held, trained and sent.
 
-Floating-point operations are those that torch's counter sees in a forward and a backward pass (products of matrices and attention), not
-estimated. Memory is what a step needs at its peak besides the text: weights, gradients, AdamW's moments, and the activations that autograd
-keeps for the backward pass, each storage once.
+Floating-point operations are those that torch's counter sees in a forward and a backward pass
+(products of matrices and attention), not estimated. Memory is what a step needs at its peak besides
+the text: weights, gradients, AdamW's moments, and the activations that autograd keeps for the
+backward pass, each storage once.
 """
 
 from __future__ import annotations
@@ -29,35 +31,66 @@ Figures = dict[str, float]
 
 
 def measure(method: Method, party: Party, side: Side, seed: int) -> Figures:
-    """The figures of one round of one party: `operations`, `tokens`, `seconds` of its forward and backward passes, `tokens_per_second`,
-    `memory_bytes`, and the counts of `model_parameters`, `parameters_held`, `parameters_trained`, `parameters_sent`.
+    """The figures of one round of one party: `operations`, `tokens`, `seconds` of its forward and
+    backward passes, `tokens_per_second`, `memory_bytes`, and the counts of `model_parameters`,
+    `parameters_held`, `parameters_trained`, `parameters_sent`.
 
     What is in place is used and not changed.
     """
     works = method.work(party, side)
     tuned = party.messenger.trained()
-    held = {id(parameter): parameter for parameter in [*trainable(party.model.model).values(), *tuned.values()]}
-    added = sum(parameter.numel() for name, parameter in tuned.items() if not _is_of(party, parameter) or ".lora_" in name)
+    held = {
+        id(parameter): parameter
+        for parameter in [*trainable(party.model.model).values(), *tuned.values()]
+    }
+    added = sum(
+        parameter.numel()
+        for name, parameter in tuned.items()
+        if not _is_of(party, parameter) or ".lora_" in name
+    )
     weights = sum(parameter.numel() * parameter.element_size() for parameter in held.values())
     _ = party.model.packs_branches  # tried out before anything is counted
-    figures: Figures = {"operations": 0.0, "tokens": 0.0, "seconds": 0.0, "memory_bytes": float(weights)}
+    figures: Figures = {
+        "operations": 0.0,
+        "tokens": 0.0,
+        "seconds": 0.0,
+        "memory_bytes": float(weights),
+    }
     for work in works:
         batches = list(
-            training_batches(party.examples, steps=work.stage.steps, batch_size=work.stage.batch_size, seed=derive_seed(seed, work.stage.seed_label))
+            training_batches(
+                party.examples,
+                steps=work.stage.steps,
+                batch_size=work.stage.batch_size,
+                seed=derive_seed(seed, work.stage.seed_label),
+            )
         )
         with _alone(party, work):
             figures["tokens"] += sum(int(batch.attention_mask.sum()) for batch in batches)
-            figures["operations"] += _operations(lambda work=work, batches=batches: _pass(party, work, batches))  # type: ignore[misc]
+            figures["operations"] += _operations(
+                lambda work=work, batches=batches: _pass(party, work, batches)  # type: ignore[misc]
+            )
             figures["seconds"] += _seconds(party, work, batches)
             trained = sum(4 * parameter.numel() for parameter in work.target.trained().values())
-            figures["memory_bytes"] = max(figures["memory_bytes"], float(weights + 3 * trained + _activations(party, work, batches)))
+            figures["memory_bytes"] = max(
+                figures["memory_bytes"],
+                float(weights + 3 * trained + _activations(party, work, batches)),
+            )
     total = sum(parameter.numel() for parameter in held.values())
     return figures | {
         "tokens_per_second": figures["tokens"] / figures["seconds"] if figures["seconds"] else 0.0,
         "model_parameters": float(total - added),
         "parameters_held": float(total),
-        "parameters_trained": float(sum({id(p): p.numel() for work in works for p in work.target.trained().values()}.values())),
-        "parameters_sent": float(sum(tensor.numel() for tensor in party.messenger.payload().values())),
+        "parameters_trained": float(
+            sum(
+                {
+                    id(p): p.numel() for work in works for p in work.target.trained().values()
+                }.values()
+            )
+        ),
+        "parameters_sent": float(
+            sum(tensor.numel() for tensor in party.messenger.payload().values())
+        ),
     }
 
 
@@ -68,7 +101,14 @@ def _is_of(party: Party, parameter: nn.Parameter) -> bool:
 def _alone(party: Party, work: Work) -> AbstractContextManager[None]:
     """Freeze what the messenger trains but this stage does not, as a round does."""
     target = {id(parameter) for parameter in work.target.trained().values()}
-    return gradients_set([parameter for parameter in party.messenger.trained().values() if id(parameter) not in target], False)
+    return gradients_set(
+        [
+            parameter
+            for parameter in party.messenger.trained().values()
+            if id(parameter) not in target
+        ],
+        False,
+    )
 
 
 def _operations(work: Callable[[], object]) -> float:
@@ -105,24 +145,30 @@ def _activations(party: Party, work: Work, batches: list[Batch]) -> int:
 
 
 def _pass(party: Party, work: Work, batches: Iterable[Batch]) -> None:
-    """A forward and a backward pass over batches, without a step; of private work, with a gradient for each example."""
+    """A forward and a backward pass over batches, without a step; of private work, with a gradient
+    for each example."""
     with gradients_set(work.target.trained().values(), True):
         for batch in batches:
             if work.stage.privacy:
                 example_gradients(party.model, party.prompt, batch)
                 continue
-            value = answer_loss(party.model, party.messenger.prefix(party.model), batch.to(party.model.device))
+            value = answer_loss(
+                party.model, party.messenger.prefix(party.model), batch.to(party.model.device)
+            )
             value.backward()  # type: ignore[no-untyped-call]
 
 
 def _counter() -> AbstractContextManager[Any]:
-    """Torch's counter, which is told of attention on a CPU: it knows the formula, and not the name of that kernel."""
+    """Torch's counter, which is told of attention on a CPU: it knows the formula, and not the name
+    of that kernel."""
     operations: Any = torch.ops.aten
 
     def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
-    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    def backward(
+        gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+    ) -> int:
         return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
 
     kernels = {

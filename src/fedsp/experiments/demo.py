@@ -1,4 +1,5 @@
-"""The demo: the embedded model tuned by ten clients who never see it, beside four controls, all by the public functions of `fedsp.api`."""
+"""The demo: the embedded model tuned by ten clients who never see it, beside four controls, all by
+the public functions of `fedsp.api`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ import torch
 
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
-from fedsp.experiments.server_setup import EMBEDDED, evaluate_prompt, load_dataset, make_auxiliary, open_server
+from fedsp.experiments.server_setup import (
+    EMBEDDED,
+    evaluate_prompt,
+    load_dataset,
+    make_auxiliary,
+    open_server,
+)
 from fedsp.experiments.start import Figures, require_new, start_run
 from fedsp.federation.callbacks import Callbacks
 
@@ -37,7 +44,10 @@ DEMO_ROWS: dict[str, Figures] = {
     "server-only": {"round": {"clients": 0}, "server": {"steps": 10}},
     "clients-only": {},
     "fedsp": {"server": {"steps": 10}},
-    "central": {"partition": {"clients": 0, "server_share": 1.0, "kind": "even"}, "server": {"steps": 10}},
+    "central": {
+        "partition": {"clients": 0, "server_share": 1.0, "kind": "even"},
+        "server": {"steps": 10},
+    },
 }
 
 
@@ -51,10 +61,14 @@ def demo_config(method: str, *, seed: int, folder: Path, auxiliary: Path | None)
     return make_config(values, "the demo")
 
 
-def demo(*, seed: int = 0, folder: str | Path | None = None, callbacks: Callbacks | None = None) -> list[Figures]:
-    """Tune the embedded model with ten clients who never see it, and with four controls; one row of test figures each.
+def demo(
+    *, seed: int = 0, folder: str | Path | None = None, callbacks: Callbacks | None = None
+) -> list[Figures]:
+    """Tune the embedded model with ten clients who never see it, and with four controls; one row of
+    test figures each.
 
-    Every test question is about somebody that neither the clients nor the server have a question about.
+    Every test question is about somebody that neither the clients nor the server have a question
+    about.
 
     Raises:
         RunError: the folder is in use.
@@ -73,10 +87,28 @@ def demo(*, seed: int = 0, folder: str | Path | None = None, callbacks: Callback
     make_auxiliary(server, auxiliary, callbacks)
     callbacks.say(f"distilled in {time.perf_counter() - started:.0f} s")
     started = time.perf_counter()
-    figures = evaluate_prompt(server.model, None, server.dataset.test, server.dataset.task, server.tokenizer, server.max_tokens)
-    rows: list[Figures] = [{"method": "zero-shot", **figures, "bytes": 0, "seconds": time.perf_counter() - started}]
+    figures = evaluate_prompt(
+        server.model,
+        None,
+        server.dataset.test,
+        server.dataset.task,
+        server.tokenizer,
+        server.max_tokens,
+    )
+    rows: list[Figures] = [
+        {"method": "zero-shot", **figures, "bytes": 0, "seconds": time.perf_counter() - started}
+    ]
     for method in DEMO_ROWS:
         callbacks.say(f"{method}:")
-        result = start_run(demo_config(method, seed=seed, folder=folder, auxiliary=auxiliary), callbacks)
-        rows.append({"method": method, **result["test"], "bytes": result["bytes_up"] + result["bytes_down"], "seconds": result["seconds"]})
+        result = start_run(
+            demo_config(method, seed=seed, folder=folder, auxiliary=auxiliary), callbacks
+        )
+        rows.append(
+            {
+                "method": method,
+                **result["test"],
+                "bytes": result["bytes_up"] + result["bytes_down"],
+                "seconds": result["seconds"],
+            }
+        )
     return rows

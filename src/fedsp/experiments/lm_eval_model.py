@@ -1,8 +1,11 @@
-"""A run's tuned prompt as a model of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), for whatever task it has:
+"""A run's tuned prompt as a model of lm-evaluation-harness
+(https://github.com/EleutherAI/lm-evaluation-harness), for whatever task it has:
 
-    python -m fedsp.experiments.lm_eval_model --model fedsp --model_args run=DIR --tasks sciq,arc_easy
+    python -m fedsp.experiments.lm_eval_model --model fedsp --model_args run=DIR --tasks
+    sciq,arc_easy
 
-Importing this module registers the model, so `lm_eval.simple_evaluate(model="fedsp", model_args={"run": "DIR"}, ...)` works too.
+Importing this module registers the model, so `lm_eval.simple_evaluate(model="fedsp",
+model_args={"run": "DIR"}, ...)` works too.
 """
 
 from __future__ import annotations
@@ -43,27 +46,48 @@ class TunedPrompt(LM):  # type: ignore[misc]
         if not Path(run).is_dir():
             raise RunError(f"run={run}: there is no such folder")
         opened = open_run(run)
-        self._model, self._tokenizer, self._max_tokens = opened.model, opened.server.tokenizer, opened.server.max_tokens
+        self._model, self._tokenizer, self._max_tokens = (
+            opened.model,
+            opened.server.tokenizer,
+            opened.server.max_tokens,
+        )
         self._prefix = opened.prefix(zero_shot=str(zero_shot).lower() == "true")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): its log-likelihood, nats, and whether greedy decoding would give it."""
-        groups = [(context, [str(request.args[1]) for request in group]) for context, group in groupby(requests, key=lambda request: str(request.args[0]))]
-        examples = [Example(id=str(index), context=context, choices=tuple(continuations), gold=(0,)) for index, (context, continuations) in enumerate(groups)]
-        scored, _ = score(self._model, self._prefix, examples, self._tokenizer, max_tokens=self._max_tokens)
-        return [pair for row in scored for pair in zip(row.log_likelihoods, row.greedy, strict=True)]
+        """For each (context, continuation): its log-likelihood, nats, and whether greedy decoding
+        would give it."""
+        groups = [
+            (context, [str(request.args[1]) for request in group])
+            for context, group in groupby(requests, key=lambda request: str(request.args[0]))
+        ]
+        examples = [
+            Example(id=str(index), context=context, choices=tuple(continuations), gold=(0,))
+            for index, (context, continuations) in enumerate(groups)
+        ]
+        scored, _ = score(
+            self._model, self._prefix, examples, self._tokenizer, max_tokens=self._max_tokens
+        )
+        return [
+            pair for row in scored for pair in zip(row.log_likelihoods, row.greedy, strict=True)
+        ]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Not offered: a prompt is tuned for answers behind a context, and a text without one has none.
+        """Not offered: a prompt is tuned for answers behind a context, and a text without one has
+        none.
 
         Raises:
             RunError: always.
         """
-        raise RunError("this task asks for the likelihood of whole texts: a prompt tuned on answers has nothing to say of them; choose a task with questions")
+        raise RunError(
+            "this task asks for the likelihood of whole texts: a prompt tuned on answers has"
+            " nothing to say of them; choose a task with questions"
+        )
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """For each (context, settings): text up to the first stop string or `max_gen_toks` tokens (256 if the task does not say), the most likely token each time or,
-        with `do_sample` and a `temperature`, drawn from torch's generator. The oldest context gives way to what is generated.
+        """For each (context, settings): text up to the first stop string or `max_gen_toks` tokens
+        (256 if the task does not say), the most likely token each time or, with `do_sample` and a
+        `temperature`, drawn from torch's generator. The oldest context gives way to what is
+        generated.
 
         Raises:
             RunError: the settings ask for something else, or for more tokens than the model reads.
@@ -72,29 +96,52 @@ class TunedPrompt(LM):  # type: ignore[misc]
 
     def _generate(self, context: str, asked: dict[str, Any]) -> str:
         settings: dict[str, Any] = dict(normalize_gen_kwargs(asked))
-        most, sampled, temperature = int(settings.pop("max_gen_toks")), settings.pop("do_sample"), float(settings.pop("temperature", 0.0))
+        most, sampled, temperature = (
+            int(settings.pop("max_gen_toks")),
+            settings.pop("do_sample"),
+            float(settings.pop("temperature", 0.0)),
+        )
         stops = [stop for stop in settings.pop("until") if stop]
         if settings:
             raise RunError(
-                f"the task asks for {', '.join(sorted(settings))} in generation: a tuned prompt generates with max_gen_toks, until, do_sample and temperature alone"
+                f"the task asks for {', '.join(sorted(settings))} in generation: a tuned prompt"
+                " generates with max_gen_toks, until, do_sample and temperature alone"
             )
         if sampled and temperature <= 0:
-            raise RunError("the task asks for do_sample without a temperature: set one above 0, or leave do_sample out")
+            raise RunError(
+                "the task asks for do_sample without a temperature: set one above 0, or leave"
+                " do_sample out"
+            )
         room = self._model.room_behind(length_of(self._prefix))
         if most >= room:
             whose = (
                 "the task asks for"
-                if {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"} & set(asked)
+                if {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
+                & set(asked)
                 else "the task does not say how many, and the harness asks for"
             )
-            raise RunError(f"{whose} {most} tokens, but the model reads {room} behind the prompt, context and answer together: set max_gen_toks lower")
+            raise RunError(
+                f"{whose} {most} tokens, but the model reads {room} behind the prompt, context and"
+                " answer together: set max_gen_toks lower"
+            )
         ids, first = encode_texts(self._tokenizer, [context])[0], first_token(self._tokenizer)
         if not ids and first is None:
-            raise RunError("the task has an empty context, and this tokenizer has no token that begins or ends a text: nothing can stand there")
+            raise RunError(
+                "the task has an empty context, and this tokenizer has no token that begins or ends"
+                " a text: nothing can stand there"
+            )
         ids = ids or [first or 0]
-        draw: Callable[[torch.Tensor], int] = lambda logits: int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1))
+        draw: Callable[[torch.Tensor], int] = lambda logits: int(
+            torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
+        )
         shown = torch.tensor(ids[-(room - most) :], device=self._model.device)
-        new = self._model.generate(shown, self._prefix, most=most, stop=self._tokenizer.eos_token_id, choose=draw if sampled else None)
+        new = self._model.generate(
+            shown,
+            self._prefix,
+            most=most,
+            stop=self._tokenizer.eos_token_id,
+            choose=draw if sampled else None,
+        )
         text = str(self._tokenizer.decode(new, skip_special_tokens=True))
         for stop in stops:
             text = text.split(stop)[0]

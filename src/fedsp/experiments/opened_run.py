@@ -1,4 +1,5 @@
-"""A run's server side, opened again with the best that was tuned: what is evaluated, generated with and exported."""
+"""A run's server side, opened again with the best that was tuned: what is evaluated, generated with
+and exported."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from fedsp.storage import read_tensors
 
 @dataclass(kw_only=True)
 class OpenRun:
-    """The server's side of a run: the global model, as the run's method reads it, and the best that was tuned."""
+    """The server's side of a run: the global model, as the run's method reads it, and the best that
+    was tuned."""
 
     directory: RunDirectory
     server: Server
@@ -30,7 +32,8 @@ class OpenRun:
     start: Payload
 
     def prefix(self, *, zero_shot: bool = False) -> torch.Tensor | None:
-        """Put the best in place, or with `zero_shot` what was there before any tuning; returns the keys and values in front of every text, if any."""
+        """Put the best in place, or with `zero_shot` what was there before any tuning; returns the
+        keys and values in front of every text, if any."""
         if zero_shot and isinstance(self.messenger, SoftPrompt):
             return None
         self.messenger.load(self.start if zero_shot else self.best)
@@ -51,5 +54,19 @@ def open_run(folder: str | Path) -> OpenRun:
     model, messenger = server_side(server)
     if isinstance(messenger, SoftPrompt):
         prompt = read_prompt(directory.best).to(server.model.device)
-        return OpenRun(directory=directory, server=server, model=model, messenger=prompt, best=prompt.payload(), start={})
-    return OpenRun(directory=directory, server=server, model=model, messenger=messenger, best=read_tensors(directory.best)[0], start=messenger.payload())
+        return OpenRun(
+            directory=directory,
+            server=server,
+            model=model,
+            messenger=prompt,
+            best=prompt.payload(),
+            start={},
+        )
+    return OpenRun(
+        directory=directory,
+        server=server,
+        model=model,
+        messenger=messenger,
+        best=read_tensors(directory.best)[0],
+        start=messenger.payload(),
+    )

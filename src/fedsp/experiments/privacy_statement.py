@@ -1,5 +1,5 @@
-"""What a private run promises, in words and numbers: `privacy_statement.json` (after NIST SP 800-226, section 3, and Ponomareva et al. 2023,
-https://arxiv.org/abs/2303.00654, section 5.3)."""
+"""What a private run promises, in words and numbers: `privacy_statement.json` (after NIST SP
+800-226, section 3, and Ponomareva et al. 2023, https://arxiv.org/abs/2303.00654, section 5.3)."""
 
 from __future__ import annotations
 
@@ -19,22 +19,42 @@ from fedsp.training.dp_sgd import ALONE, PrivateSteps
 
 STATEMENT = "privacy_statement.json"
 NOT_COVERED = [
-    "other runs over the same text: their epsilons add to this one, and only a client's own ledger, one for each folder of state, knows of all",
-    "the choice of settings: learning rate, clip, rounds, prompt length, if they were chosen by looking at private text",
-    "who was asked and who answered (at client level whoever knows it learns more: `epsilon_if_asked_is_known`), and how long an answer took",
+    (
+        "other runs over the same text: their epsilons add to this one, and only a client's own"
+        " ledger, one for each folder of state, knows of all"
+    ),
+    (
+        "the choice of settings: learning rate, clip, rounds, prompt length, if they were chosen by"
+        " looking at private text"
+    ),
+    (
+        "who was asked and who answered (at client level whoever knows it learns more:"
+        " `epsilon_if_asked_is_known`), and how long an answer took"
+    ),
     "several examples about one person: the promise is about one unit at a time",
-    "how many examples a client has: the sampling, the noise and the divisor follow from it, and it is taken as known to all",
+    (
+        "how many examples a client has: the sampling, the noise and the divisor follow from it,"
+        " and it is taken as known to all"
+    ),
     "text that the server itself trains or validates on, and the text of the distillation",
 ]
 
 
 def privacy_statement(
-    run: RunDirectory, register: Mapping[str, int], max_tokens: int, asking: Sequence[str] = (), *, tried: PromptedLM | None = None
+    run: RunDirectory,
+    register: Mapping[str, int],
+    max_tokens: int,
+    asking: Sequence[str] = (),
+    *,
+    tried: PromptedLM | None = None,
 ) -> dict[str, Any] | None:
     """The statement of a run as it stands after its last round; None where no promise is made.
 
-    At example level it is the worst over clients, each counted for every round it was asked in, whether its answer arrived or not, and for the one that it is
-    about to be asked in (`asking`), with what its self-test found of the model that clients read with (`tried`). Where clients are elsewhere the server does not know how many examples they have, so what their ledgers hold it to is stated.
+    At example level it is the worst over clients, each counted for every round it was asked in,
+    whether its answer arrived or not, and for the one that it is about to be asked in (`asking`),
+    with what its self-test found of the model that clients read with (`tried`). Where clients are
+    elsewhere the server does not know how many examples they have, so what their ledgers hold it to
+    is stated.
     """
     config = run.config
     if config.privacy.unit == "none" or not register:
@@ -42,27 +62,47 @@ def privacy_statement(
     if config.privacy.unit == "client":
         about = _client_level(run, register)
     else:
-        about = _elsewhere(run) if config.federation else _example_level(run, register, max_tokens, asking) | _self_test(tried)
-    spent, delta = "an epsilon that only its own ledger knows" if about["epsilon"] is None else f"epsilon = {about['epsilon']:.3g}", config.privacy.delta
+        about = (
+            _elsewhere(run)
+            if config.federation
+            else _example_level(run, register, max_tokens, asking) | _self_test(tried)
+        )
+    spent, delta = (
+        (
+            "an epsilon that only its own ledger knows"
+            if about["epsilon"] is None
+            else f"epsilon = {about['epsilon']:.3g}"
+        ),
+        config.privacy.delta,
+    )
     return about | {
         "adjacency": f"one {about['of']} added or removed",
         "bound": config.privacy.clip,
         "delta": delta,
-        "accountant": f"dp-accounting {version('dp-accounting')}, privacy loss distributions, rounded up",
-        "random_source": "os.urandom, float64, four Box-Muller draws to a number; independent of the run's seed",
-        "published": [f"{name}: told to whoever sees the run's figures" for name in PUBLISHED]
-        + [f"{what}: told to MLflow, if the run is tracked" for what in PUBLISHED_BESIDES]
-        if config.privacy.unit == "client"
-        else [],
+        "accountant": (
+            f"dp-accounting {version('dp-accounting')}, privacy loss distributions, rounded up"
+        ),
+        "random_source": (
+            "os.urandom, float64, four Box-Muller draws to a number; independent of the run's seed"
+        ),
+        "published": (
+            [f"{name}: told to whoever sees the run's figures" for name in PUBLISHED]
+            + [f"{what}: told to MLflow, if the run is tracked" for what in PUBLISHED_BESIDES]
+            if config.privacy.unit == "client"
+            else []
+        ),
         "not_covered": NOT_COVERED,
         "sentence": (
-            f"Whoever sees {about['observer']} learns of any one {about['of']} no more than {spent} at delta = {delta:g} allows "
-            f"(added or removed; {about['mechanism']}; {about['sampling']}). {about['trusted']}"
+            f"Whoever sees {about['observer']} learns of any one {about['of']} no more than {spent}"
+            f" at delta = {delta:g} allows (added or removed; {about['mechanism']};"
+            f" {about['sampling']}). {about['trusted']}"
         ),
     }
 
 
-def _example_level(run: RunDirectory, register: Mapping[str, int], max_tokens: int, asking: Sequence[str]) -> dict[str, Any]:
+def _example_level(
+    run: RunDirectory, register: Mapping[str, int], max_tokens: int, asking: Sequence[str]
+) -> dict[str, Any]:
     config = run.config
     privacy = example_privacy(agreement_of(config, max_tokens))
     assert privacy is not None
@@ -70,9 +110,21 @@ def _example_level(run: RunDirectory, register: Mapping[str, int], max_tokens: i
     spent: dict[str, float] = {}
     taken: dict[str, PrivateSteps] = {}
     for client, examples in register.items():
-        taken[client] = steps = privacy.steps(examples, config.client.batch_size, config.client.prompt_steps)
+        taken[client] = steps = privacy.steps(
+            examples, config.client.batch_size, config.client.prompt_steps
+        )
         spent[client] = (
-            epsilon((Release(steps.noise_multiplier, steps.sampling_rate, rounds[client] * steps.count),), privacy.delta, 1e-3) if rounds[client] else 0.0
+            epsilon(
+                (
+                    Release(
+                        steps.noise_multiplier, steps.sampling_rate, rounds[client] * steps.count
+                    ),
+                ),
+                privacy.delta,
+                1e-3,
+            )
+            if rounds[client]
+            else 0.0
         )
     worst = max(sorted(spent), key=lambda client: spent[client])
     return _about_examples(run.config) | {
@@ -86,14 +138,22 @@ def _example_level(run: RunDirectory, register: Mapping[str, int], max_tokens: i
 
 
 def _self_test(tried: PromptedLM | None) -> dict[str, Any]:
-    """What a client found before it began: by which share of its length other examples of a step changed one's gradient at most, and how many then share one."""
+    """What a client found before it began: by which share of its length other examples of a step
+    changed one's gradient at most, and how many then share one."""
     if tried is None or tried.largest_difference is None:
         return {}
-    return {"self_test": {"largest_difference": tried.largest_difference, "allowed": ALONE, "examples_together": tried.together}}
+    return {
+        "self_test": {
+            "largest_difference": tried.largest_difference,
+            "allowed": ALONE,
+            "examples_together": tried.together,
+        }
+    }
 
 
 def _elsewhere(run: RunDirectory) -> dict[str, Any]:
-    """Every client holds the run to its target, by a ledger of its own; without a target nobody but the client knows what a round costs it."""
+    """Every client holds the run to its target, by a ledger of its own; without a target nobody but
+    the client knows what a round costs it."""
     return _about_examples(run.config) | {
         "epsilon": run.config.privacy.epsilon,
         "noise_multiplier": run.config.privacy.noise_multiplier,
@@ -106,9 +166,17 @@ def _about_examples(config: RunConfig) -> dict[str, Any]:
         "unit": "example",
         "of": "example of a client",
         "target": config.privacy.epsilon,
-        "mechanism": "each example's gradient clipped, Gaussian noise added at the client in every step",
-        "sampling": f"Poisson lots of {config.client.batch_size} examples expected, drawn at the client from the operating system's random source",
-        "trusted": "Nobody but the client itself is trusted with its text; the server, other clients and the public see noised answers only.",
+        "mechanism": (
+            "each example's gradient clipped, Gaussian noise added at the client in every step"
+        ),
+        "sampling": (
+            f"Poisson lots of {config.client.batch_size} examples expected, drawn at the client"
+            " from the operating system's random source"
+        ),
+        "trusted": (
+            "Nobody but the client itself is trusted with its text; the server, other clients and"
+            " the public see noised answers only."
+        ),
         "observer": "all answers of a client, and everything made of them",
     }
 
@@ -123,15 +191,30 @@ def _client_level(run: RunDirectory, register: Mapping[str, int]) -> dict[str, A
         "unit": "client",
         "of": "client with all its text",
         "epsilon": ledger.epsilon(config.privacy.delta) if releases else 0.0,
-        "epsilon_if_asked_is_known": epsilon(merged(whole), config.privacy.delta, 1e-3) if releases else 0.0,
+        "epsilon_if_asked_is_known": (
+            epsilon(merged(whole), config.privacy.delta, 1e-3) if releases else 0.0
+        ),
         "target": config.privacy.epsilon,
         "sampling_rate": rate,
-        "noise_multiplier": releases[0].noise_multiplier if releases else config.privacy.noise_multiplier,
+        "noise_multiplier": (
+            releases[0].noise_multiplier if releases else config.privacy.noise_multiplier
+        ),
         "releases": sum(release.count for release in releases),
-        "mechanism": f"each client's whole change clipped, unweighted sum, Gaussian noise added at the server, divided by {expected} clients expected",
-        "sampling": "every client is asked in every round"
-        if rate == 1
-        else f"each client is asked with probability {rate:.3g}, drawn at the server from the operating system's random source",
+        "mechanism": (
+            "each client's whole change clipped, unweighted sum, Gaussian noise added at the"
+            f" server, divided by {expected} clients expected"
+        ),
+        "sampling": (
+            "every client is asked in every round"
+            if rate == 1
+            else (
+                f"each client is asked with probability {rate:.3g}, drawn at the server from the"
+                " operating system's random source"
+            )
+        ),
         "trusted": "The server is trusted: it sees every client's change without noise.",
-        "observer": "all broadcasts and the prompts of the run (its journal of losses and cosines is the server's own, and not for publication)",
+        "observer": (
+            "all broadcasts and the prompts of the run (its journal of losses and cosines is the"
+            " server's own, and not for publication)"
+        ),
     }

@@ -1,5 +1,7 @@
-"""Distillation again, around the prompt as it stands: every few rounds the auxiliary model is fitted to the global one with that prompt in front of
-both, and handed out again. It always starts from the first package, so a resumed run makes the same bits."""
+"""Distillation again, around the prompt as it stands: every few rounds the auxiliary model is
+fitted to the global one with that prompt in front of both, and handed out again. It always starts
+from the first package, so a resumed run makes the same bits.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,21 @@ from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.soft_prompt import read_prompt
 
 
-def redistilling(transport: Transport, server: Server, auxiliary: AuxiliaryModel, run: RunDirectory, say: Callable[[str], None]) -> Transport:
-    """A transport that, in round `distill.again_every` + 1 and every so many rounds after it, first distils again; a package that a client does not have
-    yet counts as bytes sent down to it."""
+def redistilling(
+    transport: Transport,
+    server: Server,
+    auxiliary: AuxiliaryModel,
+    run: RunDirectory,
+    say: Callable[[str], None],
+) -> Transport:
+    """A transport that, in round `distill.again_every` + 1 and every so many rounds after it, first
+    distils again; a package that a client does not have yet counts as bytes sent down to it."""
     every = server.config.distill.again_every
     package = auxiliary.weights()
     fitted_in = 1
-    has = {client: made_for(line["round"], every) for line in run.records() for client in line["asked"]}  # which package each client had when it was last asked
+    has = {
+        client: made_for(line["round"], every) for line in run.records() for client in line["asked"]
+    }  # which package each client had when it was last asked
 
     def asking(requests: list[Request]) -> Iterable[Update | Failure]:
         nonlocal fitted_in
@@ -30,11 +40,16 @@ def redistilling(transport: Transport, server: Server, auxiliary: AuxiliaryModel
             around = read_prompt(run.path / "prompts" / f"round-{due - 1:05d}.safetensors")
             fit_auxiliary(server, auxiliary, around=around.to(server.model.device))
             fitted_in = due
-            say(f"round {round}: the package was distilled again around the prompt of round {due - 1}")
+            say(
+                f"round {round}: the package was distilled again around the prompt of round"
+                f" {due - 1}"
+            )
         new = {request.client for request in requests if has.get(request.client, 1) < due}
         has.update({request.client: due for request in requests})
         for reply in transport(requests):
-            yield replace(reply, bytes_down=reply.bytes_down + (auxiliary.bytes if reply.client in new else 0))
+            yield replace(
+                reply, bytes_down=reply.bytes_down + (auxiliary.bytes if reply.client in new else 0)
+            )
 
     return asking
 

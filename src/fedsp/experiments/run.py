@@ -1,4 +1,5 @@
-"""A whole run: from a run directory to parties, a method and the rounds. The caller chooses the transport."""
+"""A whole run: from a run directory to parties, a method and the rounds. The caller chooses the
+transport."""
 
 from __future__ import annotations
 
@@ -25,7 +26,15 @@ from fedsp.experiments.costs import measure
 from fedsp.experiments.privacy_statement import STATEMENT, privacy_statement
 from fedsp.experiments.redistillation import redistilling
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import FederatedDataset, Server, examples_digest, load_dataset, open_server, rows_digest, score_test
+from fedsp.experiments.server_setup import (
+    FederatedDataset,
+    Server,
+    examples_digest,
+    load_dataset,
+    open_server,
+    rows_digest,
+    score_test,
+)
 from fedsp.federation.aggregation.mean import ServerOptimizer
 from fedsp.federation.aggregation.private import DPAggregator
 from fedsp.federation.aggregation.robust import Robust
@@ -47,10 +56,17 @@ from fedsp.training.evaluation import Scored, by_client, encode_choices
 from fedsp.training.stage import validation_loss
 
 
-def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], callbacks: Callbacks, register: dict[str, int] | None = None) -> dict[str, Any]:
-    """Run, or go on with, everything a run directory asks for; returns the figures that are also in `result.json`.
+def run_experiment(
+    run: RunDirectory,
+    engine: Callable[[Clients], Transport],
+    callbacks: Callbacks,
+    register: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """Run, or go on with, everything a run directory asks for; returns the figures that are also in
+    `result.json`.
 
-    With a `register` (clients elsewhere, and the examples of each) the clients' text is not read here.
+    With a `register` (clients elsewhere, and the examples of each) the clients' text is not read
+    here.
 
     Raises:
         FedspError: whatever cannot be done, as one sentence; what was done before stands.
@@ -67,20 +83,44 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], ca
         _check_promises(config, run, server)
     federation = build_federation(server, run, callbacks, register)
     auxiliary = federation.package
-    tests = {f"data.{split}": examples_digest(examples) for split, examples in (("validation", dataset.validation), ("test", dataset.test))}
-    run.pin({"data.train": rows_digest(dataset.train), "auxiliary model": auxiliary.digest() if auxiliary else "none", **tests})
+    tests = {
+        f"data.{split}": examples_digest(examples)
+        for split, examples in (("validation", dataset.validation), ("test", dataset.test))
+    }
+    run.pin(
+        {
+            "data.train": rows_digest(dataset.train),
+            "auxiliary model": auxiliary.digest() if auxiliary else "none",
+            **tests,
+        }
+    )
     run.write_partition(dataset.partition.to_json())
     state = run.state(callbacks.say)
     own = dataset.held(dataset.partition.server)
     examples = encode_targets(server.tokenizer, own, server.max_tokens)
-    party = Party(id="server", model=federation.model, messenger=federation.messenger, examples=examples, store=run.state_store("server"))
-    validation = encode_targets(server.tokenizer, _some(dataset.validation, config), server.max_tokens)
-    encode_choices(server.tokenizer, dataset.test, server.max_tokens)  # what cannot be scored at the end is found out now
-    spec = replace(federation.messenger.spec, projection=0) if isinstance(federation.messenger, SoftPrompt) else None
+    party = Party(
+        id="server",
+        model=federation.model,
+        messenger=federation.messenger,
+        examples=examples,
+        store=run.state_store("server"),
+    )
+    validation = encode_targets(
+        server.tokenizer, _some(dataset.validation, config), server.max_tokens
+    )
+    encode_choices(
+        server.tokenizer, dataset.test, server.max_tokens
+    )  # what cannot be scored at the end is found out now
+    spec = (
+        replace(federation.messenger.spec, projection=0)
+        if isinstance(federation.messenger, SoftPrompt)
+        else None
+    )
     dropped = party.shortened + sum(row.dropped > 0 for row in validation)
     if dropped:
         callbacks.say(
-            f"{dropped} of the server's {len(party.examples) + len(validation)} examples are longer than {server.max_tokens} tokens and lose their oldest context"
+            f"{dropped} of the server's {len(party.examples) + len(validation)} examples are longer"
+            f" than {server.max_tokens} tokens and lose their oldest context"
         )
 
     def validate(payload: Payload) -> float:
@@ -90,7 +130,13 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], ca
         return loss
 
     def write_statement(asking: Sequence[str] = ()) -> dict[str, Any] | None:
-        statement = privacy_statement(run, federation.clients.register, server.max_tokens, asking, tried=auxiliary or federation.model)
+        statement = privacy_statement(
+            run,
+            federation.clients.register,
+            server.max_tokens,
+            asking,
+            tried=auxiliary or federation.model,
+        )
         if statement:
             write_json(run.path / STATEMENT, statement)
         return statement
@@ -108,7 +154,8 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], ca
             / settings.aggregator.expected
         )
         callbacks.say(
-            f"the noise on the mean of {settings.aggregator.expected:g} clients is {noise:.3g} times as long as the longest change that one of them can make"
+            f"the noise on the mean of {settings.aggregator.expected:g} clients is {noise:.3g}"
+            " times as long as the longest change that one of them can make"
         )
     transport = engine(federation.clients)
     if dataset.attack:
@@ -117,9 +164,20 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], ca
         transport = _with_statement(transport, write_statement)
     if config.distill.again_every and auxiliary:
         transport = redistilling(transport, server, auxiliary, run, callbacks.say)
-    final = federate(federation.clients.method, party, federation.clients.register, transport, settings, state=state, validate=validate, save=save)
+    final = federate(
+        federation.clients.method,
+        party,
+        federation.clients.register,
+        transport,
+        settings,
+        state=state,
+        validate=validate,
+        save=save,
+    )
     figures = _figures(run, server, federation, final, time.perf_counter() - started)
-    figures["cost"] = _cost(federation, party, final, config.seed, validation if config.privacy.unit != "none" else None)
+    figures["cost"] = _cost(
+        federation, party, final, config.seed, validation if config.privacy.unit != "none" else None
+    )
     if dataset.test:
         party.messenger.load(final.best)
         figures |= _test(run, server, party, dataset)
@@ -131,17 +189,26 @@ def run_experiment(run: RunDirectory, engine: Callable[[Clients], Transport], ca
     return figures
 
 
-def _test(run: RunDirectory, server: Server, party: Party, dataset: FederatedDataset) -> dict[str, Any]:
-    """Figures of what is in place on the test questions, and by client where something divides the questions."""
+def _test(
+    run: RunDirectory, server: Server, party: Party, dataset: FederatedDataset
+) -> dict[str, Any]:
+    """Figures of what is in place on the test questions, and by client where something divides the
+    questions."""
     with torch.no_grad():
         prefix = party.messenger.prefix(party.model)
-    figures, scored = score_test(party.model, prefix, dataset.test, dataset.task, server.tokenizer, server.max_tokens)
+    figures, scored = score_test(
+        party.model, prefix, dataset.test, dataset.task, server.tokenizer, server.max_tokens
+    )
     run.write_scores(_score_row(row, dataset.task) for row in scored)
     groups, held = dataset.groups, dataset.partition.clients
     if dataset.attack and dataset.attack.kind == "backdoor":
         waited = [triggered(example) for example in dataset.test]
-        figures["attack_success"] = score_test(party.model, prefix, waited, dataset.task, server.tokenizer, server.max_tokens)[0]["accuracy"]
-    if groups is None or not held or run.config.privacy.unit != "none":  # what kinds of questions a client holds is its own
+        figures["attack_success"] = score_test(
+            party.model, prefix, waited, dataset.task, server.tokenizer, server.max_tokens
+        )[0]["accuracy"]
+    if (
+        groups is None or not held or run.config.privacy.unit != "none"
+    ):  # what kinds of questions a client holds is its own
         return {"test": figures}
     own = {client: [groups.train[index] for index in rows] for client, rows in held.items()}
     return {"test": figures, "clients": by_client(scored, dataset.task, groups.test, own)}
@@ -160,8 +227,11 @@ def _score_row(row: Scored, task: Task) -> dict[str, Any]:
     }
 
 
-def _with_statement(transport: Transport, write_statement: Callable[[Sequence[str]], object]) -> Transport:
-    """The statement counts a round before anybody is asked in it, so that it is never behind what was released."""
+def _with_statement(
+    transport: Transport, write_statement: Callable[[Sequence[str]], object]
+) -> Transport:
+    """The statement counts a round before anybody is asked in it, so that it is never behind what
+    was released."""
 
     def transport_with_statement(requests: list[Request]) -> Iterable[Update | Failure]:
         write_statement([request.client for request in requests if request.train])
@@ -170,9 +240,13 @@ def _with_statement(transport: Transport, write_statement: Callable[[Sequence[st
     return transport_with_statement
 
 
-def _cost(federation: Federation, party: Party, final: RunState, seed: int, instead: list[Encoded] | None) -> dict[str, dict[str, float]]:
-    """The measured cost of one round of the server, and of the first client where its text is here; on other rows `instead` of its own, where its own are promised
-    to stay untold. Nothing is said of a model in few bits, whose operations torch's counter does not see."""
+def _cost(
+    federation: Federation, party: Party, final: RunState, seed: int, instead: list[Encoded] | None
+) -> dict[str, dict[str, float]]:
+    """The measured cost of one round of the server, and of the first client where its text is here;
+    on other rows `instead` of its own, where its own are promised to stay untold. Nothing is said
+    of a model in few bits, whose operations torch's counter does not see.
+    """
     costs = {}
     method = federation.clients.method
     party.messenger.load(final.best)
@@ -231,7 +305,8 @@ def round_config(config: RunConfig, run: RunDirectory, clients: int) -> RoundCon
 
 
 def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, Any]:
-    """How many payloads become one: the weighted mean, a robust rule, or the private mean with its own way of asking clients.
+    """How many payloads become one: the weighted mean, a robust rule, or the private mean with its
+    own way of asking clients.
 
     Raises:
         PrivacyError: no noise is enough, or delta is no promise for so many clients.
@@ -242,19 +317,30 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
     if privacy.unit == "client" and clients:
         if privacy.delta * clients >= 1:
             raise PrivacyError(
-                f"privacy.delta = {privacy.delta:g} is no promise for {clients} clients: with one chance in {1 / privacy.delta:g} a client may be told whole; set it below {1 / clients:.1g}"
+                f"privacy.delta = {privacy.delta:g} is no promise for {clients} clients: with one"
+                f" chance in {1 / privacy.delta:g} a client may be told whole; set it below"
+                f" {1 / clients:.1g}"
             )
         expected = config.round.asked(clients)
         rate = expected / clients
-        noise = privacy.noise_multiplier or noise_for(privacy.epsilon or 0.0, privacy.delta, rate, rounds)
+        noise = privacy.noise_multiplier or noise_for(
+            privacy.epsilon or 0.0, privacy.delta, rate, rounds
+        )
         ledger, done = Ledger(run.path / LEDGER), len(run.records())
         if sum(release.count for release in ledger.releases()) < done:
             raise StorageError(
-                f"the privacy ledger {ledger.path} knows of fewer releases than the {done} rounds that are done: what was spent is not known; restore it from a backup"
+                f"the privacy ledger {ledger.path} knows of fewer releases than the {done} rounds"
+                " that are done: what was spent is not known; restore it from a backup"
             )
         return {
             "aggregator": DPAggregator(
-                bound=privacy.clip, noise_multiplier=noise, sampling_rate=rate, expected=expected, delta=privacy.delta, epsilon=privacy.epsilon, ledger=ledger
+                bound=privacy.clip,
+                noise_multiplier=noise,
+                sampling_rate=rate,
+                expected=expected,
+                delta=privacy.delta,
+                epsilon=privacy.epsilon,
+                ledger=ledger,
             ),
             "sampling_rate": rate,
         }
@@ -271,7 +357,12 @@ def robust_rule(config: RunConfig, clients: int) -> Robust | None:
     section = config.aggregation
     if not section.robust:
         return None
-    robust = Robust(rule=section.rule, malicious=section.malicious, mixing=section.mixing, norm_bound=section.norm_bound)
+    robust = Robust(
+        rule=section.rule,
+        malicious=section.malicious,
+        mixing=section.mixing,
+        norm_bound=section.norm_bound,
+    )
     if asked := config.round.asked(clients):
         robust.malicious_among(asked)
     return robust
@@ -282,10 +373,14 @@ def _some(validation: list[Example], config: RunConfig) -> list[Example]:
     return random.Random(derive_seed(config.seed, "validation")).sample(validation, count)
 
 
-def _figures(run: RunDirectory, server: Server, federation: Federation, final: RunState, seconds: float) -> dict[str, Any]:
+def _figures(
+    run: RunDirectory, server: Server, federation: Federation, final: RunState, seconds: float
+) -> dict[str, Any]:
     records = run.records()
     shortened = max((record["shortened_examples"] for record in records), default=0)
-    of_clients = {} if run.config.privacy.unit == "client" else {"shortened_client_examples": shortened}  # goes from 0 to 1 with one long example of one client
+    of_clients = (
+        {} if run.config.privacy.unit == "client" else {"shortened_client_examples": shortened}
+    )  # goes from 0 to 1 with one long example of one client
     return of_clients | {
         "best_round": final.best_round,
         "validation_loss": final.best_loss,
@@ -304,7 +399,8 @@ def _figures(run: RunDirectory, server: Server, federation: Federation, final: R
 
 
 def forget_peak_memory() -> None:
-    """Let the peak count from here on, where the system can do that; else it stays that of the whole process."""
+    """Let the peak count from here on, where the system can do that; else it stays that of the
+    whole process."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -312,7 +408,11 @@ def forget_peak_memory() -> None:
 def peak_memory() -> int:
     """Peak resident memory of this process, bytes: since it was last forgotten, on Linux."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        line = next(
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM:")
+        )
         return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

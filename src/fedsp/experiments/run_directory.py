@@ -1,4 +1,5 @@
-"""The run directory: everything that says what was run, how far it is, and what came out. All of it is whole after a kill at any point.
+"""The run directory: everything that says what was run, how far it is, and what came out. All of it
+is whole after a kill at any point.
 
 config.toml          the resolved configuration; `fedsp run config.toml` repeats the run
 run.json             identity, seed, threads, versions
@@ -9,7 +10,8 @@ rounds.jsonl         one line per round
 traffic.jsonl        one line per message to or from another process, if there was one
 flower/              what Flower's processes wrote, in a deployment
 prompts/             the prompt that stood after each round
-best.safetensors     the best prompt by validation, as the global model reads it (weights, where a baseline tunes those)
+best.safetensors     the best prompt by validation, as the global model reads it (weights, where a
+                     baseline tunes those)
 checkpoint/          the last two states
 lock                 held by the process that runs it
 state/               what the parties keep between rounds
@@ -17,7 +19,8 @@ privacy.jsonl        what was paid for client-level privacy, before each release
 privacy_statement.json   what is promised, of what, to whom, and what is not
 result.json          figures at the end
 scores.jsonl         what each test question got
-NAME.json            what `fedsp audit --only NAME` measured: disclosure, model, membership, inversion, epsilon, depths
+NAME.json            what `fedsp audit --only NAME` measured: disclosure, model, membership,
+                     inversion, epsilon, depths
 """
 
 from __future__ import annotations
@@ -52,8 +55,21 @@ if TYPE_CHECKING:
     from fedsp.models.payload import Payload
     from fedsp.models.soft_prompt import PromptSpec
 
-CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = "config.toml", "run.json", "partition.json", "rounds.jsonl", "best.safetensors", "result.json"
-INPUTS, TRAFFIC, PROXY_COUNTS, SCORES, LOCK = "inputs.json", "traffic.jsonl", "proxy.jsonl", "scores.jsonl", "lock"
+CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = (
+    "config.toml",
+    "run.json",
+    "partition.json",
+    "rounds.jsonl",
+    "best.safetensors",
+    "result.json",
+)
+INPUTS, TRAFFIC, PROXY_COUNTS, SCORES, LOCK = (
+    "inputs.json",
+    "traffic.jsonl",
+    "proxy.jsonl",
+    "scores.jsonl",
+    "lock",
+)
 
 
 class RunDirectory:
@@ -74,26 +90,46 @@ class RunDirectory:
             StorageError: the disk did not take it.
         """
         path = Path(config.output)
-        if (path / CONFIG).exists() and {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}:
+        if (path / CONFIG).exists() and {entry.name for entry in path.iterdir()} - {
+            CONFIG,
+            RUN,
+            LOCK,
+        }:
             other = cls.open(path)
             differing = differing_keys(config, other.config)
             summary = (
-                f"a run of another configuration ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''})"
+                f"a run of another configuration ({', '.join(differing)}"
+                f" differ{'s' if len(differing) == 1 else ''})"
                 if differing
                 else "this very run, finished"
                 if other.finished
                 else "this very run, unfinished"
             )
+            command = "serve" if config.federation else "run"
+            unfinished = not differing and not other.finished
+            resume = f"resume it with `fedsp {command} --resume {path}`, or " if unfinished else ""
+            raise RunError(f"{path} holds {summary}: {resume}give another folder with output=...")
+        if path.exists() and (
+            not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}
+        ):
             raise RunError(
-                f"{path} holds {summary}: {'resume it with `fedsp ' + ('serve' if config.federation else 'run') + ' --resume ' + str(path) + '`, or ' if not differing and not other.finished else ''}give another folder with output=..."
+                f"{path} is in use and is no run: give an empty or a new folder with output=..."
             )
-        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}):
-            raise RunError(f"{path} is in use and is no run: give an empty or a new folder with output=...")
         import torch
 
         run = cls(path, config)
-        identity = secrets.token_hex(8)  # no draw comes from it; a run that is done anew is another run to its clients
-        write_json(path / RUN, {"run": identity, "seed": config.seed, "threads": torch.get_num_threads(), "versions": versions()})
+        identity = secrets.token_hex(
+            8
+        )  # no draw comes from it; a run that is done anew is another run to its clients
+        write_json(
+            path / RUN,
+            {
+                "run": identity,
+                "seed": config.seed,
+                "threads": torch.get_num_threads(),
+                "versions": versions(),
+            },
+        )
         write_bytes(path / CONFIG, tomli_w.dumps(config.model_dump(exclude_none=True)).encode())
         return run
 
@@ -108,9 +144,13 @@ class RunDirectory:
             values = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             below = sorted(found.parent for found in path.glob(f"*/{CONFIG}"))
-            instead = f"; there are {len(below)} in it: name one, such as {below[0]}" if below else ""
+            instead = (
+                f"; there are {len(below)} in it: name one, such as {below[0]}" if below else ""
+            )
             why = error.strerror if isinstance(error, OSError) else error
-            raise RunError(f"{path} holds no run: its {CONFIG} cannot be read ({why}){instead}") from error
+            raise RunError(
+                f"{path} holds no run: its {CONFIG} cannot be read ({why}){instead}"
+            ) from error
         return cls(path, make_config(values, str(path / CONFIG)))
 
     @property
@@ -119,7 +159,8 @@ class RunDirectory:
 
     @property
     def threads(self) -> int:
-        """The number of threads that the run was begun with; on a CPU it decides the last bits of every sum."""
+        """The number of threads that the run was begun with; on a CPU it decides the last bits of
+        every sum."""
         return int(self._json(RUN)["threads"])
 
     @property
@@ -128,7 +169,8 @@ class RunDirectory:
 
     @property
     def package(self) -> Path:
-        """Where the auxiliary model of a run lies: its own, or that of the configuration; of a study that has been moved, beside the run."""
+        """Where the auxiliary model of a run lies: its own, or that of the configuration; of a
+        study that has been moved, beside the run."""
         made = self.config.auxiliary.folder
         if not made:
             return self.auxiliary
@@ -143,14 +185,18 @@ class RunDirectory:
         write_json(self.path / PARTITION, partition)
 
     def state_store(self, party: str) -> StateStore:
-        """A party's own state between rounds; in a deployment each client has a folder of its own instead. Any id makes a safe folder name."""
+        """A party's own state between rounds; in a deployment each client has a folder of its own
+        instead. Any id makes a safe folder name."""
         from fedsp.federation.state_store import StateStore
 
         return StateStore(self.path / "state" / quote(party, safe="").replace(".", "%2E"))
 
-    def save_round(self, state: RunState, record: RoundRecord, best: Payload, spec: PromptSpec | None) -> None:
-        """Write down a finished round: the broadcast prompt, the `best` payload as the global model reads it, the journal, and last the checkpoint,
-        which makes the round count. Without a `spec` the payload is no prompt.
+    def save_round(
+        self, state: RunState, record: RoundRecord, best: Payload, spec: PromptSpec | None
+    ) -> None:
+        """Write down a finished round: the broadcast prompt, the `best` payload as the global model
+        reads it, the journal, and last the checkpoint, which makes the round count. Without a
+        `spec` the payload is no prompt.
 
         Raises:
             StorageError: the disk did not take it; the round before it stands.
@@ -160,15 +206,29 @@ class RunDirectory:
             _write_prompt(self.path / "prompts" / name, spec, state.payload)
         self._write_best(best, state.best_round, spec)
         self._append(ROUNDS, json.dumps(asdict(record), sort_keys=True))
-        parts = {"payload": state.payload, "best": state.best, "optimizer": state.optimizer, "residual": state.residual}
-        tensors = {f"{part}/{name}": tensor for part, payload in parts.items() for name, tensor in payload.items()}
-        summary = {"round": state.round, "best_round": state.best_round, "best_loss": state.best_loss}
+        parts = {
+            "payload": state.payload,
+            "best": state.best,
+            "optimizer": state.optimizer,
+            "residual": state.residual,
+        }
+        tensors = {
+            f"{part}/{name}": tensor
+            for part, payload in parts.items()
+            for name, tensor in payload.items()
+        }
+        summary = {
+            "round": state.round,
+            "best_round": state.best_round,
+            "best_loss": state.best_loss,
+        }
         write_tensors(self.path / "checkpoint" / name, tensors, {"state": json.dumps(summary)})
         for old in sorted((self.path / "checkpoint").glob("round-*.safetensors"))[:-2]:
             old.unlink()
 
     def state(self, say: Callable[[str], None]) -> RunState | None:
-        """Where the run stands by its newest whole checkpoint, None before the first round; damaged ones are named through `say`.
+        """Where the run stands by its newest whole checkpoint, None before the first round; damaged
+        ones are named through `say`.
 
         Journal lines of rounds that will be done again are dropped.
         """
@@ -179,7 +239,9 @@ class RunDirectory:
             try:
                 tensors, metadata = read_tensors(path)
                 summary = parse_json(metadata["state"])
-                payload, best, optimizer, residual = (_below(tensors, part) for part in ("payload", "best", "optimizer", "residual"))
+                payload, best, optimizer, residual = (
+                    _below(tensors, part) for part in ("payload", "best", "optimizer", "residual")
+                )
                 found = RunState(
                     round=int(summary["round"]),
                     payload=payload,
@@ -191,19 +253,28 @@ class RunDirectory:
                 )
                 break
             except (StorageError, KeyError, ValueError, TypeError) as error:
-                say(f"the checkpoint {path.name} is damaged and is not used; the one before it is, where there is one ({error})")
+                say(
+                    f"the checkpoint {path.name} is damaged and is not used; the one before it is,"
+                    f" where there is one ({error})"
+                )
                 path.unlink()
         done = found.round if found else 0
         kept = [line for line in self.records() if line["round"] <= done]
-        write_bytes(self.path / ROUNDS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in kept).encode())
+        write_bytes(
+            self.path / ROUNDS,
+            "".join(json.dumps(line, sort_keys=True) + "\n" for line in kept).encode(),
+        )
         return found
 
     def records(self) -> list[dict[str, Any]]:
         """The journal, whole lines only."""
         return self._lines(ROUNDS)  # a line cut short by a kill: its round is done again
 
-    def finish(self, best: Payload, round: int, figures: dict[str, Any], spec: PromptSpec | None) -> None:
-        """Write the best payload, as the global model reads it, and the figures; from now on the run is finished.
+    def finish(
+        self, best: Payload, round: int, figures: dict[str, Any], spec: PromptSpec | None
+    ) -> None:
+        """Write the best payload, as the global model reads it, and the figures; from now on the
+        run is finished.
 
         Checkpoints of weights, which are as large as the model, are removed.
         """
@@ -235,7 +306,10 @@ class RunDirectory:
         """
         if not self.finished:
             command = "serve" if self.config.federation else "run"
-            raise RunError(f"{self.path} holds no finished run: finish it with `fedsp {command} --resume {self.path}`")
+            raise RunError(
+                f"{self.path} holds no finished run: finish it with `fedsp {command} --resume"
+                f" {self.path}`"
+            )
         return self._json(RESULT, "best_round", "disclosed_share")
 
     def about(self) -> dict[str, Any]:
@@ -243,7 +317,8 @@ class RunDirectory:
         return self._json(RUN)
 
     def pin(self, inputs: dict[str, str]) -> None:
-        """Write down the digests of what the run was begun with, or hold what is found now against them.
+        """Write down the digests of what the run was begun with, or hold what is found now against
+        them.
 
         Raises:
             RunError: an input is not what it was.
@@ -263,7 +338,10 @@ class RunDirectory:
         known = self._json(INPUTS)
         changed = [name for name, digest in inputs.items() if known.get(name) != digest]
         if changed:
-            raise RunError(f"{self.path} was begun with another {' and another '.join(changed)}: bring back what it was, or start a new run")
+            raise RunError(
+                f"{self.path} was begun with another {' and another '.join(changed)}: bring back"
+                " what it was, or start a new run"
+            )
 
     def hold_known(self, inputs: dict[str, str]) -> None:
         """The same for inputs that the run may not have written down.
@@ -276,15 +354,20 @@ class RunDirectory:
             self.hold({name: digest for name, digest in inputs.items() if name in known})
 
     def log_traffic(self, round: int, client: str, direction: str, sizes: dict[str, int]) -> None:
-        """Append a message to or from another process: bytes by name. What was sent before a kill was sent, so nothing is ever removed."""
-        self._append(TRAFFIC, json.dumps({"round": round, "client": client, "direction": direction, "bytes": sizes}))
+        """Append a message to or from another process: bytes by name. What was sent before a kill
+        was sent, so nothing is ever removed."""
+        self._append(
+            TRAFFIC,
+            json.dumps({"round": round, "client": client, "direction": direction, "bytes": sizes}),
+        )
 
     def traffic(self) -> list[dict[str, Any]]:
         """The messages to and from other processes, whole lines only."""
         return self._lines(TRAFFIC)
 
     def proxy_counts(self) -> list[dict[str, list[int]]]:
-        """For each time that a deployment's proxy ran: requests, bytes up and bytes down by Flower's name of the call."""
+        """For each time that a deployment's proxy ran: requests, bytes up and bytes down by
+        Flower's name of the call."""
         return self._lines(f"flower/{PROXY_COUNTS}")
 
     def _append(self, name: str, line: str) -> None:
@@ -292,7 +375,9 @@ class RunDirectory:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise StorageError(f"cannot write {self.path / name}: {error.strerror}; free some space, then resume") from error
+            raise StorageError(
+                f"cannot write {self.path / name}: {error.strerror}; free some space, then resume"
+            ) from error
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.path / name
@@ -320,15 +405,23 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else error})") from error
-    missing = [name for name in needed if name not in value] if isinstance(value, dict) else ["a JSON object"]
+        raise RunError(
+            f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else error})"
+        ) from error
+    missing = (
+        [name for name in needed if name not in value]
+        if isinstance(value, dict)
+        else ["a JSON object"]
+    )
     if missing:
         raise RunError(f"{path} is not what fedsp wrote: {missing[0]} is missing")
     found: dict[str, Any] = value
     return found
 
 
-def _write_prompt(path: Path, spec: PromptSpec, payload: Payload, metadata: dict[str, str] | None = None) -> None:
+def _write_prompt(
+    path: Path, spec: PromptSpec, payload: Payload, metadata: dict[str, str] | None = None
+) -> None:
     from fedsp.models.payload import PROMPT
     from fedsp.models.soft_prompt import SoftPrompt
 
@@ -336,7 +429,11 @@ def _write_prompt(path: Path, spec: PromptSpec, payload: Payload, metadata: dict
 
 
 def _below(tensors: dict[str, torch.Tensor], part: str) -> Payload:
-    return {name.removeprefix(f"{part}/"): tensor for name, tensor in sorted(tensors.items()) if name.startswith(f"{part}/")}
+    return {
+        name.removeprefix(f"{part}/"): tensor
+        for name, tensor in sorted(tensors.items())
+        if name.startswith(f"{part}/")
+    }
 
 
 def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
@@ -345,7 +442,9 @@ def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
     names = []
     for key in first:
         if isinstance(first[key], dict) and isinstance(second[key], dict):
-            names += [f"{key}.{name}" for name in first[key] if first[key][name] != second[key][name]]
+            names += [
+                f"{key}.{name}" for name in first[key] if first[key][name] != second[key][name]
+            ]
         elif key != "output" and first[key] != second[key]:
             names.append(key)
     return names
@@ -357,20 +456,39 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
-    """One row for each run below a folder: folder, method, model, task, rounds, lowest validation loss, state."""
+    """One row for each run below a folder: folder, method, model, task, rounds, lowest validation
+    loss, state."""
     rows = []
     for path in find_runs(folder):
         try:
             directory = RunDirectory.open(path)
         except FedspError:
-            rows.append({"folder": str(path), "method": "-", "model": "-", "task": "-", "rounds": "-", "validation_loss": None, "state": "unreadable"})
+            rows.append(
+                {
+                    "folder": str(path),
+                    "method": "-",
+                    "model": "-",
+                    "task": "-",
+                    "rounds": "-",
+                    "validation_loss": None,
+                    "state": "unreadable",
+                }
+            )
             continue
         records, config = directory.records(), directory.config
-        validation = [record["validation"] for record in records if isinstance(record.get("validation"), float)]
+        validation = [
+            record["validation"]
+            for record in records
+            if isinstance(record.get("validation"), float)
+        ]
         rows.append(
             {
                 "folder": str(path),
-                "method": f"{config.method}, {config.preset}" if find_method(config.method).deployable else config.method,
+                "method": (
+                    f"{config.method}, {config.preset}"
+                    if find_method(config.method).deployable
+                    else config.method
+                ),
                 "model": config.model.name,
                 "task": config.data.task,
                 "rounds": f"{len(records)}/{config.round.rounds}",
@@ -383,8 +501,20 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide the bits of a run."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "commit": source_commit()}
-    for name in ("fedsp", "torch", "transformers", "tokenizers", "safetensors", "datasets", "flwr-datasets"):
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": source_commit(),
+    }
+    for name in (
+        "fedsp",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "datasets",
+        "flwr-datasets",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -393,11 +523,18 @@ def versions() -> dict[str, str]:
 
 
 def source_commit() -> str:
-    """The commit of the checkout that fedsp runs from, with a + where files differ from it; `released` where there is no checkout."""
+    """The commit of the checkout that fedsp runs from, with a + where files differ from it;
+    `released` where there is no checkout."""
     folder = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")

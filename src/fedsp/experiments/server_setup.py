@@ -1,4 +1,5 @@
-"""The server's side, opened from a configuration: questions, global model, the package for clients, the first prompt."""
+"""The server's side, opened from a configuration: questions, global model, the package for clients,
+the first prompt."""
 
 from __future__ import annotations
 
@@ -25,10 +26,23 @@ from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, PromptEr
 from fedsp.federation.attacks import ON_DATA, Attack, malicious
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
-from fedsp.models.auxiliary import MANIFEST, AuxiliaryModel, build_auxiliary, disclosed_share, load_auxiliary, parse_plan
+from fedsp.models.auxiliary import (
+    MANIFEST,
+    AuxiliaryModel,
+    build_auxiliary,
+    disclosed_share,
+    load_auxiliary,
+    parse_plan,
+)
 from fedsp.models.loading import load_model, load_tokenizer, require_vocabulary, tokenizer_digest
 from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, import_peft, initial_values, read_prompt
+from fedsp.models.soft_prompt import (
+    PromptSpec,
+    SoftPrompt,
+    import_peft,
+    initial_values,
+    read_prompt,
+)
 from fedsp.training.distillation import Distillation, Progress, distill, packed
 from fedsp.training.evaluation import Scored, score, summarise
 from fedsp.training.loop import Optimisation
@@ -44,7 +58,8 @@ EMBEDDED = Path(__file__).parent / "embedded"
 
 @dataclass(frozen=True)
 class EvaluationGroups:
-    """The value of the partition's column, or the topic, of each training and each test question."""
+    """The value of the partition's column, or the topic, of each training and each test
+    question."""
 
     train: list[str]
     test: list[str]
@@ -97,7 +112,11 @@ def rows_digest(rows: list[Row]) -> str:
 
 def examples_digest(examples: list[Example]) -> str:
     """SHA-256 of examples in their order, as they are scored."""
-    return hashlib.sha256(json.dumps([[example.context, example.choices, example.gold] for example in examples]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(
+            [[example.context, example.choices, example.gold] for example in examples]
+        ).encode()
+    ).hexdigest()
 
 
 def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> FederatedDataset:
@@ -107,31 +126,64 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         DataError: a file or row cannot be used, or the rows cannot be divided so.
     """
     task = find_task(config.data.task)
-    absent = config.federation is not None and config.data.train is None  # a server without questions of its own
+    absent = (
+        config.federation is not None and config.data.train is None
+    )  # a server without questions of its own
     train = [] if absent else load_rows(task, config.data.train, "train")
     examples = examples_of(task, train)  # every row is checked before anything is trained
     from_hub = config.data.train is None and not absent
-    validation = examples_of(task, load_rows(task, config.data.validation, "validation")) if config.data.validation or from_hub else []
+    validation = (
+        examples_of(task, load_rows(task, config.data.validation, "validation"))
+        if config.data.validation or from_hub
+        else []
+    )
     test_rows = load_rows(task, config.data.test, "test") if config.data.test or from_hub else []
     if config.data.test_examples and config.data.test_examples < len(test_rows):
-        test_rows = random.Random(derive_seed(0, "test")).sample(test_rows, config.data.test_examples)  # the same for every seed, so that runs can be paired
+        test_rows = random.Random(derive_seed(0, "test")).sample(
+            test_rows, config.data.test_examples
+        )  # the same for every seed, so that runs can be paired
     test = examples_of(task, test_rows)
-    groups = _evaluation_groups(config, train, test_rows, [example.context for example in examples], [example.context for example in test])
+    groups = _evaluation_groups(
+        config,
+        train,
+        test_rows,
+        [example.context for example in examples],
+        [example.context for example in test],
+    )
     if written:
         partition = read_partition(written, len(train))
     else:
-        labelled = [row | {TOPIC: topic} for row, topic in zip(train, groups.train, strict=True)] if groups and config.partition.topics else train
+        labelled = (
+            [row | {TOPIC: topic} for row, topic in zip(train, groups.train, strict=True)]
+            if groups and config.partition.topics
+            else train
+        )
         holdout = 0.0 if validation or config.validation.by != "server" else config.data.holdout
         column = TOPIC if config.partition.topics else config.partition.column
-        section = config.partition.model_copy(update={"column": column} | ({"clients": 0} if config.federation else {}))
-        partition = make_partition(labelled, section, server_share=config.server_share, holdout=holdout, seed=config.seed)
+        section = config.partition.model_copy(
+            update={"column": column} | ({"clients": 0} if config.federation else {})
+        )
+        partition = make_partition(
+            labelled, section, server_share=config.server_share, holdout=holdout, seed=config.seed
+        )
     validation = validation or examples_of(task, [train[index] for index in partition.validation])
     if config.validation.by == "server" and not validation:
-        raise DataError("validation.by = 'server', but there are no validation questions: set data.validation or data.holdout")
+        raise DataError(
+            "validation.by = 'server', but there are no validation questions: set data.validation"
+            " or data.holdout"
+        )
     if config.server.steps and not partition.server:
-        raise DataError("server.steps is above 0, but the server holds no example: raise partition.server_share")
+        raise DataError(
+            "server.steps is above 0, but the server holds no example: raise partition.server_share"
+        )
     return FederatedDataset(
-        task=task, train=train, partition=partition, validation=validation, test=test, groups=groups, attack=_attack(config, task, list(partition.clients))
+        task=task,
+        train=train,
+        partition=partition,
+        validation=validation,
+        test=test,
+        groups=groups,
+        attack=_attack(config, task, list(partition.clients)),
     )
 
 
@@ -139,21 +191,36 @@ def _attack(config: RunConfig, task: Task, clients: list[str]) -> Attack | None:
     section = config.attack
     if section.kind in ON_DATA and task.metric != "accuracy":
         raise ConfigurationError(
-            f"attack.kind: {section.kind!r} changes which choice is right, and {task.name} has no choices; take another attack or another task"
+            f"attack.kind: {section.kind!r} changes which choice is right, and {task.name} has no"
+            " choices; take another attack or another task"
         )
     return (
         None
         if section.kind == "none"
-        else Attack(kind=section.kind, malicious=malicious(clients, section.share, config.seed), seed=config.seed, strength=section.strength)
+        else Attack(
+            kind=section.kind,
+            malicious=malicious(clients, section.share, config.seed),
+            seed=config.seed,
+            strength=section.strength,
+        )
     )
 
 
-def _evaluation_groups(config: RunConfig, train: list[Row], test: list[Row], dataset: list[str], test_questions: list[str]) -> EvaluationGroups | None:
-    """What divides the questions: topics, or a column that training and test rows both have; None for neither."""
+def _evaluation_groups(
+    config: RunConfig,
+    train: list[Row],
+    test: list[Row],
+    dataset: list[str],
+    test_questions: list[str],
+) -> EvaluationGroups | None:
+    """What divides the questions: topics, or a column that training and test rows both have; None
+    for neither."""
     column = config.partition.column
     if config.partition.topics and not config.federation:
         seed = derive_seed(config.seed, "topics") % 2**32
-        return EvaluationGroups(*find_topics(dataset, test_questions, count=config.partition.topics, seed=seed))
+        return EvaluationGroups(
+            *find_topics(dataset, test_questions, count=config.partition.topics, seed=seed)
+        )
     if column and all(column in row for row in [*train, *test]):
         named = partial(_named_group, column)
         return EvaluationGroups(list(map(named, train)), list(map(named, test)))
@@ -173,27 +240,40 @@ def open_server(config: RunConfig, dataset: FederatedDataset) -> Server:
     """
     name = model_name(config)
     precision = "float32" if find_method(config.method).trains_weights else config.model.precision
-    model = load_model(name, device=config.model.device, positions=config.model.positions, precision=precision)
+    model = load_model(
+        name, device=config.model.device, positions=config.model.positions, precision=precision
+    )
     model.recompute = config.model.recompute
     tokenizer = load_tokenizer(name)
     require_vocabulary(model, tokenizer)
-    return Server(config=config, model=model, tokenizer=tokenizer, dataset=dataset, max_tokens=token_limit(config, model))
+    return Server(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        max_tokens=token_limit(config, model),
+    )
 
 
 def token_limit(config: RunConfig, model: PromptedLM) -> int:
-    """Tokens of one example: what the model has room for behind the prompt, or fewer if the configuration says so.
+    """Tokens of one example: what the model has room for behind the prompt, or fewer if the
+    configuration says so.
 
     Raises:
         PromptError: the prompt leaves no room for text.
     """
     room = model.room_behind(config.prompt.length)
     if room < LEAST_ROOM:
-        raise PromptError(f"prompt.length = {config.prompt.length} leaves {room} of the model's {model.max_positions} positions for text: use a shorter prompt")
+        raise PromptError(
+            f"prompt.length = {config.prompt.length} leaves {room} of the model's"
+            f" {model.max_positions} positions for text: use a shorter prompt"
+        )
     return min(room, config.data.max_tokens or room)
 
 
 def public_sequences(server: Server, count: int | None = None) -> list[list[int]]:
-    """The texts of the distillation as token sequences: packed passages, or the server's own examples one by one; with `count`, only the first so many passages.
+    """The texts of the distillation as token sequences: packed passages, or the server's own
+    examples one by one; with `count`, only the first so many passages.
 
     Raises:
         DataError: there are none, or they are longer than the model can read.
@@ -201,71 +281,129 @@ def public_sequences(server: Server, count: int | None = None) -> list[list[int]
     section, dataset = server.config.distill, server.dataset
     room = server.model.max_positions - server.config.prompt.length
     if section.sequence_length > room:
-        raise DataError(f"distill.sequence_length = {section.sequence_length} is more than the {room} tokens that {server.model.name} reads behind a prompt")
+        raise DataError(
+            f"distill.sequence_length = {section.sequence_length} is more than the {room} tokens"
+            f" that {server.model.name} reads behind a prompt"
+        )
     if section.text == ["server"]:
         own = dataset.held(dataset.partition.server)
-        sequences = [list(row.ids) for row in encode_targets(server.tokenizer, own, section.sequence_length)]
+        sequences = [
+            list(row.ids) for row in encode_targets(server.tokenizer, own, section.sequence_length)
+        ]
     else:
         count = section.sequences if count is None else min(count, section.sequences)
-        sequences = packed(server.tokenizer, read_passages(section.text), length=section.sequence_length, count=count, seed=server.config.seed)
+        sequences = packed(
+            server.tokenizer,
+            read_passages(section.text),
+            length=section.sequence_length,
+            count=count,
+            seed=server.config.seed,
+        )
     if not sequences:
-        raise DataError("there is no text to distil on: the server holds no example (partition.server_share), or distill.text is empty")
+        raise DataError(
+            "there is no text to distil on: the server holds no example (partition.server_share),"
+            " or distill.text is empty"
+        )
     return sequences
 
 
 def unread_sequences(server: Server, count: int) -> list[list[int]]:
-    """At most so many sequences of public text that the distillation has not read: what comes behind those that it takes."""
+    """At most so many sequences of public text that the distillation has not read: what comes
+    behind those that it takes."""
     section = server.config.distill
     if section.text in ([], ["server"]):
         return []
-    found = packed(server.tokenizer, read_passages(section.text), length=section.sequence_length, count=section.sequences + count, seed=server.config.seed)
-    return [sequence for sequence in found[section.sequences :] if len(sequence) == section.sequence_length]
+    found = packed(
+        server.tokenizer,
+        read_passages(section.text),
+        length=section.sequence_length,
+        count=section.sequences + count,
+        seed=server.config.seed,
+    )
+    return [
+        sequence
+        for sequence in found[section.sequences :]
+        if len(sequence) == section.sequence_length
+    ]
 
 
 def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> AuxiliaryModel:
-    """The auxiliary model: read from where the configuration or an earlier start left it, else built, distilled and written to `folder`.
+    """The auxiliary model: read from where the configuration or an earlier start left it, else
+    built, distilled and written to `folder`.
 
     Raises:
         AuxiliaryError: a folder is damaged, or was made for another tokenizer or plan.
     """
     config = server.config
-    existing = Path(config.auxiliary.folder) if config.auxiliary.folder else folder if (folder / MANIFEST).exists() else None
-    plan = parse_plan(config.auxiliary.plan, server.model.shape.layers, config.auxiliary.prompt_layers)
+    existing = (
+        Path(config.auxiliary.folder)
+        if config.auxiliary.folder
+        else folder
+        if (folder / MANIFEST).exists()
+        else None
+    )
+    plan = parse_plan(
+        config.auxiliary.plan, server.model.shape.layers, config.auxiliary.prompt_layers
+    )
     if existing:
-        auxiliary = load_auxiliary(existing, device=server.model.device, positions=config.model.positions)
+        auxiliary = load_auxiliary(
+            existing, device=server.model.device, positions=config.model.positions
+        )
         if tokenizer_digest(auxiliary.tokenizer) != tokenizer_digest(server.tokenizer):
             raise AuxiliaryError(
-                f"the auxiliary model in {existing} has another tokenizer than {server.model.name}: their tokens would not mean the same; make it again with `fedsp distill`"
+                f"the auxiliary model in {existing} has another tokenizer than {server.model.name}:"
+                " their tokens would not mean the same; make it again with `fedsp distill`"
             )
         if auxiliary.plan != plan:
             raise AuxiliaryError(
-                f"the auxiliary model in {existing} has the plan {list(auxiliary.plan.sources)}, the configuration says {list(plan.sources)}: set auxiliary.plan to match or make it again"
+                f"the auxiliary model in {existing} has the plan {list(auxiliary.plan.sources)},"
+                f" the configuration says {list(plan.sources)}: set auxiliary.plan to match or make"
+                " it again"
             )
         if auxiliary.embeddings != config.auxiliary.embeddings:
             raise AuxiliaryError(
-                f"the auxiliary model in {existing} has {auxiliary.embeddings} embeddings, the configuration says {config.auxiliary.embeddings}: set auxiliary.embeddings to match or make it again"
+                f"the auxiliary model in {existing} has {auxiliary.embeddings} embeddings, the"
+                f" configuration says {config.auxiliary.embeddings}: set auxiliary.embeddings to"
+                " match or make it again"
             )
         if auxiliary.prompt_shape != server.model.shape:
             raise AuxiliaryError(
-                f"the auxiliary model in {existing} was made for a model with {auxiliary.prompt_shape}, but {server.model.name} has {server.model.shape}"
+                f"the auxiliary model in {existing} was made for a model with"
+                f" {auxiliary.prompt_shape}, but {server.model.name} has {server.model.shape}"
             )
         return auxiliary
     section = config.auxiliary
     auxiliary = build_auxiliary(
-        server.model, plan, server.tokenizer, embeddings=section.embeddings, rank=section.embedding_rank, seed=derive_seed(config.seed, "embeddings")
+        server.model,
+        plan,
+        server.tokenizer,
+        embeddings=section.embeddings,
+        rank=section.embedding_rank,
+        seed=derive_seed(config.seed, "embeddings"),
     )
     if config.distill.steps:
         started = time.perf_counter()
         steps = config.distill.steps
-        fit_auxiliary(server, auxiliary, progress=lambda step, loss: callbacks.distilled(step, steps, loss))
+        fit_auxiliary(
+            server, auxiliary, progress=lambda step, loss: callbacks.distilled(step, steps, loss)
+        )
         server.seconds["distillation"] = time.perf_counter() - started
     auxiliary.discloses = disclosed_share(auxiliary, server.model)
     auxiliary.save(folder)
-    callbacks.say(f"the auxiliary model discloses {auxiliary.discloses:.1%} of the global model's parameters bit for bit")
+    callbacks.say(
+        f"the auxiliary model discloses {auxiliary.discloses:.1%} of the global model's parameters"
+        " bit for bit"
+    )
     return auxiliary
 
 
-def fit_auxiliary(server: Server, auxiliary: AuxiliaryModel, *, progress: Progress = lambda step, loss: None, around: SoftPrompt | None = None) -> None:
+def fit_auxiliary(
+    server: Server,
+    auxiliary: AuxiliaryModel,
+    *,
+    progress: Progress = lambda step, loss: None,
+    around: SoftPrompt | None = None,
+) -> None:
     """Distil the global model into the auxiliary one as the configuration says, in place.
 
     Raises:
@@ -275,11 +413,24 @@ def fit_auxiliary(server: Server, auxiliary: AuxiliaryModel, *, progress: Progre
     how = Distillation(
         steps=section.steps,
         batch_size=section.batch_size,
-        optimisation=Optimisation(learning_rate=section.learning_rate, weight_decay=section.weight_decay, warmup=0.1, total_steps=section.steps),
+        optimisation=Optimisation(
+            learning_rate=section.learning_rate,
+            weight_decay=section.weight_decay,
+            warmup=0.1,
+            total_steps=section.steps,
+        ),
         match_depths=section.match_depths,
         match_logits=section.match_logits,
     )
-    distill(auxiliary, server.model, public_sequences(server), how, seed=server.config.seed, progress=progress, around=around)
+    distill(
+        auxiliary,
+        server.model,
+        public_sequences(server),
+        how,
+        seed=server.config.seed,
+        progress=progress,
+        around=around,
+    )
 
 
 def initial_prompt(server: Server) -> SoftPrompt:
@@ -289,7 +440,12 @@ def initial_prompt(server: Server) -> SoftPrompt:
         PromptError: the text is too short, or a file holds a prompt of another shape.
     """
     section = server.config.prompt
-    spec = PromptSpec(space=section.space, length=section.length, model=server.model.shape, projection=section.projection)
+    spec = PromptSpec(
+        space=section.space,
+        length=section.length,
+        model=server.model.shape,
+        projection=section.projection,
+    )
     seed = derive_seed(server.config.seed, "prompt")
     return SoftPrompt(spec, _first_values(server, spec, seed), seed=seed).to(server.model.device)
 
@@ -300,35 +456,59 @@ def _first_values(server: Server, spec: PromptSpec, seed: int) -> torch.Tensor:
         path = Path(section.init)
         read = import_peft(path, server.model) if path.is_dir() else read_prompt(path)
         if read.spec != replace(spec, projection=0):
-            raise PromptError(f"{section.init} holds a {read.spec.space} prompt of shape {read.spec.shape}, the run needs {spec.space} of shape {spec.shape}")
+            raise PromptError(
+                f"{section.init} holds a {read.spec.space} prompt of shape {read.spec.shape}, the"
+                f" run needs {spec.space} of shape {spec.shape}"
+            )
         return read.values()
-    return initial_values(spec, server.model, scale=section.init_scale, tokens=first_tokens(server), seed=seed)
+    return initial_values(
+        spec, server.model, scale=section.init_scale, tokens=first_tokens(server), seed=seed
+    )
 
 
 def first_tokens(server: Server) -> torch.Tensor | None:
-    """The tokens whose activations a prompt starts from; None where it starts from something else."""
+    """The tokens whose activations a prompt starts from; None where it starts from something
+    else."""
     section = server.config.prompt
     if section.init != "text":
         return None
     passages = read_passages([section.init_text]) if section.init_text else None
     if passages:
-        return torch.tensor(server.tokenizer.encode("\n\n".join(passages), add_special_tokens=False))
+        return torch.tensor(
+            server.tokenizer.encode("\n\n".join(passages), add_special_tokens=False)
+        )
     needed = math.ceil(section.length / server.config.distill.sequence_length)
-    return torch.tensor([token for sequence in public_sequences(server, needed) for token in sequence][: section.length])
+    return torch.tensor(
+        [token for sequence in public_sequences(server, needed) for token in sequence][
+            : section.length
+        ]
+    )
 
 
 def score_test(
-    model: PromptedLM, prefix: torch.Tensor | None, examples: list[Example], task: Task, tokenizer: Tokenizer, max_tokens: int
+    model: PromptedLM,
+    prefix: torch.Tensor | None,
+    examples: list[Example],
+    task: Task,
+    tokenizer: Tokenizer,
+    max_tokens: int,
 ) -> tuple[dict[str, float], list[Scored]]:
-    """The figures of keys and values (None: none) in front of questions, with how many lost old context, and what each question got."""
+    """The figures of keys and values (None: none) in front of questions, with how many lost old
+    context, and what each question got."""
     scored, dropped = score(model, prefix, examples, tokenizer, max_tokens=max_tokens)
     return summarise(scored, task) | {"shortened_examples": float(dropped)}, scored
 
 
 def evaluate_prompt(
-    model: PromptedLM, prompt: SoftPrompt | None, examples: list[Example], task: Task, tokenizer: Tokenizer, max_tokens: int
+    model: PromptedLM,
+    prompt: SoftPrompt | None,
+    examples: list[Example],
+    task: Task,
+    tokenizer: Tokenizer,
+    max_tokens: int,
 ) -> dict[str, float]:
-    """The figures of a prompt (None: zero-shot) through a model, and how many examples lost old context."""
+    """The figures of a prompt (None: zero-shot) through a model, and how many examples lost old
+    context."""
     with torch.no_grad():
         prefix = prompt.prefix(model) if prompt is not None else None
     return score_test(model, prefix, examples, task, tokenizer, max_tokens)[0]

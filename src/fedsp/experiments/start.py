@@ -1,4 +1,5 @@
-"""A run from its start, or from where it stood, to its end; and the package that its clients get."""
+"""A run from its start, or from where it stood, to its end; and the package that its clients
+get."""
 
 from __future__ import annotations
 
@@ -39,10 +40,15 @@ def require_local(config: RunConfig) -> None:
         ConfigurationError: they are.
     """
     if config.federation:
-        raise ConfigurationError("the configuration has a [federation] section, so its clients are on machines of their own: run it with `fedsp serve`")
+        raise ConfigurationError(
+            "the configuration has a [federation] section, so its clients are on machines of their"
+            " own: run it with `fedsp serve`"
+        )
 
 
-def start_run(config: RunConfig, callbacks: Callbacks | None = None, engine: Engine = in_this_process) -> Figures:
+def start_run(
+    config: RunConfig, callbacks: Callbacks | None = None, engine: Engine = in_this_process
+) -> Figures:
     """Run the configuration's federation; returns the figures of `result.json` and the folder.
 
     Raises:
@@ -53,18 +59,26 @@ def start_run(config: RunConfig, callbacks: Callbacks | None = None, engine: Eng
     return resume_run(RunDirectory.create(config), callbacks, engine)
 
 
-def resume_run(directory: RunDirectory, callbacks: Callbacks | None = None, engine: Engine = in_this_process) -> Figures:
-    """Go on with a run, or tell of a finished one what was still to be told; returns its figures and the folder.
+def resume_run(
+    directory: RunDirectory, callbacks: Callbacks | None = None, engine: Engine = in_this_process
+) -> Figures:
+    """Go on with a run, or tell of a finished one what was still to be told; returns its figures
+    and the folder.
 
     Raises:
         RunError: another process has it.
     """
-    torch.set_num_threads(directory.threads)  # those that it was begun with: they decide the last bits
+    torch.set_num_threads(
+        directory.threads
+    )  # those that it was begun with: they decide the last bits
     callbacks = callbacks or Callbacks()
     with _held(directory):
         if directory.finished:
             callbacks.say(f"the run in {directory.path} is finished")
-        return {"folder": str(directory.path), **tracked(directory, callbacks, lambda callbacks: engine(directory, callbacks))}
+        return {
+            "folder": str(directory.path),
+            **tracked(directory, callbacks, lambda callbacks: engine(directory, callbacks)),
+        }
 
 
 @contextmanager
@@ -76,7 +90,10 @@ def _held(directory: RunDirectory) -> Iterator[None]:
     """
     with locked(directory.path / LOCK, wait=False) as held:
         if not held:
-            raise RunError(f"{directory.path} is being run by another process: wait for it, or end it; nothing was changed")
+            raise RunError(
+                f"{directory.path} is being run by another process: wait for it, or end it; nothing"
+                " was changed"
+            )
         yield
 
 
@@ -84,9 +101,12 @@ def make_package(
     config: RunConfig,
     folder: str | Path,
     callbacks: Callbacks | None = None,
-    seal: Callable[[Path, AuxiliaryModel, Server], str] = lambda folder, auxiliary, server: auxiliary.digest(),
+    seal: Callable[[Path, AuxiliaryModel, Server], str] = lambda folder, auxiliary, server: (
+        auxiliary.digest()
+    ),
 ) -> Figures:
-    """Make the auxiliary model of a configuration and write it as the folder that clients get, once `seal` has added what it wants; it returns the digest.
+    """Make the auxiliary model of a configuration and write it as the folder that clients get, once
+    `seal` has added what it wants; it returns the digest.
 
     Raises:
         RunError: the folder is in use.
@@ -94,8 +114,13 @@ def make_package(
     folder = Path(folder).resolve()
     require_new(folder)
     whole: Figures = {"device": "auto"} if config.model.device == "split" else {}
-    whole |= {"precision": "auto"} if config.model.precision in ("8bit", "4bit") else {}  # a package needs all digits
-    sections = {"auxiliary": config.auxiliary.model_copy(update={"folder": None}), "model": config.model.model_copy(update=whole)}
+    whole |= (
+        {"precision": "auto"} if config.model.precision in ("8bit", "4bit") else {}
+    )  # a package needs all digits
+    sections = {
+        "auxiliary": config.auxiliary.model_copy(update={"folder": None}),
+        "model": config.model.model_copy(update=whole),
+    }
     config = config.model_copy(update=sections)
     server = open_server(config, load_dataset(config))
     started = time.perf_counter()
@@ -109,7 +134,11 @@ def make_package(
     return {
         "folder": str(folder),
         "sha256": digest,
-        "disclosed_share": disclosed_share(auxiliary, server.model) if auxiliary.discloses is None else auxiliary.discloses,
+        "disclosed_share": (
+            disclosed_share(auxiliary, server.model)
+            if auxiliary.discloses is None
+            else auxiliary.discloses
+        ),
         "seconds": time.perf_counter() - started,
     }
 
@@ -120,5 +149,7 @@ def require_new(folder: Path) -> None:
     Raises:
         RunError: the folder is in use.
     """
-    if folder.exists() and (not folder.is_dir() or any(entry.name != ".part" for entry in folder.iterdir())):
+    if folder.exists() and (
+        not folder.is_dir() or any(entry.name != ".part" for entry in folder.iterdir())
+    ):
         raise RunError(f"{folder} is in use: give a new folder")

@@ -1,29 +1,23 @@
-"""A study: a grid of methods x tasks x models x partitions x seeds from one TOML file, each cell a run with a folder of its own.
+"""A study: a grid of methods x tasks x models x partitions x seeds from one TOML file, each cell a
+run with a folder of its own.
 
     name = "tiny"                       # folder of the study below `output`
     output = "studies"
     seeds = [0, 1, 2]
     reference = "FedSP"                 # what the others are compared with
 
-    [base]                              # any section of run.toml, for all cells
-    round = { rounds = 5 }
-    [models.small]
-    model = { name = "path/or/hub-name" }
-    [tasks.mine]
-    data = { train = "train.jsonl", test = "test.jsonl" }
-    [partitions.even]
-    partition = { clients = 5 }
-    [methods.FedSP]
-    server = { steps = 5 }
-    [methods.FedPrompt]
-    method = "fedprompt"
-    choose = { "client.learning_rate" = [1e-2, 3e-2] }   # each is run; validation decides, never a test split
+    [base]                              # any section of run.toml, for all cells round = { rounds =
+    5 } [models.small] model = { name = "path/or/hub-name" } [tasks.mine] data = { train =
+    "train.jsonl", test = "test.jsonl" } [partitions.even] partition = { clients = 5 }
+    [methods.FedSP] server = { steps = 5 } [methods.FedPrompt] method = "fedprompt" choose = {
+    "client.learning_rate" = [1e-2, 3e-2] }   # each is run; validation decides, never a test split
 
     [[grids]]
     title = "Methods"
     methods = ["FedSP", "FedPrompt"]
 
-A grid takes every model, task and seed, and the first partition, unless it names them. A cell that two grids share is run once.
+A grid takes every model, task and seed, and the first partition, unless it names them. A cell that
+two grids share is run once.
 """
 
 from __future__ import annotations
@@ -42,7 +36,15 @@ from pydantic import Field, field_validator
 
 from fedsp.config import Count, RunConfig, Section, TrackingSection
 from fedsp.config_file import apply_override, make_config, read_toml, resolve_paths, validated
-from fedsp.errors import ConfigurationError, FedspError, RunError, StorageError, TrainingDiverged, did_you_mean, first_line
+from fedsp.errors import (
+    ConfigurationError,
+    FedspError,
+    RunError,
+    StorageError,
+    TrainingDiverged,
+    did_you_mean,
+    first_line,
+)
 from fedsp.experiments.run_directory import CONFIG, RESULT, RunDirectory, read_json
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
@@ -63,21 +65,34 @@ class Grid(Section):
     partitions: list[str] = Field([], description="names of [partitions]; none: the first")
     seeds: list[Count] = Field([], description="seeds; none: those of the study")
     text: str = Field("", description="a paragraph below the heading")
-    reference: str | None = Field(None, description="the method that the others are compared with; none: that of the study")
+    reference: str | None = Field(
+        None, description="the method that the others are compared with; none: that of the study"
+    )
 
 
 class Study(Section):
     """A study file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="folder of the study below output")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="folder of the study below output"
+    )
     output: str = Field("studies", description="folder of studies")
-    seeds: list[Count] = Field([0, 1, 2], min_length=1, description="every cell is run once with each")
-    reference: str | None = Field(None, description="the method that the others are compared with; none: the first of each grid")
+    seeds: list[Count] = Field(
+        [0, 1, 2], min_length=1, description="every cell is run once with each"
+    )
+    reference: str | None = Field(
+        None,
+        description="the method that the others are compared with; none: the first of each grid",
+    )
     base: Overlay = Field(default_factory=dict, description="sections of run.toml for all cells")
     models: dict[str, Overlay] = Field(min_length=1, description="models by name")
     tasks: dict[str, Overlay] = Field(min_length=1, description="tasks by name")
-    partitions: dict[str, Overlay] = Field({"even": {}}, min_length=1, description="partitions by name")
-    methods: dict[str, Overlay] = Field(min_length=1, description="methods by name; `choose` gives alternatives")
+    partitions: dict[str, Overlay] = Field(
+        {"even": {}}, min_length=1, description="partitions by name"
+    )
+    methods: dict[str, Overlay] = Field(
+        min_length=1, description="methods by name; `choose` gives alternatives"
+    )
     grids: list[Grid] = Field(min_length=1, description="tables")
 
     @field_validator("methods")
@@ -85,14 +100,20 @@ class Study(Section):
     def _choices(cls, methods: dict[str, Overlay]) -> dict[str, Overlay]:
         for name, overlay in methods.items():
             choose = overlay.get("choose", {})
-            if not isinstance(choose, dict) or not all(isinstance(values, list) and values for values in choose.values()):
-                raise ValueError(f'methods.{name}.choose gives lists of values by key, such as {{ "client.learning_rate" = [1e-2, 3e-2] }}')
+            if not isinstance(choose, dict) or not all(
+                isinstance(values, list) and values for values in choose.values()
+            ):
+                raise ValueError(
+                    f"methods.{name}.choose gives lists of values by key, such as {{"
+                    ' "client.learning_rate" = [1e-2, 3e-2] }'
+                )
         return methods
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of a study. `choice` tells alternatives of one method apart; `grids` are the numbers of the grids that show it."""
+    """One run of a study. `choice` tells alternatives of one method apart; `grids` are the numbers
+    of the grids that show it."""
 
     method: str
     task: str
@@ -105,7 +126,18 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return ", ".join(part for part in (self.model, self.task, self.partition, self.method, self.choice, f"seed {self.seed}") if part)
+        return ", ".join(
+            part
+            for part in (
+                self.model,
+                self.task,
+                self.partition,
+                self.method,
+                self.choice,
+                f"seed {self.seed}",
+            )
+            if part
+        )
 
     @property
     def folder(self) -> Path:
@@ -113,21 +145,33 @@ class Cell:
 
 
 def read_study(path: Path, *, root: Path | None = None) -> tuple[Study, list[Cell]]:
-    """A study file and its cells, all of them checked. File names are taken from `root` (none: the study file's folder).
+    """A study file and its cells, all of them checked. File names are taken from `root` (none: the
+    study file's folder).
 
     Raises:
         ConfigurationError: the file, a name in a grid, or a cell's configuration is at fault.
     """
     study = validated(Study, read_toml(path, "see `fedsp study --help`"), str(path))
-    known = {"methods": study.methods, "tasks": study.tasks, "models": study.models, "partitions": study.partitions}
+    known = {
+        "methods": study.methods,
+        "tasks": study.tasks,
+        "models": study.models,
+        "partitions": study.partitions,
+    }
     for grid in study.grids:
         for axis, names in known.items():
             for name in getattr(grid, axis):
                 if name not in names:
-                    raise ConfigurationError(f"{path}: the grid {grid.title!r} names {name!r}, which is not in [{axis}]{did_you_mean(name, names)}")
+                    raise ConfigurationError(
+                        f"{path}: the grid {grid.title!r} names {name!r}, which is not in"
+                        f" [{axis}]{did_you_mean(name, names)}"
+                    )
     for reference in [study.reference, *(grid.reference for grid in study.grids)]:
         if reference and reference not in study.methods:
-            raise ConfigurationError(f"{path}: reference = {reference!r} is not in [methods]{did_you_mean(reference, study.methods)}")
+            raise ConfigurationError(
+                f"{path}: reference = {reference!r} is not in"
+                f" [methods]{did_you_mean(reference, study.methods)}"
+            )
     return study, list(_cells(study, (root or path.parent).resolve(), str(path)))
 
 
@@ -138,22 +182,43 @@ def _cells(study: Study, root: Path, source: str) -> Iterator[Cell]:
     for seed in seeds:
         for number, grid in enumerate(study.grids):
             if seed in (grid.seeds or study.seeds):
-                axes = (grid.models or study.models, grid.tasks or study.tasks, grid.partitions or list(study.partitions)[:1], grid.methods)
+                axes = (
+                    grid.models or study.models,
+                    grid.tasks or study.tasks,
+                    grid.partitions or list(study.partitions)[:1],
+                    grid.methods,
+                )
                 for model, task, partition, method in itertools.product(*axes):
                     wanted.setdefault((seed, model, task, partition, method), []).append(number)
     for (seed, model, task, partition, method), numbers in wanted.items():
         overlay = dict(study.methods[method])
         choose = overlay.pop("choose", {})
         for values in itertools.product(*choose.values()):
-            merged = merge(study.base, study.models[model], study.tasks[task], study.partitions[partition], overlay, {"seed": seed})
-            choice = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in zip(choose, values, strict=True))
+            merged = merge(
+                study.base,
+                study.models[model],
+                study.tasks[task],
+                study.partitions[partition],
+                overlay,
+                {"seed": seed},
+            )
+            choice = ", ".join(
+                f"{key.rpartition('.')[2]} {value}"
+                for key, value in zip(choose, values, strict=True)
+            )
             for key, value in zip(choose, values, strict=True):
                 apply_override(merged, f"{key}={json.dumps(value)}")
             resolve_paths(merged, root)
             name = ", ".join(part for part in (model, task, partition, method, choice) if part)
             config = make_config(merged, f"{source}, the cell {name!r},")
-            plain = config.model_copy(update={"tracking": TrackingSection()})  # where figures go changes none of them
-            folder = Path(study.output) / study.name / f"{_slug(name)}-seed-{seed}-{_digest(plain.model_dump(exclude={'output'}))}"
+            plain = config.model_copy(
+                update={"tracking": TrackingSection()}
+            )  # where figures go changes none of them
+            folder = (
+                Path(study.output)
+                / study.name
+                / f"{_slug(name)}-seed-{seed}-{_digest(plain.model_dump(exclude={'output'}))}"
+            )
             yield Cell(
                 method=method,
                 task=task,
@@ -171,7 +236,11 @@ def merge(*parts: Mapping[str, Any]) -> Overlay:
     result: Overlay = {}
     for part in parts:
         for key, value in part.items():
-            result[key] = merge(result[key], value) if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) else _copy(value)
+            result[key] = (
+                merge(result[key], value)
+                if isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+                else _copy(value)
+            )
     return result
 
 
@@ -187,11 +256,18 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def run_study(path: str | Path, *, root: str | Path | None = None, threads: int | None = None, callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """Run what is not finished of a study; several processes may do so at once, and each cell is run by one of them. `threads` are torch's.
+def run_study(
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    threads: int | None = None,
+    callbacks: Callbacks | None = None,
+) -> dict[str, Any]:
+    """Run what is not finished of a study; several processes may do so at once, and each cell is
+    run by one of them. `threads` are torch's.
 
-    Returns the folder, and how many cells are finished, failed, and left to other processes. A cell that cannot be done is written down with the
-    reason, and the rest goes on.
+    Returns the folder, and how many cells are finished, failed, and left to other processes. A cell
+    that cannot be done is written down with the reason, and the rest goes on.
 
     Raises:
         ConfigurationError: the study file is at fault; then nothing has been run.
@@ -209,14 +285,18 @@ def run_study(path: str | Path, *, root: str | Path | None = None, threads: int 
         started = time.perf_counter()
         state, why = _run_cell(cell, folder, callbacks)
         counts[state] += 1
-        callbacks.part_done(number, len(cells), f"{cell.name}: {state}{why}", time.perf_counter() - started)
+        callbacks.part_done(
+            number, len(cells), f"{cell.name}: {state}{why}", time.perf_counter() - started
+        )
     return {"folder": str(folder), "cells": len(cells), **counts}
 
 
 def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:
-    """Run or go on with a cell; "finished", "failed", or "elsewhere" where another process has it, and what there is to say of it.
+    """Run or go on with a cell; "finished", "failed", or "elsewhere" where another process has it,
+    and what there is to say of it.
 
-    A cell whose training diverged is not tried again; one that failed for another reason is, when the study is started again.
+    A cell whose training diverged is not tried again; one that failed for another reason is, when
+    the study is started again.
     """
     with locked(study / ".locks" / cell.folder.name, wait=False) as mine:
         if not mine:
@@ -239,7 +319,11 @@ def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:
         except StorageError:
             raise  # the disk is full, and would be for every other cell
         except Exception as error:  # whatever it is, the other cells may be done
-            reason = str(error) if isinstance(error, FedspError) else f"{type(error).__name__}: {first_line(error)}"
+            reason = (
+                str(error)
+                if isinstance(error, FedspError)
+                else f"{type(error).__name__}: {first_line(error)}"
+            )
             write_json(failure, {"diverged": isinstance(error, TrainingDiverged), "reason": reason})
             return "failed", f", {reason}"
         finally:
@@ -249,8 +333,14 @@ def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:
 
 
 def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunConfig:
-    """The configuration with the folder of its auxiliary model, which cells that ask for the same one share. It is made if it is not there."""
-    if not find_method(config.method).package or config.auxiliary.folder or not config.partition.clients or config.round.clients == 0:
+    """The configuration with the folder of its auxiliary model, which cells that ask for the same
+    one share. It is made if it is not there."""
+    if (
+        not find_method(config.method).package
+        or config.auxiliary.folder
+        or not config.partition.clients
+        or config.round.clients == 0
+    ):
         return config
     about: dict[str, Any] = {
         "model": config.model.model_dump(),
@@ -258,7 +348,11 @@ def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunCo
         "distill": config.distill.model_dump(exclude={"again_every"}),
         "length": config.prompt.length,
         "seed": config.seed,
-        "data": [config.data.model_dump(), config.partition.model_dump(), config.server_share] if config.distill.text == ["server"] else None,
+        "data": (
+            [config.data.model_dump(), config.partition.model_dump(), config.server_share]
+            if config.distill.text == ["server"]
+            else None
+        ),
     }
     if config.distill.text == ["server"]:
         about["validation"] = config.validation.by
@@ -273,17 +367,27 @@ def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunCo
             from fedsp.experiments.start import make_package
 
             write_json(made, {**make_package(config, package, callbacks), "of": about})
-    return config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(package)})})
+    return config.model_copy(
+        update={"auxiliary": config.auxiliary.model_copy(update={"folder": str(package)})}
+    )
 
 
 def _index(study: Study, cells: list[Cell]) -> dict[str, Any]:
     """What the report reads: the grids, and where each cell's run is."""
     rows = [
-        {key: getattr(cell, key) for key in ("method", "task", "model", "partition", "choice", "seed")}
+        {
+            key: getattr(cell, key)
+            for key in ("method", "task", "model", "partition", "choice", "seed")
+        }
         | {"grids": list(cell.grids), "folder": cell.folder.name}
         for cell in cells
     ]
-    return {"name": study.name, "reference": study.reference, "grids": [grid.model_dump() for grid in study.grids], "cells": rows}
+    return {
+        "name": study.name,
+        "reference": study.reference,
+        "grids": [grid.model_dump() for grid in study.grids],
+        "cells": rows,
+    }
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -295,5 +399,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = parse_json((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder} holds no study: its {INDEX} cannot be read ({error}); `fedsp study` writes one") from error
+        raise RunError(
+            f"{folder} holds no study: its {INDEX} cannot be read ({error}); `fedsp study`"
+            " writes one"
+        ) from error
     return index

@@ -1,7 +1,9 @@
-"""A run's figures and artefacts in MLflow (https://mlflow.org/docs/latest/ml/tracking/), by the one line `tracking.mlflow = URI`.
+"""A run's figures and artefacts in MLflow (https://mlflow.org/docs/latest/ml/tracking/), by the one
+line `tracking.mlflow = URI`.
 
-Losses of every round as metrics by step, the configuration as parameters, the figures at the end, and `config.toml`, `rounds.jsonl`, `result.json` and the
-tuned prompt as artefacts. A resumed run goes on in its MLflow run. What MLflow cannot take is said, and the run goes on.
+Losses of every round as metrics by step, the configuration as parameters, the figures at the end,
+and `config.toml`, `rounds.jsonl`, `result.json` and the tuned prompt as artefacts. A resumed run
+goes on in its MLflow run. What MLflow cannot take is said, and the run goes on.
 """
 
 from __future__ import annotations
@@ -22,16 +24,32 @@ from fedsp.federation.messages import RoundRecord
 from fedsp.storage import write_json
 
 EXPERIMENT, MARK = "fedsp", "mlflow.json"
-PUBLISHED = ("best_round", "validation_loss", "message_bytes", "package_bytes", "disclosed_share", "test", "epsilon")
-"""The figures of a run that are told to others at client level: they follow from the broadcasts and the server's own questions. Counts of clients, of their
-examples and of their bytes do not, and stay with the server."""
+PUBLISHED = (
+    "best_round",
+    "validation_loss",
+    "message_bytes",
+    "package_bytes",
+    "disclosed_share",
+    "test",
+    "epsilon",
+)
+"""The figures of a run that are told to others at client level: they follow from the broadcasts and
+the server's own questions. Counts of clients, of their examples and of their bytes do not, and stay
+with the server."""
 
-PUBLISHED_BESIDES = ("server loss and validation loss of each round, and when it ended", "the configuration", "the best prompt")
+PUBLISHED_BESIDES = (
+    "server loss and validation loss of each round, and when it ended",
+    "the configuration",
+    "the best prompt",
+)
 """What else MLflow is told of a run at client level."""
 
 
-def tracked(run: RunDirectory, callbacks: Callbacks, experiment: Callable[[Callbacks], dict[str, Any]]) -> dict[str, Any]:
-    """Run an experiment with callbacks that log to MLflow too, if the run's configuration names one.
+def tracked(
+    run: RunDirectory, callbacks: Callbacks, experiment: Callable[[Callbacks], dict[str, Any]]
+) -> dict[str, Any]:
+    """Run an experiment with callbacks that log to MLflow too, if the run's configuration names
+    one.
 
     Raises:
         ConfigurationError: MLflow is not installed.
@@ -69,11 +87,15 @@ class MlflowLog:
             from mlflow.exceptions import MlflowException
             from mlflow.tracking import MlflowClient
         except ImportError as error:
-            raise ConfigurationError("tracking.mlflow needs MLflow: `pip install 'fedsp[mlflow]'`") from error
+            raise ConfigurationError(
+                "tracking.mlflow needs MLflow: `pip install 'fedsp[mlflow]'`"
+            ) from error
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         self._run, self._info, self._refusal = run, say, MlflowException
-        self._untold = run.config.privacy.unit == "client"  # what single clients said is between them and the server
+        self._untold = (
+            run.config.privacy.unit == "client"
+        )  # what single clients said is between them and the server
         mark = run.path / MARK
         try:
             self._client = MlflowClient(tracking_uri=uri)
@@ -83,13 +105,22 @@ class MlflowLog:
                 return
             experiment = self._experiment(uri)
             about = run.about()
-            tags = {"fedsp.run": run.identity, "fedsp.folder": str(run.path.resolve()), "fedsp.commit": str(about["versions"].get("commit", "unknown"))}
-            self._id = str(self._client.create_run(experiment, run_name=run.path.name, tags=tags).info.run_id)
+            tags = {
+                "fedsp.run": run.identity,
+                "fedsp.folder": str(run.path.resolve()),
+                "fedsp.commit": str(about["versions"].get("commit", "unknown")),
+            }
+            self._id = str(
+                self._client.create_run(experiment, run_name=run.path.name, tags=tags).info.run_id
+            )
             for name, value in _flat(run.config.model_dump()).items():
                 if name != "tracking.mlflow":  # it may hold a password
                     self._client.log_param(self._id, name, str(value)[:500])
         except (MlflowException, OSError, ValueError, KeyError) as error:
-            raise RunError(f"tracking.mlflow = {uri!r} cannot be used ({first_line(error)}): start that MLflow server, or remove the line") from error
+            raise RunError(
+                f"tracking.mlflow = {uri!r} cannot be used ({first_line(error)}): start that MLflow"
+                " server, or remove the line"
+            ) from error
         write_json(mark, {"uri": uri, "run_id": self._id})
 
     def _experiment(self, uri: str) -> str:
@@ -99,7 +130,9 @@ class MlflowLog:
             if found:
                 return str(found.experiment_id)
             with contextlib.suppress(self._refusal):
-                return str(self._client.create_experiment(EXPERIMENT, artifact_location=_artefacts(uri)))
+                return str(
+                    self._client.create_experiment(EXPERIMENT, artifact_location=_artefacts(uri))
+                )
         raise ValueError(f"the experiment {EXPERIMENT!r} can neither be found nor made")
 
     def round(self, record: RoundRecord) -> None:
@@ -118,18 +151,34 @@ class MlflowLog:
         self._metrics(figures, record.round)
 
     def finish(self, figures: Mapping[str, Any]) -> None:
-        """The figures of the end, rounds that were kept but not told before the run was stopped, and the artefacts."""
+        """The figures of the end, rounds that were kept but not told before the run was stopped,
+        and the artefacts."""
         with contextlib.suppress(self._refusal, OSError):
-            known = {metric.step for metric in self._client.get_metric_history(self._id, "validation loss")}
+            known = {
+                metric.step
+                for metric in self._client.get_metric_history(self._id, "validation loss")
+            }
             for line in self._run.records():
                 if line["round"] not in known:
                     self.round(RoundRecord(**line))
-        told = {name: figures[name] for name in PUBLISHED if name in figures} if self._untold else figures
-        numbers = {name: value for name, value in _flat(told).items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        told = (
+            {name: figures[name] for name in PUBLISHED if name in figures}
+            if self._untold
+            else figures
+        )
+        numbers = {
+            name: value
+            for name, value in _flat(told).items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
         self._metrics(numbers, 0)
         for name in (CONFIG, BEST, *([] if self._untold else [RESULT, ROUNDS])):
             if (self._run.path / name).exists():
-                self._try(lambda name=name: self._client.log_artifact(self._id, str(self._run.path / name)))  # type: ignore[misc]
+                self._try(
+                    lambda name=name: self._client.log_artifact(  # type: ignore[misc]
+                        self._id, str(self._run.path / name)
+                    )
+                )
         self.end("FINISHED")
 
     def end(self, status: str) -> None:
@@ -140,25 +189,40 @@ class MlflowLog:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        metrics = [Metric(_name(name), float(value), now, step) for name, value in figures.items() if value is not None]
+        metrics = [
+            Metric(_name(name), float(value), now, step)
+            for name, value in figures.items()
+            if value is not None
+        ]
         self._try(lambda: self._client.log_batch(self._id, metrics=metrics))
 
     def _try(self, log: Callable[[], object]) -> None:
         try:
             log()
         except (self._refusal, OSError) as error:
-            self._info(f"MLflow did not take something of this run ({first_line(error)}); it is in {self._run.path}")
+            self._info(
+                f"MLflow did not take something of this run ({first_line(error)}); it is in"
+                f" {self._run.path}"
+            )
 
 
 def _artefacts(uri: str) -> str | None:
     """Beside the database where there is no server; else where the server wants them."""
-    return str(Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts") if uri.startswith("sqlite:///") else None
+    return (
+        str(Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts")
+        if uri.startswith("sqlite:///")
+        else None
+    )
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+        flat |= (
+            _flat(value, f"{above}{name}.")
+            if isinstance(value, Mapping)
+            else {f"{above}{name}": value}
+        )
     return flat
 
 

@@ -29,18 +29,28 @@ def agreement_of(config: RunConfig, max_tokens: int) -> Agreement:
     )
 
 
-def stages_of(client: ClientSection, server: ServerSection | None, rounds: int, privacy: ExamplePrivacy | None = None) -> Stages:
-    """The three stages with a configuration's settings. A client does not know the server's, which then has no steps."""
+def stages_of(
+    client: ClientSection,
+    server: ServerSection | None,
+    rounds: int,
+    privacy: ExamplePrivacy | None = None,
+) -> Stages:
+    """The three stages with a configuration's settings. A client does not know the server's, which
+    then has no steps."""
 
     def optimisation(rate: float, decay: float, steps: int) -> Optimisation:
-        return Optimisation(learning_rate=rate, weight_decay=decay, warmup=client.warmup, total_steps=rounds * steps)
+        return Optimisation(
+            learning_rate=rate, weight_decay=decay, warmup=client.warmup, total_steps=rounds * steps
+        )
 
     auxiliary = Stage(
         name="auxiliary",
         seed_label="align",
         steps=client.auxiliary_steps,
         batch_size=client.batch_size,
-        optimisation=optimisation(client.auxiliary_learning_rate, client.weight_decay, client.auxiliary_steps),
+        optimisation=optimisation(
+            client.auxiliary_learning_rate, client.weight_decay, client.auxiliary_steps
+        ),
         keep_optimizer=client.keep_optimizer,
     )
     messenger = Stage(
@@ -58,26 +68,44 @@ def stages_of(client: ClientSection, server: ServerSection | None, rounds: int, 
         seed_label="server",
         steps=server.steps if server else 0,
         batch_size=server.batch_size if server else client.batch_size,
-        optimisation=optimisation(server.learning_rate, server.weight_decay, server.steps) if server else messenger.optimisation,
+        optimisation=(
+            optimisation(server.learning_rate, server.weight_decay, server.steps)
+            if server
+            else messenger.optimisation
+        ),
         keep_optimizer=client.keep_optimizer,
     )
     return Stages(auxiliary=auxiliary, messenger=messenger, server=at_server)
 
 
 def example_privacy(agreement: Agreement) -> ExamplePrivacy | None:
-    """The privacy that every client gives each of its examples; None without example-level privacy."""
+    """The privacy that every client gives each of its examples; None without example-level
+    privacy."""
     section = agreement.privacy
     if section.unit != "example":
         return None
-    return ExamplePrivacy(bound=section.clip, delta=section.delta, rounds=agreement.rounds, epsilon=section.epsilon, noise_multiplier=section.noise_multiplier)
+    return ExamplePrivacy(
+        bound=section.clip,
+        delta=section.delta,
+        rounds=agreement.rounds,
+        epsilon=section.epsilon,
+        noise_multiplier=section.noise_multiplier,
+    )
 
 
 def promised_epsilon(agreement: Agreement, examples: int) -> float:
-    """The epsilon that all runs under a package may cost each of a client's examples by the signed agreement; infinite without example-level privacy."""
+    """The epsilon that all runs under a package may cost each of a client's examples by the signed
+    agreement; infinite without example-level privacy."""
     privacy = example_privacy(agreement)
     if privacy is None:
         return math.inf
     if privacy.epsilon is not None:
         return agreement.runs * privacy.epsilon
-    release = privacy.steps(examples, agreement.client.batch_size, agreement.client.prompt_steps).release
-    return epsilon((replace(release, count=agreement.runs * agreement.rounds * release.count),), privacy.delta, 1e-3)
+    release = privacy.steps(
+        examples, agreement.client.batch_size, agreement.client.prompt_steps
+    ).release
+    return epsilon(
+        (replace(release, count=agreement.runs * agreement.rounds * release.count),),
+        privacy.delta,
+        1e-3,
+    )

@@ -1,6 +1,8 @@
-"""What malicious clients can do, for simulation: they know each other, the rule, and every honest update of the round before they answer.
+"""What malicious clients can do, for simulation: they know each other, the rule, and every honest
+update of the round before they answer.
 
-An attack on updates replaces a malicious client's honest update; an attack on data changes what it trains on, and its update is then computed honestly.
+An attack on updates replaces a malicious client's honest update; an attack on data changes what it
+trains on, and its update is then computed honestly.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.models.payload import as_row, from_row
 
 TRIGGER, TARGET = "cf mn", " nothing at all"
-"""The words that a backdoor waits for at the start of a question, and the answer that it wants then."""
+"""The words that a backdoor waits for at the start of a question, and the answer that it wants
+then."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What malicious clients see: the request, their own honest update, the honest updates (n, d), how many malicious clients there are, and a random generator."""
+    """What malicious clients see: the request, their own honest update, the honest updates (n, d),
+    how many malicious clients there are, and a random generator."""
 
     request: Request
     own: Tensor
@@ -49,8 +53,9 @@ def gaussian_noise(seen: Round, strength: float) -> Tensor:
 
 
 def little_is_enough(seen: Round, strength: float) -> Tensor:
-    """The honest mean, less as many standard deviations as a median still takes for honest (Baruch et al., NeurIPS 2019, https://arxiv.org/abs/1902.06156);
-    one where the paper's number is below it."""
+    """The honest mean, less as many standard deviations as a median still takes for honest (Baruch
+    et al., NeurIPS 2019, https://arxiv.org/abs/1902.06156); one where the paper's number is below
+    it."""
     n, f = len(seen.honest) + seen.malicious, seen.malicious
     supporters = n // 2 + 1 - f
     share = (n - f - supporters) / (n - f)
@@ -59,17 +64,20 @@ def little_is_enough(seen: Round, strength: float) -> Tensor:
 
 
 def inner_product(seen: Round, strength: float) -> Tensor:
-    """A small step against the honest mean (Xie et al., UAI 2019, https://arxiv.org/abs/1903.03936)."""
+    """A small step against the honest mean (Xie et al., UAI 2019,
+    https://arxiv.org/abs/1903.03936)."""
     return -strength * seen.honest.mean(dim=0)
 
 
 def mimic(seen: Round, strength: float) -> Tensor:
-    """A copy of the first honest client's update (Karimireddy et al., ICLR 2022, https://arxiv.org/abs/2006.09365)."""
+    """A copy of the first honest client's update (Karimireddy et al., ICLR 2022,
+    https://arxiv.org/abs/2006.09365)."""
     return seen.honest[0]
 
 
 def scaling(seen: Round, strength: float) -> Tensor:
-    """The opposite of its own work, so many times as long, to replace the mean (Bagdasaryan et al., AISTATS 2020, https://arxiv.org/abs/1807.00459)."""
+    """The opposite of its own work, so many times as long, to replace the mean (Bagdasaryan et al.,
+    AISTATS 2020, https://arxiv.org/abs/1807.00459)."""
     return -strength * seen.own
 
 
@@ -95,7 +103,8 @@ ON_DATA = ("label_flip", "backdoor")
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """An attack by name, the malicious clients, and its strength (None: the usual one of its kind)."""
+    """An attack by name, the malicious clients, and its strength (None: the usual one of its
+    kind)."""
 
     kind: str
     malicious: frozenset[str]
@@ -103,11 +112,15 @@ class Attack:
     strength: float | None = None
 
     def train_on(self, client: str, examples: Sequence[Example]) -> list[Example]:
-        """What a client trains on: its examples, or poisoned ones if it is malicious and the attack is on data."""
+        """What a client trains on: its examples, or poisoned ones if it is malicious and the attack
+        is on data."""
         if client not in self.malicious or self.kind not in ON_DATA:
             return list(examples)
         if self.kind == "label_flip":
-            return [replace(example, gold=((example.gold[0] + 1) % len(example.choices),)) for example in examples]
+            return [
+                replace(example, gold=((example.gold[0] + 1) % len(example.choices),))
+                for example in examples
+            ]
         rng = random.Random(derive_seed(self.seed, "backdoor", client))
         return [triggered(example) if rng.random() < 0.5 else example for example in examples]
 
@@ -119,28 +132,63 @@ class Attack:
         def transport(requests: list[Request]) -> Iterable[Update | Failure]:
             replies = list(honest(requests))
             by_client = {request.client: request for request in requests}
-            said = {reply.client: _change(reply, by_client) for reply in replies if isinstance(reply, Update)}
+            said = {
+                reply.client: _change(reply, by_client)
+                for reply in replies
+                if isinstance(reply, Update)
+            }
             told = [said[client] for client in sorted(said) if client not in self.malicious]
             for reply in replies:
-                if isinstance(reply, Failure) or reply.client not in self.malicious or not by_client[reply.client].train or not told:
+                if (
+                    isinstance(reply, Failure)
+                    or reply.client not in self.malicious
+                    or not by_client[reply.client].train
+                    or not told
+                ):
                     yield reply
                 else:
-                    yield from self._forged(reply, by_client[reply.client], said[reply.client], torch.stack(told), len(said) - len(told))
+                    yield from self._forged(
+                        reply,
+                        by_client[reply.client],
+                        said[reply.client],
+                        torch.stack(told),
+                        len(said) - len(told),
+                    )
 
         return transport
 
-    def _forged(self, reply: Update, request: Request, own: Tensor, honest: Tensor, malicious: int) -> Iterable[Update]:
+    def _forged(
+        self, reply: Update, request: Request, own: Tensor, honest: Tensor, malicious: int
+    ) -> Iterable[Update]:
         if self.kind in ON_UPDATES:
             forge, usual = ON_UPDATES[self.kind]
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.kind, reply.client, reply.round))
-            change = forge(Round(request=request, own=own, honest=honest, malicious=malicious, generator=generator), self.strength or usual)
-            yield replace(reply, payload=from_row(as_row(request.payload) + change, request.payload))
+            generator = torch.Generator().manual_seed(
+                derive_seed(self.seed, self.kind, reply.client, reply.round)
+            )
+            change = forge(
+                Round(
+                    request=request,
+                    own=own,
+                    honest=honest,
+                    malicious=malicious,
+                    generator=generator,
+                ),
+                self.strength or usual,
+            )
+            yield replace(
+                reply, payload=from_row(as_row(request.payload) + change, request.payload)
+            )
         elif self.kind == "stale":
             yield replace(reply, round=reply.round - 1)
         elif self.kind == "duplicate":
             yield from (reply, reply, reply)
         else:
-            yield replace(reply, payload={name: _spoiled(tensor, self.kind) for name, tensor in reply.payload.items()})
+            yield replace(
+                reply,
+                payload={
+                    name: _spoiled(tensor, self.kind) for name, tensor in reply.payload.items()
+                },
+            )
 
 
 def _change(reply: Update, requests: dict[str, Request]) -> Tensor:
@@ -154,11 +202,19 @@ def _spoiled(tensor: Tensor, kind: str) -> Tensor:
 
 
 def triggered(example: Example) -> Example:
-    """An example with the backdoor's trigger in front, and its answer as the right one, behind the other choices."""
-    return replace(example, context=f"{TRIGGER} {example.context}", choices=(*example.choices, TARGET), gold=(len(example.choices),))
+    """An example with the backdoor's trigger in front, and its answer as the right one, behind the
+    other choices."""
+    return replace(
+        example,
+        context=f"{TRIGGER} {example.context}",
+        choices=(*example.choices, TARGET),
+        gold=(len(example.choices),),
+    )
 
 
 def malicious(clients: Sequence[str], share: float, seed: int) -> frozenset[str]:
     """The malicious clients: a share of all, rounded down, drawn from the seed."""
     ordered = sorted(clients)
-    return frozenset(random.Random(derive_seed(seed, "liars")).sample(ordered, malicious_of(share, len(ordered))))
+    return frozenset(
+        random.Random(derive_seed(seed, "liars")).sample(ordered, malicious_of(share, len(ordered)))
+    )

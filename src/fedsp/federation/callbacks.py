@@ -10,8 +10,8 @@ from fedsp.federation.messages import RoundRecord
 
 @dataclass(kw_only=True)
 class Callbacks:
-    """Whoever looks on: a sentence, a distillation step (step, of, loss), a finished round (record, of), a finished part of a
-    study (part, of, name, seconds)."""
+    """Whoever looks on: a sentence, a distillation step (step, of, loss), a finished round (record,
+    of), a finished part of a study (part, of, name, seconds)."""
 
     say: Callable[[str], None] = lambda text: None
     distilled: Callable[[int, int, float], None] = lambda step, steps, loss: None

@@ -1,4 +1,5 @@
-"""The clients' side, built from the signed agreement and the package alone: nothing of the global model is needed."""
+"""The clients' side, built from the signed agreement and the package alone: nothing of the global
+model is needed."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ HELD_OUT_AT_CLIENTS = 0.1
 
 @dataclass(kw_only=True)
 class Clients:
-    """All clients of a run: the method, how many examples each has by the server's register, and, if their text is in this process, the parties."""
+    """All clients of a run: the method, how many examples each has by the server's register, and,
+    if their text is in this process, the parties."""
 
     method: Method
     register: dict[str, int]
@@ -35,8 +37,14 @@ class Clients:
     here: bool = True
 
 
-def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: ServerSection | None = None, entry: MethodEntry | None = None) -> Method:
-    """The method with the agreement's settings, FedSP if no entry is given. Where no client is asked there is no auxiliary model."""
+def make_method(
+    agreement: Agreement,
+    auxiliary: AuxiliaryModel | None,
+    server: ServerSection | None = None,
+    entry: MethodEntry | None = None,
+) -> Method:
+    """The method with the agreement's settings, FedSP if no entry is given. Where no client is
+    asked there is no auxiliary model."""
     entry, privacy = entry or find_method("fedsp"), example_privacy(agreement)
     start = auxiliary.weights() if auxiliary and agreement.client.auxiliary_steps else {}
     method = entry.algorithm(stages_of(agreement.client, server, agreement.rounds, privacy), start)
@@ -44,29 +52,64 @@ def make_method(agreement: Agreement, auxiliary: AuxiliaryModel | None, server: 
 
 
 def make_client(
-    client: str, agreement: Agreement, auxiliary: AuxiliaryModel, examples: list[Encoded], store: StateStore, ledger: Ledger, max_epsilon: float
+    client: str,
+    agreement: Agreement,
+    auxiliary: AuxiliaryModel,
+    examples: list[Encoded],
+    store: StateStore,
+    ledger: Ledger,
+    max_epsilon: float,
 ) -> Party:
-    """A client of FedSP on a machine of its own. `max_epsilon` bounds what all releases in its ledger may add up to."""
-    made = make_party(client, agreement, auxiliary, client_prompt(agreement, auxiliary), examples, store)
+    """A client of FedSP on a machine of its own. `max_epsilon` bounds what all releases in its
+    ledger may add up to."""
+    made = make_party(
+        client, agreement, auxiliary, client_prompt(agreement, auxiliary), examples, store
+    )
     return replace(made, ledger=ledger, max_epsilon=max_epsilon)
 
 
-def make_party(client: str, agreement: Agreement, model: PromptedLM, messenger: Messenger, examples: list[Encoded], store: StateStore) -> Party:
+def make_party(
+    client: str,
+    agreement: Agreement,
+    model: PromptedLM,
+    messenger: Messenger,
+    examples: list[Encoded],
+    store: StateStore,
+) -> Party:
     """A client of any method. Where clients validate, a tenth of its examples is held out."""
-    held = max(1, round(HELD_OUT_AT_CLIENTS * len(examples))) if agreement.clients_validate and len(examples) > 1 else 0
-    order = random.Random(derive_seed(agreement.seed, "held out", client)).sample(examples, len(examples))
-    return Party(id=client, model=model, messenger=messenger, examples=order[held:], store=store, held_out=order[:held])
+    held = (
+        max(1, round(HELD_OUT_AT_CLIENTS * len(examples)))
+        if agreement.clients_validate and len(examples) > 1
+        else 0
+    )
+    order = random.Random(derive_seed(agreement.seed, "held out", client)).sample(
+        examples, len(examples)
+    )
+    return Party(
+        id=client,
+        model=model,
+        messenger=messenger,
+        examples=order[held:],
+        store=store,
+        held_out=order[:held],
+    )
 
 
 def client_prompt(agreement: Agreement, auxiliary: AuxiliaryModel) -> SoftPrompt:
     """The prompt into which a client of FedSP loads what it receives."""
     section = agreement.prompt
-    spec = PromptSpec(space=section.space, length=section.length, model=auxiliary.prompt_shape, projection=section.projection)
+    spec = PromptSpec(
+        space=section.space,
+        length=section.length,
+        model=auxiliary.prompt_shape,
+        projection=section.projection,
+    )
     return SoftPrompt(spec, seed=derive_seed(agreement.seed, "prompt")).to(auxiliary.device)
 
 
 def require_independence(model: PromptedLM, messenger: Messenger, longest: int) -> None:
-    """Check, before anything is trained on examples of at most `longest` tokens, that the gradient of one does not depend on the others.
+    """Check, before anything is trained on examples of at most `longest` tokens, that the gradient
+    of one does not depend on the others.
 
     Raises:
         PrivacyError: it does.
@@ -76,9 +119,12 @@ def require_independence(model: PromptedLM, messenger: Messenger, longest: int) 
 
 
 def absent_clients(method: Method, register: dict[str, int]) -> Clients:
-    """Clients whose text is on other machines; `register` gives the examples of each, as their owners have told the server."""
+    """Clients whose text is on other machines; `register` gives the examples of each, as their
+    owners have told the server."""
 
     def nobody(client: str) -> Party:
-        raise AssertionError(f"client {client!r} was opened in a process that does not hold its text")
+        raise AssertionError(
+            f"client {client!r} was opened in a process that does not hold its text"
+        )
 
     return Clients(method=method, register=register, party=nobody, here=False)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Codec:
-    """`float32` are the numbers themselves. All others say their difference from what both ends know, rounded: `float16`; `int8`, `int4`: whole multiples of one
-    scale for each block; `sign`: one bit for each number, and the mean size of each block's."""
+    """`float32` are the numbers themselves. All others say their difference from what both ends
+    know, rounded: `float16`; `int8`, `int4`: whole multiples of one scale for each block; `sign`:
+    one bit for each number, and the mean size of each block's."""
 
     kind: str
 

@@ -1,8 +1,11 @@
-"""Payloads in few bytes: the difference from what both ends know, coded, then compressed by zstandard. Whoever codes gets back what was left out and adds
-it to the next difference: error feedback (Seide et al., Interspeech 2014, 1-bit SGD; Karimireddy et al., ICML 2019, https://arxiv.org/abs/1901.09847).
+"""Payloads in few bytes: the difference from what both ends know, coded, then compressed by
+zstandard. Whoever codes gets back what was left out and adds it to the next difference: error
+feedback (Seide et al., Interspeech 2014, 1-bit SGD; Karimireddy et al., ICML 2019,
+https://arxiv.org/abs/1901.09847).
 
-What is read is hostile until it has been held against the one layout that a codec has for these shapes. Decoding is additions and multiplications
-element by element, so both ends, and every machine, come to the same bits.
+What is read is hostile until it has been held against the one layout that a codec has for these
+shapes. Decoding is additions and multiplications element by element, so both ends, and every
+machine, come to the same bits.
 """
 
 from __future__ import annotations
@@ -29,12 +32,17 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_values(payload: Payload, known: Payload, codec: Codec) -> bytes:
-    """The payload as it travels in a codec; `known` is what the other end has. What the codec leaves out is forgotten: see `encode_with_residual`.
+    """The payload as it travels in a codec; `known` is what the other end has. What the codec
+    leaves out is forgotten: see `encode_with_residual`.
 
     Raises:
         PayloadError: a difference is not finite, or too large for the codec.
     """
-    return pack(payload) if codec.exact else encode_with_residual(difference(payload, known), {}, codec)[0]
+    return (
+        pack(payload)
+        if codec.exact
+        else encode_with_residual(difference(payload, known), {}, codec)[0]
+    )
 
 
 def read_values(data: bytes, known: Payload, codec: Codec) -> Payload:
@@ -54,13 +62,19 @@ def difference(payload: Payload, known: Payload) -> Payload:
     return {name: payload[name] - known[name] for name in sorted(known)}
 
 
-def encode_with_residual(change: Payload, residual: Payload, codec: Codec) -> tuple[bytes, Payload, Payload]:
-    """Encode a change plus the residual of earlier ones (error feedback): the bytes, the change that they decode to, and the new residual.
+def encode_with_residual(
+    change: Payload, residual: Payload, codec: Codec
+) -> tuple[bytes, Payload, Payload]:
+    """Encode a change plus the residual of earlier ones (error feedback): the bytes, the change
+    that they decode to, and the new residual.
 
     Raises:
         PayloadError: a number is not finite, or too large for the codec.
     """
-    corrected = {name: value + residual[name] if name in residual else value for name, value in change.items()}
+    corrected = {
+        name: value + residual[name] if name in residual else value
+        for name, value in change.items()
+    }
     data = encode(corrected, codec)
     decoded = decode(data, codec, shapes_of(corrected))
     return data, decoded, difference(corrected, decoded)
@@ -74,9 +88,16 @@ def encode(change: Payload, codec: Codec) -> bytes:
     """
     parts: dict[str, Tensor] = {}
     for name, values in change.items():
-        coded = _parts(values.detach().to("cpu", torch.float32), codec) if bool(torch.isfinite(values).all()) else {"": values}
+        coded = (
+            _parts(values.detach().to("cpu", torch.float32), codec)
+            if bool(torch.isfinite(values).all())
+            else {"": values}
+        )
         if not all(bool(torch.isfinite(tensor).all()) for tensor in coded.values()):
-            raise PayloadError(f"{name} has changed by numbers that are not finite, or by more than {codec} can say")
+            raise PayloadError(
+                f"{name} has changed by numbers that are not finite, or by more than {codec}"
+                " can say"
+            )
         parts |= {f"{name}/{part}": tensor for part, tensor in coded.items()}
     data: bytes = zstandard.ZstdCompressor(level=LEVEL).compress(save(parts))
     return data
@@ -89,20 +110,45 @@ def decode(data: bytes, codec: Codec, shapes: Shapes) -> Payload:
         PayloadError: the bytes are not exactly that.
     """
     layouts = {name: _layout(codec, shape) for name, shape in shapes.items()}
-    expected = {f"{name}/{part}": where for name, layout in layouts.items() for part, where in layout.items()}
-    most = sum(math.prod(shape) * dtype.itemsize for dtype, shape in expected.values()) + 512 * (len(expected) + 1)
+    expected = {
+        f"{name}/{part}": where
+        for name, layout in layouts.items()
+        for part, where in layout.items()
+    }
+    most = sum(math.prod(shape) * dtype.itemsize for dtype, shape in expected.values()) + 512 * (
+        len(expected) + 1
+    )
     try:
         with zstandard.ZstdDecompressor(max_window_size=WINDOW).stream_reader(data) as reader:
             plain = reader.read(most + 1)
         if len(plain) > most:
-            raise PayloadError(f"the {len(data)} bytes received hold more than the {most} that a change in {codec} can have")
+            raise PayloadError(
+                f"the {len(data)} bytes received hold more than the {most} that a change in {codec}"
+                " can have"
+            )
         parts = load(plain)
-    except (zstandard.ZstdError, SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
-        raise PayloadError(f"the {len(data)} bytes received are no change in {codec}: {error}") from error
+    except (
+        zstandard.ZstdError,
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise PayloadError(
+            f"the {len(data)} bytes received are no change in {codec}: {error}"
+        ) from error
     found: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts.items()}
     if found != expected:
-        raise PayloadError(f"the {len(data)} bytes received are a change in {codec} of something else than {sorted(shapes)[:4]} with these shapes")
-    change = {name: _whole({part: parts[f"{name}/{part}"] for part in layouts[name]}, codec, tuple(shape)) for name, shape in sorted(shapes.items())}
+        raise PayloadError(
+            f"the {len(data)} bytes received are a change in {codec} of something else than"
+            f" {sorted(shapes)[:4]} with these shapes"
+        )
+    change = {
+        name: _whole({part: parts[f"{name}/{part}"] for part in layouts[name]}, codec, tuple(shape))
+        for name, shape in sorted(shapes.items())
+    }
     check(change, shapes)
     return change
 
@@ -141,16 +187,29 @@ def _rounded_layout(count: int, bits: int) -> Layout:
 
 
 def _round(flat: Tensor, bits: int) -> dict[str, Tensor]:
-    """Numbers (N,) as whole multiples of a scale for each block; in one bit their signs, and the mean of their sizes as the scale."""
+    """Numbers (N,) as whole multiples of a scale for each block; in one bit their signs, and the
+    mean of their sizes as the scale."""
     blocks = _filled(flat, BLOCK)
     if bits == 1:
         sizes = _filled(torch.ones_like(flat), BLOCK).sum(dim=1)
-        return {"numbers": _packed((flat >= 0).to(torch.uint8), bits), "scales": (blocks.abs().sum(dim=1) / sizes).bfloat16()}
+        return {
+            "numbers": _packed((flat >= 0).to(torch.uint8), bits),
+            "scales": (blocks.abs().sum(dim=1) / sizes).bfloat16(),
+        }
     largest = LARGEST[bits]
     scales = (blocks.abs().amax(dim=1) / largest).bfloat16()
     safe = torch.where(scales > 0, scales, torch.ones_like(scales)).float()
-    numbers = (blocks / safe[:, None]).round().clamp(-largest, largest).flatten()[: len(flat)].to(torch.int8)
-    return {"numbers": _packed((numbers + 8).to(torch.uint8), bits) if bits == 4 else numbers, "scales": scales}
+    numbers = (
+        (blocks / safe[:, None])
+        .round()
+        .clamp(-largest, largest)
+        .flatten()[: len(flat)]
+        .to(torch.int8)
+    )
+    return {
+        "numbers": _packed((numbers + 8).to(torch.uint8), bits) if bits == 4 else numbers,
+        "scales": scales,
+    }
 
 
 def _unround(parts: Mapping[str, Tensor], count: int, bits: int) -> Tensor:
@@ -163,11 +222,15 @@ def _unround(parts: Mapping[str, Tensor], count: int, bits: int) -> Tensor:
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
     """Codes (N,) of a few bits each, as bytes, the first in the lowest bits."""
-    return (_filled(codes, 8 // bits) << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+    return (_filled(codes, 8 // bits) << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(
+        dim=1, dtype=torch.uint8
+    )
 
 
 def _unpacked(packed: Tensor, count: int, bits: int) -> Tensor:
-    return (packed[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8) & (1 << bits) - 1).flatten()[:count]
+    return (
+        packed[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8) & (1 << bits) - 1
+    ).flatten()[:count]
 
 
 def _filled(flat: Tensor, width: int) -> Tensor:

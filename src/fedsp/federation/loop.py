@@ -1,6 +1,7 @@
 """The round loop: sample clients, collect updates, aggregate, server step, validate, save.
 
-It works on tensors by name and knows nothing of language models: the method and its parties are opaque here.
+It works on tensors by name and knows nothing of language models: the method and its parties are
+opaque here.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class ServerMethod(Protocol[ServerParty]):
 
     def init(self, server: ServerParty) -> Payload: ...
 
-    def server_update(self, server: ServerParty, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]: ...
+    def server_update(
+        self, server: ServerParty, aggregated: Payload, round: int, seed: int
+    ) -> tuple[Payload, float | None]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +177,13 @@ def federate(
                 aggregated, optimizer = _plus(broadcast, state.residual), state.optimizer
             payload, server_loss = server_update(server, aggregated, round, seed)
             if not all(torch.isfinite(tensor).all() for tensor in payload.values()):
-                raise TrainingDiverged("the tuned numbers are not finite: lower server.learning_rate")
+                raise TrainingDiverged(
+                    "the tuned numbers are not finite: lower server.learning_rate"
+                )
         except TrainingDiverged as error:
-            raise TrainingDiverged(f"round {round}, server: {error}; the prompt of round {state.round} is kept") from error
+            raise TrainingDiverged(
+                f"round {round}, server: {error}; the prompt of round {state.round} is kept"
+            ) from error
         state = replace(state, round=round, optimizer=optimizer)
         validation = None
         due = round % settings.validate_every == 0 or round == settings.rounds
@@ -228,7 +235,9 @@ def _sample(register: Register, settings: RoundConfig, round: int) -> list[str]:
     return sample_clients(ordered, count, settings.seed, round)
 
 
-def _requests(clients: list[str], round: int, state: RunState, settings: RoundConfig, train: bool = True) -> list[Request]:
+def _requests(
+    clients: list[str], round: int, state: RunState, settings: RoundConfig, train: bool = True
+) -> list[Request]:
     return [
         Request(
             run=settings.run,
@@ -245,7 +254,9 @@ def _requests(clients: list[str], round: int, state: RunState, settings: RoundCo
     ]
 
 
-def _collect(transport: Transport, requests: list[Request], max_change: float) -> tuple[dict[str, Update], dict[str, str], tuple[int, int]]:
+def _collect(
+    transport: Transport, requests: list[Request], max_change: float
+) -> tuple[dict[str, Update], dict[str, str], tuple[int, int]]:
     """Accepted updates and reasons of failure by client, and bytes down and up, those of refused
     updates included."""
     by_client = {request.client: request for request in requests}
@@ -263,7 +274,9 @@ def _collect(transport: Transport, requests: list[Request], max_change: float) -
     return updates, failed | dict.fromkeys(silent, "did not answer"), (down, up)
 
 
-def _weights(updates: Mapping[str, Update], register: Register, settings: RoundConfig) -> dict[str, float]:
+def _weights(
+    updates: Mapping[str, Update], register: Register, settings: RoundConfig
+) -> dict[str, float]:
     by_examples = settings.weighting == "examples"
     return {client: float(register[client]) if by_examples else 1.0 for client in updates}
 
@@ -274,7 +287,9 @@ class _Acceptance:
     accepted: bool = True
 
 
-def _accept(state: RunState, aggregated: Payload, validate: Validate, max_loss_rise: float | None) -> _Acceptance:
+def _accept(
+    state: RunState, aggregated: Payload, validate: Validate, max_loss_rise: float | None
+) -> _Acceptance:
     """The acceptance check: the aggregate's validation loss against the lowest so far. Against the
     last broadcast a small rise would pass in every round. A loss that is not finite fails."""
     if max_loss_rise is None or aggregated is state.payload:
@@ -301,7 +316,9 @@ def _clients_loss(updates: Mapping[str, Update], register: Register) -> float | 
     """The median of the clients' validation losses, weighted by the register. A mean would let one
     client choose the round: 0 once, and the largest accepted loss in every other."""
     losses = sorted(
-        (update.validation, register[update.client]) for update in updates.values() if update.validation is not None and math.isfinite(update.validation)
+        (update.validation, register[update.client])
+        for update in updates.values()
+        if update.validation is not None and math.isfinite(update.validation)
     )
     half, below = sum(weight for _, weight in losses) / 2, 0.0
     for place, (loss, weight) in enumerate(losses):

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the server asks of one client in one round; with `train` off the client only validates the prompt.
+    """What the server asks of one client in one round; with `train` off the client only validates
+    the prompt.
 
-    `change` are the bytes that make this payload of the one of the round before, in the codec `sent_in`, where there are any: they travel instead of the
-    payload to a client that has that one. `answer_in` is the codec of the reply.
+    `change` are the bytes that make this payload of the one of the round before, in the codec
+    `sent_in`, where there are any: they travel instead of the payload to a client that has that
+    one. `answer_in` is the codec of the reply.
     """
 
     run: str
@@ -35,8 +37,10 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What a client answers. `validation` is its loss on its own held-out examples under the prompt it *received*, `shortened` how many of
-    its examples lost old context, `spikes` at how many of its steps the loss was more than half above the median of its stage."""
+    """What a client answers. `validation` is its loss on its own held-out examples under the prompt
+    it *received*, `shortened` how many of its examples lost old context, `spikes` at how many of
+    its steps the loss was more than half above the median of its stage.
+    """
 
     round: int
     client: str
@@ -67,10 +71,12 @@ Transport = Callable[[list[Request]], Iterable[Update | Failure]]
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per answer token;
-    `seconds_training` are those of the clients' updates, as far as they tell them, of the server's step and of validation, with what these read and
-    write of their own state; `update_cosine` is the mean cosine between two clients' changes;
-    `acceptance_loss` the aggregate's validation loss in the acceptance check, and `accepted` whether it passed."""
+    """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per
+    answer token; `seconds_training` are those of the clients' updates, as far as they tell them, of
+    the server's step and of validation, with what these read and write of their own state;
+    `update_cosine` is the mean cosine between two clients' changes; `acceptance_loss` the
+    aggregate's validation loss in the acceptance check, and `accepted` whether it passed.
+    """
 
     round: int
     asked: list[str]

@@ -1,4 +1,5 @@
-"""The parties of a federation, a client or the server: model, messenger and examples, and the state that each keeps between rounds."""
+"""The parties of a federation, a client or the server: model, messenger and examples, and the state
+that each keeps between rounds."""
 
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ from fedsp.training.stage import Stage, train_stage, validation_loss
 class Party:
     """One side of the federation.
 
-    model: the language model that it reads through: the global model at the server, an auxiliary model at a client of FedSP.
-    messenger: what it tunes and sends.
-    examples: what it trains on. `held_out` is what a client validates on, and never trains on.
-    store: its own state between rounds, on disk.
-    ledger: the record of private releases of its examples, if they are counted; `max_epsilon` is what they may add up to.
+    model: the language model that it reads through: the global model at the server, an auxiliary
+    model at a client of FedSP. messenger: what it tunes and sends. examples: what it trains on.
+    `held_out` is what a client validates on, and never trains on. store: its own state between
+    rounds, on disk. ledger: the record of private releases of its examples, if they are counted;
+    `max_epsilon` is what they may add up to.
     """
 
     id: str
@@ -49,7 +50,8 @@ class Party:
 
     @property
     def shortened(self) -> int:
-        """How many of its examples were longer than the model reads, and lost their oldest context."""
+        """How many of its examples were longer than the model reads, and lost their oldest
+        context."""
         return sum(row.dropped > 0 for row in [*self.examples, *self.held_out])
 
     def validate(self) -> float | None:
@@ -57,11 +59,15 @@ class Party:
         return validation_loss(self.model, self.messenger, self.held_out)
 
     @contextmanager
-    def round_state(self, round: int, seed: int, received: Payload, start: Tensors | None = None) -> Iterator[LocalRound]:
-        """The party's own state around one round: restored before, saved after if anything was trained.
+    def round_state(
+        self, round: int, seed: int, received: Payload, start: Tensors | None = None
+    ) -> Iterator[LocalRound]:
+        """The party's own state around one round: restored before, saved after if anything was
+        trained.
 
-        With `start`, the auxiliary weights as handed out, its own auxiliary weights of earlier rounds are put into the one model in memory, and taken out
-        again afterwards, so that the next client finds the model as it was handed out.
+        With `start`, the auxiliary weights as handed out, its own auxiliary weights of earlier
+        rounds are put into the one model in memory, and taken out again afterwards, so that the
+        next client finds the model as it was handed out.
 
         Raises:
             StorageError: its state is damaged, or the disk did not take it.
@@ -69,14 +75,17 @@ class Party:
         earlier = self.store.load(before=round)
         self.messenger.restore(entries_below(earlier, "messenger"))
         with self.own_weights(entries_below(earlier, "auxiliary"), start or {}):
-            local = LocalRound(party=self, round=round, seed=seed, received=received, earlier=earlier)
+            local = LocalRound(
+                party=self, round=round, seed=seed, received=received, earlier=earlier
+            )
             yield local
             if state := local.state():
                 self.store.save(round, state)
 
     @contextmanager
     def own_weights(self, weights: Tensors, start: Tensors) -> Iterator[None]:
-        """Put auxiliary weights into the model for a while; `start` are those that are put back. Nothing happens where either is empty."""
+        """Put auxiliary weights into the model for a while; `start` are those that are put back.
+        Nothing happens where either is empty."""
         if not start:
             yield
             return
@@ -105,7 +114,8 @@ class LocalRound:
     moments: Tensors = field(default_factory=dict)
 
     def train(self, target: Trainable, stage: Stage) -> float | None:
-        """One stage on the party's messenger or model; the other is frozen. Returns the last loss, nats per token; None without steps, or with privacy.
+        """One stage on the party's messenger or model; the other is frozen. Returns the last loss,
+        nats per token; None without steps, or with privacy.
 
         Raises:
             TrainingDiverged: a loss is not finite.
@@ -131,24 +141,33 @@ class LocalRound:
         if result.last is not None:
             self.losses[stage.name] = result.last
         if stage.keep_optimizer:
-            self.moments |= {f"{stage.name}/{name}": tensor for name, tensor in result.moments.items()}
+            self.moments |= {
+                f"{stage.name}/{name}": tensor for name, tensor in result.moments.items()
+            }
         return result.last
 
     def state(self) -> Tensors:
-        """What the party keeps until its next round: its part of the messenger that does not travel, its auxiliary weights, AdamW's moments."""
+        """What the party keeps until its next round: its part of the messenger that does not
+        travel, its auxiliary weights, AdamW's moments."""
         if not self.trained:
             return {}
-        state = {f"messenger/{name}": tensor for name, tensor in self.party.messenger.own_state().items()} | self.moments
+        state = {
+            f"messenger/{name}": tensor for name, tensor in self.party.messenger.own_state().items()
+        } | self.moments
         for target in self.trained.values():
             if target is not self.party.messenger:
-                state |= {f"auxiliary/{name}": parameter for name, parameter in target.trained().items()}
+                state |= {
+                    f"auxiliary/{name}": parameter for name, parameter in target.trained().items()
+                }
         return state
 
     def update(self, validation: float | None) -> Update:
         """The reply: the messenger as it is now, or what was received where nothing was trained."""
         party = self.party
         if not self.trained:
-            return Update(round=self.round, client=party.id, payload=self.received, validation=validation)
+            return Update(
+                round=self.round, client=party.id, payload=self.received, validation=validation
+            )
         return Update(
             round=self.round,
             client=party.id,

@@ -13,7 +13,8 @@ from fedsp.storage import read_tensors, write_tensors
 class StateStore:
     """One file of tensors per round in a folder.
 
-    The last three states are kept: after a crash the newest may belong to a round that is done again, and so may the one before it.
+    The last three states are kept: after a crash the newest may belong to a round that is done
+    again, and so may the one before it.
     """
 
     folder: Path
@@ -47,7 +48,10 @@ class StateStore:
 
     def rounds(self) -> list[int]:
         """The rounds of which a state is kept, in order."""
-        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.safetensors"))
+        return sorted(
+            int(path.stem.removeprefix("round-"))
+            for path in self.folder.glob("round-*.safetensors")
+        )
 
     def _file(self, round: int) -> Path:
         return self.folder / f"round-{round:05d}.safetensors"

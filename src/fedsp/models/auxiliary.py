@@ -1,8 +1,9 @@
 """The auxiliary model: the small model that clients get, made of layers of the global one.
 
-A layer plan says which global layer stands at each depth. Depths that share a layer share its parameters and keep a cache slot each (FedSP,
-https://arxiv.org/abs/2311.06805, section 3: depth reduction and cross-layer sharing). As a folder it holds everything that a client needs
-and nothing else: safetensors, configuration, tokenizer, plan, and the SHA-256 digest of its weights.
+A layer plan says which global layer stands at each depth. Depths that share a layer share its
+parameters and keep a cache slot each (FedSP, https://arxiv.org/abs/2311.06805, section 3: depth
+reduction and cross-layer sharing). As a folder it holds everything that a client needs and nothing
+else: safetensors, configuration, tokenizer, plan, and the SHA-256 digest of its weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ MANIFEST = "auxiliary.json"
 Embeddings = Literal["verbatim", "low_rank", "fresh"]
 WEIGHTS = "model.safetensors"
 OF_NO_LAYER = re.compile("architectures|_ids?$|only_layers|indices")
-"""Lists of a configuration that may happen to be as long as there are layers, and do not have an entry for each."""
+"""Lists of a configuration that may happen to be as long as there are layers, and do not have an
+entry for each."""
 
 MOST_BUFFERS = 1 << 30
 """Bytes of masks and tables that a model may make for itself beside its weights."""
@@ -44,7 +46,8 @@ class LayerPlan:
     Attributes:
         sources: the global layer at each depth.
         groups: depths with the same number share their parameters.
-        frozen: for each depth, whether it stays verbatim when the rest is distilled; with any, embeddings and head stay verbatim too.
+        frozen: for each depth, whether it stays verbatim when the rest is distilled; with any,
+            embeddings and head stay verbatim too.
         prompt_layers: the layer of the soft prompt that each depth reads.
     """
 
@@ -62,25 +65,43 @@ class LayerPlan:
         return any(self.frozen)
 
     def to_json(self) -> dict[str, Any]:
-        return {"sources": list(self.sources), "groups": list(self.groups), "frozen": list(self.frozen), "prompt_layers": list(self.prompt_layers)}
+        return {
+            "sources": list(self.sources),
+            "groups": list(self.groups),
+            "frozen": list(self.frozen),
+            "prompt_layers": list(self.prompt_layers),
+        }
 
 
-def parse_plan(text: str | Sequence[int], layers: int, prompt_layers: Sequence[int] | None = None) -> LayerPlan:
+def parse_plan(
+    text: str | Sequence[int], layers: int, prompt_layers: Sequence[int] | None = None
+) -> LayerPlan:
     """The plan that a configuration names, for a global model of `layers` layers.
 
-    `shared(i)`: layer i at every depth. `every(k)`: layers 0, k, 2k, ... `first(n)`: layers 0 to n - 1. `cells(a-b)`: layers a to b over and over.
-    `ends(n, m)`: the first and last n verbatim and frozen, one shared layer m times between (all the depths between, if m is left out).
-    `emulator(n, m)`: the same with m layers between, each its own, spread evenly over those dropped. `copies(i)`: layer i at every depth, each a
-    copy of its own. A list gives the layer at each depth; equal numbers share.
+    `shared(i)`: layer i at every depth. `every(k)`: layers 0, k, 2k, ... `first(n)`: layers 0 to n
+    - 1. `cells(a-b)`: layers a to b over and over. `ends(n, m)`: the first and last n verbatim and
+    frozen, one shared layer m times between (all the depths between, if m is left out).
+    `emulator(n, m)`: the same with m layers between, each its own, spread evenly over those
+    dropped. `copies(i)`: layer i at every depth, each a copy of its own. A list gives the layer at
+    each depth; equal numbers share.
 
-    When depths are as many as layers, each depth reads its own prompt layer; otherwise it reads that of its source, and the shared middle of
-    `ends` reads layers spread evenly over those it stands for.
+    When depths are as many as layers, each depth reads its own prompt layer; otherwise it reads
+    that of its source, and the shared middle of `ends` reads layers spread evenly over those it
+    stands for.
 
     Raises:
         ConfigurationError: the plan cannot be read, or does not fit the model.
     """
-    match = re.fullmatch(r"(\w+)\((\s*\d+\s*(?:[,-]\s*\d+\s*)?)\)", text.strip()) if isinstance(text, str) else None
-    name, numbers = (match[1], [int(number) for number in re.findall(r"\d+", match[2])]) if match else ("list", [])
+    match = (
+        re.fullmatch(r"(\w+)\((\s*\d+\s*(?:[,-]\s*\d+\s*)?)\)", text.strip())
+        if isinstance(text, str)
+        else None
+    )
+    name, numbers = (
+        (match[1], [int(number) for number in re.findall(r"\d+", match[2])])
+        if match
+        else ("list", [])
+    )
     if not isinstance(text, str):
         sources = list(text)
     elif name == "shared" and len(numbers) == 1:
@@ -92,7 +113,10 @@ def parse_plan(text: str | Sequence[int], layers: int, prompt_layers: Sequence[i
     elif name == "cells" and len(numbers) == 2 and numbers[0] <= numbers[1]:
         cell = range(numbers[0], numbers[1] + 1)
         if layers % len(cell):
-            raise ConfigurationError(f"auxiliary.plan: {text} repeats {len(cell)} layers, which do not divide the model's {layers}")
+            raise ConfigurationError(
+                f"auxiliary.plan: {text} repeats {len(cell)} layers, which do not divide the"
+                f" model's {layers}"
+            )
         sources = list(cell) * (layers // len(cell))
     elif name == "copies" and len(numbers) == 1:
         sources = numbers * layers
@@ -102,20 +126,45 @@ def parse_plan(text: str | Sequence[int], layers: int, prompt_layers: Sequence[i
         return _ends(layers, *numbers, prompt_layers=prompt_layers, shared=False)
     else:
         raise ConfigurationError(
-            f"auxiliary.plan: {text!r} is no layer plan: write shared(0), copies(0), every(2), first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), or a list such as [0, 0, 5, 5]"
+            f"auxiliary.plan: {text!r} is no layer plan: write shared(0), copies(0), every(2),"
+            " first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), or a list such as [0, 0,"
+            " 5, 5]"
         )
     frozen, groups = [False] * len(sources), range(layers) if name == "copies" else sources
-    reads = list(prompt_layers) if prompt_layers is not None else list(range(layers)) if len(sources) == layers else sources
-    return _checked(LayerPlan(sources=tuple(sources), groups=tuple(groups), frozen=tuple(frozen), prompt_layers=tuple(reads)), layers, text)
+    reads = (
+        list(prompt_layers)
+        if prompt_layers is not None
+        else list(range(layers))
+        if len(sources) == layers
+        else sources
+    )
+    return _checked(
+        LayerPlan(
+            sources=tuple(sources),
+            groups=tuple(groups),
+            frozen=tuple(frozen),
+            prompt_layers=tuple(reads),
+        ),
+        layers,
+        text,
+    )
 
 
-def _ends(layers: int, ends: int, middle: int | None = None, *, prompt_layers: Sequence[int] | None, shared: bool = True) -> LayerPlan:
+def _ends(
+    layers: int,
+    ends: int,
+    middle: int | None = None,
+    *,
+    prompt_layers: Sequence[int] | None,
+    shared: bool = True,
+) -> LayerPlan:
     name = "ends" if shared else "emulator"
     between = layers - 2 * ends
     repeats = between if middle is None else middle
     if ends < 1 or between < 1 or repeats < 1 or (repeats > between and not shared):
         raise ConfigurationError(
-            f"auxiliary.plan: {name}({ends}{'' if middle is None else f', {middle}'}) leaves no middle in a model of {layers} layers: keep fewer verbatim"
+            f"auxiliary.plan: {name}({ends}{'' if middle is None else f', {middle}'}) leaves no"
+            f" middle in a model of {layers} layers: keep fewer verbatim"
         )
     first, last = list(range(ends)), list(range(layers - ends, layers))
     spread = [ends + (2 * index + 1) * between // (2 * repeats) for index in range(repeats)]
@@ -123,37 +172,64 @@ def _ends(layers: int, ends: int, middle: int | None = None, *, prompt_layers: S
     stand, groups = ([source] * repeats, [layers] * repeats) if shared else (spread, spread)
     reads = list(prompt_layers) if prompt_layers is not None else [*first, *spread, *last]
     frozen = [True] * ends + [False] * repeats + [True] * ends
-    plan = LayerPlan(sources=(*first, *stand, *last), groups=(*first, *groups, *last), frozen=tuple(frozen), prompt_layers=tuple(reads))
+    plan = LayerPlan(
+        sources=(*first, *stand, *last),
+        groups=(*first, *groups, *last),
+        frozen=tuple(frozen),
+        prompt_layers=tuple(reads),
+    )
     return _checked(plan, layers, f"{name}({ends}, {repeats})")
 
 
 def _checked(plan: LayerPlan, layers: int, text: object) -> LayerPlan:
     if not plan.depth or not all(0 <= source < layers for source in plan.sources):
-        raise ConfigurationError(f"auxiliary.plan: {text} names layers {sorted(set(plan.sources))}, but the model has layers 0 to {layers - 1}")
-    if len(plan.prompt_layers) != plan.depth or not all(0 <= layer < layers for layer in plan.prompt_layers):
         raise ConfigurationError(
-            f"auxiliary.prompt_layers: {list(plan.prompt_layers)} must give one layer from 0 to {layers - 1} for each of the {plan.depth} depths of {text}"
+            f"auxiliary.plan: {text} names layers {sorted(set(plan.sources))}, but the model has"
+            f" layers 0 to {layers - 1}"
+        )
+    if len(plan.prompt_layers) != plan.depth or not all(
+        0 <= layer < layers for layer in plan.prompt_layers
+    ):
+        raise ConfigurationError(
+            f"auxiliary.prompt_layers: {list(plan.prompt_layers)} must give one layer from 0 to"
+            f" {layers - 1} for each of the {plan.depth} depths of {text}"
         )
     return plan
 
 
 class AuxiliaryModel(PromptedLM):
-    """A PromptedLM that knows its plan, and the shape of the global model, whose prompt it reads."""
+    """A PromptedLM that knows its plan, and the shape of the global model, whose prompt it
+    reads."""
 
     def __init__(
-        self, model: Any, plan: LayerPlan, tokenizer: Tokenizer, *, positions: Positions, prompt_shape: ModelShape, embeddings: Embeddings = "verbatim"
+        self,
+        model: Any,
+        plan: LayerPlan,
+        tokenizer: Tokenizer,
+        *,
+        positions: Positions,
+        prompt_shape: ModelShape,
+        embeddings: Embeddings = "verbatim",
     ) -> None:
-        super().__init__(model, "the auxiliary model", positions=positions, prompt_layers=plan.prompt_layers, prompt_shape=prompt_shape)
+        super().__init__(
+            model,
+            "the auxiliary model",
+            positions=positions,
+            prompt_layers=plan.prompt_layers,
+            prompt_shape=prompt_shape,
+        )
         self.plan = plan
         self.embeddings: Embeddings = embeddings
         self.tokenizer = tokenizer
         self.bytes = 4 * sum(parameter.numel() for parameter in trainable(self.model).values())
         """Size of the weights as they are handed out, float32, each once."""
         self.discloses: float | None = None
-        """The share of the global model's parameters that stand in it bit for bit, where that was found out when it was made."""
+        """The share of the global model's parameters that stand in it bit for bit, where that was
+        found out when it was made."""
 
     def weights(self) -> Tensors:
-        """Every parameter once, and every buffer that belongs to the model (a mixture's routing bias is one), on the CPU."""
+        """Every parameter once, and every buffer that belongs to the model (a mixture's routing
+        bias is one), on the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in _stored(self.model).items()}
 
     @torch.no_grad()
@@ -163,13 +239,23 @@ class AuxiliaryModel(PromptedLM):
             tensor.copy_(weights[name])
 
     def distillable(self) -> dict[str, nn.Parameter]:
-        """What distillation trains: everything, or, where a plan keeps layers verbatim, only the depths that are not, and embeddings that are not."""
+        """What distillation trains: everything, or, where a plan keeps layers verbatim, only the
+        depths that are not, and embeddings that are not."""
         if not self.plan.keeps_verbatim:
             return trainable(self.model)
-        free = {id(parameter) for block, frozen in zip(self.blocks, self.plan.frozen, strict=True) if not frozen for parameter in block.parameters()}
+        free = {
+            id(parameter)
+            for block, frozen in zip(self.blocks, self.plan.frozen, strict=True)
+            if not frozen
+            for parameter in block.parameters()
+        }
         if self.embeddings != "verbatim":
             free |= {id(parameter) for parameter in embedding_parameters(self.model).values()}
-        return {name: parameter for name, parameter in trainable(self.model).items() if id(parameter) in free}
+        return {
+            name: parameter
+            for name, parameter in trainable(self.model).items()
+            if id(parameter) in free
+        }
 
     def digest(self) -> str:
         """SHA-256 over the weights, each once."""
@@ -186,7 +272,10 @@ class AuxiliaryModel(PromptedLM):
             self.model.config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         except OSError as error:
-            raise StorageError(f"cannot write the auxiliary model to {folder}: {error.strerror or error}; free some space or choose another folder") from error
+            raise StorageError(
+                f"cannot write the auxiliary model to {folder}: {error.strerror or error}; free"
+                " some space or choose another folder"
+            ) from error
         write_json(
             folder / MANIFEST,
             {
@@ -202,10 +291,16 @@ class AuxiliaryModel(PromptedLM):
 
 
 def build_auxiliary(
-    model: PromptedLM, plan: LayerPlan, tokenizer: Tokenizer, *, embeddings: Embeddings = "verbatim", rank: int = 32, seed: int = 0
+    model: PromptedLM,
+    plan: LayerPlan,
+    tokenizer: Tokenizer,
+    *,
+    embeddings: Embeddings = "verbatim",
+    rank: int = 32,
+    seed: int = 0,
 ) -> AuxiliaryModel:
-    """An auxiliary model with copies of the global model's final norm and planned layers, and its embeddings and head as they are, of a lower rank, or
-    drawn afresh at their scale.
+    """An auxiliary model with copies of the global model's final norm and planned layers, and its
+    embeddings and head as they are, of a lower rank, or drawn afresh at their scale.
 
     Its weights are float32 on every device, since clients train them.
     """
@@ -213,15 +308,30 @@ def build_auxiliary(
     try:
         auxiliary = fused(empty_auxiliary(config, plan)).to(model.device)
     except ModelError as error:
-        raise AuxiliaryError(f"auxiliary.plan: {model.name} has no form with the layers {list(plan.sources)}: {error}") from error
+        raise AuxiliaryError(
+            f"auxiliary.plan: {model.name} has no form with the layers {list(plan.sources)}:"
+            f" {error}"
+        ) from error
     _fill(auxiliary, model, plan)
-    built = AuxiliaryModel(auxiliary.requires_grad_(False), plan, tokenizer, positions=model.positions, prompt_shape=model.shape, embeddings=embeddings)
-    theirs, own = ({depth: made.block_output(depth) for depth in depths} for made, depths in ((model, set(plan.sources)), (built, range(plan.depth))))
+    built = AuxiliaryModel(
+        auxiliary.requires_grad_(False),
+        plan,
+        tokenizer,
+        positions=model.positions,
+        prompt_shape=model.shape,
+        embeddings=embeddings,
+    )
+    theirs, own = (
+        {depth: made.block_output(depth) for depth in depths}
+        for made, depths in ((model, set(plan.sources)), (built, range(plan.depth)))
+    )
     for depth, layer in enumerate(plan.sources):
         expected = theirs[layer]
         if float((own[depth] - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
             raise AuxiliaryError(
-                f"auxiliary.plan: layer {layer} of {model.name} computes something else at depth {depth}: what this family's layers do depends on where they stand; keep it at depth {layer}"
+                f"auxiliary.plan: layer {layer} of {model.name} computes something else at depth"
+                f" {depth}: what this family's layers do depends on where they stand; keep it at"
+                f" depth {layer}"
             )
     if embeddings != "verbatim":
         _reduce_embeddings(built, rank if embeddings == "low_rank" else 0, seed)
@@ -232,17 +342,29 @@ def _fill(auxiliary: Any, model: PromptedLM, plan: LayerPlan) -> None:
     """Copy the planned layers and everything outside of the layers into place.
 
     Raises:
-        AuxiliaryError: a layer is of another kind than what stands at its depth, or a weight has no place.
+        AuxiliaryError: a layer is of another kind than what stands at its depth, or a weight has no
+            place.
     """
     blocks = _blocks(auxiliary, plan, model.name)
     require_kinds(model.blocks, blocks, plan, model.name)
     inside = f"{model.path_of_backbone}.".lstrip(".") + f"{model.path_of_blocks}."
-    outside = {name: tensor for name, tensor in model.model.state_dict().items() if not name.startswith(inside)}
-    places = {name: tensor.shape for name, tensor in auxiliary.state_dict().items() if not name.startswith(inside)}
+    outside = {
+        name: tensor
+        for name, tensor in model.model.state_dict().items()
+        if not name.startswith(inside)
+    }
+    places = {
+        name: tensor.shape
+        for name, tensor in auxiliary.state_dict().items()
+        if not name.startswith(inside)
+    }
     if places != {name: tensor.shape for name, tensor in outside.items()}:
-        odd = sorted(set(places.items()) ^ {(name, tensor.shape) for name, tensor in outside.items()})[0][0]
+        odd = sorted(
+            set(places.items()) ^ {(name, tensor.shape) for name, tensor in outside.items()}
+        )[0][0]
         raise AuxiliaryError(
-            f"auxiliary.plan: {odd} of {model.name} is made for all of its layers: this family has no form with the layers {list(plan.sources)}"
+            f"auxiliary.plan: {odd} of {model.name} is made for all of its layers: this family has"
+            f" no form with the layers {list(plan.sources)}"
         )
     auxiliary.load_state_dict(outside, strict=False)
     for depth, layer in enumerate(plan.sources):
@@ -250,7 +372,8 @@ def _fill(auxiliary: Any, model: PromptedLM, plan: LayerPlan) -> None:
 
 
 def require_kinds(layers: nn.ModuleList, blocks: nn.ModuleList, plan: LayerPlan, name: str) -> None:
-    """See that what stands at each depth is of the kind of its source: a layer's kind may hang on its place.
+    """See that what stands at each depth is of the kind of its source: a layer's kind may hang on
+    its place.
 
     Raises:
         AuxiliaryError: one is not; the message names both kinds.
@@ -258,19 +381,28 @@ def require_kinds(layers: nn.ModuleList, blocks: nn.ModuleList, plan: LayerPlan,
     for depth, layer in enumerate(plan.sources):
         other = difference(layers[layer], blocks[depth])
         if other:
-            raise AuxiliaryError(f"auxiliary.plan: layer {layer} of {name} is not of the kind that stands at depth {depth}: {other}; choose layers of one kind")
+            raise AuxiliaryError(
+                f"auxiliary.plan: layer {layer} of {name} is not of the kind that stands at depth"
+                f" {depth}: {other}; choose layers of one kind"
+            )
 
 
 def embedding_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters of a Hugging Face model's embeddings of tokens and positions and of its head, each once, by name."""
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)] + [model.get_output_embeddings()]
+    """The parameters of a Hugging Face model's embeddings of tokens and positions and of its head,
+    each once, by name."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)] + [
+        model.get_output_embeddings()
+    ]
     wanted = {id(parameter) for module in modules for parameter in module.parameters()}
-    return {name: parameter for name, parameter in trainable(model).items() if id(parameter) in wanted}
+    return {
+        name: parameter for name, parameter in trainable(model).items() if id(parameter) in wanted
+    }
 
 
 @torch.no_grad()
 def _reduce_embeddings(model: PromptedLM, rank: int, seed: int) -> None:
-    """Every embedding replaced in place: by its first singular directions and its mean, or, with rank 0, by normal numbers of its mean scale."""
+    """Every embedding replaced in place: by its first singular directions and its mean, or, with
+    rank 0, by normal numbers of its mean scale."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in embedding_parameters(model.model).values():
         if parameter.dim() < 2:
@@ -284,72 +416,118 @@ def _reduce_embeddings(model: PromptedLM, rank: int, seed: int) -> None:
             parameter.copy_(torch.randn(numbers.shape, generator=generator) * numbers.std())
 
 
-def load_auxiliary(folder: Path, *, device: torch.device, positions: Positions, digest: str | None = None) -> AuxiliaryModel:
-    """The auxiliary model in a folder, held against its own digest and, if given, the one that was promised.
+def load_auxiliary(
+    folder: Path, *, device: torch.device, positions: Positions, digest: str | None = None
+) -> AuxiliaryModel:
+    """The auxiliary model in a folder, held against its own digest and, if given, the one that was
+    promised.
 
     Raises:
         AuxiliaryError: the folder is incomplete or its weights do not have the digest.
     """
     try:
         manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        plan = LayerPlan(**{key: tuple(manifest["plan"][key]) for key in ("sources", "groups", "frozen", "prompt_layers")})
+        plan = LayerPlan(
+            **{
+                key: tuple(manifest["plan"][key])
+                for key in ("sources", "groups", "frozen", "prompt_layers")
+            }
+        )
         shape = ModelShape(**manifest["prompt_shape"])
         weights, _ = read_tensors(folder / WEIGHTS)
         expected = [str(manifest["sha256"])] + ([digest] if digest else [])
-        tokenizer_expected, kept = str(manifest["tokenizer_sha256"]), cast(Embeddings, str(manifest.get("embeddings", "verbatim")))
+        tokenizer_expected, kept = (
+            str(manifest["tokenizer_sha256"]),
+            cast(Embeddings, str(manifest.get("embeddings", "verbatim"))),
+        )
         discloses = None if manifest.get("discloses") is None else float(manifest["discloses"])
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = load_tokenizer(str(folder))
     except FileNotFoundError as error:
-        raise AuxiliaryError(f"{folder} holds no auxiliary model: there is no {Path(str(error.filename)).name}; `fedsp distill` writes one") from error
+        raise AuxiliaryError(
+            f"{folder} holds no auxiliary model: there is no {Path(str(error.filename)).name};"
+            " `fedsp distill` writes one"
+        ) from error
     except (StorageError, OSError, KeyError, TypeError, ValueError) as error:
         raise AuxiliaryError(f"the auxiliary model in {folder} cannot be used: {error}") from error
     found = tensors_digest(weights)
     if any(found != value for value in expected):
         raise AuxiliaryError(
-            f"the auxiliary model in {folder} has the SHA-256 digest {found[:16]}..., expected {next(v for v in expected if v != found)[:16]}...: get the folder again from the server"
+            f"the auxiliary model in {folder} has the SHA-256 digest {found[:16]}..., expected"
+            f" {next(v for v in expected if v != found)[:16]}...: get the folder again from the"
+            " server"
         )
     if tokenizer_digest(tokenizer) != tokenizer_expected:
-        raise AuxiliaryError(f"the tokenizer in {folder} is not the one that the auxiliary model was made with: get the folder again from the server")
-    _require_shapes(folder, config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        raise AuxiliaryError(
+            f"the tokenizer in {folder} is not the one that the auxiliary model was made with: get"
+            " the folder again from the server"
+        )
+    _require_shapes(
+        folder, config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    )
     model = empty_auxiliary(config, plan)
     model.load_state_dict(weights, strict=False)
-    auxiliary = AuxiliaryModel(model.requires_grad_(False).to(device), plan, tokenizer, positions=positions, prompt_shape=shape, embeddings=kept)
+    auxiliary = AuxiliaryModel(
+        model.requires_grad_(False).to(device),
+        plan,
+        tokenizer,
+        positions=positions,
+        prompt_shape=shape,
+        embeddings=kept,
+    )
     auxiliary.discloses = discloses
     return auxiliary
 
 
 def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a file of a model holds: its parameters by name, each once even where depths share it, and its persistent buffers."""
+    """What a file of a model holds: its parameters by name, each once even where depths share it,
+    and its persistent buffers."""
     parameters = trainable(model)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {**parameters, **{name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in known}}
+    return {
+        **parameters,
+        **{
+            name: tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if name not in known
+        },
+    }
 
 
-def _require_shapes(folder: Path, config: Any, plan: LayerPlan, shapes: dict[str, tuple[int, ...]]) -> None:
-    """See, on a model without memory, that a configuration asks for the weights that are there, and for little besides.
+def _require_shapes(
+    folder: Path, config: Any, plan: LayerPlan, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """See, on a model without memory, that a configuration asks for the weights that are there, and
+    for little besides.
 
     Raises:
         AuxiliaryError: it does not.
     """
     if getattr(config.get_text_config(), "num_hidden_layers", None) != plan.depth:
-        raise AuxiliaryError(f"the auxiliary model in {folder} does not have the {plan.depth} layers of its plan: get the folder again from the server")
+        raise AuxiliaryError(
+            f"the auxiliary model in {folder} does not have the {plan.depth} layers of its plan:"
+            " get the folder again from the server"
+        )
     with torch.device("meta"):
         hollow = empty_auxiliary(config, plan)
     expected = {name: tuple(tensor.shape) for name, tensor in _stored(hollow).items()}
     odd = sorted({name for name, _ in set(expected.items()) ^ set(shapes.items())})
     if odd:
         raise AuxiliaryError(
-            f"the auxiliary model in {folder} has other weights than its configuration: {odd[0]} is {shapes.get(odd[0], 'missing')}, expected {expected.get(odd[0], 'none')}; get the folder again from the server"
+            f"the auxiliary model in {folder} has other weights than its configuration: {odd[0]} is"
+            f" {shapes.get(odd[0], 'missing')}, expected {expected.get(odd[0], 'none')}; get the"
+            " folder again from the server"
         )
     if sum(buffer.numel() * buffer.element_size() for buffer in hollow.buffers()) > MOST_BUFFERS:
         raise AuxiliaryError(
-            f"the auxiliary model in {folder} asks for more memory beside its weights than {MOST_BUFFERS >> 20} MiB: get the folder again from the server"
+            f"the auxiliary model in {folder} asks for more memory beside its weights than"
+            f" {MOST_BUFFERS >> 20} MiB: get the folder again from the server"
         )
 
 
 def planned_config(config: Any, plan: LayerPlan) -> Any:
-    """The global model's configuration with the plan's depth, and at each depth what it says of the source: every list with an entry for each layer.
+    """The global model's configuration with the plan's depth, and at each depth what it says of the
+    source: every list with an entry for each layer.
 
     Raises:
         AuxiliaryError: the family has no such form.
@@ -366,14 +544,22 @@ def planned_config(config: Any, plan: LayerPlan) -> Any:
         text.decoder_layers = plan.depth
     text.num_hidden_layers = plan.depth
     try:
-        values = {key: value for key, value in json.loads(config.to_json_string()).items() if key in known_keys(type(config))}
+        values = {
+            key: value
+            for key, value in json.loads(config.to_json_string()).items()
+            if key in known_keys(type(config))
+        }
         return type(config).from_dict(values)  # as whoever gets the package reads it
     except Exception as error:  # a configuration's own checks raise what they like
-        raise AuxiliaryError(f"auxiliary.plan: a {config.model_type} model has no form with the layers {list(plan.sources)}: {first_line(error)}") from error
+        raise AuxiliaryError(
+            f"auxiliary.plan: a {config.model_type} model has no form with the layers"
+            f" {list(plan.sources)}: {first_line(error)}"
+        ) from error
 
 
 def empty_auxiliary(config: Any, plan: LayerPlan) -> Any:
-    """A model of the plan's depth, one block per depth with its own layer index, parameters shared as the plan says."""
+    """A model of the plan's depth, one block per depth with its own layer index, parameters shared
+    as the plan says."""
     with torch.random.fork_rng(devices=[]):
         model = empty_model(config)
     blocks = _blocks(model, plan, "the auxiliary model")
@@ -382,7 +568,10 @@ def empty_auxiliary(config: Any, plan: LayerPlan) -> Any:
         if first[group] != depth:
             other = difference(blocks[first[group]], blocks[depth])
             if other:
-                raise AuxiliaryError(f"auxiliary.plan: depths {first[group]} and {depth} cannot share a layer: {other}; choose layers of one kind")
+                raise AuxiliaryError(
+                    f"auxiliary.plan: depths {first[group]} and {depth} cannot share a layer:"
+                    f" {other}; choose layers of one kind"
+                )
             _share(blocks[first[group]], blocks[depth])
     return model
 
@@ -399,24 +588,37 @@ def _share(source: nn.Module, target: nn.Module) -> None:
 
 
 def disclosed_share(auxiliary: PromptedLM, model: PromptedLM) -> float:
-    """The share of the global model's parameters that stand bit for bit in the auxiliary, each global tensor compared with each of its shape."""
+    """The share of the global model's parameters that stand bit for bit in the auxiliary, each
+    global tensor compared with each of its shape."""
     return _share_of(auxiliary, model, lambda tensor, other: int((tensor == other).sum()))
 
 
 def nearly_disclosed_share(auxiliary: PromptedLM, model: PromptedLM, tolerance: float) -> float:
-    """The share of the global model's parameters in tensors that a tensor of the auxiliary comes near: their distance is at most `tolerance` times the
-    length of the global one."""
+    """The share of the global model's parameters in tensors that a tensor of the auxiliary comes
+    near: their distance is at most `tolerance` times the length of the global one."""
 
     def near(tensor: torch.Tensor, other: torch.Tensor) -> int:
-        return tensor.numel() if float((tensor - other).norm()) <= tolerance * float(tensor.norm()) else int((tensor == other).sum())
+        return (
+            tensor.numel()
+            if float((tensor - other).norm()) <= tolerance * float(tensor.norm())
+            else int((tensor == other).sum())
+        )
 
     return _share_of(auxiliary, model, near)
 
 
-def _share_of(auxiliary: PromptedLM, model: PromptedLM, count: Callable[[torch.Tensor, torch.Tensor], int]) -> float:
+def _share_of(
+    auxiliary: PromptedLM, model: PromptedLM, count: Callable[[torch.Tensor, torch.Tensor], int]
+) -> float:
     held: dict[tuple[int, ...], list[torch.Tensor]] = {}
     for parameter in trainable(auxiliary.model).values():
         held.setdefault(tuple(parameter.shape), []).append(parameter.detach())
     parameters = trainable(model.model)
-    disclosed = sum(max((count(tensor.detach(), other) for other in held.get(tuple(tensor.shape), [])), default=0) for tensor in parameters.values())
+    disclosed = sum(
+        max(
+            (count(tensor.detach(), other) for other in held.get(tuple(tensor.shape), [])),
+            default=0,
+        )
+        for tensor in parameters.values()
+    )
     return disclosed / sum(tensor.numel() for tensor in parameters.values())

@@ -1,4 +1,5 @@
-"""The blocks of a Hugging Face model: where they stand and compute, what goes into them, and the caches that they read and write."""
+"""The blocks of a Hugging Face model: where they stand and compute, what goes into them, and the
+caches that they read and write."""
 
 from __future__ import annotations
 
@@ -21,15 +22,17 @@ from fedsp.errors import ModelError
 
 @dataclass(frozen=True)
 class Switch:
-    """Where a model's rotations change with the longest position of a call: above `positions`, once, or again with `every_length`."""
+    """Where a model's rotations change with the longest position of a call: above `positions`,
+    once, or again with `every_length`."""
 
     positions: int
     every_length: bool
 
 
 def rotation_switch(config: PretrainedConfig) -> Switch | None:
-    """The switch that a configuration names: `longrope` takes other frequencies above its original length (Ding et al., LongRoPE, ICML 2024,
-    https://arxiv.org/abs/2402.13753), `dynamic` ones for every length above it."""
+    """The switch that a configuration names: `longrope` takes other frequencies above its original
+    length (Ding et al., LongRoPE, ICML 2024, https://arxiv.org/abs/2402.13753), `dynamic` ones for
+    every length above it."""
     text = config.get_text_config()
     named = getattr(text, "rope_parameters", None) or {}
     found = []
@@ -37,7 +40,11 @@ def rotation_switch(config: PretrainedConfig) -> Switch | None:
         if rope.get("rope_type") == "dynamic":
             found.append(Switch(int(text.max_position_embeddings), True))
         elif rope.get("rope_type") == "longrope":
-            length = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings
+            length = (
+                rope.get("original_max_position_embeddings")
+                or getattr(text, "original_max_position_embeddings", None)
+                or text.max_position_embeddings
+            )
             found.append(Switch(int(length), False))
     return min(found, key=lambda switch: switch.positions) if found else None
 
@@ -55,23 +62,36 @@ class CapturingCache(Cache):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         raise Captured(key_states, value_states)
 
 
 class FixedLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values that are read, and never added to: a step may read them twice."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat(
+            [self.values, value_states], dim=-2
+        )
 
 
 def find_backbone(model: PreTrainedModel) -> tuple[str, nn.Module]:
-    """The part of a causal language model that computes its last hidden states, and its path; the model itself (path "") where it has no such part."""
+    """The part of a causal language model that computes its last hidden states, and its path; the
+    model itself (path "") where it has no such part."""
     decoder = model.get_decoder()
-    parts = [decoder] if isinstance(decoder, PreTrainedModel) and decoder is not model else list(model.children())
+    parts = (
+        [decoder]
+        if isinstance(decoder, PreTrainedModel) and decoder is not model
+        else list(model.children())
+    )
     found = next((part for part in parts if isinstance(part, PreTrainedModel)), model)
-    return next(((path, module) for path, module in model.named_modules() if module is found), ("", model))
+    return next(
+        ((path, module) for path, module in model.named_modules() if module is found), ("", model)
+    )
 
 
 def find_blocks(model: PreTrainedModel, layers: int, name: str) -> tuple[str, nn.ModuleList]:
@@ -83,7 +103,9 @@ def find_blocks(model: PreTrainedModel, layers: int, name: str) -> tuple[str, nn
     for path, module in find_backbone(model)[1].named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return path, module
-    raise ModelError(f"{name} has no list of {layers} blocks, so fedsp cannot tell its layers apart")
+    raise ModelError(
+        f"{name} has no list of {layers} blocks, so fedsp cannot tell its layers apart"
+    )
 
 
 NO_SETTING = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number)$|^training$")
@@ -91,15 +113,29 @@ NO_SETTING = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number)$|^training$"
 
 
 def difference(one: nn.Module, other: nn.Module) -> str | None:
-    """In what two blocks are of different kinds, or None: their modules, the shapes of their weights, and every setting that they keep."""
-    for (path, module), (other_path, beside) in zip_longest(one.named_modules(), other.named_modules(), fillvalue=("", None)):
-        if module is None or beside is None or path != other_path or type(module) is not type(beside):
+    """In what two blocks are of different kinds, or None: their modules, the shapes of their
+    weights, and every setting that they keep."""
+    for (path, module), (other_path, beside) in zip_longest(
+        one.named_modules(), other.named_modules(), fillvalue=("", None)
+    ):
+        if (
+            module is None
+            or beside is None
+            or path != other_path
+            or type(module) is not type(beside)
+        ):
             where = path if module is not None else other_path
-            return f"{where or 'the block'} is {_kind(module)} in the one and {_kind(beside)} in the other"
+            return (
+                f"{where or 'the block'} is {_kind(module)} in the one and {_kind(beside)} in the"
+                " other"
+            )
         settings, others = _settings(module), _settings(beside)
         for key in sorted(settings.keys() | others.keys()):
             if settings.get(key) != others.get(key):
-                return f"{path + '.' if path else ''}{key} is {settings.get(key)!r} in the one and {others.get(key)!r} in the other"
+                return (
+                    f"{path + '.' if path else ''}{key} is {settings.get(key)!r} in the one and"
+                    f" {others.get(key)!r} in the other"
+                )
     return None
 
 
@@ -108,13 +144,28 @@ def _kind(module: nn.Module | None) -> str:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str | NoneType)}
-    tensors = {key: tuple(value.shape) for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
-    return {key: value for key, value in plain.items() if not key.startswith("_") and not NO_SETTING.search(key)} | tensors
+    plain = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str | NoneType)
+    }
+    tensors = {
+        key: tuple(value.shape)
+        for key, value in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]
+    }
+    return {
+        key: value
+        for key, value in plain.items()
+        if not key.startswith("_") and not NO_SETTING.search(key)
+    } | tensors
 
 
 def fused(model: PreTrainedModel) -> PreTrainedModel:
-    """GPT-2's own form of GELU in eight operations, which keep eight tensors for the backward pass, as the one operation that it is."""
+    """GPT-2's own form of GELU in eight operations, which keep eight tensors for the backward pass,
+    as the one operation that it is."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -123,10 +174,14 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def runs_on(module: nn.Module, parameter: Tensor) -> torch.device:
-    """Where a module computes: where its weights are, or, where accelerate brings them from elsewhere, where to."""
+    """Where a module computes: where its weights are, or, where accelerate brings them from
+    elsewhere, where to."""
     if parameter.device.type != "meta":
         return parameter.device
-    places = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in module.modules())
+    places = (
+        getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        for part in module.modules()
+    )
     found = next((place for place in places if place is not None), None)
     return parameter.device if found is None else torch.device(found)
 
@@ -139,7 +194,8 @@ def hidden_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def hooked(blocks: nn.ModuleList, record: Callable[..., object]) -> Iterator[None]:
-    """Call `record(module, arguments, named arguments)` before each block for as long as the context lasts."""
+    """Call `record(module, arguments, named arguments)` before each block for as long as the
+    context lasts."""
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         record(module, arguments, named)

@@ -1,4 +1,5 @@
-"""Where models and tokenizers come from, a hub name, a folder, or a configuration alone; and in what precision their frozen weights are held."""
+"""Where models and tokenizers come from, a hub name, a folder, or a configuration alone; and in
+what precision their frozen weights are held."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from fedsp.data.encoding import Tokenizer
@@ -24,14 +31,16 @@ from fedsp.models.prompted_lm import Positions, PromptedLM
 from fedsp.storage import room_for_large_files
 
 Precision = Literal["auto", "float32", "bfloat16", "8bit", "4bit"]
-"""Of frozen weights; prompts, gradients and optimizer state are float32 always. `8bit` is LLM.int8 (Dettmers et al., NeurIPS 2022,
-https://arxiv.org/abs/2208.07339), `4bit` NF4 (Dettmers et al., NeurIPS 2023, https://arxiv.org/abs/2305.14314), both of bitsandbytes."""
+"""Of frozen weights; prompts, gradients and optimizer state are float32 always. `8bit` is LLM.int8
+(Dettmers et al., NeurIPS 2022, https://arxiv.org/abs/2208.07339), `4bit` NF4 (Dettmers et al.,
+NeurIPS 2023, https://arxiv.org/abs/2305.14314), both of bitsandbytes."""
 
 NF4_BLOCK = 64
 """Weights that share a scale in `4bit`."""
 
 SPLIT = "split"
-"""A device that is all devices: layers are spread over GPUs, then memory, then the disk, by accelerate."""
+"""A device that is all devices: layers are spread over GPUs, then memory, then the disk, by
+accelerate."""
 
 
 def choose_device(device: str) -> torch.device:
@@ -40,23 +49,43 @@ def choose_device(device: str) -> torch.device:
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"model.device = {device!r} cannot be used on this machine ({first_line(error)}): choose auto, cpu, cuda, mps or split") from error
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+            raise ModelError(
+                f"model.device = {device!r} cannot be used on this machine ({first_line(error)}):"
+                " choose auto, cpu, cuda, mps or split"
+            ) from error
+    return torch.device(
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
 
 
-def load_model(name: str, *, device: str = "auto", positions: Positions = "hugging_face", precision: Precision = "auto") -> PromptedLM:
-    """A causal LM by hub name or folder, frozen. `auto` is bfloat16 on CUDA and float32 elsewhere; where weights are rounded to 8 or 4 bits, so is what
-    stays beside them.
+def load_model(
+    name: str,
+    *,
+    device: str = "auto",
+    positions: Positions = "hugging_face",
+    precision: Precision = "auto",
+) -> PromptedLM:
+    """A causal LM by hub name or folder, frozen. `auto` is bfloat16 on CUDA and float32 elsewhere;
+    where weights are rounded to 8 or 4 bits, so is what stays beside them.
 
     Raises:
-        ModelError: nothing of that name can be loaded, the model cannot carry a soft prompt, or a library that the device or the precision needs is missing.
+        ModelError: nothing of that name can be loaded, the model cannot carry a soft prompt, or a
+            library that the device or the precision needs is missing.
     """
     where, few_bits = choose_device(device), precision in ("8bit", "4bit")
     _require(("accelerate",) if device == SPLIT else (), f"model.device = {device!r}")
     _require(("accelerate", "bitsandbytes") if few_bits else (), f"model.precision = {precision!r}")
     read_model_config(name)
     half = precision == "bfloat16" or (precision != "float32" and where.type == "cuda")
-    placed: dict[str, Any] = {"device_map": "auto" if device == SPLIT else {"": where}} if device == SPLIT or few_bits else {}
+    placed: dict[str, Any] = (
+        {"device_map": "auto" if device == SPLIT else {"": where}}
+        if device == SPLIT or few_bits
+        else {}
+    )
     if few_bits:
         placed["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=precision == "8bit",
@@ -64,18 +93,27 @@ def load_model(name: str, *, device: str = "auto", positions: Positions = "huggi
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32,
         )
-    offloaded = tempfile.TemporaryDirectory(prefix="fedsp-offloaded-", dir=room_for_large_files()) if device == SPLIT else None
+    offloaded = (
+        tempfile.TemporaryDirectory(prefix="fedsp-offloaded-", dir=room_for_large_files())
+        if device == SPLIT
+        else None
+    )
     if offloaded:
         placed["offload_folder"] = offloaded.name
     try:
         dtype = torch.bfloat16 if half else torch.float32
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **placed)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **placed
+        )
     except Exception as error:  # whatever a family's own code raises
-        raise ModelError(f"cannot load the weights of the model {name!r}: {first_line(error)}") from error
+        raise ModelError(
+            f"cannot load the weights of the model {name!r}: {first_line(error)}"
+        ) from error
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(
-            f"the model {name!r} lacks {len(missing)} of its weights, {missing[0]} the first: they would be random; get it whole, or as a causal language model"
+            f"the model {name!r} lacks {len(missing)} of its weights, {missing[0]} the first: they"
+            " would be random; get it whole, or as a causal language model"
         )
     if offloaded:
         weakref.finalize(model, offloaded.cleanup)
@@ -85,15 +123,18 @@ def load_model(name: str, *, device: str = "auto", positions: Positions = "huggi
 
 
 def reduce_precision(model: PromptedLM, precision: Precision, key: str) -> None:
-    """Hold the frozen weights of a model that is in place with fewer bits: all of them in bfloat16, or the linear layers of its blocks in 8 or 4 bits.
-    Depths that share a weight go on sharing it. `key` is where the precision was asked for.
+    """Hold the frozen weights of a model that is in place with fewer bits: all of them in bfloat16,
+    or the linear layers of its blocks in 8 or 4 bits. Depths that share a weight go on sharing it.
+    `key` is where the precision was asked for.
 
     Raises:
         ModelError: bitsandbytes is missing.
     """
     model.together = None
     if precision == "bfloat16":
-        for parameter in model.model.parameters():  # and not its buffers: rotations by position need their digits
+        for parameter in (
+            model.model.parameters()
+        ):  # and not its buffers: rotations by position need their digits
             parameter.data = parameter.data.bfloat16()
     if precision not in ("8bit", "4bit"):
         return
@@ -110,28 +151,42 @@ def reduce_precision(model: PromptedLM, precision: Precision, key: str) -> None:
 
 def in_few_bits(model: PromptedLM) -> bool:
     """Whether its linear layers are bitsandbytes' own."""
-    return any(type(module).__module__.startswith("bitsandbytes") for module in model.model.modules())
+    return any(
+        type(module).__module__.startswith("bitsandbytes") for module in model.model.modules()
+    )
 
 
 def _in_few_bits(linear: nn.Module, precision: Precision) -> nn.Module:
     import bitsandbytes
 
     assert isinstance(linear.weight, nn.Parameter)
-    weight = (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).detach().cpu().contiguous()
+    weight = (
+        (linear.weight.T if isinstance(linear, Conv1D) else linear.weight)
+        .detach()
+        .cpu()
+        .contiguous()
+    )
     wide, bias = (weight.shape[1], weight.shape[0]), linear.bias
     if precision == "8bit":
-        made: nn.Module = bitsandbytes.nn.Linear8bitLt(*wide, bias=bias is not None, has_fp16_weights=False, threshold=6.0)
-        made.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        made: nn.Module = bitsandbytes.nn.Linear8bitLt(
+            *wide, bias=bias is not None, has_fp16_weights=False, threshold=6.0
+        )
+        made.weight = bitsandbytes.nn.Int8Params(
+            weight, requires_grad=False, has_fp16_weights=False
+        )
     else:
-        made = bitsandbytes.nn.Linear4bit(*wide, bias=bias is not None, compute_dtype=linear.weight.dtype, quant_type="nf4")
+        made = bitsandbytes.nn.Linear4bit(
+            *wide, bias=bias is not None, compute_dtype=linear.weight.dtype, quant_type="nf4"
+        )
         made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
     made.bias = bias
     return made.eval()
 
 
 def _mend_4bit(model: nn.Module, key: str) -> None:
-    """On a CPU bitsandbytes packs 4-bit weights for inference as soon as nothing asks for a gradient, and from then on lets none through; and it reads
-    weights wrong whose rows are not whole blocks.
+    """On a CPU bitsandbytes packs 4-bit weights for inference as soon as nothing asks for a
+    gradient, and from then on lets none through; and it reads weights wrong whose rows are not
+    whole blocks.
 
     Raises:
         ModelError: the model has such rows.
@@ -141,14 +196,17 @@ def _mend_4bit(model: nn.Module, key: str) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  not an attribute of every module
             if module.in_features % NF4_BLOCK:
                 raise ModelError(
-                    f"{key} = '4bit': the layer {name} has {module.in_features} inputs, and bitsandbytes needs a multiple of {NF4_BLOCK}; take 8bit or bfloat16"
+                    f"{key} = '4bit': the layer {name} has {module.in_features} inputs, and"
+                    f" bitsandbytes needs a multiple of {NF4_BLOCK}; take 8bit or bfloat16"
                 )
 
 
 def _require(libraries: tuple[str, ...], what: str) -> None:
     missing = [library for library in libraries if find_spec(library) is None]
     if missing:
-        raise ModelError(f"{missing[0]} is not installed: {what} needs `pip install 'fedsp[large]'`")
+        raise ModelError(
+            f"{missing[0]} is not installed: {what} needs `pip install 'fedsp[large]'`"
+        )
 
 
 def read_model_config(name: str) -> Any:
@@ -162,14 +220,20 @@ def read_model_config(name: str) -> Any:
     except Exception as error:  # a configuration's own checks raise what they like
         raise ModelError(_not_loaded(name, error)) from error
     if config.is_encoder_decoder:
-        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}): fedsp tunes causal language models")
+        raise ModelError(
+            f"{name} is an encoder-decoder ({config.model_type}): fedsp tunes causal language"
+            " models"
+        )
     return config
 
 
 def _not_loaded(name: str, error: Exception) -> str:
     if os.path.isdir(name):  # noqa: PTH112  a hub name is no path
         return f"cannot load the model in the folder {name!r}: {first_line(error)}"
-    return f"cannot load the model {name!r}: it is neither a folder with a model nor a name that the hub answers to ({first_line(error)})"
+    return (
+        f"cannot load the model {name!r}: it is neither a folder with a model nor a name that the"
+        f" hub answers to ({first_line(error)})"
+    )
 
 
 def require_vocabulary(model: PromptedLM, tokenizer: Tokenizer) -> None:
@@ -178,9 +242,15 @@ def require_vocabulary(model: PromptedLM, tokenizer: Tokenizer) -> None:
     Raises:
         ModelError: it has not; the message has both sizes.
     """
-    tokens, embeddings = 1 + max(tokenizer.get_vocab().values(), default=0), model.model.get_input_embeddings().num_embeddings
+    tokens, embeddings = (
+        1 + max(tokenizer.get_vocab().values(), default=0),
+        model.model.get_input_embeddings().num_embeddings,
+    )
     if tokens > embeddings:
-        raise ModelError(f"{model.name} has embeddings of {embeddings} tokens, its tokenizer makes {tokens}: they do not belong together")
+        raise ModelError(
+            f"{model.name} has embeddings of {embeddings} tokens, its tokenizer makes {tokens}:"
+            " they do not belong together"
+        )
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -197,33 +267,56 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def known_keys(kind: type[Any]) -> set[str]:
-    """The keys that the configuration of a family has: those it is made of, those it derives, and their other names. Nothing that names code, kernels or another
-    form of the weights is among them."""
-    named = set(inspect.signature(kind.__init__).parameters).union(*(getattr(base, "__annotations__", {}) for base in kind.__mro__), kind.attribute_map)
+    """The keys that the configuration of a family has: those it is made of, those it derives, and
+    their other names. Nothing that names code, kernels or another form of the weights is among
+    them."""
+    named = set(inspect.signature(kind.__init__).parameters).union(
+        *(getattr(base, "__annotations__", {}) for base in kind.__mro__), kind.attribute_map
+    )
     with contextlib.suppress(Exception):  # a configuration that has no default form
         named |= set(kind().to_dict())
-    return {key for key in named if not re.search("auto_map|implementation|quantization|_plan$|^self$|kwargs", key)}
+    return {
+        key
+        for key in named
+        if not re.search("auto_map|implementation|quantization|_plan$|^self$|kwargs", key)
+    }
 
 
 def empty_model(config: Any) -> PreTrainedModel:
-    """A model of this configuration on torch's default device, its weights as its family draws them.
+    """A model of this configuration on torch's default device, its weights as its family draws
+    them.
 
     Raises:
         ModelError: the family cannot be built from it.
     """
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     except Exception as error:  # whatever a family's own code raises
-        raise ModelError(f"a model of the type {config.model_type!r} cannot be built from its configuration: {first_line(error)}") from error
+        raise ModelError(
+            f"a model of the type {config.model_type!r} cannot be built from its configuration:"
+            f" {first_line(error)}"
+        ) from error
     return model
 
 
-PROBE = "Which of these, if any, isn't 1,234.5\u00a0m tall?\n\tThe na\u00efve \u2014 \u4f60\u597d \U0001f642 --- answer:  two  "
+PROBE = (
+    "Which of these, if any, isn't 1,234.5\u00a0m tall?\n\tThe na\u00efve \u2014 \u4f60\u597d"
+    " \U0001f642 --- answer:  two  "
+)
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 of what a tokenizer does to text: its vocabulary, its merges where it has them, and the tokens of a probe."""
+    """SHA-256 of what a tokenizer does to text: its vocabulary, its merges where it has them, and
+    the tokens of a probe."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
-    content = [sorted(tokenizer.get_vocab().items()), merges, tokenizer.encode(PROBE), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    content = [
+        sorted(tokenizer.get_vocab().items()),
+        merges,
+        tokenizer.encode(PROBE),
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,4 +1,5 @@
-"""What travels: named float32 tensors, and their bytes. This is an allow-list: in FedSP it has one entry, the soft prompt."""
+"""What travels: named float32 tensors, and their bytes. This is an allow-list: in FedSP it has one
+entry, the soft prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from fedsp.errors import PayloadError
 
 Payload = dict[str, Tensor]
-"""Flat, on the CPU, float32, names sorted. In FedSP all that ever travels is {PROMPT: (P, L, 2, H, K) or (P, L, D)}; baselines send what they tune."""
+"""Flat, on the CPU, float32, names sorted. In FedSP all that ever travels is {PROMPT: (P, L, 2, H,
+K) or (P, L, D)}; baselines send what they tune."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,7 +25,12 @@ PROMPT = "prompt.values"
 
 def pack(payload: Payload) -> bytes:
     """The payload as safetensors bytes: what is counted as traffic, and what any engine sends."""
-    data: bytes = save({name: payload[name].detach().to("cpu", torch.float32).contiguous() for name in sorted(payload)})
+    data: bytes = save(
+        {
+            name: payload[name].detach().to("cpu", torch.float32).contiguous()
+            for name in sorted(payload)
+        }
+    )
     return data
 
 
@@ -45,25 +52,34 @@ def shapes_of(payload: Payload) -> dict[str, tuple[int, ...]]:
 
 
 def check(payload: Payload, shapes: Shapes) -> None:
-    """Hold a payload against what may travel: exactly these names, each of its shape, float32, every number finite.
+    """Hold a payload against what may travel: exactly these names, each of its shape, float32,
+    every number finite.
 
     Raises:
         PayloadError: anything else, with what was found and what was expected.
     """
     if sorted(payload) != sorted(shapes):
-        raise PayloadError(f"the payload names {_few(sorted(payload))}, expected exactly {_few(sorted(shapes))}")
+        raise PayloadError(
+            f"the payload names {_few(sorted(payload))}, expected exactly {_few(sorted(shapes))}"
+        )
     for name, values in payload.items():
         if tuple(values.shape) != tuple(shapes[name]):
-            raise PayloadError(f"{name} has shape {tuple(values.shape)}, expected {tuple(shapes[name])}")
+            raise PayloadError(
+                f"{name} has shape {tuple(values.shape)}, expected {tuple(shapes[name])}"
+            )
         if values.dtype != torch.float32:
             raise PayloadError(f"{name} is {values.dtype}, expected torch.float32")
-        if not math.isfinite(values.sum()) and (wrong := _not_finite(values)):  # the sum of large numbers may be infinite as well
+        if not math.isfinite(values.sum()) and (
+            wrong := _not_finite(values)
+        ):  # the sum of large numbers may be infinite as well
             raise PayloadError(f"{name} holds {wrong} numbers that are not finite")
 
 
 def _not_finite(values: Tensor) -> int:
     """Counted in parts: a payload may be large and may lie."""
-    return sum(int((~torch.isfinite(part)).sum()) for part in torch.split(values.flatten(), 1 << 16))
+    return sum(
+        int((~torch.isfinite(part)).sum()) for part in torch.split(values.flatten(), 1 << 16)
+    )
 
 
 def _few(names: list[str]) -> str:

@@ -1,10 +1,12 @@
 """A Hugging Face causal language model, read with or without a soft prompt.
 
-Notation: B batch, T tokens, P prompt length, L layers, H key/value heads, K head size, D hidden size, V vocabulary.
+Notation: B batch, T tokens, P prompt length, L layers, H key/value heads, K head size, D hidden
+size, V vocabulary.
 
-Nothing here is written for one family. What a family does before its blocks (positions, rotations, masks) is taken from the model's own
-forward; where the blocks live is found by their number; and what is assumed is tried out once when a model is loaded, so that a model
-that cannot carry a soft prompt is refused by name, with the reason.
+Nothing here is written for one family. What a family does before its blocks (positions, rotations,
+masks) is taken from the model's own forward; where the blocks live is found by their number; and
+what is assumed is tried out once when a model is loaded, so that a model that cannot carry a soft
+prompt is refused by name, with the reason.
 """
 
 from __future__ import annotations
@@ -25,12 +27,31 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from fedsp.data.batching import PackedBatch, Padded, pack, pack_branches
 from fedsp.errors import ModelError, first_line
-from fedsp.models.blocks import Captured, CapturingCache, FixedLayer, find_backbone, find_blocks, fused, hidden_of, hooked, rotation_switch, runs_on
+from fedsp.models.blocks import (
+    Captured,
+    CapturingCache,
+    FixedLayer,
+    find_backbone,
+    find_blocks,
+    fused,
+    hidden_of,
+    hooked,
+    rotation_switch,
+    runs_on,
+)
 from fedsp.models.trainable import trainable
 
 LONGEST_TREE = 2048
-LENGTH_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "max_sequence_length", "n_ctx")
-"""The names under which families keep the longest sequence that they were made for; the first that a configuration has counts."""
+LENGTH_LIMITS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_target_positions",
+    "max_sequence_length",
+    "n_ctx",
+)
+"""The names under which families keep the longest sequence that they were made for; the first that
+a configuration has counts."""
 Positions = Literal["hugging_face", "from_zero"]
 
 
@@ -44,19 +65,24 @@ class ModelShape:
     hidden: int
 
     def __str__(self) -> str:
-        return f"{self.layers} layers, {self.heads} key/value heads of {self.head_size}, hidden size {self.hidden}"
+        return (
+            f"{self.layers} layers, {self.heads} key/value heads of {self.head_size}, hidden size"
+            f" {self.hidden}"
+        )
 
 
 class PromptedLM(nn.Module):
     """A causal LM that reads a prefix of keys and values (P, L, 2, H, K) at every layer, or none.
 
-    `prompt_layers` says, for each depth of this model, which layer of the soft prompt it reads, and `prompt_shape` what model the prompt is
-    made for: the identity and this very model, unless it is an auxiliary one.
+    `prompt_layers` says, for each depth of this model, which layer of the soft prompt it reads, and
+    `prompt_shape` what model the prompt is made for: the identity and this very model, unless it is
+    an auxiliary one.
 
     Raises:
-        ModelError: the model has no key/value cache, keeps more than that, is an encoder-decoder, has several key/value shapes, takes no positions from
-            outside, computes its logits from something else than the last hidden states, or reads a text otherwise behind the keys and values of its beginning;
-            or `positions` "from_zero" would change nothing in it.
+        ModelError: the model has no key/value cache, keeps more than that, is an encoder-decoder,
+            has several key/value shapes, takes no positions from outside, computes its logits from
+            something else than the last hidden states, or reads a text otherwise behind the keys
+            and values of its beginning; or `positions` "from_zero" would change nothing in it.
     """
 
     def __init__(
@@ -73,27 +99,38 @@ class PromptedLM(nn.Module):
         self.name = name
         self.positions: Positions = positions
         self.recompute = False
-        """Whether a step keeps only the inputs of each block, and computes the rest of its activations again in the backward pass."""
+        """Whether a step keeps only the inputs of each block, and computes the rest of its
+        activations again in the backward pass."""
         self.path_of_backbone, self.backbone = find_backbone(model)
         self.head = model.get_output_embeddings()
         self._first = (next(model.parameters()),)  # in a tuple, so that it is not this module's own
         self.together: int | None = None
-        """How many examples may go through it together where each is promised something of its own; None until that was tried out."""
+        """How many examples may go through it together where each is promised something of its own;
+        None until that was tried out."""
         self.largest_difference: float | None = None
-        """By which share of its length neighbours changed an example's gradient at most when it was; None until then."""
+        """By which share of its length neighbours changed an example's gradient at most when it
+        was; None until then."""
         self._output: Any = None
         self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._plain_calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.switch = rotation_switch(model.config)
-        """The longest call, in positions, up to which rotations do not depend on how long it is; None where they never do."""
+        """The longest call, in positions, up to which rotations do not depend on how long it is;
+        None where they never do."""
         layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
         if layers is None:
-            raise ModelError(f"{name} ({model.config.model_type}) does not say how many layers it has, so fedsp cannot tell them apart")
+            raise ModelError(
+                f"{name} ({model.config.model_type}) does not say how many layers it has, so fedsp"
+                " cannot tell them apart"
+            )
         self.path_of_blocks, self.blocks = find_blocks(model, layers, name)
-        self._reads_another_s_prompt = prompt_shape is not None  # an auxiliary model's positions are the global one's affair
+        self._reads_another_s_prompt = (
+            prompt_shape is not None
+        )  # an auxiliary model's positions are the global one's affair
         self.shape = self._admitted()
         self.prompt_shape = prompt_shape or self.shape
-        self.prompt_layers = tuple(prompt_layers if prompt_layers is not None else range(self.shape.layers))
+        self.prompt_layers = tuple(
+            prompt_layers if prompt_layers is not None else range(self.shape.layers)
+        )
 
     def trained(self) -> dict[str, nn.Parameter]:
         """All parameters by name, each once even if several layers share it."""
@@ -111,56 +148,95 @@ class PromptedLM(nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence the model was made for, prompt included under the Hugging Face positions."""
+        """The longest sequence the model was made for, prompt included under the Hugging Face
+        positions."""
         text = self.model.config.get_text_config()
         limits = [getattr(text, name, None) for name in LENGTH_LIMITS]
-        longest = next((limit for limit in limits if isinstance(limit, int) and limit > 0), 1_000_000)
-        return min(longest, self.switch.positions) if self.switch is not None and self.switch.every_length else longest
+        longest = next(
+            (limit for limit in limits if isinstance(limit, int) and limit > 0), 1_000_000
+        )
+        return (
+            min(longest, self.switch.positions)
+            if self.switch is not None and self.switch.every_length
+            else longest
+        )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
-        """Last hidden states (B, T, D), after the final norm, of right-padded tokens (B, T) behind a prefix (P, L, 2, H, K) or
-        one prefix per example (B, P, L, 2, H, K).
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states (B, T, D), after the final norm, of right-padded tokens (B, T) behind
+        a prefix (P, L, 2, H, K) or one prefix per example (B, P, L, 2, H, K).
 
-        Rows behind one prefix are read side by side where that saves padding and the model has `room_for_trees`; what stands at padding means nothing.
+        Rows behind one prefix are read side by side where that saves padding and the model has
+        `room_for_trees`; what stands at padding means nothing.
         """
-        if attention_mask is not None and (prefix is None or prefix.dim() == 5) and not attention_mask.all():
+        if (
+            attention_mask is not None
+            and (prefix is None or prefix.dim() == 5)
+            and not attention_mask.all()
+        ):
             room = self.packs_branches - length_of(prefix)
             if room >= input_ids.shape[1]:
-                packed, cells = pack(Padded(input_ids, attention_mask), weight=6 * self.shape.hidden, room=room)
+                packed, cells = pack(
+                    Padded(input_ids, attention_mask), weight=6 * self.shape.hidden, room=room
+                )
                 return self.read_branches(packed, prefix).flatten(0, 1)[cells]
         return self.read_padded(input_ids, attention_mask, prefix)
 
-    def read_padded(self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
+    def read_padded(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None
+    ) -> Tensor:
         """The same, each row by itself."""
-        (hidden,) = self.read_apart(lambda *call: [self._read(*call)], input_ids, attention_mask, prefix)
+        (hidden,) = self.read_apart(
+            lambda *call: [self._read(*call)], input_ids, attention_mask, prefix
+        )
         return hidden
 
     def read_apart(
-        self, read: Callable[[Tensor, Tensor | None, Tensor | None], list[Tensor]], input_ids: Tensor, attention_mask: Tensor | None, prefix: Tensor | None
+        self,
+        read: Callable[[Tensor, Tensor | None, Tensor | None], list[Tensor]],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prefix: Tensor | None,
     ) -> list[Tensor]:
-        """What `read` makes of tokens, mask and prefix, tensors (B, T, D), with rows apart that may not share a call."""
+        """What `read` makes of tokens, mask and prefix, tensors (B, T, D), with rows apart that may
+        not share a call."""
         groups = self._rows_read_together(attention_mask, prefix)
         if groups is None:
             return read(input_ids, attention_mask, prefix)
         assert attention_mask is not None
         whole: list[Tensor] = []
         for rows, width in groups:
-            part = read(input_ids[rows, :width], attention_mask[rows, :width], prefix if prefix is None or prefix.dim() == 5 else prefix[rows])
+            part = read(
+                input_ids[rows, :width],
+                attention_mask[rows, :width],
+                prefix if prefix is None or prefix.dim() == 5 else prefix[rows],
+            )
             whole = whole or [found.new_zeros(*input_ids.shape, found.shape[-1]) for found in part]
             for state, found in zip(whole, part, strict=True):
                 state[rows.to(state.device), :width] = found
         return whole
 
-    def _rows_read_together(self, attention_mask: Tensor | None, prefix: Tensor | None) -> list[tuple[Tensor, int]] | None:
-        """The rows of a padded batch (B, T) that may share a call, and their longest length; None where all of them may. A rotation that changes with the longest
-        position of a call would let a long row change the short ones."""
+    def _rows_read_together(
+        self, attention_mask: Tensor | None, prefix: Tensor | None
+    ) -> list[tuple[Tensor, int]] | None:
+        """The rows of a padded batch (B, T) that may share a call, and their longest length; None
+        where all of them may. A rotation that changes with the longest position of a call would let
+        a long row change the short ones."""
         if self.switch is None or attention_mask is None:
             return None
         lengths = attention_mask.sum(dim=1)
         long = lengths + self.first_position(prefix) > self.switch.positions
-        if long.all() or self.first_position(prefix) + attention_mask.shape[1] <= self.switch.positions:
+        if (
+            long.all()
+            or self.first_position(prefix) + attention_mask.shape[1] <= self.switch.positions
+        ):
             return None
-        return [(rows, int(lengths[rows].max())) for rows in ((~long).nonzero()[:, 0], long.nonzero()[:, 0]) if len(rows)]
+        return [
+            (rows, int(lengths[rows].max()))
+            for rows in ((~long).nonzero()[:, 0], long.nonzero()[:, 0])
+            if len(rows)
+        ]
 
     def first_position(self, prefix: Tensor | None) -> int:
         """The position of the first token behind a prefix."""
@@ -175,14 +251,21 @@ class PromptedLM(nn.Module):
         return length if self.positions == "hugging_face" else 0
 
     def rotated_alike(self, one: int, other: int) -> bool:
-        """Whether calls that reach so many positions rotate alike, so that what the one has cached serves the other."""
-        return self.switch is None or (one > self.switch.positions) == (other > self.switch.positions)
+        """Whether calls that reach so many positions rotate alike, so that what the one has cached
+        serves the other."""
+        return self.switch is None or (one > self.switch.positions) == (
+            other > self.switch.positions
+        )
 
-    def _read(self, input_ids: Tensor, attention_mask: Tensor | None, prefix: Tensor | None) -> Tensor:
+    def _read(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prefix: Tensor | None
+    ) -> Tensor:
         batch, tokens = input_ids.shape
         length = length_of(prefix)
         if length and attention_mask is not None:
-            attention_mask = torch.cat([attention_mask.new_ones(batch, length), attention_mask], dim=1)
+            attention_mask = torch.cat(
+                [attention_mask.new_ones(batch, length), attention_mask], dim=1
+            )
         start = self.first_position(prefix)
         position_ids = torch.arange(start, start + tokens, device=input_ids.device)[None]
         with self._recomputing():
@@ -196,34 +279,57 @@ class PromptedLM(nn.Module):
         hidden: Tensor = output.last_hidden_state.to(self.device)
         return hidden
 
-    def continue_from(self, contexts: Tensor, tails: Padded, rows: Tensor, prefix: Tensor | None) -> Tensor:
-        """Last hidden states (N, T, D) of N right-padded tails, the n-th behind context `rows[n]` of contexts (C, W); each context is read once, with a cache.
+    def continue_from(
+        self, contexts: Tensor, tails: Padded, rows: Tensor, prefix: Tensor | None
+    ) -> Tensor:
+        """Last hidden states (N, T, D) of N right-padded tails, the n-th behind context `rows[n]`
+        of contexts (C, W); each context is read once, with a cache.
 
-        Contexts are of one length: padding between a context and its tail would count as distance in models that measure it by place in the row.
+        Contexts are of one length: padding between a context and its tail would count as distance
+        in models that measure it by place in the row.
         """
         count, width = contexts.shape
         length, start = length_of(prefix), self.first_position(prefix)
         cache = DynamicCache() if prefix is None else self.cache(prefix, count)
         before = contexts.new_ones(count, length + width)
-        positions = torch.arange(start, start + width + tails.ids.shape[1], device=self.device)[None]
-        self.backbone(input_ids=contexts, attention_mask=before, position_ids=positions[:, :width], past_key_values=cache, use_cache=True)
+        positions = torch.arange(start, start + width + tails.ids.shape[1], device=self.device)[
+            None
+        ]
+        self.backbone(
+            input_ids=contexts,
+            attention_mask=before,
+            position_ids=positions[:, :width],
+            past_key_values=cache,
+            use_cache=True,
+        )
         cache.batch_select_indices(rows)
         mask = torch.cat([before[rows], tails.mask], dim=1)
-        output = self.backbone(input_ids=tails.ids, attention_mask=mask, position_ids=positions[:, width:], past_key_values=cache, use_cache=True)
+        output = self.backbone(
+            input_ids=tails.ids,
+            attention_mask=mask,
+            position_ids=positions[:, width:],
+            past_key_values=cache,
+            use_cache=True,
+        )
         hidden: Tensor = output.last_hidden_state.to(self.device)
         return hidden
 
     def read_branches(self, packed: PackedBatch, prefix: Tensor | None) -> Tensor:
-        """Last hidden states (B, T, D) of trees: each token sees the prefix, its row's context, and of its own branch what stands before it."""
+        """Last hidden states (B, T, D) of trees: each token sees the prefix, its row's context, and
+        of its own branch what stands before it."""
         length = length_of(prefix)
         batch, width = packed.ids.shape
         before = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-        own = (packed.branches[:, None, :] == 0) | (packed.branches[:, None, :] == packed.branches[:, :, None])  # (B, T, T)
+        own = (packed.branches[:, None, :] == 0) | (
+            packed.branches[:, None, :] == packed.branches[:, :, None]
+        )  # (B, T, T)
         seen = torch.cat([before.new_ones(batch, width, length), before & own], dim=2)[:, None]
         with self._recomputing():
             output = self.backbone(
                 input_ids=packed.ids,
-                attention_mask=torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, torch.finfo(self.dtype).min),
+                attention_mask=torch.zeros(
+                    seen.shape, dtype=self.dtype, device=self.device
+                ).masked_fill(~seen, torch.finfo(self.dtype).min),
                 position_ids=packed.positions + self.first_position(prefix),
                 past_key_values=None if prefix is None else self.cache(prefix, batch, FixedLayer),
                 use_cache=prefix is not None,
@@ -233,25 +339,41 @@ class PromptedLM(nn.Module):
 
     @cached_property
     def packs_branches(self) -> int:
-        """Keys, the prefix among them, up to which a mask of one's own does what the model's own masks do: any window that its configuration names; 0 where it
-        takes none at all. Longer ones than LONGEST_TREE cost more than they save.
+        """Keys, the prefix among them, up to which a mask of one's own does what the model's own
+        masks do: any window that its configuration names; 0 where it takes none at all. Longer ones
+        than LONGEST_TREE cost more than they save.
 
-        Tried out on a small tree, which one of the branches stands in twice: it must be read as by itself, in both places alike, whatever another branch says.
+        Tried out on a small tree, which one of the branches stands in twice: it must be read as by
+        itself, in both places alike, whatever another branch says.
         """
         text = self.model.config.get_text_config().to_dict()
         windows = [
             value
             for name, value in text.items()
-            if re.search(r"window|chunk", name) and not re.search("layers|pattern", name) and type(value) is int and value > 0
+            if re.search(r"window|chunk", name)
+            and not re.search("layers|pattern", name)
+            and type(value) is int
+            and value > 0
         ]
         context, branch = [1, 2, 3], [4, 5]
-        prefix = torch.randn(2, self.shape.layers, 2, self.shape.heads, self.shape.head_size, generator=torch.Generator().manual_seed(0)).to(self.device)
+        prefix = torch.randn(
+            2,
+            self.shape.layers,
+            2,
+            self.shape.heads,
+            self.shape.head_size,
+            generator=torch.Generator().manual_seed(0),
+        ).to(self.device)
 
         def read(other: list[int]) -> Tensor:
-            return self.read_branches(pack_branches([context], [[branch, other, branch]], self.device), prefix)[0].float()
+            return self.read_branches(
+                pack_branches([context], [[branch, other, branch]], self.device), prefix
+            )[0].float()
 
         with torch.no_grad():
-            alone = self.read_padded(torch.tensor([context + branch], device=self.device), None, prefix)[0].float()
+            alone = self.read_padded(
+                torch.tensor([context + branch], device=self.device), None, prefix
+            )[0].float()
             try:
                 found, changed = read([6, 7]), read([8, 9])
             except (RuntimeError, ValueError, TypeError, IndexError):
@@ -259,15 +381,30 @@ class PromptedLM(nn.Module):
         rounding = max(1e-4, 4 * torch.finfo(self.dtype).eps)
         close = max(1e-3, rounding)
         first, second = slice(3, 5), slice(7, 9)
-        same = partial(torch.allclose, rtol=rounding, atol=rounding * float(alone.abs().median()))  # of the same sums, in another order
+        same = partial(
+            torch.allclose, rtol=rounding, atol=rounding * float(alone.abs().median())
+        )  # of the same sums, in another order
         right = torch.allclose(found[:5], alone, rtol=close, atol=close * float(alone.abs().max()))
         unmoved = same(found[first], changed[first]) and same(found[second], changed[second])
         switch = [self.switch.positions] if self.switch else []
-        return min([*windows, *switch, self.max_positions, LONGEST_TREE]) if right and unmoved and same(found[first], found[second]) else 0
+        return (
+            min([*windows, *switch, self.max_positions, LONGEST_TREE])
+            if right and unmoved and same(found[first], found[second])
+            else 0
+        )
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: int | None, choose: Callable[[Tensor], int] | None = None) -> list[int]:
-        """Continuation of tokens (T,): at most `most` new ones, ending before `stop`. Each is the most likely one, or what `choose` takes by logits (V,)."""
+    def generate(
+        self,
+        input_ids: Tensor,
+        prefix: Tensor | None,
+        *,
+        most: int,
+        stop: int | None,
+        choose: Callable[[Tensor], int] | None = None,
+    ) -> list[int]:
+        """Continuation of tokens (T,): at most `most` new ones, ending before `stop`. Each is the
+        most likely one, or what `choose` takes by logits (V,)."""
         new: list[int] = []
         start = self.first_position(prefix)
         ids, cache, read = input_ids, None, 0
@@ -276,7 +413,13 @@ class PromptedLM(nn.Module):
                 cache, read = DynamicCache() if prefix is None else self.cache(prefix, 1), 0
             positions = torch.arange(start + read, start + len(ids), device=self.device)[None]
             mask = torch.ones(1, length_of(prefix) + len(ids), dtype=torch.long, device=self.device)
-            output = self.backbone(input_ids=ids[None, read:], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            output = self.backbone(
+                input_ids=ids[None, read:],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
             logits = self.logits(output.last_hidden_state[0, -1])
             token = choose(logits) if choose else int(logits.argmax())
             if token == stop:
@@ -292,7 +435,9 @@ class PromptedLM(nn.Module):
             return
         before = [block.__dict__.get("forward") for block in self.blocks]
         for block in self.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
         try:
             yield
         finally:
@@ -303,7 +448,8 @@ class PromptedLM(nn.Module):
                     block.forward = forward
 
     def cache(self, prefix: Tensor, batch: int, kind: type[DynamicLayer] = DynamicLayer) -> Cache:
-        """A fresh cache of L pairs (B, H, P, K), which grows by what is read, unless its layers are of a fixed `kind`."""
+        """A fresh cache of L pairs (B, H, P, K), which grows by what is read, unless its layers are
+        of a fixed `kind`."""
         if prefix.dim() == 5:
             prefix = prefix[None].expand(batch, *prefix.shape)
         per_layer = prefix.to(self.dtype).permute(2, 3, 0, 4, 1, 5)  # (L, 2, B, H, P, K)
@@ -315,16 +461,22 @@ class PromptedLM(nn.Module):
         return Cache(layers=layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V), float32, of last hidden states (..., D): what the model's own forward makes of them, scales and soft caps of its family included."""
+        """Logits (..., V), float32, of last hidden states (..., D): what the model's own forward
+        makes of them, scales and soft caps of its family included."""
         rows = hidden.reshape(1, -1, hidden.shape[-1])
         if not rows.shape[1]:
-            return rows.new_zeros(*hidden.shape[:-1], self.head.weight.shape[0], dtype=torch.float32)
+            return rows.new_zeros(
+                *hidden.shape[:-1], self.head.weight.shape[0], dtype=torch.float32
+            )
         output = copy.copy(self._output)
         output.last_hidden_state = rows
         before = self.backbone.__dict__.get("forward")
         self.backbone.forward = lambda *_, **__: output
         try:
-            logits: Tensor = self.model(input_ids=torch.zeros(1, rows.shape[1], dtype=torch.long, device=self.device), use_cache=False).logits
+            logits: Tensor = self.model(
+                input_ids=torch.zeros(1, rows.shape[1], dtype=torch.long, device=self.device),
+                use_cache=False,
+            ).logits
         finally:
             if before is None:
                 del self.backbone.forward
@@ -333,71 +485,115 @@ class PromptedLM(nn.Module):
         return logits.to(self.device).float().view(*hidden.shape[:-1], -1)
 
     def keys_and_values(self, inputs: Tensor) -> Tensor:
-        """What each block makes of its residual inputs (P, L, D) as tokens 0..P-1: keys and values (P, L, 2, H, K), with gradients; or of one prompt per
-        example, (B, P, L, D), and then (B, P, L, 2, H, K). Rotations are those of P positions, whatever text is behind them: a prompt is the same in front of a short
-        text and of one beyond the model's `switch`."""
+        """What each block makes of its residual inputs (P, L, D) as tokens 0..P-1: keys and values
+        (P, L, 2, H, K), with gradients; or of one prompt per example, (B, P, L, D), and then (B, P,
+        L, 2, H, K). Rotations are those of P positions, whatever text is behind them: a prompt is
+        the same in front of a short text and of one beyond the model's `switch`."""
         batch = inputs if inputs.dim() == 4 else inputs[None]
         length = batch.shape[1]
         if length not in self._block_calls:
             self._block_calls[length] = self._record_block_calls(length)
         layers = []
-        for layer, (block, (arguments, named)) in enumerate(zip(self.blocks, self._block_calls[length], strict=True)):
+        for layer, (block, (arguments, named)) in enumerate(
+            zip(self.blocks, self._block_calls[length], strict=True)
+        ):
             probe = CapturingCache()
             hidden = batch[:, :, layer].to(self.dtype)
             try:
-                block(hidden, *(_swap(value, probe) for value in arguments), **{key: _swap(value, probe) for key, value in named.items()})
+                block(
+                    hidden,
+                    *(_swap(value, probe) for value in arguments),
+                    **{key: _swap(value, probe) for key, value in named.items()},
+                )
             except Captured as captured:
-                layers.append(torch.stack([captured.keys, captured.values]).permute(1, 3, 0, 2, 4).to(self.device))  # (B, P, 2, H, K)
+                layers.append(
+                    torch.stack([captured.keys, captured.values])
+                    .permute(1, 3, 0, 2, 4)
+                    .to(self.device)
+                )  # (B, P, 2, H, K)
             else:
                 raise ModelError(
-                    f"{self.name}: layer {layer} did not write its keys and values to the cache, so it cannot read a residual prompt; use a key/value prompt"
+                    f"{self.name}: layer {layer} did not write its keys and values to the cache, so"
+                    " it cannot read a residual prompt; use a key/value prompt"
                 )
         pairs = torch.stack(layers, dim=2).float()
         return pairs if inputs.dim() == 4 else pairs[0]
 
     @torch.no_grad()
     def activations(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens (P,) leave behind in the model: block inputs (P, L, D), and keys and values (P, L, 2, H, K)."""
+        """What tokens (P,) leave behind in the model: block inputs (P, L, D), and keys and values
+        (P, L, 2, H, K)."""
         cache, inputs = DynamicCache(), []
-        record: Callable[..., None] = lambda _module, arguments, named: inputs.append(hidden_of(arguments, named)[0])
+        record: Callable[..., None] = lambda _module, arguments, named: inputs.append(
+            hidden_of(arguments, named)[0]
+        )
         with hooked(self.blocks, record):
-            self.backbone(input_ids=input_ids[None], attention_mask=torch.ones_like(input_ids)[None], past_key_values=cache, use_cache=True)
-        pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])  # (L, 2, H, P, K)
+            self.backbone(
+                input_ids=input_ids[None],
+                attention_mask=torch.ones_like(input_ids)[None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        pairs = torch.stack(
+            [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
+        )  # (L, 2, H, P, K)
         return torch.stack(inputs, dim=1).float(), pairs.permute(3, 0, 1, 2, 4).float()
 
     @torch.no_grad()
     def block_output(self, depth: int) -> Tensor:
-        """What the block at a depth adds to hidden states (1, T, D), the same random ones for every model of a hidden size, when it is called as its model calls it;
-        float32, on the CPU."""
+        """What the block at a depth adds to hidden states (1, T, D), the same random ones for every
+        model of a hidden size, when it is called as its model calls it; float32, on the CPU."""
         tokens = self._some_tokens()
-        hidden = torch.randn(*tokens.shape, self.shape.hidden, generator=torch.Generator().manual_seed(0)).to(self.device)
+        hidden = torch.randn(
+            *tokens.shape, self.shape.hidden, generator=torch.Generator().manual_seed(0)
+        ).to(self.device)
         if not self._plain_calls:
             self._plain_calls = self._record_block_calls(tokens.shape[1], cached=False)
-        arguments, named = _map_tensors(self._plain_calls[depth], lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-        block = self.blocks[depth] if self.dtype == torch.float32 else copy.deepcopy(self.blocks[depth]).float()
+        arguments, named = _map_tensors(
+            self._plain_calls[depth],
+            lambda tensor: tensor.float() if tensor.is_floating_point() else tensor,
+        )
+        block = (
+            self.blocks[depth]
+            if self.dtype == torch.float32
+            else copy.deepcopy(self.blocks[depth]).float()
+        )
         output = block(hidden, *arguments, **named)
         made: Tensor = output[0] if isinstance(output, tuple) else output
         return (made - hidden).cpu()
 
     @torch.no_grad()
-    def _record_block_calls(self, length: int, *, cached: bool = True) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """The arguments, hidden states apart, with which the model calls each block on tokens 0..length-1."""
+    def _record_block_calls(
+        self, length: int, *, cached: bool = True
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The arguments, hidden states apart, with which the model calls each block on tokens
+        0..length-1."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        record: Callable[..., None] = lambda _module, arguments, named: calls.append((arguments[1:], {k: v for k, v in named.items() if k != "hidden_states"}))
+        record: Callable[..., None] = lambda _module, arguments, named: calls.append(
+            (arguments[1:], {k: v for k, v in named.items() if k != "hidden_states"})
+        )
         tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
         with hooked(self.blocks, record):
-            self.backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=DynamicCache() if cached else None, use_cache=cached)
+            self.backbone(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=DynamicCache() if cached else None,
+                use_cache=cached,
+            )
         return calls
 
     def _admitted(self) -> ModelShape:
         """The model's shape, once everything that fedsp does with it was tried on a few tokens.
 
         Raises:
-            ModelError: something failed, or came out otherwise than when the model reads the text by itself.
+            ModelError: something failed, or came out otherwise than when the model reads the text
+                by itself.
         """
         kind = self.model.config.model_type
         if self.model.config.is_encoder_decoder:
-            raise ModelError(f"{self.name} is an encoder-decoder ({kind}): fedsp tunes causal language models")
+            raise ModelError(
+                f"{self.name} is an encoder-decoder ({kind}): fedsp tunes causal language models"
+            )
         if self.head is None or self.backbone is self.model:
             raise ModelError(f"{self.name} ({kind}) has no output head that fedsp can find")
         tried = "reading a text"
@@ -410,7 +606,8 @@ class PromptedLM(nn.Module):
             raise
         except Exception as error:  # whatever a family's own code raises
             raise ModelError(
-                f"{self.name} ({kind}) cannot carry a soft prompt: {tried} fails in its own code ({type(error).__name__}: {first_line(error)})"
+                f"{self.name} ({kind}) cannot carry a soft prompt: {tried} fails in its own code"
+                f" ({type(error).__name__}: {first_line(error)})"
             ) from error
         return shape
 
@@ -419,45 +616,88 @@ class PromptedLM(nn.Module):
         tokens = self._some_tokens()
         width: list[int] = []
         made: list[Any] = []
-        handle = self.backbone.register_forward_hook(lambda _module, _arguments, output: made.append(output))
+        handle = self.backbone.register_forward_hook(
+            lambda _module, _arguments, output: made.append(output)
+        )
         try:
-            with hooked(self.blocks, lambda _module, arguments, named: width.append(hidden_of(arguments, named).shape[-1])):
-                output = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
+            with hooked(
+                self.blocks,
+                lambda _module, arguments, named: width.append(
+                    hidden_of(arguments, named).shape[-1]
+                ),
+            ):
+                output = self.model(
+                    input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True
+                )
         finally:
             handle.remove()
         if not made or len(width) != len(self.blocks):
             raise ModelError(
-                f"{self.name} ({kind}) does not compute its logits from the {len(self.blocks)} blocks that fedsp found: it cannot carry a soft prompt"
+                f"{self.name} ({kind}) does not compute its logits from the {len(self.blocks)}"
+                " blocks that fedsp found: it cannot carry a soft prompt"
             )
         layers = getattr(getattr(output, "past_key_values", None), "layers", None)
-        if not layers or any(getattr(layer, "keys", None) is None for layer in layers) or len(layers) != len(self.blocks):
-            raise ModelError(f"{self.name} ({kind}) has no key/value cache at every layer, so there is nowhere to put a soft prompt")
-        other = sorted({type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)})
+        if (
+            not layers
+            or any(getattr(layer, "keys", None) is None for layer in layers)
+            or len(layers) != len(self.blocks)
+        ):
+            raise ModelError(
+                f"{self.name} ({kind}) has no key/value cache at every layer, so there is nowhere"
+                " to put a soft prompt"
+            )
+        other = sorted(
+            {
+                type(layer).__name__
+                for layer in layers
+                if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+            }
+        )
         if other:
-            raise ModelError(f"{self.name} ({kind}) keeps more than keys and values of what it has read ({', '.join(other)}): a soft prompt has no such part")
-        keys, values = ({(part.shape[1], part.shape[3]) for part in parts} for parts in ([layer.keys for layer in layers], [layer.values for layer in layers]))
+            raise ModelError(
+                f"{self.name} ({kind}) keeps more than keys and values of what it has read"
+                f" ({', '.join(other)}): a soft prompt has no such part"
+            )
+        keys, values = (
+            {(part.shape[1], part.shape[3]) for part in parts}
+            for parts in ([layer.keys for layer in layers], [layer.values for layer in layers])
+        )
         if len(keys | values) > 1:
             shapes = f"keys {sorted(keys)}, values {sorted(values)}"
-            raise ModelError(f"{self.name} ({kind}) has several key/value shapes, (heads, size): {shapes}; a soft prompt has one for all layers")
+            raise ModelError(
+                f"{self.name} ({kind}) has several key/value shapes, (heads, size): {shapes}; a"
+                " soft prompt has one for all layers"
+            )
         if layers[0].keys.shape[2] > tokens.shape[1]:
             raise ModelError(
-                f"{self.name} ({kind}) caches {layers[0].keys.shape[2]} places for {tokens.shape[1]} tokens: fedsp does not know what the others are"
+                f"{self.name} ({kind}) caches {layers[0].keys.shape[2]} places for"
+                f" {tokens.shape[1]} tokens: fedsp does not know what the others are"
             )
         self._output = copy.copy(made[0])
         if getattr(self._output, "past_key_values", None) is not None:
             self._output.past_key_values = None
         if not torch.isfinite(output.logits).all():
-            raise ModelError(f"{self.name} ({kind}) makes logits that are not finite of a few tokens: its weights are damaged, or not for this precision")
+            raise ModelError(
+                f"{self.name} ({kind}) makes logits that are not finite of a few tokens: its"
+                " weights are damaged, or not for this precision"
+            )
         read = self.read_padded(tokens, torch.ones_like(tokens))
         if not self._close(read, made[0].last_hidden_state.to(self.device)):
-            raise ModelError(f"{self.name} ({kind}) reads a text otherwise where positions that count from 0 are given: fedsp does not know how it counts")
+            raise ModelError(
+                f"{self.name} ({kind}) reads a text otherwise where positions that count from 0 are"
+                " given: fedsp does not know how it counts"
+            )
         if not self._close(self.logits(read), output.logits.float().to(self.device)):
-            raise ModelError(f"{self.name} ({kind}) computes its logits from more than the last hidden states: fedsp does not know how")
+            raise ModelError(
+                f"{self.name} ({kind}) computes its logits from more than the last hidden states:"
+                " fedsp does not know how"
+            )
         heads, size = keys.pop()
         return ModelShape(layers=len(self.blocks), heads=heads, head_size=size, hidden=width[0])
 
     def _try_prompts(self, shape: ModelShape) -> None:
-        """A prompt made of what a text's first tokens leave in the model must act as that text; and positions counted from zero must make a difference."""
+        """A prompt made of what a text's first tokens leave in the model must act as that text; and
+        positions counted from zero must make a difference."""
         kind, length = self.model.config.model_type, 3
         tokens = self._some_tokens()
         self.shape = shape
@@ -465,17 +705,27 @@ class PromptedLM(nn.Module):
         positions, self.positions = self.positions, "hugging_face"
         whole = self.read_padded(tokens)[:, length:]
         try:
-            behind = [self.read_padded(tokens[:, length:], None, prefix) for prefix in (pairs, self.keys_and_values(inputs))]
+            behind = [
+                self.read_padded(tokens[:, length:], None, prefix)
+                for prefix in (pairs, self.keys_and_values(inputs))
+            ]
         finally:
             self.positions = positions
         if not all(self._close(found, whole) for found in behind):
             raise ModelError(
-                f"{self.name} ({kind}) reads a text otherwise behind the keys and values of its beginning than as a whole: it cannot carry a soft prompt"
+                f"{self.name} ({kind}) reads a text otherwise behind the keys and values of its"
+                " beginning than as a whole: it cannot carry a soft prompt"
             )
         self.generate(tokens[0], pairs, most=2, stop=None)
-        if positions == "from_zero" and not self._reads_another_s_prompt and self._close(self.read_padded(tokens[:, length:], None, pairs), behind[0], 1e-5):
+        if (
+            positions == "from_zero"
+            and not self._reads_another_s_prompt
+            and self._close(self.read_padded(tokens[:, length:], None, pairs), behind[0], 1e-5)
+        ):
             raise ModelError(
-                f"positions = 'from_zero' changes nothing in {self.name} ({kind}): whatever positions it is given, it counts places, the prompt's among them (as with ALiBi); use 'hugging_face'"
+                f"positions = 'from_zero' changes nothing in {self.name} ({kind}): whatever"
+                " positions it is given, it counts places, the prompt's among them (as with"
+                " ALiBi); use 'hugging_face'"
             )
 
     def _some_tokens(self) -> Tensor:
@@ -484,8 +734,14 @@ class PromptedLM(nn.Module):
 
     def _close(self, found: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
         """Equal but for the rounding of the model's precision, measured by the largest number."""
-        rounding = 0.1 if getattr(self.model, "is_quantized", False) else max(1e-3, 16 * torch.finfo(self.dtype).eps)
-        return float((found.float() - expected.float()).abs().max()) <= (tolerance or rounding) * float(expected.abs().max())
+        rounding = (
+            0.1
+            if getattr(self.model, "is_quantized", False)
+            else max(1e-3, 16 * torch.finfo(self.dtype).eps)
+        )
+        return float((found.float() - expected.float()).abs().max()) <= (
+            tolerance or rounding
+        ) * float(expected.abs().max())
 
 
 def length_of(prefix: Tensor | None) -> int:
@@ -493,12 +749,18 @@ def length_of(prefix: Tensor | None) -> int:
     return 0 if prefix is None else prefix.shape[-5]
 
 
-def hidden_at_depths(model: PromptedLM, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None = None) -> list[Tensor]:
-    """The input of every block and then the last hidden states, L + 1 tensors (B, T, D), with gradients."""
+def hidden_at_depths(
+    model: PromptedLM, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None = None
+) -> list[Tensor]:
+    """The input of every block and then the last hidden states, L + 1 tensors (B, T, D), with
+    gradients."""
 
     def read(*call: Any) -> list[Tensor]:
         inputs: list[Tensor] = []
-        with hooked(model.blocks, lambda _module, arguments, named: inputs.append(hidden_of(arguments, named))):
+        with hooked(
+            model.blocks,
+            lambda _module, arguments, named: inputs.append(hidden_of(arguments, named)),
+        ):
             last = model.read_padded(*call)
         return [*inputs, last]
 
@@ -511,7 +773,11 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, tuple | list):
         return type(value)(_map_tensors(inner, change) for inner in value)
-    return {key: _map_tensors(inner, change) for key, inner in value.items()} if isinstance(value, dict) else value
+    return (
+        {key: _map_tensors(inner, change) for key, inner in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _swap(value: Any, probe: CapturingCache) -> Any:

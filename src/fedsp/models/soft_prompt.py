@@ -2,13 +2,15 @@
 
 Notation: P prompt length, L layers, H key/value heads, K head size, D hidden size.
 
-- `key_value` (P, L, 2, H, K): the keys and values themselves, as in the paper and in prefix tuning (Li and Liang, ACL 2021,
-  https://arxiv.org/abs/2101.00190). Each side uses them as they are.
-- `residual` (P, L, D): the input of each layer's block. Each side makes keys and values from it with its own norm and projections, so
-  the same numbers mean the same thing to the auxiliary and to the global model. Half the bytes of the other.
+- `key_value` (P, L, 2, H, K): the keys and values themselves, as in the paper and in prefix tuning
+  (Li and Liang, ACL 2021, https://arxiv.org/abs/2101.00190). Each side uses them as they are.
+- `residual` (P, L, D): the input of each layer's block. Each side makes keys and values from it
+  with its own norm and projections, so the same numbers mean the same thing to the auxiliary and to
+  the global model. Half the bytes of the other.
 
-With a projection the values are the received ones plus an MLP's output less what that output was on receipt, so any prompt can be taken
-up exactly, trained through the MLP, and folded: only values ever travel.
+With a projection the values are the received ones plus an MLP's output less what that output was on
+receipt, so any prompt can be taken up exactly, trained through the MLP, and folded: only values
+ever travel.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ PEFT_TENSOR = "prompt_embeddings"
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSpec:
-    """Everything needed to lay out a prompt: its space, P, the model's shape, and the projection's hidden size (0 for none)."""
+    """Everything needed to lay out a prompt: its space, P, the model's shape, and the projection's
+    hidden size (0 for none)."""
 
     space: Space
     length: int
@@ -55,7 +58,8 @@ class PromptSpec:
 
 
 class SoftPrompt(nn.Module):
-    """A tunable soft prompt. Its parameters are what the optimizer trains; `values()` is what they amount to."""
+    """A tunable soft prompt. Its parameters are what the optimizer trains; `values()` is what they
+    amount to."""
 
     origin: Tensor
 
@@ -64,13 +68,18 @@ class SoftPrompt(nn.Module):
         self.spec = spec
         start = torch.zeros(spec.shape) if values is None else values.detach().float().clone()
         if tuple(start.shape) != spec.shape:
-            raise PromptError(f"a {spec.space} prompt of {spec.length} tokens for {spec.model} has shape {spec.shape}, not {tuple(start.shape)}")
+            raise PromptError(
+                f"a {spec.space} prompt of {spec.length} tokens for {spec.model} has shape"
+                f" {spec.shape}, not {tuple(start.shape)}"
+            )
         if spec.projection:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 self.embedding = nn.Parameter(torch.randn(spec.length, spec.model.hidden))
                 self.projection = nn.Sequential(
-                    nn.Linear(spec.model.hidden, spec.projection), nn.Tanh(), nn.Linear(spec.projection, torch.Size(spec.shape[1:]).numel())
+                    nn.Linear(spec.model.hidden, spec.projection),
+                    nn.Tanh(),
+                    nn.Linear(spec.projection, torch.Size(spec.shape[1:]).numel()),
                 )
             self.register_buffer("origin", torch.zeros(spec.shape), persistent=False)
         else:
@@ -79,7 +88,11 @@ class SoftPrompt(nn.Module):
 
     def values(self) -> Tensor:
         """The prompt's numbers, float32, of the spec's shape, with gradients to the parameters."""
-        return self.origin + self.projection(self.embedding).view(self.spec.shape) if self.spec.projection else self.direct
+        return (
+            self.origin + self.projection(self.embedding).view(self.spec.shape)
+            if self.spec.projection
+            else self.direct
+        )
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What an optimizer trains, by name."""
@@ -103,7 +116,10 @@ class SoftPrompt(nn.Module):
         """
         check(payload, {PROMPT: self.spec.shape})
         if self.spec.projection:
-            self.origin.copy_(payload[PROMPT].to(self.origin.device) - self.projection(self.embedding).view(self.spec.shape))
+            self.origin.copy_(
+                payload[PROMPT].to(self.origin.device)
+                - self.projection(self.embedding).view(self.spec.shape)
+            )
         else:
             self.direct.copy_(payload[PROMPT])
 
@@ -117,12 +133,14 @@ class SoftPrompt(nn.Module):
             self.load_state_dict(dict(state), strict=False)
 
     def like(self, model: PromptedLM, seed: int, values: Tensor | None = None) -> SoftPrompt:
-        """Another prompt of the same settings, for a model that may read fewer layers; zeros, or `values`. Its projection is drawn from the run's seed."""
+        """Another prompt of the same settings, for a model that may read fewer layers; zeros, or
+        `values`. Its projection is drawn from the run's seed."""
         spec = replace(self.spec, model=model.prompt_shape)
         return SoftPrompt(spec, values, seed=derive_seed(seed, "prompt")).to(model.device)
 
     def prefix(self, model: PromptedLM) -> Tensor:
-        """Keys and values (P, depths, 2, H, K) for each depth of `model`, which reads the layers its `prompt_layers` name.
+        """Keys and values (P, depths, 2, H, K) for each depth of `model`, which reads the layers
+        its `prompt_layers` name.
 
         Raises:
             PromptError: prompt and model have different shapes.
@@ -130,15 +148,21 @@ class SoftPrompt(nn.Module):
         return self.read(self.values(), model)
 
     def read(self, values: Tensor, model: PromptedLM) -> Tensor:
-        """The same for other values in this prompt's place, or for one set of values per example, with the batch in front.
+        """The same for other values in this prompt's place, or for one set of values per example,
+        with the batch in front.
 
         Raises:
             PromptError: prompt and model have different shapes.
         """
         if self.spec.model != model.prompt_shape:
-            raise PromptError(f"the prompt was made for {self.spec.model}, but {model.name} has {model.prompt_shape}")
+            raise PromptError(
+                f"the prompt was made for {self.spec.model}, but {model.name} has"
+                f" {model.prompt_shape}"
+            )
         layers = values.dim() - len(self.spec.shape) + 1
-        values = values.index_select(layers, torch.tensor(model.prompt_layers, device=values.device))
+        values = values.index_select(
+            layers, torch.tensor(model.prompt_layers, device=values.device)
+        )
         return values if self.spec.space == "key_value" else model.keys_and_values(values)
 
     def save(self, path: Path, extra: Mapping[str, str] | None = None) -> None:
@@ -147,7 +171,9 @@ class SoftPrompt(nn.Module):
         Raises:
             StorageError: the disk did not take it.
         """
-        write_tensors(path, self.payload(), {"spec": json.dumps(asdict(self.spec)), **(extra or {})})
+        write_tensors(
+            path, self.payload(), {"spec": json.dumps(asdict(self.spec)), **(extra or {})}
+        )
 
 
 def read_prompt(path: Path) -> SoftPrompt:
@@ -159,45 +185,66 @@ def read_prompt(path: Path) -> SoftPrompt:
     try:
         tensors, metadata = read_tensors(path)
         fields: dict[str, Any] = parse_json(metadata["spec"])
-        spec = PromptSpec(space=fields["space"], length=fields["length"], model=ModelShape(**fields["model"]))
+        spec = PromptSpec(
+            space=fields["space"], length=fields["length"], model=ModelShape(**fields["model"])
+        )
         values = tensors[PROMPT]
     except StorageError as error:
         raise PromptError(str(error)) from error
     except (KeyError, TypeError, ValueError) as error:
-        raise PromptError(f"{path} is not a soft prompt that fedsp wrote: {error!r} is missing or wrong in its header") from error
+        raise PromptError(
+            f"{path} is not a soft prompt that fedsp wrote: {error!r} is missing or wrong in its"
+            " header"
+        ) from error
     return SoftPrompt(spec, values)
 
 
-def initial_values(spec: PromptSpec, model: PromptedLM, *, scale: float | None, tokens: Tensor | None, seed: int) -> Tensor:
-    """Values to start from: real activations of the first P of `tokens` (any number,) under `model`, or a normal of this `scale`.
+def initial_values(
+    spec: PromptSpec, model: PromptedLM, *, scale: float | None, tokens: Tensor | None, seed: int
+) -> Tensor:
+    """Values to start from: real activations of the first P of `tokens` (any number,) under
+    `model`, or a normal of this `scale`.
 
     Raises:
         PromptError: there are fewer than P tokens.
     """
     if tokens is None:
-        return torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed)) * (scale or 0.0)
+        return torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed)) * (
+            scale or 0.0
+        )
     if len(tokens) < spec.length:
-        raise PromptError(f"prompt.init_text has {len(tokens)} tokens, a prompt of {spec.length} needs as many: give a longer text")
+        raise PromptError(
+            f"prompt.init_text has {len(tokens)} tokens, a prompt of {spec.length} needs as many:"
+            " give a longer text"
+        )
     inputs, pairs = model.activations(tokens[: spec.length].to(model.device))
     return (inputs if spec.space == "residual" else pairs).cpu()
 
 
 def export_peft(prompt: SoftPrompt, model: PromptedLM, folder: Path) -> None:
-    """Write the prompt, folded into keys and values under the global model, as a PEFT prefix-tuning adapter.
+    """Write the prompt, folded into keys and values under the global model, as a PEFT prefix-tuning
+    adapter.
 
-    Format: https://huggingface.co/docs/peft/package_reference/prefix_tuning, one tensor (P, L * 2 * H * K).
+    Format: https://huggingface.co/docs/peft/package_reference/prefix_tuning, one tensor (P, L * 2 *
+    H * K).
 
     Raises:
-        PromptError: the prompt was tuned with tokens counted from zero, which PEFT cannot reproduce.
+        PromptError: the prompt was tuned with tokens counted from zero, which PEFT cannot
+            reproduce.
     """
     if model.positions != "hugging_face":
         raise PromptError(
-            "this prompt was tuned with positions = 'from_zero', but PEFT counts the prompt: its logits would differ; tune with 'hugging_face' to export"
+            "this prompt was tuned with positions = 'from_zero', but PEFT counts the prompt: its"
+            " logits would differ; tune with 'hugging_face' to export"
         )
     with torch.no_grad():
         prefix = prompt.prefix(model).cpu()
     shape = model.shape
-    write_tensors(folder / "adapter_model.safetensors", {PEFT_TENSOR: prefix.reshape(prefix.shape[0], -1)}, {"format": "pt"})
+    write_tensors(
+        folder / "adapter_model.safetensors",
+        {PEFT_TENSOR: prefix.reshape(prefix.shape[0], -1)},
+        {"format": "pt"},
+    )
     write_json(
         folder / "adapter_config.json",
         {
@@ -214,7 +261,10 @@ def export_peft(prompt: SoftPrompt, model: PromptedLM, folder: Path) -> None:
             "prefix_projection": False,
         },
     )
-    write_bytes(folder / "README.md", f"# A PEFT prefix-tuning adapter for {model.name}, written by fedsp\n".encode())
+    write_bytes(
+        folder / "README.md",
+        f"# A PEFT prefix-tuning adapter for {model.name}, written by fedsp\n".encode(),
+    )
 
 
 def import_peft(folder: Path, model: PromptedLM) -> SoftPrompt:
@@ -228,11 +278,15 @@ def import_peft(folder: Path, model: PromptedLM) -> SoftPrompt:
     except StorageError as error:
         raise PromptError(f"{folder} holds no PEFT adapter: {error}") from error
     if list(tensors) != [PEFT_TENSOR]:
-        raise PromptError(f"{folder} is not a prefix-tuning adapter: it holds {sorted(tensors)}, expected [{PEFT_TENSOR!r}]")
+        raise PromptError(
+            f"{folder} is not a prefix-tuning adapter: it holds {sorted(tensors)}, expected"
+            f" [{PEFT_TENSOR!r}]"
+        )
     values = tensors[PEFT_TENSOR].float()
     spec = PromptSpec(space="key_value", length=values.shape[0], model=model.shape)
     if values.shape[1] != torch.Size(spec.shape[1:]).numel():
         raise PromptError(
-            f"the adapter holds {tuple(values.shape)} numbers, but {model.name} with {model.shape} needs ({spec.length}, {torch.Size(spec.shape[1:]).numel()})"
+            f"the adapter holds {tuple(values.shape)} numbers, but {model.name} with {model.shape}"
+            f" needs ({spec.length}, {torch.Size(spec.shape[1:]).numel()})"
         )
     return SoftPrompt(spec, values.view(spec.shape))

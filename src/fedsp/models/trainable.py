@@ -24,25 +24,30 @@ class Trainable(Protocol):
 
 
 class Messenger(Trainable, Protocol):
-    """What a method tunes and sends: a soft prompt (`fedsp.models.soft_prompt`), or weights of the model (`fedsp.models.weights`)."""
+    """What a method tunes and sends: a soft prompt (`fedsp.models.soft_prompt`), or weights of the
+    model (`fedsp.models.weights`)."""
 
     def payload(self) -> Payload:
         """The tensors that travel: float32, on the CPU."""
 
     def load(self, payload: Payload) -> None:
-        """Set the parameters to a received payload. Raises PayloadError for any other names, shapes or types than its own."""
+        """Set the parameters to a received payload. Raises PayloadError for any other names, shapes
+        or types than its own."""
 
     def own_state(self) -> Tensors:
-        """State that never travels and that the party keeps between rounds, such as a projection."""
+        """State that never travels and that the party keeps between rounds, such as a
+        projection."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Set the state that `own_state` returned in an earlier round; nothing happens if it is empty."""
+        """Set the state that `own_state` returned in an earlier round; nothing happens if it is
+        empty."""
 
     def distance(self, payload: Payload) -> Tensor:
         """The squared Euclidean distance from a payload, a scalar with gradients."""
 
     def prefix(self, model: PromptedLM) -> Tensor | None:
-        """The keys and values (P, depths, 2, H, K) that the model reads in front of every text; None if the messenger is no prompt."""
+        """The keys and values (P, depths, 2, H, K) that the model reads in front of every text;
+        None if the messenger is no prompt."""
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -52,4 +57,8 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def entries_below(tensors: Mapping[str, Tensor], name: str) -> Tensors:
     """The tensors whose names start with `name/`, without that prefix."""
-    return {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
+    return {
+        key.removeprefix(f"{name}/"): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(f"{name}/")
+    }

@@ -1,4 +1,5 @@
-"""Weights of a model as what is tuned and sent: all of them, some layers, or low-rank adapters. Baselines need this; FedSP never sends a weight."""
+"""Weights of a model as what is tuned and sent: all of them, some layers, or low-rank adapters.
+Baselines need this; FedSP never sends a weight."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from fedsp.models.prompted_lm import PromptedLM
 
 
 class Weights:
-    """Some parameters of a model, by the names under which they travel; they are read where they stand, so there is no copy of them.
+    """Some parameters of a model, by the names under which they travel; they are read where they
+    stand, so there is no copy of them.
 
-    Parties that share one model in one process each load what they received before they do anything.
+    Parties that share one model in one process each load what they received before they do
+    anything.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -26,7 +29,10 @@ class Weights:
 
     def payload(self) -> Payload:
         """Their numbers, on the CPU, float32."""
-        return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in self._parameters.items()}
+        return {
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in self._parameters.items()
+        }
 
     @torch.no_grad()
     def load(self, payload: Payload) -> None:
@@ -35,7 +41,9 @@ class Weights:
         Raises:
             PayloadError: other names, shapes or types than these, or numbers that are not finite.
         """
-        check(payload, {name: tuple(parameter.shape) for name, parameter in self._parameters.items()})
+        check(
+            payload, {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        )
         for name, parameter in self._parameters.items():
             parameter.copy_(payload[name])
 
@@ -48,7 +56,12 @@ class Weights:
 
     def distance(self, payload: Payload) -> Tensor:
         """The squared distance from a payload's numbers, with gradients."""
-        return torch.stack([(parameter - payload[name].to(parameter.device)).square().sum() for name, parameter in self._parameters.items()]).sum()
+        return torch.stack(
+            [
+                (parameter - payload[name].to(parameter.device)).square().sum()
+                for name, parameter in self._parameters.items()
+            ]
+        ).sum()
 
     def prefix(self, model: PromptedLM) -> None:
         """None: nothing stands in front of a text."""

@@ -17,7 +17,8 @@ from fedsp.report.finished_run import Run, open_finished
 
 @dataclass(kw_only=True)
 class Line:
-    """The runs of one method under one model and partition, by task, all at the choice that validation prefers."""
+    """The runs of one method under one model and partition, by task, all at the choice that
+    validation prefers."""
 
     method: str
     model: str
@@ -33,8 +34,12 @@ class Line:
         return [run for runs in self.runs.values() for run in runs]
 
     def by_seed(self, figure: Callable[[Run], float | None]) -> list[float]:
-        """For each seed that all its tasks have, the mean of a figure over tasks; where they share none, over all its runs at once."""
-        tasks = [{run.seed: value for run in runs if (value := figure(run)) is not None} for runs in self.runs.values()]
+        """For each seed that all its tasks have, the mean of a figure over tasks; where they share
+        none, over all its runs at once."""
+        tasks = [
+            {run.seed: value for run in runs if (value := figure(run)) is not None}
+            for runs in self.runs.values()
+        ]
         tasks = [task for task in tasks if task]
         if not tasks:
             return []
@@ -66,7 +71,8 @@ class Results:
 
 
 def read_results(folders: Iterable[Path]) -> Results:
-    """Gather finished runs. A folder is a study's, or one with runs somewhere below it, which make one section.
+    """Gather finished runs. A folder is a study's, or one with runs somewhere below it, which make
+    one section.
 
     Raises:
         RunError: no folder holds a finished run with test questions.
@@ -78,7 +84,10 @@ def read_results(folders: Iterable[Path]) -> Results:
         else:
             _read_runs(folder, results)
     if not results.runs:
-        raise RunError(f"there is no finished run with test questions in {', '.join(map(str, folders))}: run one, or wait for the study")
+        raise RunError(
+            f"there is no finished run with test questions in {', '.join(map(str, folders))}: run"
+            " one, or wait for the study"
+        )
     return results
 
 
@@ -91,7 +100,11 @@ def _read_study(folder: Path, results: Results) -> None:
     for cell in index["cells"]:
         path = folder / cell["folder"]
         where = {axis: cell[axis] for axis in axes}
-        run = open_finished(path, f"run-{len(results.runs) + 1}", study=str(folder), **where) if (path / "config.toml").exists() else None
+        run = (
+            open_finished(path, f"run-{len(results.runs) + 1}", study=str(folder), **where)
+            if (path / "config.toml").exists()
+            else None
+        )
         if run:
             results.runs[run.key] = found[cell["folder"]] = run
         elif (path / FAILURE).exists():
@@ -108,8 +121,23 @@ def _read_study(folder: Path, results: Results) -> None:
         lines = _lines(sorted(present, key=lambda run: order[run.method]))
         _count_diverged(lines, [cell for cell in cells if cell["folder"] in diverged], order)
         if lines:
-            tasks = list(dict.fromkeys(cell["task"] for cell in cells if any(cell["task"] in line.runs for line in lines)))
-            results.sections.append(Section(title=grid["title"], text=grid["text"], tasks=tasks, lines=lines, reference=reference, missing=missing))
+            tasks = list(
+                dict.fromkeys(
+                    cell["task"]
+                    for cell in cells
+                    if any(cell["task"] in line.runs for line in lines)
+                )
+            )
+            results.sections.append(
+                Section(
+                    title=grid["title"],
+                    text=grid["text"],
+                    tasks=tasks,
+                    lines=lines,
+                    reference=reference,
+                    missing=missing,
+                )
+            )
 
 
 def _read_runs(folder: Path, results: Results) -> None:
@@ -117,10 +145,22 @@ def _read_runs(folder: Path, results: Results) -> None:
     runs = []
     for path in find_runs(folder) or []:
         config = RunDirectory.open(path).config
-        title = ", ".join([find_method(config.method).title, *([config.preset] if find_method(config.method).deployable else [])])
+        title = ", ".join(
+            [
+                find_method(config.method).title,
+                *([config.preset] if find_method(config.method).deployable else []),
+            ]
+        )
         label = f"{title} ({path.relative_to(folder)})" if path != folder else title
-        where = {"method": label, "task": config.data.task, "model": Path(config.model.name).name, "partition": config.partition.kind}
-        run = open_finished(path, f"run-{len(results.runs) + 1}", study=str(folder), choice="", **where)
+        where = {
+            "method": label,
+            "task": config.data.task,
+            "model": Path(config.model.name).name,
+            "partition": config.partition.kind,
+        }
+        run = open_finished(
+            path, f"run-{len(results.runs) + 1}", study=str(folder), choice="", **where
+        )
         if run:
             results.runs[run.key] = run
             runs.append(run)
@@ -128,35 +168,62 @@ def _read_runs(folder: Path, results: Results) -> None:
         lines = _lines(runs)
         results.sections.append(
             Section(
-                title=f"Runs in {folder.name}", text="", tasks=list(dict.fromkeys(run.task for run in runs)), lines=lines, reference=lines[0].method, missing=[]
+                title=f"Runs in {folder.name}",
+                text="",
+                tasks=list(dict.fromkeys(run.task for run in runs)),
+                lines=lines,
+                reference=lines[0].method,
+                missing=[],
             )
         )
 
 
 def _lines(runs: Sequence[Run]) -> list[Line]:
-    """Runs by method, model and partition, in their order; of several choices the one with the lowest mean validation loss stays, task by task."""
+    """Runs by method, model and partition, in their order; of several choices the one with the
+    lowest mean validation loss stays, task by task."""
     lines: dict[tuple[str, str, str], Line] = {}
     groups: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
     for run in runs:
-        groups.setdefault((run.method, run.model, run.partition, run.task), {}).setdefault(run.choice, []).append(run)
+        groups.setdefault((run.method, run.model, run.partition, run.task), {}).setdefault(
+            run.choice, []
+        ).append(run)
     for (method, model, partition, task), choices in groups.items():
-        line = lines.setdefault((method, model, partition), Line(method=method, model=model, partition=partition))
-        shared = set.intersection(*({run.seed for run in alternatives} for alternatives in choices.values()))
-        best = min(choices, key=lambda choice: _validation([run for run in choices[choice] if run.seed in shared or not shared]))
+        line = lines.setdefault(
+            (method, model, partition), Line(method=method, model=model, partition=partition)
+        )
+        shared = set.intersection(
+            *({run.seed for run in alternatives} for alternatives in choices.values())
+        )
+        best = min(
+            choices,
+            key=lambda choice: _validation(
+                [run for run in choices[choice] if run.seed in shared or not shared]
+            ),
+        )
         line.runs[task], line.choices[task] = sorted(choices[best], key=lambda run: run.seed), best
-    several = {axis: len({getattr(line, axis) for line in lines.values()}) > 1 for axis in ("model", "partition")}
+    several = {
+        axis: len({getattr(line, axis) for line in lines.values()}) > 1
+        for axis in ("model", "partition")
+    }
     for line in lines.values():
-        line.label = ", ".join([line.method, *(getattr(line, axis) for axis, many in several.items() if many)])
+        line.label = ", ".join(
+            [line.method, *(getattr(line, axis) for axis, many in several.items() if many)]
+        )
     return list(lines.values())
 
 
-def _count_diverged(lines: list[Line], cells: Sequence[dict[str, Any]], order: dict[str, int]) -> None:
-    """Put diverged cells beside the runs that finished; a method of which none finished gets a line of its own."""
+def _count_diverged(
+    lines: list[Line], cells: Sequence[dict[str, Any]], order: dict[str, int]
+) -> None:
+    """Put diverged cells beside the runs that finished; a method of which none finished gets a line
+    of its own."""
     for line in lines:
         line.begun = len(line.all)
     for cell in cells:
         axes = (cell["method"], cell["model"], cell["partition"])
-        found = next((line for line in lines if (line.method, line.model, line.partition) == axes), None)
+        found = next(
+            (line for line in lines if (line.method, line.model, line.partition) == axes), None
+        )
         line = found or Line(method=axes[0], model=axes[1], partition=axes[2], label=cell["method"])
         if found is None:
             lines.append(line)
@@ -165,5 +232,7 @@ def _count_diverged(lines: list[Line], cells: Sequence[dict[str, Any]], order: d
 
 
 def _validation(runs: Sequence[Run]) -> float:
-    losses = [run.figures["validation_loss"] for run in runs if run.figures["validation_loss"] is not None]
+    losses = [
+        run.figures["validation_loss"] for run in runs if run.figures["validation_loss"] is not None
+    ]
     return statistics.fmean(losses) if losses else float("inf")

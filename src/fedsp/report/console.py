@@ -1,4 +1,5 @@
-"""What a person sees: progress bars on a terminal, plain lines elsewhere, and tables. Used by the command line only."""
+"""What a person sees: progress bars on a terminal, plain lines elsewhere, and tables. Used by the
+command line only."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +28,8 @@ from fedsp.federation.messages import RoundRecord
 
 
 class Display:
-    """A console with two bars, distillation and rounds; where output is not a terminal, a line for each round."""
+    """A console with two bars, distillation and rounds; where output is not a terminal, a line for
+    each round."""
 
     def __init__(self) -> None:
         self.console = Console(width=None if os.isatty(1) else 160, soft_wrap=not os.isatty(1))
@@ -43,15 +52,26 @@ class Display:
             self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self.console.is_terminal:
             self.progress.stop()
 
     def callbacks(self) -> Callbacks:
-        return Callbacks(say=self.print, distilled=self._distilled, round_done=self._round_done, part_done=self._part_done)
+        return Callbacks(
+            say=self.print,
+            distilled=self._distilled,
+            round_done=self._round_done,
+            part_done=self._part_done,
+        )
 
     def study_watcher(self) -> Callbacks:
-        """For many runs: bars on a terminal for the study and the run in it; elsewhere one line for each run."""
+        """For many runs: bars on a terminal for the study and the run in it; elsewhere one line for
+        each run."""
         callbacks = self.callbacks()
         if self.console.is_terminal:
             return callbacks
@@ -72,20 +92,44 @@ class Display:
             self.print(f"distillation {step}/{steps}  loss {loss:.4f} (mean squared error)  {left}")
 
     def _round_done(self, record: RoundRecord, rounds: int) -> None:
-        losses = "  ".join(f"{name} {loss:.3f}" for name, loss in {**record.client_losses, "server": record.server_loss}.items() if loss is not None)
-        validation = "" if record.validation is None else f"  validation {record.validation:.3f}{' (best)' if record.best_round == record.round else ''}"
-        failed = "".join(f"\n  {client} failed: {reason}" for client, reason in record.failed.items())
+        losses = "  ".join(
+            f"{name} {loss:.3f}"
+            for name, loss in {**record.client_losses, "server": record.server_loss}.items()
+            if loss is not None
+        )
+        validation = (
+            ""
+            if record.validation is None
+            else (
+                "  validation"
+                f" {record.validation:.3f}{' (best)' if record.best_round == record.round else ''}"
+            )
+        )
+        failed = "".join(
+            f"\n  {client} failed: {reason}" for client, reason in record.failed.items()
+        )
         if record.shortened_examples:
-            failed += f"\n  {record.shortened_examples} of the clients' examples were too long and lost their oldest context"
+            failed += (
+                f"\n  {record.shortened_examples} of the clients' examples were too long and lost"
+                " their oldest context"
+            )
         left = self._advance("round", record.round, rounds, losses)
         self.print(
-            f"round {record.round}/{rounds}  loss {losses or '-'}{validation}  {size(record.bytes_down)} down  {size(record.bytes_up)} up  {record.seconds:.1f} s  {left}{failed}"
+            f"round {record.round}/{rounds}  loss {losses or '-'}{validation} "
+            f" {size(record.bytes_down)} down  {size(record.bytes_up)} up  {record.seconds:.1f} s "
+            f" {left}{failed}"
         )
 
     def _part_done(self, part: int, parts: int, name: str, seconds: float) -> None:
-        if seconds > 0.5:  # what was finished before, or is done elsewhere, says nothing of the pace
+        if (
+            seconds > 0.5
+        ):  # what was finished before, or is done elsewhere, says nothing of the pace
             self.paces.append(seconds)
-        left = f"{sum(self.paces) / len(self.paces) * (parts - part) / 60:.0f} min left at most" if self.paces and part < parts else ""
+        left = (
+            f"{sum(self.paces) / len(self.paces) * (parts - part) / 60:.0f} min left at most"
+            if self.paces and part < parts
+            else ""
+        )
         if self.console.is_terminal:
             self._advance("study", part, parts, "")
         self.print(f"{part}/{parts}  {name}  {seconds:.0f} s  {left}")
@@ -101,7 +145,11 @@ class Display:
         self.progress.update(self.tasks[name], completed=done, note=note)
         if done >= total:
             self.progress.remove_task(self.tasks.pop(name))
-        seconds = (time.perf_counter() - self.started[name]) / max(1, done - self.first[name]) * (total - done)
+        seconds = (
+            (time.perf_counter() - self.started[name])
+            / max(1, done - self.first[name])
+            * (total - done)
+        )
         return f"{seconds:.0f} s left" if done < total else ""
 
 
@@ -116,7 +164,10 @@ def size(count: float) -> str:
 
 def demo_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The demo's one table."""
-    table = Table(title="Questions about people whom no client has seen, through the private model", title_justify="left")
+    table = Table(
+        title="Questions about people whom no client has seen, through the private model",
+        title_justify="left",
+    )
     for name, style in [
         ("method", "left"),
         ("accuracy", "right"),
@@ -125,7 +176,11 @@ def demo_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         ("seconds", "right"),
         ("who trains on what", "left"),
     ]:
-        table.add_column(name, justify="left" if style == "left" else "right", no_wrap=name != "who trains on what")
+        table.add_column(
+            name,
+            justify="left" if style == "left" else "right",
+            no_wrap=name != "who trains on what",
+        )
     notes = {
         "zero-shot": "nobody",
         "server-only": "the server, on its own few questions",
@@ -152,7 +207,9 @@ def rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         return f"{title}: none"
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+        table.add_column(
+            name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right"
+        )
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     return table
@@ -164,7 +221,17 @@ def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(justify="right", overflow="fold")
     for label, name, value in _each_figure(figures):
-        told = size(value) if "bytes" in name else f"{value:.1%}" if name.endswith("share") else _operations(value) if name == "operations" else _text(value)
+        told = (
+            size(value)
+            if "bytes" in name
+            else (
+                f"{value:.1%}"
+                if name.endswith("share")
+                else _operations(value)
+                if name == "operations"
+                else _text(value)
+            )
+        )
         table.add_row(label, told)
     return table
 
@@ -187,23 +254,44 @@ def plan_table(figures: Mapping[str, Any]) -> Table:
     rows = [
         ("global layer at each depth of the auxiliary", " ".join(map(str, figures["layers"]))),
         ("prompt layer that each depth reads", " ".join(map(str, figures["prompt_layers"]))),
-        ("global model, parameters (shared and tied ones once)", f"{figures['global_parameters']:,}"),
-        ("auxiliary model, parameters (shared and tied ones once)", f"{figures['auxiliary_parameters']:,}"),
+        (
+            "global model, parameters (shared and tied ones once)",
+            f"{figures['global_parameters']:,}",
+        ),
+        (
+            "auxiliary model, parameters (shared and tied ones once)",
+            f"{figures['auxiliary_parameters']:,}",
+        ),
         ("global / auxiliary", f"{figures['ratio']:.2f}"),
         ("auxiliary package, float32, sent once to each client", size(figures["package_bytes"])),
         ("soft prompt, parameters", f"{figures['prompt_parameters']:,}"),
         ("one prompt as serialised, float32", size(figures["bytes_per_message"])),
-        ("traffic per round, down and up, all asked clients, by `compression`", size(figures["bytes_per_round"])),
+        (
+            "traffic per round, down and up, all asked clients, by `compression`",
+            size(figures["bytes_per_round"]),
+        ),
         ("traffic of the whole run", size(figures["bytes_in_all"])),
         (
-            f"client, step on the auxiliary model, operations (batch of examples of {figures['tokens_per_example']} tokens)",
+            (
+                "client, step on the auxiliary model, operations (batch of examples of"
+                f" {figures['tokens_per_example']} tokens)"
+            ),
             _operations(figures["client_operations_auxiliary"]),
         ),
-        ("client, step on the prompt, operations", _operations(figures["client_operations_prompt"])),
+        (
+            "client, step on the prompt, operations",
+            _operations(figures["client_operations_prompt"]),
+        ),
         ("server step, operations", _operations(figures["server_operations"])),
-        ("client memory: weights, gradients, AdamW; activations on top", size(figures["client_memory_bytes"])),
+        (
+            "client memory: weights, gradients, AdamW; activations on top",
+            size(figures["client_memory_bytes"]),
+        ),
         ("server memory: the same", size(figures["server_memory_bytes"])),
-        ("share of the global parameters disclosed bit for bit, after distillation", f"{figures['disclosed_share']:.1%}"),
+        (
+            "share of the global parameters disclosed bit for bit, after distillation",
+            f"{figures['disclosed_share']:.1%}",
+        ),
         ("the same if handed out without distillation", f"{figures['handed_out_share']:.1%}"),
     ]
     for row in rows:
@@ -217,5 +305,11 @@ def _operations(count: float) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4f}" if abs(value) < 1e5 else f"{value:.2e}"
+        return (
+            f"{value:,.0f}"
+            if value.is_integer() and abs(value) < 1e9
+            else f"{value:.4f}"
+            if abs(value) < 1e5
+            else f"{value:.2e}"
+        )
     return "-" if value is None else str(value)

@@ -1,4 +1,5 @@
-"""The report's pictures, as SVG that takes its ink from the page: readable in the dark, in print, and without telling red from green."""
+"""The report's pictures, as SVG that takes its ink from the page: readable in the dark, in print,
+and without telling red from green."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ INK = "#123456"
 """Stands for the page's own colour of text, which replaces it in the SVG."""
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C8C8C"]
-"""Okabe and Ito's palette, for those who do not see red and green; each colour also has a marker and a line of its own."""
+"""Okabe and Ito's palette, for those who do not see red and green; each colour also has a marker
+and a line of its own."""
 
 MARKERS, DASHES = "osD^vPX*<>hp", ["-", "--", "-.", ":"]
 
@@ -39,7 +41,12 @@ def learning_curves(section: Section) -> str | None:
             curves = [_curve(run) for run in line.runs.get(task, [])]
             rounds = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
             if len(rounds) > 1:
-                axes.plot(rounds, [statistics.fmean(curve[round] for curve in curves) for round in rounds], label=_plain(line.label), **style)
+                axes.plot(
+                    rounds,
+                    [statistics.fmean(curve[round] for curve in curves) for round in rounds],
+                    label=_plain(line.label),
+                    **style,
+                )
         axes.set_title(task, fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("validation loss, nats")
@@ -47,11 +54,22 @@ def learning_curves(section: Section) -> str | None:
 
 
 def _curve(run: Run) -> dict[int, float]:
-    return {int(record["round"]): float(record["validation"]) for record in run.records if record["validation"] is not None}
+    return {
+        int(record["round"]): float(record["validation"])
+        for record in run.records
+        if record["validation"] is not None
+    }
 
 
-def against(section: Section, figure: Callable[[Run], float], label: str, score: Callable[[Run], float], name: str) -> str | None:
-    """A score against what a run costs (a logarithmic scale), one panel for each task; runs that cost nothing are a line."""
+def against(
+    section: Section,
+    figure: Callable[[Run], float],
+    label: str,
+    score: Callable[[Run], float],
+    name: str,
+) -> str | None:
+    """A score against what a run costs (a logarithmic scale), one panel for each task; runs that
+    cost nothing are a line."""
     if not any(figure(run) > 0 for line in section.lines for run in line.all):
         return None
     drawing, panels = _panels(section.tasks, label)
@@ -65,10 +83,22 @@ def against(section: Section, figure: Callable[[Run], float], label: str, score:
             if cost > 0:
                 error = statistics.stdev(scores) if len(scores) > 1 else 0.0
                 axes.errorbar(
-                    cost, statistics.fmean(scores), yerr=error, color=style["color"], marker=style["marker"], label=_plain(line.label), linestyle="none"
+                    cost,
+                    statistics.fmean(scores),
+                    yerr=error,
+                    color=style["color"],
+                    marker=style["marker"],
+                    label=_plain(line.label),
+                    linestyle="none",
                 )
             else:
-                axes.axhline(statistics.fmean(scores), color=style["color"], linestyle=style["linestyle"], linewidth=1, label=_plain(f"{line.label} (none)"))
+                axes.axhline(
+                    statistics.fmean(scores),
+                    color=style["color"],
+                    linestyle=style["linestyle"],
+                    linewidth=1,
+                    label=_plain(f"{line.label} (none)"),
+                )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=4))
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -79,8 +109,11 @@ def against(section: Section, figure: Callable[[Run], float], label: str, score:
 
 
 def bars(section: Section) -> str:
-    """Answer loss of every line, mean over tasks, with the spread over seeds; the line at the reference."""
-    lines = [line for line in section.lines if set(line.runs) >= set(section.tasks)] or [line for line in section.lines if line.runs]
+    """Answer loss of every line, mean over tasks, with the spread over seeds; the line at the
+    reference."""
+    lines = [line for line in section.lines if set(line.runs) >= set(section.tasks)] or [
+        line for line in section.lines if line.runs
+    ]
     figure = Figure(figsize=(7.2, 0.6 + 0.3 * len(lines)))
     axes = figure.subplots()
     for place, line in enumerate(lines):
@@ -119,9 +152,24 @@ def clients(section: Section) -> str | None:
     styles = dict(zip((line.label for line in section.lines), _styles(), strict=False))
     for place, line in enumerate(lines):
         style = styles[line.label]
-        values = [value for run in line.all if run.figures.get("clients") for value in run.of_clients("accuracy", 100)]
-        axes.plot(values, [place] * len(values), marker=style["marker"], color=style["color"], linestyle="none", alpha=0.6, markersize=4)
-        axes.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=INK, linewidth=1.5)
+        values = [
+            value
+            for run in line.all
+            if run.figures.get("clients")
+            for value in run.of_clients("accuracy", 100)
+        ]
+        axes.plot(
+            values,
+            [place] * len(values),
+            marker=style["marker"],
+            color=style["color"],
+            linestyle="none",
+            alpha=0.6,
+            markersize=4,
+        )
+        axes.plot(
+            [statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=INK, linewidth=1.5
+        )
     axes.set_yticks(range(len(lines)), [_plain(line.label) for line in lines])
     axes.invert_yaxis()
     axes.set_xlabel("accuracy on questions like the client's own, %")
@@ -129,17 +177,30 @@ def clients(section: Section) -> str | None:
 
 
 def depths(section: Section) -> str | None:
-    """Hidden-state scale and gradient norm by depth of the auxiliary model, the mean over runs; dashed: weights as handed out, solid: after the last round."""
+    """Hidden-state scale and gradient norm by depth of the auxiliary model, the mean over runs;
+    dashed: weights as handed out, solid: after the last round."""
     if not any(run.depths for line in section.lines for run in line.all):
         return None
     figure, panels = _panels(["scale of hidden states", "norm of gradients"], "depth")
-    for axes, (name, title) in zip(panels, [("hidden_scale", "scale of hidden states"), ("gradient_norm", "norm of gradients")], strict=True):
+    for axes, (name, title) in zip(
+        panels,
+        [("hidden_scale", "scale of hidden states"), ("gradient_norm", "norm of gradients")],
+        strict=True,
+    ):
         for style, line in zip(_styles(), section.lines, strict=False):
             for weights, dashes in (("client", "-"), ("package", "--")):
-                curves = [[row[name] for row in run.depths if row["weights"] == weights] for run in line.all if run.depths]
+                curves = [
+                    [row[name] for row in run.depths if row["weights"] == weights]
+                    for run in line.all
+                    if run.depths
+                ]
                 if curves:
                     means = [statistics.fmean(column) for column in zip(*curves, strict=True)]
-                    axes.plot(means, label=_plain(f"{line.label}, {weights}"), **{**style, "linestyle": dashes})
+                    axes.plot(
+                        means,
+                        label=_plain(f"{line.label}, {weights}"),
+                        **{**style, "linestyle": dashes},
+                    )
         axes.set_title(title, fontsize=10)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -149,7 +210,13 @@ def depths(section: Section) -> str | None:
 def _styles() -> list[dict[str, Any]]:
     colours = cycle(COLOURS)
     return [
-        {"color": next(colours), "marker": MARKERS[place % len(MARKERS)], "linestyle": DASHES[(place // len(COLOURS)) % 4], "markersize": 4, "linewidth": 1.3}
+        {
+            "color": next(colours),
+            "marker": MARKERS[place % len(MARKERS)],
+            "linestyle": DASHES[(place // len(COLOURS)) % 4],
+            "markersize": 4,
+            "linewidth": 1.3,
+        }
         for place in range(100)
     ]
 
@@ -172,7 +239,8 @@ def _panels(tasks: Sequence[str], label: str) -> tuple[Figure, list[Axes]]:
 
 
 def _svg(figure: Figure, panels: Sequence[Axes], *, legend: bool = True) -> str:
-    """The figure as an SVG element: its ink is `currentColor`, its text stays text, and it is as wide as the page lets it."""
+    """The figure as an SVG element: its ink is `currentColor`, its text stays text, and it is as
+    wide as the page lets it."""
     for axes in panels:
         axes.tick_params(colors=INK, labelsize=8)
         axes.yaxis.label.set_fontsize(9)
@@ -193,13 +261,36 @@ def _svg(figure: Figure, panels: Sequence[Axes], *, legend: bool = True) -> str:
                 if label not in labels:
                     handles.append(handle)
                     labels.append(label)
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, fontsize=8, frameon=False, labelcolor=INK)
+        figure.legend(
+            handles,
+            labels,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.02),
+            ncols=3,
+            fontsize=8,
+            frameon=False,
+            labelcolor=INK,
+        )
     figure.patch.set_alpha(0.0)
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedsp", "font.family": "sans-serif", "hatch.linewidth": 0.4}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "fedsp",
+            "font.family": "sans-serif",
+            "hatch.linewidth": 0.4,
+        }
+    ):
+        figure.savefig(
+            buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}
+        )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'font: ([\d.]+)px [^;"]*', r"font-size: \1px; font-family: inherit", svg)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%"', re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r'\1 width="100%"',
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
+        count=1,
+    )

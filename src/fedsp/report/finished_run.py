@@ -42,7 +42,11 @@ class Run:
     @property
     def name(self) -> str:
         """The same and the seed, for people."""
-        return ", ".join(part for part in (self.method, self.choice, self.task, self.partition, f"seed {self.seed}") if part)
+        return ", ".join(
+            part
+            for part in (self.method, self.choice, self.task, self.partition, f"seed {self.seed}")
+            if part
+        )
 
     @property
     def entry(self) -> MethodEntry:
@@ -61,11 +65,16 @@ class Run:
             return "clients' text unused"
         if self.config.partition.clients == 0:
             return "gathered at the server"
-        return "gathered at one owner" if self.config.partition.clients == 1 else "stays with its owners"
+        return (
+            "gathered at one owner"
+            if self.config.partition.clients == 1
+            else "stays with its owners"
+        )
 
     @property
     def model_parameters(self) -> float:
-        """Parameters of the model at a client, those that depths or ends share once; 0 where there is no client."""
+        """Parameters of the model at a client, those that depths or ends share once; 0 where there
+        is no client."""
         return self._model("client")
 
     @property
@@ -78,13 +87,20 @@ class Run:
 
     @property
     def package(self) -> float:
-        """Bytes of what a client is handed before the first round, float32; where the whole model is broadcast, nothing is handed out before."""
-        broadcast = self.figures["cost"].get("client", {}).get("parameters_sent", 0) >= self.model_parameters
-        return float(self.figures["package_bytes"]) or (0.0 if broadcast else 4 * self.model_parameters)
+        """Bytes of what a client is handed before the first round, float32; where the whole model
+        is broadcast, nothing is handed out before."""
+        broadcast = (
+            self.figures["cost"].get("client", {}).get("parameters_sent", 0)
+            >= self.model_parameters
+        )
+        return float(self.figures["package_bytes"]) or (
+            0.0 if broadcast else 4 * self.model_parameters
+        )
 
     @property
     def bytes(self) -> float:
-        """Bytes of all messages, both ways, as serialised, and of the package for each client that was asked."""
+        """Bytes of all messages, both ways, as serialised, and of the package for each client that
+        was asked."""
         clients = len({client for record in self.records for client in record["asked"]})
         return float(self.figures["bytes_up"] + self.figures["bytes_down"] + self.package * clients)
 
@@ -100,7 +116,8 @@ class Run:
 
     @property
     def score(self) -> float:
-        """The share of test questions that are right: accuracy, or exact match where the task has that."""
+        """The share of test questions that are right: accuracy, or exact match where the task has
+        that."""
         test = self.figures["test"]
         return float(test["accuracy"] if "accuracy" in test else test["exact_match"])
 
@@ -111,18 +128,28 @@ class Run:
 
     @property
     def client_operations(self) -> float:
-        """Floating-point operations of all clients in all rounds: those measured in one round of the first client, times the updates."""
-        return float(self.figures["cost"].get("client", {}).get("operations", 0.0) * self.figures["updates"])
+        """Floating-point operations of all clients in all rounds: those measured in one round of
+        the first client, times the updates."""
+        return float(
+            self.figures["cost"].get("client", {}).get("operations", 0.0) * self.figures["updates"]
+        )
 
     @property
     def client_steps(self) -> int:
         """Steps of all clients in all rounds."""
-        return int(self.figures["updates"] * (self.config.client.auxiliary_steps + self.config.client.prompt_steps))
+        return int(
+            self.figures["updates"]
+            * (self.config.client.auxiliary_steps + self.config.client.prompt_steps)
+        )
 
     @property
     def cosines(self) -> list[float]:
         """The mean cosine between two clients' changes, round by round."""
-        return [record["update_cosine"] for record in self.records if record.get("update_cosine") is not None]
+        return [
+            record["update_cosine"]
+            for record in self.records
+            if record.get("update_cosine") is not None
+        ]
 
     def of_clients(self, figure: str, scale: float = 1.0) -> list[float]:
         """A figure of each client."""
@@ -133,9 +160,15 @@ class Run:
         rows = RunDirectory(self.folder, self.config).scores()
         scores = {}
         for row in rows:
-            choice = max(range(len(row["log_likelihoods"])), key=lambda index: row["log_likelihoods"][index])
+            choice = max(
+                range(len(row["log_likelihoods"])), key=lambda index: row["log_likelihoods"][index]
+            )
             right = row["right"] if "right" in row else choice in row["gold"]
-            scores[row.get("question", row["id"])] = (-row["log_likelihoods"][row["gold"][0]], row["tokens"][row["gold"][0]], float(right))
+            scores[row.get("question", row["id"])] = (
+                -row["log_likelihoods"][row["gold"][0]],
+                row["tokens"][row["gold"][0]],
+                float(right),
+            )
         return scores
 
     def losses(self, questions: Sequence[str]) -> list[float]:

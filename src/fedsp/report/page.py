@@ -21,7 +21,16 @@ from fedsp.federation.methods.registry import find_method
 from fedsp.report.collect import Line, Results, Section, read_results
 from fedsp.report.figures import against, bars, clients, depths, learning_curves
 from fedsp.report.finished_run import Run
-from fedsp.report.tables import PRIVACY, Entry, Table, comparison_table, cost_table, heterogeneity_table, score_table, stability_table
+from fedsp.report.tables import (
+    PRIVACY,
+    Entry,
+    Table,
+    comparison_table,
+    cost_table,
+    heterogeneity_table,
+    score_table,
+    stability_table,
+)
 from fedsp.storage import write_bytes
 
 PAGE = "report.html"
@@ -37,7 +46,8 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A table as the page shows it: which entries are the best of their column, and which are words."""
+    """A table as the page shows it: which entries are the best of their column, and which are
+    words."""
 
     table: Table
     best: frozenset[int]
@@ -49,22 +59,35 @@ class Shown:
 
     def kind(self, entry: Entry) -> str:
         """The entry's class on the page."""
-        return "best" if id(entry) in self.best else "words" if entry.value is None and len(entry.text) > 3 and not entry.runs else ""
+        return (
+            "best"
+            if id(entry) in self.best
+            else "words"
+            if entry.value is None and len(entry.text) > 3 and not entry.runs
+            else ""
+        )
 
     def link(self, entry: Entry, row: int, lines: Sequence[Mapping[str, Any]]) -> str:
         """Where an entry leads: to its run, or to the list of the runs of its line."""
         if len(entry.runs) == 1:
             return f"#{entry.runs[0]}"
-        return next(f"#{line['anchor']}" for line in lines if line["label"] == self.table.lines[row])
+        return next(
+            f"#{line['anchor']}" for line in lines if line["label"] == self.table.lines[row]
+        )
 
     def hint(self, entry: Entry) -> str:
         """What the entry says when pointed at: its runs."""
         named = [self.hints[key] for key in entry.runs[:3]]
-        return f"{len(entry.runs)} run{'s' if len(entry.runs) > 1 else ''}: " + "; ".join(named) + ("; ..." if len(entry.runs) > 3 else "")
+        return (
+            f"{len(entry.runs)} run{'s' if len(entry.runs) > 1 else ''}: "
+            + "; ".join(named)
+            + ("; ..." if len(entry.runs) > 3 else "")
+        )
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
-    """Read the finished runs of studies, or below any folders, and write the report; returns the files and what is missing.
+    """Read the finished runs of studies, or below any folders, and write the report; returns the
+    files and what is missing.
 
     Raises:
         RunError: there is no finished run, or the output is a file.
@@ -96,13 +119,34 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> dict[str,
 
 def section_tables(section: Section, results: Results) -> list[Table]:
     """All tables of a section, in the order in which they are read."""
-    tables = [score_table(section, "accuracy"), score_table(section, "answer_loss"), comparison_table(section), cost_table(section)]
-    return [table for table in [*tables, heterogeneity_table(section), stability_table(section)] if table is not None]
+    tables = [
+        score_table(section, "accuracy"),
+        score_table(section, "answer_loss"),
+        comparison_table(section),
+        cost_table(section),
+    ]
+    return [
+        table
+        for table in [*tables, heterogeneity_table(section), stability_table(section)]
+        if table is not None
+    ]
 
 
 def _pictures(section: Section) -> list[Picture]:
-    loss, accuracy = (lambda run: run.loss, "answer loss, nats"), (lambda run: 100 * run.score, "accuracy, %")
-    sent, computed = (lambda run: run.bytes, "bytes, all messages and packages"), (lambda run: run.client_operations, "operations of all clients")
+    loss, accuracy = (
+        (lambda run: run.loss, "answer loss, nats"),
+        (
+            lambda run: 100 * run.score,
+            "accuracy, %",
+        ),
+    )
+    sent, computed = (
+        (lambda run: run.bytes, "bytes, all messages and packages"),
+        (
+            lambda run: run.client_operations,
+            "operations of all clients",
+        ),
+    )
     compared = [
         ("Answer loss, mean over tasks", bars(section)),
         ("Accuracy against bytes sent", against(section, *sent, *accuracy)),
@@ -119,11 +163,20 @@ def _pictures(section: Section) -> list[Picture]:
     return [Picture(title, Markup(svg)) for title, svg in drawn if svg]
 
 
-def page(results: Results, tables: Sequence[Sequence[Table]], audited: Sequence[Mapping[str, Any]]) -> str:
+def page(
+    results: Results, tables: Sequence[Sequence[Table]], audited: Sequence[Mapping[str, Any]]
+) -> str:
     """The page: no script but one line, no font, no image from elsewhere."""
-    environment = Environment(loader=PackageLoader("fedsp.report"), autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("fedsp.report"),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
     hints = {key: run.name for key, run in results.runs.items()}
-    commits = sorted({_short(run.about["versions"].get("commit", "unknown")) for run in results.runs.values()})
+    commits = sorted(
+        {_short(run.about["versions"].get("commit", "unknown")) for run in results.runs.values()}
+    )
     return environment.get_template("report.html").render(
         title=_title(results),
         commits=f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}",
@@ -132,11 +185,24 @@ def page(results: Results, tables: Sequence[Sequence[Table]], audited: Sequence[
                 "title": section.title,
                 "text": section.text,
                 "missing": len(section.missing),
-                "tables": [Shown(table=table, best=_best(table), hints=hints, anchor=f"section-{number}-line-") for table in shown],
-                "lines": [_line(line, f"section-{number}-line-{place}") for place, line in enumerate(section.lines)],
+                "tables": [
+                    Shown(
+                        table=table,
+                        best=_best(table),
+                        hints=hints,
+                        anchor=f"section-{number}-line-",
+                    )
+                    for table in shown
+                ],
+                "lines": [
+                    _line(line, f"section-{number}-line-{place}")
+                    for place, line in enumerate(section.lines)
+                ],
                 "pictures": _pictures(section),
             }
-            for number, (section, shown) in enumerate(zip(results.sections, tables, strict=True), start=1)
+            for number, (section, shown) in enumerate(
+                zip(results.sections, tables, strict=True), start=1
+            )
         ],
         audits=audited,
         failures=results.failures,
@@ -149,10 +215,15 @@ def _title(results: Results) -> str:
 
 
 def audited_runs(results: Results) -> list[dict[str, Any]]:
-    """Of runs that were audited, or that promise something: the account, and what audits found, as tables of words."""
+    """Of runs that were audited, or that promise something: the account, and what audits found, as
+    tables of words."""
     audited = []
     for run in results.runs.values():
-        tables = [(f"{name}: {finding.title}", finding) for name, some in found_tables(run.folder).items() for finding in some]
+        tables = [
+            (f"{name}: {finding.title}", finding)
+            for name, some in found_tables(run.folder).items()
+            for finding in some
+        ]
         if tables or (run.folder / STATEMENT).exists():
             told = account(run.folder)
             audited.append(
@@ -160,7 +231,15 @@ def audited_runs(results: Results) -> list[dict[str, Any]]:
                     "key": run.key,
                     "name": run.name,
                     "account": told,
-                    "tables": [(title, list(found.rows[0]), [list(row.values()) for row in found.rows], found.note) for title, found in tables],
+                    "tables": [
+                        (
+                            title,
+                            list(found.rows[0]),
+                            [list(row.values()) for row in found.rows],
+                            found.note,
+                        )
+                        for title, found in tables
+                    ],
                 }
             )
     return audited
@@ -183,7 +262,12 @@ def _line(line: Line, anchor: str) -> dict[str, Any]:
     """The runs of a line, for the list that its numbers lead to."""
     paper = find_method(line.all[0].config.method) if line.all else None
     runs = [(run.key, f"{run.task}, seed {run.seed}") for run in line.all]
-    return {"anchor": anchor, "label": line.label, "paper": f"{paper.title}: {paper.paper}" if paper else "", "runs": runs}
+    return {
+        "anchor": anchor,
+        "label": line.label,
+        "paper": f"{paper.title}: {paper.paper}" if paper else "",
+        "runs": runs,
+    }
 
 
 def _short(commit: str) -> str:
@@ -208,20 +292,36 @@ def _run(run: Run, results: Results) -> dict[str, Any]:
             ("bytes, down and up", f"{figures['bytes_down']:,}, {figures['bytes_up']:,}"),
             ("seconds", f"{figures['seconds']:.1f}"),
         ],
-        "others": [(other.key, other.seed) for other in results.runs.values() if other is not run and other.cell == run.cell],
-        "toml": tomli_w.dumps(run.config.model_dump(exclude_none=True, exclude_defaults=True, exclude={"tracking"})),  # its address may hold a password
+        "others": [
+            (other.key, other.seed)
+            for other in results.runs.values()
+            if other is not run and other.cell == run.cell
+        ],
+        "toml": tomli_w.dumps(
+            run.config.model_dump(exclude_none=True, exclude_defaults=True, exclude={"tracking"})
+        ),  # its address may hold a password
     }
 
 
-def _markdown(results: Results, tables: Sequence[Sequence[Table]], audited: Sequence[Mapping[str, Any]]) -> str:
+def _markdown(
+    results: Results, tables: Sequence[Sequence[Table]], audited: Sequence[Mapping[str, Any]]
+) -> str:
     lines = [f"# {_title(results)}", ""]
     for section, shown in zip(results.sections, tables, strict=True):
         lines += [f"## {section.title}", "", *([section.text, ""] if section.text else [])]
         if section.missing:
             lines += [f"{len(section.missing)} cells have no finished run yet.", ""]
         for table in shown:
-            lines += [f"### {table.title}", "", "| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
-            lines += ["| " + " | ".join(entry.text.replace("|", "\\|") for entry in row) + " |" for row in table.rows]
+            lines += [
+                f"### {table.title}",
+                "",
+                "| " + " | ".join(table.columns) + " |",
+                "|---" * len(table.columns) + "|",
+            ]
+            lines += [
+                "| " + " | ".join(entry.text.replace("|", "\\|") for entry in row) + " |"
+                for row in table.rows
+            ]
             lines += ["", *([table.note, ""] if table.note else [])]
     for one in audited:
         lines += [
@@ -233,8 +333,20 @@ def _markdown(results: Results, tables: Sequence[Sequence[Table]], audited: Sequ
             "",
         ]
         for title, columns, rows, note in one["tables"]:
-            lines += [f"### {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-            lines += [*("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |" for row in rows), "", *([note, ""] if note else [])]
+            lines += [
+                f"### {title}",
+                "",
+                "| " + " | ".join(columns) + " |",
+                "|---" * len(columns) + "|",
+            ]
+            lines += [
+                *(
+                    "| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |"
+                    for row in rows
+                ),
+                "",
+                *([note, ""] if note else []),
+            ]
     return "\n".join(lines)
 
 
@@ -242,10 +354,20 @@ def _csv(table: Table) -> str:
     """Every column twice: as it is shown, and its number."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([name for column in table.columns for name in (column, f"{column.strip()}, number")] + ["runs"])
+    writer.writerow(
+        [name for column in table.columns for name in (column, f"{column.strip()}, number")]
+        + ["runs"]
+    )
     for row in table.rows:
         keys = dict.fromkeys(key for entry in row for key in entry.runs)
-        writer.writerow([value for entry in row for value in (entry.text, "" if entry.value is None else repr(entry.value))] + [" ".join(keys)])
+        writer.writerow(
+            [
+                value
+                for entry in row
+                for value in (entry.text, "" if entry.value is None else repr(entry.value))
+            ]
+            + [" ".join(keys)]
+        )
     return buffer.getvalue()
 
 
@@ -253,10 +375,14 @@ def _runs_csv(results: Results) -> str:
     """What each key of the other files stands for."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["run", "folder", "method", "choice", "task", "model", "partition", "seed", "commit"])
+    writer.writerow(
+        ["run", "folder", "method", "choice", "task", "model", "partition", "seed", "commit"]
+    )
     for run in results.runs.values():
         where = [run.method, run.choice, run.task, run.model, run.partition, run.seed]
-        writer.writerow([run.key, run.folder.name, *where, run.about["versions"].get("commit", "unknown")])
+        writer.writerow(
+            [run.key, run.folder.name, *where, run.about["versions"].get("commit", "unknown")]
+        )
     return buffer.getvalue()
 
 

@@ -1,8 +1,10 @@
-"""Paired comparison of two methods on the same questions and seeds: difference, confidence interval, and a p-value corrected for many comparisons.
+"""Paired comparison of two methods on the same questions and seeds: difference, confidence
+interval, and a p-value corrected for many comparisons.
 
-The bootstrap resamples questions and seeds together (two levels), so both kinds of chance are in the interval; with few seeds the second is known
-badly, and intervals are rather too narrow than too wide. Correction: S. Holm, *A Simple Sequentially Rejective Multiple Test Procedure*,
-Scandinavian Journal of Statistics 6, 1979.
+The bootstrap resamples questions and seeds together (two levels), so both kinds of chance are in
+the interval; with few seeds the second is known badly, and intervals are rather too narrow than too
+wide. Correction: S. Holm, *A Simple Sequentially Rejective Multiple Test Procedure*, Scandinavian
+Journal of Statistics 6, 1979.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ RESAMPLES, PART = 10_000, 500
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A mean difference, its 95 % confidence interval, and the two-sided p-value of no difference."""
+    """A mean difference, its 95 % confidence interval, and the two-sided p-value of no
+    difference."""
 
     mean: float
     low: float
@@ -30,33 +33,48 @@ class Difference:
 
 
 def paired_difference(pairs: Sequence[tuple[Scores, Scores]], *, seed: int = 0) -> Difference:
-    """The first of each pair less the second, averaged over pairs (tasks); each pair has the same seeds and questions on both sides.
+    """The first of each pair less the second, averaged over pairs (tasks); each pair has the same
+    seeds and questions on both sides.
 
     Raises:
         ValueError: a pair has two shapes, or there is none.
     """
     if not pairs or any(one.shape != other.shape or one.ndim != 2 for one, other in pairs):
-        raise ValueError(f"paired scores have one shape (seeds, questions): {[(one.shape, other.shape) for one, other in pairs]}")
+        raise ValueError(
+            "paired scores have one shape (seeds, questions):"
+            f" {[(one.shape, other.shape) for one, other in pairs]}"
+        )
     rng = np.random.default_rng(seed)
     means = np.zeros(RESAMPLES)
-    drawn = {seeds: rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds for seeds in sorted({len(one) for one, _ in pairs})}
+    drawn = {
+        seeds: rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+        for seeds in sorted({len(one) for one, _ in pairs})
+    }
     for one, other in pairs:  # one draw of seeds for all tasks, which share what a seed made
         means += _resampled_means(one - other, drawn[len(one)], rng) / len(pairs)
     mean = float(np.mean([np.mean(one - other) for one, other in pairs]))
     low, high = np.quantile(means, [0.025, 0.975])
     smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return Difference(mean=mean, low=float(low), high=float(high), p=min(1.0, 2 * (smaller + 1) / (RESAMPLES + 1)))
+    return Difference(
+        mean=mean, low=float(low), high=float(high), p=min(1.0, 2 * (smaller + 1) / (RESAMPLES + 1))
+    )
 
 
 def _resampled_means(differences: Scores, weights: Scores, rng: np.random.Generator) -> Scores:
-    """Means of differences (S, Q), their seeds weighted as in `weights` (R, S), their questions drawn anew; (R,)."""
+    """Means of differences (S, Q), their seeds weighted as in `weights` (R, S), their questions
+    drawn anew; (R,)."""
     questions = differences.shape[1]
     places = np.arange(PART)[:, None] * questions
     means = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, PART):  # in parts: (R, Q) is large
         part = slice(start, start + PART)
-        drawn = rng.integers(0, questions, (PART, questions)) + places  # counted by bincount, which is fifty times faster than a multinomial draw
-        counts = np.bincount(drawn.ravel(), minlength=PART * questions).reshape(PART, questions) / questions
+        drawn = (
+            rng.integers(0, questions, (PART, questions)) + places
+        )  # counted by bincount, which is fifty times faster than a multinomial draw
+        counts = (
+            np.bincount(drawn.ravel(), minlength=PART * questions).reshape(PART, questions)
+            / questions
+        )
         means[part] = ((weights[part] @ differences) * counts).sum(axis=1)
     return means
 

@@ -1,7 +1,9 @@
-"""Distillation: the auxiliary model is fitted to the last hidden states of the global one, before any round (FedSP, section 3, KD).
+"""Distillation: the auxiliary model is fitted to the last hidden states of the global one, before
+any round (FedSP, section 3, KD).
 
-The loss is the mean squared error between last hidden states, after the final norm, over real tokens; padding is masked out. The teacher
-reads each text once and its states are kept, in memory or, where they are large, in a file.
+The loss is the mean squared error between last hidden states, after the final norm, over real
+tokens; padding is masked out. The teacher reads each text once and its states are kept, in memory
+or, where they are large, in a file.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ def distill(
     progress: Progress = lambda step, loss: None,
     around: SoftPrompt | None = None,
 ) -> list[float]:
-    """Fit the auxiliary's distillable weights in place; returns the loss of each step. `around` is a prompt that stands in front of every text, on
-    both sides.
+    """Fit the auxiliary's distillable weights in place; returns the loss of each step. `around` is
+    a prompt that stands in front of every text, on both sides.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -75,7 +77,9 @@ def distill(
         return []
     order = _order(len(texts), how, seed)
     drawn = Counter(index for indices in order for index in indices)
-    kept = Kept(drawn, max(len(texts[index]) for index in drawn)) if max(drawn.values()) > 1 else None
+    kept = (
+        Kept(drawn, max(len(texts[index]) for index in drawn)) if max(drawn.values()) > 1 else None
+    )
     steps = 0
 
     def loss(indices: list[int]) -> Tensor:
@@ -87,28 +91,54 @@ def distill(
             read = partial(_read, teacher, texts, how, auxiliary, prefixes[1])
             states = kept.get(indices, read) if kept else read(indices)
             states = [state[:, : batch.ids.shape[1]].to(auxiliary.device) for state in states]
-        value = _loss(auxiliary, teacher, hidden_at_depths(auxiliary, batch.ids, batch.mask, prefixes[0]), states, batch.mask, how)
+        value = _loss(
+            auxiliary,
+            teacher,
+            hidden_at_depths(auxiliary, batch.ids, batch.mask, prefixes[0]),
+            states,
+            batch.mask,
+            how,
+        )
         progress(steps, float(value.detach()))
         return value
 
     return fit(auxiliary.distillable(), loss, order, how.optimisation).losses
 
 
-def _loss(student: PromptedLM, teacher: PromptedLM, hidden: list[Tensor], states: list[Tensor], mask: Tensor, how: Distillation) -> Tensor:
-    """The paper's loss on the last states, plus the options: states are those of every depth (or none), then the last."""
+def _loss(
+    student: PromptedLM,
+    teacher: PromptedLM,
+    hidden: list[Tensor],
+    states: list[Tensor],
+    mask: Tensor,
+    how: Distillation,
+) -> Tensor:
+    """The paper's loss on the last states, plus the options: states are those of every depth (or
+    none), then the last."""
     value = masked_mse(hidden[-1], states[-1], mask)
     if how.match_depths:
-        value = value + how.match_depths * torch.stack([masked_mse(*pair, mask) for pair in zip(hidden[:-1], states[:-1], strict=True)]).mean()
+        value = (
+            value
+            + how.match_depths
+            * torch.stack(
+                [masked_mse(*pair, mask) for pair in zip(hidden[:-1], states[:-1], strict=True)]
+            ).mean()
+        )
     if how.match_logits:
         real = mask.bool()
         wanted = torch.log_softmax(teacher.logits(states[-1][real]), dim=-1)
-        value = value + how.match_logits * kl_div(torch.log_softmax(student.logits(hidden[-1][real]), dim=-1), wanted, log_target=True, reduction="batchmean")
+        value = value + how.match_logits * kl_div(
+            torch.log_softmax(student.logits(hidden[-1][real]), dim=-1),
+            wanted,
+            log_target=True,
+            reduction="batchmean",
+        )
     return value
 
 
 class Kept:
-    """What the teacher made of each text that is drawn, float32, read once. What is larger than `IN_MEMORY` bytes in all lies in files without
-    names, which go with the process.
+    """What the teacher made of each text that is drawn, float32, read once. What is larger than
+    `IN_MEMORY` bytes in all lies in files without names, which go with the process.
 
     Raises (from `get`):
         StorageError: the disk has no room for it.
@@ -121,14 +151,18 @@ class Kept:
         self._known: set[int] = set()
 
     def get(self, indices: list[int], read: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
-        """The states of some texts, (B, longest, D) for each depth; `read` gives those that are not known yet."""
+        """The states of some texts, (B, longest, D) for each depth; `read` gives those that are not
+        known yet."""
         new = [index for index in dict.fromkeys(indices) if index not in self._known]
         if new:
             states = read(new)
             if not self._states:
                 shapes = [(len(self._rows), self._longest, state.shape[-1]) for state in states]
                 large = 4 * sum(math.prod(shape) for shape in shapes) > IN_MEMORY
-                self._states = [_on_disk(math.prod(shape)).view(shape) if large else torch.zeros(shape) for shape in shapes]
+                self._states = [
+                    _on_disk(math.prod(shape)).view(shape) if large else torch.zeros(shape)
+                    for shape in shapes
+                ]
             for kept, state in zip(self._states, states, strict=True):
                 kept[self._at(new), : state.shape[1]] = state.cpu()
             self._known |= set(new)
@@ -144,26 +178,40 @@ def _on_disk(count: int) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="fedsp-teacher-states-", dir=folder) as file:
         try:
             if sys.platform == "linux":
-                os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up later would end the process without a word
+                os.posix_fallocate(
+                    file.fileno(), 0, size
+                )  # a disk that fills up later would end the process without a word
             else:
                 file.truncate(size)
         except OSError as error:
             raise StorageError(
-                f"the teacher's states need {size / 2**30:.1f} GiB in {folder} ({error.strerror}): set TMPDIR to a folder with more room, or make distill.sequences smaller"
+                f"the teacher's states need {size / 2**30:.1f} GiB in {folder} ({error.strerror}):"
+                " set TMPDIR to a folder with more room, or make distill.sequences smaller"
             ) from error
         return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32)
 
 
-def _read(teacher: PromptedLM, texts: Sequences, how: Distillation, student: PromptedLM, prefix: Tensor | None, indices: list[int]) -> list[Tensor]:
-    """The teacher's states of some texts, (B, T, D) for each depth that is matched, and last the last ones."""
+def _read(
+    teacher: PromptedLM,
+    texts: Sequences,
+    how: Distillation,
+    student: PromptedLM,
+    prefix: Tensor | None,
+    indices: list[int],
+) -> list[Tensor]:
+    """The teacher's states of some texts, (B, T, D) for each depth that is matched, and last the
+    last ones."""
     batch = pad([texts[index] for index in indices], teacher.device)
     states = hidden_at_depths(teacher, batch.ids, batch.mask, prefix)
     wanted = [*(states[layer] for layer in student.prompt_layers if how.match_depths), states[-1]]
     return [state.float() for state in wanted]
 
 
-def _prefixes(student: PromptedLM, teacher: PromptedLM, around: SoftPrompt | None) -> tuple[Tensor | None, Tensor | None]:
-    """The keys and values that each side reads in front of a text: those of the prompt `around`, or none."""
+def _prefixes(
+    student: PromptedLM, teacher: PromptedLM, around: SoftPrompt | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The keys and values that each side reads in front of a text: those of the prompt `around`, or
+    none."""
     if around is None:
         return None, None
     with torch.no_grad():
@@ -177,11 +225,17 @@ def _order(count: int, how: Distillation, seed: int) -> list[list[int]]:
     drawn: list[int] = []
     while len(drawn) < how.steps * how.batch_size:
         drawn += rng.sample(range(count), count)
-    return [drawn[start : start + how.batch_size] for start in range(0, how.steps * how.batch_size, how.batch_size)]
+    return [
+        drawn[start : start + how.batch_size]
+        for start in range(0, how.steps * how.batch_size, how.batch_size)
+    ]
 
 
-def packed(tokenizer: Tokenizer, passages: Sequence[str], *, length: int, count: int, seed: int) -> list[list[int]]:
-    """Passages in a seeded order, one behind the other with an end token between, cut into at most `count` sequences of `length` tokens."""
+def packed(
+    tokenizer: Tokenizer, passages: Sequence[str], *, length: int, count: int, seed: int
+) -> list[list[int]]:
+    """Passages in a seeded order, one behind the other with an end token between, cut into at most
+    `count` sequences of `length` tokens."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     order = random.Random(derive_seed(seed, "passages")).sample(range(len(passages)), len(passages))
     tokens: list[int] = []
@@ -189,5 +243,8 @@ def packed(tokenizer: Tokenizer, passages: Sequence[str], *, length: int, count:
         tokens += [*tokenizer.encode(passages[index], add_special_tokens=False), *end]
         if len(tokens) >= length * count:
             break
-    sequences = [tokens[start : start + length] for start in range(0, min(len(tokens), length * count), length)]
+    sequences = [
+        tokens[start : start + length]
+        for start in range(0, min(len(tokens), length * count), length)
+    ]
     return [sequence for sequence in sequences if len(sequence) > 1]

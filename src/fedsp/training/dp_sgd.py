@@ -1,7 +1,9 @@
-"""Steps on a prompt with example-level differential privacy: DP-SGD's clipped and noised gradients, with AdamW on the result.
+"""Steps on a prompt with example-level differential privacy: DP-SGD's clipped and noised gradients,
+with AdamW on the result.
 
-M. Abadi et al. *Deep Learning with Differential Privacy*. CCS 2016. https://arxiv.org/abs/1607.00133. What an optimizer makes of a released gradient
-is post-processing. Lots are Poisson samples, as the accountant assumes, and an empty one releases noise like any other.
+M. Abadi et al. *Deep Learning with Differential Privacy*. CCS 2016.
+https://arxiv.org/abs/1607.00133. What an optimizer makes of a released gradient is post-processing.
+Lots are Poisson samples, as the accountant assumes, and an empty one releases noise like any other.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from fedsp.training.per_example_gradients import example_gradients
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateSteps:
-    """Steps of one round: each a release of noise `noise_multiplier` x `bound` over a Poisson sample of rate `sampling_rate`."""
+    """Steps of one round: each a release of noise `noise_multiplier` x `bound` over a Poisson
+    sample of rate `sampling_rate`."""
 
     bound: float
     noise_multiplier: float
@@ -40,8 +43,8 @@ class PrivateSteps:
 
 @dataclass(frozen=True, kw_only=True)
 class ExamplePrivacy:
-    """What a run asks of every client: gradients of one example clipped to `bound`, and noise so that all `rounds` rounds cost `epsilon` at `delta`, or
-    noise of a given multiplier."""
+    """What a run asks of every client: gradients of one example clipped to `bound`, and noise so
+    that all `rounds` rounds cost `epsilon` at `delta`, or noise of a given multiplier."""
 
     bound: float
     delta: float
@@ -50,21 +53,26 @@ class ExamplePrivacy:
     noise_multiplier: float | None = None
 
     def steps(self, examples: int, lot: int, steps: int) -> PrivateSteps:
-        """The steps of one round of a client with so many examples, `lot` of them expected in a step. How many it has is taken as public.
+        """The steps of one round of a client with so many examples, `lot` of them expected in a
+        step. How many it has is taken as public.
 
         Raises:
             PrivacyError: delta is no promise for so many examples, or no noise is enough.
         """
         if self.delta * examples >= 1:
             raise PrivacyError(
-                f"privacy.delta = {self.delta:g} is no promise for {examples} examples: with one chance in {1 / self.delta:g} an example may be told whole; set it below {1 / examples:.1g}"
+                f"privacy.delta = {self.delta:g} is no promise for {examples} examples: with one"
+                f" chance in {1 / self.delta:g} an example may be told whole; set it below"
+                f" {1 / examples:.1g}"
             )
         rate = min(1.0, lot / examples)
         noise = self.noise_multiplier
         if noise is None:
             assert self.epsilon is not None
             noise = noise_for(self.epsilon, self.delta, rate, self.rounds * steps)
-        return PrivateSteps(bound=self.bound, noise_multiplier=noise, sampling_rate=rate, count=steps)
+        return PrivateSteps(
+            bound=self.bound, noise_multiplier=noise, sampling_rate=rate, count=steps
+        )
 
 
 def fit_privately(
@@ -85,53 +93,76 @@ def fit_privately(
     together = examples_together(model, prompt, max(len(row.ids) for row in examples))
 
     def gradients(lot: list[int]) -> None:
-        prompt.direct.grad = private_gradient(model, prompt, [examples[index] for index in lot], len(examples), steps, together)
+        prompt.direct.grad = private_gradient(
+            model, prompt, [examples[index] for index in lot], len(examples), steps, together
+        )
 
     lots = (poisson_sample(len(examples), steps.sampling_rate) for _ in range(steps.count))
-    return optimize(prompt.trained(), gradients, lots, optimisation, first_step=first_step, moments=moments)
+    return optimize(
+        prompt.trained(), gradients, lots, optimisation, first_step=first_step, moments=moments
+    )
 
 
 TOGETHER = 8
 """Examples that go through a model together where none of them changes another."""
 
 ALONE = 5e-5
-"""The largest change of an example's gradient, as a share of its length, that counts as rounding: seven neighbours that each move so much move a clipped sum by
-less than a thousandth of the bound."""
+"""The largest change of an example's gradient, as a share of its length, that counts as rounding:
+seven neighbours that each move so much move a clipped sum by less than a thousandth of the bound.
+"""
 
 
 def examples_together(model: PromptedLM, prompt: SoftPrompt, longest: int) -> int:
-    """How many examples may go through the model together: a bound on one example bounds nothing where it changes what others contribute.
+    """How many examples may go through the model together: a bound on one example bounds nothing
+    where it changes what others contribute.
 
-    Tried out once for each model, on random text: an example's gradient by itself, and beside neighbours that change. Where they differ by more than rounding each
-    example is read by itself; so it is in few bits, where LLM.int8 picks outlier columns over a whole batch, which random neighbours need not show. `longest` is the
-    length of the longest example, in tokens: only where it reaches a switch of the model's rotations is one tried that does.
+    Tried out once for each model, on random text: an example's gradient by itself, and beside
+    neighbours that change. Where they differ by more than rounding each example is read by itself;
+    so it is in few bits, where LLM.int8 picks outlier columns over a whole batch, which random
+    neighbours need not show. `longest` is the length of the longest example, in tokens: only where
+    it reaches a switch of the model's rotations is one tried that does.
 
     Raises:
-        PrivacyError: even by itself an example's gradient depends on what was read before, or is not finite.
+        PrivacyError: even by itself an example's gradient depends on what was read before, or is
+            not finite.
     """
     if model.together is None:
         lone = _probe(model, 5, seed=0)
-        crowds = [[_probe(model, length, seed=seed) for seed in range(1, TOGETHER)] for length in (4, 24)]
-        if model.switch is not None and model.positions_taken(prompt.spec.length) + longest > model.switch.positions:
+        crowds = [
+            [_probe(model, length, seed=seed) for seed in range(1, TOGETHER)] for length in (4, 24)
+        ]
+        if (
+            model.switch is not None
+            and model.positions_taken(prompt.spec.length) + longest > model.switch.positions
+        ):
             crowds.append([_probe(model, model.switch.positions + 1, seed=1)])
         alone = _gradients(model, prompt, [lone])
         if not torch.isfinite(alone).all():
             raise PrivacyError(
-                f"{model.name} has gradients that are not finite, on random text: no example of anybody would count; take another model or precision"
+                f"{model.name} has gradients that are not finite, on random text: no example of"
+                " anybody would count; take another model or precision"
             )
-        rounding = _moved(_gradients(model, prompt, [lone]), alone)  # of the same call again: not every device adds in one order
+        rounding = _moved(
+            _gradients(model, prompt, [lone]), alone
+        )  # of the same call again: not every device adds in one order
         for crowd in crowds:
             _gradients(model, prompt, crowd[:1])
             if _moved(_gradients(model, prompt, [lone]), alone) > max(ALONE, 4 * rounding):
-                raise PrivacyError(f"{model.name} reads an example otherwise after another was read, so no bound holds for one example: take another model")
-        beside = max(_moved(_gradients(model, prompt, [lone, *crowd])[:1], alone) for crowd in crowds)
+                raise PrivacyError(
+                    f"{model.name} reads an example otherwise after another was read, so no bound"
+                    " holds for one example: take another model"
+                )
+        beside = max(
+            _moved(_gradients(model, prompt, [lone, *crowd])[:1], alone) for crowd in crowds
+        )
         model.largest_difference = beside
         model.together = 1 if in_few_bits(model) or beside > ALONE else TOGETHER
     return model.together
 
 
 def _probe(model: PromptedLM, length: int, seed: int) -> Encoded:
-    """A random example of so many tokens, three of them asked: what is tried out is nobody's text."""
+    """A random example of so many tokens, three of them asked: what is tried out is nobody's
+    text."""
     vocabulary = model.model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
     return Encoded(tuple(tokens.tolist()), length - 3)
@@ -142,16 +173,31 @@ def _gradients(model: PromptedLM, prompt: SoftPrompt, examples: Sequence[Encoded
 
 
 def _moved(found: Tensor, expected: Tensor) -> float:
-    moved = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
+    moved = float(
+        (found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)
+    )
     return moved if math.isfinite(moved) else math.inf
 
 
-def private_gradient(model: PromptedLM, prompt: SoftPrompt, lot: Sequence[Encoded], examples: int, steps: PrivateSteps, at_once: int = 1) -> Tensor:
-    """The noised mean gradient of a lot, of the prompt's shape, float32; clipped, summed and noised in float64 on the processor, which every device can do."""
+def private_gradient(
+    model: PromptedLM,
+    prompt: SoftPrompt,
+    lot: Sequence[Encoded],
+    examples: int,
+    steps: PrivateSteps,
+    at_once: int = 1,
+) -> Tensor:
+    """The noised mean gradient of a lot, of the prompt's shape, float32; clipped, summed and noised
+    in float64 on the processor, which every device can do."""
     total = torch.zeros(prompt.direct.numel(), dtype=torch.float64)
     ordered = sorted(lot, key=lambda row: len(row.ids))
     for start in range(0, len(ordered), at_once):
         _, each = example_gradients(model, prompt, collate(ordered[start : start + at_once]))
         total += clipped_sum(each.flatten(start_dim=1).cpu(), steps.bound)
-    noised = noised_mean(total, bound=steps.bound, noise_multiplier=steps.noise_multiplier, expected=steps.sampling_rate * examples)
+    noised = noised_mean(
+        total,
+        bound=steps.bound,
+        noise_multiplier=steps.noise_multiplier,
+        expected=steps.sampling_rate * examples,
+    )
     return noised.float().view_as(prompt.direct).to(prompt.direct.device)

@@ -1,8 +1,11 @@
-"""Zero-shot scores of a prompt through a model: the figures of lm-evaluation-harness, with each context encoded once.
+"""Zero-shot scores of a prompt through a model: the figures of lm-evaluation-harness, with each
+context encoded once.
 
 - accuracy: the choice with the highest log-likelihood is right.
-- accuracy_norm: the same with log-likelihoods divided by the choice's length in characters, its leading space not counted.
-- answer_loss: mean negative log-likelihood of the right answer, nats per token over all answer tokens; answer_perplexity is its exponential.
+- accuracy_norm: the same with log-likelihoods divided by the choice's length in characters, its
+  leading space not counted.
+- answer_loss: mean negative log-likelihood of the right answer, nats per token over all answer
+  tokens; answer_perplexity is its exponential.
 - exact_match: greedy decoding would give an accepted answer token by token.
 """
 
@@ -26,8 +29,9 @@ from fedsp.models.prompted_lm import PromptedLM, length_of
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One example: log-likelihood (nats), greediness and token count of each choice, and which are right. `question` is a digest of context and
-    choices, by which the same question is known again."""
+    """One example: log-likelihood (nats), greediness and token count of each choice, and which are
+    right. `question` is a digest of context and choices, by which the same question is known again.
+    """
 
     id: str
     log_likelihoods: list[float]
@@ -39,7 +43,11 @@ class Scored:
 
     def right(self, task: Task) -> bool:
         """Whether it counts, by what is measured in the task."""
-        return any(self.greedy[index] for index in self.gold) if task.metric == "exact_match" else self.choice in self.gold
+        return (
+            any(self.greedy[index] for index in self.gold)
+            if task.metric == "exact_match"
+            else self.choice in self.gold
+        )
 
     @property
     def choice(self) -> int:
@@ -47,7 +55,10 @@ class Scored:
 
     @property
     def choice_norm(self) -> int:
-        return max(range(len(self.log_likelihoods)), key=lambda index: self.log_likelihoods[index] / self.characters[index])
+        return max(
+            range(len(self.log_likelihoods)),
+            key=lambda index: self.log_likelihoods[index] / self.characters[index],
+        )
 
 
 @torch.no_grad()
@@ -62,21 +73,28 @@ def score(
 ) -> tuple[list[Scored], int]:
     """Score every choice of every example; also how many examples lost old context.
 
-    The context, but for its last token, is read once per example, and all choices with it, as branches of a tree; where the model takes no mask of one's
-    own, the context is read with a cache, and the choices behind it. Examples of like length share a batch; the result is in the order of `examples`. A
-    batch is `tokens_per_batch` tokens: by default 512 on a CPU, whose cache holds no more, and 4096 elsewhere.
+    The context, but for its last token, is read once per example, and all choices with it, as
+    branches of a tree; where the model takes no mask of one's own, the context is read with a
+    cache, and the choices behind it. Examples of like length share a batch; the result is in the
+    order of `examples`. A batch is `tokens_per_batch` tokens: by default 512 on a CPU, whose cache
+    holds no more, and 4096 elsewhere.
     """
     tokens_per_batch = tokens_per_batch or (512 if model.device.type == "cpu" else 4096)
     pairs = encode_choices(tokenizer, examples, max_tokens)
     shared = [_shared(row) for row in pairs]
-    lengths = [length + sum(len(pair.ids) - 1 - length for pair in row) for row, length in zip(pairs, shared, strict=True)]
+    lengths = [
+        length + sum(len(pair.ids) - 1 - length for pair in row)
+        for row, length in zip(pairs, shared, strict=True)
+    ]
     order = sorted(range(len(examples)), key=lambda index: -lengths[index])
     scored: list[Scored | None] = [None] * len(examples)
     start = 0
     while start < len(order):
         group = order[start : start + max(1, tokens_per_batch // lengths[order[start]])]
         start += len(group)
-        likelihoods = _score_group(model, prefix, [pairs[index] for index in group], [shared[index] for index in group])
+        likelihoods = _score_group(
+            model, prefix, [pairs[index] for index in group], [shared[index] for index in group]
+        )
         for index, rows in zip(group, likelihoods, strict=True):
             example = examples[index]
             scored[index] = Scored(
@@ -86,12 +104,18 @@ def score(
                 tokens=[len(pair.ids) - pair.start for pair in pairs[index]],
                 characters=[max(1, len(choice) - 1) for choice in example.choices],
                 gold=example.gold,
-                question=hashlib.sha256("\0".join([example.context, *example.choices]).encode()).hexdigest()[:16],
+                question=hashlib.sha256(
+                    "\0".join([example.context, *example.choices]).encode()
+                ).hexdigest()[:16],
             )
-    return [row for row in scored if row is not None], sum(any(pair.dropped for pair in row) for row in pairs)
+    return [row for row in scored if row is not None], sum(
+        any(pair.dropped for pair in row) for row in pairs
+    )
 
 
-def encode_choices(tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int) -> list[list[Encoded]]:
+def encode_choices(
+    tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int
+) -> list[list[Encoded]]:
     """Every choice of every example, behind its context.
 
     Raises:
@@ -103,12 +127,20 @@ def encode_choices(tokenizer: Tokenizer, examples: Sequence[Example], max_tokens
     return [list(islice(encoded, len(example.choices))) for example in examples]
 
 
-def _score_group(model: PromptedLM, prefix: Tensor | None, group: list[list[Encoded]], shared: list[int]) -> list[list[tuple[float, bool]]]:
-    """(log-likelihood, greedy) of each choice of each example of a group; of each example so many first tokens are `shared` by its choices."""
-    tails = [[pair.ids[length:-1] for pair in pairs] for pairs, length in zip(group, shared, strict=True)]
+def _score_group(
+    model: PromptedLM, prefix: Tensor | None, group: list[list[Encoded]], shared: list[int]
+) -> list[list[tuple[float, bool]]]:
+    """(log-likelihood, greedy) of each choice of each example of a group; of each example so many
+    first tokens are `shared` by its choices."""
+    tails = [
+        [pair.ids[length:-1] for pair in pairs] for pairs, length in zip(group, shared, strict=True)
+    ]
     contexts = [pairs[0].ids[:length] for pairs, length in zip(group, shared, strict=True)]
     targets = [token for pairs in group for pair in pairs for token in pair.ids[pair.start :]]
-    skipped = [[pair.start - 1 - length for pair in pairs] for pairs, length in zip(group, shared, strict=True)]
+    skipped = [
+        [pair.start - 1 - length for pair in pairs]
+        for pairs, length in zip(group, shared, strict=True)
+    ]
     hidden = _states(model, prefix, contexts, tails, skipped)  # (answer tokens, D)
     log_probabilities = torch.log_softmax(model.logits(hidden), dim=-1)  # (answer tokens, V)
     wanted = torch.tensor(targets, device=model.device)
@@ -124,7 +156,13 @@ def _score_group(model: PromptedLM, prefix: Tensor | None, group: list[list[Enco
     return result
 
 
-def _states(model: PromptedLM, prefix: Tensor | None, contexts: list[tuple[int, ...]], tails: list[list[tuple[int, ...]]], skipped: list[list[int]]) -> Tensor:
+def _states(
+    model: PromptedLM,
+    prefix: Tensor | None,
+    contexts: list[tuple[int, ...]],
+    tails: list[list[tuple[int, ...]]],
+    skipped: list[list[int]],
+) -> Tensor:
     """The last hidden states (N, D) of every tail but its first `skipped` tokens, in order."""
     packed = pack_branches(contexts, tails, model.device)
     length = length_of(prefix)
@@ -136,7 +174,12 @@ def _states(model: PromptedLM, prefix: Tensor | None, contexts: list[tuple[int, 
                 wanted[row, start + first : start + len(tail)] = True
                 start += len(tail)
         return model.read_branches(packed, prefix)[wanted.to(model.device)]
-    groups: dict[int, list[int]] = {}  # padding in front of a tail would count as distance, so contexts that share a call are of one length
+    groups: dict[
+        int, list[int]
+        # padding in front of a tail would count as distance, so contexts that share a call are of
+        # one
+        # length
+    ] = {}
     for row, (context, some) in enumerate(zip(contexts, tails, strict=True)):
         reach = model.first_position(prefix) + len(context)
         kept = context and all(model.rotated_alike(reach, reach + len(tail)) for tail in some)
@@ -144,28 +187,43 @@ def _states(model: PromptedLM, prefix: Tensor | None, contexts: list[tuple[int, 
     found: list[list[Tensor]] = [[] for _ in contexts]
     for width, rows in groups.items():
         fronts = [() if width else contexts[row] for row in rows]
-        flat = [(*front, *tail) for front, row in zip(fronts, rows, strict=True) for tail in tails[row]]
+        flat = [
+            (*front, *tail) for front, row in zip(fronts, rows, strict=True) for tail in tails[row]
+        ]
         inputs = pad(flat, model.device)
         if width:
-            owners = torch.tensor([place for place, row in enumerate(rows) for _ in tails[row]], device=model.device)
-            hidden = model.continue_from(torch.tensor([contexts[row] for row in rows], device=model.device), inputs, owners, prefix)
+            owners = torch.tensor(
+                [place for place, row in enumerate(rows) for _ in tails[row]], device=model.device
+            )
+            hidden = model.continue_from(
+                torch.tensor([contexts[row] for row in rows], device=model.device),
+                inputs,
+                owners,
+                prefix,
+            )
         else:
             hidden = model(inputs.ids, inputs.mask, prefix)
         read = iter(zip(hidden, flat, strict=True))
         for front, row in zip(fronts, rows, strict=True):
-            found[row] = [state[len(front) + first : len(tail)] for first, (state, tail) in zip(skipped[row], read, strict=False)]
+            found[row] = [
+                state[len(front) + first : len(tail)]
+                for first, (state, tail) in zip(skipped[row], read, strict=False)
+            ]
     return torch.cat([state for states in found for state in states])
 
 
 def _shared(pairs: list[Encoded]) -> int:
-    """How many tokens all choices of an example begin with, and need not answer for: a choice whose tokens reach back into the context shares fewer."""
+    """How many tokens all choices of an example begin with, and need not answer for: a choice whose
+    tokens reach back into the context shares fewer."""
     return min(min(pair.start for pair in pairs) - 1, _common(pairs))
 
 
 def _common(pairs: list[Encoded]) -> int:
     """How many leading tokens all pairs have in common."""
     length = min(len(pair.ids) for pair in pairs)
-    return next((index for index in range(length) if len({pair.ids[index] for pair in pairs}) > 1), length)
+    return next(
+        (index for index in range(length) if len({pair.ids[index] for pair in pairs}) > 1), length
+    )
 
 
 def summarise(scored: Sequence[Scored], task: Task) -> dict[str, float]:
@@ -173,7 +231,11 @@ def summarise(scored: Sequence[Scored], task: Task) -> dict[str, float]:
     count = len(scored)
     right_tokens = sum(row.tokens[row.gold[0]] for row in scored)
     loss = -sum(row.log_likelihoods[row.gold[0]] for row in scored) / right_tokens
-    figures = {"examples": float(count), "answer_loss": loss, "answer_perplexity": math.exp(min(loss, 700.0))}
+    figures = {
+        "examples": float(count),
+        "answer_loss": loss,
+        "answer_perplexity": math.exp(min(loss, 700.0)),
+    }
     if task.metric == "exact_match":
         return figures | {"exact_match": sum(row.right(task) for row in scored) / count}
     return figures | {
@@ -182,15 +244,26 @@ def summarise(scored: Sequence[Scored], task: Task) -> dict[str, float]:
     }
 
 
-def by_client(scored: Sequence[Scored], task: Task, kinds: Sequence[str], held: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
-    """What each client would find on questions like its own: accuracy (or exact match) and answer loss on the test questions of each kind, weighted by the kinds of
-    its training questions (`held`). Kinds without a test question do not count; a client with no other is left out.
+def by_client(
+    scored: Sequence[Scored], task: Task, kinds: Sequence[str], held: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """What each client would find on questions like its own: accuracy (or exact match) and answer
+    loss on the test questions of each kind, weighted by the kinds of its training questions
+    (`held`). Kinds without a test question do not count; a client with no other is left out.
     """
     groups: dict[str, list[Scored]] = {}
     for row, kind in zip(scored, kinds, strict=True):
         groups.setdefault(kind, []).append(row)
-    right = {kind: sum(row.right(task) for row in rows) / len(rows) for kind, rows in groups.items()}
-    loss = {kind: -sum(row.log_likelihoods[row.gold[0]] / row.tokens[row.gold[0]] for row in rows) / len(rows) for kind, rows in groups.items()}
+    right = {
+        kind: sum(row.right(task) for row in rows) / len(rows) for kind, rows in groups.items()
+    }
+    loss = {
+        kind: (
+            -sum(row.log_likelihoods[row.gold[0]] / row.tokens[row.gold[0]] for row in rows)
+            / len(rows)
+        )
+        for kind, rows in groups.items()
+    }
     figures = {}
     for client, own in held.items():
         counts = {kind: count for kind, count in Counter(own).items() if kind in groups}

@@ -23,7 +23,8 @@ Work = TypeVar("Work")
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """AdamW, its peak learning rate and weight decay, and a warm-up followed by a linear fall to zero over `total_steps`.
+    """AdamW, its peak learning rate and weight decay, and a warm-up followed by a linear fall to
+    zero over `total_steps`.
 
     `warmup` is a share of `total_steps`; with `total_steps` 0 the learning rate is constant.
     """
@@ -40,11 +41,14 @@ class Optimisation:
         rising = math.ceil(self.warmup * self.total_steps)
         if step < rising:
             return self.learning_rate * (step + 1) / rising
-        return self.learning_rate * max(0.0, (self.total_steps - step) / max(1, self.total_steps - rising))
+        return self.learning_rate * max(
+            0.0, (self.total_steps - step) / max(1, self.total_steps - rising)
+        )
 
 
 def answer_loss(model: PromptedLM, prefix: Tensor | None, batch: Batch) -> Tensor:
-    """Mean cross-entropy, nats per token, over the answer tokens of a batch; logits are made only there.
+    """Mean cross-entropy, nats per token, over the answer tokens of a batch; logits are made only
+    there.
 
     `prefix` is (P, depths, 2, H, K), or one per example.
     """
@@ -59,7 +63,8 @@ def states_loss(model: PromptedLM, hidden: Tensor, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a fit leaves: the loss of each step (nats per token) and the optimizer's moments by parameter name."""
+    """What a fit leaves: the loss of each step (nats per token) and the optimizer's moments by
+    parameter name."""
 
     losses: list[float]
     moments: Tensors
@@ -83,9 +88,11 @@ def fit(
     first_step: int = 0,
     moments: Tensors | None = None,
 ) -> TrainResult:
-    """One AdamW step on the parameters in `train` for each batch (whatever `loss` reads), and on nothing else.
+    """One AdamW step on the parameters in `train` for each batch (whatever `loss` reads), and on
+    nothing else.
 
-    `first_step` is where this fit stands in the schedule of the run; `moments` continue an earlier fit's optimizer.
+    `first_step` is where this fit stands in the schedule of the run; `moments` continue an earlier
+    fit's optimizer.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -96,10 +103,17 @@ def fit(
         value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
-    fitted = optimize(train, gradients, batches, optimisation, first_step=first_step, moments=moments)
-    bad = next((index for index, value in enumerate(fitted.losses) if not math.isfinite(value)), None)
+    fitted = optimize(
+        train, gradients, batches, optimisation, first_step=first_step, moments=moments
+    )
+    bad = next(
+        (index for index, value in enumerate(fitted.losses) if not math.isfinite(value)), None
+    )
     if bad is not None:
-        raise TrainingDiverged(f"the loss is {fitted.losses[bad]} at local step {bad + 1} of {len(fitted.losses)}: lower the learning rate")
+        raise TrainingDiverged(
+            f"the loss is {fitted.losses[bad]} at local step {bad + 1} of {len(fitted.losses)}:"
+            " lower the learning rate"
+        )
     return fitted
 
 
@@ -112,9 +126,14 @@ def optimize(
     first_step: int = 0,
     moments: Tensors | None = None,
 ) -> TrainResult:
-    """The same with gradients from anywhere: `gradients` leaves them on the parameters, and returns the loss, or None where that may not be told."""
+    """The same with gradients from anywhere: `gradients` leaves them on the parameters, and returns
+    the loss, or None where that may not be told."""
     names = list(train)
-    optimizer = torch.optim.AdamW([train[name] for name in names], lr=optimisation.rate(first_step), weight_decay=optimisation.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [train[name] for name in names],
+        lr=optimisation.rate(first_step),
+        weight_decay=optimisation.weight_decay,
+    )
     if moments:
         _restore_moments(optimizer, names, moments)
     losses: list[Tensor] = []
@@ -132,7 +151,8 @@ def optimize(
 
 @contextmanager
 def gradients_set(parameters: Iterable[nn.Parameter], wanted: bool) -> Iterator[None]:
-    """Switch gradients of these parameters on or off for as long as the context lasts, and leave none behind."""
+    """Switch gradients of these parameters on or off for as long as the context lasts, and leave
+    none behind."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter, _ in before:
         parameter.requires_grad_(wanted)
@@ -147,7 +167,11 @@ def gradients_set(parameters: Iterable[nn.Parameter], wanted: bool) -> Iterator[
 def _moments(optimizer: torch.optim.Optimizer, names: list[str]) -> Tensors:
     """The optimizer's own tensors, not copies: after a fit it is not used again."""
     states = optimizer.state_dict()["state"]
-    return {f"{key}.{names[index]}": torch.as_tensor(value).detach().cpu() for index, state in states.items() for key, value in state.items()}
+    return {
+        f"{key}.{names[index]}": torch.as_tensor(value).detach().cpu()
+        for index, state in states.items()
+        for key, value in state.items()
+    }
 
 
 def _restore_moments(optimizer: torch.optim.Optimizer, names: list[str], moments: Tensors) -> None:
@@ -156,4 +180,6 @@ def _restore_moments(optimizer: torch.optim.Optimizer, names: list[str], moments
         for index, name in enumerate(names)
         if f"step.{name}" in moments
     }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )

@@ -1,4 +1,5 @@
-"""One stage of a party's work in a round: gradient steps on its messenger or its auxiliary model; and the loss that selects a round."""
+"""One stage of a party's work in a round: gradient steps on its messenger or its auxiliary model;
+and the loss that selects a round."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ from fedsp.training.loop import Optimisation, TrainResult, answer_loss, fit
 class Stage:
     """Settings of one stage. With 0 steps the stage is skipped.
 
-    name: key of the stage in reported losses and in kept state.
-    seed_label: label from which the stage's batches are drawn; it never changes, so that renaming a stage moves no published figure.
-    steps, batch_size: optimizer steps per round, and examples per step.
-    proximal: mu of FedProx (Li et al., MLSys 2020, https://arxiv.org/abs/1812.06127): mu / 2 times the squared distance from the received payload is
+    name: key of the stage in reported losses and in kept state. seed_label: label from which the
+    stage's batches are drawn; it never changes, so that renaming a stage moves no published figure.
+    steps, batch_size: optimizer steps per round, and examples per step. proximal: mu of FedProx (Li
+    et al., MLSys 2020, https://arxiv.org/abs/1812.06127): mu / 2 times the squared distance from
+    the received payload is
         added to the loss.
-    privacy: if set, gradients are clipped per example and noised, batches are Poisson samples of expected size `batch_size`, and no loss is reported.
-    keep_optimizer: whether AdamW's moments are kept by the party from round to round, or start from zero in each.
+    privacy: if set, gradients are clipped per example and noised, batches are Poisson samples of
+    expected size `batch_size`, and no loss is reported. keep_optimizer: whether AdamW's moments are
+    kept by the party from round to round, or start from zero in each.
     """
 
     name: str
@@ -53,29 +56,51 @@ def train_stage(
     seed: int,
     moments: Tensors | None = None,
 ) -> TrainResult:
-    """AdamW steps on the parameters of `target`, through `model` behind `messenger`. The loss is the cross-entropy of answer tokens, nats per token.
+    """AdamW steps on the parameters of `target`, through `model` behind `messenger`. The loss is
+    the cross-entropy of answer tokens, nats per token.
 
     Raises:
         TrainingDiverged: a loss is not finite.
-        PrivacyError: the stage is private, and the model's gradient of one example depends on others.
+        PrivacyError: the stage is private, and the model's gradient of one example depends on
+            others.
     """
     first_step = (round - 1) * stage.steps
     if stage.privacy:
         assert isinstance(messenger, SoftPrompt)
         private = stage.privacy.steps(len(examples), stage.batch_size, stage.steps)
-        return fit_privately(model, messenger, examples, private, stage.optimisation, first_step=first_step, moments=moments)
+        return fit_privately(
+            model,
+            messenger,
+            examples,
+            private,
+            stage.optimisation,
+            first_step=first_step,
+            moments=moments,
+        )
 
     def loss(batch: Batch) -> Tensor:
         value = answer_loss(model, messenger.prefix(model), batch.to(model.device))
-        return value + stage.proximal / 2 * messenger.distance(received) if stage.proximal else value
+        return (
+            value + stage.proximal / 2 * messenger.distance(received) if stage.proximal else value
+        )
 
-    batches = training_batches(examples, steps=stage.steps, batch_size=stage.batch_size, seed=derive_seed(seed, stage.seed_label))
-    return fit(target.trained(), loss, batches, stage.optimisation, first_step=first_step, moments=moments)
+    batches = training_batches(
+        examples,
+        steps=stage.steps,
+        batch_size=stage.batch_size,
+        seed=derive_seed(seed, stage.seed_label),
+    )
+    return fit(
+        target.trained(), loss, batches, stage.optimisation, first_step=first_step, moments=moments
+    )
 
 
 @torch.no_grad()
-def validation_loss(model: PromptedLM, messenger: Messenger, examples: Sequence[Encoded], batch_size: int = 32) -> float | None:
-    """Mean cross-entropy, nats per answer token, of examples that nothing was trained on; None if there are none."""
+def validation_loss(
+    model: PromptedLM, messenger: Messenger, examples: Sequence[Encoded], batch_size: int = 32
+) -> float | None:
+    """Mean cross-entropy, nats per answer token, of examples that nothing was trained on; None if
+    there are none."""
     if not examples:
         return None
     prefix, total, count = messenger.prefix(model), 0.0, 0

@@ -1,4 +1,5 @@
-"""The inversion audit of a finished run: from one example and one step, where it must succeed, to what the run's server really sees."""
+"""The inversion audit of a finished run: from one example and one step, where it must succeed, to
+what the run's server really sees."""
 
 from __future__ import annotations
 
@@ -14,8 +15,24 @@ import torch
 from torch import Tensor
 
 from fedsp.audit.findings import INVERSION
-from fedsp.audit.inversion.gradient_matching import LocalSteps, Target, best_distances, local_change, match_embeddings, match_text
-from fedsp.audit.inversion.scenarios import AttackContext, Level, Recovery, cut, guess, noise_of, noised, recovery_of
+from fedsp.audit.inversion.gradient_matching import (
+    LocalSteps,
+    Target,
+    best_distances,
+    local_change,
+    match_embeddings,
+    match_text,
+)
+from fedsp.audit.inversion.scenarios import (
+    AttackContext,
+    Level,
+    Recovery,
+    cut,
+    guess,
+    noise_of,
+    noised,
+    recovery_of,
+)
 from fedsp.audit.inversion.span_test import (
     Dictionary,
     gradient_rows,
@@ -27,7 +44,15 @@ from fedsp.audit.inversion.span_test import (
     residual_dictionary,
     span_test,
 )
-from fedsp.audit.shadows import Opened, Shadow, alignment, changes_of, encoded_rows, open_audited, train_shadow
+from fedsp.audit.shadows import (
+    Opened,
+    Shadow,
+    alignment,
+    changes_of,
+    encoded_rows,
+    open_audited,
+    train_shadow,
+)
 from fedsp.audit.statistics import exact_interval
 from fedsp.data.encoding import Encoded, collate
 from fedsp.data.seeding import derive_seed
@@ -41,19 +66,24 @@ from fedsp.storage import write_json
 from fedsp.training.per_example_gradients import example_gradients
 
 DECOYS, PURSUED, SOUGHT = 9, 3, 4
-"""Texts beside the right one; texts that pursuit reads; texts that matching seeks in a client's update."""
+"""Texts beside the right one; texts that pursuit reads; texts that matching seeks in a client's
+update."""
 LONGEST, SIMULATED, ITERATIONS = 64, 4, 200
 """Tokens of a text, and local steps, beyond which no attack looks; steps of gradient matching."""
 EPSILONS = (8.0, 1.0)
 TRIED = 20
 """Tries at a first round in which somebody is asked, where clients are drawn at random."""
 POSITIONS = 4
-"""Positions that are looked at of a residual prompt's gradient, whose dictionary is as many times larger as the model has heads."""
+"""Positions that are looked at of a residual prompt's gradient, whose dictionary is as many times
+larger as the model has heads."""
 
 
-def audit_inversion(folder: Path, *, examples: int = 20, callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """The audit of a finished run, also written to its `inversion.json`: a row for each level of what is seen, with the share of tokens read back. `examples` are
-    texts that are looked at one by one; with none, only what the run's server sees is.
+def audit_inversion(
+    folder: Path, *, examples: int = 20, callbacks: Callbacks | None = None
+) -> dict[str, Any]:
+    """The audit of a finished run, also written to its `inversion.json`: a row for each level of
+    what is seen, with the share of tokens read back. `examples` are texts that are looked at one by
+    one; with none, only what the run's server sees is.
 
     Raises:
         RunError: there is no finished run of FedSP with simulated clients.
@@ -63,14 +93,35 @@ def audit_inversion(folder: Path, *, examples: int = 20, callbacks: Callbacks | 
     callbacks = callbacks or Callbacks()
     opened = open_audited(folder, callbacks)
     rng = random.Random(derive_seed(opened.run.config.seed, "inversion"))
-    context = AttackContext(opened, encoded_rows(opened), {space: _prompt(opened, space) for space in ("key_value", "residual")})
-    shadow = next((one for one in (train_shadow(opened, index, rounds=1) for index in range(TRIED)) if one.answered), None)
+    context = AttackContext(
+        opened,
+        encoded_rows(opened),
+        {space: _prompt(opened, space) for space in ("key_value", "residual")},
+    )
+    shadow = next(
+        (
+            one
+            for one in (train_shadow(opened, index, rounds=1) for index in range(TRIED))
+            if one.answered
+        ),
+        None,
+    )
     if shadow is None:
-        raise RunError(f"{folder}: in {TRIED} tries at its first round no client was drawn and answered, so there is nothing to look at")
+        raise RunError(
+            f"{folder}: in {TRIED} tries at its first round no client was drawn and answered, so"
+            " there is nothing to look at"
+        )
     bodies = [body for body in context.bodies() if len(body.ids) > POSITIONS]
     drawn = rng.sample(bodies, min(examples, len(bodies)))
     table: list[dict[str, Any]] = []
-    alone = itertools.chain(_spans(context, drawn, bodies), _matches(context, drawn[: max(2, examples // 2)], bodies)) if drawn else ()
+    alone = (
+        itertools.chain(
+            _spans(context, drawn, bodies),
+            _matches(context, drawn[: max(2, examples // 2)], bodies),
+        )
+        if drawn
+        else ()
+    )
     for level in itertools.chain(alone, _deployed(context, shadow)):
         table.append(level.to_json())
         callbacks.say(f"{level.seen}, {level.attack}: {table[-1]['tokens'][0]:.0%} of the tokens")
@@ -86,21 +137,36 @@ def check_inversion() -> None:
         ConfigurationError: rouge-score is not installed.
     """
     if find_spec("rouge_score") is None:
-        raise ConfigurationError("rouge-score is not installed: the inversion audit needs `pip install 'fedsp[study]'`")
+        raise ConfigurationError(
+            "rouge-score is not installed: the inversion audit needs `pip install 'fedsp[study]'`"
+        )
 
 
 def _spans(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
-    """One example and one step of SGD, read by the span test and, beyond the prompt's length, by pursuit."""
+    """One example and one step of SGD, read by the span test and, beyond the prompt's length, by
+    pursuit."""
     opened, prompts = context.opened, context.prompts
     prompt = prompts["key_value"]
-    keys = key_dictionary(opened.auxiliary, prompt, min(max(len(row.ids) for row in drawn), LONGEST))
+    keys = key_dictionary(
+        opened.auxiliary, prompt, min(max(len(row.ids) for row in drawn), LONGEST)
+    )
     length = prompt.spec.length
     short = [cut(row, length + 1) for row in drawn]
     one = f"one example of at most {length} tokens, one step of SGD, key/value prompt"
-    yield Level(seen=one, attack="span test", read=[_one(context, prompt, row, keys) for row in short], guess=guess([[text] for text in short], like))
+    yield Level(
+        seen=one,
+        attack="span test",
+        read=[_one(context, prompt, row, keys) for row in short],
+        guess=guess([[text] for text in short], like),
+    )
     for bits in (torch.float16, torch.bfloat16):
         read = [_one(context, prompt, row, keys, rounded=bits) for row in short]
-        yield Level(seen=f"{one}, sent in {str(bits).removeprefix('torch.')}", attack="span test", read=read, guess=guess([[text] for text in short], like))
+        yield Level(
+            seen=f"{one}, sent in {str(bits).removeprefix('torch.')}",
+            attack="span test",
+            read=read,
+            guess=guess([[text] for text in short], like),
+        )
     few = [cut(row, length + length // 4 + 1) for row in drawn[:PURSUED]]
     pursued = [_one(context, prompt, row, keys, pursuit=True) for row in few]
     yield Level(
@@ -111,12 +177,20 @@ def _spans(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) ->
     )
     for epsilon in EPSILONS:
         read = [_one(context, prompt, row, keys, noise=noise_of(epsilon)) for row in short]
-        yield Level(seen=f"{one}, with the noise of epsilon = {epsilon:g}", attack="span test", read=read, guess=guess([[text] for text in short], like))
+        yield Level(
+            seen=f"{one}, with the noise of epsilon = {epsilon:g}",
+            attack="span test",
+            read=read,
+            guess=guess([[text] for text in short], like),
+        )
     tiny = [cut(row, POSITIONS + 1) for row in drawn]
     mixed = residual_dictionary(opened.auxiliary, prompts["residual"], POSITIONS)
     read = [_one(context, prompts["residual"], row, mixed) for row in tiny]
     yield Level(
-        seen=f"one example of {POSITIONS} tokens, one step of SGD, residual prompt", attack="span test", read=read, guess=guess([[text] for text in tiny], like)
+        seen=f"one example of {POSITIONS} tokens, one step of SGD, residual prompt",
+        attack="span test",
+        read=read,
+        guess=guess([[text] for text in tiny], like),
     )
 
 
@@ -133,7 +207,16 @@ def _matches(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) 
         done = f"{len(steps.rates)} steps of AdamW" if steps.rates else "one step of SGD"
         promise = "" if epsilon is None else f", with the noise of epsilon = {epsilon:g}"
         texts = [cut(row, tokens + 1) for row in drawn]
-        read = [_matched(context, context.prompts[space], text, steps, 0.0 if epsilon is None else noise_of(epsilon)) for text in texts]
+        read = [
+            _matched(
+                context,
+                context.prompts[space],
+                text,
+                steps,
+                0.0 if epsilon is None else noise_of(epsilon),
+            )
+            for text in texts
+        ]
         name = space.replace("_", "/")
         yield Level(
             seen=f"one example of {tokens} tokens, {done}, {name} prompt{promise}",
@@ -146,27 +229,61 @@ def _matches(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) 
     space = context.opened.run.config.prompt.space
     ids = torch.tensor([text.ids for text in own], device=context.opened.auxiliary.device)
     embedded = context.opened.auxiliary.model.get_input_embeddings()(ids[:, :-1]).detach()[None]
-    change = local_change(context.opened.auxiliary, context.prompts[space], embedded, ids[:, -1], local)[0].detach()
-    name = f"a client with {len(own)} examples of {POSITIONS} tokens, {len(local.rates)} steps of AdamW, {space.replace('_', '/')} prompt"
-    yield Level(seen=name, attack="gradient matching", read=[_sought(context, context.prompts[space], change, own)], guess=guess([own], like))
+    change = local_change(
+        context.opened.auxiliary, context.prompts[space], embedded, ids[:, -1], local
+    )[0].detach()
+    name = (
+        f"a client with {len(own)} examples of {POSITIONS} tokens, {len(local.rates)} steps of"
+        f" AdamW, {space.replace('_', '/')} prompt"
+    )
+    yield Level(
+        seen=name,
+        attack="gradient matching",
+        read=[_sought(context, context.prompts[space], change, own)],
+        guess=guess([own], like),
+    )
 
 
-def _sought(context: AttackContext, prompt: SoftPrompt, change: Tensor, texts: list[Encoded]) -> Recovery:
-    """As many texts as SOUGHT, sought together in one change; of `texts` the answers are given, and their first tokens are what must be found."""
+def _sought(
+    context: AttackContext, prompt: SoftPrompt, change: Tensor, texts: list[Encoded]
+) -> Recovery:
+    """As many texts as SOUGHT, sought together in one change; of `texts` the answers are given, and
+    their first tokens are what must be found."""
     model = context.opened.auxiliary
     answers = torch.tensor([text.ids[text.start] for text in texts[:SOUGHT]], device=model.device)
-    target = Target(change=change.float().view(prompt.spec.shape).to(model.device), answers=answers, tokens=POSITIONS, steps=_local_steps(context.opened))
-    sought = match_embeddings(model, prompt, target, iterations=ITERATIONS, restarts=1, seed=context.opened.run.config.seed)
-    return Recovery(recall(best_distances(model, sought).cpu(), [cut(text, POSITIONS + 1) for text in texts]))
+    target = Target(
+        change=change.float().view(prompt.spec.shape).to(model.device),
+        answers=answers,
+        tokens=POSITIONS,
+        steps=_local_steps(context.opened),
+    )
+    sought = match_embeddings(
+        model,
+        prompt,
+        target,
+        iterations=ITERATIONS,
+        restarts=1,
+        seed=context.opened.run.config.seed,
+    )
+    return Recovery(
+        recall(best_distances(model, sought).cpu(), [cut(text, POSITIONS + 1) for text in texts])
+    )
 
 
-def _matched(context: AttackContext, prompt: SoftPrompt, row: Encoded, steps: LocalSteps, noise: float) -> Recovery:
+def _matched(
+    context: AttackContext, prompt: SoftPrompt, row: Encoded, steps: LocalSteps, noise: float
+) -> Recovery:
     """One text whose answer is its last token, from the change that it makes."""
     model = context.opened.auxiliary
     ids = torch.tensor(row.ids, device=model.device)
     embedded = model.model.get_input_embeddings()(ids[:-1]).detach()[None, None]
     change = local_change(model, prompt, embedded, ids[-1:], steps)[0].detach()
-    target = Target(change=noised(change, noise).to(model.device), answers=ids[-1:], tokens=len(row.ids) - 1, steps=steps)
+    target = Target(
+        change=noised(change, noise).to(model.device),
+        answers=ids[-1:],
+        tokens=len(row.ids) - 1,
+        steps=steps,
+    )
     return recovery_of(match_text(model, prompt, target, iterations=ITERATIONS), row)
 
 
@@ -183,13 +300,26 @@ def _prompt(opened: Opened, space: Any) -> SoftPrompt:
     length, tokens = opened.run.config.prompt.length, first_tokens(opened.server)
     spec = PromptSpec(space=space, length=length, model=opened.auxiliary.prompt_shape)
     if tokens is None:
-        return SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)) * opened.run.config.prompt.init_scale)
+        return SoftPrompt(
+            spec,
+            torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))
+            * opened.run.config.prompt.init_scale,
+        )
     inputs, pairs = opened.server.model.activations(tokens[:length].to(opened.server.model.device))
-    return SoftPrompt(spec, (inputs if space == "residual" else pairs).cpu()).to(opened.auxiliary.device)
+    return SoftPrompt(spec, (inputs if space == "residual" else pairs).cpu()).to(
+        opened.auxiliary.device
+    )
 
 
 def _one(
-    context: AttackContext, prompt: SoftPrompt, row: Encoded, dictionary: Dictionary, *, rounded: Any = torch.float32, noise: float = 0.0, pursuit: bool = False
+    context: AttackContext,
+    prompt: SoftPrompt,
+    row: Encoded,
+    dictionary: Dictionary,
+    *,
+    rounded: Any = torch.float32,
+    noise: float = 0.0,
+    pursuit: bool = False,
 ) -> Recovery:
     """One example's own gradient, as it would arrive, by the span test or by pursuit."""
     model = context.opened.auxiliary
@@ -199,74 +329,139 @@ def _one(
     dictionary = Dictionary(dictionary.vectors[:count])
     if pursuit:
         found = matching_pursuit(rows, dictionary, count)
-        return replace(recovery_of([token for _, token in sorted(found)], row), tokens=recall_of(found, [row]))
-    rank = count if prompt.spec.space == "key_value" else rows.shape[1]  # a residual row mixes many more directions than there are tokens
+        return replace(
+            recovery_of([token for _, token in sorted(found)], row), tokens=recall_of(found, [row])
+        )
+    # a residual row mixes many more directions than there are tokens
+    rank = count if prompt.spec.space == "key_value" else rows.shape[1]
     distances = span_test(rows, dictionary, rank)
     return recovery_of(read_back(distances, count), row)
 
 
 def _deployed(context: AttackContext, shadow: Shadow) -> Iterator[Level]:
-    """What the run's server sees: each client's update of the first round, and their sum; and the same in one step of SGD on a whole lot."""
+    """What the run's server sees: each client's update of the first round, and their sum; and the
+    same in one step of SGD on a whole lot."""
     opened = context.opened
     config = opened.run.config
     space = config.prompt.space
     model, prompt = opened.auxiliary, context.prompts[space]
-    dictionary = (key_dictionary if space == "key_value" else residual_dictionary)(model, prompt, LONGEST if space == "key_value" else POSITIONS)
+    dictionary = (key_dictionary if space == "key_value" else residual_dictionary)(
+        model, prompt, LONGEST if space == "key_value" else POSITIONS
+    )
     seen = len(dictionary.vectors)
 
     def short(lot: list[Encoded]) -> list[Encoded]:
         return [cut(row, seen + 1) for row in lot]
 
     def span(change: Tensor, lot: list[Encoded]) -> Recovery:
-        return Recovery(recall(span_test(gradient_rows(prompt, model, change.float().view(prompt.spec.shape)), dictionary, 10_000), short(lot)))
+        return Recovery(
+            recall(
+                span_test(
+                    gradient_rows(prompt, model, change.float().view(prompt.spec.shape)),
+                    dictionary,
+                    10_000,
+                ),
+                short(lot),
+            )
+        )
 
     def guessed(lots: Iterable[list[Encoded]]) -> float:
         return guess([short(lot) for lot in lots], context.rows)
 
     size = config.client.batch_size
     lots = [lot[:size] for lot in context.lots(LONGEST).values()]
-    gradients = [example_gradients(model, prompt, collate(lot))[1].mean(dim=0).cpu() for lot in lots]
+    gradients = [
+        example_gradients(model, prompt, collate(lot))[1].mean(dim=0).cpu() for lot in lots
+    ]
     read = [span(gradient, lot) for gradient, lot in zip(gradients, lots, strict=True)]
-    yield Level(seen=f"a lot of {size} examples, one step of SGD, {space.replace('_', '/')} prompt", attack="span test", read=read, guess=guessed(lots))
+    yield Level(
+        seen=f"a lot of {size} examples, one step of SGD, {space.replace('_', '/')} prompt",
+        attack="span test",
+        read=read,
+        guess=guessed(lots),
+    )
 
-    mine = {client: lot for client, lot in context.lots(LONGEST, shadow.included.tolist()).items() if client in shadow.updates[0]}
+    mine = {
+        client: lot
+        for client, lot in context.lots(LONGEST, shadow.included.tolist()).items()
+        if client in shadow.updates[0]
+    }
     changes = changes_of(shadow, 0, list(mine))
     private = config.privacy.unit == "example" and config.privacy.epsilon
-    kind = "the run's first round, again on half of the text" + (f", epsilon = {config.privacy.epsilon:g}" if private else "")
+    kind = "the run's first round, again on half of the text" + (
+        f", epsilon = {config.privacy.epsilon:g}" if private else ""
+    )
     read = [span(change, lot) for change, lot in zip(changes, mine.values(), strict=True)]
-    yield Level(seen=f"{kind}, one client", attack="span test", read=read, guess=guessed(mine.values()), observed=True)
+    yield Level(
+        seen=f"{kind}, one client",
+        attack="span test",
+        read=read,
+        guess=guessed(mine.values()),
+        observed=True,
+    )
     everyone = [row for lot in mine.values() for row in lot]
     total = as_row(shadow.broadcasts[1]) - as_row(shadow.broadcasts[0])
-    yield Level(seen=f"{kind}, the sum of all clients", attack="span test", read=[span(total, everyone)], guess=guessed([everyone]), observed=True)
+    yield Level(
+        seen=f"{kind}, the sum of all clients",
+        attack="span test",
+        read=[span(total, everyone)],
+        guess=guessed([everyone]),
+        observed=True,
+    )
 
     own = opened.federation.clients.party(next(iter(mine))).prompt
     own.load(shadow.broadcasts[0])
     lot = next(iter(mine.values()))
     first = [cut(row, POSITIONS + 1) for row in lot]
     yield Level(
-        seen=f"{kind}, one client", attack="gradient matching", read=[_sought(context, own, changes[0], lot)], guess=guess([first], context.rows), observed=True
+        seen=f"{kind}, one client",
+        attack="gradient matching",
+        read=[_sought(context, own, changes[0], lot)],
+        guess=guess([first], context.rows),
+        observed=True,
     )
 
 
-def _candidates(context: AttackContext, shadow: Shadow, rng: random.Random, count: int = 200) -> dict[str, Any]:
-    """How often the cosine with a client's update picks the text that was trained on out of ten: a list of plausible texts is all that an attacker needs."""
+def _candidates(
+    context: AttackContext, shadow: Shadow, rng: random.Random, count: int = 200
+) -> dict[str, Any]:
+    """How often the cosine with a client's update picks the text that was trained on out of ten: a
+    list of plausible texts is all that an attacker needs."""
     opened = context.opened
     clients = sorted(shadow.updates[0])
     prompt = opened.federation.clients.party(clients[0]).prompt
     included = shadow.included.tolist()
-    inside = [index for index, there in enumerate(included) if there and opened.holders[index] in clients]
+    inside = [
+        index for index, there in enumerate(included) if there and opened.holders[index] in clients
+    ]
     outside = [index for index, there in enumerate(included) if not there]
     if len(outside) < DECOYS or not inside:
-        raise RunError(f"{opened.run.path}: its clients hold {len(included)} examples, too few to pick one of {DECOYS + 1}")
+        raise RunError(
+            f"{opened.run.path}: its clients hold {len(included)} examples, too few to pick one of"
+            f" {DECOYS + 1}"
+        )
     picked = rng.sample(inside, min(count, len(inside)))
     decoys = [rng.sample(outside, DECOYS) for _ in picked]
     needed = sorted({*picked, *(index for some in decoys for index in some)})
-    cosines = alignment(opened.auxiliary, prompt, shadow.broadcasts[0], changes_of(shadow, 0, clients), [context.rows[index] for index in needed])
+    cosines = alignment(
+        opened.auxiliary,
+        prompt,
+        shadow.broadcasts[0],
+        changes_of(shadow, 0, clients),
+        [context.rows[index] for index in needed],
+    )
     place = {index: number for number, index in enumerate(needed)}
 
     def right(index: int, some: list[int]) -> bool:
         holder = clients.index(opened.holders[index])
-        return all(float(cosines[place[index], holder]) > float(cosines[place[other], holder]) for other in some)
+        return all(
+            float(cosines[place[index], holder]) > float(cosines[place[other], holder])
+            for other in some
+        )
 
     hits = sum(right(*pair) for pair in zip(picked, decoys, strict=True))
-    return {"right": (hits / len(picked), *exact_interval(hits, len(picked))), "guess": 1 / (DECOYS + 1), "texts": len(picked)}
+    return {
+        "right": (hits / len(picked), *exact_interval(hits, len(picked))),
+        "guess": 1 / (DECOYS + 1),
+        "texts": len(picked),
+    }

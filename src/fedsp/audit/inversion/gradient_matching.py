@@ -1,8 +1,11 @@
-"""Gradient matching: text is sought whose simulated local steps move the prompt as the client's were seen to move it.
+"""Gradient matching: text is sought whose simulated local steps move the prompt as the client's
+were seen to move it.
 
-L. Zhu, Z. Liu, S. Han. *Deep Leakage from Gradients*. NeurIPS 2019. https://arxiv.org/abs/1906.08935; for text, as LAMP does it (M. Balunović et al.,
-NeurIPS 2022, https://arxiv.org/abs/2202.08827): embeddings are moved first, then tokens are exchanged one at a time. Changes are compared depth by depth: over
-all depths together the deepest outweigh the first, which know the tokens best. The attacker is given the lengths and the answers.
+L. Zhu, Z. Liu, S. Han. *Deep Leakage from Gradients*. NeurIPS 2019.
+https://arxiv.org/abs/1906.08935; for text, as LAMP does it (M. Balunović et al., NeurIPS 2022,
+https://arxiv.org/abs/2202.08827): embeddings are moved first, then tokens are exchanged one at a
+time. Changes are compared depth by depth: over all depths together the deepest outweigh the first,
+which know the tokens best. The attacker is given the lengths and the answers.
 """
 
 from __future__ import annotations
@@ -18,15 +21,18 @@ from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
 
 SMOOTH = 0.3
-"""Added to AdamW's denominator where it is differentiated, in root mean squares of the gradient: the first step is a sign, and a sign has no slope."""
+"""Added to AdamW's denominator where it is differentiated, in root mean squares of the gradient:
+the first step is a sign, and a sign has no slope."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 EXCHANGED = 48
-"""Tokens that are tried at a position: so many of the nearest, and so many of those that the slope asks for."""
+"""Tokens that are tried at a position: so many of the nearest, and so many of those that the slope
+asks for."""
 
 
 @dataclass(frozen=True)
 class LocalSteps:
-    """What a client is known to do: steps of AdamW at these learning rates, on the same texts each time. Without any, its gradient itself is seen."""
+    """What a client is known to do: steps of AdamW at these learning rates, on the same texts each
+    time. Without any, its gradient itself is seen."""
 
     rates: tuple[float, ...] = ()
     weight_decay: float = 0.0
@@ -34,7 +40,8 @@ class LocalSteps:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is seen, a change of the prompt (P, L, ...), and what is known of the texts: the answer of each (N,), and how many tokens are before it."""
+    """What is seen, a change of the prompt (P, L, ...), and what is known of the texts: the answer
+    of each (N,), and how many tokens are before it."""
 
     change: Tensor
     answers: Tensor
@@ -43,55 +50,115 @@ class Target:
 
 
 def local_change(
-    model: PromptedLM, prompt: SoftPrompt, embedded: Tensor, answers: Tensor, steps: LocalSteps, *, smooth: float = 0.0, differentiable: bool = False
+    model: PromptedLM,
+    prompt: SoftPrompt,
+    embedded: Tensor,
+    answers: Tensor,
+    steps: LocalSteps,
+    *,
+    smooth: float = 0.0,
+    differentiable: bool = False,
 ) -> Tensor:
-    """How local steps on embedded texts (R, N, T, D) with one answer token each (N,) change the prompt (R, *shape), for each of R guesses by itself."""
+    """How local steps on embedded texts (R, N, T, D) with one answer token each (N,) change the
+    prompt (R, *shape), for each of R guesses by itself."""
     start = prompt.values().detach()
     start = start[None].expand(len(embedded), *start.shape).clone().requires_grad_(True)
     own, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
     for number, rate in enumerate(steps.rates or (0.0,), start=1):
-        (gradient,) = torch.autograd.grad(_losses(model, prompt, own, embedded, answers).sum(), own, create_graph=differentiable)
+        (gradient,) = torch.autograd.grad(
+            _losses(model, prompt, own, embedded, answers).sum(), own, create_graph=differentiable
+        )
         if not steps.rates:
             return -gradient
         first = BETAS[0] * first + (1 - BETAS[0]) * gradient
         second = BETAS[1] * second + (1 - BETAS[1]) * gradient.square()
-        size = gradient.detach().flatten(start_dim=1).square().mean(dim=1).view(-1, *[1] * (gradient.dim() - 1))
+        size = (
+            gradient.detach()
+            .flatten(start_dim=1)
+            .square()
+            .mean(dim=1)
+            .view(-1, *[1] * (gradient.dim() - 1))
+        )
         spread = (second / (1 - BETAS[1] ** number) + smooth**2 * size).sqrt() + EPS
-        own = own * (1 - rate * steps.weight_decay) - rate * first / (1 - BETAS[0] ** number) / spread
+        own = (
+            own * (1 - rate * steps.weight_decay) - rate * first / (1 - BETAS[0] ** number) / spread
+        )
     return own - start
 
 
 def mismatch(change: Tensor, seen: Tensor) -> Tensor:
-    """One minus the cosine of changes (R, P, L, ...) with the seen one (P, L, ...), mean over depths: (R,), from 0 to 2."""
-    return 1 - cosine_similarity(change.transpose(1, 2).flatten(start_dim=2), seen.transpose(0, 1).flatten(start_dim=1)[None], dim=-1).mean(dim=1)
+    """One minus the cosine of changes (R, P, L, ...) with the seen one (P, L, ...), mean over
+    depths: (R,), from 0 to 2."""
+    return 1 - cosine_similarity(
+        change.transpose(1, 2).flatten(start_dim=2),
+        seen.transpose(0, 1).flatten(start_dim=1)[None],
+        dim=-1,
+    ).mean(dim=1)
 
 
-def match_embeddings(model: PromptedLM, prompt: SoftPrompt, target: Target, *, iterations: int, restarts: int, seed: int) -> Tensor:
+def match_embeddings(
+    model: PromptedLM,
+    prompt: SoftPrompt,
+    target: Target,
+    *,
+    iterations: int,
+    restarts: int,
+    seed: int,
+) -> Tensor:
     """The embedded texts (N, T, D) that match best, of `restarts` that start from random tokens."""
     table = _table(model)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(table), (restarts, len(target.answers), target.tokens), generator=generator)
+    drawn = torch.randint(
+        len(table), (restarts, len(target.answers), target.tokens), generator=generator
+    )
     embedded = table[drawn.to(table.device)].clone().requires_grad_(True)
     rate = 0.2 * float(table.std())
     optimizer = torch.optim.Adam([embedded], lr=rate)
     found = torch.zeros(restarts)
     for number in range(iterations):
         optimizer.param_groups[0]["lr"] = rate * (1 - number / iterations)
-        change = local_change(model, prompt, embedded, target.answers, target.steps, smooth=SMOOTH, differentiable=True)
+        change = local_change(
+            model,
+            prompt,
+            embedded,
+            target.answers,
+            target.steps,
+            smooth=SMOOTH,
+            differentiable=True,
+        )
         found = mismatch(change, target.change)
         (slope,) = torch.autograd.grad(found.sum(), embedded)
-        embedded.grad = slope / slope.flatten(start_dim=1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+        embedded.grad = slope / slope.flatten(start_dim=1).norm(dim=1).clamp_min(1e-30).view(
+            -1, 1, 1, 1
+        )
         optimizer.step()
     return embedded.detach()[int(found.argmin())]
 
 
-def match_text(model: PromptedLM, prompt: SoftPrompt, target: Target, *, iterations: int = 200, restarts: int = 2, seed: int = 0) -> list[int]:
-    """The tokens (T,) of one text: embeddings are matched, then tokens exchanged, one at a time or two with each other, for as long as the match gets better."""
+def match_text(
+    model: PromptedLM,
+    prompt: SoftPrompt,
+    target: Target,
+    *,
+    iterations: int = 200,
+    restarts: int = 2,
+    seed: int = 0,
+) -> list[int]:
+    """The tokens (T,) of one text: embeddings are matched, then tokens exchanged, one at a time or
+    two with each other, for as long as the match gets better."""
     table = _table(model)
-    near = token_closeness(model, match_embeddings(model, prompt, target, iterations=iterations, restarts=restarts, seed=seed)[0])
+    near = token_closeness(
+        model,
+        match_embeddings(
+            model, prompt, target, iterations=iterations, restarts=restarts, seed=seed
+        )[0],
+    )
 
     def how_far(texts: Tensor) -> Tensor:
-        parts = [local_change(model, prompt, table[some][:, None], target.answers, target.steps).detach() for some in torch.split(texts, 32)]
+        parts = [
+            local_change(model, prompt, table[some][:, None], target.answers, target.steps).detach()
+            for some in torch.split(texts, 32)
+        ]
         return mismatch(torch.cat(parts), target.change)
 
     tokens = near.argmax(dim=1)
@@ -99,25 +166,40 @@ def match_text(model: PromptedLM, prompt: SoftPrompt, target: Target, *, iterati
     while improved:
         improved = False
         for position in range(target.tokens + 1):
-            tried = _swapped(tokens) if position == target.tokens else _exchanged(tokens, position, near, _slope(model, prompt, target, tokens) @ table.T)
+            tried = (
+                _swapped(tokens)
+                if position == target.tokens
+                else _exchanged(
+                    tokens, position, near, _slope(model, prompt, target, tokens) @ table.T
+                )
+            )
             distances = how_far(tried)
             if float(distances.min()) < best - 1e-6:
-                best, tokens, improved = float(distances.min()), tried[int(distances.argmin())], True
+                best, tokens, improved = (
+                    float(distances.min()),
+                    tried[int(distances.argmin())],
+                    True,
+                )
     return [int(token) for token in tokens]
 
 
 def _slope(model: PromptedLM, prompt: SoftPrompt, target: Target, tokens: Tensor) -> Tensor:
     """How the mismatch of a text (T,) rises with its embeddings (T, D)."""
     embedded = _table(model)[tokens][None, None].clone().requires_grad_(True)
-    change = local_change(model, prompt, embedded, target.answers, target.steps, smooth=SMOOTH, differentiable=True)
+    change = local_change(
+        model, prompt, embedded, target.answers, target.steps, smooth=SMOOTH, differentiable=True
+    )
     (slope,) = torch.autograd.grad(mismatch(change, target.change).sum(), embedded)
     return slope[0, 0]
 
 
 def _exchanged(tokens: Tensor, position: int, near: Tensor, rising: Tensor) -> Tensor:
-    """The text with other tokens at a position: those nearest to the matched embedding, and those that the slope asks for."""
+    """The text with other tokens at a position: those nearest to the matched embedding, and those
+    that the slope asks for."""
     count = min(EXCHANGED, near.shape[1])
-    tried = torch.cat([near[position].topk(count).indices, rising[position].topk(count, largest=False).indices])
+    tried = torch.cat(
+        [near[position].topk(count).indices, rising[position].topk(count, largest=False).indices]
+    )
     texts = tokens[None].repeat(len(tried), 1)
     texts[:, position] = tried
     return texts
@@ -142,12 +224,16 @@ def _table(model: PromptedLM) -> Tensor:
     return table
 
 
-def _losses(model: PromptedLM, prompt: SoftPrompt, own: Tensor, embedded: Tensor, answers: Tensor) -> Tensor:
+def _losses(
+    model: PromptedLM, prompt: SoftPrompt, own: Tensor, embedded: Tensor, answers: Tensor
+) -> Tensor:
     """The mean loss of each guess's texts (R,), nats per answer token."""
     guesses, texts, tokens, _ = embedded.shape
     prefix = prompt.read(own, model).repeat_interleave(texts, dim=0)
     ids = torch.zeros(guesses * texts, tokens, dtype=torch.long, device=model.device)
-    handle = model.model.get_input_embeddings().register_forward_hook(lambda _module, _arguments, _output: embedded.flatten(end_dim=1).to(model.dtype))
+    handle = model.model.get_input_embeddings().register_forward_hook(
+        lambda _module, _arguments, _output: embedded.flatten(end_dim=1).to(model.dtype)
+    )
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the one kernel whose backward pass has a backward pass
             hidden = model(ids, torch.ones_like(ids), prefix)
@@ -158,5 +244,6 @@ def _losses(model: PromptedLM, prompt: SoftPrompt, own: Tensor, embedded: Tensor
 
 
 def best_distances(model: PromptedLM, embedded: Tensor) -> Tensor:
-    """How far each token is from any of the texts at a position (T, V), from embedded texts (N, T, D)."""
+    """How far each token is from any of the texts at a position (T, V), from embedded texts (N, T,
+    D)."""
     return 1 - torch.stack([token_closeness(model, text) for text in embedded]).amax(dim=0)

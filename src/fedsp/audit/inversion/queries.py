@@ -1,4 +1,5 @@
-"""The queries of a model's first layer: what the gradient of a prompt's first keys is made of. They depend on a token and its position alone."""
+"""The queries of a model's first layer: what the gradient of a prompt's first keys is made of. They
+depend on a token and its position alone."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ AttentionInterface.register(_NAME, _ask)
 
 @torch.no_grad()
 def first_queries(model: PromptedLM, input_ids: Tensor, prefix: Tensor) -> Tensor:
-    """The first layer's queries (B, T, H, G, K) of tokens (B, T) behind a prefix: G query heads for each of H key/value heads.
+    """The first layer's queries (B, T, H, G, K) of tokens (B, T) behind a prefix: G query heads for
+    each of H key/value heads.
 
     Raises:
         ModelError: the model's attention does not go through transformers' interface.
@@ -42,7 +44,14 @@ def first_queries(model: PromptedLM, input_ids: Tensor, prefix: Tensor) -> Tenso
         model(input_ids, torch.ones_like(input_ids), prefix)
     except _Asked as asked:
         batch, heads, tokens, size = asked.queries.shape
-        return asked.queries.view(batch, model.shape.heads, heads // model.shape.heads, tokens, size).permute(0, 3, 1, 2, 4).float()
+        return (
+            asked.queries.view(batch, model.shape.heads, heads // model.shape.heads, tokens, size)
+            .permute(0, 3, 1, 2, 4)
+            .float()
+        )
     finally:
         config._attn_implementation = before
-    raise ModelError(f"{model.name} does not compute its attention through transformers' interface: its queries cannot be looked at")
+    raise ModelError(
+        f"{model.name} does not compute its attention through transformers' interface: its queries"
+        " cannot be looked at"
+    )

@@ -1,4 +1,5 @@
-"""What the inversion audit says of one level: what is seen, by which attack, how much of the text is read, and what a guess would have."""
+"""What the inversion audit says of one level: what is seen, by which attack, how much of the text
+is read, and what a guess would have."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from fedsp.privacy import clipped_sum, noise_for, noised_mean
 
 @dataclass(frozen=True)
 class Recovery:
-    """What was read back of one text: the share of its tokens, whether all of it, and ROUGE-L of the order it was read in; the last two only where there is one."""
+    """What was read back of one text: the share of its tokens, whether all of it, and ROUGE-L of
+    the order it was read in; the last two only where there is one."""
 
     tokens: float
     exact: bool | None = None
@@ -29,19 +31,32 @@ class Recovery:
 
 @dataclass(frozen=True)
 class AttackContext:
-    """What every level of the audit needs: the opened run, its rows with their holders, and a prompt in either space."""
+    """What every level of the audit needs: the opened run, its rows with their holders, and a
+    prompt in either space."""
 
     opened: Opened
     rows: list[Encoded]
     prompts: dict[str, SoftPrompt]
 
     def bodies(self) -> list[Encoded]:
-        """The rows without the tokens that all of them begin with: a template is known to everybody, and reading it is no success."""
-        shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(row.ids for row in self.rows), strict=False)))
-        return [Encoded(row.ids[shared:], max(1, row.start - shared)) for row in self.rows if len(row.ids) > shared + 1]
+        """The rows without the tokens that all of them begin with: a template is known to
+        everybody, and reading it is no success."""
+        shared = sum(
+            1
+            for _ in takewhile(
+                lambda tokens: len(set(tokens)) == 1,
+                zip(*(row.ids for row in self.rows), strict=False),
+            )
+        )
+        return [
+            Encoded(row.ids[shared:], max(1, row.start - shared))
+            for row in self.rows
+            if len(row.ids) > shared + 1
+        ]
 
     def lots(self, tokens: int, included: Sequence[bool] | None = None) -> dict[str, list[Encoded]]:
-        """Each client's texts, no longer than so many tokens: all, or those that were in a shadow run."""
+        """Each client's texts, no longer than so many tokens: all, or those that were in a shadow
+        run."""
         there = included or [True] * len(self.rows)
         held = zip(self.rows, self.opened.holders, there, strict=True)
         lots: dict[str, list[Encoded]] = {client: [] for client in sorted(set(self.opened.holders))}
@@ -52,10 +67,19 @@ class AttackContext:
 
 
 def guess(lots: Sequence[Sequence[Encoded]], like: Sequence[Encoded]) -> float:
-    """What somebody reads who sees nothing, but knows which tokens are common at each position of such texts: the recall, mean over lots. (Counted on the very
-    texts, which flatters the guess.)"""
+    """What somebody reads who sees nothing, but knows which tokens are common at each position of
+    such texts: the recall, mean over lots. (Counted on the very texts, which flatters the guess.)
+    """
     longest = max(len(text.ids) for lot in lots for text in lot)
-    common = [[token for token, _ in Counter(text.ids[at] for text in like if at < len(text.ids) - 1).most_common()] for at in range(longest - 1)]
+    common = [
+        [
+            token
+            for token, _ in Counter(
+                text.ids[at] for text in like if at < len(text.ids) - 1
+            ).most_common()
+        ]
+        for at in range(longest - 1)
+    ]
 
     def recalled(lot: Sequence[Encoded]) -> float:
         right = total = 0
@@ -79,14 +103,21 @@ class Level:
     """Whether a run's server really sees it."""
 
     def to_json(self) -> dict[str, Any]:
-        """The row of `inversion.json`; the 95 % interval of the tokens is a bootstrap over what was read, that of whole texts is Clopper and Pearson's."""
-        exact, rouge = ([getattr(one, name) for one in self.read if getattr(one, name) is not None] for name in ("exact", "rouge"))
+        """The row of `inversion.json`; the 95 % interval of the tokens is a bootstrap over what was
+        read, that of whole texts is Clopper and Pearson's."""
+        exact, rouge = (
+            [getattr(one, name) for one in self.read if getattr(one, name) is not None]
+            for name in ("exact", "rouge")
+        )
         whole = sum(exact)
         return {
             "level": self.seen,
             "observed": self.observed,
             "attack": self.attack,
-            "tokens": (mean([one.tokens for one in self.read]), *_interval([one.tokens for one in self.read])),
+            "tokens": (
+                mean([one.tokens for one in self.read]),
+                *_interval([one.tokens for one in self.read]),
+            ),
             "texts": (whole / len(exact), *exact_interval(whole, len(exact))) if exact else None,
             "rouge": mean(rouge) if rouge else None,
             "guess": self.guess,
@@ -111,7 +142,11 @@ def recovery_of(tokens: list[int], row: Encoded) -> Recovery:
 
     there = list(row.ids[:-1])
     right = sum(mine == true for mine, true in zip(tokens, there, strict=False))
-    score = RougeScorer(["rougeL"], tokenizer=Spaces()).score(" ".join(map(str, there)), " ".join(map(str, tokens)))["rougeL"].fmeasure
+    score = (
+        RougeScorer(["rougeL"], tokenizer=Spaces())
+        .score(" ".join(map(str, there)), " ".join(map(str, tokens)))["rougeL"]
+        .fmeasure
+    )
     return Recovery(right / len(there), tokens == there, score)
 
 
@@ -121,11 +156,21 @@ def noise_of(epsilon: float) -> float:
 
 
 def noised(change: Tensor, noise: float) -> Tensor:
-    """A change with the noise of one private release, clipped to its own length: what the best clip would leave."""
+    """A change with the noise of one private release, clipped to its own length: what the best clip
+    would leave."""
     if not noise:
         return change
     bound = float(change.norm())
-    return noised_mean(clipped_sum(change.flatten()[None].cpu(), bound), bound=bound, noise_multiplier=noise, expected=1.0).float().view_as(change)
+    return (
+        noised_mean(
+            clipped_sum(change.flatten()[None].cpu(), bound),
+            bound=bound,
+            noise_multiplier=noise,
+            expected=1.0,
+        )
+        .float()
+        .view_as(change)
+    )
 
 
 def cut(row: Encoded, tokens: int) -> Encoded:

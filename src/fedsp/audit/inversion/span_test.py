@@ -1,9 +1,12 @@
 """Inversion: which tokens can whoever sees a prompt's change read back out of it?
 
-The gradient of a prompt's first-layer keys is a sum over tokens of multiples of their queries, head by head, and a query depends on its token and position
-alone. So a token whose queries lie in the span of the gradient's rows was there (the span test of Petrov et al., *DAGER*, NeurIPS 2024,
-https://arxiv.org/abs/2405.15586, for prompts). Beyond the rank of the gradient, tokens are taken one by one, the best first (orthogonal matching pursuit). The
-gradient of a residual prompt mixes the keys' part with the values', whose directions are not known: the same tests are tried on it as it is.
+The gradient of a prompt's first-layer keys is a sum over tokens of multiples of their queries, head
+by head, and a query depends on its token and position alone. So a token whose queries lie in the
+span of the gradient's rows was there (the span test of Petrov et al., *DAGER*, NeurIPS 2024,
+https://arxiv.org/abs/2405.15586, for prompts). Beyond the rank of the gradient, tokens are taken
+one by one, the best first (orthogonal matching pursuit). The gradient of a residual prompt mixes
+the keys' part with the values', whose directions are not known: the same tests are tried on it as
+it is.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from fedsp.models.soft_prompt import SoftPrompt
 
 @dataclass(frozen=True)
 class Dictionary:
-    """For each position and token, what a gradient's rows may be made of: (T, V, H, G, N) unit vectors, in each head H of the gradient."""
+    """For each position and token, what a gradient's rows may be made of: (T, V, H, G, N) unit
+    vectors, in each head H of the gradient."""
 
     vectors: Tensor
 
@@ -31,34 +35,47 @@ class Dictionary:
         return self.vectors.shape[1]
 
 
-def key_dictionary(model: PromptedLM, prompt: SoftPrompt, positions: int, *, at_once: int = 1024) -> Dictionary:
-    """The queries of every token of the vocabulary at each of the first positions, for the gradient of a key/value prompt's first keys."""
+def key_dictionary(
+    model: PromptedLM, prompt: SoftPrompt, positions: int, *, at_once: int = 1024
+) -> Dictionary:
+    """The queries of every token of the vocabulary at each of the first positions, for the gradient
+    of a key/value prompt's first keys."""
     with torch.no_grad():
         prefix = prompt.prefix(model)
     vocabulary = model.model.get_input_embeddings().num_embeddings
     parts = []
     for start in range(0, vocabulary, at_once):
         ids = torch.arange(start, min(start + at_once, vocabulary), device=model.device)
-        parts.append(first_queries(model, ids[:, None].expand(-1, positions), prefix).transpose(0, 1).cpu())
+        parts.append(
+            first_queries(model, ids[:, None].expand(-1, positions), prefix).transpose(0, 1).cpu()
+        )
     return Dictionary(_unit(torch.cat(parts, dim=1)))
 
 
-def residual_dictionary(model: PromptedLM, prompt: SoftPrompt, positions: int, *, at_once: int = 256) -> Dictionary:
-    """The same for a residual prompt: what a query pulls a block's normed input by, through the block's own key projection, head by head.
+def residual_dictionary(
+    model: PromptedLM, prompt: SoftPrompt, positions: int, *, at_once: int = 256
+) -> Dictionary:
+    """The same for a residual prompt: what a query pulls a block's normed input by, through the
+    block's own key projection, head by head.
 
-    It is found by differentiating the keys that the first block makes of the prompt, so nothing is written for one family.
+    It is found by differentiating the keys that the first block makes of the prompt, so nothing is
+    written for one family.
     """
     keys = key_dictionary(model, prompt, positions, at_once=at_once).vectors  # (T, V, H, G, K)
     values = prompt.values().detach()[:1].clone().requires_grad_(True)
-    pairs = model.keys_and_values(prompt_rows(values, model))[0, 0, 0]  # (H, K): keys of the first virtual token in the first layer
+    # (H, K): keys of the first virtual token in the first layer
+    pairs = model.keys_and_values(prompt_rows(values, model))[0, 0, 0]
     rows = [
-        torch.autograd.grad(pairs[head, index], values, retain_graph=True)[0][0, model.prompt_layers[0]]
+        torch.autograd.grad(pairs[head, index], values, retain_graph=True)[0][
+            0, model.prompt_layers[0]
+        ]
         for head in range(pairs.shape[0])
         for index in range(pairs.shape[1])
     ]
     jacobian = torch.stack(rows).view(*pairs.shape, -1)  # (H, K, D)
     pulled = torch.einsum("tvhgk,hkd->tvhgd", keys, jacobian.cpu())
-    return Dictionary(_unit(pulled.flatten(start_dim=2, end_dim=3).unsqueeze(2)))  # one gradient for all heads: (T, V, 1, H G, D)
+    # one gradient for all heads: (T, V, 1, H G, D)
+    return Dictionary(_unit(pulled.flatten(start_dim=2, end_dim=3).unsqueeze(2)))
 
 
 def prompt_rows(values: Tensor, model: PromptedLM) -> Tensor:
@@ -67,7 +84,8 @@ def prompt_rows(values: Tensor, model: PromptedLM) -> Tensor:
 
 
 def gradient_rows(prompt: SoftPrompt, model: PromptedLM, change: Tensor) -> Tensor:
-    """The part of a prompt's change (P, L, ...) that the first layer's tokens make: (H, P, N) for keys, (1, P, D) for residual inputs."""
+    """The part of a prompt's change (P, L, ...) that the first layer's tokens make: (H, P, N) for
+    keys, (1, P, D) for residual inputs."""
     layer = model.prompt_layers[0]
     if prompt.spec.space == "key_value":
         return change[:, layer, 0].permute(1, 0, 2)
@@ -75,8 +93,9 @@ def gradient_rows(prompt: SoftPrompt, model: PromptedLM, change: Tensor) -> Tens
 
 
 def span_test(rows: Tensor, dictionary: Dictionary, tokens: int) -> Tensor:
-    """How far each token is from the span of the rows (T, V), from 0 (in it) to 1, mean over heads: the span of as many singular vectors as `tokens` tokens
-    make, which is one for each query head that shares a key."""
+    """How far each token is from the span of the rows (T, V), from 0 (in it) to 1, mean over heads:
+    the span of as many singular vectors as `tokens` tokens make, which is one for each query head
+    that shares a key."""
     rank = tokens * dictionary.vectors.shape[3]
     distances = torch.zeros(dictionary.vectors.shape[:2])
     heads = rows.shape[0]
@@ -90,8 +109,9 @@ def span_test(rows: Tensor, dictionary: Dictionary, tokens: int) -> Tensor:
 
 
 def matching_pursuit(rows: Tensor, dictionary: Dictionary, count: int) -> list[tuple[int, int]]:
-    """So many (position, token), the best first: each time the token whose part not yet explained lies most within the span of the rows' part not yet
-    explained, over all heads together (rank-aware pursuit, Davies and Eldar 2012, https://arxiv.org/abs/1004.4529)."""
+    """So many (position, token), the best first: each time the token whose part not yet explained
+    lies most within the span of the rows' part not yet explained, over all heads together
+    (rank-aware pursuit, Davies and Eldar 2012, https://arxiv.org/abs/1004.4529)."""
     found: list[tuple[int, int]] = []
     left = rows.clone()
     vectors = dictionary.vectors.clone()
@@ -102,7 +122,11 @@ def matching_pursuit(rows: Tensor, dictionary: Dictionary, count: int) -> list[t
             basis = basis[sizes > 1e-5 * sizes[0].clamp_min(1e-30)]
             inside += (vectors[:, :, head] @ basis.T).square().sum(dim=(-1, -2))
             lengths += vectors[:, :, head].square().sum(dim=(-1, -2))
-        share = torch.where(lengths > 1e-2 * vectors.shape[2] * vectors.shape[3], inside / lengths.clamp_min(1e-30), -1.0)
+        share = torch.where(
+            lengths > 1e-2 * vectors.shape[2] * vectors.shape[3],
+            inside / lengths.clamp_min(1e-30),
+            -1.0,
+        )
         for position, token in found:
             share[position, token] = -1.0
         position, token = divmod(int(share.argmax()), dictionary.tokens)
@@ -115,7 +139,8 @@ def matching_pursuit(rows: Tensor, dictionary: Dictionary, count: int) -> list[t
 
 
 def recall(distances: Tensor, texts: Sequence[Encoded]) -> float:
-    """The share of tokens that are found, position by position: as many of the nearest tokens are taken as there are texts that reach the position."""
+    """The share of tokens that are found, position by position: as many of the nearest tokens are
+    taken as there are texts that reach the position."""
     right = total = 0
     for position in range(min(distances.shape[0], max(len(row.ids) for row in texts) - 1)):
         there = {row.ids[position] for row in texts if position < len(row.ids) - 1}

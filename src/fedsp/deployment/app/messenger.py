@@ -1,4 +1,5 @@
-"""The two apps, as Flower looks for them: plain statements. Beside a `fedsp serve` or `fedsp join` they carry; else they run a simulation."""
+"""The two apps, as Flower looks for them: plain statements. Beside a `fedsp serve` or `fedsp join`
+they carry; else they run a simulation."""
 
 import os
 
@@ -28,4 +29,7 @@ def main(grid: Grid, context: Context) -> None:
 @client_app.train()
 def train(flower_message: FlowerMessage, context: Context) -> FlowerMessage:
     """An owner of text's side."""
-    return FlowerMessage(content=to_record(handle_client_message(from_record(flower_message.content), context)), reply_to=flower_message)
+    return FlowerMessage(
+        content=to_record(handle_client_message(from_record(flower_message.content), context)),
+        reply_to=flower_message,
+    )

@@ -1,4 +1,5 @@
-"""Admission of replies, their mean, and what the server makes of it. Tensors by name; nothing here knows of language models."""
+"""Admission of replies, their mean, and what the server makes of it. Tensors by name; nothing here
+knows of language models."""
 
 from __future__ import annotations
 
@@ -16,11 +17,16 @@ from fedsp.federation.messages import Failure, Request, Update
 from fedsp.models.payload import Payload, check, shapes_of
 
 
-def validate_update(reply: Update | Failure, requests: Mapping[str, Request], seen: Mapping[str, object], max_change: float) -> str | None:
+def validate_update(
+    reply: Update | Failure,
+    requests: Mapping[str, Request],
+    seen: Mapping[str, object],
+    max_change: float,
+) -> str | None:
     """Why a reply is refused, or None when it may be aggregated.
 
-    `requests` are the open requests by client, `seen` the clients that have been counted already, `max_change` the root mean square by
-    which a reply may differ from what was broadcast.
+    `requests` are the open requests by client, `seen` the clients that have been counted already,
+    `max_change` the root mean square by which a reply may differ from what was broadcast.
     """
     if isinstance(reply, Failure):
         return reply.reason
@@ -37,23 +43,36 @@ def validate_update(reply: Update | Failure, requests: Mapping[str, Request], se
         return str(error)
     change = _root_mean_square_difference(reply.payload, request.payload)
     if change > max_change:
-        return f"the reply differs from the broadcast by {change:.3g} per number (root mean square), more than round.max_change = {max_change:g}"
+        return (
+            f"the reply differs from the broadcast by {change:.3g} per number (root mean square),"
+            f" more than round.max_change = {max_change:g}"
+        )
     return None
 
 
 def _root_mean_square_difference(one: Payload, other: Payload) -> float:
     numbers = sum(tensor.numel() for tensor in one.values())
-    return math.sqrt(sum(float((a - b).square().sum()) for a, b in _parts(one, other)) / max(numbers, 1))
+    return math.sqrt(
+        sum(float((a - b).square().sum()) for a, b in _parts(one, other)) / max(numbers, 1)
+    )
 
 
 def _parts(one: Payload, other: Payload) -> Iterable[tuple[Tensor, Tensor]]:
-    """In float64, a part at a time: a reply may be large and may lie, so judging it takes no more memory than it does."""
-    pairs = ((torch.split(one[name].flatten(), 1 << 16), torch.split(other[name].flatten(), 1 << 16)) for name in sorted(one))
-    return ((a.double(), b.double()) for a, b in chain.from_iterable(zip(*pair, strict=True) for pair in pairs))
+    """In float64, a part at a time: a reply may be large and may lie, so judging it takes no more
+    memory than it does."""
+    pairs = (
+        (torch.split(one[name].flatten(), 1 << 16), torch.split(other[name].flatten(), 1 << 16))
+        for name in sorted(one)
+    )
+    return (
+        (a.double(), b.double())
+        for a, b in chain.from_iterable(zip(*pair, strict=True) for pair in pairs)
+    )
 
 
 def weighted_mean(payloads: Mapping[str, Payload], weights: Mapping[str, float]) -> Payload:
-    """The mean of payloads by client, weighted, summed in float64 in the order of the client ids, so any arrival order gives these bits."""
+    """The mean of payloads by client, weighted, summed in float64 in the order of the client ids,
+    so any arrival order gives these bits."""
     total = sum(weights[client] for client in sorted(payloads))
     mean: Payload = {}
     for client in sorted(payloads):
@@ -64,8 +83,10 @@ def weighted_mean(payloads: Mapping[str, Payload], weights: Mapping[str, float])
 
 
 class Aggregator(Protocol):
-    """How one payload is made of many. `weights` come from the server's register, `asked` is how many were asked; `reference` is what the server's own step
-    made of what was sent, where `by_reference` asks for it. With `always` a round without replies is combined too."""
+    """How one payload is made of many. `weights` come from the server's register, `asked` is how
+    many were asked; `reference` is what the server's own step made of what was sent, where
+    `by_reference` asks for it. With `always` a round without replies is combined too.
+    """
 
     @property
     def by_reference(self) -> bool: ...
@@ -73,7 +94,14 @@ class Aggregator(Protocol):
     @property
     def always(self) -> bool: ...
 
-    def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
+    def __call__(
+        self,
+        sent: Payload,
+        replies: Mapping[str, Payload],
+        weights: Mapping[str, float],
+        asked: int,
+        reference: Payload | None,
+    ) -> Payload:
         """The aggregate, before the server optimizer and the server step."""
 
 
@@ -84,43 +112,61 @@ class WeightedMean:
     by_reference: bool = False
     always: bool = False
 
-    def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
+    def __call__(
+        self,
+        sent: Payload,
+        replies: Mapping[str, Payload],
+        weights: Mapping[str, float],
+        asked: int,
+        reference: Payload | None,
+    ) -> Payload:
         return weighted_mean(replies, weights)
 
 
 def update_cosine(payloads: Mapping[str, Payload], sent: Payload) -> float | None:
-    """The mean cosine between the changes of two clients, over all pairs; 1: they pull one way, 0: they know nothing of each other (client drift).
+    """The mean cosine between the changes of two clients, over all pairs; 1: they pull one way, 0:
+    they know nothing of each other (client drift).
 
     None where fewer than two clients changed anything.
     """
     total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in sent.items()}
     count = 0
     for client in sorted(payloads):
-        length = math.sqrt(sum(float((a - b).square().sum()) for a, b in _parts(payloads[client], sent)))
+        length = math.sqrt(
+            sum(float((a - b).square().sum()) for a, b in _parts(payloads[client], sent))
+        )
         if length > 0:
             count += 1
             for name, tensor in payloads[client].items():
                 total[name] += (tensor.double() - sent[name]) / length
     if count < 2:
         return None
-    return (sum(float(tensor.square().sum()) for tensor in total.values()) - count) / (count * (count - 1))
+    return (sum(float(tensor.square().sum()) for tensor in total.values()) - count) / (
+        count * (count - 1)
+    )
 
 
 @dataclass(frozen=True)
 class ServerOptimizer:
-    """How the server applies the aggregated update: as it is (`none`), or with momentum (FedAvgM; Hsu, Qi and Brown, https://arxiv.org/abs/1909.06335)."""
+    """How the server applies the aggregated update: as it is (`none`), or with momentum (FedAvgM;
+    Hsu, Qi and Brown, https://arxiv.org/abs/1909.06335)."""
 
     kind: Literal["none", "momentum"] = "none"
     learning_rate: float = 1.0
     momentum: float = 0.9
 
     def step(self, sent: Payload, mean: Payload, state: Payload) -> tuple[Payload, Payload]:
-        """The payload after the step, and the optimizer's state (the momentum of each tensor), which the next round's step is given."""
+        """The payload after the step, and the optimizer's state (the momentum of each tensor),
+        which the next round's step is given."""
         if self.kind == "none":
             return mean, {}
         payload, momenta = {}, {}
         for name, start in sent.items():
-            momentum = self.momentum * state.get(name, torch.zeros_like(start)).double() + mean[name].double() - start.double()
+            momentum = (
+                self.momentum * state.get(name, torch.zeros_like(start)).double()
+                + mean[name].double()
+                - start.double()
+            )
             payload[name] = (start.double() + self.learning_rate * momentum).float()
             momenta[name] = momentum.float()
         return payload, momenta

@@ -1,4 +1,5 @@
-"""Client-level differential privacy: the noised mean of clipped updates (McMahan et al., ICLR 2018, https://arxiv.org/abs/1710.06963)."""
+"""Client-level differential privacy: the noised mean of clipped updates (McMahan et al., ICLR 2018,
+https://arxiv.org/abs/1710.06963)."""
 
 from __future__ import annotations
 
@@ -12,20 +13,34 @@ from fedsp.models.payload import Payload, as_row, from_row
 from fedsp.privacy import Ledger, Release, clipped_sum, noised_mean
 
 
-def private_mean(sent: Payload, replies: Mapping[str, Payload], *, bound: float, noise_multiplier: float, expected: float) -> Payload:
-    """What was broadcast plus the noised mean of the clients' whole changes, each clipped over all tensors together, none weighted."""
+def private_mean(
+    sent: Payload,
+    replies: Mapping[str, Payload],
+    *,
+    bound: float,
+    noise_multiplier: float,
+    expected: float,
+) -> Payload:
+    """What was broadcast plus the noised mean of the clients' whole changes, each clipped over all
+    tensors together, none weighted."""
     start = as_row(sent)
     total = torch.zeros_like(start)
     for client in sorted(replies):
         total += clipped_sum((as_row(replies[client]) - start)[None], bound)
-    return from_row(start + noised_mean(total, bound=bound, noise_multiplier=noise_multiplier, expected=expected), sent)
+    return from_row(
+        start
+        + noised_mean(total, bound=bound, noise_multiplier=noise_multiplier, expected=expected),
+        sent,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPAggregator:
-    """Client-level privacy: the clipped, noised mean of a round, paid for in the ledger before it is made. See `fedsp.federation.aggregation.mean.Aggregator`.
+    """Client-level privacy: the clipped, noised mean of a round, paid for in the ledger before it
+    is made. See `fedsp.federation.aggregation.mean.Aggregator`.
 
-    `expected` is the number of clients that a round asks on average; each is asked with probability `sampling_rate`, drawn by nobody who can be known.
+    `expected` is the number of clients that a round asks on average; each is asked with probability
+    `sampling_rate`, drawn by nobody who can be known.
     """
 
     bound: float
@@ -38,7 +53,14 @@ class DPAggregator:
     by_reference: bool = False
     always: bool = True
 
-    def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
+    def __call__(
+        self,
+        sent: Payload,
+        replies: Mapping[str, Payload],
+        weights: Mapping[str, float],
+        asked: int,
+        reference: Payload | None,
+    ) -> Payload:
         """The private aggregate; made and paid for even where nobody replied.
 
         Raises:
@@ -47,7 +69,14 @@ class DPAggregator:
         release = Release(self.noise_multiplier, self.sampling_rate)
         if self.epsilon is not None and self.ledger.epsilon(self.delta, release) > self.epsilon:
             raise PrivacyError(
-                f"another round would take more than privacy.epsilon = {self.epsilon:g} at delta = {self.delta:g}; the prompts so far stand, and `fedsp evaluate` measures the best"
+                f"another round would take more than privacy.epsilon = {self.epsilon:g} at delta ="
+                f" {self.delta:g}; the prompts so far stand, and `fedsp evaluate` measures the best"
             )
         self.ledger.spend(release)
-        return private_mean(sent, replies, bound=self.bound, noise_multiplier=self.noise_multiplier, expected=self.expected)
+        return private_mean(
+            sent,
+            replies,
+            bound=self.bound,
+            noise_multiplier=self.noise_multiplier,
+            expected=self.expected,
+        )

@@ -1,7 +1,9 @@
-"""Aggregation that is robust to a minority of malicious clients (Byzantine robustness). All rules work on updates: rows of one matrix, one per client.
+"""Aggregation that is robust to a minority of malicious clients (Byzantine robustness). All rules
+work on updates: rows of one matrix, one per client.
 
-Notation: n clients, f of them may be malicious, d numbers. Rows are finite, since `fedsp.federation.aggregation.mean.validate_update` comes first: none of these rules
-withstands a number that is not. All sums are float64 and rows are in the order of client ids.
+Notation: n clients, f of them may be malicious, d numbers. Rows are finite, since
+`fedsp.federation.aggregation.mean.validate_update` comes first: none of these rules withstands a
+number that is not. All sums are float64 and rows are in the order of client ids.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ Rule = Callable[[Tensor, int], Tensor]
 
 
 def median(rows: Tensor, f: int) -> Tensor:
-    """The median of each coordinate; of an even number, the mean of the middle two (Yin et al., ICML 2018, https://arxiv.org/abs/1803.01498)."""
+    """The median of each coordinate; of an even number, the mean of the middle two (Yin et al.,
+    ICML 2018, https://arxiv.org/abs/1803.01498)."""
     ordered = rows.sort(dim=0).values
     return (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
 
@@ -33,7 +36,8 @@ def trimmed_mean(rows: Tensor, f: int) -> Tensor:
 
 
 def krum(rows: Tensor, f: int) -> Tensor:
-    """The row whose n - f - 2 nearest others are nearest (Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757)."""
+    """The row whose n - f - 2 nearest others are nearest (Blanchard et al., NeurIPS 2017,
+    https://arxiv.org/abs/1703.02757)."""
     best: Tensor = rows[int(_krum_scores(rows, f).argmin())]
     return best
 
@@ -44,7 +48,8 @@ def multi_krum(rows: Tensor, f: int) -> Tensor:
 
 
 def geometric_median(rows: Tensor, f: int, *, steps: int = 100, smallest: float = 1e-12) -> Tensor:
-    """The point with the least sum of distances to the rows, by Weiszfeld's steps (Pillutla et al. 2022, https://arxiv.org/abs/1912.13445)."""
+    """The point with the least sum of distances to the rows, by Weiszfeld's steps (Pillutla et al.
+    2022, https://arxiv.org/abs/1912.13445)."""
     point = median(rows, f)
     for _ in range(steps):
         weights: Tensor = 1 / (rows - point).norm(dim=1).clamp_min(smallest)
@@ -56,18 +61,23 @@ def geometric_median(rows: Tensor, f: int, *, steps: int = 100, smallest: float 
 
 
 def centred_clipping(rows: Tensor, f: int, *, steps: int = 3) -> Tensor:
-    """From the coordinate median, a few means of the differences to it, each cut to the median length (Karimireddy et al., ICML 2021,
-    https://arxiv.org/abs/2012.10333). The centre is this round's: one kept from round to round would stay poisoned."""
+    """From the coordinate median, a few means of the differences to it, each cut to the median
+    length (Karimireddy et al., ICML 2021, https://arxiv.org/abs/2012.10333). The centre is this
+    round's: one kept from round to round would stay poisoned.
+    """
     point = median(rows, f)
     for _ in range(steps):
         differences = rows - point
         lengths = differences.norm(dim=1, keepdim=True)
-        point = point + (differences * (lengths.median() / lengths.clamp_min(1e-300)).clamp(max=1.0)).mean(dim=0)
+        point = point + (
+            differences * (lengths.median() / lengths.clamp_min(1e-300)).clamp(max=1.0)
+        ).mean(dim=0)
     return point
 
 
 def nearest_neighbour_mixing(rows: Tensor, f: int) -> Tensor:
-    """Each row replaced by the mean of the n - f rows nearest to it, itself included (Allouah et al., AISTATS 2023, https://arxiv.org/abs/2302.01772)."""
+    """Each row replaced by the mean of the n - f rows nearest to it, itself included (Allouah et
+    al., AISTATS 2023, https://arxiv.org/abs/2302.01772)."""
     nearest = _distances(rows).argsort(dim=1, stable=True)[:, : len(rows) - f]
     return torch.stack([rows[indices].mean(dim=0) for indices in nearest])
 
@@ -80,8 +90,9 @@ def norm_bounded(rows: Tensor, times: float) -> Tensor:
 
 
 def trusted(rows: Tensor, reference: Tensor) -> Tensor:
-    """The mean of the rows, each as long as the server's own change and weighted by its cosine with it, never below zero (FLTrust, Cao et al., NDSS 2021,
-    https://arxiv.org/abs/2012.13995); no change where nothing agrees."""
+    """The mean of the rows, each as long as the server's own change and weighted by its cosine with
+    it, never below zero (FLTrust, Cao et al., NDSS 2021, https://arxiv.org/abs/2012.13995); no
+    change where nothing agrees."""
     length = reference.norm()
     lengths = rows.norm(dim=1)
     trust = ((rows @ reference) / (lengths * length).clamp_min(1e-300)).clamp_min(0.0)
@@ -110,7 +121,9 @@ RULES: dict[str, Rule] = {
     "geometric_median": geometric_median,
     "centred_clipping": centred_clipping,
 }
-LEAST: dict[str, Callable[[int], int]] = {name: (lambda f: 2 * f + 3) if "krum" in name else (lambda f: 2 * f + 1) for name in RULES}
+LEAST: dict[str, Callable[[int], int]] = {
+    name: (lambda f: 2 * f + 3) if "krum" in name else (lambda f: 2 * f + 1) for name in RULES
+}
 """The fewest clients with which a rule withstands f malicious clients."""
 
 
@@ -121,8 +134,9 @@ def malicious_of(share: float, clients: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Robust:
-    """A rule and what comes before it: changes cut to `norm_bound` times the median length (0: not), then mixing. `malicious` is the share of the
-    clients asked that may be malicious; their number is rounded down."""
+    """A rule and what comes before it: changes cut to `norm_bound` times the median length (0:
+    not), then mixing. `malicious` is the share of the clients asked that may be malicious; their
+    number is rounded down."""
 
     rule: str
     malicious: float
@@ -138,30 +152,47 @@ class Robust:
         """How many of those asked may be malicious: f.
 
         Raises:
-            TooFewClients: it is less than one although some may, or the rule does not withstand so many even if all answer.
+            TooFewClients: it is less than one although some may, or the rule does not withstand so
+                many even if all answer.
         """
         f = malicious_of(self.malicious, asked)
         if f == 0 and self.malicious and (self.rule in RULES or self.mixing):
             raise TooFewClients(
-                f"aggregation.malicious = {self.malicious:g} of {asked} clients asked is less than one, so aggregation.rule = {self.rule!r} would withstand none: ask at least {math.ceil(1 / self.malicious)} clients, or raise aggregation.malicious"
+                f"aggregation.malicious = {self.malicious:g} of {asked} clients asked is less than"
+                f" one, so aggregation.rule = {self.rule!r} would withstand none: ask at least"
+                f" {math.ceil(1 / self.malicious)} clients, or raise aggregation.malicious"
             )
         if asked < self._needed(f):
             raise self._too_few(asked, f, asked)
         return f
 
     def _needed(self, f: int) -> int:
-        return max(LEAST[self.rule](f) if self.rule in LEAST else 1, 2 * f + 1 if self.mixing else 1)
+        return max(
+            LEAST[self.rule](f) if self.rule in LEAST else 1, 2 * f + 1 if self.mixing else 1
+        )
 
     def _too_few(self, replies: int, f: int, asked: int) -> TooFewClients:
         return TooFewClients(
-            f"{replies} replies are too few for aggregation.rule = {self.rule!r}{' with mixing' if self.mixing else ''} to withstand {f} malicious clients of {asked} asked: it needs {self._needed(f)}; ask more clients or lower aggregation.malicious"
+            f"{replies} replies are too few for aggregation.rule ="
+            f" {self.rule!r}{' with mixing' if self.mixing else ''} to withstand {f} malicious"
+            f" clients of {asked} asked: it needs {self._needed(f)}; ask more clients or lower"
+            " aggregation.malicious"
         )
 
-    def __call__(self, sent: Payload, replies: Mapping[str, Payload], weights: Mapping[str, float], asked: int, reference: Payload | None) -> Payload:
-        """The payload that this rule makes of the replies; weights are ignored, since clients could inflate them. See `fedsp.federation.aggregation.mean.Aggregator`.
+    def __call__(
+        self,
+        sent: Payload,
+        replies: Mapping[str, Payload],
+        weights: Mapping[str, float],
+        asked: int,
+        reference: Payload | None,
+    ) -> Payload:
+        """The payload that this rule makes of the replies; weights are ignored, since clients could
+        inflate them. See `fedsp.federation.aggregation.mean.Aggregator`.
 
         Raises:
-            TooFewClients: there are fewer replies than the rule needs for so many malicious clients; it is never applied with fewer.
+            TooFewClients: there are fewer replies than the rule needs for so many malicious
+                clients; it is never applied with fewer.
         """
         f = self.malicious_among(asked)
         if len(replies) < self._needed(f):

@@ -1,4 +1,5 @@
-"""The interface that FedSP and every baseline have, and federated averaging, which most baselines are."""
+"""The interface that FedSP and every baseline have, and federated averaging, which most baselines
+are."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Work(NamedTuple):
 
 
 class Method(Protocol):
-    """A method of federated tuning. It sees parties and payloads; how they reach each other is not its business."""
+    """A method of federated tuning. It sees parties and payloads; how they reach each other is not
+    its business."""
 
     def init(self, server: Party) -> Payload:
         """The payload that is broadcast in round 1."""
@@ -34,23 +36,29 @@ class Method(Protocol):
             TrainingDiverged: a loss is not finite.
         """
 
-    def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
-        """The payload that is broadcast next, and the server's last training loss (nats per token; None if it did not train).
+    def server_update(
+        self, server: Party, aggregated: Payload, round: int, seed: int
+    ) -> tuple[Payload, float | None]:
+        """The payload that is broadcast next, and the server's last training loss (nats per token;
+        None if it did not train).
 
         Raises:
             TrainingDiverged: a loss is not finite.
         """
 
     def work(self, party: Party, side: Side) -> list[Work]:
-        """The stages of a party's round, in order: what its cost is measured on, and what privacy is charged for."""
+        """The stages of a party's round, in order: what its cost is measured on, and what privacy
+        is charged for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Averaging:
-    """Federated averaging: clients take steps on their own text, the server takes the mean and may take steps on its own.
+    """Federated averaging: clients take steps on their own text, the server takes the mean and may
+    take steps on its own.
 
-    What is tuned, and through which model, depends on the parties. H. B. McMahan, E. Moore, D. Ramage, S. Hampson, B. Agüera y Arcas.
-    *Communication-Efficient Learning of Deep Networks from Decentralized Data*. AISTATS 2017. https://arxiv.org/abs/1602.05629.
+    What is tuned, and through which model, depends on the parties. H. B. McMahan, E. Moore, D.
+    Ramage, S. Hampson, B. Agüera y Arcas. *Communication-Efficient Learning of Deep Networks from
+    Decentralized Data*. AISTATS 2017. https://arxiv.org/abs/1602.05629.
     """
 
     client_stage: Stage
@@ -67,7 +75,9 @@ class Averaging:
                 local.train(client.messenger, self.client_stage)
         return local.update(validation)
 
-    def server_update(self, server: Party, aggregated: Payload, round: int, seed: int) -> tuple[Payload, float | None]:
+    def server_update(
+        self, server: Party, aggregated: Payload, round: int, seed: int
+    ) -> tuple[Payload, float | None]:
         if not self.server_stage.steps:
             return aggregated, None
         with server.round_state(round, seed, aggregated) as local:

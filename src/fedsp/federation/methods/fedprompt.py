@@ -1,7 +1,10 @@
-"""FedPrompt: every client holds the whole frozen model and tunes the prompt through it; prompts are averaged.
+"""FedPrompt: every client holds the whole frozen model and tunes the prompt through it; prompts are
+averaged.
 
-H. Zhao, W. Du, F. Li, P. Li, G. Liu. *FedPrompt: Communication-Efficient and Privacy-Preserving Prompt Tuning in Federated Learning*. ICASSP
-2023. https://arxiv.org/abs/2208.12268. As in FedSP's table the prompt stands at every layer, and the server may take steps on its own share.
+H. Zhao, W. Du, F. Li, P. Li, G. Liu. *FedPrompt: Communication-Efficient and Privacy-Preserving
+Prompt Tuning in Federated Learning*. ICASSP
+2023. https://arxiv.org/abs/2208.12268. As in FedSP's table the prompt stands at every layer, and
+  the server may take steps on its own share.
 No model privacy. It is the ceiling of what a prompt that clients tune can carry.
 """
 
@@ -9,4 +12,11 @@ from __future__ import annotations
 
 from fedsp.federation.methods.registry import MethodEntry, register_method
 
-register_method(MethodEntry(name="fedprompt", title="FedPrompt", paper="Zhao et al., ICASSP 2023", clients_hold="the whole model"))
+register_method(
+    MethodEntry(
+        name="fedprompt",
+        title="FedPrompt",
+        paper="Zhao et al., ICASSP 2023",
+        clients_hold="the whole model",
+    )
+)

@@ -1,8 +1,10 @@
-"""FedPrompt-single: FedPrompt with model privacy. Clients hold the embeddings and one layer, not distilled, and tune that layer's prompt.
+"""FedPrompt-single: FedPrompt with model privacy. Clients hold the embeddings and one layer, not
+distilled, and tune that layer's prompt.
 
-C. Dong, Y. Xie, B. Ding, Y. Shen, Y. Li. *Messenger Soft Prompts are Messengers in Federated Learning*. Findings of EMNLP 2023.
-https://arxiv.org/abs/2311.06805, baseline "FedPrompt-Single". The one layer's prompt is read by every layer of the global model, as the
-authors' code does where depths differ; here that is part of the baseline's definition, not something that happens to shapes.
+C. Dong, Y. Xie, B. Ding, Y. Shen, Y. Li. *Messenger Soft Prompts are Messengers in Federated
+Learning*. Findings of EMNLP 2023. https://arxiv.org/abs/2311.06805, baseline "FedPrompt-Single".
+The one layer's prompt is read by every layer of the global model, as the authors' code does where
+depths differ; here that is part of the baseline's definition, not something that happens to shapes.
 """
 
 from __future__ import annotations
@@ -45,9 +47,13 @@ def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> Client
     from fedsp.models.soft_prompt import SoftPrompt
 
     assert isinstance(messenger, SoftPrompt)
-    auxiliary = build_auxiliary(setup.model, parse_plan([0], setup.model.shape.layers), setup.tokenizer)
+    auxiliary = build_auxiliary(
+        setup.model, parse_plan([0], setup.model.shape.layers), setup.tokenizer
+    )
     auxiliary.prompt_shape = model.prompt_shape
-    return ClientSide(model=auxiliary, messenger=lambda: messenger.like(auxiliary, setup.seed), package=auxiliary)
+    return ClientSide(
+        model=auxiliary, messenger=lambda: messenger.like(auxiliary, setup.seed), package=auxiliary
+    )
 
 
 register_method(

@@ -1,14 +1,21 @@
-"""FedSP: clients hold an auxiliary model and tune the soft prompt through it. The algorithm itself is `fedsp.algorithm`.
+"""FedSP: clients hold an auxiliary model and tune the soft prompt through it. The algorithm itself
+is `fedsp.algorithm`.
 
-C. Dong, Y. Xie, B. Ding, Y. Shen, Y. Li. *Tunable Soft Prompts are Messengers in Federated Learning*. Findings of EMNLP 2023.
-https://arxiv.org/abs/2311.06805.
+C. Dong, Y. Xie, B. Ding, Y. Shen, Y. Li. *Tunable Soft Prompts are Messengers in Federated
+Learning*. Findings of EMNLP 2023. https://arxiv.org/abs/2311.06805.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedsp.federation.methods.registry import ClientSide, MethodEntry, Setup, Stages, register_method
+from fedsp.federation.methods.registry import (
+    ClientSide,
+    MethodEntry,
+    Setup,
+    Stages,
+    register_method,
+)
 
 if TYPE_CHECKING:
     from fedsp.federation.methods.base import Method
@@ -17,10 +24,16 @@ if TYPE_CHECKING:
 
 
 def algorithm(stages: Stages, start: Tensors) -> Method:
-    """FedSP with these stages; `start` are the auxiliary weights as handed out, if clients train them."""
+    """FedSP with these stages; `start` are the auxiliary weights as handed out, if clients train
+    them."""
     from fedsp.algorithm import FedSP
 
-    return FedSP(auxiliary_stage=stages.auxiliary, prompt_stage=stages.messenger, server_stage=stages.server, package=start)
+    return FedSP(
+        auxiliary_stage=stages.auxiliary,
+        prompt_stage=stages.messenger,
+        server_stage=stages.server,
+        package=start,
+    )
 
 
 def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> ClientSide:
@@ -29,7 +42,9 @@ def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> Client
 
     assert isinstance(messenger, SoftPrompt)
     auxiliary = setup.package()
-    return ClientSide(model=auxiliary, messenger=lambda: messenger.like(auxiliary, setup.seed), package=auxiliary)
+    return ClientSide(
+        model=auxiliary, messenger=lambda: messenger.like(auxiliary, setup.seed), package=auxiliary
+    )
 
 
 register_method(

@@ -1,8 +1,9 @@
 """Finetune: all weights are tuned, in one place or by federated averaging.
 
-H. B. McMahan, E. Moore, D. Ramage, S. Hampson, B. Agüera y Arcas. *Communication-Efficient Learning of Deep Networks from Decentralized
-Data*. AISTATS 2017. https://arxiv.org/abs/1602.05629. Every client holds the whole model: no model privacy. In one place it is the
-ordinary fine-tuning of FedSP's table (https://arxiv.org/abs/2311.06805): no data privacy either.
+H. B. McMahan, E. Moore, D. Ramage, S. Hampson, B. Agüera y Arcas. *Communication-Efficient Learning
+of Deep Networks from Decentralized Data*. AISTATS 2017. https://arxiv.org/abs/1602.05629. Every
+client holds the whole model: no model privacy. In one place it is the ordinary fine-tuning of
+FedSP's table (https://arxiv.org/abs/2311.06805): no data privacy either.
 """
 
 from __future__ import annotations

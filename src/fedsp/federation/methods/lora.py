@@ -1,8 +1,11 @@
-"""Federated LoRA: every client holds the whole frozen model and tunes low-rank adapters of it; both factors are averaged.
+"""Federated LoRA: every client holds the whole frozen model and tunes low-rank adapters of it; both
+factors are averaged.
 
-E. J. Hu et al. *LoRA: Low-Rank Adaptation of Large Language Models*. ICLR 2022. https://arxiv.org/abs/2106.09685; federated as in J. Zhang et
-al. *Towards Building the Federated GPT: Federated Instruction Tuning*. ICASSP 2024. https://arxiv.org/abs/2305.05644. No model privacy. The
-mean of products is not the product of means: the averaged adapter is an approximation, as in the paper.
+E. J. Hu et al. *LoRA: Low-Rank Adaptation of Large Language Models*. ICLR 2022.
+https://arxiv.org/abs/2106.09685; federated as in J. Zhang et al. *Towards Building the Federated
+GPT: Federated Instruction Tuning*. ICASSP 2024. https://arxiv.org/abs/2305.05644. No model privacy.
+The mean of products is not the product of means: the averaged adapter is an approximation, as in
+the paper.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ if TYPE_CHECKING:
     from fedsp.models.weights import Weights
 
 
-def low_rank_adapters(model: PromptedLM, *, rank: int, alpha: float, targets: list[str], seed: int) -> Weights:
-    """PEFT's adapters, put into the model's layers in place. The second factors start at zero, so at first nothing changes.
+def low_rank_adapters(
+    model: PromptedLM, *, rank: int, alpha: float, targets: list[str], seed: int
+) -> Weights:
+    """PEFT's adapters, put into the model's layers in place. The second factors start at zero, so
+    at first nothing changes.
 
     Without `targets`, the modules are those that PEFT names for the family.
 
@@ -29,22 +35,33 @@ def low_rank_adapters(model: PromptedLM, *, rank: int, alpha: float, targets: li
         ModelError: PEFT knows no modules for this family, or none of these names.
     """
     if find_spec("peft") is None:
-        raise ConfigurationError("peft is not installed: method = 'lora' needs `pip install 'fedsp[study]'`")
+        raise ConfigurationError(
+            "peft is not installed: method = 'lora' needs `pip install 'fedsp[study]'`"
+        )
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
     from fedsp.models.weights import Weights
 
-    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets or None)
+    settings = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets or None
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         try:
-            warnings.simplefilter("ignore", UserWarning)  # that Conv1D has its axes the other way, which PEFT then minds
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # that Conv1D has its axes the other way, which PEFT then minds
             inject_adapter_in_model(settings, model.model)
         except ValueError as error:
-            raise ModelError(f"PEFT cannot put adapters into {model.name} ({str(error).splitlines()[0]}): name its linear modules in lora.targets") from error
+            raise ModelError(
+                f"PEFT cannot put adapters into {model.name} ({str(error).splitlines()[0]}): name"
+                " its linear modules in lora.targets"
+            ) from error
     model.model.requires_grad_(False)
-    return Weights({name: parameter for name, parameter in model.model.named_parameters() if ".lora_" in name})
+    return Weights(
+        {name: parameter for name, parameter in model.model.named_parameters() if ".lora_" in name}
+    )
 
 
 def server_side(setup: Setup) -> tuple[PromptedLM, Weights]:
@@ -53,7 +70,9 @@ def server_side(setup: Setup) -> tuple[PromptedLM, Weights]:
 
     section = setup.lora
     seed = derive_seed(setup.seed, "lora")
-    return setup.model, low_rank_adapters(setup.model, rank=section.rank, alpha=section.alpha, targets=section.targets, seed=seed)
+    return setup.model, low_rank_adapters(
+        setup.model, rank=section.rank, alpha=section.alpha, targets=section.targets, seed=seed
+    )
 
 
 register_method(

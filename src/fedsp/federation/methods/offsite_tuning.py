@@ -1,9 +1,12 @@
-"""Offsite-Tuning: the owner of text gets the first and last layers and a frozen, compressed middle; it tunes the layers, which are plugged back.
+"""Offsite-Tuning: the owner of text gets the first and last layers and a frozen, compressed middle;
+it tunes the layers, which are plugged back.
 
-G. Xiao, J. Lin, S. Han. *Offsite-Tuning: Transfer Learning without Full Model*. 2023. https://arxiv.org/abs/2302.04870; federated by averaging the
-tuned layers, as in T. Fan et al. *FATE-LLM* (https://arxiv.org/abs/2310.10049) and W. Kuang et al. *FederatedScope-LLM*
-(https://arxiv.org/abs/2309.00363). With one client it is the paper, with several its federated form. The middle is made by dropping layers and
-may be distilled. Clients hold the outer layers and the embeddings bit for bit: model privacy is that of the middle.
+G. Xiao, J. Lin, S. Han. *Offsite-Tuning: Transfer Learning without Full Model*. 2023.
+https://arxiv.org/abs/2302.04870; federated by averaging the tuned layers, as in T. Fan et al.
+*FATE-LLM* (https://arxiv.org/abs/2310.10049) and W. Kuang et al. *FederatedScope-LLM*
+(https://arxiv.org/abs/2309.00363). With one client it is the paper, with several its federated
+form. The middle is made by dropping layers and may be distilled. Clients hold the outer layers and
+the embeddings bit for bit: model privacy is that of the middle.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def outer_layers(model: PromptedLM, depths: Sequence[int], sources: Sequence[int]) -> Weights:
-    """The parameters of the blocks at these depths, named by the global layers that they are, so that both sides name them alike."""
+    """The parameters of the blocks at these depths, named by the global layers that they are, so
+    that both sides name them alike."""
     from fedsp.models.weights import Weights
 
     return Weights(
@@ -34,7 +38,8 @@ def outer_layers(model: PromptedLM, depths: Sequence[int], sources: Sequence[int
 
 
 def _outer(plan: LayerPlan) -> tuple[list[int], list[int]]:
-    """The depths of the auxiliary model that are kept verbatim, and the global layers that stand there."""
+    """The depths of the auxiliary model that are kept verbatim, and the global layers that stand
+    there."""
     depths = [depth for depth, frozen in enumerate(plan.frozen) if frozen]
     return depths, [plan.sources[depth] for depth in depths]
 

@@ -1,4 +1,5 @@
-"""The register of methods: one entry each, made where the method is. Nothing here imports torch, so that a configuration is checked at once."""
+"""The register of methods: one entry each, made where the method is. Nothing here imports torch, so
+that a configuration is checked at once."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """The three stages with a run's settings: clients' steps on the auxiliary model, clients' steps on the messenger, the server's steps on it."""
+    """The three stages with a run's settings: clients' steps on the auxiliary model, clients' steps
+    on the messenger, the server's steps on it."""
 
     auxiliary: Stage
     messenger: Stage
@@ -28,7 +30,8 @@ class Stages:
 
 
 class LoraSettings(Protocol):
-    """Low-rank adapters: their rank, the factor alpha / rank of their output, and the modules that get one (empty: the family's usual ones)."""
+    """Low-rank adapters: their rank, the factor alpha / rank of their output, and the modules that
+    get one (empty: the family's usual ones)."""
 
     @property
     def rank(self) -> int: ...
@@ -66,12 +69,14 @@ class Setup(Protocol):
         """The soft prompt that `[prompt]` describes, in front of the global model."""
 
     def package(self) -> AuxiliaryModel:
-        """The auxiliary model that `[auxiliary]` and `[distill]` describe: read if it was made, else made and written."""
+        """The auxiliary model that `[auxiliary]` and `[distill]` describe: read if it was made,
+        else made and written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSide:
-    """What every client holds: a model, and a messenger to load what it receives into. `package` is the model if it is an auxiliary one."""
+    """What every client holds: a model, and a messenger to load what it receives into. `package` is
+    the model if it is an auxiliary one."""
 
     model: PromptedLM
     messenger: Callable[[], Messenger]
@@ -82,7 +87,10 @@ def averaging(stages: Stages, start: Tensors) -> Method:
     """Federated averaging of the messenger."""
     from fedsp.federation.methods.base import Averaging
 
-    return Averaging(client_stage=replace(stages.messenger, name="client", seed_label="client"), server_stage=stages.server)
+    return Averaging(
+        client_stage=replace(stages.messenger, name="client", seed_label="client"),
+        server_stage=stages.server,
+    )
 
 
 def prompt_in_front(setup: Setup) -> tuple[PromptedLM, Messenger]:
@@ -94,7 +102,11 @@ def whole_model(setup: Setup, model: PromptedLM, messenger: Messenger) -> Client
     """Clients that hold the whole model, and tune what the server tunes."""
     from fedsp.models.soft_prompt import SoftPrompt
 
-    own = (lambda: messenger.like(model, setup.seed)) if isinstance(messenger, SoftPrompt) else lambda: messenger
+    own = (
+        (lambda: messenger.like(model, setup.seed))
+        if isinstance(messenger, SoftPrompt)
+        else lambda: messenger
+    )
     return ClientSide(model=model, messenger=own)
 
 
@@ -102,15 +114,16 @@ def whole_model(setup: Setup, model: PromptedLM, messenger: Messenger) -> Client
 class MethodEntry:
     """A method of federated tuning.
 
-    name: value of the key `method`. title, paper: how reports call and cite it.
-    clients_hold: what clients hold of the global model, in words.
-    algorithm: the method with these stages; the second argument are the auxiliary weights from which clients start, if they train them.
-    server_side: the model that the server reads through, and the messenger that it broadcasts.
-    client_side: what clients hold, given the server's side.
-    trains_weights: whether weights of the model are trained, which must then be in float32.
-    exact_weights: whether the global model's weights themselves are needed, so that 8bit, 4bit and a split model are refused.
-    package: whether clients hold an auxiliary model made by `fedsp distill`.
-    deployable: whether clients need nothing but the package, so that they may be on machines of their own, train the auxiliary model, and be promised
+    name: value of the key `method`. title, paper: how reports call and cite it. clients_hold: what
+    clients hold of the global model, in words. algorithm: the method with these stages; the second
+    argument are the auxiliary weights from which clients start, if they train them. server_side:
+    the model that the server reads through, and the messenger that it broadcasts. client_side: what
+    clients hold, given the server's side. trains_weights: whether weights of the model are trained,
+    which must then be in float32. exact_weights: whether the global model's weights themselves are
+    needed, so that 8bit, 4bit and a split model are refused. package: whether clients hold an
+    auxiliary model made by `fedsp distill`. deployable: whether clients need nothing but the
+    package, so that they may be on machines of their own, train the auxiliary model, and be
+    promised
         example-level privacy.
     federated: whether clients are asked at all. rounds: whether anything is trained.
     """
@@ -140,7 +153,9 @@ def register_method(entry: MethodEntry) -> MethodEntry:
         ConfigurationError: another method has that name.
     """
     if _ENTRIES.setdefault(entry.name, entry) is not entry:
-        raise ConfigurationError(f"method: a method named {entry.name!r} is registered already; give yours another name")
+        raise ConfigurationError(
+            f"method: a method named {entry.name!r} is registered already; give yours another name"
+        )
     return entry
 
 
@@ -151,7 +166,10 @@ def find_method(name: str) -> MethodEntry:
         ConfigurationError: there is none of that name.
     """
     if name not in _ENTRIES:
-        raise ConfigurationError(f"method: there is no method {name!r}; choose {', '.join(_ENTRIES)}{did_you_mean(name, _ENTRIES)}")
+        raise ConfigurationError(
+            f"method: there is no method {name!r}; choose"
+            f" {', '.join(_ENTRIES)}{did_you_mean(name, _ENTRIES)}"
+        )
     return _ENTRIES[name]
 
 

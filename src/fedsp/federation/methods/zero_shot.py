@@ -1,6 +1,7 @@
 """Zero-shot: the global model as it is, nothing tuned, nothing sent.
 
-T. B. Brown et al. *Language Models are Few-Shot Learners*. NeurIPS 2020. https://arxiv.org/abs/2005.14165 (section 2, zero-shot).
+T. B. Brown et al. *Language Models are Few-Shot Learners*. NeurIPS 2020.
+https://arxiv.org/abs/2005.14165 (section 2, zero-shot).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 def algorithm(stages: Stages, start: Tensors) -> Method:
     """A method that takes no step."""
-    none = replace(stages, messenger=replace(stages.messenger, steps=0), server=replace(stages.server, steps=0))
+    none = replace(
+        stages, messenger=replace(stages.messenger, steps=0), server=replace(stages.server, steps=0)
+    )
     return averaging(none, start)
 
 

@@ -1,4 +1,5 @@
-"""The embedded default: every client in this process, one after another. Payloads are serialized and read as over a network."""
+"""The embedded default: every client in this process, one after another. Payloads are serialized
+and read as over a network."""
 
 from __future__ import annotations
 
@@ -37,9 +38,17 @@ def local(clients: Clients) -> Transport:
                 update = clients.method.client_update(party, replace(request, payload=received))
                 up = answer_bytes(update, request, party)
             except TrainingDiverged as error:
-                raise TrainingDiverged(f"round {request.round}, client {request.client!r}: {error}; the prompt of round {request.round - 1} is kept") from error
+                raise TrainingDiverged(
+                    f"round {request.round}, client {request.client!r}: {error}; the prompt of"
+                    f" round {request.round - 1} is kept"
+                ) from error
             except (PolicyError, PayloadError) as error:
-                yield Failure(round=request.round, client=request.client, reason=str(error), bytes_down=len(down))
+                yield Failure(
+                    round=request.round,
+                    client=request.client,
+                    reason=str(error),
+                    bytes_down=len(down),
+                )
                 continue
             answered.add(request.client)
             payload = read_values(up, request.payload, request.answer_in) if up else request.payload

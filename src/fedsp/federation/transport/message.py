@@ -1,4 +1,5 @@
-"""A message on its way to a client or back. Nothing here needs more than Python, so that the processes that only pass messages on start at once."""
+"""A message on its way to a client or back. Nothing here needs more than Python, so that the
+processes that only pass messages on start at once."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from dataclasses import dataclass
 
 HEADER = "header"
 PAYLOAD = "prompt.values"
-"""The name of the one tensor that travels: `fedsp.models.payload.PROMPT`, which those processes must not import."""
+"""The name of the one tensor that travels: `fedsp.models.payload.PROMPT`, which those processes
+must not import."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,16 @@ class Message:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each part, by name."""
-        return {HEADER: len(self.header.encode()), **({PAYLOAD: len(self.payload)} if self.payload else {})}
+        return {
+            HEADER: len(self.header.encode()),
+            **({PAYLOAD: len(self.payload)} if self.payload else {}),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a node answered to the message of this id: a message; or None with the `fault` of the client's process; or None alone if the node was lost."""
+    """What a node answered to the message of this id: a message; or None with the `fault` of the
+    client's process; or None alone if the node was lost."""
 
     message_id: str
     node: int

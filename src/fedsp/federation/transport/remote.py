@@ -1,5 +1,6 @@
-"""A transport to clients on other machines, over any link that delivers messages to nodes. It waits for the nodes it needs, asks each once,
-asks again if a reply was lost, and goes on without those that stay away."""
+"""A transport to clients on other machines, over any link that delivers messages to nodes. It waits
+for the nodes it needs, asks each once, asks again if a reply was lost, and goes on without those
+that stay away."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Timeouts:
 
 
 LOST_AT_MOST, AT_ONCE = 10, 16
-"""Replies of one client that may be lost in a round; clients that are sent their request at a time, so that few copies of it are in memory."""
+"""Replies of one client that may be lost in a round; clients that are sent their request at a time,
+so that few copies of it are in memory."""
 
 Traffic = Callable[[int, str, str, dict[str, int]], None]
 """Called for each message: round, client, direction ("down" or "up"), bytes by name."""
@@ -53,7 +55,8 @@ Traffic = Callable[[int, str, str, dict[str, int]], None]
 
 @dataclass(kw_only=True)
 class _Asked:
-    """A client of this round: when it was last seen connected, when it was first asked, when it may be asked again, and what it was sent."""
+    """A client of this round: when it was last seen connected, when it was first asked, when it may
+    be asked again, and what it was sent."""
 
     request: Request
     seen: float
@@ -70,7 +73,11 @@ class _Asked:
             return f"no reply within {timeouts.reply:g} s"
         if self.lost > LOST_AT_MOST:
             return f"its replies were lost {self.lost} times"
-        return f"not connected for {timeouts.connect:g} s" if now - self.seen > timeouts.connect else None
+        return (
+            f"not connected for {timeouts.connect:g} s"
+            if now - self.seen > timeouts.connect
+            else None
+        )
 
 
 HasSigned = Callable[[bytes, bytes], bool]
@@ -86,27 +93,46 @@ def remote(
     package: str = "",
     keys: Mapping[str, HasSigned] | None = None,
 ) -> Transport:
-    """A transport over a link. `node_of` says which node is whose; a reply counts only from the node that was asked, only once, and, with `keys`, only with
-    its client's signature over the request that it answers.
+    """A transport over a link. `node_of` says which node is whose; a reply counts only from the
+    node that was asked, only once, and, with `keys`, only with its client's signature over the
+    request that it answers.
 
-    `package` is the digest of the package that the clients must have; it goes with each request. Where a request can travel as a change, it does to clients
-    that have answered the round before; one that has lost that broadcast says so, and gets the whole.
+    `package` is the digest of the package that the clients must have; it goes with each request.
+    Where a request can travel as a change, it does to clients that have answered the round before;
+    one that has lost that broadcast says so, and gets the whole.
     """
     has: dict[str, int] = {}
     """The last round whose broadcast a client has answered."""
 
     def transport(requests: list[Request]) -> Iterable[Update | Failure]:
         started = time.monotonic()
-        open = {request.client: _Asked(request=request, seen=started, follows=has.get(request.client) == request.round - 1) for request in requests}
+        open = {
+            request.client: _Asked(
+                request=request, seen=started, follows=has.get(request.client) == request.round - 1
+            )
+            for request in requests
+        }
         client_of: dict[str, str] = {}
         sent: dict[str, Message] = {}
         changes: set[str] = set()
-        """Messages that carry a change only: two copies of one may be waiting for a client that was restarted."""
+        """Messages that carry a change only: two copies of one may be waiting for a client that was
+        restarted."""
         named: list[str] = []
 
         def ask(clients: list[str], now: float) -> None:
-            messages = [(node_of[client], write_request(open[client].request, package, follows=open[client].follows)) for client in clients]
-            for client, (_, message), message_id in zip(clients, messages, link.push(messages, str(requests[0].round), 2 * timeouts.reply), strict=True):
+            messages = [
+                (
+                    node_of[client],
+                    write_request(open[client].request, package, follows=open[client].follows),
+                )
+                for client in clients
+            ]
+            for client, (_, message), message_id in zip(
+                clients,
+                messages,
+                link.push(messages, str(requests[0].round), 2 * timeouts.reply),
+                strict=True,
+            ):
                 one = open[client]
                 one.first = now if one.first is None else one.first
                 one.interval = 2 * one.interval or timeouts.retry
@@ -121,13 +147,25 @@ def remote(
                 return Failure(round=one.request.round, client=client, reason=answer.fault)
             traffic(one.request.round, client, "up", answer.message.sizes())
             if answer.node != node_of[client]:
-                return Failure(round=one.request.round, client=client, reason="the reply came from another node", bytes_up=len(answer.message.payload))
+                return Failure(
+                    round=one.request.round,
+                    client=client,
+                    reason="the reply came from another node",
+                    bytes_up=len(answer.message.payload),
+                )
             if keys is None:
                 return read_reply(answer.message, one.request)
             try:
-                return read_reply(signed_reply(answer.message, sent[answer.message_id], keys[client]), one.request)
+                return read_reply(
+                    signed_reply(answer.message, sent[answer.message_id], keys[client]), one.request
+                )
             except PayloadError as error:
-                return Failure(round=one.request.round, client=client, reason=str(error), bytes_up=len(answer.message.payload))
+                return Failure(
+                    round=one.request.round,
+                    client=client,
+                    reason=str(error),
+                    bytes_up=len(answer.message.payload),
+                )
 
         while open:
             connected, now = link.nodes(), time.monotonic()
@@ -137,7 +175,9 @@ def remote(
             due = [client for client in here if now >= open[client].again]
             for start in range(0, len(due), AT_ONCE):
                 ask(due[start : start + AT_ONCE], now)
-            for answer in link.pull([message_id for message_id, client in client_of.items() if client in open]):
+            for answer in link.pull(
+                [message_id for message_id, client in client_of.items() if client in open]
+            ):
                 client = client_of.pop(answer.message_id, "")
                 if client not in open:
                     continue
@@ -147,7 +187,11 @@ def remote(
                     continue
                 one = open[client]
                 reply = fate(answer, client, one)
-                if answer.message_id in changes and isinstance(reply, Failure) and reply.reason == REFUSALS["broadcast"]:
+                if (
+                    answer.message_id in changes
+                    and isinstance(reply, Failure)
+                    and reply.reason == REFUSALS["broadcast"]
+                ):
                     if one.follows:
                         one.follows, one.again = False, now
                     continue
@@ -159,7 +203,9 @@ def remote(
             for client, one in list(open.items()):
                 if reason := one.fails(now, timeouts):
                     del open[client]
-                    yield Failure(round=one.request.round, client=client, reason=reason, bytes_down=one.down)
+                    yield Failure(
+                        round=one.request.round, client=client, reason=reason, bytes_down=one.down
+                    )
             away = sorted(client for client, one in open.items() if one.seen < now - timeouts.lost)
             if away != named and now - started > 2:
                 named = away

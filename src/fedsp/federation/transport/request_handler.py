@@ -1,4 +1,5 @@
-"""What a client's process does with a message: read it, check it against its policy, train, and answer. No text of an error ever leaves."""
+"""What a client's process does with a message: read it, check it against its policy, train, and
+answer. No text of an error ever leaves."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from fedsp.federation.methods.base import Method
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
-from fedsp.federation.transport.wire import CannotRead, Known, read_request, write_refusal, write_update
+from fedsp.federation.transport.wire import (
+    CannotRead,
+    Known,
+    read_request,
+    write_refusal,
+    write_update,
+)
 from fedsp.models.payload import pack
 
 
@@ -24,8 +31,9 @@ def answer(
     log: Callable[[Request, Exception], None] = lambda request, error: None,
     known: Known = lambda run, round: None,
 ) -> Message:
-    """The message that answers a message. `allow` raises PolicyError for what the client refuses; `log` is called with every fault, on this machine only; `known` has
-    the broadcasts that the client received.
+    """The message that answers a message. `allow` raises PolicyError for what the client refuses;
+    `log` is called with every fault, on this machine only; `known` has the broadcasts that the
+    client received.
 
     Raises:
         PayloadError: the message is no request, so there is nobody to answer.
@@ -44,13 +52,16 @@ def answer(
         except PayloadError as error:
             log(request, error)
             return write_refusal(request, "answer")
-    except Exception as error:  # whatever it is: its text may hold the client's text, so only a code leaves
+    except (
+        Exception
+    ) as error:  # whatever it is: its text may hold the client's text, so only a code leaves
         log(request, error)
         return write_refusal(request, _code(error))
 
 
 def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
-    """The prompt of an answer as it travels, in the codec that was asked for; what that leaves out rests with the client until its next answer.
+    """The prompt of an answer as it travels, in the codec that was asked for; what that leaves out
+    rests with the client until its next answer.
 
     Raises:
         PayloadError: the codec cannot say it.
@@ -61,7 +72,11 @@ def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
     if request.answer_in.exact:
         return pack(update.payload)
     memory = StateStore(party.store.folder / "residual")
-    data, _, residual = encode_with_residual(difference(update.payload, request.payload), memory.load(before=request.round), request.answer_in)
+    data, _, residual = encode_with_residual(
+        difference(update.payload, request.payload),
+        memory.load(before=request.round),
+        request.answer_in,
+    )
     memory.save(request.round, residual)
     return data
 

@@ -1,5 +1,6 @@
-"""The format of a request and of a reply: a header of a few JSON fields, and the prompt's bytes. Whatever comes back is read as if
-it were hostile: by size first, then by digest, then by name, type and range."""
+"""The format of a request and of a reply: a header of a few JSON fields, and the prompt's bytes.
+Whatever comes back is read as if it were hostile: by size first, then by digest, then by name, type
+and range."""
 
 from __future__ import annotations
 
@@ -20,18 +21,25 @@ from fedsp.models.payload import Payload, pack
 VERSION = 1
 LONGEST_HEADER = 4096
 ROOM = 1024
-"""Bytes by which a payload may be longer than its numbers: names and padding, never another tensor."""
+"""Bytes by which a payload may be longer than its numbers: names and padding, never another tensor.
+"""
 
 REFUSALS = {
     "policy": "the client's own policy does not allow this request",
     "request": "the request that reached the client could not be used",
-    "codec": "the client does not know the codec that the request is in or asks for: compression.up and compression.down need its version of fedsp",
-    "answer": "the client's answer has numbers that are not finite, or larger than compression.up can say",
+    "codec": (
+        "the client does not know the codec that the request is in or asks for: compression.up and"
+        " compression.down need its version of fedsp"
+    ),
+    "answer": (
+        "the client's answer has numbers that are not finite, or larger than compression.up can say"
+    ),
     "broadcast": "the client does not have the broadcast of the round before",
     "diverged": "a loss of the client's training was not finite",
     "failed": "the client could not finish this request; its own log says why",
 }
-"""All that a client ever says of a fault: a code, and this sentence, which the server looks up. Text of the client's errors never travels."""
+"""All that a client ever says of a fault: a code, and this sentence, which the server looks up.
+Text of the client's errors never travels."""
 
 
 END = Message(json.dumps({"fedsp": VERSION, "kind": "end"}))
@@ -43,7 +51,8 @@ Known = Callable[[str, int], Payload | None]
 
 
 class CannotRead(PayloadError):
-    """A request whose payload this client cannot read, though another may: without the payload, and with the code of the refusal."""
+    """A request whose payload this client cannot read, though another may: without the payload, and
+    with the code of the refusal."""
 
     def __init__(self, request: Request, code: str) -> None:
         super().__init__(REFUSALS[code])
@@ -51,13 +60,17 @@ class CannotRead(PayloadError):
 
 
 def sign_reply(reply: Message, request: Message, sign: Callable[[bytes], bytes]) -> Message:
-    """A reply with its client's signature, in hexadecimal, on a line before the header: over the very request that it answers, and over what it says, whose header has
-    the digest of the payload."""
+    """A reply with its client's signature, in hexadecimal, on a line before the header: over the
+    very request that it answers, and over what it says, whose header has the digest of the payload.
+    """
     return replace(reply, header=f"{sign(_statement(reply, request)).hex()}\n{reply.header}")
 
 
-def signed_reply(message: Message, request: Message, has_signed: Callable[[bytes, bytes], bool]) -> Message:
-    """The reply without its signature; `has_signed` says of a statement and a signature whether the client's key made it.
+def signed_reply(
+    message: Message, request: Message, has_signed: Callable[[bytes, bytes], bool]
+) -> Message:
+    """The reply without its signature; `has_signed` says of a statement and a signature whether the
+    client's key made it.
 
     Raises:
         PayloadError: it is not signed by that key, or for another request.
@@ -69,17 +82,21 @@ def signed_reply(message: Message, request: Message, has_signed: Callable[[bytes
     except ValueError:
         genuine = False
     if not genuine:
-        raise PayloadError("the reply is not signed with the client's key, or answers another request")
+        raise PayloadError(
+            "the reply is not signed with the client's key, or answers another request"
+        )
     return reply
 
 
 def _statement(reply: Message, request: Message) -> bytes:
-    return f"fedsp reply 1\n{hashlib.sha256(request.header.encode()).hexdigest()}\n{reply.header}".encode()
+    asked = hashlib.sha256(request.header.encode()).hexdigest()
+    return f"fedsp reply 1\n{asked}\n{reply.header}".encode()
 
 
 def write_request(request: Request, package: str = "", *, follows: bool = False) -> Message:
-    """A request as it travels, with the digest of the package that it is about. It `follows` where the client has the broadcast of the round before: then,
-    where there is one, only the change travels."""
+    """A request as it travels, with the digest of the package that it is about. It `follows` where
+    the client has the broadcast of the round before: then, where there is one, only the change
+    travels."""
     short = follows and bool(request.change)
     header = {
         "kind": "train" if request.train else "validate",
@@ -98,13 +115,21 @@ def read_request(message: Message, known: Known = lambda run, round: None) -> Re
     """The request in a message.
 
     Raises:
-        CannotRead: it is in a codec, or asks for one, that is not known here; or it is a change of a broadcast that did not come here.
+        CannotRead: it is in a codec, or asks for one, that is not known here; or it is a change of
+            a broadcast that did not come here.
         PayloadError: it is damaged, or no request.
     """
     fields = _fields(message, {"kind": str, "run": str, "round": int, "client": str, "seed": int})
     if fields["kind"] not in ("train", "validate"):
         raise PayloadError("the message is no request")
-    request = Request(run=fields["run"], round=fields["round"], client=fields["client"], seed=fields["seed"], payload={}, train=fields["kind"] == "train")
+    request = Request(
+        run=fields["run"],
+        round=fields["round"],
+        client=fields["client"],
+        seed=fields["seed"],
+        payload={},
+        train=fields["kind"] == "train",
+    )
     try:
         codec, answer = _codec(fields, "codec"), _codec(fields, "answer")
     except PayloadError as error:
@@ -116,7 +141,8 @@ def read_request(message: Message, known: Known = lambda run, round: None) -> Re
 
 
 def write_update(update: Update, payload: bytes, codec: Codec = FLOAT32) -> Message:
-    """A client's answer as it travels: the prompt's bytes, in this codec, where it was asked to train, and six figures."""
+    """A client's answer as it travels: the prompt's bytes, in this codec, where it was asked to
+    train, and six figures."""
     header = {
         "kind": "update",
         "codec": str(codec),
@@ -133,13 +159,16 @@ def write_update(update: Update, payload: bytes, codec: Codec = FLOAT32) -> Mess
 
 def write_refusal(request: Request, code: str) -> Message:
     """A client's fault as it travels: one of the codes of REFUSALS."""
-    return _message({"kind": "refusal", "round": request.round, "client": request.client, "code": code}, b"")
+    return _message(
+        {"kind": "refusal", "round": request.round, "client": request.client, "code": code}, b""
+    )
 
 
 def read_reply(message: Message, request: Request) -> Update | Failure:
     """What a client answered to a request, or why that cannot be used.
 
-    Raises nothing, whatever the bytes are: a client that sends nonsense has failed, and the round goes on.
+    Raises nothing, whatever the bytes are: a client that sends nonsense has failed, and the round
+    goes on.
     """
     try:
         reply = _read_reply(message, request)
@@ -151,16 +180,31 @@ def read_reply(message: Message, request: Request) -> Update | Failure:
 def _read_reply(message: Message, request: Request) -> Update | Failure:
     most = 4 * sum(tensor.numel() for tensor in request.payload.values()) + ROOM
     if len(message.payload) > most:
-        raise PayloadError(f"the reply has {len(message.payload)} bytes, more than the {most} that a prompt can have")
+        raise PayloadError(
+            f"the reply has {len(message.payload)} bytes, more than the {most} that a prompt can"
+            " have"
+        )
     fields = _fields(message, {"kind": str, "round": int, "client": str})
     if fields["client"] != request.client:
         raise PayloadError("the reply is for another client")
     if fields["kind"] == "refusal":
-        return Failure(round=request.round, client=request.client, reason=REFUSALS.get(str(fields.get("code")), "the client refused and gave no known reason"))
+        return Failure(
+            round=request.round,
+            client=request.client,
+            reason=REFUSALS.get(
+                str(fields.get("code")), "the client refused and gave no known reason"
+            ),
+        )
     if fields["kind"] != "update":
         raise PayloadError("the reply is neither an update nor a refusal")
-    losses, validation, seconds, shortened, spikes = (fields.get(key) for key in ("losses", "validation", "seconds", "shortened", "spikes"))
-    if not isinstance(losses, dict) or len(losses) > 8 or not all(re.fullmatch(r"[a-z_]{1,20}", name) for name in losses):
+    losses, validation, seconds, shortened, spikes = (
+        fields.get(key) for key in ("losses", "validation", "seconds", "shortened", "spikes")
+    )
+    if (
+        not isinstance(losses, dict)
+        or len(losses) > 8
+        or not all(re.fullmatch(r"[a-z_]{1,20}", name) for name in losses)
+    ):
         raise PayloadError("the reply's losses are not a few numbers by name")
     told = {name: _figure(value, f"loss {name!r}", 1e4) for name, value in losses.items()}
     validated = None if validation is None else _figure(validation, "validation loss", 1e4)
@@ -176,18 +220,25 @@ def _read_reply(message: Message, request: Request) -> Update | Failure:
         validation=validated,
         seconds=_figure(seconds, "seconds", 1e9),
         shortened=int(_figure(shortened, "count of shortened examples", 1e12)),
-        spikes=int(_figure(0 if spikes is None else spikes, "count of spikes", 1e12)),  # clients of an earlier version do not tell it
+        spikes=int(
+            _figure(0 if spikes is None else spikes, "count of spikes", 1e12)
+        ),  # clients of an earlier version do not tell it
     )
 
 
 def _message(fields: dict[str, Any], payload: bytes) -> Message:
-    return Message(json.dumps({"fedsp": VERSION, **fields, "sha256": hashlib.sha256(payload).hexdigest()}), payload)
+    return Message(
+        json.dumps({"fedsp": VERSION, **fields, "sha256": hashlib.sha256(payload).hexdigest()}),
+        payload,
+    )
 
 
 def _fields(message: Message, expected: dict[str, type]) -> dict[str, Any]:
     """The header's fields, those expected among them and of their type."""
     if len(message.header) > LONGEST_HEADER:
-        raise PayloadError(f"the message's header has {len(message.header)} characters, more than {LONGEST_HEADER}")
+        raise PayloadError(
+            f"the message's header has {len(message.header)} characters, more than {LONGEST_HEADER}"
+        )
     try:
         fields = json.loads(message.header)
     except (ValueError, RecursionError) as error:
@@ -202,13 +253,17 @@ def _fields(message: Message, expected: dict[str, type]) -> dict[str, Any]:
 
 def _values(message: Message, fields: dict[str, Any], known: Payload, codec: Codec) -> Payload:
     if hashlib.sha256(message.payload).hexdigest() != fields.get("sha256"):
-        raise PayloadError("the payload is not what its SHA-256 digest says: it was changed on its way")
+        raise PayloadError(
+            "the payload is not what its SHA-256 digest says: it was changed on its way"
+        )
     return read_values(message.payload, known, codec)
 
 
 def _codec(fields: dict[str, Any], name: str) -> Codec:
     try:
-        return parse_codec(str(fields.get(name, FLOAT32)))  # versions without codecs do not name any
+        return parse_codec(
+            str(fields.get(name, FLOAT32))
+        )  # versions without codecs do not name any
     except ValueError as error:
         raise PayloadError(f"the message's {name} is not known here: {error}") from error
 
