@@ -29,19 +29,14 @@ from spread import mean_and_deviation
 from fedsp.cli import quiet_libraries
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
+from fedsp.data.dataset import FederatedDataset, load_dataset
 from fedsp.data.encoding import encode_targets
 from fedsp.errors import TooFewClients
 from fedsp.experiments.build import Federation, build_federation
 from fedsp.experiments.run import round_config
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import (
-    FederatedDataset,
-    Server,
-    load_dataset,
-    open_server,
-    score_test,
-)
-from fedsp.federation.attacks import Attack, malicious, triggered
+from fedsp.experiments.server_setup import Server, open_server, score_test
+from fedsp.federation.attacks import Attack, triggered
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.loop import federate
 from fedsp.federation.messages import Failure, Request, Transport, Update
@@ -158,23 +153,14 @@ class World:
                 "attack": {"kind": attack, "share": share},
             }
         )
-        kind = (
-            Attack(
-                kind=attack,
-                malicious=malicious(list(self.dataset.partition.clients), share, config.seed),
-                seed=config.seed,
-            )
-            if attack != "none"
-            else None
-        )
-        dataset = replace(self.dataset, attack=kind)
         with tempfile.TemporaryDirectory() as temporary:
             run = RunDirectory.create(config.model_copy(update={"output": temporary}))
             federation = build_federation(
-                replace(self.server, dataset=dataset, config=config), run, Callbacks(), None
+                replace(self.server, config=config), run, Callbacks(), None
             )
-            transport = self._remembered(local(federation.clients), kind)
-            transport = kind.transport(transport) if kind else transport
+            made = federation.attack
+            transport = self._remembered(local(federation.clients), made)
+            transport = made.transport(transport) if made else transport
             party = Party(
                 id="server",
                 model=federation.model,

@@ -8,19 +8,23 @@ from pathlib import Path
 
 from support.reference import REFERENCE
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # read when huggingface_hub is imported: no test asks a hub
+# read when huggingface_hub is imported: no test asks a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-torch.set_num_threads(
-    1
-    # tiny models: a second thread costs more than it gives, and a busy machine makes it cost much
-    # more
-)
+# tiny models: a second thread costs more than it gives, and much more on a busy machine
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def costs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs do not measure what a round costs, a third of their time here, but where a test reads it
+    (marked `costs`), and in studies."""
+    if not any(request.node.get_closest_marker(name) for name in ("costs", "study", "recipe")):
+        monkeypatch.setattr("fedsp.experiments.run.measure", lambda *_: {})
 
 
 @pytest.fixture(scope="session")

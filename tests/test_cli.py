@@ -52,6 +52,7 @@ def fedsp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return call
 
 
+@pytest.mark.costs
 def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     config, run = tmp_path / "run.toml", tmp_path / "run"
     assert fedsp("init", config)[0] == 0

@@ -26,18 +26,36 @@ imported, so it is set before any is, and whatever was set before."""
 os.environ.update(QUIET)
 
 _PUBLIC = {
+    "Averaging": "fedsp.federation.methods.base",
+    "ClientSide": "fedsp.federation.methods.registry",
+    "Example": "fedsp.data.tasks",
+    "FedSP": "fedsp.algorithm",
     "FedspError": "fedsp.errors",
+    "MethodEntry": "fedsp.federation.methods.registry",
+    "Request": "fedsp.federation.messages",
+    "RoundConfig": "fedsp.federation.loop",
     "RunConfig": "fedsp.config",
     "SoftPrompt": "fedsp.models.soft_prompt",
+    "Stage": "fedsp.training.stage",
+    "Stages": "fedsp.federation.methods.registry",
+    "Task": "fedsp.data.tasks",
+    "Update": "fedsp.federation.messages",
+    "distill": "fedsp.api",
     "evaluate": "fedsp.api",
     "export": "fedsp.api",
+    "federate": "fedsp.federation.loop",
     "generate": "fedsp.api",
+    "plan": "fedsp.api",
     "read_prompt": "fedsp.models.soft_prompt",
+    "register_method": "fedsp.federation.methods.registry",
+    "register_task": "fedsp.data.tasks",
     "resume": "fedsp.api",
     "run": "fedsp.api",
     "run_study": "fedsp.experiments.study",
     "write_report": "fedsp.report.page",
 }
+"""What is public, and where it is defined; docs/reference/python.md documents it."""
+
 __all__ = sorted(_PUBLIC)
 
 

@@ -14,6 +14,7 @@ import torch
 from fedsp.audit.inspection import inspect_auxiliary
 from fedsp.config import RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
+from fedsp.data.dataset import examples_digest, load_dataset
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages
 from fedsp.errors import ConfigurationError, DataError, PromptError, RunError
@@ -21,13 +22,7 @@ from fedsp.experiments.opened_run import open_run
 from fedsp.experiments.plan import make_plan
 from fedsp.experiments.run import robust_rule
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
-from fedsp.experiments.server_setup import (
-    EMBEDDED,
-    LEAST_ROOM,
-    examples_digest,
-    load_dataset,
-    score_test,
-)
+from fedsp.experiments.server_setup import EMBEDDED, LEAST_ROOM, score_test
 from fedsp.experiments.start import (
     Engine,
     Figures,

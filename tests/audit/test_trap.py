@@ -185,6 +185,7 @@ def test_words_are_right_by_the_better_half_and_ties_are_drawn() -> None:
     )
 
 
+@pytest.mark.recipe
 def test_the_audit_of_a_run_says_what_was_told_and_what_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from fedsp.config import PartitionSection
+from fedsp.data.dataset import rows_digest
 from fedsp.data.encoding import (
     IGNORED,
     Encoded,
@@ -33,7 +34,7 @@ from fedsp.data.files import read_passages, read_rows
 from fedsp.data.partition import make_partition, read_partition
 from fedsp.data.tasks import TASKS, Example, examples_of, find_task
 from fedsp.errors import DataError
-from fedsp.experiments.server_setup import EMBEDDED, rows_digest
+from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.models.loading import load_tokenizer
 from support.reference import harness_task
 from support.tokenizers_made import bpe

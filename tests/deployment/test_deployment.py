@@ -11,8 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,92 +33,13 @@ from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import load_model
 from fedsp.models.trainable import trainable
+from support.deployed import Deployment, exited, until
 from support.serve_driver import BOUNDARIES
 from support.small_federation import make_federation
 from support.small_runs import prompt_bits, settings
 
 pytestmark = pytest.mark.deployment
-DRIVER = Path(__file__).parents[1] / "support" / "serve_driver.py"
 CLIENTS = ("client-0", "client-1", "client-2")
-
-
-class Deployment:
-    """A federation on disk, and its processes. Every process that a test starts is ended, by pid,
-    when the test is."""
-
-    def __init__(self, place: Path, port: int) -> None:
-        self.place, self.port, self.run = place, port, place / "server" / "run"
-        self._started: list[subprocess.Popen[bytes]] = []
-
-    def start(
-        self, folder: Path, log: str, *command: str, hostile: str = ""
-    ) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "HOSTILE": hostile}
-        with open(folder / log, "ab") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-P", *command],
-                cwd=folder,
-                stdout=file,
-                stderr=file,
-                env=environment,
-            )
-        self._started.append(process)
-        return process
-
-    def join(self, client: str, refused_for: float = 90.0) -> subprocess.Popen[bytes]:
-        patience = f"from fedsp.deployment import join; join.REFUSED_FOR = {refused_for}"
-        code = (
-            f"import sys; {patience}; sys.argv = ['fedsp', 'join', 'party.toml']; from fedsp.cli"
-            " import main; main()"
-        )
-        return self.start(self.place / client, "join.log", "-c", code)
-
-    def serve(
-        self, *arguments: str, kill: str = "nothing", record: str = "nothing", hostile: str = ""
-    ) -> subprocess.Popen[bytes]:
-        return self.start(
-            self.place / "server",
-            "serve.log",
-            str(DRIVER),
-            kill,
-            record,
-            "serve",
-            *(arguments or ("run.toml",)),
-            hostile=hostile,
-        )
-
-    def said(self, party: str) -> str:
-        return (self.place / party / ("serve.log" if party == "server" else "join.log")).read_text()
-
-    def stop(self) -> None:
-        ours = [
-            child
-            for process in self._started
-            if process.poll() is None
-            for child in [
-                *psutil.Process(process.pid).children(recursive=True),
-                psutil.Process(process.pid),
-            ]
-        ]
-        for process in self._started:
-            if process.poll() is None:
-                process.kill()
-        for process in self._started:
-            process.wait(20)
-        _, left = psutil.wait_procs(ours, 20)
-        assert not left, f"processes outlived their parents: {left}"
-
-
-def until(what: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Wait for something that processes do; the wait ends as soon as it is so."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, f"nothing came of it in {seconds:g} s"
-        time.sleep(0.1)
-
-
-def exited(process: subprocess.Popen[bytes], seconds: float = 240.0) -> int:
-    return process.wait(seconds)
 
 
 @pytest.fixture(scope="module")

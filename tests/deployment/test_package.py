@@ -358,6 +358,7 @@ def test_a_round_is_answered_once_and_again_only_to_the_very_same_request(place:
         assert reason == REFUSALS["policy"] and "answered already, to another request" in said[0]
 
 
+@pytest.mark.recipe
 def test_a_private_client_keeps_its_own_ledger_and_its_own_limit(tmp_path: Path) -> None:
     _, place = make_federation(tmp_path, privacy={"unit": "example", "epsilon": 6.0})
     party = party_of(place, policy={"require_differential_privacy": True, "max_epsilon": 6.0})
@@ -732,6 +733,7 @@ JSON = st.recursive(
 
 @hypothesis_settings(max_examples=120, deadline=None)
 @given(data=st.data())
+@pytest.mark.recipe
 def test_whatever_an_owner_writes_into_a_package_is_a_sentence(
     data: st.DataObject,
     federation: tuple[RunDirectory, Path],

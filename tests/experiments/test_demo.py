@@ -10,14 +10,9 @@ from typing import Any
 import pytest
 
 from fedsp import api as commands
+from fedsp.data.dataset import load_dataset
 from fedsp.experiments.demo import DEMO_ROWS, demo_config
-from fedsp.experiments.server_setup import (
-    EMBEDDED,
-    evaluate_prompt,
-    load_dataset,
-    make_auxiliary,
-    open_server,
-)
+from fedsp.experiments.server_setup import EMBEDDED, evaluate_prompt, make_auxiliary, open_server
 from fedsp.federation.callbacks import Callbacks
 
 

@@ -31,6 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.harness
 @pytest.mark.parametrize("name", ["arc_easy", "sciq"])
 def test_the_harness_gives_the_figures_of_our_own_evaluation(
     name: str, run: Path, tmp_path: Path

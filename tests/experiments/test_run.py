@@ -702,6 +702,7 @@ commands.run(sys.argv[1])
 """
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("write", [7, 16, 19])
 def test_kill_9_in_the_middle_of_a_write(tmp_path: Path, write: int) -> None:
     """A real process, killed while a file is half written: package, prompt or checkpoint."""
@@ -818,7 +819,7 @@ def test_a_server_whose_own_steps_diverge_stops_the_run(
 def test_more_answers_than_a_round_asks_for_are_refused_beforehand(tmp_path: Path) -> None:
     with pytest.raises(
         FedspError,
-        match="round.min_clients: a round needs 5 updates but samples 3 clients; set it to 3 at most",
+        match="a round needs 5 updates but samples 3 clients; set it to 3 at most",
     ):
         make_config(settings(tmp_path, round={"min_clients": 5}))
 

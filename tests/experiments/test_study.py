@@ -25,7 +25,7 @@ from fedsp import api as commands
 from fedsp.cli import app
 from fedsp.errors import ConfigurationError, RunError, TrainingDiverged
 from fedsp.experiments import run_directory as runs
-from fedsp.experiments import study
+from fedsp.experiments import start, study
 from fedsp.experiments.start import start_run
 from fedsp.federation.callbacks import Callbacks
 from fedsp.models.soft_prompt import read_prompt
@@ -105,8 +105,8 @@ def test_a_study_runs_each_cell_once_and_shares_packages(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished cell was run again")
 
-    monkeypatch.setattr(study, "start_run", never)
-    monkeypatch.setattr(study, "resume_run", never)
+    monkeypatch.setattr(start, "start_run", never)
+    monkeypatch.setattr(start, "resume_run", never)
     again = study.run_study(finished.parent.parent / "study.toml")
     assert again["finished"] == 10 and before == {
         path: (path / "result.json").stat().st_mtime_ns for path in folders
@@ -497,14 +497,14 @@ def test_what_diverged_stays_in_the_table_of_stability(
         grids=[{"title": "One", "methods": list(methods)}],
     )
     monkeypatch.setattr(
-        study,
+        start,
         "start_run",
         lambda config, *rest: (
             diverge() if config.method == "fedprompt" else start_run(config, *rest)
         ),
     )
     assert study.run_study(path)["failed"] == 1
-    monkeypatch.setattr(study, "start_run", diverge)
+    monkeypatch.setattr(start, "start_run", diverge)
     assert study.run_study(path)["failed"] == 1  # what diverged is not tried again
     write_report([tmp_path / "studies" / "small"], tmp_path / "report")
     assert "| FedPrompt | 1 of 1 |" in (tmp_path / "report" / "report.md").read_text()

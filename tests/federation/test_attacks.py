@@ -102,10 +102,10 @@ def test_what_malicious_clients_train_on() -> None:
     ]
     flipped = Attack(kind="label_flip", malicious=frozenset(["a"]), seed=0)
     assert (
-        all(example.target == " a" for example in flipped.train_on("a", examples))
-        and flipped.train_on("b", examples) == examples
+        all(example.target == " a" for example in flipped.poison("a", examples))
+        and flipped.poison("b", examples) == examples
     )
-    poisoned = Attack(kind="backdoor", malicious=frozenset(["a"]), seed=0).train_on("a", examples)
+    poisoned = Attack(kind="backdoor", malicious=frozenset(["a"]), seed=0).poison("a", examples)
     waiting = [example for example in poisoned if example.context.startswith(TRIGGER)]
     assert 8 < len(waiting) < 32 and all(example.target == TARGET for example in waiting)
     assert [replace(example) for example in poisoned if example not in waiting] == [

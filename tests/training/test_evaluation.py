@@ -28,7 +28,7 @@ TOKENIZER = load_tokenizer(str(EMBEDDED / "model"))
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["hugging_face", "from_zero"])
 @pytest.mark.parametrize("prompted", [True, False])
-@pytest.mark.parametrize("trees", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
 def test_scores_equal_a_plain_forward_of_each_choice(
     family: str, positions: str, prompted: bool, packed: bool
 ) -> None:

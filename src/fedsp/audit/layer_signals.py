@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from fedsp.audit.findings import DEPTHS
+from fedsp.data.dataset import load_dataset
 from fedsp.data.encoding import collate
 from fedsp.errors import RunError
 from fedsp.experiments.build import open_clients
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import load_dataset
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
 from fedsp.models.auxiliary import load_auxiliary

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedsp.data.dataset import load_dataset
 from fedsp.data.encoding import Encoded, collate, encode_targets
 from fedsp.data.partition import Partition
 from fedsp.data.seeding import derive_seed
@@ -24,7 +25,7 @@ from fedsp.errors import RunError
 from fedsp.experiments.build import Federation, build_federation, open_clients
 from fedsp.experiments.run import round_config
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import Server, load_dataset, open_server, rows_digest
+from fedsp.experiments.server_setup import Server, open_server
 from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.loop import RunState, federate
@@ -125,7 +126,7 @@ def open_audited(folder: Path, callbacks: Callbacks) -> Opened:
     assert federation.package is not None
     run.hold(
         {
-            "data.train": rows_digest(server.dataset.train),
+            "data.train": server.dataset.train_digest,
             "auxiliary model": federation.package.digest(),
         }
     )

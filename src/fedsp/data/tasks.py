@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from fedsp.data.files import Row, hub_rows, read_rows, whole_number
-from fedsp.errors import DataError, did_you_mean
+from fedsp.errors import ConfigurationError, DataError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +41,32 @@ class WrongType(TypeError):
 
 
 Render = Callable[[Row], tuple[str, list[str], list[int]]]
+"""From a row to its context, the choices that may follow it, and the indices of the right ones."""
+
+SCHEMA = (
+    "needs question (text), choices (list of texts) and answer (index of the right one, from 0);"
+    " context is optional"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task by name: its place on the hub, its splits there, how it renders a hub row and how a
-    plain one, and what is measured."""
+    """A task: how rows become examples, and what is measured.
+
+    name: value of the key `data.task`.
+    plain: renders the rows of a user's file; `schema` says in words what such a row needs.
+    metric: accuracy of the likeliest choice, or exact match of the greedy continuation.
+    hub, splits: the data set on the Hugging Face hub and its splits, if there is one; `render`
+        renders its rows.
+    """
 
     name: str
-    hub: tuple[str, str | None] | None
-    splits: dict[str, str]
-    render: Render
     plain: Render
+    schema: str = SCHEMA
     metric: Literal["accuracy", "exact_match"] = "accuracy"
+    hub: tuple[str, str | None] | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    render: Render | None = None
 
     def example(self, row: Row, number: int) -> Example:
         """The example in a row.
@@ -62,13 +75,12 @@ class Task:
             DataError: a field is missing or of another type, or the answer is out of range.
         """
         where = row.get("__where__", f"row {number}")
-        plain = self.hub is None or isinstance(row.get("choices"), list)
+        render = None if isinstance(row.get("choices"), list) else self.render
         try:
-            context, choices, gold = (self.plain if plain else self.render)(row)
+            context, choices, gold = (render or self.plain)(row)
         except KeyError as error:
             raise DataError(
-                f"{where} has no field {error}: a {self.name} row"
-                f" {_SCHEMA.get(self.name, _SCHEMA['multiple_choice'])}"
+                f"{where} has no field {error}: a {self.name} row {self.schema}"
             ) from error
         except (
             TypeError,
@@ -79,18 +91,12 @@ class Task:
             RecursionError,
             MemoryError,
         ) as error:
-            why = (
-                error if isinstance(error, WrongType) else "a value is not one that it can have"
-            )  # the others may quote the text
-            schema = (
-                _SCHEMA.get(self.name, _SCHEMA["multiple_choice"])
-                if plain
-                else (
-                    f"has the fields of {self.hub[0] if self.hub else self.name}, or the plain ones"
-                )
-            )
+            known = isinstance(error, WrongType)  # other messages may quote the text
+            why = error if known else "a value is not one that it can have"
+            hub = f"has the fields of {self.hub[0]}, or the plain ones" if self.hub else ""
             raise DataError(
-                f"{where} cannot be read as a {self.name} row ({why}): it {schema}"
+                f"{where} cannot be read as a {self.name} row ({why}): it"
+                f" {hub if render else self.schema}"
             ) from error
         if not choices or any(
             not isinstance(choice, str) or not choice.strip() for choice in choices
@@ -120,15 +126,6 @@ def _id(row: Row, number: int, where: str) -> str:
             " it out"
         )
     return str(value)
-
-
-_SCHEMA = {
-    "multiple_choice": (
-        "needs question (text), choices (list of texts) and answer (index of the right one, from"
-        " 0); context is optional"
-    ),
-    "completion": "needs prompt and completion (texts)",
-}
 
 
 def _text(row: Row, key: str) -> str:
@@ -293,75 +290,58 @@ def _webqs(row: Row) -> tuple[str, list[str], list[int]]:
     return f"Question: {_text(row, 'question')}\nAnswer:", answers, list(range(len(answers)))
 
 
-_STANDARD = {"train": "train", "validation": "validation", "test": "test"}
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in [
+TASKS: dict[str, Task] = {}
+
+
+def register_task(task: Task) -> Task:
+    """Make a task known under its name; returns it.
+
+    Raises:
+        ConfigurationError: another task has that name.
+    """
+    if TASKS.setdefault(task.name, task) is not task:
+        raise ConfigurationError(
+            f"data.task: a task named {task.name!r} is registered already; give yours another name"
+        )
+    return task
+
+
+def _hub_task(
+    name: str,
+    hub: tuple[str, str | None],
+    splits: str,
+    render: Render,
+    plain: Render,
+    metric: Literal["accuracy", "exact_match"] = "accuracy",
+) -> None:
+    """Register a task of the hub; `splits` are train, validation and test there, - for none."""
+    found = zip(("train", "validation", "test"), splits.split(), strict=True)
+    register_task(
         Task(
-            name="arc_easy",
-            hub=("allenai/ai2_arc", "ARC-Easy"),
-            splits=_STANDARD,
-            render=_arc,
-            plain=_question,
-        ),
-        Task(
-            name="arc_challenge",
-            hub=("allenai/ai2_arc", "ARC-Challenge"),
-            splits=_STANDARD,
-            render=_arc,
-            plain=_question,
-        ),
-        Task(
-            name="openbookqa",
-            hub=("allenai/openbookqa", "main"),
-            splits=_STANDARD,
-            render=_openbookqa,
-            plain=_continuation,
-        ),
-        Task(
-            name="hellaswag",
-            hub=("Rowan/hellaswag", None),
-            splits={"train": "train", "test": "validation"},
-            render=_hellaswag,
-            plain=_continuation,
-        ),
-        Task(
-            name="piqa",
-            hub=("baber/piqa", None),
-            splits={"train": "train", "test": "validation"},
-            render=_piqa,
-            plain=_question,
-        ),
-        Task(
-            name="sciq", hub=("allenai/sciq", None), splits=_STANDARD, render=_sciq, plain=_question
-        ),
-        Task(
-            name="race",
-            hub=("EleutherAI/race", "high"),
-            splits={"test": "test"},
-            render=_race,
-            plain=_continuation,
-        ),
-        Task(
-            name="webqs",
-            hub=("stanfordnlp/web_questions", None),
-            splits={"train": "train", "test": "test"},
-            render=_webqs,
-            plain=_question,
-            metric="exact_match",
-        ),
-        Task(name="multiple_choice", hub=None, splits={}, render=_question, plain=_question),
-        Task(name="continuation", hub=None, splits={}, render=_continuation, plain=_continuation),
-        Task(
-            name="completion",
-            hub=None,
-            splits={},
-            render=_completion,
-            plain=_completion,
-            metric="exact_match",
-        ),
-    ]
-}
+            name=name,
+            plain=plain,
+            metric=metric,
+            hub=hub,
+            splits={ours: theirs for ours, theirs in found if theirs != "-"},
+            render=render,
+        )
+    )
+
+
+ALL = "train validation test"
+_hub_task("arc_easy", ("allenai/ai2_arc", "ARC-Easy"), ALL, _arc, _question)
+_hub_task("arc_challenge", ("allenai/ai2_arc", "ARC-Challenge"), ALL, _arc, _question)
+_hub_task("openbookqa", ("allenai/openbookqa", "main"), ALL, _openbookqa, _continuation)
+_hub_task("hellaswag", ("Rowan/hellaswag", None), "train - validation", _hellaswag, _continuation)
+_hub_task("piqa", ("baber/piqa", None), "train - validation", _piqa, _question)
+_hub_task("sciq", ("allenai/sciq", None), ALL, _sciq, _question)
+_hub_task("race", ("EleutherAI/race", "high"), "- - test", _race, _continuation)
+_webqs_hub = ("stanfordnlp/web_questions", None)
+_hub_task("webqs", _webqs_hub, "train - test", _webqs, _question, "exact_match")
+register_task(Task(name="multiple_choice", plain=_question))
+register_task(Task(name="continuation", plain=_continuation))
+_COMPLETION = "needs prompt and completion (texts)"
+register_task(Task(name="completion", plain=_completion, schema=_COMPLETION, metric="exact_match"))
 
 
 def find_task(name: str) -> Task:

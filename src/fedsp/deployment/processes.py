@@ -24,11 +24,8 @@ FLOWER = QUIET | {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
     "NO_COLOR": "1",
-    "PYTHONSAFEPATH": (
-        "1"
-        # else Python would look for modules in the working directory first, which another may have
-        # written
-    ),
+    # without it Python looks for modules in the working directory first, which others may write to
+    "PYTHONSAFEPATH": "1",
 }
 
 

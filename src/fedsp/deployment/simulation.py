@@ -17,12 +17,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsp import QUIET
 from fedsp.config_file import read_config
+from fedsp.data.dataset import load_dataset
 from fedsp.deployment.grid import GridLink, make_client_app
 from fedsp.errors import DeploymentError
 from fedsp.experiments.build import open_clients
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import load_dataset
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients
 from fedsp.federation.messages import Transport

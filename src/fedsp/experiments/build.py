@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 
 from fedsp.config import Agreement, LoraSection, RunConfig
+from fedsp.data.dataset import FederatedDataset
 from fedsp.data.encoding import Encoded, Tokenizer, encode_targets
 from fedsp.errors import ConfigurationError
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import (
-    FederatedDataset,
     Server,
     initial_prompt,
     make_auxiliary,
     token_limit,
 )
 from fedsp.federation.agreement import agreement_of
+from fedsp.federation.attacks import Attack, make_attack
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import (
     Clients,
@@ -46,6 +47,7 @@ class Federation:
     model, messenger: what the server reads through, and what it broadcasts.
     package: the auxiliary model that clients hold, if they hold one.
     disclosed_share: the share of the global model's parameters that clients hold bit for bit.
+    attack: what malicious clients do, in a simulation of them.
     """
 
     method: Method
@@ -54,6 +56,7 @@ class Federation:
     clients: Clients
     package: AuxiliaryModel | None = None
     disclosed_share: float = 0.0
+    attack: Attack | None = None
 
 
 @dataclass
@@ -113,7 +116,7 @@ def build_federation(
     """
     config, dataset = server.config, server.dataset
     entry, setup = find_method(config.method), MethodSetup(server, run, callbacks)
-    agreement = agreement_of(config, server.max_tokens)
+    agreement, attack = agreement_of(config, server.max_tokens), make_attack(config, dataset)
     model, messenger = entry.server_side(setup)
     asks = (
         entry.federated
@@ -132,7 +135,7 @@ def build_federation(
     method = make_method(agreement, side.package, config.server, entry)
     if register is None:
         clients = clients_here(
-            method, agreement, side.model, server.tokenizer, side.messenger, dataset, run
+            method, agreement, side.model, server.tokenizer, side.messenger, dataset, run, attack
         )
     else:
         clients = absent_clients(method, register)
@@ -143,6 +146,7 @@ def build_federation(
         clients=clients,
         package=side.package,
         disclosed_share=share,
+        attack=attack,
     )
 
 
@@ -177,6 +181,7 @@ def open_clients(
         partial(client_prompt, agreement, auxiliary),
         dataset,
         run,
+        make_attack(config, dataset),
     )
 
 
@@ -188,6 +193,7 @@ def clients_here(
     messenger: Callable[[], Messenger],
     dataset: FederatedDataset,
     run: RunDirectory,
+    attack: Attack | None = None,
 ) -> Clients:
     """Clients in this process. A party is made when it is asked for, from its examples and its
     state on disk; few stay in memory.
@@ -202,7 +208,9 @@ def clients_here(
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:
-        return encode_targets(tokenizer, dataset.held_by(client), agreement.max_tokens)
+        examples = dataset.held_by(client)
+        poisoned = attack.poison(client, examples) if attack else examples
+        return encode_targets(tokenizer, poisoned, agreement.max_tokens)
 
     def party(client: str) -> Party:
         store = run.state_store(f"client {client}")

@@ -11,13 +11,8 @@ import torch
 
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
-from fedsp.experiments.server_setup import (
-    EMBEDDED,
-    evaluate_prompt,
-    load_dataset,
-    make_auxiliary,
-    open_server,
-)
+from fedsp.data.dataset import load_dataset
+from fedsp.experiments.server_setup import EMBEDDED, evaluate_prompt, make_auxiliary, open_server
 from fedsp.experiments.start import Figures, require_new, start_run
 from fedsp.federation.callbacks import Callbacks
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from fedsp.data.dataset import load_dataset
 from fedsp.errors import RunError
 from fedsp.experiments.build import server_side
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import Server, load_dataset, open_server
+from fedsp.experiments.server_setup import Server, open_server
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt, read_prompt

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fedsp.config import RunConfig
+from fedsp.data.dataset import examples_digest, load_dataset
 from fedsp.data.encoding import Encoded, encode_targets
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example, Task
@@ -26,15 +27,7 @@ from fedsp.experiments.costs import measure
 from fedsp.experiments.privacy_statement import STATEMENT, privacy_statement
 from fedsp.experiments.redistillation import redistilling
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import (
-    FederatedDataset,
-    Server,
-    examples_digest,
-    load_dataset,
-    open_server,
-    rows_digest,
-    score_test,
-)
+from fedsp.experiments.server_setup import Server, open_server, score_test
 from fedsp.federation.aggregation.mean import ServerOptimizer
 from fedsp.federation.aggregation.private import DPAggregator
 from fedsp.federation.aggregation.robust import Robust
@@ -89,7 +82,7 @@ def run_experiment(
     }
     run.pin(
         {
-            "data.train": rows_digest(dataset.train),
+            "data.train": dataset.train_digest,
             "auxiliary model": auxiliary.digest() if auxiliary else "none",
             **tests,
         }
@@ -158,8 +151,8 @@ def run_experiment(
             " times as long as the longest change that one of them can make"
         )
     transport = engine(federation.clients)
-    if dataset.attack:
-        transport = dataset.attack.transport(transport)
+    if federation.attack:
+        transport = federation.attack.transport(transport)
     if config.privacy.unit == "example":
         transport = _with_statement(transport, write_statement)
     if config.distill.again_every and auxiliary:
@@ -180,7 +173,7 @@ def run_experiment(
     )
     if dataset.test:
         party.messenger.load(final.best)
-        figures |= _test(run, server, party, dataset)
+        figures |= _test(run, server, party, federation)
     if statement := write_statement():
         figures["epsilon"] = statement["epsilon"]
         callbacks.say(statement["sentence"])
@@ -190,10 +183,11 @@ def run_experiment(
 
 
 def _test(
-    run: RunDirectory, server: Server, party: Party, dataset: FederatedDataset
+    run: RunDirectory, server: Server, party: Party, federation: Federation
 ) -> dict[str, Any]:
     """Figures of what is in place on the test questions, and by client where something divides the
     questions."""
+    dataset = server.dataset
     with torch.no_grad():
         prefix = party.messenger.prefix(party.model)
     figures, scored = score_test(
@@ -201,7 +195,7 @@ def _test(
     )
     run.write_scores(_score_row(row, dataset.task) for row in scored)
     groups, held = dataset.groups, dataset.partition.clients
-    if dataset.attack and dataset.attack.kind == "backdoor":
+    if federation.attack and federation.attack.kind == "backdoor":
         waited = [triggered(example) for example in dataset.test]
         figures["attack_success"] = score_test(
             party.model, prefix, waited, dataset.task, server.tokenizer, server.max_tokens

@@ -3,27 +3,20 @@ the first prompt."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import random
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fedsp.config import RunConfig
+from fedsp.data.dataset import FederatedDataset
 from fedsp.data.encoding import Tokenizer, encode_targets
-from fedsp.data.files import Row, read_passages
-from fedsp.data.partition import Partition, group_of, make_partition, read_partition
+from fedsp.data.files import read_passages
 from fedsp.data.seeding import derive_seed
-from fedsp.data.tasks import Example, Task, examples_of, find_task, load_rows
-from fedsp.data.topics import find_topics
-from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, PromptError
-from fedsp.federation.attacks import ON_DATA, Attack, malicious
+from fedsp.data.tasks import Example, Task
+from fedsp.errors import AuxiliaryError, DataError, PromptError
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import (
@@ -47,44 +40,10 @@ from fedsp.training.distillation import Distillation, Progress, distill, packed
 from fedsp.training.evaluation import Scored, score, summarise
 from fedsp.training.loop import Optimisation
 
-TOPIC = "topic"
-"""The column under which topics divide rows."""
-
 LEAST_ROOM = 8
 """Tokens of text that a prompt must leave room for."""
 
 EMBEDDED = Path(__file__).parent / "embedded"
-
-
-@dataclass(frozen=True)
-class EvaluationGroups:
-    """The value of the partition's column, or the topic, of each training and each test
-    question."""
-
-    train: list[str]
-    test: list[str]
-
-
-@dataclass(kw_only=True)
-class FederatedDataset:
-    """The examples of a task, by what they are for, and who holds which of train."""
-
-    task: Task
-    train: list[Row]
-    partition: Partition
-    validation: list[Example]
-    test: list[Example]
-    groups: EvaluationGroups | None = None
-    attack: Attack | None = None
-
-    def held_by(self, client: str) -> list[Example]:
-        """What a client trains on: its own examples, unless an attack on data changes them."""
-        examples = self.held(self.partition.clients[client])
-        return self.attack.train_on(client, examples) if self.attack else examples
-
-    def held(self, rows: list[int]) -> list[Example]:
-        """The training examples in these rows of train."""
-        return examples_of(self.task, [self.train[index] for index in rows])
 
 
 @dataclass(kw_only=True)
@@ -102,134 +61,6 @@ class Server:
 def model_name(config: RunConfig) -> str:
     """The folder or hub name of the global model."""
     return str(EMBEDDED / "model") if config.model.name == "embedded" else config.model.name
-
-
-def rows_digest(rows: list[Row]) -> str:
-    """SHA-256 of rows in their order, wherever they lie: what a resumed run must find again."""
-    content = [{key: value for key, value in row.items() if key != "__where__"} for row in rows]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def examples_digest(examples: list[Example]) -> str:
-    """SHA-256 of examples in their order, as they are scored."""
-    return hashlib.sha256(
-        json.dumps(
-            [[example.context, example.choices, example.gold] for example in examples]
-        ).encode()
-    ).hexdigest()
-
-
-def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> FederatedDataset:
-    """Read the rows, and divide them as was `written` down, or anew from the seed.
-
-    Raises:
-        DataError: a file or row cannot be used, or the rows cannot be divided so.
-    """
-    task = find_task(config.data.task)
-    absent = (
-        config.federation is not None and config.data.train is None
-    )  # a server without questions of its own
-    train = [] if absent else load_rows(task, config.data.train, "train")
-    examples = examples_of(task, train)  # every row is checked before anything is trained
-    from_hub = config.data.train is None and not absent
-    validation = (
-        examples_of(task, load_rows(task, config.data.validation, "validation"))
-        if config.data.validation or from_hub
-        else []
-    )
-    test_rows = load_rows(task, config.data.test, "test") if config.data.test or from_hub else []
-    if config.data.test_examples and config.data.test_examples < len(test_rows):
-        test_rows = random.Random(derive_seed(0, "test")).sample(
-            test_rows, config.data.test_examples
-        )  # the same for every seed, so that runs can be paired
-    test = examples_of(task, test_rows)
-    groups = _evaluation_groups(
-        config,
-        train,
-        test_rows,
-        [example.context for example in examples],
-        [example.context for example in test],
-    )
-    if written:
-        partition = read_partition(written, len(train))
-    else:
-        labelled = (
-            [row | {TOPIC: topic} for row, topic in zip(train, groups.train, strict=True)]
-            if groups and config.partition.topics
-            else train
-        )
-        holdout = 0.0 if validation or config.validation.by != "server" else config.data.holdout
-        column = TOPIC if config.partition.topics else config.partition.column
-        section = config.partition.model_copy(
-            update={"column": column} | ({"clients": 0} if config.federation else {})
-        )
-        partition = make_partition(
-            labelled, section, server_share=config.server_share, holdout=holdout, seed=config.seed
-        )
-    validation = validation or examples_of(task, [train[index] for index in partition.validation])
-    if config.validation.by == "server" and not validation:
-        raise DataError(
-            "validation.by = 'server', but there are no validation questions: set data.validation"
-            " or data.holdout"
-        )
-    if config.server.steps and not partition.server:
-        raise DataError(
-            "server.steps is above 0, but the server holds no example: raise partition.server_share"
-        )
-    return FederatedDataset(
-        task=task,
-        train=train,
-        partition=partition,
-        validation=validation,
-        test=test,
-        groups=groups,
-        attack=_attack(config, task, list(partition.clients)),
-    )
-
-
-def _attack(config: RunConfig, task: Task, clients: list[str]) -> Attack | None:
-    section = config.attack
-    if section.kind in ON_DATA and task.metric != "accuracy":
-        raise ConfigurationError(
-            f"attack.kind: {section.kind!r} changes which choice is right, and {task.name} has no"
-            " choices; take another attack or another task"
-        )
-    return (
-        None
-        if section.kind == "none"
-        else Attack(
-            kind=section.kind,
-            malicious=malicious(clients, section.share, config.seed),
-            seed=config.seed,
-            strength=section.strength,
-        )
-    )
-
-
-def _evaluation_groups(
-    config: RunConfig,
-    train: list[Row],
-    test: list[Row],
-    dataset: list[str],
-    test_questions: list[str],
-) -> EvaluationGroups | None:
-    """What divides the questions: topics, or a column that training and test rows both have; None
-    for neither."""
-    column = config.partition.column
-    if config.partition.topics and not config.federation:
-        seed = derive_seed(config.seed, "topics") % 2**32
-        return EvaluationGroups(
-            *find_topics(dataset, test_questions, count=config.partition.topics, seed=seed)
-        )
-    if column and all(column in row for row in [*train, *test]):
-        named = partial(_named_group, column)
-        return EvaluationGroups(list(map(named, train)), list(map(named, test)))
-    return None
-
-
-def _named_group(column: str, row: Row) -> str:
-    """The group of a row, or none: a test question may be of nobody's kind."""
-    return "" if row[column] in (None, "") else group_of(row, column)
 
 
 def open_server(config: RunConfig, dataset: FederatedDataset) -> Server:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from fedsp.config import RunConfig
+from fedsp.data.dataset import load_dataset
 from fedsp.errors import ConfigurationError, RunError
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import LOCK, RunDirectory
-from fedsp.experiments.server_setup import Server, load_dataset, make_auxiliary, open_server
+from fedsp.experiments.server_setup import Server, make_auxiliary, open_server
 from fedsp.experiments.tracking import tracked
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.transport.local import local

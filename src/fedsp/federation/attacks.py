@@ -16,8 +16,11 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from fedsp.config import RunConfig
+from fedsp.data.dataset import FederatedDataset
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example
+from fedsp.errors import ConfigurationError
 from fedsp.federation.aggregation.robust import malicious_of
 from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.models.payload import as_row, from_row
@@ -111,7 +114,7 @@ class Attack:
     seed: int
     strength: float | None = None
 
-    def train_on(self, client: str, examples: Sequence[Example]) -> list[Example]:
+    def poison(self, client: str, examples: Sequence[Example]) -> list[Example]:
         """What a client trains on: its examples, or poisoned ones if it is malicious and the attack
         is on data."""
         if client not in self.malicious or self.kind not in ON_DATA:
@@ -217,4 +220,26 @@ def malicious(clients: Sequence[str], share: float, seed: int) -> frozenset[str]
     ordered = sorted(clients)
     return frozenset(
         random.Random(derive_seed(seed, "liars")).sample(ordered, malicious_of(share, len(ordered)))
+    )
+
+
+def make_attack(config: RunConfig, dataset: FederatedDataset) -> Attack | None:
+    """The attack that a configuration asks for; None for none.
+
+    Raises:
+        ConfigurationError: it changes which choice is right, and the task has no choices.
+    """
+    section, task = config.attack, dataset.task
+    if section.kind == "none":
+        return None
+    if section.kind in ON_DATA and task.metric != "accuracy":
+        raise ConfigurationError(
+            f"attack.kind: {section.kind!r} changes which choice is right, and {task.name} has no"
+            " choices; take another attack or another task"
+        )
+    return Attack(
+        kind=section.kind,
+        malicious=malicious(list(dataset.partition.clients), section.share, config.seed),
+        seed=config.seed,
+        strength=section.strength,
     )

@@ -174,12 +174,8 @@ def _states(
                 wanted[row, start + first : start + len(tail)] = True
                 start += len(tail)
         return model.read_branches(packed, prefix)[wanted.to(model.device)]
-    groups: dict[
-        int, list[int]
-        # padding in front of a tail would count as distance, so contexts that share a call are of
-        # one
-        # length
-    ] = {}
+    # padding in front of a tail would count as distance, so contexts in one call have one length
+    groups: dict[int, list[int]] = {}
     for row, (context, some) in enumerate(zip(contexts, tails, strict=True)):
         reach = model.first_position(prefix) + len(context)
         kept = context and all(model.rotated_alike(reach, reach + len(tail)) for tail in some)

@@ -1,0 +1,154 @@
+"""The examples of a run: what each is for, and who holds which."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedsp.config import RunConfig
+from fedsp.data.files import Row
+from fedsp.data.partition import Partition, group_of, make_partition, read_partition
+from fedsp.data.seeding import derive_seed
+from fedsp.data.tasks import Example, Task, examples_of, find_task, load_rows
+from fedsp.data.topics import find_topics
+from fedsp.errors import DataError
+
+TOPIC = "topic"
+"""The column of topics, where examples are divided by them."""
+
+
+@dataclass(frozen=True)
+class EvaluationGroups:
+    """For each training and each test example, its topic or its value of the partition's column."""
+
+    train: list[str]
+    test: list[str]
+
+
+@dataclass(kw_only=True)
+class FederatedDataset:
+    """The examples of a task.
+
+    train: all training examples; `partition` holds the indices that each party has.
+    train_digest: SHA-256 of the training rows, which a resumed run must find again.
+    validation, test: the server's validation examples, and the test examples.
+    groups: what figures per client are weighted by, if the examples are divided by anything.
+    """
+
+    task: Task
+    train: list[Example]
+    train_digest: str
+    partition: Partition
+    validation: list[Example]
+    test: list[Example]
+    groups: EvaluationGroups | None = None
+
+    def held_by(self, client: str) -> list[Example]:
+        """The training examples of a client."""
+        return self.held(self.partition.clients[client])
+
+    def held(self, indices: Sequence[int]) -> list[Example]:
+        """The training examples with these indices."""
+        return [self.train[index] for index in indices]
+
+
+def rows_digest(rows: list[Row]) -> str:
+    """SHA-256 of rows in their order; the files and lines that they come from do not matter."""
+    content = [{key: value for key, value in row.items() if key != "__where__"} for row in rows]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def examples_digest(examples: list[Example]) -> str:
+    """SHA-256 of examples in their order, as they are scored."""
+    content = [[example.context, example.choices, example.gold] for example in examples]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> FederatedDataset:
+    """Read the examples that a configuration names, and divide them among the parties: as in the
+    `written` partition of a run, or anew from the seed.
+
+    Raises:
+        DataError: a file or row cannot be used, or the rows cannot be divided so.
+    """
+    data, task = config.data, find_task(config.data.task)
+    absent = config.federation is not None and data.train is None  # a server without examples
+    rows = [] if absent else load_rows(task, data.train, "train")
+    train = examples_of(task, rows)
+    from_hub = data.train is None and not absent
+    validation: list[Example] = []
+    if data.validation or from_hub:
+        validation = examples_of(task, load_rows(task, data.validation, "validation"))
+    test_rows = load_rows(task, data.test, "test") if data.test or from_hub else []
+    if data.test_examples and data.test_examples < len(test_rows):
+        # the same for every seed, so that runs can be paired
+        test_rows = random.Random(derive_seed(0, "test")).sample(test_rows, data.test_examples)
+    test = examples_of(task, test_rows)
+    groups = _groups(config, (rows, test_rows), (train, test))
+    if written:
+        partition = read_partition(written, len(train))
+    else:
+        partition = _divide(config, rows, groups, validated=bool(validation))
+    validation = validation or [train[index] for index in partition.validation]
+    if config.validation.by == "server" and not validation:
+        raise DataError(
+            "validation.by = 'server', but there are no validation questions: set data.validation"
+            " or data.holdout"
+        )
+    if config.server.steps and not partition.server:
+        raise DataError(
+            "server.steps is above 0, but the server holds no example: raise partition.server_share"
+        )
+    return FederatedDataset(
+        task=task,
+        train=train,
+        train_digest=rows_digest(rows),
+        partition=partition,
+        validation=validation,
+        test=test,
+        groups=groups,
+    )
+
+
+def _divide(
+    config: RunConfig, rows: list[Row], groups: EvaluationGroups | None, *, validated: bool
+) -> Partition:
+    """A partition from the seed; with `validated` no example is held out for validation."""
+    changes: dict[str, Any] = {"clients": 0} if config.federation else {}
+    if config.partition.topics:
+        changes["column"] = TOPIC
+        if groups:
+            pairs = zip(rows, groups.train, strict=True)
+            rows = [row | {TOPIC: topic} for row, topic in pairs]
+    return make_partition(
+        rows,
+        config.partition.model_copy(update=changes),
+        server_share=config.server_share,
+        holdout=0.0 if validated or config.validation.by != "server" else config.data.holdout,
+        seed=config.seed,
+    )
+
+
+def _groups(
+    config: RunConfig,
+    rows: tuple[list[Row], list[Row]],
+    examples: tuple[list[Example], list[Example]],
+) -> EvaluationGroups | None:
+    """Topics, or a column that all training and test rows have; None without either."""
+    column, topics = config.partition.column, config.partition.topics
+    if topics and not config.federation:
+        contexts = ([example.context for example in some] for some in examples)
+        seed = derive_seed(config.seed, "topics") % 2**32
+        return EvaluationGroups(*find_topics(*contexts, count=topics, seed=seed))
+    if column and all(column in row for some in rows for row in some):
+        return EvaluationGroups(*([_group(row, column) for row in some] for some in rows))
+    return None
+
+
+def _group(row: Row, column: str) -> str:
+    """The group of a row; empty if the row has no value, as a test row may."""
+    return "" if row[column] in (None, "") else group_of(row, column)

@@ -1,0 +1,76 @@
+"""The examples run as they stand, and do what they say."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import fedsp
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_tested() -> None:
+    tested = {"algorithm", "federation", "new_method", "new_task"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_a_method_needs_no_language_model() -> None:
+    """Full participation and equal weights: the mean of the targets is the optimum."""
+    assert torch.allclose(example("algorithm").main(), torch.tensor([1.0, 1.0]), atol=1e-4)
+
+
+@pytest.mark.recipe
+def test_a_whole_federation(tmp_path: Path) -> None:
+    accuracy = example("federation").main(tmp_path)
+    assert accuracy["tuned prompt"] > accuracy["zero-shot"]
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.recipe
+def test_a_new_method_runs_by_its_name(tmp_path: Path) -> None:
+    module = example("new_method")
+    figures = module.main(tmp_path)
+    assert figures["best_round"] == 3
+    with pytest.raises(fedsp.FedspError, match="a method named 'damped' is registered already"):
+        fedsp.register_method(fedsp.MethodEntry(name="damped", title="", paper="", clients_hold=""))
+
+
+@pytest.mark.recipe
+def test_a_new_task_runs_by_its_name(tmp_path: Path) -> None:
+    module = example("new_task")
+    rows = module.main(tmp_path)
+    assert rows[1]["answer_loss"] < rows[0]["answer_loss"]
+    task = fedsp.Task(name="true_or_false", plain=module.render)
+    with pytest.raises(fedsp.FedspError, match="a task named 'true_or_false' is registered"):
+        fedsp.register_task(task)
+    with pytest.raises(fedsp.FedspError, match="needs statement .text. and true"):
+        task_of_the_example = fedsp.Task(
+            name="x", plain=module.render, schema="needs statement (text) and true (true or false)"
+        )
+        task_of_the_example.example({"question": "?"}, 0)
+
+
+def test_everything_public_can_be_imported() -> None:
+    assert all(getattr(fedsp, name) is not None for name in fedsp.__all__)
+    with pytest.raises(AttributeError, match="module 'fedsp' has no attribute 'nothing'"):
+        _ = fedsp.nothing
+
+
+def test_an_unknown_method_is_a_sentence() -> None:
+    with pytest.raises(fedsp.FedspError, match="there is no method 'fedpromt'.*did you mean"):
+        fedsp.run({"method": "fedpromt", "model": {"name": "embedded"}, "distill": {"text": ["x"]}})
