@@ -266,7 +266,7 @@ def inspect(
         )
     typer.echo(
         "Nothing unusual was found, which proves nothing: a trap can be hidden in a model that"
-        " reads well (docs/security.md)."
+        " reads well (docs/explanation/security.md)."
     )
 
 

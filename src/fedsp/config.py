@@ -611,7 +611,7 @@ class RunConfig(Section):
         "plain",
         description=(
             "a set of protections; plain: none; robust: against malicious clients; dp-example,"
-            " dp-client: differential privacy (docs/security.md)"
+            " dp-client: differential privacy (docs/explanation/security.md)"
         ),
     )
     method: str = Field(

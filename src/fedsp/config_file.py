@@ -74,8 +74,7 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
         "round": {"weighting": "uniform", "min_clients": 0},
     },
 }
-"""What a deployment promises against whom, as numbers: `docs/security.md` says what each gives and
-cannot give."""
+"""Sets of protections, as keys: `docs/explanation/security.md` says what each one guarantees."""
 
 
 def make_config(values: Mapping[str, Any], source: str = "the configuration") -> RunConfig:

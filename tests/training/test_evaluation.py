@@ -36,7 +36,7 @@ def test_scores_equal_a_plain_forward_of_each_choice(
     nothing but the time: the slow reference reads every pair alone."""
     model = tiny_model(family, positions=positions)
     if not packed:
-        model.__dict__["room_for_trees"] = 0
+        model.__dict__["packs_branches"] = 0
     examples = [
         Example(
             id="a",
@@ -78,7 +78,7 @@ def test_scores_equal_a_plain_forward_of_each_choice(
             assert greedy == bool((before.argmax(dim=-1) == wanted).all())
 
 
-def test_a_model_takes_trees_up_to_its_window() -> None:
+def test_a_model_takes_packed_branches_up_to_its_window() -> None:
     room = {family: tiny_model(family).packs_branches for family in FAMILIES}
     assert all(room.values()), room
     model = tiny_model("llama")
@@ -88,7 +88,7 @@ def test_a_model_takes_trees_up_to_its_window() -> None:
     assert model.packs_branches == 16
     other = tiny_model("gpt2")
     assert other.packs_branches == other.max_positions
-    del other.__dict__["room_for_trees"]
+    del other.__dict__["packs_branches"]
     other.model.config.window_size = 12  # as GPT-Neo calls it
     assert other.packs_branches == 12
 

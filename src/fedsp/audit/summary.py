@@ -50,8 +50,8 @@ def account(folder: Path) -> Finding:
     return Finding(
         "account",
         rows,
-        "What attacks found is a floor: others may find more. docs/security.md says what no setting"
-        " gives.",
+        "What these attacks found is a lower bound: others may find more. What no setting"
+        " guarantees: docs/explanation/security.md.",
     )
 
 
