@@ -70,11 +70,17 @@ def deployment(made: tuple[RunDirectory, Path, int], tmp_path: Path) -> Iterator
 
 @pytest.fixture(scope="module")
 def coded(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Path, int]:
-    """The same with prompts that travel as changes, both ways."""
+    """The same with prompts that travel as changes, both ways, and over IPv6 where the machine has
+    it."""
     port = free_port()
-    local, place = make_federation(
-        tmp_path_factory.mktemp("coded"), port, compression={"up": "sign", "down": "int8"}
-    )
+    host, listen = "[::1]", "[::]"
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        host, listen = "localhost", "127.0.0.1"
+    changes = {"up": "sign", "down": "int8"}
+    folder = tmp_path_factory.mktemp("coded")
+    local, place = make_federation(folder, port, host=host, listen=listen, compression=changes)
     return local, place, port
 
 
@@ -290,13 +296,18 @@ def test_a_server_killed_at_every_boundary_ends_with_the_bits_of_an_undisturbed_
 ) -> None:
     """kill -9 at each boundary in turn, resumed after each; the clients stay, lose the server five
     times, and find it again. A resumed server does not know what its clients hold, and sends whole
-    prompts."""
+    prompts. Nothing that a killed server started outlives it."""
     deployment, made = coded_deployment, coded
     clients = [deployment.join(client) for client in CLIENTS]
     start: tuple[str, ...] = ("run.toml",)
     for boundary, round in zip(BOUNDARIES, (1, 1, 2, 2, 2), strict=True):
         killed = deployment.serve(*start, kill=f"{boundary}:{round}")
+        if boundary == BOUNDARIES[0]:
+            until(lambda: "listening on" in deployment.said("server"))
+            children = psutil.Process(killed.pid).children(recursive=True)
         assert exited(killed) == -signal.SIGKILL, f"{boundary}: {deployment.said('server')}"
+        if boundary == BOUNDARIES[0]:
+            assert len(children) >= 4 and not psutil.wait_procs(children, 30)[1]
         start = ("--resume", str(deployment.run))
     assert exited(deployment.serve(*start)) == 0, deployment.said("server")
     assert [exited(client, 90) for client in clients] == [0, 0, 0], deployment.said("client-0")
@@ -330,69 +341,29 @@ def test_a_client_killed_and_started_again_keeps_its_place(
     )
 
 
-def test_a_client_that_dies_is_done_without_and_too_few_stop_the_run_with_code_2(
-    deployment: Deployment, made: Any
+def test_clients_that_die_are_done_without_and_too_few_stop_the_run_with_code_2(
+    tmp_path: Path,
 ) -> None:
-    server = deployment.serve("run.toml", "federation.connect_seconds=40", "round.min_clients=3")
-    clients = {client: deployment.join(client) for client in CLIENTS}
-    until(lambda: "round 1: received" in deployment.said("client-2"))
-    clients["client-2"].kill()
-    assert exited(server) == 2, deployment.said("server")
-    assert "round.min_clients is 3 (client-2:" in deployment.said(
-        "server"
-    ) and "can be resumed" in deployment.said("server")
-    clients["client-2"] = deployment.join("client-2")
-    assert exited(deployment.serve("--resume", str(deployment.run))) == 0, deployment.said("server")
-    assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
-
-
-def test_nothing_is_left_of_a_server_that_was_killed(deployment: Deployment) -> None:
-    server = deployment.serve()
-    until(lambda: "listening on" in deployment.said("server"))
-    children = psutil.Process(server.pid).children(recursive=True)
-    assert len(children) >= 4
-    server.kill()
-    _, left = psutil.wait_procs(children, 30)
-    assert not left
-
-
-def test_a_run_over_ipv6(tmp_path: Path) -> None:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError as error:
-        pytest.skip(f"this machine has no IPv6: {error}")
+    """Two of five are killed in round 2: with four needed the run stops. One of them comes back,
+    and the resumed run ends without the other."""
     port = free_port()
-    local, place = make_federation(tmp_path, port, host="[::1]", listen="[::]")
+    _, place = make_federation(tmp_path, port, partition={"clients": 5})
     deployment = Deployment(place, port)
     try:
-        server, clients = deployment.serve(), [deployment.join(client) for client in CLIENTS]
-        assert exited(server) == 0, deployment.said("server")
-        assert [exited(client) for client in clients] == [0, 0, 0]
-        assert prompt_bits(deployment.run) == prompt_bits(local.path)
-    finally:
-        deployment.stop()
-
-
-def test_three_of_ten_clients_killed_in_one_round_and_it_completes(tmp_path: Path) -> None:
-    port = free_port()
-    _, place = make_federation(tmp_path, port, partition={"clients": 10})
-    deployment = Deployment(place, port)
-    try:
-        server = deployment.serve(
-            "run.toml", "federation.connect_seconds=60", "round.min_clients=7"
-        )
-        clients = {f"client-{number}": deployment.join(f"client-{number}") for number in range(10)}
-        doomed = ("client-1", "client-4", "client-8")
+        limits = ("federation.connect_seconds=20", "round.min_clients=4")
+        server = deployment.serve("run.toml", *limits)
+        clients = {f"client-{number}": deployment.join(f"client-{number}") for number in range(5)}
         until(lambda: (deployment.run / "checkpoint" / "round-00001.safetensors").exists(), 300)
-        for client in doomed:
+        for client in ("client-1", "client-4"):
             clients[client].kill()
-        assert exited(server, 500) == 0, deployment.said("server")
+        assert exited(server) == 2
+        said = deployment.said("server")
+        assert "round.min_clients is 4 (client-1:" in said and "can be resumed" in said
+        deployment.join("client-1")
+        assert exited(deployment.serve("--resume", str(deployment.run))) == 0
         records = RunDirectory.open(deployment.run).records()
-        answered = [len(record["answered"]) for record in records]
-        assert len(records) == 3 and answered[0] == 10 and answered[2] == 7 and answered[1] >= 7, (
-            answered
-        )
-        assert sorted(records[-1]["failed"]) == sorted(doomed)
+        assert [len(record["answered"]) for record in records] == [5, 4, 4]
+        assert sorted(records[-1]["failed"]) == ["client-4"]
     finally:
         deployment.stop()
 
