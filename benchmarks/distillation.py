@@ -56,7 +56,7 @@ def one(given: argparse.Namespace) -> dict[str, float]:
     if given.way == "kept on disk":
         distill.IN_MEMORY = 0
     if given.way == "read again":
-        setattr(distill.Kept, "get", lambda self, indices, read: read(indices))
+        setattr(distill.TeacherStates, "get", lambda self, indices, read: read(indices))
     before = held()
     most = before
 

@@ -81,8 +81,8 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
     for text, more, sentence in [
         ("", [], "there is no text to complete"),
         ("caf\udce9", [], "a word of the command is not UTF-8 text"),
-        ("The town of " * 100, [], "and 40 are to follow, but the model reads"),
-        ("The town", ["--tokens", "5000"], "and 5000 are to follow, but the model reads"),
+        ("The town of " * 100, [], "and 40 are to be generated, but the model has"),
+        ("The town", ["--tokens", "5000"], "and 5000 are to be generated, but the model has"),
     ]:
         code, out, error = fedsp("generate", run, text, *more)
         assert code == 2 and sentence in error and not out
@@ -278,6 +278,37 @@ def test_unknown_models_and_full_folders(fedsp, tmp_path: Path) -> None:  # type
     code, _, error = fedsp("plan", config, *QUICK, "model.name=no/such-model")
     assert code == 2 and "cannot load the model 'no/such-model'" in error
     code, _, error = fedsp("run", config, *QUICK, f"output={tmp_path}")
-    assert code == 2 and "is in use and is no run" in error
+    assert code == 2 and "is in use and does not hold a run" in error
     code, _, error = fedsp("init", config)
     assert code == 2 and "exists" in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["list"],
+        ["init", "new.toml"],
+        ["plan", "wrong.toml"],
+        ["run", "wrong.toml"],
+        ["serve", "missing.toml"],
+        ["distill", "wrong.toml", "package"],
+        ["study", "missing.toml"],
+        ["join", "missing.toml"],
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_tensor_answers_without_torch(arguments: list[str], tmp_path: Path) -> None:
+    """Importing torch and transformers takes seconds: help, lists and refusals do not wait."""
+    (tmp_path / "wrong.toml").write_text('[model]\nnaem = "x"\n')
+    (tmp_path / "runs").mkdir()
+    code = (
+        "import sys; from fedsp.cli import main; sys.argv = ['fedsp', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'flwr'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -338,7 +338,7 @@ def test_a_budget_pays_for_exactly_as_many_rounds_as_it_holds(tmp_path: Path) ->
             epsilon=budget,
             ledger=ledger,
         )
-        with pytest.raises(PrivacyError, match="another round would take more"):
+        with pytest.raises(PrivacyError, match="another round would exceed"):
             rounds_of(
                 replace(RULES, rounds=9, aggregator=aggregator), lambda requests: [], {"a": 1}
             )

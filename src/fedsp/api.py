@@ -1,5 +1,5 @@
-"""What fedsp does, as functions: each command of the command line is one of these, and `fedsp.run`
-and `fedsp.evaluate` are two of them."""
+"""The Python API behind the commands of the command line, such as `fedsp.run` and
+`fedsp.evaluate`."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
 def as_config(
     config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """A configuration from what a person has: one already, nested values, or the path of a TOML
-    file."""
+    """Return a validated `RunConfig` from a `RunConfig`, nested values, or a TOML file's path."""
     if isinstance(config, str | Path):
         return read_config(Path(config), overrides)
     values: Figures = (
@@ -113,7 +112,7 @@ def _suited(config: RunConfig, engine: str) -> RunConfig:
     if engine == "flower" and (not deployable or config.distill.again_every):
         what = f"method = {config.method!r}" if not deployable else "distill.again_every"
         raise ConfigurationError(
-            f"{what} is for measuring and runs in one process: use engine local"
+            f"{what} is for experiments only and runs in one process: use engine local"
         )
     return config
 
@@ -125,9 +124,8 @@ def resume(
     callbacks: Callbacks | None = None,
     engine: str = "local",
 ) -> Figures:
-    """Go on with an unfinished run, to the bits of a run that was never stopped. Of a finished one
-    whatever was still to be told is told, to MLflow and to clients elsewhere, and its figures are
-    returned.
+    """Resume an unfinished run; the result is bit-identical to that of an uninterrupted run. For a
+    finished run, send what MLflow and remote clients have not received yet. Returns its figures.
 
     Raises:
         RunError: there is no run, another process has it, or it has another configuration than the
@@ -169,16 +167,19 @@ def init_federation(folder: str | Path, clients: Sequence[str], address: str) ->
     init(Path(folder), list(clients), address)
 
 
-def plan(config: RunConfig) -> Figures:
+def plan(
+    config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = ()
+) -> Figures:
     """What a run will cost and disclose, before anything is trained.
 
     Raises:
         FedspError: whatever cannot be done, as one sentence.
     """
+    config = as_config(config, overrides)
     if not find_method(config.method).deployable:
         raise ConfigurationError(
-            f"method = {config.method!r}: a plan counts FedSP; what a baseline costs is measured in"
-            " its run and shown by `fedsp report`"
+            f"method = {config.method!r}: `fedsp plan` covers FedSP only; a baseline's cost is"
+            " measured in its run and shown by `fedsp report`"
         )
     natural = config.partition.kind == "natural"
     clients = (
@@ -196,7 +197,11 @@ def plan(config: RunConfig) -> Figures:
 
 
 def distill(
-    config: RunConfig, folder: str | Path, *, callbacks: Callbacks | None = None
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    folder: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    callbacks: Callbacks | None = None,
 ) -> Figures:
     """Make the auxiliary model of a configuration and write it as the folder that clients get; for
     a deployment, with the agreement and signed.
@@ -204,6 +209,7 @@ def distill(
     Raises:
         RunError: the folder is in use.
     """
+    config = as_config(config, overrides)
     if not config.federation:
         return make_package(config, folder, callbacks)
     _require_flower()
@@ -224,9 +230,10 @@ def distill(
 def inspect(
     folder: str | Path, *, text: str | Path | None = None, reference: str | None = None
 ) -> Figures:
-    """What a package looks like to whoever is handed it (`fedsp.audit.inspection`), on a text file,
-    or on the text that comes with fedsp, and beside a model that is trusted, by hub name or folder;
-    with the digest to compare with the owner's.
+    """Check a package, the folder that clients get, for signs of a crafted model
+    (`fedsp.audit.inspection`), on a text file (None: a built-in text) and against a trusted
+    `reference` model (hub name or folder); returns the findings and the digest to compare with
+    the owner's.
 
     Raises:
         FedspError: the package, the text or the model cannot be used.
@@ -257,8 +264,8 @@ def evaluate(
     prompt: str | Path | None = None,
     zero_shot: bool = True,
 ) -> list[Figures]:
-    """Figures of a run's best (or of the prompt in a file) through the global model, and of no
-    tuning beside it.
+    """Evaluate the global model with a run's best prompt or weights, or the prompt in a file, and
+    untuned for comparison (`zero_shot`).
 
     Raises:
         DataError: the run has no questions of that split.
@@ -321,8 +328,8 @@ def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool =
     room = run.model.room_behind(length_of(prefix))
     if len(ids) + most > room:
         raise DataError(
-            f"the text has {len(ids)} tokens and {most} are to follow, but the model reads {room}"
-            " behind a prompt: shorten it, or ask for fewer"
+            f"the text has {len(ids)} tokens and {most} are to be generated, but the model has"
+            f" {room} positions after the prompt: shorten the text or generate fewer tokens"
         )
     new = run.model.generate(
         torch.tensor(ids, device=server.model.device),
@@ -334,7 +341,8 @@ def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool =
 
 
 def export(folder: str | Path, to: str | Path) -> Figures:
-    """Write a run's best prompt, folded under the global model, as a PEFT prefix-tuning adapter.
+    """Write a run's best prompt, as keys and values of the global model, as a PEFT prefix-tuning
+    adapter.
 
     Raises:
         RunError: the target is in use, or the run tuned no prompt.

@@ -49,7 +49,7 @@ RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option(help="Every draw comes from it.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     output: Annotated[
         Optional[Path],
         typer.Option(help="Keep the runs in this new folder; otherwise they are thrown away."),
@@ -71,7 +71,7 @@ def demo(
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("run.toml"),
     preset: Annotated[
-        str, typer.Option(help="messenger, or paper for FedSP to the letter.")
+        str, typer.Option(help="messenger, or paper for FedSP exactly as published.")
     ] = "messenger",
 ) -> None:
     """Write a commented run.toml with every key of a run and its default."""
@@ -110,11 +110,12 @@ def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None
 @app.command()
 def distill(
     config: ConfigFile,
-    output: Annotated[Path, typer.Argument(help="The new folder that clients will get.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the package.")],
     overrides: Overrides = None,
     json_file: Json = None,
 ) -> None:
-    """Make the auxiliary model and write it as a folder."""
+    """Distil the auxiliary model and write the package, the folder that clients get: the model
+    and, with a [federation] section, the signed agreement."""
     read = _read(config, overrides)
     from fedsp import api as commands
     from fedsp.report.console import Display, figures_table
@@ -137,8 +138,8 @@ def run(
         str,
         typer.Option(
             help=(
-                "local: in this process; flower: a Flower simulation, clients in processes of their"
-                " own. Same bits."
+                "local: in this process; flower: a Flower simulation with clients in separate"
+                " processes. Results are bit-identical."
             )
         ),
     ] = "local",
@@ -225,8 +226,8 @@ def inspect(
         Optional[Path],
         typer.Option(
             help=(
-                "A text file in the model's language, yours or anybody's: nothing leaves this"
-                " machine. Otherwise a short English one."
+                "Text file in the model's language to run the package on; it stays on this"
+                " machine. Default: a short English text."
             )
         ),
     ] = None,
@@ -234,15 +235,15 @@ def inspect(
         Optional[str],
         typer.Option(
             help=(
-                "A model that you trust, hub name or folder: the package's matrices are held"
-                " against those of its layers."
+                "Hub name or folder of a model that you trust: the package's weight matrices are"
+                " compared with those of its layers."
             )
         ),
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Look at a package before joining: is it a language model, or was it made by hand to tell
-    words of your text? Exit code 2 where something is unusual."""
+    """Check a package (auxiliary model and signed agreement) before joining: is it a language
+    model, or was it crafted to leak words of your text? Exit code 2 if anything is unusual."""
     from fedsp import api as commands
     from fedsp.report.console import Display, figures_table, rows_table
 
@@ -265,8 +266,8 @@ def inspect(
             " before you join, or set policy.require_differential_privacy"
         )
     typer.echo(
-        "Nothing unusual was found, which proves nothing: a trap can be hidden in a model that"
-        " reads well (docs/explanation/security.md)."
+        "Nothing unusual was found, which is no guarantee: a malicious package can also be a good"
+        " language model (docs/explanation/security.md)."
     )
 
 
@@ -290,8 +291,8 @@ def federation_init(
 
     commands.init_federation(folder, [name.strip() for name in clients.split(",")], address)
     typer.echo(
-        f"{folder}/server is the server's, {folder}/NAME goes to the client of that name by a way"
-        f" that nobody else can read; keep {folder}/ca.key offline"
+        f"keep {folder}/server on the server, send each {folder}/NAME to the client of that name"
+        f" over a confidential channel, and keep {folder}/ca.key offline"
     )
 
 
@@ -302,9 +303,9 @@ def audit(
         Optional[str],
         typer.Option(
             help=(
-                "Some of them, with commas: disclosure, model, membership, inversion, trap,"
-                " epsilon; traffic, depths. Otherwise the first five, and epsilon where one is"
-                " promised."
+                "Audits to run, separated by commas: disclosure, model, membership, inversion,"
+                " trap, epsilon, traffic, depths. Default: the first five, and epsilon for runs"
+                " with differential privacy."
             )
         ),
     ] = None,
@@ -322,8 +323,7 @@ def audit(
         typer.Option(
             min=20,
             help=(
-                "The clients' examples that the membership audit looks at, at most; all of them if"
-                " not given."
+                "Maximum number of client examples that the membership audit tests; default: all."
             ),
         ),
     ] = None,
@@ -332,15 +332,15 @@ def audit(
         typer.Option(
             min=0,
             help=(
-                "Single texts that the inversion audit tries to read back, most of its time; 0:"
-                " only the updates of the run."
+                "Number of single texts that the inversion audit tries to reconstruct, which takes"
+                " most of its time; 0: only the updates of the run."
             ),
         ),
     ] = 20,
     json_file: Json = None,
 ) -> None:
-    """Measure what finished runs gave away: of the model to clients, of the text to the server and
-    to others. `fedsp report` shows what was measured."""
+    """Measure what finished runs leak: the model to clients, the text to the server and to
+    others. `fedsp report` shows the results."""
     from fedsp.audit.registry import Options, audit_runs
     from fedsp.report.console import Display
 
@@ -363,7 +363,7 @@ def evaluate(
     zero_shot: Annotated[bool, typer.Option(help="Also without any prompt.")] = True,
     json_file: Json = None,
 ) -> None:
-    """Figures of a run's best prompt through the global model, zero-shot beside it."""
+    """Evaluate the global model with a run's best prompt, and zero-shot for comparison."""
     from fedsp import api as commands
     from fedsp.report.console import Display, rows_table
 
@@ -413,7 +413,7 @@ def study(
         Optional[Path],
         typer.Option(
             help=(
-                "Folder that the file names in the study are taken from; otherwise that of the"
+                "Folder that relative file names in the study refer to; default: that of the"
                 " study file."
             )
         ),
@@ -426,8 +426,8 @@ def study(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Run a grid of methods x tasks x models x partitions x seeds. Start it again to go on, or
-    twice to share it between processes."""
+    """Run a grid of methods x tasks x models x partitions x seeds. Run it again to resume, or in
+    several processes at once to share the work."""
     from fedsp.experiments.study import run_study
     from fedsp.report.console import Display, figures_table
 
@@ -499,7 +499,7 @@ def quiet_libraries() -> None:
 
 
 def main() -> None:
-    """Run a command; what a user can mend is one sentence on standard error and exit code 2."""
+    """Run a command. An error that the user can fix is one sentence on stderr, exit code 2."""
     quiet_libraries()
     try:
         " ".join(sys.argv).encode()

@@ -114,7 +114,8 @@ class DataSection(Section):
     )
     validation: str | None = Field(
         None,
-        description="file of validation examples at the server; none: holdout of train is used",
+        description="file of the server's validation examples; none: the fraction `holdout` of "
+        "`train`",
     )
     test: str | None = Field(
         None, description="file of test examples, for the end of a run and `fedsp evaluate`"
@@ -621,7 +622,9 @@ class RunConfig(Section):
             " lora, offsite_tuning; or one that you registered"
         ),
     )
-    seed: Count = Field(0, description="seed of all random numbers of the run, except privacy's")
+    seed: Count = Field(
+        0, description="seed of all random numbers of the run, except those of differential privacy"
+    )
     output: str = Field("runs/latest", description="folder of the run")
     model: ModelSection
     data: DataSection
@@ -776,7 +779,7 @@ def _require_private(
     if client.auxiliary_steps:
         raise ValueError(
             "client.auxiliary_steps: alternating training fits the auxiliary model to the examples "
-            "without noise, and every later gradient depends on it; set it to 0"
+            "without noise, which breaks the guarantee of privacy.unit = 'example'; set it to 0"
         )
     wrong = {"client.proximal": client.proximal > 0, "prompt.projection": prompt.projection > 0}
     if key := next((key for key, given in wrong.items() if given), None):
@@ -817,9 +820,12 @@ class Agreement(Section):
 
 
 class PackageSection(Section):
-    """The auxiliary model, as the owner of the model handed it to you."""
+    """The package: the folder with the auxiliary model and the signed agreement that the owner of
+    the model handed to you."""
 
-    folder: str = Field("package", description="folder of the package")
+    folder: str = Field(
+        "package", description="folder that you received; it is only read; relative to party.toml"
+    )
     sha256: str = Field(
         pattern="^[0-9a-f]{64}$",
         description=(
@@ -892,7 +898,9 @@ class PartyConfig(Section):
         ".", description="folder with ca.crt, server.pub and this client's client.key"
     )
     state: str = Field(
-        "state", description="folder for what this client keeps between rounds; it never leaves"
+        "state",
+        description="folder for what this client keeps between rounds (its privacy ledger, its "
+        "answers); nothing in it is sent. Do not delete it during a run",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: ClientPrecision = Field(

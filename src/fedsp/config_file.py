@@ -120,7 +120,7 @@ def _check_method(config: RunConfig) -> None:
     if not entry.deployable and (
         key := next((key for key, given in only_deployable.items() if given), None)
     ):
-        raise ValueError(f"{key}: that is a part of FedSP, and method is {config.method!r}")
+        raise ValueError(f"{key}: needs method = 'fedsp', but method is {config.method!r}")
     if (
         not entry.federated
         and entry.rounds
@@ -143,13 +143,13 @@ def _check_method(config: RunConfig) -> None:
     ):
         if inexact and entry.exact_weights:
             raise ValueError(
-                f"{key}: method = {config.method!r} needs the weights themselves, and not in"
+                f"{key}: method = {config.method!r} needs unquantized weights on one device, not"
                 f" {value!r}; set it to auto"
             )
         if inexact and makes_package:
             raise ValueError(
-                f"{key}: no auxiliary model can be made of a model in {value!r}; make it first with"
-                " `fedsp distill`, which reads the model whole, and name it in auxiliary.folder"
+                f"{key}: an auxiliary model cannot be built from a {value!r} model; build it first"
+                " with `fedsp distill`, which loads the full model, and set auxiliary.folder to it"
             )
     if model.precision == "bfloat16" and entry.trains_weights:
         raise ValueError(
@@ -255,7 +255,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ConfigurationError(f"{override!r} is not an override: {section} is no section")
+            raise ConfigurationError(f"{override!r} is not an override: {section} is not a section")
     values[name] = value
 
 
@@ -344,9 +344,9 @@ def template_of(
     title: str,
     defaults: Mapping[str, Any] | None = None,
 ) -> str:
-    """A commented TOML file with every key of a configuration: those of `values` as given, and all
-    others, behind a #, with their defaults, `defaults` before the program's own, so that a preset
-    or a profile still has its say. Optional sections appear where `values` has them."""
+    """A commented TOML file with every key of a configuration: those in `values` are set, all
+    others are commented out and show their default, from `defaults` (of a preset) if given there.
+    Commented keys do not override a preset or profile. Optional sections appear if in `values`."""
     filled = defaults or {}
     lines = [
         (
@@ -362,7 +362,7 @@ def template_of(
             continue
         if field.default is None and name not in values:
             continue
-        lines += ["", f"[{name}]  # {(section.__doc__ or '').strip()}"]
+        lines += ["", f"[{name}]  # {' '.join((section.__doc__ or '').split())}"]
         lines += [
             _template_line(key, values.get(name, {}), filled.get(name, {}), inner)
             for key, inner in section.model_fields.items()

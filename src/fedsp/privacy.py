@@ -33,8 +33,8 @@ from fedsp.storage import parse_json, sync_folder, write_json
 
 LEDGER = "privacy.jsonl"
 LEAST_NOISE = 0.05
-"""In units of the bound. Below it one release costs an epsilon of over a hundred, which counts as
-no promise, and as infinite."""
+"""Smallest usable noise multiplier. Below it one release costs an epsilon of over 100, which is
+reported as infinite."""
 _system = SystemRandom()
 
 
@@ -88,8 +88,8 @@ def noised_mean(total: Tensor, *, bound: float, noise_multiplier: float, expecte
 
 @dataclass(frozen=True)
 class Release:
-    """Gaussian mechanisms that were or will be run: so many, each on a Poisson sample of this rate
-    (1: everyone), noise in units of the bound."""
+    """`count` runs of the Gaussian mechanism, each on a Poisson sample of rate `sampling_rate` (1:
+    all units), with noise of `noise_multiplier` times the clipping bound."""
 
     noise_multiplier: float
     sampling_rate: float = 1.0
@@ -161,17 +161,17 @@ def noise_for(target: float, delta: float, sampling_rate: float, count: int) -> 
 
 
 class Ledger:
-    """What has been released of some text, in a file: one line per release, on the disk before the
-    release leaves. It is never taken back.
+    """The privacy ledger: an append-only file of releases, one per line, synced to disk before the
+    release is sent.
 
-    A line that a crash cut short was followed by no release, and is dropped. Each line carries a
-    digest of itself and of all lines before it, and the newest digest stands in a second file, so
-    that a ledger of which either was shortened, changed or removed is found out. What both were
-    taken back to is held against what was released since (`PrivateAnswers`, `round_config`).
+    A line cut short by a crash was never followed by a release, and is dropped. Each line has a
+    digest of itself and all lines before it, and a second file holds the newest digest, so that
+    truncating, editing or deleting either file is detected. Restoring old copies of both is
+    detected by comparison with the replies or rounds made since (`PrivateAnswers`, `round_config`).
 
     Raises:
-        StorageError: the file cannot be read, a line of it is no release, or it is not the file
-            that was written.
+        StorageError: a file cannot be read, a line is not a valid release, or the digests do not
+            match.
     """
 
     def __init__(self, path: Path) -> None:
@@ -213,9 +213,8 @@ class Ledger:
             ) from error
         if not kept:
             raise StorageError(
-                f"the privacy ledger {path} is not the one that was written last: {self._head.name}"
-                f" beside it knows of {lines} lines that it does not hold so; restore both from a"
-                " backup"
+                f"the privacy ledger {path} does not match {self._head.name} beside it, which"
+                f" records {lines} lines: one of the two was changed; restore both from a backup"
             )
 
     def paid(self, run: str, round: int) -> bool:
@@ -285,8 +284,8 @@ def _release(entry: Mapping[str, Any]) -> Release:
         and release.count >= 1
     ):
         raise ValueError(
-            f"{release} is no release: it needs noise, a sampling rate up to 1, and a count of at"
-            " least 1"
+            f"{release} is not a valid release: it needs noise, a sampling rate up to 1, and a"
+            " count of at least 1"
         )
     return release
 

@@ -74,19 +74,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def unfinished_beside(target: Path) -> Path:
-    """An empty place for what will become a folder: beside it, or, where the folder is there
-    already (it may be a mount), in it. What an earlier attempt has left there is removed."""
+    """A free path for building a folder before `move_into_place`: beside `target`, or inside it if
+    it exists already (it may be a mount). Remains of an earlier attempt are removed."""
     place = target / ".part" if target.is_dir() else target.with_name(f".{target.name}.part")
     shutil.rmtree(place, ignore_errors=True)
     return place
 
 
 def move_into_place(folder: Path, target: Path, *, last: str) -> None:
-    """Give what was finished its name: the whole folder in one step, or, into a folder that is
-    there already, file by file, the one without which nothing counts `last`.
+    """Move a finished folder to `target`: in one rename, or, if `target` exists already, file by
+    file, with the file named `last`, which marks it as complete, at the end.
 
     Raises:
-        StorageError: the disk did not take it.
+        StorageError: a file could not be moved.
     """
     try:
         if folder.parent == target:
@@ -140,7 +140,7 @@ def parse_json(text: str | bytes) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair stands alone, which is no character") from None
+        raise ValueError("an unpaired UTF-16 surrogate is not a character") from None
     except ValueError as error:
         raise ValueError(
             "a number has too many digits" if "digits" in str(error) else str(error)
@@ -189,7 +189,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         reason = (
             "there is no such file"

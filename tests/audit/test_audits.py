@@ -242,7 +242,7 @@ def test_membership_is_seen_where_it_must_be_and_nowhere_else(tmp_path: Path) ->
     )
     written = json.loads((folder / "membership.json").read_text())
     assert written["shadows"] == 5 and written["power"]["auc"][0] > 0.85
-    with pytest.raises(ConfigurationError, match="--shadows 3: the likelihoods"):
+    with pytest.raises(ConfigurationError, match="--shadows 3: LiRA needs at least 4"):
         audit_membership(folder, shadows=3)
 
 
@@ -309,7 +309,7 @@ def test_every_audit_of_a_private_run_and_its_report(
         )
     )
     assert "Not covered: other runs over the same text" in answers["What is promised of the text?"]
-    assert "One of 3 is enough" in answers["What can malicious clients do?"]
+    assert "One malicious client of 3" in answers["What can malicious clients do?"]
     for name in ("membership", "disclosure"):
         whole = (folder / f"{name}.json").read_bytes()
         for damaged in (b"{}", whole[:50]):
@@ -338,7 +338,7 @@ def test_an_audit_holds_the_run_to_its_own_auxiliary_model(tmp_path: Path) -> No
     shutil.copytree(other / "auxiliary", folder / "auxiliary")
     for name in ("disclosure", "membership"):
         with pytest.raises(
-            RunError, match="was begun with another auxiliary model: bring back what it was"
+            RunError, match="was started with another auxiliary model: restore the original"
         ):
             audited(folder, name, shadows=4)
 
@@ -390,7 +390,7 @@ def test_an_audit_with_nothing_to_compare_says_so(tmp_path: Path) -> None:
         (
             {"aggregation": {"norm_bound": 2.0}},
             (
-                "One of 3 is enough to move what is tuned: a mean withstands none. Changes are cut"
+                "One malicious client of 3 can move the result: a mean tolerates none. Changes are cut"
                 " to 2 times their median length."
             ),
         ),
@@ -451,7 +451,7 @@ def test_the_epsilon_of_a_client_level_run_is_not_refuted(
         "the audit goes through the run's own clipping, sum and noise"
     )
     plain = Path(commands.run(settings(tmp_path / "plain"))["folder"])
-    with pytest.raises(RunError, match="promises nothing"):
+    with pytest.raises(RunError, match="has no differential privacy"):
         audited(plain, "epsilon")
 
 
@@ -499,16 +499,14 @@ def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
             )
         )["folder"]
     )
-    with pytest.raises(
-        RunError, match="asked no clients: there is nobody whose text could be told"
-    ):
+    with pytest.raises(RunError, match="has no client updates to audit"):
         audited(folder, "membership")
     found = audited(folder)
     assert (
-        "asked no clients" in found["membership"]["not_done"]
+        "has no client updates" in found["membership"]["not_done"]
         and found["disclosure"]["disclosed_share"] == 0.0
     )
-    assert refusal(found, None) == "" and "asked no clients" in refusal(
+    assert refusal(found, None) == "" and "has no client updates" in refusal(
         found, "membership, disclosure"
     )
     answers = [row["answer"] for row in account(folder).rows]

@@ -188,11 +188,11 @@ def test_files_in_every_form(tmp_path: Path) -> None:
         ('{"question": "q", "choices": ["a", "b"], "answer": -1}', "line 1 has answer -1"),
         (
             '{"question": "q", "choices": ["a", "b"], "answer": "b"}',
-            "line 1 cannot be read.*answer is a text, not an index",
+            "line 1 cannot be read.*answer is a string, not an index",
         ),
         (
             '{"question": "q", "choices": "Anna Q has it", "answer": 0}',
-            "line 1 cannot be read.*choices is a text, not a list",
+            "line 1 cannot be read.*choices is a string, not a list",
         ),
         ('{"question": "q", "choices": ["a"]}', "line 1 has no field 'answer'.*needs question"),
         (
@@ -215,14 +215,14 @@ ROW = {"question": "q", "choices": ["a", "b"], "answer": 1}
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"question": None}, "question is null, not a text"),
-        ({"question": ["a", "b"]}, "question is a list, not a text"),
-        ({"question": {"text": "a"}}, "question is an object, not a text"),
-        ({"question": 7}, "question is a number, not a text"),
-        ({"context": False}, "context is true or false, not a text"),
-        ({"context": 0}, "context is a number, not a text"),
-        ({"choices": ["a", None]}, "one of choices is null, not a text"),
-        ({"choices": ["a", 3]}, "one of choices is a number, not a text"),
+        ({"question": None}, "question is null, not a string"),
+        ({"question": ["a", "b"]}, "question is a list, not a string"),
+        ({"question": {"text": "a"}}, "question is an object, not a string"),
+        ({"question": 7}, "question is a number, not a string"),
+        ({"context": False}, "context is true or false, not a string"),
+        ({"context": 0}, "context is a number, not a string"),
+        ({"choices": ["a", None]}, "one of choices is null, not a string"),
+        ({"choices": ["a", 3]}, "one of choices is a number, not a string"),
         ({"answer": 1.0}, "answer is a number, not an index"),
         ({"answer": True}, "answer is true or false, not an index"),
     ],
@@ -268,7 +268,7 @@ def test_an_answer_of_race_is_one_letter(answer: Any) -> None:
 @pytest.mark.parametrize("value", [None, ["x"], 1.5, True])
 def test_an_id_is_a_text_or_a_whole_number(value: Any) -> None:
     with pytest.raises(
-        DataError, match="row 0 has an id that is .*expected a text or a whole number"
+        DataError, match="row 0 has an id that is .*expected a string or an integer"
     ):
         examples_of(TASKS["multiple_choice"], [ROW | {"id": value}])
 
@@ -285,7 +285,7 @@ def test_labels_are_whole_numbers_or_their_digits() -> None:
 
 def test_completions_are_texts() -> None:
     for row in ({"prompt": None, "completion": "a"}, {"prompt": "a", "completion": 3}):
-        with pytest.raises(DataError, match="not a text"):
+        with pytest.raises(DataError, match="not a string"):
             examples_of(TASKS["completion"], [row])
 
 
@@ -377,7 +377,7 @@ def test_a_table_that_does_not_fit_its_first_line_is_refused_with_the_line(
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ('{"question": "half \\ud83d of a pair"}', "half of a surrogate pair stands alone"),
+        ('{"question": "half \\ud83d of a pair"}', "an unpaired UTF-16 surrogate"),
         ('{"question": ' + "9" * 5000 + "}", "a number has too many digits"),
         ("[" * 100_000, "it is nested too deeply"),
         ('{"question": "a", "question": "b"}', "a field has the same name as another"),
@@ -432,7 +432,7 @@ def test_what_excel_puts_around_a_table_is_not_the_table(
             b"PK\x03\x04\xff\xff",
             "it is a spreadsheet or an archive; export the sheet as CSV",
         ),
-        ("t.jsonl", b'{"prompt": "a\\u0000"}', "line 1 is not JSON .a text holds a NUL"),
+        ("t.jsonl", b'{"prompt": "a\\u0000"}', "line 1 is not JSON .a string holds a NUL"),
         ("t.jsonl", b"null", "line 1 is null: expected one JSON object"),
     ],
 )
@@ -462,7 +462,7 @@ def test_a_text_without_letters_between_nul_characters_is_refused(tmp_path: Path
     ],
 )
 def test_a_partition_that_was_damaged_or_is_of_other_rows_is_a_sentence(written: Any) -> None:
-    with pytest.raises(DataError, match="the partition that the run wrote down"):
+    with pytest.raises(DataError, match="the run's partition.json"):
         read_partition(written, 3)
 
 
@@ -498,8 +498,8 @@ def test_a_group_is_a_text_or_a_whole_number(column: Any) -> None:
     with pytest.raises(
         DataError,
         match=(
-            "f, line 2 has .* in column 'owner', which partition.column names: expected a text or a"
-            " whole number"
+            "f, line 2 has .* in column 'owner', which partition.column names: expected a string or"
+            " an integer"
         ),
     ):
         make_partition(
@@ -557,9 +557,7 @@ def test_an_answer_without_a_token_is_refused_by_name() -> None:
         )
     with pytest.raises(
         DataError,
-        match=(
-            "pair 0: no token of a context is in front of the answer, and this tokenizer has none"
-        ),
+        match="pair 0: no context token precedes the answer, and this tokenizer has neither",
     ):
         encode_pairs(bpe(tokens=False), [("", " a")], 20)
 

@@ -168,7 +168,7 @@ def test_addresses_of_both_kinds_are_read_and_written(text: str, expected: tuple
     ],
 )
 def test_what_is_no_address_is_a_sentence(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="listen: .* is no host:port"):
+    with pytest.raises(ConfigurationError, match="listen: .* is not a valid host:port"):
         host_and_port(text, "listen")
 
 
@@ -244,7 +244,7 @@ def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(
 ) -> None:
     local, place = federation
     said: list[str] = []
-    client = Client(party_of(place), Callbacks(say=said.append))
+    client = Client(party_of(place), Callbacks(info=said.append))
     first = read_prompt(local.path / "prompts" / "round-00001.safetensors").values()
     request = Request(
         run="ab",
@@ -302,7 +302,7 @@ def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:
     ("changes", "code", "here"),
     [
         ({"client": "client-1"}, "policy", "for another client"),
-        ({"run": "../../etc"}, "policy", "no usable identity"),
+        ({"run": "../../etc"}, "policy", "run id is not 1 to 32"),
         ({"round": 0}, "policy", "round 0 is not one of the 3"),
         ({"round": 4}, "policy", "round 4 is not one of the 3"),
         ({"round": 2, "train": False}, "policy", "round 2 is not one of the 3"),
@@ -439,17 +439,17 @@ def test_a_message_larger_than_a_request_is_not_even_read(
     header: int, payload: int, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    client = Client(party_of(place), Callbacks(say=said.append))
+    client = Client(party_of(place), Callbacks(info=said.append))
     monkeypatch.setattr(joining, "answer", lambda *_, **__: pytest.fail("it was read"))
     assert (
         client.respond(Message("x" * header, b"x" * payload)) == Message("")
-        and "they are more than a prompt has" in said[0]
+        and "the message is larger than a prompt" in said[0]
     )
 
 
 def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place: Path) -> None:
     said: list[str] = []
-    client = Client(party_of(place), Callbacks(say=said.append))
+    client = Client(party_of(place), Callbacks(info=said.append))
     for message in (
         Message(""),
         Message("{}"),
@@ -464,7 +464,7 @@ def test_what_is_no_request_is_not_trained_on_and_does_not_end_the_client(place:
         ),
     ):
         assert client.respond(message) == Message("")
-    assert client.answered == 0 and all("no request" in line for line in said)
+    assert client.answered == 0 and all("not a valid request" in line for line in said)
     assert respond(client)[0] == "answered"
 
 
@@ -639,7 +639,7 @@ def changed(name: str, **values: Any) -> Callable[[Path], Any]:
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code of its own": (
         changed("config.json", model_type="vit", auto_map={"AutoModelForCausalLM": "code--Model"}),
-        "of a model of the type 'vit'",
+        "the model type 'vit'",
     ),
     "code by a known type": (
         changed("config.json", auto_map={"AutoModelForCausalLM": "code--Model"}),
@@ -647,15 +647,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "code of a tokenizer": (
         changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["code--T", None]}),
-        "names code of its own",
+        "refers to custom code",
     ),
     "a file of code": (
         lambda package: (package / "modeling.py").write_text("raise SystemExit"),
-        "holds 'modeling.py', which no package has",
+        "holds 'modeling.py', which is not allowed",
     ),
     "a pickle": (
         lambda package: (package / "pytorch_model.bin").write_bytes(b""),
-        "holds 'pytorch_model.bin', which no package has",
+        "holds 'pytorch_model.bin', which is not allowed",
     ),
     "kernels": (
         changed("config.json", attn_implementation="kernels-community/flash-attn"),
@@ -663,7 +663,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "kernels inside": (
         changed("config.json", activation_function="kernels-community/gelu"),
-        "activation_function is no text that a configuration needs",
+        "activation_function is too long or names a kernel",
     ),
     "other weights": (
         changed("config.json", quantization_config={"load_in_8bit": True}),
@@ -671,7 +671,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a compiler": (
         changed("config.json", model_type="rwkv"),
-        "of a model of the type 'rwkv', which is not among those",
+        "the model type 'rwkv', which is not allowed",
     ),
     "a terabyte": (
         changed("config.json", n_positions=2**40),
@@ -689,7 +689,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         changed("config.json", architectures=["x"] * 200_000),
         "architectures has 200000 entries",
     ),
-    "no type": (changed("config.json", model_type=7), "of a model of the type 7"),
+    "no type": (changed("config.json", model_type=7), "has the model type 7"),
     "not JSON": (
         lambda package: (package / "config.json").write_text("[" * 100_000),
         "nested too deeply",
@@ -787,7 +787,7 @@ def test_a_large_base_of_rotations_is_no_size(tmp_path: Path) -> None:
 def test_a_package_that_clients_would_refuse_is_not_sealed(place: Path) -> None:
     package = place / "server" / "package"
     (package / "notes.txt").write_text("x")
-    with pytest.raises(AuxiliaryError, match=r"holds 'notes.txt', which no package has"):
+    with pytest.raises(AuxiliaryError, match=r"holds 'notes.txt', which is not allowed"):
         seal_package(package, read_agreement(package), place / "server" / "signing.key")
 
 
@@ -840,7 +840,7 @@ def test_a_key_that_cannot_sign_is_found_out_before_the_distillation(
 def test_a_package_of_another_owner_is_refused(place: Path, tmp_path: Path) -> None:
     init_federation(tmp_path / "other", ["x"], "localhost:8000")
     shutil.copy(tmp_path / "other" / "x" / "server.pub", place / "client-0" / "server.pub")
-    with pytest.raises(CredentialError, match="is refused: the signature is not that of"):
+    with pytest.raises(CredentialError, match="is refused: the signature is not valid for"):
         Client(party_of(place), Callbacks())
     shutil.copy(place / "server" / "clients" / "client-1.pub", place / "client-0" / "server.pub")
     with pytest.raises(CredentialError, match="no Ed25519 key"):
@@ -898,12 +898,12 @@ WRONG: dict[str, tuple[list[str], Any, str]] = {
     "a bare auxiliary": (
         ["serve", "run.toml"],
         lambda server: (server / "package" / "agreement.json").unlink(),
-        "is no package for clients",
+        "is not a valid package",
     ),
     "an address": (
         ["serve", "run.toml", "federation.listen=nowhere"],
         lambda server: None,
-        "'nowhere' is no host:port",
+        "'nowhere' is not a valid host:port",
     ),
     "an engine": (
         ["run", "run.toml", "--engine", "cloud"],
@@ -918,12 +918,12 @@ WRONG: dict[str, tuple[list[str], Any, str]] = {
     "a client's name": (
         ["federation", "init", "new", "--clients", "a,../b"],
         lambda server: None,
-        "'../b' is no name for a client",
+        "'../b' is not a valid name",
     ),
     "a reserved name": (
         ["federation", "init", "new", "--clients", "ca.key"],
         lambda server: None,
-        "'ca.key' is no name for a client",
+        "'ca.key' is not a valid name",
     ),
     "a name in no ASCII": (
         ["federation", "init", "new", "--clients", "a", "--address", "münchen.de:8000"],
@@ -933,7 +933,7 @@ WRONG: dict[str, tuple[list[str], Any, str]] = {
     "a port in no ASCII": (
         ["federation", "init", "new", "--clients", "a", "--address", "localhost:²"],
         lambda server: None,
-        "is no host:port",
+        "is not a valid host:port",
     ),
     "a certificate": (
         ["join", "../client-0/party.toml"],
@@ -1038,7 +1038,7 @@ def test_an_impostor_at_the_server_s_address_is_named(place: Path) -> None:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    with pytest.raises(CredentialError, match="is not the server that ca.crt vouches for"):
+    with pytest.raises(CredentialError, match="does not verify against ca.crt"):
         ServerProbe(
             "localhost", listening.getsockname()[1], place / "client-0" / "ca.crt", Callbacks()
         ).out()
@@ -1061,7 +1061,7 @@ class StandIn:
     def ended(self, name: str) -> bool:
         return name in self.down
 
-    def said(self, name: str) -> str:
+    def log_of(self, name: str) -> str:
         return self.log
 
     def stop(self) -> None:
@@ -1074,7 +1074,7 @@ def node_of(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Node, StandIn
     clock = Clock(monkeypatch)
     clock.now = 1000.0
     return (
-        Node(party_of(place), place / "flower", processes, Callbacks(say=said.append)),  # type: ignore[arg-type]
+        Node(party_of(place), place / "flower", processes, Callbacks(info=said.append)),  # type: ignore[arg-type]
         processes,
         said,
         clock,

@@ -191,7 +191,7 @@ def test_an_empty_context_needs_a_token_that_can_stand_there() -> None:
         RunError, match="empty context, and this tokenizer has no token that begins or ends a text"
     ):
         ours.generate_until([asked("generate_until", "", {"max_gen_toks": 5})])
-    with pytest.raises(DataError, match="this tokenizer has none that begins or ends a text"):
+    with pytest.raises(DataError, match="this tokenizer has neither BOS nor EOS"):
         ours.loglikelihood([asked("loglikelihood", "", " a")])
 
 

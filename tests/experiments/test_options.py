@@ -263,7 +263,7 @@ def test_a_run_over_topics_gives_figures_for_each_client(tmp_path: Path) -> None
         ({"method": "prefix_tuning"}, "partition.clients: prefix_tuning has all text in one place"),
         (
             {"method": "lora", "client": {"auxiliary_steps": 2}},
-            "client.auxiliary_steps: that is a part of FedSP, and method is 'lora'",
+            "client.auxiliary_steps: needs method = 'fedsp', but method is 'lora'",
         ),
         ({"method": "fedpromt"}, "method: "),
     ],
@@ -286,7 +286,7 @@ def test_options_that_do_not_go_together_are_refused(
 def test_baselines_run_in_one_process_alone(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError,
-        match="method = 'lora' is for measuring and runs in one process: use engine local",
+        match="method = 'lora' is for experiments only and runs in one process: use engine local",
     ):
         commands.run(settings(tmp_path, method="lora"), engine="flower")
     commands.run(
@@ -426,6 +426,6 @@ def test_depths_of_a_shared_auxiliary_model(tmp_path: Path) -> None:
         tmp_path / "run" / "auxiliary", device=torch.device("cpu"), positions="hugging_face"
     )
     assert auxiliary.plan.sources == (0,) * 8
-    with pytest.raises(RunError, match="is no run of FedSP with clients"):
+    with pytest.raises(RunError, match="has no auxiliary model: this audit needs a run of FedSP"):
         commands.run(settings(tmp_path / "zero", method="zero_shot"))
         measure_depths(tmp_path / "zero" / "run")

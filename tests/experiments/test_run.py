@@ -187,7 +187,7 @@ def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_used(tmp_path: Pa
     last = cut / "checkpoint" / "round-00003.safetensors"
     last.write_bytes(last.read_bytes()[:-100])
     said: list[str] = []
-    commands.resume(cut, callbacks=Callbacks(say=said.append))
+    commands.resume(cut, callbacks=Callbacks(info=said.append))
     assert any(
         "round-00003.safetensors is damaged" in line and "the one before it is" in line
         for line in said
@@ -638,7 +638,7 @@ def test_a_run_begun_with_other_rows_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "run" / "result.json").unlink()
     questions(tmp_path, "train", ROWS[1:61])
     with pytest.raises(
-        RunError, match=r"was begun with another data\.train: bring back what it was"
+        RunError, match=r"was started with another data\.train: restore the original"
     ):
         commands.resume(tmp_path / "run")
 
@@ -779,7 +779,7 @@ def test_a_finished_run_is_said_to_be_finished_and_nothing_is_trained_again(
     bits = prompt_bits(tmp_path / "run")
     monkeypatch.setattr(experiment, "open_server", lambda *_: pytest.fail("the model was loaded"))
     said: list[str] = []
-    again = commands.resume(tmp_path / "run", callbacks=Callbacks(say=said.append))
+    again = commands.resume(tmp_path / "run", callbacks=Callbacks(info=said.append))
     assert (
         again["test"] == figures["test"]
         and again["folder"] == figures["folder"]
@@ -792,7 +792,7 @@ def test_a_test_file_that_changed_since_is_not_evaluated_in_silence(tmp_path: Pa
     commands.run(settings(tmp_path))
     path = tmp_path / "test.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    with pytest.raises(RunError, match=r"was begun with another data.test: bring back what it was"):
+    with pytest.raises(RunError, match=r"was started with another data.test: restore the original"):
         commands.evaluate(tmp_path / "run")
     assert commands.evaluate(tmp_path / "run", split="validation")[0]["examples"] == 12
 
@@ -807,7 +807,7 @@ def test_a_server_whose_own_steps_diverge_stops_the_run(
     )
     with pytest.raises(
         TrainingDiverged,
-        match="round 1, server: the tuned numbers are not finite: lower server.learning_rate",
+        match="round 1, server: the tuned values are not finite: lower server.learning_rate",
     ):
         commands.run(settings(tmp_path, server={"steps": 1}))
     with pytest.raises(

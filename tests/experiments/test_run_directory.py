@@ -151,7 +151,10 @@ def test_a_folder_that_is_in_use_is_not_written_into(tmp_path: Path) -> None:
         )
         with pytest.raises(
             RunError,
-            match=f"{name} is in use and is no run: give an empty or a new folder with output=",
+            match=(
+                f"{name} is in use and does not hold a run: give an empty or a new folder with"
+                " output="
+            ),
         ):
             RunDirectory.create(config.model_copy(update={"output": str(tmp_path / name)}))
 
@@ -347,7 +350,7 @@ def test_inputs_are_pinned_once_and_held_ever_after(tmp_path: Path) -> None:
     with pytest.raises(
         RunError,
         match=(
-            "was begun with another train and another model: bring back what it was, or start a"
+            "was started with another train and another model: restore the original, or start a"
             " new run"
         ),
     ):

@@ -34,7 +34,7 @@ REPLY = Update(round=2, client="x", payload={"a": SENT["a"] + 0.5, "b": SENT["b"
             {},
             0.4999,
             (
-                "the reply differs from the broadcast by 0.5 per number (root mean square), more"
+                "the reply differs from the broadcast by 0.5 per value (root mean square), more"
                 " than round.max_change = 0.4999"
             ),
         ),

@@ -170,7 +170,7 @@ def test_what_is_no_change_is_refused_by_name() -> None:
     ):
         assert len(bomb) < 20_000
         refused(bomb, "int8", "hold more than the .* that a change in int8 can have")
-    refused(b"PK\x03\x04", "int8", "are no change in int8")
+    refused(b"PK\x03\x04", "int8", "are not a valid change in int8")
     refused(
         encode({"a": torch.zeros(3, 5)}, parse_codec("int8")),
         "int8",
@@ -188,9 +188,7 @@ def test_what_is_no_change_is_refused_by_name() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_coding_cannot_say_is_refused_by_its_writer(name: str) -> None:
     for wrong in [float("nan"), float("inf")] + ([1e5] if name == "float16" else []):
-        with pytest.raises(
-            PayloadError, match="has changed by numbers that are not finite, or by more than"
-        ):
+        with pytest.raises(PayloadError, match="has values that are not finite or too large for"):
             encode({PROMPT: torch.full((2, 3), wrong)}, parse_codec(name))
 
 
@@ -282,7 +280,7 @@ def test_a_reply_is_in_the_codec_that_was_asked_for_or_whole() -> None:
         ),
         REQUEST,
     )
-    assert isinstance(reply, Failure) and "are no change in int8" in reply.reason
+    assert isinstance(reply, Failure) and "are not a valid change in int8" in reply.reason
 
 
 def test_an_answer_that_cannot_be_said_is_named_so() -> None:
@@ -309,11 +307,12 @@ def test_an_answer_that_cannot_be_said_is_named_so() -> None:
     assert (
         isinstance(reply, Failure)
         and reply.reason
-        == "the client's answer has numbers that are not finite, or larger than compression.up"
-        " can say"
+        == "the client's update has values that are not finite or too large for compression.up:"
+        " lower client.learning_rate"
     )
     assert said == [
-        "prompt.values has changed by numbers that are not finite, or by more than int8 can say"
+        "the change of prompt.values has values that are not finite or too large for int8: lower"
+        " the learning rate"
     ]
 
 

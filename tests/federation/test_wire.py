@@ -127,7 +127,7 @@ def test_what_is_asked_survives_the_way(train: bool) -> None:
         json.loads(message.header)["kind"] == ("train" if train else "validate")
         and read_request(message).train is train
     )
-    with pytest.raises(PayloadError, match="the message is no request"):
+    with pytest.raises(PayloadError, match="the message is not a request"):
         read_request(
             replace(
                 message,
@@ -147,7 +147,7 @@ def test_bounds_of_a_reply_are_met_to_the_last_byte() -> None:
     for losses, why in (
         (eight, None),
         ({**eight, "more": 1.0}, "losses are not a few numbers"),
-        ({"a": 1e4 + 1}, "is no number from 0 to 10000"),
+        ({"a": 1e4 + 1}, "is not a number from 0 to 10000"),
         ({"a" * 21: 1.0}, "not a few"),
     ):
         assert (
@@ -163,14 +163,14 @@ def test_bounds_of_a_reply_are_met_to_the_last_byte() -> None:
         assert verdict(forged(GOOD.payload, **{name: most_of_it})) is None
         assert (
             verdict(forged(GOOD.payload, **{name: most_of_it + 1}))
-            == f"the reply's {called} is no number from 0 to {most_of_it:g}"
+            == f"the reply's {called} is not a number from 0 to {most_of_it:g}"
         )
     room = LONGEST_HEADER - len(json.dumps(json.loads(GOOD.header) | {"more": ""}))
     assert verdict(forged(GOOD.payload, more="x" * room)) is None
     assert f"has {LONGEST_HEADER + 1} characters, more than {LONGEST_HEADER}" in str(
         verdict(forged(GOOD.payload, more="x" * (room + 1)))
     )
-    assert "the reply's loss 'a' is no number" in str(
+    assert "the reply's loss 'a' is not a number" in str(
         verdict(forged(GOOD.payload, losses={"a": -1}))
     )
     header = json.loads(GOOD.header)
@@ -448,14 +448,14 @@ def test_no_header_breaks_the_server_or_passes_for_another(
         (forged(GOOD.payload, kind="train"), "neither an update nor a refusal"),
         (
             forged(GOOD.payload, losses={"prompt": float("nan")}),
-            "loss 'prompt' is no number from 0",
+            "loss 'prompt' is not a number from 0",
         ),
-        (forged(GOOD.payload, losses={"prompt": 10**400}), "loss 'prompt' is no number from 0"),
+        (forged(GOOD.payload, losses={"prompt": 10**400}), "loss 'prompt' is not a number from 0"),
         (forged(GOOD.payload, losses={"Jane Doe": 1.0}), "losses are not"),
-        (forged(GOOD.payload, validation="low"), "validation loss is no number from 0 to 10000"),
-        (forged(GOOD.payload, validation=1e308), "validation loss is no number"),
-        (forged(GOOD.payload, validation=-1e9), "validation loss is no number"),
-        (forged(GOOD.payload, validation=10**400), "validation loss is no number"),
+        (forged(GOOD.payload, validation="low"), "validation loss is not a number from 0 to 10000"),
+        (forged(GOOD.payload, validation=1e308), "validation loss is not a number"),
+        (forged(GOOD.payload, validation=-1e9), "validation loss is not a number"),
+        (forged(GOOD.payload, validation=10**400), "validation loss is not a number"),
         (forged(GOOD.payload, seconds=None), "seconds"),
         (Message("{" + " " * 5000), "more than 4096"),
         (Message("", GOOD.payload), "not JSON"),

@@ -64,11 +64,11 @@ def test_plans_say_what_stands_where(
         ("shared(9)", "names layers [9], but the model has layers 0 to 7"),
         ("cells(0-2)", "do not divide the model's 8"),
         ("ends(4)", "leaves no middle"),
-        ("sharde(0)", "is no layer plan: write shared"),
-        ("every(0)", "is no layer plan"),
+        ("sharde(0)", "is not a valid layer plan: write shared"),
+        ("every(0)", "is not a valid layer plan"),
         ([], "names layers []"),
         ([-1, 0, 0, -4], "names layers [-4, -1, 0]"),
-        ("shared(-1)", "is no layer plan"),
+        ("shared(-1)", "is not a valid layer plan"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(text: Any, sentence: str) -> None:
@@ -281,8 +281,8 @@ def test_a_layer_that_computes_by_its_place_is_found_out_though_no_setting_says_
     with pytest.raises(
         AuxiliaryError,
         match=(
-            "layer 3 of a model computes something else at depth 1.*depends on where they stand;"
-            " keep it at depth 3"
+            "layer 3 of a model gives other outputs at depth 1.*depends on its index; keep it at"
+            " depth 3"
         ),
     ):
         build_auxiliary(model, parse_plan([0, 3], 4), TOKENIZER)
@@ -310,7 +310,7 @@ def test_teacher_states_are_read_once_and_are_the_same_from_the_disk(
     read_again: Any = lambda kept, indices, read: read(indices)
     for bound in (1 << 30, 0, None):
         if bound is None:
-            monkeypatch.setattr(distillation.Kept, "get", read_again)
+            monkeypatch.setattr(distillation.TeacherStates, "get", read_again)
         monkeypatch.setattr(distillation, "IN_MEMORY", bound)
         read: list[int] = []
         auxiliary = build_auxiliary(teacher, parse_plan("ends(2)", 8), TOKENIZER)
@@ -335,12 +335,12 @@ def test_states_are_kept_of_texts_that_are_read_twice_and_of_no_others(
 ) -> None:
     teacher, made = load_model(str(EMBEDDED / "model"), device="cpu"), []
 
-    class Watched(distillation.Kept):
+    class Watched(distillation.TeacherStates):
         def __init__(self, drawn: Any, longest: int) -> None:
             made.append((sorted(drawn), longest))
             super().__init__(drawn, longest)
 
-    monkeypatch.setattr(distillation, "Kept", Watched)
+    monkeypatch.setattr(distillation, "TeacherStates", Watched)
     texts = [list(range(5, 5 + length)) for length in (3, 4, 9)]
     for steps in (3, 4):
         distill(

@@ -21,11 +21,11 @@ SAMPLE = [
 ]
 REFUSED = {
     "deepseek_v3": "several key/value shapes",
-    "falcon_h1": "keeps more than keys and values",
+    "falcon_h1": "caches more than keys and values",
     "cpmant": "caches 40 places for 8 tokens",
     "mamba": "no key/value cache",
     "xlstm": "fails in its own code",
-    "roberta": "positions that count from 0",
+    "roberta": "position ids that start at 0",
 }
 
 

@@ -204,10 +204,7 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
     assert figures["cost"] == {}, "nothing is counted that the counter does not see"
     with pytest.raises(
         RunError,
-        match=(
-            "held weights in few bits, or in several places, and this audit compares and trains"
-            " them"
-        ),
+        match="has weights of reduced precision or on several devices, which this audit",
     ):
         audit_model(Path(figures["folder"]))
     resumed = commands.run(
@@ -228,15 +225,15 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
         (
             {"model": {"name": "embedded", "precision": "4bit"}},
             (
-                "model.precision: no auxiliary model can be made of a model in '4bit'; make it"
+                "model.precision: an auxiliary model cannot be built from a '4bit' model; build it"
                 " first with"
             ),
         ),
         (
             {"model": {"name": "embedded", "device": "split"}},
             (
-                "model.device: no auxiliary model can be made of a model in 'split'; make it first"
-                " with"
+                "model.device: an auxiliary model cannot be built from a 'split' model; build it"
+                " first with"
             ),
         ),
         (
@@ -245,7 +242,7 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
         ),
         (
             {"model": {"name": "embedded", "precision": "8bit"}, "method": "lora"},
-            "model.precision: method = 'lora' needs the weights themselves",
+            "model.precision: method = 'lora' needs unquantized weights",
         ),
         ({"model": {"name": "embedded", "precision": "2bit"}}, "model.precision"),
         (
@@ -254,7 +251,7 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
         ),
         (
             {"auxiliary": {"precision": "8bit"}, "method": "fedprompt"},
-            "auxiliary.precision: that is a part of FedSP, and method is 'fedprompt'",
+            "auxiliary.precision: needs method = 'fedsp', but method is 'fedprompt'",
         ),
         (
             {"auxiliary": {"precision": "bfloat16"}, "distill": {"steps": 1, "again_every": 1}},

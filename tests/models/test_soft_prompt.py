@@ -273,8 +273,7 @@ def test_positions_from_zero_are_refused_where_they_change_nothing(family: str) 
     with pytest.raises(
         ModelError,
         match=(
-            "'from_zero' changes nothing in a model .*it counts places, the prompt's among them"
-            " .*use 'hugging_face'"
+            "'from_zero' has no effect on a model .*always counts the prompt .*use 'hugging_face'"
         ),
     ):
         PromptedLM(tiny_causal_lm(family), "a model", positions="from_zero")
@@ -338,7 +337,7 @@ def test_a_model_that_reads_a_text_otherwise_behind_its_beginning_is_refused() -
 
     made.model.layers[2].forward = counts_places
     with pytest.raises(
-        ModelError, match="reads a text otherwise behind the keys and values of its beginning"
+        ModelError, match="computes other hidden states after cached keys and values"
     ):
         PromptedLM(made, "odd")
 
@@ -407,11 +406,11 @@ def test_a_model_that_lacks_weights_is_refused_and_not_filled_with_random_ones(
         made.config.num_hidden_layers, made.config.layer_types = 6, None
         made.config.save_pretrained(tmp_path)
     if how == "not finite":
-        with pytest.raises(ModelError, match="makes logits that are not finite of a few tokens"):
+        with pytest.raises(ModelError, match="computes logits that are not finite"):
             load_model(str(tmp_path), device="cpu")
         return
     with pytest.raises(
-        ModelError, match=r"lacks \d+ of its weights, .* the first: they would be random"
+        ModelError, match=r"lacks \d+ of its weights .first: .* which would be random"
     ):
         load_model(str(tmp_path), device="cpu")
 
@@ -421,10 +420,7 @@ def test_a_tokenizer_that_makes_more_tokens_than_a_model_has_is_refused() -> Non
     require_vocabulary(model, bpe())
     with pytest.raises(
         ModelError,
-        match=(
-            "a model has embeddings of 97 tokens, its tokenizer makes 102: they do not belong"
-            " together"
-        ),
+        match="a model has embeddings for 97 tokens, but its tokenizer has 102: use the tokenizer",
     ):
         require_vocabulary(
             model, bpe([("a", letter) for letter in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"])

@@ -83,8 +83,8 @@ def check_promise(run: RunDirectory) -> None:
     check_audited(run)
     if run.config.privacy.unit == "none":
         raise RunError(
-            f"{run.path} promises nothing: privacy.unit is 'none', so there is no epsilon to hold"
-            " it to"
+            f"{run.path} has no differential privacy: privacy.unit is 'none', so there is no"
+            " epsilon to audit; audit a private run"
         )
 
 
@@ -94,10 +94,10 @@ def _example_level(
     if len(opened.rows) < CANARIES:
         raise RunError(
             f"{opened.run.path} has {len(opened.rows)} examples at its clients: the audit needs"
-            f" {CANARIES} canaries, and takes the examples themselves"
+            f" {CANARIES} canaries, which are those examples: audit a larger run"
         )
     shadow: Shadow = train_shadow(opened, 0)
-    callbacks.say("a run with half of the examples, by coins, is trained")
+    callbacks.info("a run with half of the examples, by coins, is trained")
     rows, clients = encoded_rows(opened), sorted(set(opened.holders))
     prompt = opened.federation.clients.party(clients[0]).prompt
     holder = torch.tensor([clients.index(client) for client in opened.holders])[:, None]

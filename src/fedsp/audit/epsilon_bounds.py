@@ -1,10 +1,10 @@
-"""The epsilon that a run can be shown to have cost at least, from canaries: one run, many canaries,
-each in or out by a coin.
+"""Empirical lower bounds on a run's epsilon: one run, many canaries, each included or left out by a
+fair coin.
 
 T. Steinke, M. Nasr, M. Jagielski. *Privacy Auditing with One (1) Training Run*. NeurIPS 2023.
 https://arxiv.org/abs/2305.08846. For clients: G. Andrew et al. *One-shot Empirical Privacy
-Estimation for Federated Learning*. ICLR 2024. https://arxiv.org/abs/2302.03098. A lower bound that
-stays below what is promised proves nothing; one above it proves that the promise is broken.
+Estimation for Federated Learning*. ICLR 2024. https://arxiv.org/abs/2302.03098. A lower bound below
+the guaranteed epsilon proves nothing; one above it proves that the guarantee is broken.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def p_value(m: int, guesses: int, right: int, epsilon: float, delta: float) -> f
 
 
 def spheres(count: int, numbers: int, length: float, seed: int) -> Tensor:
-    """Canary updates (count, numbers): uniform on the sphere of this radius, so that two of them
-    are almost at right angles."""
+    """Canary updates (count, numbers) of dimension `numbers`: uniform on the sphere of radius
+    `length`, so that any two are nearly orthogonal."""
     rows = torch.randn(
         count, numbers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -113,10 +113,10 @@ def spheres(count: int, numbers: int, length: float, seed: int) -> Tensor:
 
 
 def estimated_epsilon(inside: Sequence[float], numbers: int, *, delta: float) -> float:
-    """The client-level estimate of Andrew et al.: cosines of canaries that were in, against the
-    normal of variance 1 / numbers that those left out follow.
+    """The client-level estimate of Andrew et al.: cosines of included canaries, against the normal
+    of variance 1 / numbers that those left out follow in `numbers` dimensions.
 
-    An estimate, no bound: it takes the cosines for normal.
+    An estimate, not a bound: it assumes that the cosines are normal.
     """
     mean = sum(inside) / len(inside)
     spread = math.sqrt(sum((value - mean) ** 2 for value in inside) / (len(inside) - 1))

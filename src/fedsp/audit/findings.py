@@ -128,8 +128,8 @@ def membership_tables(figures: Figures) -> list[Finding]:
         Finding(
             "controls, in which there is nothing to find",
             controls,
-            "One that fails makes the audit invalid, unless by chance, as one of three does in one"
-            " audit of seven: take more --records or --shadows.",
+            "A failed control makes the audit invalid, except by chance: in about one audit of"
+            " seven one of the three fails. Increase --records or --shadows.",
         ),
         Finding("power: what there is to find must be seen", [learned]),
     ]
@@ -160,11 +160,11 @@ def inversion_tables(figures: Figures) -> list[Finding]:
         for found in figures["rows"]
     ]
     note = (
-        "A guess sees nothing and knows which tokens are common at each place of such texts,"
-        " counted on these very texts; only what is above it was read out of a change. Looked at:"
-        " so many texts, or clients' updates. Of a residual prompt the first 4 tokens of each text"
-        " are sought. A row that names an epsilon shows what the noise of one such release leaves,"
-        " whatever this run promises."
+        "The guess only uses the token frequencies at each position, counted on these very texts;"
+        " only what exceeds it was reconstructed from a change. Looked at: number of texts or of"
+        " clients' updates. For a residual prompt only the first 4 tokens of a text are sought. A"
+        " row that names an epsilon shows the effect of the noise of one such release, whatever"
+        " this run guarantees."
     )
     candidates = figures["candidates"]
     picked = {
@@ -269,8 +269,8 @@ def trap_tables(figures: Figures) -> list[Finding]:
         f" {figures['steps']} steps of {figures['batch_size']} examples, {private}"
     )
     note = (
-        "Of each word, whether it stands in the client's text; half of them do. One way to make"
-        " such a package, and not the best: others may read more, or be harder to see."
+        "For each word: does it occur in the client's text? Half of them do. This package is one"
+        " example of the attack: others may reveal more, or be harder to detect."
     )
     return [Finding(title, rows, note), Finding("what `fedsp inspect` says of it", looked)]
 
@@ -290,8 +290,8 @@ def epsilon_tables(figures: Figures) -> list[Finding]:
         ),
     }
     note = (
-        f"Canaries: {figures['canaries_are']}; score: {figures['score']}. A bound above the promise"
-        " proves that it is broken; one below it proves nothing."
+        f"Canaries: {figures['canaries_are']}; score: {figures['score']}. A bound above the"
+        " guaranteed epsilon proves the guarantee broken; one below it proves nothing."
     )
     return [Finding("the promise, held against canaries", [row], note)]
 

@@ -1,10 +1,9 @@
-"""What a package looks like to whoever is handed it: whether it reads text as a language model
-does, or was made by hand for something else.
+"""Inspection of a package by its recipient: does it process text as a language model does, or was
+it built by hand for something else?
 
-A dishonest owner of the model can make a package whose answers tell which words stand in a client's
-text (`fedsp.audit.trap`). What was made clumsily for that is seen in its weights, its attention,
-and what it makes of text. That nothing is seen is no proof: a trap can be hidden in a model that
-reads well.
+A malicious model owner can build a package whose updates reveal which words occur in a client's
+text (`fedsp.audit.trap`). A crude one shows in its weights, its attention and its outputs. A clean
+inspection proves nothing: a trap can be hidden in a model that works well on text.
 """
 
 from __future__ import annotations

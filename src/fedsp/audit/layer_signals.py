@@ -74,7 +74,7 @@ def check_depths(run: RunDirectory) -> None:
         or run.config.round.clients == 0
     ):
         raise RunError(
-            f"{run.path} is no run of FedSP with clients: there is no auxiliary model to look at"
+            f"{run.path} has no auxiliary model: this audit needs a run of FedSP with clients"
         )
 
 

@@ -1,24 +1,24 @@
-"""Membership: how well can somebody tell whether an example was trained on? For each who sees
-something, with each attack that what they see allows.
+"""Membership inference: how well can an observer tell training examples from others? One result
+for each observer and each attack that the observer's data allows.
 
 observer          sees
-server            each client's update, round by round
+server            each client's update in every round
 server, sums      only the sum of the updates
-client            the broadcasts, and the auxiliary model
-outsider          the answers of the global model behind the last prompt
+client            the broadcasts and the auxiliary model
+outsider          the outputs of the global model with the final prompt
 
-attack            score, high for a member
-loss              minus the loss (Yeom et al. 2018, https://arxiv.org/abs/1709.01604)
-calibrated        how far the loss fell from what it was before any tuning (Watson et al. 2022,
+attack            score, higher for a member
+loss              negative loss (Yeom et al. 2018, https://arxiv.org/abs/1709.01604)
+calibrated        loss before any tuning minus loss after it (Watson et al. 2022,
                   https://arxiv.org/abs/2111.08440)
-LiRA              likelihood ratio of the calibrated loss, normals fitted to the shadows with and
-                  without it (Carlini et al. 2022)
-RMIA              the share of the population whose likelihood rose less (Zarifzadeh et al. 2024,
+LiRA              likelihood ratio of the calibrated loss under normal distributions fitted to the
+                  shadows with and without the example (Carlini et al. 2022)
+RMIA              share of the population with a smaller likelihood ratio (Zarifzadeh et al. 2024,
                   https://arxiv.org/abs/2312.03262)
-cosine            how far the update points the way the example pulls
-cosine, others    the same against the updates of the clients that do not hold it (FedMIA,
-                  https://arxiv.org/abs/2402.06289)
-cosine, LiRA      the likelihood ratio of the cosine
+cosine            cosine between the update and the example's negative gradient
+cosine, others    the same, standardised by the cosines with the updates of clients that do not
+                  hold the example (FedMIA, https://arxiv.org/abs/2402.06289)
+cosine, LiRA      likelihood ratio of the cosine
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ LEARNED, LEARNING = 16, 80
 def audit_membership(
     folder: Path, *, shadows: int = 16, most: int | None = None, callbacks: Callbacks | None = None
 ) -> dict[str, Any]:
-    """The audit of a finished run, also written to its `membership.json`: a row for each observer
-    and attack, and the controls. Shadows train on halves of all examples; with `most`, only so many
-    of them are looked at.
+    """Audit a finished run and write the result to its `membership.json`: a row for each observer
+    and attack, the controls and the power test. Each shadow trains on a random half of all
+    examples; `most` limits how many examples are scored (None: all).
 
     Raises:
-        RunError: there is no finished run of FedSP with simulated clients, or too few records to
-            tell anything.
-        ConfigurationError: fewer than four shadows, or scikit-learn is not there.
+        RunError: the folder holds no finished run of FedSP with simulated clients, or too few
+            records for an estimate.
+        ConfigurationError: fewer than four shadows, or scikit-learn is not installed.
     """
     check_membership(shadows)
     callbacks = callbacks or Callbacks()
@@ -107,7 +107,7 @@ def audit_membership(
         before = before or _before(opened, shadow, rows)  # the first broadcast is the same in all
         for name, values in (before | _seen(opened, shadow, rows, holders)).items():
             seen.setdefault(name, []).append(values)
-        callbacks.say(f"shadow {index + 1} of {shadows} is trained and looked at")
+        callbacks.info(f"shadow {index + 1} of {shadows} is trained and looked at")
     members = [heads & there for heads, there in zip(coins, asked, strict=True)]
     epsilon, delta = max(promises), opened.run.config.privacy.delta
     table = [
@@ -155,7 +155,7 @@ def check_membership(shadows: int) -> None:
     """
     if shadows < 4:
         raise ConfigurationError(
-            f"--shadows {shadows}: the likelihoods of members and others need at least 4"
+            f"--shadows {shadows}: LiRA needs at least 4 shadow runs, pass --shadows 4 or more"
         )
     if find_spec("sklearn") is None:
         raise ConfigurationError(
@@ -165,14 +165,14 @@ def check_membership(shadows: int) -> None:
 
 
 def _where(scores: list[Numbers], asked: list[Marks]) -> list[Numbers]:
-    """Scores of records whose client answered in the shadow, and nothing for the others: it is no
-    secret that a silent client's were not trained on."""
+    """The scores (N,) of each shadow, NaN for records of clients that did not answer in it: those
+    records are known not to have been trained on."""
     return [np.where(there, row, np.nan) for row, there in zip(scores, asked, strict=True)]
 
 
 def _comparable(scores: list[Numbers], members: list[Marks]) -> bool:
-    """Whether members and others have scores in any shadow: where one client answers a round,
-    nothing can be held against the others' answers."""
+    """Whether any shadow has scores of both members and non-members: if one client answers a round,
+    there are no updates of other clients to compare with."""
     return any(
         len(set(marks[~np.isnan(row)])) == 2 for row, marks in zip(scores, members, strict=True)
     )
@@ -187,8 +187,8 @@ def _before(opened: Opened, shadow: Shadow, rows: list[Encoded]) -> dict[str, Nu
 
 
 def _power(opened: Opened, rows: list[Encoded]) -> ScoreSummary:
-    """Whether the audit sees what is there: a prompt that has learned half of some rows by heart,
-    and how far the loss of each fell."""
+    """The power test: memorise half of some rows with a prompt, and score all of them by the drop
+    of their loss."""
     rng = random.Random(derive_seed(opened.run.config.seed, "power"))
     drawn = rng.sample(rows, min(LEARNED, len(rows) // 2 * 2))
     inside = [index % 2 == 0 for index in range(len(drawn))]
@@ -224,8 +224,8 @@ def _losses(opened: Opened, observer: str, payload: Payload, rows: list[Encoded]
 def _seen(
     opened: Opened, shadow: Shadow, rows: list[Encoded], holders: list[str]
 ) -> dict[str, Numbers]:
-    """What the observers see of each row (N,) in one shadow: losses after the last round, and
-    cosines, means over at most ROUNDS rounds, first and last among them."""
+    """Each observer's values (N,) for the N rows in one shadow: losses after the last round, and
+    cosines averaged over at most ROUNDS evenly spaced rounds, first and last included."""
     clients = sorted(set(opened.holders))
     prompt = opened.federation.clients.party(clients[0]).prompt
     count = len(shadow.updates)
@@ -284,15 +284,15 @@ def _scores(
 
 
 def likelihood_ratios(values: list[Numbers], members: list[Marks]) -> list[Numbers]:
-    """LiRA, online, each shadow the target once: log of how much likelier a value is with the
-    record than without, by the other shadows. With so few shadows the variance is one for all
-    records; what a shadow's values have in common says nothing of any of them, and is taken out."""
+    """Online LiRA: log likelihood ratios, K arrays (N,), of `values` (K shadows, N records) given
+    `members`. Each shadow is the target once, the others fit the normals. Each shadow's median is
+    subtracted, and all records share one variance, as few shadows allow no estimate per record."""
     table, marks = np.stack([some - np.nanmedian(some) for some in values]), np.stack(members)
     scores = []
     for target in range(len(table)):
-        rest = np.arange(len(table)) != target
+        others = np.arange(len(table)) != target
         inside, outside = (
-            np.where(marks[rest] == side, table[rest], np.nan) for side in (True, False)
+            np.where(marks[others] == side, table[others], np.nan) for side in (True, False)
         )
         with warnings.catch_warnings():
             # a record that is in all of the others, or in none
@@ -317,21 +317,21 @@ def likelihood_ratios(values: list[Numbers], members: list[Marks]) -> list[Numbe
 
 
 def relative_ratios(losses: list[Numbers]) -> list[Numbers]:
-    """RMIA, online: how likely a record is under the target, against its mean over the other
-    shadows, ranked among all records."""
+    """Online RMIA with each shadow as the target once: a record's likelihood over its mean under
+    the other shadows, as a rank in [0, 1) among all records."""
     table = np.exp(-np.stack(losses))
     scores = []
     for target in range(len(table)):
-        rest = np.arange(len(table)) != target
-        ratio = table[target] / table[rest].mean(axis=0)
+        others = np.arange(len(table)) != target
+        ratio = table[target] / table[others].mean(axis=0)
         scores.append(ratio.argsort(kind="stable").argsort(kind="stable") / len(ratio))
     return scores
 
 
 def _blind(rows: list[Encoded], coins: list[Marks]) -> tuple[list[Numbers], list[Marks]]:
-    """Scores, of one half of the records, by a classifier that has learned from the other half and
-    sees words alone, never a model: where it can tell, the coins were none and the audit says
-    nothing. (Folds with as many members each would pull a blind score below chance.)"""
+    """The blind control: scores and memberships in four shadows, from a bag-of-words classifier
+    trained on half of the records; NaN for that half. An AUC off 0.5 means that membership depends
+    on the words, so the audit is invalid. (Stratified folds would bias the score below 0.5.)"""
     from sklearn.feature_extraction import DictVectorizer
     from sklearn.linear_model import LogisticRegression
 

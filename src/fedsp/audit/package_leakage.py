@@ -69,9 +69,9 @@ def audit_model(
         **_embeddings(auxiliary, model),
         **_capability(auxiliary, model, held),
     }
-    callbacks.say("what is in the package and what it can do is measured")
+    callbacks.info("what is in the package and what it can do is measured")
     figures |= _gap(opened)
-    callbacks.say("a client's own fine-tuned package is measured")
+    callbacks.info("a client's own fine-tuned package is measured")
     figures["extraction"] = _extraction(
         auxiliary, public, held, figures["global_perplexity"], steps, opened.run.config.seed
     )
@@ -115,15 +115,15 @@ def _capability(
         batch = pad(texts[start : start + 8], model.device)
         hidden = [some(batch.ids, batch.mask) for some in (auxiliary, model)]
         real = batch.mask[:, 1:].bool()
-        said = [
+        predicted = [
             torch.log_softmax(some.logits(states_[:, :-1][real]), dim=-1)
             for some, states_ in zip((auxiliary, model), hidden, strict=True)
         ]
         wanted = batch.ids[:, 1:][real]
-        own -= float(said[0].gather(1, wanted[:, None]).sum())
-        loss -= float(said[1].gather(1, wanted[:, None]).sum())
-        divergence += float(kl_div(said[0], said[1], log_target=True, reduction="sum"))
-        agreed += int((said[0].argmax(dim=1) == said[1].argmax(dim=1)).sum())
+        own -= float(predicted[0].gather(1, wanted[:, None]).sum())
+        loss -= float(predicted[1].gather(1, wanted[:, None]).sum())
+        divergence += float(kl_div(predicted[0], predicted[1], log_target=True, reduction="sum"))
+        agreed += int((predicted[0].argmax(dim=1) == predicted[1].argmax(dim=1)).sum())
         count += len(wanted)
         states.append(
             (hidden[0][:, :-1][real].double().cpu(), hidden[1][:, :-1][real].double().cpu())

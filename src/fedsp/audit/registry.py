@@ -35,7 +35,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Audit:
-    """What is measured, the tables that it is read in, and what must be so beforehand."""
+    """An audit: its measurement, the tables of its figures, and the check of its preconditions."""
 
     measure: Callable[[Path, Options, Callbacks], Figures]
     tables: Callable[[Figures], list[Finding]]
@@ -73,14 +73,14 @@ def audit_runs(
         if not RunDirectory.open(folder).finished:
             continue
         try:
-            told = account(folder)
+            account_of_run = account(folder)
         # a damaged file of an earlier audit must not cost what was found now
         except RunError as error:
             refused.append(str(error))
             continue
-        show(replace(told, title=f"{folder}: {told.title}"))
+        show(replace(account_of_run, title=f"{folder}: {account_of_run.title}"))
         found[str(folder)] = {
-            "account": {row["question"]: row["answer"] for row in told.rows},
+            "account": {row["question"]: row["answer"] for row in account_of_run.rows},
             **figures,
         }
     return found, next(filter(None, refused), "")

@@ -1,9 +1,9 @@
 """Shadow runs: the finished run's configuration, trained anew through the same code on independent
 random halves of the clients' text.
 
-Each shadow is the target once and the others then know what members and non-members look like
-(Carlini et al., S&P 2022, https://arxiv.org/abs/2112.03570). Only prompts are trained, so a shadow
-costs as little as a run without its tests.
+Each shadow is the target once; the other shadows then give the score distributions of members and
+non-members (Carlini et al., S&P 2022, https://arxiv.org/abs/2112.03570). Only prompts are trained,
+so a shadow costs no more than a run without its tests.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Opened:
 
 @dataclass(frozen=True)
 class Shadow:
-    """What a shadow run leaves: who is in (N,), the broadcast of each round and the last prompt,
-    and each client's update by round."""
+    """The result of a shadow run: its members as a mask (N,) over N rows, the broadcast of each
+    round and the final prompt, and each client's updated prompt by round."""
 
     included: Tensor
     broadcasts: list[Payload]
@@ -71,7 +71,7 @@ class Shadow:
     def answered(self) -> set[str]:
         """The clients that answered in any round: of the others' text nothing was seen, and nothing
         was trained on."""
-        return {client for said in self.updates for client in said}
+        return {client for replies in self.updates for client in replies}
 
 
 def check_audited(run: RunDirectory) -> None:
@@ -94,16 +94,16 @@ def check_audited(run: RunDirectory) -> None:
             " configuration with simulated clients"
         )
     if not config.partition.clients or config.round.clients == 0:
-        raise RunError(f"{folder} asked no clients: there is nobody whose text could be told")
+        raise RunError(f"{folder} has no client updates to audit: audit a run with clients")
     if (
         config.model.precision in ("8bit", "4bit")
         or config.model.device == "split"
         or config.auxiliary.precision != "float32"
     ):
         raise RunError(
-            f"{folder} held weights in few bits, or in several places, and this audit compares and"
-            " trains them: run it with model.precision = 'auto' and auxiliary.precision ="
-            " 'float32'"
+            f"{folder} has weights of reduced precision or on several devices, which this audit"
+            " cannot train and compare: repeat it with model.precision = 'auto', without"
+            " model.device = 'split', and with auxiliary.precision = 'float32'"
         )
 
 
@@ -147,9 +147,9 @@ def open_audited(folder: Path, callbacks: Callbacks) -> Opened:
 
 
 def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shadow:
-    """One shadow: each row is in with one half, drawn from the run's seed and the shadow's number;
-    everything else is the run's own, in all its rounds or in the first few. All start from one
-    prompt, whatever was tried in between."""
+    """Train one shadow: each row is included with probability 1/2, drawn from the run's seed and
+    `index`; all other settings are the run's own. `rounds` limits the number of rounds. Every
+    shadow starts from the run's initial prompt."""
     config, server = opened.run.config, opened.server
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "shadow", index))
     included = torch.rand(len(opened.rows), generator=generator) < 0.5
@@ -215,8 +215,8 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
 
 
 def promised(opened: Opened, shadow: Shadow) -> float:
-    """The epsilon that a shadow run itself promises of an example, for the halves that its clients
-    hold; infinite where it promises none."""
+    """The example-level epsilon that a shadow run guarantees, the largest over clients with the
+    examples that each holds in it; infinite without such a guarantee."""
     config = opened.run.config
     privacy = example_privacy(agreement_of(config, opened.server.max_tokens))
     if privacy is None:
@@ -228,7 +228,7 @@ def promised(opened: Opened, shadow: Shadow) -> float:
             for there, holder in zip(shadow.included.tolist(), opened.holders, strict=True)
             if holder == client
         )
-        rounds = sum(client in said for said in shadow.updates)
+        rounds = sum(client in replies for replies in shadow.updates)
         if size and rounds:
             steps = privacy.steps(size, config.client.batch_size, config.client.prompt_steps)
             spent.append(
@@ -268,8 +268,8 @@ def alignment(
     rows: Sequence[Encoded],
     at_once: int = 32,
 ) -> Tensor:
-    """The cosine (N, C) of each row's descent direction at a payload with each of some changes (C,
-    numbers)."""
+    """Cosines (N, C) of N rows' negative gradients at the prompt `at` with the C rows of `changes`,
+    each a flattened change of the prompt."""
     prompt.load(at)
     directions = (
         (changes / changes.norm(dim=1, keepdim=True).clamp_min(1e-300)).float().to(model.device)
@@ -285,13 +285,13 @@ def alignment(
 
 
 def changes_of(shadow: Shadow, round: int, clients: Sequence[str]) -> Tensor:
-    """How each client's prompt differs from the broadcast of a round (C, numbers); zero for a
-    client that did not answer."""
+    """Each client's prompt minus the broadcast of a round, flattened, one row per client; zeros for
+    a client that did not answer."""
     sent = as_row(shadow.broadcasts[round])
-    said = shadow.updates[round]
+    replies = shadow.updates[round]
     return torch.stack(
         [
-            as_row(said[client]) - sent if client in said else torch.zeros_like(sent)
+            as_row(replies[client]) - sent if client in replies else torch.zeros_like(sent)
             for client in clients
         ]
     )

@@ -58,7 +58,7 @@ def account(folder: Path) -> Finding:
 def _of_the_model(run: RunDirectory, asked: int) -> list[str]:
     held, found = read_found(run.path, DISCLOSURE), read_found(run.path, MODEL)
     nearly = f", {held['nearly_disclosed_share']:.1%} nearly" if held else ""
-    said = [
+    sentences = [
         f"It holds {run.result()['disclosed_share']:.1%} of the global model's parameters bit for"
         f" bit{nearly}."
     ]
@@ -67,76 +67,82 @@ def _of_the_model(run: RunDirectory, asked: int) -> list[str]:
             min(row[start] for row in found["extraction"])
             for start in ("from_package", "from_nothing")
         )
-        said.append(
+        sentences.append(
             f"Its package has a perplexity of {found['auxiliary_perplexity']:.4g} on public text,"
             f" the global model {found['global_perplexity']:.4g}; trained on with at most"
             f" {max(row['tokens'] for row in found['extraction']):,} tokens of such text {best:.4g}"
             f" at best, where the same training from nothing gives {nothing:.4g}."
         )
         if found["gap"] <= 0:
-            said.append(
+            sentences.append(
                 "Fine-tuned by its client alone the package serves it better than the federation"
                 " does."
             )
     elif _audited(run, asked):
-        said.append("What can be done with them has not been measured (the audit `model`).")
-    return said
+        sentences.append("What can be done with them has not been measured (the audit `model`).")
+    return sentences
 
 
 def _of_the_text(run: RunDirectory, asked: int) -> list[str]:
     if not asked:
         return ["No client was asked: what was trained on lies where the model does."]
-    said = ["The server sees every client's update: there is no secure aggregation."]
-    told, read, trapped = (read_found(run.path, file) for file in (MEMBERSHIP, INVERSION, TRAP))
-    if told:
+    sentences = ["The server sees every client's update: there is no secure aggregation."]
+    membership, read, trapped = (
+        read_found(run.path, file) for file in (MEMBERSHIP, INVERSION, TRAP)
+    )
+    if membership:
         best = {
             row["observer"]: row
-            for row in sorted(told["rows"], key=lambda row: float(row["auc"][0]))
+            for row in sorted(membership["rows"], key=lambda row: float(row["auc"][0]))
         }
         each = "; ".join(
             f"{who} {interval(row['auc'], '{:.2f}')} by {row['attack']}"
             for who, row in best.items()
         )
-        said.append(
+        sentences.append(
             "Who was trained on, AUC of each observer's strongest attack (0.5 is a guess; the best"
             f" of several is above it by chance too): {each}."
         )
-        if failed := [name for name, control in told["controls"].items() if not holds(control)]:
-            said.append(
+        if failed := [
+            name for name, control in membership["controls"].items() if not holds(control)
+        ]:
+            sentences.append(
                 "THIS AUDIT IS NOT VALID unless by chance: its control fails"
                 f" ({', '.join(failed)})."
             )
-        if told["power"]["auc"][1] <= 0.5:
-            said.append("THIS AUDIT HAS NO POWER: it does not even see what was learned by heart.")
+        if membership["power"]["auc"][1] <= 0.5:
+            sentences.append(
+                "THIS AUDIT HAS NO POWER: it does not even see what was learned by heart."
+            )
     if read:
-        said += [
+        sentences += [
             f"Read back by {row['attack']} from {row['level']}: {row['tokens'][0]:.0%} of the"
             f" tokens sought; a guess has {row['guess']:.0%}."
             for row in read["rows"]
             if row["observed"]
         ]
         picked = read["candidates"]
-        said.append(
+        sentences.append(
             "Out of ten plausible texts a client's update picks the right one in"
             f" {interval(picked['right'], '{:.0%}')}; a guess does in {picked['guess']:.0%}."
         )
     if trapped:
         row = trapped["rows"][0]
-        said.append(
-            "With a package made for it, a dishonest owner of the model is told rightly of"
-            f" {interval(row['right'], '{:.0%}')} of the words that it seeks whether they stand in"
-            f" a client's {row['examples']:.0f} examples, in one round; a guess does of 50%."
+        sentences.append(
+            "With a package made for it, a malicious model owner correctly infers for"
+            f" {interval(row['right'], '{:.0%}')} of the words it seeks whether they occur in"
+            f" a client's {row['examples']:.0f} examples, in one round; guessing gets 50%."
         )
     missing = [
         f"`{name}`"
-        for name, found in (("membership", told), ("inversion", read), ("trap", trapped))
+        for name, found in (("membership", membership), ("inversion", read), ("trap", trapped))
         if not found
     ]
     if missing and _audited(run, asked):
-        said.append(
+        sentences.append(
             f"Not measured: the audit{'s' if len(missing) > 1 else ''} {' and '.join(missing)}."
         )
-    return said
+    return sentences
 
 
 def _promise(run: RunDirectory, asked: int) -> list[str]:
@@ -152,13 +158,13 @@ def _promise(run: RunDirectory, asked: int) -> list[str]:
         )
         return [f"Nothing: no noise was added ({why}).{stays}"]
     statement = read_json(path, "sentence", "not_covered")
-    said = [statement["sentence"], f"Not covered: {'; '.join(statement['not_covered'])}."]
+    sentences = [statement["sentence"], f"Not covered: {'; '.join(statement['not_covered'])}."]
     if found:
         verdict = "BREAK the promise" if found["broken"] else "do not refute it"
-        said.append(
+        sentences.append(
             f"{found['canaries']} canaries {verdict}: they show at least {found['epsilon']:.3g}."
         )
-    return said
+    return sentences
 
 
 def _malice(run: RunDirectory, asked: int) -> list[str]:
@@ -168,40 +174,42 @@ def _malice(run: RunDirectory, asked: int) -> list[str]:
     borne = malicious_of(section.malicious, asked) if section.rule in RULES or section.mixing else 0
     rule = section.rule.replace("_", " ") + (" after mixing" if section.mixing else "")
     if config.privacy.unit == "client":
-        said = [
+        sentences = [
             f"Each change is clipped to a length of {config.privacy.clip:g} before the mean of some"
             f" {asked}: one malicious client moves what is tuned by no more than its share of that"
             " in a round, in any direction."
         ]
     elif section.rule == "trust":
-        said = ["Answers count by how far they agree with the server's own step."]
+        sentences = ["Answers count by how far they agree with the server's own step."]
     elif borne:
-        said = [f"{borne} of the {asked} asked in a round may be malicious (aggregation: {rule})."]
+        sentences = [
+            f"{borne} of the {asked} asked in a round may be malicious (aggregation: {rule})."
+        ]
     elif section.rule in RULES:
-        said = [
+        sentences = [
             f"The rule ({rule}) is set for no malicious client: aggregation.malicious ="
             f" {section.malicious:g}."
         ]
     else:
-        said = [f"One of {asked} is enough to move what is tuned: a mean withstands none."]
+        sentences = [f"One malicious client of {asked} can move the result: a mean tolerates none."]
     if section.norm_bound:
-        said.append(f"Changes are cut to {section.norm_bound:g} times their median length.")
+        sentences.append(f"Changes are cut to {section.norm_bound:g} times their median length.")
     if section.max_loss_rise is not None:
-        said.append(
+        sentences.append(
             "A candidate that raises the server's validation loss by more than"
             f" {section.max_loss_rise:.0%} is thrown away."
         )
-    said.append(
+    sentences.append(
         "What is not finite, out of shape, or further from the broadcast than"
-        f" {config.round.max_change:g} a number (root mean square) is never let in. Lies among the"
-        " honest answers' spread, backdoors among them, are not told from them."
+        f" {config.round.max_change:g} per value (root mean square) is rejected. Malicious updates,"
+        " such as backdoors, within the spread of the honest ones are not detected."
     )
     if config.attack.kind != "none":
-        said.append(
+        sentences.append(
             f"In this run {config.attack.share:.0%} of the clients lied, rounded down, by"
             f" {config.attack.kind}; in the audits' shadow runs nobody tampers with updates."
         )
-    return said
+    return sentences
 
 
 def _audited(run: RunDirectory, asked: int) -> bool:

@@ -1,12 +1,12 @@
-"""The trap audit of a finished run: what a dishonest owner of the model learns of a client's words
-from one round, with a package made for that.
+"""The trap audit of a finished run: what a malicious model owner learns about the words in a
+client's text from one round, with a package built for this attack.
 
-In the package's first block a token that is one of the words sought attends to a virtual token of
-its own, and every other token to the text; in its last block the answer attends to all text. So the
-values of a word's virtual token have a gradient if and only if the word stands in front of an
-answer, and its change in the client's answer says so. The idea is that of planted neurons that fire
-for one input (Boenisch et al., EuroS&P 2023, https://arxiv.org/abs/2112.02918; Fowl et al., ICLR
-2022, https://arxiv.org/abs/2110.13057), moved from the model's gradients to those of a prompt.
+In the package's first block each sought word attends to a virtual token of its own, and every other
+token to the text; in its last block the answer attends to the whole text. So the values of a word's
+virtual token have a nonzero gradient if and only if the word occurs before an answer, and the
+client's update reveals it. This applies to prompts the idea of planted neurons that fire for one
+input (Boenisch et al., EuroS&P 2023, https://arxiv.org/abs/2112.02918; Fowl et al., ICLR 2022,
+https://arxiv.org/abs/2110.13057).
 """
 
 from __future__ import annotations
@@ -45,34 +45,33 @@ from fedsp.privacy import LEDGER, Ledger
 from fedsp.storage import write_json
 
 WORDS, LETTERS = 16, 4
-"""Words sought in a client's text, half of which stand there; letters that a token has at least to
-be one."""
+"""Maximum number of words sought in a client's text, half of which occur there; minimum letters of
+a token that counts as a word."""
 QUESTIONS = 16
-"""Examples of a client that has few."""
+"""Examples per client in the test with few examples."""
 SURE = 60.0
-"""By how much an attention score is above all others, in nats: the others then get less than a
-float32 can tell from nothing."""
+"""Margin, in nats, of the attended position's score over all others: the other attention weights
+are then below float32 precision."""
 
 
 @dataclass(frozen=True)
 class Trap:
-    """A package that tells words, what its owner broadcasts with it, and where in an answer each
-    word is told."""
+    """A malicious package, the prompt broadcast with it, and for each word the index of the prompt
+    entry whose change reveals that word."""
 
     auxiliary: AuxiliaryModel
     payload: Payload
     places: list[tuple[int, ...]]
 
     def read(self, answer: Payload) -> Tensor:
-        """How far each word's number was moved in the direction in which every example moves it
-        (W,)."""
+        """The change of each word's prompt entry (W,), W words; larger for words that occur."""
         change = answer[PROMPT] - self.payload[PROMPT]
         return torch.stack([change[place] for place in self.places])
 
 
 def room_for_words(spec: PromptSpec) -> int:
-    """The words that fit a prompt and a model: each needs a virtual token, a direction of the first
-    head's keys and two of the hidden states."""
+    """How many words a trap can seek, an even number: each needs a virtual token, one dimension of
+    the first head's keys and two of the hidden states."""
     return (
         min(WORDS, spec.length - 1, spec.model.head_size - 1, (spec.model.hidden - 7) // 2) // 2 * 2
     )
@@ -93,7 +92,7 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
     # What a token's embedding is marked with, the last for no word; a virtual token's residual; and
     # where numbers are carried.
     marks, keys = range(count + 1), range(count + 1, 2 * count + 1)
-    text, balance, value, carried, said, unsaid = range(2 * count + 1, 2 * count + 7)
+    text, balance, value, carried, present, absent_mark = range(2 * count + 1, 2 * count + 7)
 
     def put(name: str, inputs: Sequence[int], outputs: Sequence[int], number: float = 1.0) -> None:
         weights[name][list(inputs), list(outputs)] = number
@@ -101,14 +100,14 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
     path = f"{honest.path_of_backbone}.".lstrip(".")
     # of mean zero and of one length, so that the norms leave their direction
     embeddings = weights[f"{path}wte.weight"]
-    embeddings[:, [text, marks[-1], said, balance, unsaid]] = torch.tensor(
+    embeddings[:, [text, marks[-1], present, balance, absent_mark]] = torch.tensor(
         [1.0, 1.0, 0.5, -2.0, -0.5]
     )
     embeddings[list(words), marks[-1]] = 0.0
     embeddings[list(words), list(marks[:-1])] = 1.0
     # The last token is the answer that is always expected, so that every true one pulls the same
     # way.
-    embeddings[-1, [text, said, balance, unsaid]] = torch.tensor([5.0, -0.5, -6.0, 0.5])
+    embeddings[-1, [text, present, balance, absent_mark]] = torch.tensor([5.0, -0.5, -6.0, 0.5])
     # what a norm makes of a 1.0 in a token's vector, and in a virtual token's
     token, virtual = math.sqrt(hidden / 6.5), math.sqrt(hidden / 2)
     scale = SURE * math.sqrt(size)
@@ -119,8 +118,8 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
     for name, tensor in weights.items():
         if name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f")) and name.endswith("weight"):
             tensor.fill_(1.0)
-    # The first head: a word reads its virtual token, and what is no word reads the text, so that it
-    # gives no virtual token a gradient.
+    # First block, first head: a sought word attends to its virtual token, every other token to the
+    # text, so that it gives no virtual token a gradient.
     put(f"{first}.c_attn.weight", marks, marks, scale / (token * virtual))
     put(f"{first}.c_attn.weight", keys, [hidden + mark for mark in marks[:-1]])
     put(f"{first}.c_attn.weight", [text], [hidden + marks[-1]], virtual / token)
@@ -129,14 +128,14 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
     # The second head: an answer reads all text, and no virtual token.
     put(f"{last}.c_attn.weight", [text, text], [size, hidden + size], math.sqrt(scale) / token)
     put(f"{last}.c_attn.weight", [carried], [2 * hidden + size])
-    put(f"{last}.c_proj.weight", [size], [said])
-    put(f"{last}.c_proj.weight", [size], [unsaid], -1.0)
+    put(f"{last}.c_proj.weight", [size], [present])
+    put(f"{last}.c_proj.weight", [size], [absent_mark], -1.0)
     auxiliary.load_weights(weights)
 
     residual = torch.zeros(spec.length, spec.model.layers, hidden)
     residual[:, :, balance] = -1.0
     for number in range(spec.length):
-        residual[number, :, keys[number] if number < count else unsaid] = 1.0
+        residual[number, :, keys[number] if number < count else absent_mark] = 1.0
     layer = honest.plan.prompt_layers[0]
     if spec.space == "residual":
         return Trap(auxiliary, {PROMPT: residual}, [(word, layer, value) for word in range(count)])
@@ -158,7 +157,7 @@ def require_trap(honest: AuxiliaryModel, spec: PromptSpec) -> None:
     if honest.model.config.model_type != "gpt2":
         raise RunError(
             "the audit's trap is made for GPT-2's architecture, not for"
-            f" {honest.model.config.model_type}: others have traps as well, it has none of them"
+            f" {honest.model.config.model_type}: audit a run of a GPT-2 model"
         )
     if honest.plan.depth < 2 or spec.model.heads < 2 or room_for_words(spec) < 2:
         raise RunError("the audit's trap needs two layers, two heads and three virtual tokens")
@@ -183,12 +182,12 @@ def draw_words(
     count: int,
     rng: random.Random,
 ) -> tuple[list[int], list[bool]]:
-    """At most so many tokens that are words, half of which stand in some of a client's texts, in
-    front of the answer, and half in none of them but in others', or in nobody's where these have
-    too few; and which do.
+    """Draw at most `count` word tokens and whether each is present: half occur before the answer in
+    some of a client's `texts`; half do not, taken from `others`, or from the whole vocabulary where
+    `others` has too few.
 
     Raises:
-        RunError: there are none.
+        RunError: no word is present, or none is absent.
     """
     mine, theirs = (
         Counter(token for text in some for token in set(text.ids[: text.start]))
@@ -209,8 +208,8 @@ def draw_words(
     half = min(count // 2, len(there), len(absent))
     if not half:
         raise RunError(
-            f"there are {len(there)} words that stand in a client's text and {len(absent)} that do"
-            " not, the audit needs one of each at least"
+            f"{len(there)} usable words occur in a client's text and {len(absent)} do not, but the"
+            " trap audit needs one of each: audit a run with more text per client"
         )
     drawn = [(token, True) for token in rng.sample(there, half)] + [
         (token, False) for token in rng.sample(absent, half)
@@ -225,8 +224,8 @@ def _is_word(tokenizer: Tokenizer, token: int) -> bool:
 
 
 def right_words(scores: Tensor, there: Sequence[bool]) -> float:
-    """Of so many words, how many are taken for what they are by whoever takes the better half for
-    those that stand there; ties are drawn."""
+    """How many words are classified correctly if the half with the highest scores is taken as
+    present; ties at the threshold count by their expected value."""
     values, half = scores.tolist(), len(there) // 2
     cut = sorted(values, reverse=True)[half - 1]
     left = (half - sum(value > cut for value in values)) / values.count(cut)
@@ -260,8 +259,8 @@ def audit_trap(folder: Path, *, callbacks: Callbacks | None = None) -> dict[str,
     }
     table = []
     for most in (QUESTIONS, None):
-        tried = [_told(opened, honest, spec, client, held, most) for client in held]
-        words, right = sum(one for one, _ in tried), sum(one for _, one in tried)
+        counts = [_count_words(opened, honest, spec, client, held, most) for client in held]
+        words, right = sum(one for one, _ in counts), sum(one for _, one in counts)
         examples = sum(min(most or len(own), len(own)) for own in held.values()) / len(held)
         table.append(
             {
@@ -270,9 +269,9 @@ def audit_trap(folder: Path, *, callbacks: Callbacks | None = None) -> dict[str,
                 "right": (right / words, *exact_interval(round(right), words)),
             }
         )
-        callbacks.say(
-            f"{examples:.0f} examples a client: of {right / words:.0%} of {words} words it is told"
-            " whether they stand in its text"
+        callbacks.info(
+            f"{examples:.0f} examples per client: {right / words:.0%} of {words} words classified"
+            " correctly as present in its text or absent"
         )
     figures = {
         "clients": len(held),
@@ -289,7 +288,7 @@ def audit_trap(folder: Path, *, callbacks: Callbacks | None = None) -> dict[str,
     return figures
 
 
-def _told(
+def _count_words(
     opened: Opened,
     honest: AuxiliaryModel,
     spec: PromptSpec,
@@ -318,13 +317,13 @@ def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -
     config, auxiliary = opened.run.config, trap.auxiliary
     agreement = agreement_of(config, opened.server.max_tokens)
     with tempfile.TemporaryDirectory(prefix="fedsp-trap-") as folder:
-        rest, ledger = StateStore(Path(folder) / "state"), Ledger(Path(folder) / LEDGER)
+        store, ledger = StateStore(Path(folder) / "state"), Ledger(Path(folder) / LEDGER)
         party = make_client(
             client,
             agreement,
             auxiliary,
             list(texts),
-            rest,
+            store,
             ledger,
             promised_epsilon(agreement, len(texts)),
         )

@@ -1,5 +1,5 @@
-"""Rows of token ids as one tensor: padded on the right, side by side, or contexts with their
-branches, each as one row."""
+"""Batches of token ids: rows padded on the right, several rows packed into one, or contexts packed
+with their branches (alternative continuations)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 class Padded(NamedTuple):
-    """Token ids (B, T) padded on the right, and the mask (B, T) that says where they are real."""
+    """Token ids (B, T), padded on the right, and the mask (B, T): 1 at tokens, 0 at padding."""
 
     ids: Tensor
     mask: Tensor
 
 
 class PackedBatch(NamedTuple):
-    """Contexts with the branches that continue them, a row each: token ids (B, T), the position of
-    each token on its way from the root, and its branch, 0 for the context and -1 for padding."""
+    """A context and its branches per row: token ids (B, T), each token's position in context plus
+    branch (B, T), and its branch (B, T): 0 context, n the n-th branch, -1 padding."""
 
     ids: Tensor
     positions: Tensor
@@ -61,10 +61,10 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:
 
 
 def pack(padded: Padded, *, weight: int, room: int) -> tuple[PackedBatch, Tensor]:
-    """Padded rows side by side: trees without a context, and the cell of these trees, counted
-    through their rows, where each token (B, T) stands; padding points to its row's first. In as
-    many rows, of at most `room` tokens, as cost least, where the work on a token weighs as much as
-    `weight` keys that it sees: of one for each to a fourth of that, in a dozen steps."""
+    """Pack padded rows as branches without a context: the batch, and for each token (B, T) its
+    index in the flattened batch; padding has the index of its row's first token. The number of
+    packed rows, of at most `room` tokens each, is that of least cost, tokens * (`weight` + length
+    of a packed row), of up to 14 candidates."""
     lengths, tokens = padded.mask.sum(dim=1).tolist(), padded.ids.tolist()
     longest = max(lengths)
     counts = {
@@ -89,8 +89,8 @@ def pack(padded: Padded, *, weight: int, room: int) -> tuple[PackedBatch, Tensor
 
 
 def _spread(lengths: Sequence[int], count: int) -> tuple[int, list[list[int]]]:
-    """Rows of these lengths spread over `count` shared ones, longest first, each to where there is
-    least: the longest shared one, and who stands in each."""
+    """Distribute rows of these lengths over `count` packed rows, longest first, each into the least
+    filled: the length of the longest packed row, and the row indices in each."""
     shared: list[list[int]] = [[] for _ in range(count)]
     filled = [(0, number) for number in range(count)]
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):

@@ -36,7 +36,8 @@ class FederatedDataset:
     train: all training examples; `partition` holds the indices that each party has.
     train_digest: SHA-256 of the training rows, which a resumed run must find again.
     validation, test: the server's validation examples, and the test examples.
-    groups: what figures per client are weighted by, if the examples are divided by anything.
+    groups: each example's topic or value of the partition's column, by which per-client metrics
+        are weighted; None without either.
     """
 
     task: Task
@@ -69,11 +70,11 @@ def examples_digest(examples: list[Example]) -> str:
 
 
 def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> FederatedDataset:
-    """Read the examples that a configuration names, and divide them among the parties: as in the
-    `written` partition of a run, or anew from the seed.
+    """Read the examples that a configuration names, and divide them among the parties: by
+    `written`, the content of a run's partition.json, or, without it, anew from the seed.
 
     Raises:
-        DataError: a file or row cannot be used, or the rows cannot be divided so.
+        DataError: a file or row is invalid, or the rows cannot be divided as configured.
     """
     data, task = config.data, find_task(config.data.task)
     absent = config.federation is not None and data.train is None  # a server without examples

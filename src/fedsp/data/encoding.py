@@ -28,8 +28,8 @@ Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a context and a continuation, which begins at `start`; `dropped` tokens of old
-    context did not fit."""
+    """Token ids of a context, `ids[:start]`, and a continuation, `ids[start:]`; `dropped` tokens
+    were removed from the beginning to fit."""
 
     ids: tuple[int, ...]
     start: int
@@ -38,7 +38,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded tokens, mask and labels (B, T); labels are IGNORED wherever nothing is asked."""
+    """Right-padded tokens, mask and labels (B, T); labels are IGNORED except on continuations."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -51,11 +51,11 @@ class Batch:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Each text's token ids (T,), with what the tokenizer puts in front of every text, and without
-    what some put behind it: an answer follows, or more text.
+    """Token ids of each text, with the special tokens that the tokenizer prepends and without those
+    that it appends, since a continuation follows.
 
-    A text that begins with the first token written out gets no second one. So does
-    lm-evaluation-harness's own model.
+    A text that already begins with the decoded `first_token` does not get it twice, as in
+    lm-evaluation-harness.
     """
     first = first_token(tokenizer)
     written = "" if first is None else tokenizer.decode([first])
@@ -101,8 +101,8 @@ def decode_behind(tokenizer: Tokenizer, ids: Sequence[int], new: Sequence[int]) 
 
 
 def first_token(tokenizer: Tokenizer) -> int | None:
-    """What stands where there is no context: the token that begins a text, else the one that ends
-    it; None where a tokenizer has neither."""
+    """The id of the token that stands in for an empty context: BOS, else EOS; None if the tokenizer
+    has neither."""
     token: int | None = (
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     )
@@ -115,18 +115,18 @@ def encode_pairs(
     max_tokens: int,
     names: Iterable[str] | None = None,
 ) -> list[Encoded]:
-    """Encode pairs of a context and a continuation; when one is longer than `max_tokens`, the
-    oldest context goes, never the continuation.
+    """Encode pairs of a context and a continuation; one longer than `max_tokens` loses its first
+    tokens.
 
-    As lm-evaluation-harness does it: the context alone, and what the whole text has behind as many
-    tokens. Where a token reaches over that cut and nothing is left behind it, the whole text, cut
-    at the first token that the continuation changes. At least one token of context stays, since the
-    first token of a continuation needs something to be predicted from; so a continuation keeps at
-    most its last `max_tokens` - 1 tokens. `names` says what each pair is called in an error.
+    As in lm-evaluation-harness, the ids are those of the context alone, followed by those of the
+    whole text after as many tokens. If none follow, since a token spans the boundary, they are
+    those of the whole text, split at the first token that the continuation changes. At least one
+    context token is kept, to predict the continuation's first token from, so a continuation keeps
+    at most its last `max_tokens` - 1 tokens. `names` are the names of the pairs in error messages.
 
     Raises:
-        DataError: a continuation adds and changes no token, or there is nothing that an empty
-            context could begin with.
+        DataError: a continuation neither adds nor changes a token, or a context is empty and the
+            tokenizer has neither BOS nor EOS.
     """
     split = [_at_the_space(context, continuation) for context, continuation in pairs]
     texts = list(
@@ -173,13 +173,13 @@ def encode_pairs(
 
 
 def _behind_nothing(tokenizer: Tokenizer, text: str, name: str) -> tuple[list[int], list[int]]:
-    """The first token, and it with the tokens of a text behind it, unless the text begins with
-    it."""
+    """The ids [`first_token`], and the same followed by those of the text, unless it begins with
+    that token."""
     first, ids = first_token(tokenizer), tokenizer.encode(text, add_special_tokens=False)
     if first is None:
         raise DataError(
-            f"{name}: no token of a context is in front of the answer, and this tokenizer has none"
-            " that begins or ends a text: give the question a longer context"
+            f"{name}: no context token precedes the answer, and this tokenizer has neither BOS nor"
+            " EOS to take its place: give the question a longer context"
         )
     return [first], ids if ids[:1] == [first] else [first, *ids]
 

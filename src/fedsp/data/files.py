@@ -80,13 +80,13 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
         try:
             row = parse_json(line)
             if "\\u0000" in line and _holds_nul(row):
-                raise ValueError("a text holds a NUL character")
+                raise ValueError("a string holds a NUL character")
         except ValueError as error:
             raise DataError(
                 f"{path}, line {number} is not JSON ({error}): expected one JSON object per line"
             ) from error
         if not isinstance(row, dict):
-            what = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(
+            what = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}.get(
                 type(row), "a number"
             )
             raise DataError(f"{path}, line {number} is {what}: expected one JSON object per line")
@@ -147,7 +147,7 @@ def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
         if len(fields) != len(names):
             raise DataError(
                 f"{where} has {len(fields)} fields, but the first line names {len(names)} columns:"
-                f" a field that holds {divider!r} stands in quotation marks"
+                f" put a field that contains {divider!r} in quotation marks"
             )
         values: Row = dict(zip(names, fields, strict=True))
         if "choices" in values:
@@ -178,10 +178,10 @@ def _holds_nul(value: Any) -> bool:
 
 
 def whole_number(text: str) -> int:
-    """The number that a text of digits says.
+    """The integer that a string of ASCII digits denotes.
 
     Raises:
-        ValueError: it is none; digits alone count.
+        ValueError: it has other characters, or more than 18.
     """
     if not (text.strip().isascii() and text.strip().isdecimal()) or len(text) > 18:
         raise ValueError("not a whole number")

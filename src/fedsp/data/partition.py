@@ -31,10 +31,10 @@ class Partition:
 
 
 def read_partition(written: dict[str, Any], rows: int) -> Partition:
-    """A partition as it was written down, of so many rows.
+    """Parse the content of a partition.json for `rows` training rows.
 
     Raises:
-        DataError: it is none, or of other rows.
+        DataError: it is damaged, or has indices outside of these rows.
     """
     try:
         partition = Partition(
@@ -51,12 +51,11 @@ def read_partition(written: dict[str, Any], rows: int) -> Partition:
             return partition
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            "the partition that the run wrote down is damaged: restore its partition.json, or start"
-            " a new run"
+            "the run's partition.json is damaged: restore it, or start a new run"
         ) from error
     raise DataError(
-        f"the partition that the run wrote down is not of these {rows} rows of data.train: bring"
-        " back the file that the run was begun with"
+        f"the run's partition.json does not fit the {rows} rows of data.train: restore the file"
+        " that the run was started with"
     )
 
 
@@ -173,17 +172,17 @@ def _divide(
 
 
 def group_of(row: Row, column: str) -> str:
-    """The group that a row belongs to by one of its columns.
+    """The value of a row in `column`, as the string that names its group.
 
     Raises:
-        DataError: the column holds nothing, or something else than a text or a whole number.
+        DataError: the value is missing, or is not a string or an integer.
     """
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        what = "nothing" if value in (None, "") else f"a {type(value).__name__}"
+        what = "no value" if value in (None, "") else f"a {type(value).__name__}"
         raise DataError(
             f"{row.get('__where__', 'a row')} has {what} in column {column!r}, which"
-            " partition.column names: expected a text or a whole number"
+            " partition.column names: expected a string or an integer"
         )
     return str(value)
 

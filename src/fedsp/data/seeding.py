@@ -1,5 +1,5 @@
-"""The randomness of a run: each draw has a seed of its own, so that neither order nor engine
-changes any other."""
+"""Seed derivation: each random draw of a run has its own seed, so that its result does not depend
+on the order of the draws or on the engine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import hashlib
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:
-    """A 63-bit seed from the run's seed and what it is for, so that neither order nor engine
-    changes any draw.
+    """A 63-bit seed: a hash of the run's seed and of `parts`, which identify the draw.
 
     >>> derive_seed(0, "client", "a", 1) == derive_seed(0, "client", "a", 1)
     True

@@ -36,16 +36,15 @@ class Example:
 
 
 class WrongType(TypeError):
-    """A field that holds something else than what its place asks for; the message names types and
-    no value."""
+    """A field of a row has the wrong type; the message names types, never the value."""
 
 
 Render = Callable[[Row], tuple[str, list[str], list[int]]]
 """From a row to its context, the choices that may follow it, and the indices of the right ones."""
 
 SCHEMA = (
-    "needs question (text), choices (list of texts) and answer (index of the right one, from 0);"
-    " context is optional"
+    "needs question (string), choices (list of strings) and answer (index of the right one, from"
+    " 0); context is optional"
 )
 
 
@@ -92,7 +91,7 @@ class Task:
             MemoryError,
         ) as error:
             known = isinstance(error, WrongType)  # other messages may quote the text
-            why = error if known else "a value is not one that it can have"
+            why = error if known else "a field has an invalid value"
             hub = f"has the fields of {self.hub[0]}, or the plain ones" if self.hub else ""
             raise DataError(
                 f"{where} cannot be read as a {self.name} row ({why}): it"
@@ -102,7 +101,7 @@ class Task:
             not isinstance(choice, str) or not choice.strip() for choice in choices
         ):
             raise DataError(
-                f"{where} has no choices, or an empty one: each is a text with at least one letter"
+                f"{where} has no choices, or an empty one: each must be a non-blank string"
             )
         if any(not 0 <= index < len(choices) for index in gold) or not gold:
             raise DataError(
@@ -122,7 +121,7 @@ def _id(row: Row, number: int, where: str) -> str:
     value = row.get("id", number)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(
-            f"{where} has an id that is {_kind(value)}: expected a text or a whole number, or leave"
+            f"{where} has an id that is {_kind(value)}: expected a string or an integer, or leave"
             " it out"
         )
     return str(value)
@@ -131,7 +130,7 @@ def _id(row: Row, number: int, where: str) -> str:
 def _text(row: Row, key: str) -> str:
     value = row[key]
     if not isinstance(value, str):
-        raise WrongType(f"{key} is {_kind(value)}, not a text")
+        raise WrongType(f"{key} is {_kind(value)}, not a string")
     return value
 
 
@@ -145,7 +144,7 @@ def _texts(row: Row, key: str = "choices") -> list[str]:
         raise WrongType(f"{key} is {_kind(values)}, not a list")
     for value in values:
         if not isinstance(value, str):
-            raise WrongType(f"one of {key} is {_kind(value)}, not a text")
+            raise WrongType(f"one of {key} is {_kind(value)}, not a string")
     return values
 
 
@@ -180,7 +179,7 @@ def _kind(value: object) -> str:
         bool: "true or false",
         int: "a number",
         float: "a number",
-        str: "a text",
+        str: "a string",
         list: "a list",
         dict: "an object",
     }
@@ -340,7 +339,7 @@ _webqs_hub = ("stanfordnlp/web_questions", None)
 _hub_task("webqs", _webqs_hub, "train - test", _webqs, _question, "exact_match")
 register_task(Task(name="multiple_choice", plain=_question))
 register_task(Task(name="continuation", plain=_continuation))
-_COMPLETION = "needs prompt and completion (texts)"
+_COMPLETION = "needs prompt and completion (strings)"
 register_task(Task(name="completion", plain=_completion, schema=_COMPLETION, metric="exact_match"))
 
 

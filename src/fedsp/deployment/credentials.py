@@ -48,9 +48,8 @@ CLIENT_KEY, SERVER_PUBLIC = "client.key", "server.pub"
 
 @dataclass(frozen=True)
 class Member:
-    """A client in the server's register: its public key, the number of its examples, by which its
-    prompts weigh in the mean, and, for those who run a SuperLink of their own, the node that they
-    have registered the key as."""
+    """A client in the server's register: its public key, its number of examples (its weight in the
+    mean) and, with a self-managed SuperLink, the node ID that the key is registered under."""
 
     public_key: Path
     examples: int
@@ -248,7 +247,10 @@ def verify(statement: bytes, signature: str, public: Path) -> None:
     except (OSError, UnsupportedAlgorithm) as error:
         raise CredentialError(f"cannot read the server's public key {public}: {error}") from error
     except (InvalidSignature, ValueError) as error:
-        raise CredentialError(f"the signature is not that of {public}") from error
+        raise CredentialError(
+            f"the signature is not valid for the key {public}: get the package again from the owner"
+            " of the model"
+        ) from error
 
 
 def _signing_key(path: Path) -> Ed25519PrivateKey:

@@ -35,8 +35,8 @@ PASSED = re.compile(r"/v1/fleet/[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 take for another path."""
 
 KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER = b"flwr-public-key", b"flwr-signature", b"flwr-timestamp"
-"""Headers that every call of a registered node has: its key and the signature of the time. Unless
-they hold nothing of a body is read; whether the time is near is Flower's to say."""
+"""Headers of every call of a registered node: its key, and its signature of the timestamp. They are
+verified before any body is read; Flower checks that the timestamp is recent."""
 
 LARGEST = 8 << 20
 """Bytes of one request's body: Flower cuts what is larger into pieces of 5 MB at most."""
@@ -79,9 +79,8 @@ class Refused(Exception):
 
 class FleetProxy:
     """An ASGI app that passes on the calls `POST /v1/fleet/...` that a client in the register of a
-    server's folder has signed to the SuperLink on this machine. No machine can keep it from others:
-    each has its own share of requests, each client one of memory, and none waits for another's
-    body.
+    server's folder has signed to the SuperLink on this machine. Requests are limited per address
+    and memory per client, so no machine can block others.
     """
 
     def __init__(self, port: int, folder: Path, counts: Path) -> None:
@@ -227,7 +226,7 @@ HOP = {
 
 
 class Guarded(H11Protocol):
-    """A connection that is cut where its address has too many, or where no headers come in time."""
+    """A connection, aborted if its address has too many or if its headers do not arrive in time."""
 
     open: ClassVar[Counter[str]] = Counter()
 

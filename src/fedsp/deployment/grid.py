@@ -1,7 +1,7 @@
-"""Flower underneath: our messages as Flower's, and the two apps. https://flower.ai/docs/framework/
+"""The Flower transport: messages, and the two apps. https://flower.ai/docs/framework/
 
-In a deployment Flower's processes carry and fedsp's compute: the ServerApp and the ClientApp pass
-messages through a local socket to `fedsp serve`, which holds the global model, and to `fedsp join`,
+In a deployment Flower's processes only transport messages: the ServerApp and the ClientApp forward
+them through a local socket to `fedsp serve`, which holds the global model, and to `fedsp join`,
 which holds the text. Both start for every message or run, so nothing heavy is imported here. In a
 simulation the apps compute themselves; see `fedsp.deployment.simulation`.
 """
@@ -32,12 +32,12 @@ LOST = (3, 4, 5)
 of an app that raised or crashed."""
 
 SPARE = 4096
-"""Bytes by which a reply's payload may be longer than what was asked, and of its header; how long
-they may be exactly, their reader decides."""
+"""Bytes by which a reply's payload may exceed the longest request's, and the maximum size of its
+header; the reader of the reply checks the exact sizes."""
 
 MEMORY = 8 << 30
-"""Bytes of address space that a process which only carries may take: what is sent to it may unfold
-to any size."""
+"""Limit of the address space, in bytes, of a process that only forwards messages: what it receives
+may decode to any size."""
 
 
 def to_record(message: Message) -> RecordDict:

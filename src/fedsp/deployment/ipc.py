@@ -176,8 +176,8 @@ class SocketLink:
 
 
 def carry(link: Any, channel: Channel) -> None:
-    """The other end of a SocketLink: do on `link` what is asked through the channel, until it
-    closes."""
+    """The other end of a SocketLink: run the calls that arrive through the channel on `link`, until
+    it closes."""
     while True:
         try:
             (name, *arguments), messages = channel.receive()

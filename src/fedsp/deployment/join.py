@@ -1,5 +1,5 @@
-"""A deployment, at an owner of text: `fedsp join`. The text is in this process alone; Flower's,
-which carry messages, stand beside it."""
+"""The client of a deployment: `fedsp join`. Only this process reads the text; separate Flower
+processes transport the messages."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ PAUSE = 3.0
 """Seconds from one start of Flower's node to the next."""
 
 REFUSED, REFUSED_FOR = "Failed to activate SuperNode", 90.0
-"""What a node says that the server does not let in, and the seconds after which that is believed:
-for 60 a server takes a node that has vanished for one that is still connected, and says the same.
+"""Log text of a node that the server refuses, and the seconds after which the refusal is final: for
+60 s a server treats a vanished node as still connected and refuses its successor, too.
 """
 
 
@@ -74,7 +74,7 @@ class Client:
 
     def __init__(self, party: PartyConfig, callbacks: Callbacks) -> None:
         self.party = party
-        self._info = callbacks.say
+        self._info = callbacks.info
         self._sign = client_signer(Path(party.keys) / CLIENT_KEY)
         examples = examples_of(find_task(party.data.task), read_rows(Path(party.data.train)))
         device = choose_device(party.device)
@@ -97,13 +97,13 @@ class Client:
                 self.agreement.max_tokens,
             )
             self._info(
-                "self-test: neighbours change an example's gradient by"
-                f" {self.auxiliary.largest_difference:.1e} of its length at most"
+                "self-test: other examples of a batch change an example's gradient by at most"
+                f" {self.auxiliary.largest_difference:.1e} of its norm"
             )
             if self.auxiliary.together == 1:
                 self._info(
-                    "in this precision examples change each other by rounding, so each goes through"
-                    " the model by itself, which takes longer"
+                    "in this precision rounding makes an example's gradient depend on its batch, so"
+                    " each example is processed alone, which takes longer"
                 )
         self._state = Path(party.state) / party.package.sha256[:16]
         self._shape = PromptSpec(
@@ -126,7 +126,7 @@ class Client:
                 len(message.header) > LONGEST_HEADER
                 or len(message.payload) > 4 * math.prod(self._shape) + ROOM
             ):
-                raise PayloadError("they are more than a prompt has")
+                raise PayloadError("the message is larger than a prompt")
             reply = answer(
                 message,
                 self._method,
@@ -136,28 +136,28 @@ class Client:
                 known=lambda *which: self._received.get(which),
             )
         except PayloadError as error:
-            self._info(f"received {_amount(message)} that are no request: {error}")
+            self._info(f"received {_amount(message)} that are not a valid request: {error}")
             return Message("")
         reply = sign_reply(reply, message, self._sign)
         self._last = message, reply
         self.answered += 1
-        said = json.loads(reply.header.partition("\n")[2])
-        what = said.get("losses") or said.get("code") or ""
+        fields = json.loads(reply.header.partition("\n")[2])
+        what = fields.get("losses") or fields.get("code") or ""
         self._info(
-            f"round {said['round']}: received {_amount(message)}, sent {_amount(reply)}:"
-            f" {said['kind']} {what if isinstance(what, str) else _figures(what)}"
+            f"round {fields['round']}: received {_amount(message)}, sent {_amount(reply)}:"
+            f" {fields['kind']} {what if isinstance(what, str) else _figures(what)}"
         )
         return reply
 
     def _open(self, message: Message, client: str) -> Party:
-        rest = StateStore(self._state / str(json.loads(message.header)["run"]))
+        store = StateStore(self._state / str(json.loads(message.header)["run"]))
         ledger = Ledger(
             Path(self.party.state) / LEDGER
         )  # one for all packages and runs: the text is the same
         most = self.party.policy.max_epsilon
         if most is None:
             most = promised_epsilon(self.agreement, len(self.rows))
-        return make_client(client, self.agreement, self.auxiliary, self.rows, rest, ledger, most)
+        return make_client(client, self.agreement, self.auxiliary, self.rows, store, ledger, most)
 
     def _allow(self, message: Message, request: Request) -> None:
         """Raises PolicyError or PayloadError for a request outside the package's agreement or the
@@ -174,7 +174,10 @@ class Client:
         if request.client != self.party.name:
             raise PolicyError("the request is for another client")
         if not re.fullmatch(r"[0-9a-f]{1,32}", request.run):
-            raise PolicyError("the request's run has no usable identity")
+            raise PolicyError(
+                "the request's run id is not 1 to 32 hexadecimal digits: the server's version of"
+                " fedsp does not fit this client's"
+            )
         rounds = self.agreement.rounds
         known = (
             request.round <= rounds
@@ -226,8 +229,8 @@ class Client:
         self._received = {(request.run, request.round): request.payload}
 
     def _log(self, request: Request, error: Exception) -> None:
-        """What is said of a fault on this machine: whole sentences of fedsp's, and of anything else
-        only its kind, since its text may hold yours."""
+        """Log an error on this machine: the message of a PolicyError or PayloadError, else only the
+        exception type, since its message may contain private text."""
         what = (
             first_line(error)
             if isinstance(error, PolicyError | PayloadError)
@@ -255,9 +258,9 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
             )
     client = Client(party, callbacks)
     if client.agreement.privacy.unit != "example":
-        callbacks.say(
-            "this run has no differential privacy: a dishonest owner of the model could make a"
-            " package whose answers tell words of your text; `fedsp inspect` finds clumsy ones,"
+        callbacks.info(
+            "this run has no differential privacy: a dishonest owner of the model could craft a"
+            " package whose answers leak words of your text; `fedsp inspect` finds only crude ones,"
             " policy.require_differential_privacy refuses such runs"
         )
     require_pinning()
@@ -275,7 +278,7 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
         )
         stack.callback(processes.stop)
         node = Node(party, place, processes, callbacks)
-        callbacks.say(
+        callbacks.info(
             f"{party.name} joins {party.server} with {len(client.rows)} examples; Flower's log is"
             f" {place / 'supernode.log'}"
         )
@@ -317,7 +320,7 @@ class Node:
             party,
             place,
             processes,
-            callbacks.say,
+            callbacks.info,
         )
         self._started, self._refused, self._short = -PAUSE, 0.0, 0
 
@@ -333,7 +336,7 @@ class Node:
             return
         now = time.monotonic()
         if self._started > 0:
-            if REFUSED not in self._processes.said("supernode"):
+            if REFUSED not in self._processes.log_of("supernode"):
                 self._refused = 0.0
             elif not self._refused:
                 self._refused = now
@@ -347,8 +350,8 @@ class Node:
             self._short = self._short + 1 if now - self._started < REFUSED_FOR / 3 else 0
             if self._short == 5:
                 self._info(
-                    "Flower's node ends again and again: is this machine's clock right? Its log"
-                    " says what happens"
+                    "Flower's node keeps ending: check that this machine's clock is right, and see"
+                    " the node's log"
                 )
             self._processes.stop()
         port, secret = free_port(), self._place / "executor.secret"
@@ -361,12 +364,12 @@ class Node:
 
 
 class ServerProbe:
-    """Looks now and then whether the server can be reached, and says so when that changes."""
+    """Checks every `every` seconds whether the server is reachable, and reports changes."""
 
     def __init__(
         self, host: str, port: int, authority: Path, callbacks: Callbacks, every: float = 5.0
     ) -> None:
-        self._address, self._every, self._info = (host, port), every, callbacks.say
+        self._address, self._every, self._info = (host, port), every, callbacks.info
         try:
             self._context = ssl.create_default_context(cafile=str(authority))
         except (OSError, ssl.SSLError) as error:
@@ -393,9 +396,9 @@ class ServerProbe:
         except ssl.SSLCertVerificationError as error:
             reached = False
             wrong = (
-                f"what answers at {written(*self._address)} is not the server that ca.crt vouches"
-                f" for ({error.verify_message}): check `server` and `keys`, and ask the owner of"
-                " the model"
+                f"the certificate of the server at {written(*self._address)} does not verify"
+                f" against ca.crt ({error.verify_message}): check `server` and `keys`, and ask the"
+                " owner of the model"
             )
             if not self._once:
                 raise CredentialError(wrong) from error

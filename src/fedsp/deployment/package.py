@@ -1,6 +1,6 @@
-"""The package: the folder that every client gets once, by another way than the network. The
-auxiliary model, what the run asks of its clients, and the signature of the model's owner over all
-of it."""
+"""The package: the folder that every client gets once, out of band. It holds the auxiliary model,
+the agreement (what the run requires of its clients), and the signature of the model's owner over
+both."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def read_agreement(folder: Path) -> Agreement:
         values = parse_json((folder / AGREEMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AuxiliaryError(
-            f"{folder} is no package for clients: its {AGREEMENT} cannot be read; `fedsp distill`"
+            f"{folder} is not a valid package: its {AGREEMENT} cannot be read; `fedsp distill`"
             " makes one from a run.toml with a [federation] section"
         ) from error
     return validated(Agreement, values, str(folder / AGREEMENT))

@@ -1,6 +1,6 @@
-"""What a package may hold, whoever signed it: files of known names, and configurations of known
-keys and bounded numbers. It is held against this before anything of it is built, so that no package
-makes a client run code, ask for some, or take memory that its own files do not account for.
+"""Checks a package, the folder that clients get, before anything in it is loaded, whoever signed
+it: known file names, known configuration keys, bounded values. So no package can make a client run
+or fetch code, or take memory that its own files do not account for.
 """
 
 from __future__ import annotations
@@ -156,12 +156,12 @@ FAMILIES = frozenset(
         "xglm",
     ]
 )
-"""The families of models that a package may be of: those that `make families` finds right. Others
-may ask for compilers or code of a hub when they are built."""
+"""The model types (`model_type`) that a package may have: those that pass `make families`. Others
+may need compilers or code from the hub when they are built."""
 
 LARGEST = 1 << 24
-"""The largest number that a configuration may name: more than any vocabulary, and than any length
-but what nobody tunes on two cores."""
+"""The largest integer that a configuration may have: above any vocabulary size and any sequence
+length that is practical here."""
 
 LONGEST = 100_000
 """Characters of a text, and entries of a list or table, that a configuration may have."""
@@ -176,23 +176,23 @@ def require_harmless(folder: Path) -> None:
     odd = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
     if odd:
         raise AuxiliaryError(
-            f"the package {folder} holds {odd[0]!r}, which no package has: expected"
+            f"the package {folder} holds {odd[0]!r}, which is not allowed: expected"
             f" {', '.join(sorted(FILES)[:5])}, ...; ask the owner of the model"
         )
     values = _read(folder / "config.json")
     family = values.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise AuxiliaryError(
-            f"the package {folder} is of a model of the type {family!r}, which is not among those"
-            f" that a package may be of{did_you_mean(str(family), FAMILIES)};"
+            f"the package {folder} has the model type {family!r}, which is not allowed in a"
+            f" package{did_you_mean(str(family), FAMILIES)};"
             " docs/results/families.md has the list"
         )
     _hold(folder / "config.json", values, CONFIG_MAPPING[family])
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists() and "auto_map" in _read(folder / name):
             raise AuxiliaryError(
-                f"{folder / name} names code of its own (auto_map): no package may; ask the owner"
-                " of the model"
+                f"{folder / name} refers to custom code (auto_map), which is not allowed: ask the"
+                " owner of the model"
             )
 
 
@@ -251,5 +251,6 @@ def _bounded(path: Path, key: str, value: Any) -> None:
         )
     elif isinstance(value, str) and (len(value) > LONGEST or re.search(r"kernels?[-_/]", value)):
         raise AuxiliaryError(
-            f"{path}: {key} is no text that a configuration needs; ask the owner of the model"
+            f"{path}: {key} is too long or names a kernel, which is not allowed; ask the owner of"
+            " the model"
         )

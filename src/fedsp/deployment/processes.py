@@ -94,7 +94,7 @@ class Processes:
         """Whether a process was started and has ended."""
         return name in self._running and self._running[name].poll() is not None
 
-    def said(self, name: str) -> str:
+    def log_of(self, name: str) -> str:
         """What a process has written to its log since it was started last."""
         with open(self._logs / f"{name}.log", "rb") as log:
             log.seek(self._since[name])
@@ -123,7 +123,7 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
     """The two parts of host:port.
 
     Raises:
-        ConfigurationError: it is none; `key` says where it stands.
+        ConfigurationError: it is not valid; `key` is the setting that the message names.
     """
     host, _, port = text.rpartition(":")
     if (
@@ -133,12 +133,12 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
         or not 0 < int(port) < 65536
     ):
         raise ConfigurationError(
-            f"{key}: {text[:80]!r} is no host:port, such as 0.0.0.0:8000 or [::]:8000"
+            f"{key}: {text[:80]!r} is not a valid host:port, such as 0.0.0.0:8000 or [::]:8000"
         )
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if (":" in host) != (bare != host) or (bare != host and not _is_ipv6(bare)):
         raise ConfigurationError(
-            f"{key}: {text!r} is no host:port: an IPv6 address stands in brackets, such as"
+            f"{key}: {text!r} is not a valid host:port: write an IPv6 address in brackets, such as"
             " [::1]:8000"
         )
     if bare == host and not (
@@ -147,8 +147,8 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
         and (not host.rpartition(".")[2].isdecimal() or _is_ip(host))
     ):
         raise ConfigurationError(
-            f"{key}: {text[:80]!r} is no host:port: {host[:60]!r} is neither a name of letters,"
-            " digits, dashes and dots nor an address"
+            f"{key}: {text[:80]!r} is not a valid host:port: {host[:60]!r} is neither a name of"
+            " letters, digits, dashes and dots nor an IP address"
         )
     return bare, int(port)
 

@@ -1,14 +1,13 @@
 """Flower's processes at a client, kept from running code that the server sends.
 
-A SuperNode runs, with the rights of whoever started it, the app bundle that the server sends, of
-whichever kind the server says. So the node is started with `--isolation process`, where it starts
-nothing by itself, and beside it this module's executor, which starts one kind of task alone, and
-that by itself, with the app of this installation:
+By default a SuperNode runs any app bundle, of any type, that the server sends, with the rights of
+its user. So the node is started with `--isolation process`, where it starts nothing by itself, and
+this module's executor beside it starts ClientApps only, with the app of this installation:
 
     python -P -m fedsp.deployment.restricted_executor superexec ...     Flower's `flower-superexec`
     python -P -m fedsp.deployment.restricted_executor clientapp ...     Flower's `flwr-clientapp`
 
-What of Flower is replaced is looked for first; a release that is built in another way is refused.
+The parts of Flower that are replaced are checked first; an incompatible release is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def require_pinning() -> None:
         ):
             raise DeploymentError(
                 "this release of Flower cannot be kept from running code that the server sends"
-                f" ({module} is another): install flwr 1.41"
+                f" ({module} is not compatible): install flwr 1.41"
             )
 
 

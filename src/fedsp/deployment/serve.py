@@ -1,5 +1,5 @@
-"""A deployment, at the owner of the model: `fedsp federation init` and `fedsp serve`. The model is
-in this process alone; Flower's, which carry messages, stand beside it."""
+"""The server of a deployment: `fedsp federation init` and `fedsp serve`. Only this process holds
+the global model; separate Flower processes transport the messages."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
         stack.callback(processes.stop)
         if SOCKET in os.environ:
             node_of = _registered_elsewhere(register)
-            callbacks.say(f"waiting at {listening.path} for the app that `flwr run {APP}` starts")
+            callbacks.info(f"waiting at {listening.path} for the app that `flwr run {APP}` starts")
         else:
             node_of = _start_superlink(section, register, run.path / "flower", processes, callbacks)
         channel = listening.accept(processes.check, None if SOCKET in os.environ else START)
@@ -102,7 +102,7 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
                 reply=section.reply_seconds,
                 retry=section.retry_seconds,
             )
-            return remote(link, node_of, timeouts, run.log_traffic, callbacks.say, package, keys)
+            return remote(link, node_of, timeouts, run.log_traffic, callbacks.info, package, keys)
 
         if run.finished:
             _wait_for_nodes(link, node_of)
@@ -121,8 +121,8 @@ def _server_section(config: RunConfig) -> FederationSection:
     configuration."""
     if config.federation is None:
         raise ConfigurationError(
-            "the configuration has no [federation] section, so it runs in one place: `fedsp run`"
-            " does that; `fedsp federation init` writes one that serves"
+            "the configuration has no [federation] section: use `fedsp run` to simulate clients, or"
+            " `fedsp federation init` to write a configuration for `fedsp serve`"
         )
     folder = Path(config.federation.folder)
     for name in (CA, CERTIFICATE, KEY, SIGNING):
@@ -133,8 +133,8 @@ def _server_section(config: RunConfig) -> FederationSection:
     host_and_port(config.federation.listen, "federation.listen")
     if not config.auxiliary.folder:
         raise ConfigurationError(
-            "auxiliary.folder: a deployment needs the package that its clients have: make it with"
-            " `fedsp distill`, hand it to them, and name it here"
+            "auxiliary.folder: a deployment needs a package (auxiliary model, signed agreement):"
+            " make it with `fedsp distill`, give it to the clients, and set its folder here"
         )
     agreed = read_agreement(Path(config.auxiliary.folder))
     now = agreement_of(config, agreed.max_tokens).model_dump()
@@ -142,8 +142,8 @@ def _server_section(config: RunConfig) -> FederationSection:
     if differing:
         raise AuxiliaryError(
             f"the package {config.auxiliary.folder} was signed for another agreement"
-            f" ({', '.join(differing)}): clients will do what it says, so bring the configuration"
-            " back or make a new package"
+            f" ({', '.join(differing)}), which clients enforce: restore the configuration, or make"
+            " a new package with `fedsp distill`"
         )
     return config.federation
 
@@ -189,7 +189,7 @@ def _start_superlink(
     shutil.rmtree(bundle, ignore_errors=True)
     shutil.copytree(APP, bundle, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     processes.once("flwr", "run", str(bundle), LINK)
-    callbacks.say(
+    callbacks.info(
         f"listening on {section.listen} for {', '.join(sorted(register))}; start `fedsp join"
         " party.toml` at each"
     )
@@ -275,8 +275,8 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
     host, port = host_and_port(address, "--address")
     if host in ("0.0.0.0", "::"):
         raise ConfigurationError(
-            f"--address: {address!r} is where a server listens and nowhere that clients can reach;"
-            " name the server's machine"
+            f"--address: {address!r} is an address to listen on, not one that clients can reach:"
+            " give the server's host name"
         )
     if not host.isascii():
         raise ConfigurationError(
@@ -290,7 +290,7 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
     for name in clients:
         if not re.fullmatch(NAME, name) or name in ("server", "ca.key"):
             raise ConfigurationError(
-                f"--clients: {name!r} is no name for a client: use up to 64 letters, digits, dots,"
+                f"--clients: {name!r} is not a valid name: use up to 64 letters, digits, dots,"
                 " dashes and underscores, and not 'server' or 'ca.key'"
             )
     if len(set(clients)) != len(clients) or not clients:

@@ -114,7 +114,7 @@ def server_main(grid: Grid, context: Context) -> None:
     run = RunDirectory.open(Path(settings.output)) if started else RunDirectory.create(settings)
     torch.set_num_threads(run.threads)
     run_experiment(
-        run, partial(over_grid, grid, run), Callbacks(say=logging.getLogger("flwr").info)
+        run, partial(over_grid, grid, run), Callbacks(info=logging.getLogger("flwr").info)
     )
 
 

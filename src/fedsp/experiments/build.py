@@ -98,7 +98,7 @@ class MethodSetup:
 
 
 def server_side(server: Server) -> tuple[PromptedLM, Messenger]:
-    """The model that the server of a method reads through, and the messenger as it is in round 1.
+    """The server's model under a run's method, and the messenger in its initial state.
 
     Raises:
         FedspError: the configuration does not fit the model.

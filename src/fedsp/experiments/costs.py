@@ -159,8 +159,8 @@ def _pass(party: Party, work: Work, batches: Iterable[Batch]) -> None:
 
 
 def _counter() -> AbstractContextManager[Any]:
-    """Torch's counter, which is told of attention on a CPU: it knows the formula, and not the name
-    of that kernel."""
+    """Torch's FLOP counter, extended by the CPU attention kernel, which it does not count by
+    itself."""
     operations: Any = torch.ops.aten
 
     def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

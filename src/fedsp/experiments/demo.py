@@ -80,7 +80,7 @@ def demo(
     server = open_server(config, load_dataset(config))
     started = time.perf_counter()
     make_auxiliary(server, auxiliary, callbacks)
-    callbacks.say(f"distilled in {time.perf_counter() - started:.0f} s")
+    callbacks.info(f"distilled in {time.perf_counter() - started:.0f} s")
     started = time.perf_counter()
     figures = evaluate_prompt(
         server.model,
@@ -94,7 +94,7 @@ def demo(
         {"method": "zero-shot", **figures, "bytes": 0, "seconds": time.perf_counter() - started}
     ]
     for method in DEMO_ROWS:
-        callbacks.say(f"{method}:")
+        callbacks.info(f"{method}:")
         result = start_run(
             demo_config(method, seed=seed, folder=folder, auxiliary=auxiliary), callbacks
         )

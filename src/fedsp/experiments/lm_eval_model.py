@@ -1,8 +1,7 @@
 """A run's tuned prompt as a model of lm-evaluation-harness
-(https://github.com/EleutherAI/lm-evaluation-harness), for whatever task it has:
+(https://github.com/EleutherAI/lm-evaluation-harness), for any of its tasks:
 
-    python -m fedsp.experiments.lm_eval_model --model fedsp --model_args run=DIR --tasks
-    sciq,arc_easy
+    python -m fedsp.experiments.lm_eval_model --model fedsp --model_args run=DIR --tasks sciq
 
 Importing this module registers the model, so `lm_eval.simple_evaluate(model="fedsp",
 model_args={"run": "DIR"}, ...)` works too.
@@ -72,15 +71,15 @@ class TunedPrompt(LM):  # type: ignore[misc]
         ]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Not offered: a prompt is tuned for answers behind a context, and a text without one has
-        none.
+        """Not supported: a prompt is tuned for answers that follow a context, which whole texts do
+        not have.
 
         Raises:
             RunError: always.
         """
         raise RunError(
-            "this task asks for the likelihood of whole texts: a prompt tuned on answers has"
-            " nothing to say of them; choose a task with questions"
+            "this task asks for the likelihood of whole texts, which a prompt tuned on answers does"
+            " not support: choose a task with questions"
         )
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

@@ -33,8 +33,8 @@ class OpenRun:
     start: Payload
 
     def prefix(self, *, zero_shot: bool = False) -> torch.Tensor | None:
-        """Put the best in place, or with `zero_shot` what was there before any tuning; returns the
-        keys and values in front of every text, if any."""
+        """Load the best prompt or weights, or with `zero_shot` the initial ones; returns the prefix
+        keys and values, None if there are none."""
         if zero_shot and isinstance(self.messenger, SoftPrompt):
             return None
         self.messenger.load(self.start if zero_shot else self.best)

@@ -101,8 +101,8 @@ def _counted(config: RunConfig, clients: int) -> Plan:
     ]
     if missing:
         raise ModelError(
-            f"{name} ({global_config.model_type}) does not say its {missing[0]}: it is no"
-            " transformer that a soft prompt can be put in front of"
+            f"{name} ({global_config.model_type}) has no {missing[0]} in its configuration, so it"
+            " is not a transformer that takes a soft prompt: choose another model.name"
         )
     plan = parse_plan(config.auxiliary.plan, text.num_hidden_layers, config.auxiliary.prompt_layers)
     with torch.device("meta"):
@@ -195,8 +195,7 @@ def _message_bytes(spec: PromptSpec, codec: Codec) -> int:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """The shape that a model of this configuration has, by the names that Hugging Face gives its
-    numbers."""
+    """The `ModelShape` of a model with this Hugging Face configuration."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads

@@ -46,7 +46,7 @@ def privacy_statement(
     max_tokens: int,
     asking: Sequence[str] = (),
     *,
-    tried: PromptedLM | None = None,
+    tested: PromptedLM | None = None,
 ) -> dict[str, Any] | None:
     """The statement of a run as it stands after its last round; None where no promise is made.
 
@@ -65,7 +65,7 @@ def privacy_statement(
         about = (
             _elsewhere(run)
             if config.federation
-            else _example_level(run, register, max_tokens, asking) | _self_test(tried)
+            else _example_level(run, register, max_tokens, asking) | _self_test(tested)
         )
     spent, delta = (
         (
@@ -86,8 +86,8 @@ def privacy_statement(
             "os.urandom, float64, four Box-Muller draws to a number; independent of the run's seed"
         ),
         "published": (
-            [f"{name}: told to whoever sees the run's figures" for name in PUBLISHED]
-            + [f"{what}: told to MLflow, if the run is tracked" for what in PUBLISHED_BESIDES]
+            [f"{name}: published with the run's figures" for name in PUBLISHED]
+            + [f"{what}: logged to MLflow, if the run is tracked" for what in PUBLISHED_BESIDES]
             if config.privacy.unit == "client"
             else []
         ),
@@ -137,16 +137,16 @@ def _example_level(
     }
 
 
-def _self_test(tried: PromptedLM | None) -> dict[str, Any]:
-    """What a client found before it began: by which share of its length other examples of a step
-    changed one's gradient at most, and how many then share one."""
-    if tried is None or tried.largest_difference is None:
+def _self_test(tested: PromptedLM | None) -> dict[str, Any]:
+    """A client's self-test: the largest relative change of one example's gradient by others in the
+    same forward pass, and how many examples then share a pass."""
+    if tested is None or tested.largest_difference is None:
         return {}
     return {
         "self_test": {
-            "largest_difference": tried.largest_difference,
+            "largest_difference": tested.largest_difference,
             "allowed": ALONE,
-            "examples_together": tried.together,
+            "examples_together": tested.together,
         }
     }
 

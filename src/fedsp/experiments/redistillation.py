@@ -1,6 +1,6 @@
-"""Distillation again, around the prompt as it stands: every few rounds the auxiliary model is
-fitted to the global one with that prompt in front of both, and handed out again. It always starts
-from the first package, so a resumed run makes the same bits.
+"""Repeated distillation: every `distill.again_every` rounds the auxiliary model is distilled again
+with the current prompt in front of both models, and sent to clients again. It always starts from
+the first auxiliary model, so a resumed run is bit-identical.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def redistilling(
     server: Server,
     auxiliary: AuxiliaryModel,
     run: RunDirectory,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
 ) -> Transport:
     """A transport that, in round `distill.again_every` + 1 and every so many rounds after it, first
     distils again; a package that a client does not have yet counts as bytes sent down to it."""
@@ -40,7 +40,7 @@ def redistilling(
             around = read_prompt(run.path / "prompts" / f"round-{due - 1:05d}.safetensors")
             fit_auxiliary(server, auxiliary, around=around.to(server.model.device))
             fitted_in = due
-            say(
+            info(
                 f"round {round}: the package was distilled again around the prompt of round"
                 f" {due - 1}"
             )

@@ -88,7 +88,7 @@ def run_experiment(
         }
     )
     run.write_partition(dataset.partition.to_json())
-    state = run.state(callbacks.say)
+    state = run.state(callbacks.info)
     own = dataset.held(dataset.partition.server)
     examples = encode_targets(server.tokenizer, own, server.max_tokens)
     party = Party(
@@ -111,7 +111,7 @@ def run_experiment(
     )
     dropped = party.shortened + sum(row.dropped > 0 for row in validation)
     if dropped:
-        callbacks.say(
+        callbacks.info(
             f"{dropped} of the server's {len(party.examples) + len(validation)} examples are longer"
             f" than {server.max_tokens} tokens and lose their oldest context"
         )
@@ -128,7 +128,7 @@ def run_experiment(
             federation.clients.register,
             server.max_tokens,
             asking,
-            tried=auxiliary or federation.model,
+            tested=auxiliary or federation.model,
         )
         if statement:
             write_json(run.path / STATEMENT, statement)
@@ -146,9 +146,9 @@ def run_experiment(
             * math.sqrt(sum(tensor.numel() for tensor in party.messenger.payload().values()))
             / settings.aggregator.expected
         )
-        callbacks.say(
-            f"the noise on the mean of {settings.aggregator.expected:g} clients is {noise:.3g}"
-            " times as long as the longest change that one of them can make"
+        callbacks.info(
+            f"the noise on the mean of {settings.aggregator.expected:g} clients has {noise:.3g}"
+            " times the L2 norm of the largest change that one of them can make"
         )
     transport = engine(federation.clients)
     if federation.attack:
@@ -156,7 +156,7 @@ def run_experiment(
     if config.privacy.unit == "example":
         transport = _with_statement(transport, write_statement)
     if config.distill.again_every and auxiliary:
-        transport = redistilling(transport, server, auxiliary, run, callbacks.say)
+        transport = redistilling(transport, server, auxiliary, run, callbacks.info)
     final = federate(
         federation.clients.method,
         party,
@@ -176,7 +176,7 @@ def run_experiment(
         figures |= _test(run, server, party, federation)
     if statement := write_statement():
         figures["epsilon"] = statement["epsilon"]
-        callbacks.say(statement["sentence"])
+        callbacks.info(statement["sentence"])
     figures["peak_memory_bytes"] = peak_memory()
     run.finish(final.best, final.best_round, figures, spec)
     return figures
@@ -196,9 +196,9 @@ def _test(
     run.write_scores(_score_row(row, dataset.task) for row in scored)
     groups, held = dataset.groups, dataset.partition.clients
     if federation.attack and federation.attack.kind == "backdoor":
-        waited = [triggered(example) for example in dataset.test]
+        poisoned = [triggered(example) for example in dataset.test]
         figures["attack_success"] = score_test(
-            party.model, prefix, waited, dataset.task, server.tokenizer, server.max_tokens
+            party.model, prefix, poisoned, dataset.task, server.tokenizer, server.max_tokens
         )[0]["accuracy"]
     if (
         groups is None or not held or run.config.privacy.unit != "none"
@@ -237,9 +237,9 @@ def _with_statement(
 def _cost(
     federation: Federation, party: Party, final: RunState, seed: int, instead: list[Encoded] | None
 ) -> dict[str, dict[str, float]]:
-    """The measured cost of one round of the server, and of the first client where its text is here;
-    on other rows `instead` of its own, where its own are promised to stay untold. Nothing is said
-    of a model in few bits, whose operations torch's counter does not see.
+    """The measured cost of one round of the server, and of the first client if its text is here;
+    on the rows `instead`, if given, so that a private client's rows stay unused. Quantized models
+    are left out: torch's counter does not see their operations.
     """
     costs = {}
     method = federation.clients.method
@@ -263,7 +263,7 @@ def _cost(
 
 
 def _check_promises(config: RunConfig, run: RunDirectory, server: Server) -> None:
-    """What a run promises of these clients, tried before anything is trained for it."""
+    """Check, before any training, that the run's privacy and robust rule hold for its clients."""
     held = server.dataset.partition.clients
     round_config(config, run, len(held))
     privacy = example_privacy(agreement_of(config, server.max_tokens))
@@ -311,9 +311,9 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
     if privacy.unit == "client" and clients:
         if privacy.delta * clients >= 1:
             raise PrivacyError(
-                f"privacy.delta = {privacy.delta:g} is no promise for {clients} clients: with one"
-                f" chance in {1 / privacy.delta:g} a client may be told whole; set it below"
-                f" {1 / clients:.1g}"
+                f"privacy.delta = {privacy.delta:g} is too large for {clients} clients: with one"
+                f" chance in {1 / privacy.delta:g} all text of a client may be disclosed; set it"
+                f" below {1 / clients:.1g}"
             )
         expected = config.round.asked(clients)
         rate = expected / clients
@@ -323,8 +323,8 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
         ledger, done = Ledger(run.path / LEDGER), len(run.records())
         if sum(release.count for release in ledger.releases()) < done:
             raise StorageError(
-                f"the privacy ledger {ledger.path} knows of fewer releases than the {done} rounds"
-                " that are done: what was spent is not known; restore it from a backup"
+                f"the privacy ledger {ledger.path} has fewer releases than the {done} finished"
+                " rounds, so the epsilon spent is unknown: restore it from a backup"
             )
         return {
             "aggregator": DPAggregator(

@@ -1,5 +1,5 @@
-"""The run directory: everything that says what was run, how far it is, and what came out. All of it
-is whole after a kill at any point.
+"""The run directory: configuration, progress and results of one run. A run that was killed at any
+point can be resumed from it.
 
 config.toml          the resolved configuration; `fedsp run config.toml` repeats the run
 run.json             identity, seed, threads, versions
@@ -15,8 +15,8 @@ best.safetensors     the best prompt by validation, as the global model reads it
 checkpoint/          the last two states
 lock                 held by the process that runs it
 state/               what the parties keep between rounds
-privacy.jsonl        what was paid for client-level privacy, before each release
-privacy_statement.json   what is promised, of what, to whom, and what is not
+privacy.jsonl        the ledger of client-level privacy, written before each release
+privacy_statement.json   the privacy guarantee: epsilon, delta, unit, and what is not covered
 result.json          figures at the end
 scores.jsonl         what each test question got
 NAME.json            what `fedsp audit --only NAME` measured: disclosure, model, membership,
@@ -113,7 +113,8 @@ class RunDirectory:
             not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}
         ):
             raise RunError(
-                f"{path} is in use and is no run: give an empty or a new folder with output=..."
+                f"{path} is in use and does not hold a run: give an empty or a new folder with"
+                " output=..."
             )
         import torch
 
@@ -226,7 +227,7 @@ class RunDirectory:
         for old in sorted((self.path / "checkpoint").glob("round-*.safetensors"))[:-2]:
             old.unlink()
 
-    def state(self, say: Callable[[str], None]) -> RunState | None:
+    def state(self, info: Callable[[str], None]) -> RunState | None:
         """Where the run stands by its newest whole checkpoint, None before the first round; damaged
         ones are named through `say`.
 
@@ -253,7 +254,7 @@ class RunDirectory:
                 )
                 break
             except (StorageError, KeyError, ValueError, TypeError) as error:
-                say(
+                info(
                     f"the checkpoint {path.name} is damaged and is not used; the one before it is,"
                     f" where there is one ({error})"
                 )
@@ -317,8 +318,7 @@ class RunDirectory:
         return self._json(RUN)
 
     def pin(self, inputs: dict[str, str]) -> None:
-        """Write down the digests of what the run was begun with, or hold what is found now against
-        them.
+        """Record the digests of the run's inputs, or compare them with those recorded at its start.
 
         Raises:
             RunError: an input is not what it was.
@@ -339,8 +339,8 @@ class RunDirectory:
         changed = [name for name, digest in inputs.items() if known.get(name) != digest]
         if changed:
             raise RunError(
-                f"{self.path} was begun with another {' and another '.join(changed)}: bring back"
-                " what it was, or start a new run"
+                f"{self.path} was started with another {' and another '.join(changed)}: restore the"
+                " original, or start a new run"
             )
 
     def hold_known(self, inputs: dict[str, str]) -> None:

@@ -200,7 +200,8 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         if auxiliary.prompt_shape != server.model.shape:
             raise AuxiliaryError(
                 f"the auxiliary model in {existing} was made for a model with"
-                f" {auxiliary.prompt_shape}, but {server.model.name} has {server.model.shape}"
+                f" {auxiliary.prompt_shape}, but {server.model.name} has {server.model.shape}: make"
+                " it again with `fedsp distill`"
             )
         return auxiliary
     section = config.auxiliary
@@ -221,7 +222,7 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         server.seconds["distillation"] = time.perf_counter() - started
     auxiliary.discloses = disclosed_share(auxiliary, server.model)
     auxiliary.save(folder)
-    callbacks.say(
+    callbacks.info(
         f"the auxiliary model discloses {auxiliary.discloses:.1%} of the global model's parameters"
         " bit for bit"
     )
@@ -289,7 +290,8 @@ def _first_values(server: Server, spec: PromptSpec, seed: int) -> torch.Tensor:
         if read.spec != replace(spec, projection=0):
             raise PromptError(
                 f"{section.init} holds a {read.spec.space} prompt of shape {read.spec.shape}, the"
-                f" run needs {spec.space} of shape {spec.shape}"
+                f" run needs {spec.space} of shape {spec.shape}: change prompt.init or prompt.space"
+                " and prompt.length"
             )
         return read.values()
     return initial_values(
@@ -324,8 +326,8 @@ def score_test(
     tokenizer: Tokenizer,
     max_tokens: int,
 ) -> tuple[dict[str, float], list[Scored]]:
-    """The figures of keys and values (None: none) in front of questions, with how many lost old
-    context, and what each question got."""
+    """The figures of questions behind the keys and values `prefix` (None: zero-shot), with the
+    number of questions whose context was cut; and the scores of each question."""
     scored, dropped = score(model, prefix, examples, tokenizer, max_tokens=max_tokens)
     return summarise(scored, task) | {"shortened_examples": float(dropped)}, scored
 

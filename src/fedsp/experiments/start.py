@@ -1,4 +1,4 @@
-"""A run from its start, or from where it stood, to its end; and the package that its clients
+"""Start or resume a run, and make the package: the folder with the auxiliary model that clients
 get."""
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def resume_run(
     callbacks = callbacks or Callbacks()
     with _held(directory):
         if directory.finished:
-            callbacks.say(f"the run in {directory.path} is finished")
+            callbacks.info(f"the run in {directory.path} is finished")
         return {
             "folder": str(directory.path),
             **tracked(directory, callbacks, lambda callbacks: engine(directory, callbacks)),
@@ -84,7 +84,7 @@ def resume_run(
 
 @contextmanager
 def _held(directory: RunDirectory) -> Iterator[None]:
-    """A run for this process alone: two that went on with it would train twice and spend twice.
+    """Lock a run: two processes on it would train twice and spend the privacy budget twice.
 
     Raises:
         RunError: another process has it.
@@ -106,8 +106,8 @@ def make_package(
         auxiliary.digest()
     ),
 ) -> Figures:
-    """Make the auxiliary model of a configuration and write it as the folder that clients get, once
-    `seal` has added what it wants; it returns the digest.
+    """Make the auxiliary model of a configuration and write it as the package, the folder that
+    clients get. `seal` may add files to it first, and returns the digest.
 
     Raises:
         RunError: the folder is in use.

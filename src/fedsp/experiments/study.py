@@ -6,11 +6,19 @@ run with a folder of its own.
     seeds = [0, 1, 2]
     reference = "FedSP"                 # what the others are compared with
 
-    [base]                              # any section of run.toml, for all cells round = { rounds =
-    5 } [models.small] model = { name = "path/or/hub-name" } [tasks.mine] data = { train =
-    "train.jsonl", test = "test.jsonl" } [partitions.even] partition = { clients = 5 }
-    [methods.FedSP] server = { steps = 5 } [methods.FedPrompt] method = "fedprompt" choose = {
-    "client.learning_rate" = [1e-2, 3e-2] }   # each is run; validation decides, never a test split
+    [base]                              # any section of run.toml, for all cells
+    round = { rounds = 5 }
+    [models.small]
+    model = { name = "path/or/hub-name" }
+    [tasks.mine]
+    data = { train = "train.jsonl", test = "test.jsonl" }
+    [partitions.even]
+    partition = { clients = 5 }
+    [methods.FedSP]
+    server = { steps = 5 }
+    [methods.FedPrompt]
+    method = "fedprompt"
+    choose = { "client.learning_rate" = [1e-2, 3e-2] }   # all run; validation decides, never test
 
     [[grids]]
     title = "Methods"
@@ -112,8 +120,9 @@ class Study(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of a study. `choice` tells alternatives of one method apart; `grids` are the numbers
-    of the grids that show it."""
+    """One run of a study: a method, task, model, partition and seed. `choice` names its values of
+    the keys that the method's `choose` varies; `grids` are the indices of the study's tables
+    ([[grids]]) that show it."""
 
     method: str
     task: str
@@ -292,8 +301,8 @@ def run_study(
 
 
 def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:
-    """Run or go on with a cell; "finished", "failed", or "elsewhere" where another process has it,
-    and what there is to say of it.
+    """Run or resume a cell. Returns its state ("finished", "failed", or "elsewhere" if another
+    process runs it) and a note for the log.
 
     A cell whose training diverged is not tried again; one that failed for another reason is, when
     the study is started again.

@@ -33,9 +33,9 @@ PUBLISHED = (
     "test",
     "epsilon",
 )
-"""The figures of a run that are told to others at client level: they follow from the broadcasts and
-the server's own questions. Counts of clients, of their examples and of their bytes do not, and stay
-with the server."""
+"""The figures that are published under client-level privacy: they follow from the broadcasts and
+the server's own questions. Counts of clients, their examples and bytes do not, and stay on the
+server."""
 
 PUBLISHED_BESIDES = (
     "server loss and validation loss of each round, and when it ended",
@@ -58,7 +58,7 @@ def tracked(
     uri = run.config.tracking.mlflow
     if uri is None:
         return experiment(callbacks)
-    log = MlflowLog(run, uri, callbacks.say)
+    log = MlflowLog(run, uri, callbacks.info)
 
     def round_done(record: RoundRecord, rounds: int) -> None:
         log.round(record)
@@ -81,7 +81,7 @@ class MlflowLog:
         RunError: it cannot be reached.
     """
 
-    def __init__(self, run: RunDirectory, uri: str, say: Callable[[str], None]) -> None:
+    def __init__(self, run: RunDirectory, uri: str, info: Callable[[str], None]) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         try:
             from mlflow.exceptions import MlflowException
@@ -92,7 +92,7 @@ class MlflowLog:
             ) from error
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        self._run, self._info, self._refusal = run, say, MlflowException
+        self._run, self._info, self._refusal = run, info, MlflowException
         self._untold = (
             run.config.privacy.unit == "client"
         )  # what single clients said is between them and the server
@@ -201,7 +201,7 @@ class MlflowLog:
             log()
         except (self._refusal, OSError) as error:
             self._info(
-                f"MLflow did not take something of this run ({first_line(error)}); it is in"
+                f"part of this run could not be logged to MLflow ({first_line(error)}); it is in"
                 f" {self._run.path}"
             )
 

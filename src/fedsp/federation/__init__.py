@@ -1,1 +1,1 @@
-"""Rounds."""
+"""Federated rounds: methods, parties, aggregation, compression and transport."""

@@ -1,4 +1,4 @@
-"""What a run asks of its clients, and what it promises them."""
+"""The signed agreement with clients: settings of a run, and its privacy guarantee."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def example_privacy(agreement: Agreement) -> ExamplePrivacy | None:
 
 
 def promised_epsilon(agreement: Agreement, examples: int) -> float:
-    """The epsilon that all runs under a package may cost each of a client's examples by the signed
-    agreement; infinite without example-level privacy."""
+    """The upper bound on the epsilon of one example over all runs that the signed agreement allows,
+    for a client with this many examples; infinite without example-level privacy."""
     privacy = example_privacy(agreement)
     if privacy is None:
         return math.inf

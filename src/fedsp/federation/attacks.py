@@ -56,9 +56,9 @@ def gaussian_noise(seen: Round, strength: float) -> Tensor:
 
 
 def little_is_enough(seen: Round, strength: float) -> Tensor:
-    """The honest mean, less as many standard deviations as a median still takes for honest (Baruch
-    et al., NeurIPS 2019, https://arxiv.org/abs/1902.06156); one where the paper's number is below
-    it."""
+    """The honest mean minus `strength` times z standard deviations; z is the largest that a median
+    accepts as honest (Baruch et al., NeurIPS 2019, https://arxiv.org/abs/1902.06156), at least 1.
+    """
     n, f = len(seen.honest) + seen.malicious, seen.malicious
     supporters = n // 2 + 1 - f
     share = (n - f - supporters) / (n - f)
@@ -135,27 +135,27 @@ class Attack:
         def transport(requests: list[Request]) -> Iterable[Update | Failure]:
             replies = list(honest(requests))
             by_client = {request.client: request for request in requests}
-            said = {
+            changes = {
                 reply.client: _change(reply, by_client)
                 for reply in replies
                 if isinstance(reply, Update)
             }
-            told = [said[client] for client in sorted(said) if client not in self.malicious]
+            others = [changes[client] for client in sorted(changes) if client not in self.malicious]
             for reply in replies:
                 if (
                     isinstance(reply, Failure)
                     or reply.client not in self.malicious
                     or not by_client[reply.client].train
-                    or not told
+                    or not others
                 ):
                     yield reply
                 else:
                     yield from self._forged(
                         reply,
                         by_client[reply.client],
-                        said[reply.client],
-                        torch.stack(told),
-                        len(said) - len(told),
+                        changes[reply.client],
+                        torch.stack(others),
+                        len(changes) - len(others),
                     )
 
         return transport

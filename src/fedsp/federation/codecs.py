@@ -1,4 +1,4 @@
-"""In which way numbers travel, by name: what `compression.up` and `compression.down` may say."""
+"""The codecs of payloads, by name: the values of `compression.up` and `compression.down`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Codec:
-    """`float32` are the numbers themselves. All others say their difference from what both ends
-    know, rounded: `float16`; `int8`, `int4`: whole multiples of one scale for each block; `sign`:
-    one bit for each number, and the mean size of each block's."""
+    """`float32` sends the values as they are. The others send the difference from a payload that
+    both ends have, rounded: to `float16`; to `int8` or `int4` multiples of one scale per block; to
+    its `sign`, one bit per value, with the mean absolute value of each block."""
 
     kind: str
 

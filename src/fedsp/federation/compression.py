@@ -1,11 +1,10 @@
-"""Payloads in few bytes: the difference from what both ends know, coded, then compressed by
-zstandard. Whoever codes gets back what was left out and adds it to the next difference: error
-feedback (Seide et al., Interspeech 2014, 1-bit SGD; Karimireddy et al., ICML 2019,
-https://arxiv.org/abs/1901.09847).
+"""Compression of payloads: the difference from a payload that both ends have is quantized by a
+codec, then compressed with zstandard. The sender adds the quantization error (residual) to its next
+difference: error feedback (Seide et al., Interspeech 2014, 1-bit SGD; Karimireddy et al., ICML
+2019, https://arxiv.org/abs/1901.09847).
 
-What is read is hostile until it has been held against the one layout that a codec has for these
-shapes. Decoding is additions and multiplications element by element, so both ends, and every
-machine, come to the same bits.
+Received bytes are untrusted until they match the layout that the codec has for the expected shapes.
+Decoding is elementwise addition and multiplication, so it gives the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fedsp.federation.codecs import Codec
 from fedsp.models.payload import Payload, Shapes, check, pack, shapes_of, unpack
 
 BLOCK = 64
-"""Numbers that share a scale. A scale is a bfloat16: a quarter of a bit for each number."""
+"""Values that share a scale. A scale is a bfloat16: a quarter of a bit per value."""
 
 LARGEST = {8: 127, 4: 7}
 LEVEL, WINDOW = 9, 1 << 27
@@ -32,8 +31,8 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_values(payload: Payload, known: Payload, codec: Codec) -> bytes:
-    """The payload as it travels in a codec; `known` is what the other end has. What the codec
-    leaves out is forgotten: see `encode_with_residual`.
+    """The payload encoded for sending; `known` is the payload that the receiver has. The
+    quantization error is discarded; `encode_with_residual` keeps it.
 
     Raises:
         PayloadError: a difference is not finite, or too large for the codec.
@@ -95,8 +94,8 @@ def encode(change: Payload, codec: Codec) -> bytes:
         )
         if not all(bool(torch.isfinite(tensor).all()) for tensor in coded.values()):
             raise PayloadError(
-                f"{name} has changed by numbers that are not finite, or by more than {codec}"
-                " can say"
+                f"the change of {name} has values that are not finite or too large for {codec}:"
+                " lower the learning rate"
             )
         parts |= {f"{name}/{part}": tensor for part, tensor in coded.items()}
     data: bytes = zstandard.ZstdCompressor(level=LEVEL).compress(save(parts))
@@ -104,10 +103,10 @@ def encode(change: Payload, codec: Codec) -> bytes:
 
 
 def decode(data: bytes, codec: Codec, shapes: Shapes) -> Payload:
-    """The change, float32, that bytes in a codec say of tensors with these names and shapes.
+    """Decode a change: float32 tensors with these names and shapes.
 
     Raises:
-        PayloadError: the bytes are not exactly that.
+        PayloadError: the bytes are not a change in this codec with exactly these tensors.
     """
     layouts = {name: _layout(codec, shape) for name, shape in shapes.items()}
     expected = {
@@ -137,7 +136,7 @@ def decode(data: bytes, codec: Codec, shapes: Shapes) -> Payload:
         RuntimeError,
     ) as error:
         raise PayloadError(
-            f"the {len(data)} bytes received are no change in {codec}: {error}"
+            f"the {len(data)} bytes received are not a valid change in {codec}: {error}"
         ) from error
     found: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts.items()}
     if found != expected:
@@ -187,8 +186,8 @@ def _rounded_layout(count: int, bits: int) -> Layout:
 
 
 def _round(flat: Tensor, bits: int) -> dict[str, Tensor]:
-    """Numbers (N,) as whole multiples of a scale for each block; in one bit their signs, and the
-    mean of their sizes as the scale."""
+    """Values (N,) quantized to integer multiples of their block's scale; with one bit, to their
+    signs, with the block's mean absolute value as the scale."""
     blocks = _filled(flat, BLOCK)
     if bits == 1:
         sizes = _filled(torch.ones_like(flat), BLOCK).sum(dim=1)

@@ -178,7 +178,7 @@ def federate(
             payload, server_loss = server_update(server, aggregated, round, seed)
             if not all(torch.isfinite(tensor).all() for tensor in payload.values()):
                 raise TrainingDiverged(
-                    "the tuned numbers are not finite: lower server.learning_rate"
+                    "the tuned values are not finite: lower server.learning_rate"
                 )
         except TrainingDiverged as error:
             raise TrainingDiverged(

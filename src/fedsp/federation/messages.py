@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the server asks of one client in one round; with `train` off the client only validates
-    the prompt.
+    """The server's request to one client in one round: train on the broadcast `payload`, or, if
+    `train` is False, only validate it.
 
-    `change` are the bytes that make this payload of the one of the round before, in the codec
-    `sent_in`, where there are any: they travel instead of the payload to a client that has that
-    one. `answer_in` is the codec of the reply.
+    `change`: the difference from the previous round's broadcast, encoded in `sent_in` (may be
+    empty); sent instead of the payload to clients that have that broadcast. `answer_in`: codec of
+    the reply.
     """
 
     run: str
@@ -37,9 +37,9 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What a client answers. `validation` is its loss on its own held-out examples under the prompt
-    it *received*, `shortened` how many of its examples lost old context, `spikes` at how many of
-    its steps the loss was more than half above the median of its stage.
+    """A client's reply. `validation`: loss of its held-out examples under the prompt that it
+    *received*. `shortened`: number of its examples truncated at the start. `spikes`: number of
+    steps whose loss was above 1.5 times the median of their stage.
     """
 
     round: int
@@ -66,7 +66,7 @@ class Failure:
 
 
 Transport = Callable[[list[Request]], Iterable[Update | Failure]]
-"""The whole border between the algorithm and any engine. Answers may come in any order."""
+"""The only interface between the algorithm and an engine. Replies may come in any order."""
 
 
 @dataclass(frozen=True, kw_only=True)

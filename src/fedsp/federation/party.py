@@ -26,11 +26,12 @@ from fedsp.training.stage import Stage, train_stage, validation_loss
 class Party:
     """One side of the federation.
 
-    model: the language model that it reads through: the global model at the server, an auxiliary
-    model at a client of FedSP. messenger: what it tunes and sends. examples: what it trains on.
-    `held_out` is what a client validates on, and never trains on. store: its own state between
-    rounds, on disk. ledger: the record of private releases of its examples, if they are counted;
-    `max_epsilon` is what they may add up to.
+    model: the language model: the global model at the server, the auxiliary model at a client.
+    messenger: what it tunes and sends.
+    examples: what it trains on; a client never trains on `held_out`, and validates on it.
+    store: its own state between rounds, on disk.
+    ledger: the record of private releases of its examples; None without example-level privacy.
+    max_epsilon: the largest epsilon that the releases in the ledger may add up to.
     """
 
     id: str
@@ -62,15 +63,14 @@ class Party:
     def round_state(
         self, round: int, seed: int, received: Payload, start: Tensors | None = None
     ) -> Iterator[LocalRound]:
-        """The party's own state around one round: restored before, saved after if anything was
-        trained.
+        """Restore the party's own state before a round; save it afterwards if anything was trained.
 
-        With `start`, the auxiliary weights as handed out, its own auxiliary weights of earlier
-        rounds are put into the one model in memory, and taken out again afterwards, so that the
-        next client finds the model as it was handed out.
+        `start`: the auxiliary weights as distributed, if clients train them. The clients of a
+        process share one model: it has this party's auxiliary weights within the context, and
+        `start` again afterwards.
 
         Raises:
-            StorageError: its state is damaged, or the disk did not take it.
+            StorageError: the state is damaged or could not be written.
         """
         earlier = self.store.load(before=round)
         self.messenger.restore(entries_below(earlier, "messenger"))

@@ -32,19 +32,19 @@ MANIFEST = "auxiliary.json"
 Embeddings = Literal["verbatim", "low_rank", "fresh"]
 WEIGHTS = "model.safetensors"
 OF_NO_LAYER = re.compile("architectures|_ids?$|only_layers|indices")
-"""Lists of a configuration that may happen to be as long as there are layers, and do not have an
-entry for each."""
+"""Configuration keys whose lists are not per layer, even if their length equals the number of
+layers."""
 
 MOST_BUFFERS = 1 << 30
-"""Bytes of masks and tables that a model may make for itself beside its weights."""
+"""Most bytes of buffers, such as masks and tables, that a loaded auxiliary model may allocate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """What stands at each depth.
+    """One entry per depth of the auxiliary model.
 
     Attributes:
-        sources: the global layer at each depth.
+        sources: the global layer that is copied to each depth.
         groups: depths with the same number share their parameters.
         frozen: for each depth, whether it stays verbatim when the rest is distilled; with any,
             embeddings and head stay verbatim too.
@@ -126,9 +126,9 @@ def parse_plan(
         return _ends(layers, *numbers, prompt_layers=prompt_layers, shared=False)
     else:
         raise ConfigurationError(
-            f"auxiliary.plan: {text!r} is no layer plan: write shared(0), copies(0), every(2),"
-            " first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), or a list such as [0, 0,"
-            " 5, 5]"
+            f"auxiliary.plan: {text!r} is not a valid layer plan: write shared(0), copies(0),"
+            " every(2), first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), or a list such"
+            " as [0, 0, 5, 5]"
         )
     frozen, groups = [False] * len(sources), range(layers) if name == "copies" else sources
     reads = (
@@ -224,8 +224,8 @@ class AuxiliaryModel(PromptedLM):
         self.bytes = 4 * sum(parameter.numel() for parameter in trainable(self.model).values())
         """Size of the weights as they are handed out, float32, each once."""
         self.discloses: float | None = None
-        """The share of the global model's parameters that stand in it bit for bit, where that was
-        found out when it was made."""
+        """Share (0 to 1) of the global model's parameters that it contains bit for bit; None if it
+        was not measured when the model was built."""
 
     def weights(self) -> Tensors:
         """Every parameter once, and every buffer that belongs to the model (a mixture's routing
@@ -329,9 +329,9 @@ def build_auxiliary(
         expected = theirs[layer]
         if float((own[depth] - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
             raise AuxiliaryError(
-                f"auxiliary.plan: layer {layer} of {model.name} computes something else at depth"
-                f" {depth}: what this family's layers do depends on where they stand; keep it at"
-                f" depth {layer}"
+                f"auxiliary.plan: layer {layer} of {model.name} gives other outputs at depth"
+                f" {depth}, since in this family a layer's computation depends on its index; keep"
+                f" it at depth {layer}"
             )
     if embeddings != "verbatim":
         _reduce_embeddings(built, rank if embeddings == "low_rank" else 0, seed)
@@ -372,11 +372,11 @@ def _fill(auxiliary: Any, model: PromptedLM, plan: LayerPlan) -> None:
 
 
 def require_kinds(layers: nn.ModuleList, blocks: nn.ModuleList, plan: LayerPlan, name: str) -> None:
-    """See that what stands at each depth is of the kind of its source: a layer's kind may hang on
-    its place.
+    """Verify that the block at each depth is built like its source layer: a block's structure may
+    depend on its layer index.
 
     Raises:
-        AuxiliaryError: one is not; the message names both kinds.
+        AuxiliaryError: one is not; the message names the first difference.
     """
     for depth, layer in enumerate(plan.sources):
         other = difference(layers[layer], blocks[depth])
@@ -401,8 +401,8 @@ def embedding_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def _reduce_embeddings(model: PromptedLM, rank: int, seed: int) -> None:
-    """Every embedding replaced in place: by its first singular directions and its mean, or, with
-    rank 0, by normal numbers of its mean scale."""
+    """Replace each embedding matrix in place by its mean row plus a rank-`rank` SVD of the rest,
+    or, with rank 0, by normal values of its standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in embedding_parameters(model.model).values():
         if parameter.dim() < 2:
@@ -419,8 +419,8 @@ def _reduce_embeddings(model: PromptedLM, rank: int, seed: int) -> None:
 def load_auxiliary(
     folder: Path, *, device: torch.device, positions: Positions, digest: str | None = None
 ) -> AuxiliaryModel:
-    """The auxiliary model in a folder, held against its own digest and, if given, the one that was
-    promised.
+    """The auxiliary model in a folder, verified against the digest in its manifest and, if given,
+    against `digest`.
 
     Raises:
         AuxiliaryError: the folder is incomplete or its weights do not have the digest.
@@ -497,8 +497,8 @@ def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
 def _require_shapes(
     folder: Path, config: Any, plan: LayerPlan, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """See, on a model without memory, that a configuration asks for the weights that are there, and
-    for little besides.
+    """Verify, on the meta device, that a configuration needs exactly the weights of these `shapes`
+    and at most MOST_BUFFERS bytes of buffers.
 
     Raises:
         AuxiliaryError: it does not.
@@ -594,8 +594,8 @@ def disclosed_share(auxiliary: PromptedLM, model: PromptedLM) -> float:
 
 
 def nearly_disclosed_share(auxiliary: PromptedLM, model: PromptedLM, tolerance: float) -> float:
-    """The share of the global model's parameters in tensors that a tensor of the auxiliary comes
-    near: their distance is at most `tolerance` times the length of the global one."""
+    """As `disclosed_share`, but a global tensor counts as a whole if an auxiliary tensor of its
+    shape is within `tolerance` times its Euclidean norm."""
 
     def near(tensor: torch.Tensor, other: torch.Tensor) -> int:
         return (

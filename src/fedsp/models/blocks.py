@@ -22,8 +22,8 @@ from fedsp.errors import ModelError
 
 @dataclass(frozen=True)
 class Switch:
-    """Where a model's rotations change with the longest position of a call: above `positions`,
-    once, or again with `every_length`."""
+    """The sequence length, in positions of a call, above which a model's rotary frequencies change:
+    once, or, with `every_length`, for each longer length."""
 
     positions: int
     every_length: bool
@@ -50,7 +50,7 @@ def rotation_switch(config: PretrainedConfig) -> Switch | None:
 
 
 class Captured(Exception):
-    """Carries keys and values out of a block before it does the work that nobody needs."""
+    """Raised by `CapturingCache` to return a block's keys and values and skip its attention."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -69,7 +69,7 @@ class CapturingCache(Cache):  # type: ignore[misc]
 
 
 class FixedLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values that are read, and never added to: a step may read them twice."""
+    """A cache layer that `update` never extends: gradient checkpointing runs a block twice."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
@@ -113,8 +113,8 @@ NO_SETTING = re.compile(r"(^|_)(layer|block)_?(idx|id|index|number)$|^training$"
 
 
 def difference(one: nn.Module, other: nn.Module) -> str | None:
-    """In what two blocks are of different kinds, or None: their modules, the shapes of their
-    weights, and every setting that they keep."""
+    """The first difference between two blocks, in words, or None: in their module types, the shapes
+    of their weights and buffers, or their scalar attributes."""
     for (path, module), (other_path, beside) in zip_longest(
         one.named_modules(), other.named_modules(), fillvalue=("", None)
     ):
@@ -164,8 +164,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def fused(model: PreTrainedModel) -> PreTrainedModel:
-    """GPT-2's own form of GELU in eight operations, which keep eight tensors for the backward pass,
-    as the one operation that it is."""
+    """The model, with GPT-2's GELU of eight operations, each saving a tensor for the backward pass,
+    replaced in place by PyTorch's single one."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -174,8 +174,8 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def runs_on(module: nn.Module, parameter: Tensor) -> torch.device:
-    """Where a module computes: where its weights are, or, where accelerate brings them from
-    elsewhere, where to."""
+    """The device on which a module computes: that of `parameter`, or, if accelerate offloads it,
+    the execution device of accelerate's hook."""
     if parameter.device.type != "meta":
         return parameter.device
     places = (

@@ -112,8 +112,8 @@ def load_model(
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(
-            f"the model {name!r} lacks {len(missing)} of its weights, {missing[0]} the first: they"
-            " would be random; get it whole, or as a causal language model"
+            f"the model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}), which"
+            " would be random: download it again, or use a causal language model"
         )
     if offloaded:
         weakref.finalize(model, offloaded.cleanup)
@@ -123,9 +123,9 @@ def load_model(
 
 
 def reduce_precision(model: PromptedLM, precision: Precision, key: str) -> None:
-    """Hold the frozen weights of a model that is in place with fewer bits: all of them in bfloat16,
-    or the linear layers of its blocks in 8 or 4 bits. Depths that share a weight go on sharing it.
-    `key` is where the precision was asked for.
+    """Convert a model's frozen weights in place: all of them to bfloat16, or the linear layers of
+    its blocks to 8 or 4 bits. Shared weights stay shared. `key` is the configuration key to name in
+    errors.
 
     Raises:
         ModelError: bitsandbytes is missing.
@@ -184,9 +184,9 @@ def _in_few_bits(linear: nn.Module, precision: Precision) -> nn.Module:
 
 
 def _mend_4bit(model: nn.Module, key: str) -> None:
-    """On a CPU bitsandbytes packs 4-bit weights for inference as soon as nothing asks for a
-    gradient, and from then on lets none through; and it reads weights wrong whose rows are not
-    whole blocks.
+    """Turn off bitsandbytes' packing of 4-bit weights on a CPU, which starts in the first call
+    without gradients and blocks them from then on. It also misreads weights whose row length is
+    not a multiple of NF4_BLOCK.
 
     Raises:
         ModelError: the model has such rows.
@@ -248,8 +248,8 @@ def require_vocabulary(model: PromptedLM, tokenizer: Tokenizer) -> None:
     )
     if tokens > embeddings:
         raise ModelError(
-            f"{model.name} has embeddings of {embeddings} tokens, its tokenizer makes {tokens}:"
-            " they do not belong together"
+            f"{model.name} has embeddings for {embeddings} tokens, but its tokenizer has {tokens}:"
+            " use the tokenizer of this model"
         )
 
 
@@ -267,9 +267,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def known_keys(kind: type[Any]) -> set[str]:
-    """The keys that the configuration of a family has: those it is made of, those it derives, and
-    their other names. Nothing that names code, kernels or another form of the weights is among
-    them."""
+    """The keys of a configuration class: constructor arguments, annotations, aliases and default
+    entries; without those that name remote code, kernels, quantization or parallelism plans."""
     named = set(inspect.signature(kind.__init__).parameters).union(
         *(getattr(base, "__annotations__", {}) for base in kind.__mro__), kind.attribute_map
     )

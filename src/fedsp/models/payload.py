@@ -52,11 +52,10 @@ def shapes_of(payload: Payload) -> dict[str, tuple[int, ...]]:
 
 
 def check(payload: Payload, shapes: Shapes) -> None:
-    """Hold a payload against what may travel: exactly these names, each of its shape, float32,
-    every number finite.
+    """Verify that a payload has exactly these names and shapes, in float32, and only finite values.
 
     Raises:
-        PayloadError: anything else, with what was found and what was expected.
+        PayloadError: it does not; the message says what was found and what was expected.
     """
     if sorted(payload) != sorted(shapes):
         raise PayloadError(
@@ -76,7 +75,7 @@ def check(payload: Payload, shapes: Shapes) -> None:
 
 
 def _not_finite(values: Tensor) -> int:
-    """Counted in parts: a payload may be large and may lie."""
+    """Number of values that are not finite, counted in chunks to bound the memory."""
     return sum(
         int((~torch.isfinite(part)).sum()) for part in torch.split(values.flatten(), 1 << 16)
     )

@@ -74,15 +74,15 @@ class ModelShape:
 class PromptedLM(nn.Module):
     """A causal LM that reads a prefix of keys and values (P, L, 2, H, K) at every layer, or none.
 
-    `prompt_layers` says, for each depth of this model, which layer of the soft prompt it reads, and
-    `prompt_shape` what model the prompt is made for: the identity and this very model, unless it is
-    an auxiliary one.
+    `prompt_layers`: the layer of the soft prompt that each depth reads (default: its own).
+    `prompt_shape`: the shape of the model that the prompt is made for (default: this one). In an
+    auxiliary model both refer to the global model's prompt.
 
     Raises:
-        ModelError: the model has no key/value cache, keeps more than that, is an encoder-decoder,
-            has several key/value shapes, takes no positions from outside, computes its logits from
-            something else than the last hidden states, or reads a text otherwise behind the keys
-            and values of its beginning; or `positions` "from_zero" would change nothing in it.
+        ModelError: the model has no key/value cache, caches anything else, is an encoder-decoder,
+            has several key/value shapes, accepts no position ids, computes its logits from more
+            than the last hidden states, or gives other hidden states after cached keys and values
+            than for the whole text; or `positions` "from_zero" has no effect on it.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class PromptedLM(nn.Module):
         self.head = model.get_output_embeddings()
         self._first = (next(model.parameters()),)  # in a tuple, so that it is not this module's own
         self.together: int | None = None
-        """How many examples may go through it together where each is promised something of its own;
-        None until that was tried out."""
+        """Largest batch that is allowed under example-level privacy; None until
+        `examples_together` has measured it."""
         self.largest_difference: float | None = None
-        """By which share of its length neighbours changed an example's gradient at most when it
-        was; None until then."""
+        """The largest change of an example's gradient by its neighbours in a batch, relative to its
+        norm, as measured there; None until then."""
         self._output: Any = None
         self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._plain_calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -125,7 +125,7 @@ class PromptedLM(nn.Module):
         self.path_of_blocks, self.blocks = find_blocks(model, layers, name)
         self._reads_another_s_prompt = (
             prompt_shape is not None
-        )  # an auxiliary model's positions are the global one's affair
+        )  # `positions` is checked on the global model, not on an auxiliary one
         self.shape = self._admitted()
         self.prompt_shape = prompt_shape or self.shape
         self.prompt_layers = tuple(
@@ -167,8 +167,8 @@ class PromptedLM(nn.Module):
         """Last hidden states (B, T, D), after the final norm, of right-padded tokens (B, T) behind
         a prefix (P, L, 2, H, K) or one prefix per example (B, P, L, 2, H, K).
 
-        Rows behind one prefix are read side by side where that saves padding and the model has
-        `room_for_trees`; what stands at padding means nothing.
+        Rows with a shared prefix are packed where that saves padding and `packs_branches` allows;
+        the hidden states at padding are undefined.
         """
         if (
             attention_mask is not None
@@ -186,7 +186,7 @@ class PromptedLM(nn.Module):
     def read_padded(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None
     ) -> Tensor:
-        """The same, each row by itself."""
+        """As `forward`, but never packs rows."""
         (hidden,) = self.read_apart(
             lambda *call: [self._read(*call)], input_ids, attention_mask, prefix
         )
@@ -199,8 +199,8 @@ class PromptedLM(nn.Module):
         attention_mask: Tensor | None,
         prefix: Tensor | None,
     ) -> list[Tensor]:
-        """What `read` makes of tokens, mask and prefix, tensors (B, T, D), with rows apart that may
-        not share a call."""
+        """Tensors (B, T, D) that `read` returns for tokens, mask and prefix, by separate calls for
+        rows that may not share one."""
         groups = self._rows_read_together(attention_mask, prefix)
         if groups is None:
             return read(input_ids, attention_mask, prefix)
@@ -251,8 +251,8 @@ class PromptedLM(nn.Module):
         return length if self.positions == "hugging_face" else 0
 
     def rotated_alike(self, one: int, other: int) -> bool:
-        """Whether calls that reach so many positions rotate alike, so that what the one has cached
-        serves the other."""
+        """Whether calls of `one` and of `other` positions use the same rotary frequencies, so that
+        the cache of one is valid in the other."""
         return self.switch is None or (one > self.switch.positions) == (
             other > self.switch.positions
         )
@@ -315,8 +315,8 @@ class PromptedLM(nn.Module):
         return hidden
 
     def read_branches(self, packed: PackedBatch, prefix: Tensor | None) -> Tensor:
-        """Last hidden states (B, T, D) of trees: each token sees the prefix, its row's context, and
-        of its own branch what stands before it."""
+        """Last hidden states (B, T, D) of a packed batch: each token attends to the prefix and,
+        causally, to its row's context and its own branch."""
         length = length_of(prefix)
         batch, width = packed.ids.shape
         before = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
@@ -339,12 +339,12 @@ class PromptedLM(nn.Module):
 
     @cached_property
     def packs_branches(self) -> int:
-        """Keys, the prefix among them, up to which a mask of one's own does what the model's own
-        masks do: any window that its configuration names; 0 where it takes none at all. Longer ones
-        than LONGEST_TREE cost more than they save.
+        """The most keys, prefix included, that a custom 4D mask for packed batches may cover: the
+        model's attention window if its configuration has one, at most LONGEST_TREE, above which
+        packing costs more than it saves; 0 if the model does not support such masks.
 
-        Tried out on a small tree, which one of the branches stands in twice: it must be read as by
-        itself, in both places alike, whatever another branch says.
+        Tested on a small packed row with one branch in two places: both must have the hidden
+        states of the unpacked text, whatever another branch contains.
         """
         text = self.model.config.get_text_config().to_dict()
         windows = [
@@ -461,8 +461,8 @@ class PromptedLM(nn.Module):
         return Cache(layers=layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V), float32, of last hidden states (..., D): what the model's own forward
-        makes of them, scales and soft caps of its family included."""
+        """Logits (..., V), float32, of last hidden states (..., D), by the model's own forward,
+        including any logit scaling and soft capping of its family."""
         rows = hidden.reshape(1, -1, hidden.shape[-1])
         if not rows.shape[1]:
             return rows.new_zeros(
@@ -485,10 +485,10 @@ class PromptedLM(nn.Module):
         return logits.to(self.device).float().view(*hidden.shape[:-1], -1)
 
     def keys_and_values(self, inputs: Tensor) -> Tensor:
-        """What each block makes of its residual inputs (P, L, D) as tokens 0..P-1: keys and values
-        (P, L, 2, H, K), with gradients; or of one prompt per example, (B, P, L, D), and then (B, P,
-        L, 2, H, K). Rotations are those of P positions, whatever text is behind them: a prompt is
-        the same in front of a short text and of one beyond the model's `switch`."""
+        """Keys and values (P, L, 2, H, K), with gradients, that each block computes from residual
+        inputs (P, L, D) at positions 0..P-1; (B, P, L, 2, H, K) for one prompt per example (B, P,
+        L, D). Rotary frequencies are those of a call of P positions, so a prompt does not depend on
+        the length of the text after it, even beyond the model's `switch`."""
         batch = inputs if inputs.dim() == 4 else inputs[None]
         length = batch.shape[1]
         if length not in self._block_calls:
@@ -596,17 +596,17 @@ class PromptedLM(nn.Module):
             )
         if self.head is None or self.backbone is self.model:
             raise ModelError(f"{self.name} ({kind}) has no output head that fedsp can find")
-        tried = "reading a text"
+        attempt = "reading a text"
         try:
             with torch.no_grad():
                 shape = self._shape_by_reading()
-                tried = "reading behind a soft prompt"
+                attempt = "reading behind a soft prompt"
                 self._try_prompts(shape)
         except ModelError:
             raise
         except Exception as error:  # whatever a family's own code raises
             raise ModelError(
-                f"{self.name} ({kind}) cannot carry a soft prompt: {tried} fails in its own code"
+                f"{self.name} ({kind}) cannot carry a soft prompt: {attempt} fails in its own code"
                 f" ({type(error).__name__}: {first_line(error)})"
             ) from error
         return shape
@@ -655,8 +655,8 @@ class PromptedLM(nn.Module):
         )
         if other:
             raise ModelError(
-                f"{self.name} ({kind}) keeps more than keys and values of what it has read"
-                f" ({', '.join(other)}): a soft prompt has no such part"
+                f"{self.name} ({kind}) caches more than keys and values"
+                f" ({', '.join(other)}), which a soft prompt cannot provide: use another model"
             )
         keys, values = (
             {(part.shape[1], part.shape[3]) for part in parts}
@@ -678,14 +678,14 @@ class PromptedLM(nn.Module):
             self._output.past_key_values = None
         if not torch.isfinite(output.logits).all():
             raise ModelError(
-                f"{self.name} ({kind}) makes logits that are not finite of a few tokens: its"
-                " weights are damaged, or not for this precision"
+                f"{self.name} ({kind}) computes logits that are not finite: its weights are damaged"
+                " or do not suit this precision; download it again or change the precision"
             )
         read = self.read_padded(tokens, torch.ones_like(tokens))
         if not self._close(read, made[0].last_hidden_state.to(self.device)):
             raise ModelError(
-                f"{self.name} ({kind}) reads a text otherwise where positions that count from 0 are"
-                " given: fedsp does not know how it counts"
+                f"{self.name} ({kind}) computes other hidden states with position ids that start at"
+                " 0 than with its own, which fedsp does not support: use another model"
             )
         if not self._close(self.logits(read), output.logits.float().to(self.device)):
             raise ModelError(
@@ -713,8 +713,8 @@ class PromptedLM(nn.Module):
             self.positions = positions
         if not all(self._close(found, whole) for found in behind):
             raise ModelError(
-                f"{self.name} ({kind}) reads a text otherwise behind the keys and values of its"
-                " beginning than as a whole: it cannot carry a soft prompt"
+                f"{self.name} ({kind}) computes other hidden states after cached keys and values"
+                " than for the whole text, so it cannot carry a soft prompt: use another model"
             )
         self.generate(tokens[0], pairs, most=2, stop=None)
         if (
@@ -723,9 +723,8 @@ class PromptedLM(nn.Module):
             and self._close(self.read_padded(tokens[:, length:], None, pairs), behind[0], 1e-5)
         ):
             raise ModelError(
-                f"positions = 'from_zero' changes nothing in {self.name} ({kind}): whatever"
-                " positions it is given, it counts places, the prompt's among them (as with"
-                " ALiBi); use 'hugging_face'"
+                f"positions = 'from_zero' has no effect on {self.name} ({kind}): it ignores"
+                " position ids and always counts the prompt (as with ALiBi); use 'hugging_face'"
             )
 
     def _some_tokens(self) -> Tensor:

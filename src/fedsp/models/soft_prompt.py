@@ -8,9 +8,9 @@ Notation: P prompt length, L layers, H key/value heads, K head size, D hidden si
   with its own norm and projections, so the same numbers mean the same thing to the auxiliary and to
   the global model. Half the bytes of the other.
 
-With a projection the values are the received ones plus an MLP's output less what that output was on
-receipt, so any prompt can be taken up exactly, trained through the MLP, and folded: only values
-ever travel.
+With a projection the values are `origin` + MLP(embedding); on receipt `origin` is set so that they
+equal the received values. Training updates the MLP and the embedding; only the resulting values
+are sent.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class SoftPrompt(nn.Module):
 
     @torch.no_grad()
     def load(self, payload: Payload) -> None:
-        """Take up received values exactly (to the last rounding where there is a projection).
+        """Set the prompt to received values: exactly, or up to rounding with a projection.
 
         Raises:
             PayloadError: the payload is not one finite float32 tensor of this prompt's shape.
@@ -124,7 +124,7 @@ class SoftPrompt(nn.Module):
             self.direct.copy_(payload[PROMPT])
 
     def own_state(self) -> dict[str, Tensor]:
-        """What must rest with the party, since it does not travel: the projection."""
+        """State that the party keeps and never sends: projection and embedding, if any."""
         return self.state_dict() if self.spec.projection else {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -148,8 +148,8 @@ class SoftPrompt(nn.Module):
         return self.read(self.values(), model)
 
     def read(self, values: Tensor, model: PromptedLM) -> Tensor:
-        """The same for other values in this prompt's place, or for one set of values per example,
-        with the batch in front.
+        """As `prefix`, for `values` of this prompt's shape, or of one prompt per example, with a
+        leading batch dimension that the result has too.
 
         Raises:
             PromptError: prompt and model have different shapes.
@@ -202,8 +202,8 @@ def read_prompt(path: Path) -> SoftPrompt:
 def initial_values(
     spec: PromptSpec, model: PromptedLM, *, scale: float | None, tokens: Tensor | None, seed: int
 ) -> Tensor:
-    """Values to start from: real activations of the first P of `tokens` (any number,) under
-    `model`, or a normal of this `scale`.
+    """Initial values: activations of `model` on the first P of `tokens` (T,) if given, else normal
+    with standard deviation `scale` (None: zeros).
 
     Raises:
         PromptError: there are fewer than P tokens.

@@ -13,11 +13,10 @@ from fedsp.models.prompted_lm import PromptedLM
 
 
 class Weights:
-    """Some parameters of a model, by the names under which they travel; they are read where they
-    stand, so there is no copy of them.
+    """A messenger of model parameters, keyed by the names in the payload; they are tuned in place,
+    without a copy.
 
-    Parties that share one model in one process each load what they received before they do
-    anything.
+    Parties that share one model in one process must each load their payload before any other call.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -36,10 +35,10 @@ class Weights:
 
     @torch.no_grad()
     def load(self, payload: Payload) -> None:
-        """Copy received numbers into place.
+        """Copy a received payload into the parameters.
 
         Raises:
-            PayloadError: other names, shapes or types than these, or numbers that are not finite.
+            PayloadError: its names, shapes or dtypes differ, or a value is not finite.
         """
         check(
             payload, {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
@@ -64,5 +63,5 @@ class Weights:
         ).sum()
 
     def prefix(self, model: PromptedLM) -> None:
-        """None: nothing stands in front of a text."""
+        """None: weights add no prefix to the input."""
         return

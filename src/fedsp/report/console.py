@@ -63,7 +63,7 @@ class Display:
 
     def callbacks(self) -> Callbacks:
         return Callbacks(
-            say=self.print,
+            info=self.print,
             distilled=self._distilled,
             round_done=self._round_done,
             part_done=self._part_done,
@@ -221,7 +221,7 @@ def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(justify="right", overflow="fold")
     for label, name, value in _each_figure(figures):
-        told = (
+        shown = (
             size(value)
             if "bytes" in name
             else (
@@ -232,7 +232,7 @@ def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
                 else _text(value)
             )
         )
-        table.add_row(label, told)
+        table.add_row(label, shown)
     return table
 
 

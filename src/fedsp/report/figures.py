@@ -1,5 +1,5 @@
-"""The report's pictures, as SVG that takes its ink from the page: readable in the dark, in print,
-and without telling red from green."""
+"""The report's figures, as SVG in the page's text colour: readable in dark mode, in print and with
+colour blindness."""
 
 from __future__ import annotations
 

@@ -106,7 +106,8 @@ class Run:
 
     @property
     def distillation_seconds(self) -> float:
-        """Seconds in which the package was made, once for all cells of a study that share it."""
+        """Seconds of distilling the auxiliary model, in full for every run that uses it; runs of a
+        study that share one model share this time."""
         if not self.config.auxiliary.folder:
             return float(self.figures["seconds_distillation"])
         made = Path(self.config.auxiliary.folder).with_suffix(".json")

@@ -45,7 +45,7 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class TableView:
     """A table as the page shows it: which entries are the best of their column, and which are
     words."""
 
@@ -186,7 +186,7 @@ def page(
                 "text": section.text,
                 "missing": len(section.missing),
                 "tables": [
-                    Shown(
+                    TableView(
                         table=table,
                         best=_best(table),
                         hints=hints,
@@ -215,8 +215,8 @@ def _title(results: Results) -> str:
 
 
 def audited_runs(results: Results) -> list[dict[str, Any]]:
-    """Of runs that were audited, or that promise something: the account, and what audits found, as
-    tables of words."""
+    """For each run with audits or a privacy statement: its account, and its audits' findings as
+    text tables."""
     audited = []
     for run in results.runs.values():
         tables = [
@@ -225,12 +225,12 @@ def audited_runs(results: Results) -> list[dict[str, Any]]:
             for finding in some
         ]
         if tables or (run.folder / STATEMENT).exists():
-            told = account(run.folder)
+            account_of_run = account(run.folder)
             audited.append(
                 {
                     "key": run.key,
                     "name": run.name,
-                    "account": told,
+                    "account": account_of_run,
                     "tables": [
                         (
                             title,

@@ -1,9 +1,9 @@
-"""Distillation: the auxiliary model is fitted to the last hidden states of the global one, before
-any round (FedSP, section 3, KD).
+"""Knowledge distillation: the auxiliary model (student) is trained to reproduce the last hidden
+states of the global model (teacher), before the first round (FedSP, section 3, KD).
 
-The loss is the mean squared error between last hidden states, after the final norm, over real
-tokens; padding is masked out. The teacher reads each text once and its states are kept, in memory
-or, where they are large, in a file.
+The loss is the mean squared error between last hidden states, after the final norm, over all
+tokens but padding. The teacher runs once per text; its states are cached in memory or, if they are
+large, in a temporary file.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Progress = Callable[[int, float], None]
 """Called after each step with its number, from 1, and its loss."""
 
 IN_MEMORY = 1 << 30
-"""Bytes of teacher states that are kept in memory; more than that lie on the disk."""
+"""Largest size, in bytes, of teacher states that are cached in memory instead of on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """How much, how fast, and the options that are off by default (weights and a scale, each 0)."""
+    """Settings of distillation; `match_depths` and `match_logits` weigh extra losses (0: off)."""
 
     steps: int
     batch_size: int
@@ -52,7 +52,7 @@ class Distillation:
 
 
 def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error of states (B, T, D) where the mask (B, T) is 1."""
+    """Mean squared error of states (batch, tokens, hidden) where the mask (batch, tokens) is 1."""
     squared = (student - teacher).float().square().mean(dim=-1)  # (B, T)
     return (squared * mask).sum() / mask.sum()
 
@@ -67,8 +67,8 @@ def distill(
     progress: Progress = lambda step, loss: None,
     around: SoftPrompt | None = None,
 ) -> list[float]:
-    """Fit the auxiliary's distillable weights in place; returns the loss of each step. `around` is
-    a prompt that stands in front of every text, on both sides.
+    """Train the auxiliary model's distillable weights in place; returns the loss of each step.
+    `around` is a soft prompt that both models read in front of every text.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -77,8 +77,10 @@ def distill(
         return []
     order = _order(len(texts), how, seed)
     drawn = Counter(index for indices in order for index in indices)
-    kept = (
-        Kept(drawn, max(len(texts[index]) for index in drawn)) if max(drawn.values()) > 1 else None
+    cached = (
+        TeacherStates(drawn, max(len(texts[index]) for index in drawn))
+        if max(drawn.values()) > 1
+        else None
     )
     steps = 0
 
@@ -89,7 +91,7 @@ def distill(
         batch = pad([texts[index] for index in indices], auxiliary.device)
         with torch.no_grad():
             read = partial(_read, teacher, texts, how, auxiliary, prefixes[1])
-            states = kept.get(indices, read) if kept else read(indices)
+            states = cached.get(indices, read) if cached else read(indices)
             states = [state[:, : batch.ids.shape[1]].to(auxiliary.device) for state in states]
         value = _loss(
             auxiliary,
@@ -113,8 +115,8 @@ def _loss(
     mask: Tensor,
     how: Distillation,
 ) -> Tensor:
-    """The paper's loss on the last states, plus the options: states are those of every depth (or
-    none), then the last."""
+    """The paper's loss plus the optional ones. `hidden` and `states` (the teacher's): states at
+    matched depths, then the last ones; without `match_depths`, `states` has only the last."""
     value = masked_mse(hidden[-1], states[-1], mask)
     if how.match_depths:
         value = (
@@ -136,12 +138,12 @@ def _loss(
     return value
 
 
-class Kept:
-    """What the teacher made of each text that is drawn, float32, read once. What is larger than
-    `IN_MEMORY` bytes in all lies in files without names, which go with the process.
+class TeacherStates:
+    """A float32 cache of the teacher's hidden states, computed once per text. If it is larger than
+    `IN_MEMORY` bytes, it is mapped to unlinked files, which end with the process.
 
     Raises (from `get`):
-        StorageError: the disk has no room for it.
+        StorageError: the disk is full.
     """
 
     def __init__(self, drawn: Iterable[int], longest: int) -> None:
@@ -151,8 +153,8 @@ class Kept:
         self._known: set[int] = set()
 
     def get(self, indices: list[int], read: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
-        """The states of some texts, (B, longest, D) for each depth; `read` gives those that are not
-        known yet."""
+        """The states of these texts, one tensor (batch, longest text, hidden) per depth; `read`
+        computes those that are not cached yet."""
         new = [index for index in dict.fromkeys(indices) if index not in self._known]
         if new:
             states = read(new)
@@ -163,24 +165,24 @@ class Kept:
                     _on_disk(math.prod(shape)).view(shape) if large else torch.zeros(shape)
                     for shape in shapes
                 ]
-            for kept, state in zip(self._states, states, strict=True):
-                kept[self._at(new), : state.shape[1]] = state.cpu()
+            for cached, state in zip(self._states, states, strict=True):
+                cached[self._at(new), : state.shape[1]] = state.cpu()
             self._known |= set(new)
-        return [kept[self._at(indices)] for kept in self._states]
+        return [cached[self._at(indices)] for cached in self._states]
 
     def _at(self, indices: list[int]) -> Tensor:
         return torch.tensor([self._rows[index] for index in indices])
 
 
 def _on_disk(count: int) -> Tensor:
-    """So many float32 numbers in a file that is gone from its folder already."""
+    """A float32 tensor (count,) mapped to a temporary file that is already unlinked."""
     size, folder = 4 * count, room_for_large_files()
     with tempfile.NamedTemporaryFile(prefix="fedsp-teacher-states-", dir=folder) as file:
         try:
             if sys.platform == "linux":
                 os.posix_fallocate(
                     file.fileno(), 0, size
-                )  # a disk that fills up later would end the process without a word
+                )  # reserve it: a full disk would later kill the process with SIGBUS
             else:
                 file.truncate(size)
         except OSError as error:
@@ -199,8 +201,8 @@ def _read(
     prefix: Tensor | None,
     indices: list[int],
 ) -> list[Tensor]:
-    """The teacher's states of some texts, (B, T, D) for each depth that is matched, and last the
-    last ones."""
+    """The teacher's states of these texts, tensors (batch, tokens, hidden): one for each matched
+    depth, then the last hidden states."""
     batch = pad([texts[index] for index in indices], teacher.device)
     states = hidden_at_depths(teacher, batch.ids, batch.mask, prefix)
     wanted = [*(states[layer] for layer in student.prompt_layers if how.match_depths), states[-1]]

@@ -1,9 +1,9 @@
-"""Steps on a prompt with example-level differential privacy: DP-SGD's clipped and noised gradients,
-with AdamW on the result.
+"""DP-SGD on a soft prompt (example-level differential privacy): per-example gradients are clipped,
+summed and noised, and AdamW is applied to the result.
 
 M. Abadi et al. *Deep Learning with Differential Privacy*. CCS 2016.
-https://arxiv.org/abs/1607.00133. What an optimizer makes of a released gradient is post-processing.
-Lots are Poisson samples, as the accountant assumes, and an empty one releases noise like any other.
+https://arxiv.org/abs/1607.00133. The optimizer step is post-processing of a released gradient.
+Batches ("lots") are Poisson samples, as the accountant assumes; an empty one still releases noise.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fedsp.training.per_example_gradients import example_gradients
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateSteps:
-    """Steps of one round: each a release of noise `noise_multiplier` x `bound` over a Poisson
-    sample of rate `sampling_rate`."""
+    """The `count` steps of one round. Each releases the gradients of a Poisson sample of rate
+    `sampling_rate`, clipped to `bound`, with noise of deviation `noise_multiplier` x `bound`."""
 
     bound: float
     noise_multiplier: float
@@ -43,8 +43,8 @@ class PrivateSteps:
 
 @dataclass(frozen=True, kw_only=True)
 class ExamplePrivacy:
-    """What a run asks of every client: gradients of one example clipped to `bound`, and noise so
-    that all `rounds` rounds cost `epsilon` at `delta`, or noise of a given multiplier."""
+    """Privacy parameters of a run, alike for all clients: the clipping bound of one example's
+    gradient, and either the `epsilon` at `delta` of all `rounds` rounds or a noise multiplier."""
 
     bound: float
     delta: float
@@ -53,16 +53,16 @@ class ExamplePrivacy:
     noise_multiplier: float | None = None
 
     def steps(self, examples: int, lot: int, steps: int) -> PrivateSteps:
-        """The steps of one round of a client with so many examples, `lot` of them expected in a
-        step. How many it has is taken as public.
+        """The steps of one round of a client with this number of examples, which is treated as
+        public; `lot` is the expected batch size.
 
         Raises:
-            PrivacyError: delta is no promise for so many examples, or no noise is enough.
+            PrivacyError: delta is too large for the number of examples, or no noise suffices.
         """
         if self.delta * examples >= 1:
             raise PrivacyError(
-                f"privacy.delta = {self.delta:g} is no promise for {examples} examples: with one"
-                f" chance in {1 / self.delta:g} an example may be told whole; set it below"
+                f"privacy.delta = {self.delta:g} is too large for {examples} examples: with one"
+                f" chance in {1 / self.delta:g} an example may be disclosed in full; set it below"
                 f" {1 / examples:.1g}"
             )
         rate = min(1.0, lot / examples)
@@ -85,10 +85,10 @@ def fit_privately(
     first_step: int = 0,
     moments: Tensors | None = None,
 ) -> TrainResult:
-    """AdamW steps on the prompt from private gradients; no loss is told.
+    """AdamW steps on the prompt from private gradients; losses are not recorded.
 
     Raises:
-        PrivacyError: the model does not read an example by itself.
+        PrivacyError: an example's gradient depends on others, or is not finite.
     """
     together = examples_together(model, prompt, max(len(row.ids) for row in examples))
 
@@ -104,26 +104,26 @@ def fit_privately(
 
 
 TOGETHER = 8
-"""Examples that go through a model together where none of them changes another."""
+"""Batch size of per-example gradients if no example changes another's gradient."""
 
 ALONE = 5e-5
-"""The largest change of an example's gradient, as a share of its length, that counts as rounding:
-seven neighbours that each move so much move a clipped sum by less than a thousandth of the bound.
+"""The largest change of an example's gradient, relative to its norm, that counts as rounding: seven
+neighbours that each change this much change a clipped sum by less than a thousandth of the bound.
 """
 
 
 def examples_together(model: PromptedLM, prompt: SoftPrompt, longest: int) -> int:
-    """How many examples may go through the model together: a bound on one example bounds nothing
-    where it changes what others contribute.
+    """How many examples may share a batch, 1 or `TOGETHER`: clipping does not bound the influence
+    of an example that changes the gradients of others.
 
-    Tried out once for each model, on random text: an example's gradient by itself, and beside
-    neighbours that change. Where they differ by more than rounding each example is read by itself;
-    so it is in few bits, where LLM.int8 picks outlier columns over a whole batch, which random
-    neighbours need not show. `longest` is the length of the longest example, in tokens: only where
-    it reaches a switch of the model's rotations is one tried that does.
+    Measured once per model on random text: an example's gradient alone, and in batches with other
+    examples. If they differ by more than rounding, the result is 1; also for 8bit and 4bit models,
+    since LLM.int8 picks outlier columns over a whole batch, which random text may not show.
+    `longest`: length of the longest example in tokens; if it can exceed `model.switch`, where RoPE
+    frequencies change, a neighbour beyond the switch is tested too.
 
     Raises:
-        PrivacyError: even by itself an example's gradient depends on what was read before, or is
+        PrivacyError: even alone, an example's gradient depends on what the model read before, or is
             not finite.
     """
     if model.together is None:
@@ -139,18 +139,18 @@ def examples_together(model: PromptedLM, prompt: SoftPrompt, longest: int) -> in
         alone = _gradients(model, prompt, [lone])
         if not torch.isfinite(alone).all():
             raise PrivacyError(
-                f"{model.name} has gradients that are not finite, on random text: no example of"
-                " anybody would count; take another model or precision"
+                f"{model.name} has gradients that are not finite on random text, so clipping would"
+                " drop every example: use another model or precision"
             )
         rounding = _moved(
             _gradients(model, prompt, [lone]), alone
-        )  # of the same call again: not every device adds in one order
+        )  # between identical calls: some devices sum in a varying order
         for crowd in crowds:
             _gradients(model, prompt, crowd[:1])
             if _moved(_gradients(model, prompt, [lone]), alone) > max(ALONE, 4 * rounding):
                 raise PrivacyError(
-                    f"{model.name} reads an example otherwise after another was read, so no bound"
-                    " holds for one example: take another model"
+                    f"{model.name} gives an example another gradient after reading other text, so"
+                    " clipping does not bound its influence: use another model"
                 )
         beside = max(
             _moved(_gradients(model, prompt, [lone, *crowd])[:1], alone) for crowd in crowds
@@ -161,8 +161,7 @@ def examples_together(model: PromptedLM, prompt: SoftPrompt, longest: int) -> in
 
 
 def _probe(model: PromptedLM, length: int, seed: int) -> Encoded:
-    """A random example of so many tokens, three of them asked: what is tried out is nobody's
-    text."""
+    """An example of `length` random tokens, the last three being the answer; no client's text."""
     vocabulary = model.model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
     return Encoded(tuple(tokens.tolist()), length - 3)
@@ -187,8 +186,8 @@ def private_gradient(
     steps: PrivateSteps,
     at_once: int = 1,
 ) -> Tensor:
-    """The noised mean gradient of a lot, of the prompt's shape, float32; clipped, summed and noised
-    in float64 on the processor, which every device can do."""
+    """The noised mean gradient of a batch, float32, of the prompt's shape; clipped, summed and
+    noised in float64 on the CPU, since not every accelerator has float64."""
     total = torch.zeros(prompt.direct.numel(), dtype=torch.float64)
     ordered = sorted(lot, key=lambda row: len(row.ids))
     for start in range(0, len(ordered), at_once):

@@ -73,11 +73,11 @@ def score(
 ) -> tuple[list[Scored], int]:
     """Score every choice of every example; also how many examples lost old context.
 
-    The context, but for its last token, is read once per example, and all choices with it, as
-    branches of a tree; where the model takes no mask of one's own, the context is read with a
-    cache, and the choices behind it. Examples of like length share a batch; the result is in the
-    order of `examples`. A batch is `tokens_per_batch` tokens: by default 512 on a CPU, whose cache
-    holds no more, and 4096 elsewhere.
+    The context (without its last token) is encoded once per example, in one call with all choices
+    as branches of a tree (tree attention mask); for models that do not accept a custom mask, the
+    choices continue from the context's KV cache. Examples of similar length share a batch of
+    `tokens_per_batch` tokens: by default 512 on a CPU, for its cache, and 4096 elsewhere. Results
+    are in the order of `examples`.
     """
     tokens_per_batch = tokens_per_batch or (512 if model.device.type == "cpu" else 4096)
     pairs = encode_choices(tokenizer, examples, max_tokens)
@@ -130,8 +130,8 @@ def encode_choices(
 def _score_group(
     model: PromptedLM, prefix: Tensor | None, group: list[list[Encoded]], shared: list[int]
 ) -> list[list[tuple[float, bool]]]:
-    """(log-likelihood, greedy) of each choice of each example of a group; of each example so many
-    first tokens are `shared` by its choices."""
+    """(log-likelihood, is greedy) of each choice of each example; `shared` is the number of leading
+    tokens that an example's choices have in common."""
     tails = [
         [pair.ids[length:-1] for pair in pairs] for pairs, length in zip(group, shared, strict=True)
     ]
@@ -174,12 +174,12 @@ def _states(
                 wanted[row, start + first : start + len(tail)] = True
                 start += len(tail)
         return model.read_branches(packed, prefix)[wanted.to(model.device)]
-    # padding in front of a tail would count as distance, so contexts in one call have one length
+    # some models count padding between context and tail as distance: one context length per call
     groups: dict[int, list[int]] = {}
     for row, (context, some) in enumerate(zip(contexts, tails, strict=True)):
         reach = model.first_position(prefix) + len(context)
-        kept = context and all(model.rotated_alike(reach, reach + len(tail)) for tail in some)
-        groups.setdefault(len(context) if kept else 0, []).append(row)
+        cached = context and all(model.rotated_alike(reach, reach + len(tail)) for tail in some)
+        groups.setdefault(len(context) if cached else 0, []).append(row)
     found: list[list[Tensor]] = [[] for _ in contexts]
     for width, rows in groups.items():
         fronts = [() if width else contexts[row] for row in rows]
@@ -209,8 +209,8 @@ def _states(
 
 
 def _shared(pairs: list[Encoded]) -> int:
-    """How many tokens all choices of an example begin with, and need not answer for: a choice whose
-    tokens reach back into the context shares fewer."""
+    """The number of leading tokens that all choices share and that predict no answer token; fewer
+    if a choice's tokenization merges with the end of the context."""
     return min(min(pair.start for pair in pairs) - 1, _common(pairs))
 
 
@@ -243,9 +243,9 @@ def summarise(scored: Sequence[Scored], task: Task) -> dict[str, float]:
 def by_client(
     scored: Sequence[Scored], task: Task, kinds: Sequence[str], held: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, float]]:
-    """What each client would find on questions like its own: accuracy (or exact match) and answer
-    loss on the test questions of each kind, weighted by the kinds of its training questions
-    (`held`). Kinds without a test question do not count; a client with no other is left out.
+    """Scores by client on the client's own mix of question kinds: accuracy (or exact match) and
+    answer loss per kind of test question, weighted by the kinds of its training questions (`held`).
+    Kinds without test questions are ignored, and so are clients that have no other kinds.
     """
     groups: dict[str, list[Scored]] = {}
     for row, kind in zip(scored, kinds, strict=True):

@@ -47,24 +47,24 @@ class Optimisation:
 
 
 def answer_loss(model: PromptedLM, prefix: Tensor | None, batch: Batch) -> Tensor:
-    """Mean cross-entropy, nats per token, over the answer tokens of a batch; logits are made only
-    there.
+    """Mean cross-entropy, nats per token, over the answer tokens of a batch; logits are computed
+    only there.
 
-    `prefix` is (P, depths, 2, H, K), or one per example.
+    `prefix`: keys and values (prompt length, layers, 2, heads, head size), or one per example.
     """
     return states_loss(model, model(batch.input_ids, batch.attention_mask, prefix), batch)
 
 
 def states_loss(model: PromptedLM, hidden: Tensor, batch: Batch) -> Tensor:
-    """The same, from last hidden states (B, T, D)."""
+    """`answer_loss` from last hidden states (batch, tokens, hidden)."""
     asked = batch.labels[:, 1:] != IGNORED  # (B, T - 1)
     return cross_entropy(model.logits(hidden[:, :-1][asked]), batch.labels[:, 1:][asked])
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a fit leaves: the loss of each step (nats per token) and the optimizer's moments by
-    parameter name."""
+    """The loss of each step (nats per token; none if training was private), and AdamW's state,
+    named "STATE.PARAMETER"."""
 
     losses: list[float]
     moments: Tensors
@@ -126,8 +126,8 @@ def optimize(
     first_step: int = 0,
     moments: Tensors | None = None,
 ) -> TrainResult:
-    """The same with gradients from anywhere: `gradients` leaves them on the parameters, and returns
-    the loss, or None where that may not be told."""
+    """`fit` with gradients from any source: `gradients` sets `.grad` of the parameters and returns
+    the loss, or None if the loss is private."""
     names = list(train)
     optimizer = torch.optim.AdamW(
         [train[name] for name in names],
@@ -151,8 +151,8 @@ def optimize(
 
 @contextmanager
 def gradients_set(parameters: Iterable[nn.Parameter], wanted: bool) -> Iterator[None]:
-    """Switch gradients of these parameters on or off for as long as the context lasts, and leave
-    none behind."""
+    """Set `requires_grad` of these parameters within the context; on exit it is restored and
+    `.grad` is cleared."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter, _ in before:
         parameter.requires_grad_(wanted)

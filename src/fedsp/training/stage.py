@@ -23,15 +23,15 @@ from fedsp.training.loop import Optimisation, TrainResult, answer_loss, fit
 class Stage:
     """Settings of one stage. With 0 steps the stage is skipped.
 
-    name: key of the stage in reported losses and in kept state. seed_label: label from which the
-    stage's batches are drawn; it never changes, so that renaming a stage moves no published figure.
-    steps, batch_size: optimizer steps per round, and examples per step. proximal: mu of FedProx (Li
-    et al., MLSys 2020, https://arxiv.org/abs/1812.06127): mu / 2 times the squared distance from
-    the received payload is
-        added to the loss.
+    name: key of the stage in reported losses and in saved state.
+    seed_label: derives the seed of the stage's batches; fixed, so that renaming a stage changes no
+        published result.
+    steps, batch_size: optimizer steps per round, and examples per step.
+    proximal: mu of FedProx (Li et al., MLSys 2020, https://arxiv.org/abs/1812.06127): mu / 2 times
+        the squared distance from the received payload is added to the loss.
     privacy: if set, gradients are clipped per example and noised, batches are Poisson samples of
-    expected size `batch_size`, and no loss is reported. keep_optimizer: whether AdamW's moments are
-    kept by the party from round to round, or start from zero in each.
+        expected size `batch_size`, and no loss is reported.
+    keep_optimizer: whether the party keeps AdamW's moments between rounds; else they start at zero.
     """
 
     name: str

@@ -66,28 +66,29 @@ from fedsp.storage import write_json
 from fedsp.training.per_example_gradients import example_gradients
 
 DECOYS, PURSUED, SOUGHT = 9, 3, 4
-"""Texts beside the right one; texts that pursuit reads; texts that matching seeks in a client's
-update."""
+"""Decoy texts per candidate test; texts attacked by matching pursuit; texts that gradient matching
+seeks in one client's update."""
 LONGEST, SIMULATED, ITERATIONS = 64, 4, 200
-"""Tokens of a text, and local steps, beyond which no attack looks; steps of gradient matching."""
+"""Maximum tokens of a text and maximum local steps that an attack considers; iterations of gradient
+matching."""
 EPSILONS = (8.0, 1.0)
 TRIED = 20
-"""Tries at a first round in which somebody is asked, where clients are drawn at random."""
+"""Shadow runs tried until a client is sampled and answers in the first round."""
 POSITIONS = 4
-"""Positions that are looked at of a residual prompt's gradient, whose dictionary is as many times
-larger as the model has heads."""
+"""Token positions attacked in a residual prompt's gradient, whose dictionary is larger than that of
+a key/value prompt by a factor of the number of heads."""
 
 
 def audit_inversion(
     folder: Path, *, examples: int = 20, callbacks: Callbacks | None = None
 ) -> dict[str, Any]:
-    """The audit of a finished run, also written to its `inversion.json`: a row for each level of
-    what is seen, with the share of tokens read back. `examples` are texts that are looked at one by
-    one; with none, only what the run's server sees is.
+    """Audit a finished run and write the result to its `inversion.json`: for each observation and
+    attack the share of tokens reconstructed. `examples` texts are attacked one at a time; with 0,
+    only what the run's server sees is attacked.
 
     Raises:
-        RunError: there is no finished run of FedSP with simulated clients.
-        ConfigurationError: rouge-score is not there.
+        RunError: the folder holds no finished run of FedSP with simulated clients.
+        ConfigurationError: rouge-score is not installed.
     """
     check_inversion()
     callbacks = callbacks or Callbacks()
@@ -108,8 +109,8 @@ def audit_inversion(
     )
     if shadow is None:
         raise RunError(
-            f"{folder}: in {TRIED} tries at its first round no client was drawn and answered, so"
-            " there is nothing to look at"
+            f"{folder}: in {TRIED} repetitions of its first round no client was sampled and"
+            " answered: audit a run that samples more clients per round"
         )
     bodies = [body for body in context.bodies() if len(body.ids) > POSITIONS]
     drawn = rng.sample(bodies, min(examples, len(bodies)))
@@ -124,7 +125,7 @@ def audit_inversion(
     )
     for level in itertools.chain(alone, _deployed(context, shadow)):
         table.append(level.to_json())
-        callbacks.say(f"{level.seen}, {level.attack}: {table[-1]['tokens'][0]:.0%} of the tokens")
+        callbacks.info(f"{level.seen}, {level.attack}: {table[-1]['tokens'][0]:.0%} of the tokens")
     figures = {"rows": table, "candidates": _candidates(context, shadow, rng)}
     write_json(opened.run.path / INVERSION, figures)
     return figures
@@ -247,8 +248,8 @@ def _matches(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) 
 def _sought(
     context: AttackContext, prompt: SoftPrompt, change: Tensor, texts: list[Encoded]
 ) -> Recovery:
-    """As many texts as SOUGHT, sought together in one change; of `texts` the answers are given, and
-    their first tokens are what must be found."""
+    """Jointly match SOUGHT texts, whose answers are known, to one change of the prompt; the recall
+    is over the first POSITIONS tokens of all `texts`."""
     model = context.opened.auxiliary
     answers = torch.tensor([text.ids[text.start] for text in texts[:SOUGHT]], device=model.device)
     target = Target(

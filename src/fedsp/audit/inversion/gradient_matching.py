@@ -1,11 +1,11 @@
-"""Gradient matching: text is sought whose simulated local steps move the prompt as the client's
-were seen to move it.
+"""Gradient matching: search for text whose simulated local steps change the prompt as the observed
+update did.
 
 L. Zhu, Z. Liu, S. Han. *Deep Leakage from Gradients*. NeurIPS 2019.
-https://arxiv.org/abs/1906.08935; for text, as LAMP does it (M. Balunović et al., NeurIPS 2022,
-https://arxiv.org/abs/2202.08827): embeddings are moved first, then tokens are exchanged one at a
-time. Changes are compared depth by depth: over all depths together the deepest outweigh the first,
-which know the tokens best. The attacker is given the lengths and the answers.
+https://arxiv.org/abs/1906.08935; for text, as in LAMP (M. Balunović et al., NeurIPS 2022,
+https://arxiv.org/abs/2202.08827): optimise embeddings, then exchange tokens one at a time. Changes
+are compared layer by layer: in one cosine the deep layers would outweigh the first ones, which
+identify tokens best. The attacker is given the lengths and the answers.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
 
 SMOOTH = 0.3
-"""Added to AdamW's denominator where it is differentiated, in root mean squares of the gradient:
-the first step is a sign, and a sign has no slope."""
+"""Damping in AdamW's denominator when a step is differentiated, relative to the gradient's RMS: the
+first step is nearly the sign of the gradient, whose derivative is zero."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 EXCHANGED = 48
-"""Tokens that are tried at a position: so many of the nearest, and so many of those that the slope
-asks for."""
+"""Tokens tried at a position: this many with the nearest embeddings, and this many with the
+steepest descent of the mismatch."""
 
 
 @dataclass(frozen=True)
 class LocalSteps:
-    """What a client is known to do: steps of AdamW at these learning rates, on the same texts each
-    time. Without any, its gradient itself is seen."""
+    """The client's training as the attacker knows it: AdamW steps at these learning rates on the
+    same texts. Without rates the attacker sees the gradient itself."""
 
     rates: tuple[float, ...] = ()
     weight_decay: float = 0.0
@@ -59,8 +59,8 @@ def local_change(
     smooth: float = 0.0,
     differentiable: bool = False,
 ) -> Tensor:
-    """How local steps on embedded texts (R, N, T, D) with one answer token each (N,) change the
-    prompt (R, *shape), for each of R guesses by itself."""
+    """The change (R, *shape) of the prompt by local steps on embedded texts (R, N, T, D) with
+    answer tokens (N,): R separate guesses, N texts, T tokens, hidden size D."""
     start = prompt.values().detach()
     start = start[None].expand(len(embedded), *start.shape).clone().requires_grad_(True)
     own, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
@@ -166,18 +166,18 @@ def match_text(
     while improved:
         improved = False
         for position in range(target.tokens + 1):
-            tried = (
+            candidates = (
                 _swapped(tokens)
                 if position == target.tokens
                 else _exchanged(
                     tokens, position, near, _slope(model, prompt, target, tokens) @ table.T
                 )
             )
-            distances = how_far(tried)
+            distances = how_far(candidates)
             if float(distances.min()) < best - 1e-6:
                 best, tokens, improved = (
                     float(distances.min()),
-                    tried[int(distances.argmin())],
+                    candidates[int(distances.argmin())],
                     True,
                 )
     return [int(token) for token in tokens]
@@ -197,11 +197,11 @@ def _exchanged(tokens: Tensor, position: int, near: Tensor, rising: Tensor) -> T
     """The text with other tokens at a position: those nearest to the matched embedding, and those
     that the slope asks for."""
     count = min(EXCHANGED, near.shape[1])
-    tried = torch.cat(
+    candidates = torch.cat(
         [near[position].topk(count).indices, rising[position].topk(count, largest=False).indices]
     )
-    texts = tokens[None].repeat(len(tried), 1)
-    texts[:, position] = tried
+    texts = tokens[None].repeat(len(candidates), 1)
+    texts[:, position] = candidates
     return texts
 
 

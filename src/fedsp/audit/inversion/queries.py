@@ -15,18 +15,18 @@ from fedsp.models.prompted_lm import PromptedLM
 _NAME = "fedsp_first_queries"
 
 
-class _Asked(Exception):
+class _CapturedQueries(Exception):
     """Carries the queries out of the first layer before it does the work that nobody needs."""
 
     def __init__(self, queries: Tensor) -> None:
         self.queries = queries
 
 
-def _ask(module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    raise _Asked(query)
+def _capture(module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    raise _CapturedQueries(query)
 
 
-AttentionInterface.register(_NAME, _ask)
+AttentionInterface.register(_NAME, _capture)
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def first_queries(model: PromptedLM, input_ids: Tensor, prefix: Tensor) -> Tenso
     config._attn_implementation = _NAME
     try:
         model(input_ids, torch.ones_like(input_ids), prefix)
-    except _Asked as asked:
+    except _CapturedQueries as asked:
         batch, heads, tokens, size = asked.queries.shape
         return (
             asked.queries.view(batch, model.shape.heads, heads // model.shape.heads, tokens, size)
@@ -52,6 +52,6 @@ def first_queries(model: PromptedLM, input_ids: Tensor, prefix: Tensor) -> Tenso
     finally:
         config._attn_implementation = before
     raise ModelError(
-        f"{model.name} does not compute its attention through transformers' interface: its queries"
-        " cannot be looked at"
+        f"{model.name} does not compute its attention through transformers' interface, which the"
+        " inversion audit needs: choose other audits with --only"
     )

@@ -39,8 +39,8 @@ class AttackContext:
     prompts: dict[str, SoftPrompt]
 
     def bodies(self) -> list[Encoded]:
-        """The rows without the tokens that all of them begin with: a template is known to
-        everybody, and reading it is no success."""
+        """The rows without their common leading tokens: the prompt template is public, so
+        reconstructing it does not count."""
         shared = sum(
             1
             for _ in takewhile(
@@ -67,9 +67,9 @@ class AttackContext:
 
 
 def guess(lots: Sequence[Sequence[Encoded]], like: Sequence[Encoded]) -> float:
-    """What somebody reads who sees nothing, but knows which tokens are common at each position of
-    such texts: the recall, mean over lots. (Counted on the very texts, which flatters the guess.)
-    """
+    """Baseline without observation: recall, averaged over lots, of guessing the most frequent
+    tokens of `like` at each position. (`like` includes the attacked texts, which favours the
+    baseline.)"""
     longest = max(len(text.ids) for lot in lots for text in lot)
     common = [
         [
@@ -156,8 +156,8 @@ def noise_of(epsilon: float) -> float:
 
 
 def noised(change: Tensor, noise: float) -> Tensor:
-    """A change with the noise of one private release, clipped to its own length: what the best clip
-    would leave."""
+    """The change plus the noise of one private release whose clipping norm is the change's own
+    norm, the attacker's best case."""
     if not noise:
         return change
     bound = float(change.norm())

@@ -1,12 +1,11 @@
-"""Inversion: which tokens can whoever sees a prompt's change read back out of it?
+"""Inversion: which tokens can be reconstructed from the change of a prompt?
 
-The gradient of a prompt's first-layer keys is a sum over tokens of multiples of their queries, head
-by head, and a query depends on its token and position alone. So a token whose queries lie in the
-span of the gradient's rows was there (the span test of Petrov et al., *DAGER*, NeurIPS 2024,
-https://arxiv.org/abs/2405.15586, for prompts). Beyond the rank of the gradient, tokens are taken
-one by one, the best first (orthogonal matching pursuit). The gradient of a residual prompt mixes
-the keys' part with the values', whose directions are not known: the same tests are tried on it as
-it is.
+The gradient of a prompt's first-layer keys is a sum over tokens of scaled queries, head by head,
+and a query depends only on its token and position. So a token whose queries lie in the span of the
+gradient's rows was in the text (the span test of Petrov et al., *DAGER*, NeurIPS 2024,
+https://arxiv.org/abs/2405.15586, for prompts). Beyond the gradient's rank, tokens are selected
+greedily (orthogonal matching pursuit). The gradient of a residual prompt is the sum of a part from
+the keys and one from the values, whose directions are unknown: the same tests are applied to it.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from fedsp.models.soft_prompt import SoftPrompt
 
 @dataclass(frozen=True)
 class Dictionary:
-    """For each position and token, what a gradient's rows may be made of: (T, V, H, G, N) unit
-    vectors, in each head H of the gradient."""
+    """Unit vectors (T, V, H, G, N) that a gradient's rows may combine: T positions, V vocabulary
+    size, H gradient heads, G queries per gradient head, N row size."""
 
     vectors: Tensor
 
@@ -55,11 +54,10 @@ def key_dictionary(
 def residual_dictionary(
     model: PromptedLM, prompt: SoftPrompt, positions: int, *, at_once: int = 256
 ) -> Dictionary:
-    """The same for a residual prompt: what a query pulls a block's normed input by, through the
-    block's own key projection, head by head.
+    """The same for a residual prompt: each query times the Jacobian of the first block's keys with
+    respect to the block's input, head by head.
 
-    It is found by differentiating the keys that the first block makes of the prompt, so nothing is
-    written for one family.
+    Autograd computes the Jacobian, so no code is specific to a model family.
     """
     keys = key_dictionary(model, prompt, positions, at_once=at_once).vectors  # (T, V, H, G, K)
     values = prompt.values().detach()[:1].clone().requires_grad_(True)
@@ -84,8 +82,8 @@ def prompt_rows(values: Tensor, model: PromptedLM) -> Tensor:
 
 
 def gradient_rows(prompt: SoftPrompt, model: PromptedLM, change: Tensor) -> Tensor:
-    """The part of a prompt's change (P, L, ...) that the first layer's tokens make: (H, P, N) for
-    keys, (1, P, D) for residual inputs."""
+    """The first layer's slice of a prompt's change (P, L, ...), P virtual tokens and L layers, as
+    rows for the span test: keys (H, P, K) of H heads of size K, or residual inputs (1, P, D)."""
     layer = model.prompt_layers[0]
     if prompt.spec.space == "key_value":
         return change[:, layer, 0].permute(1, 0, 2)
@@ -93,9 +91,9 @@ def gradient_rows(prompt: SoftPrompt, model: PromptedLM, change: Tensor) -> Tens
 
 
 def span_test(rows: Tensor, dictionary: Dictionary, tokens: int) -> Tensor:
-    """How far each token is from the span of the rows (T, V), from 0 (in it) to 1, mean over heads:
-    the span of as many singular vectors as `tokens` tokens make, which is one for each query head
-    that shares a key."""
+    """Distances (T, V) of the tokens at each position from the span of rows (H, P, N), P virtual
+    tokens: 0 (inside) to 1, mean over heads. The span keeps the largest `tokens` * G
+    singular vectors, for G queries per gradient head."""
     rank = tokens * dictionary.vectors.shape[3]
     distances = torch.zeros(dictionary.vectors.shape[:2])
     heads = rows.shape[0]
@@ -109,9 +107,9 @@ def span_test(rows: Tensor, dictionary: Dictionary, tokens: int) -> Tensor:
 
 
 def matching_pursuit(rows: Tensor, dictionary: Dictionary, count: int) -> list[tuple[int, int]]:
-    """So many (position, token), the best first: each time the token whose part not yet explained
-    lies most within the span of the rows' part not yet explained, over all heads together
-    (rank-aware pursuit, Davies and Eldar 2012, https://arxiv.org/abs/1004.4529)."""
+    """The first `count` pairs (position, token) of rank-aware pursuit (Davies and Eldar 2012,
+    https://arxiv.org/abs/1004.4529): each step takes the token whose residual lies most within the
+    span of the rows' residual, over all heads together."""
     found: list[tuple[int, int]] = []
     left = rows.clone()
     vectors = dictionary.vectors.clone()

@@ -1,5 +1,5 @@
-"""The two apps, as Flower looks for them: plain statements. Beside a `fedsp serve` or `fedsp join`
-they carry; else they run a simulation."""
+"""The ServerApp and ClientApp, at module level where Flower looks for them. In a deployment they
+forward messages to `fedsp serve` or `fedsp join`; otherwise they run a simulation."""
 
 import os
 

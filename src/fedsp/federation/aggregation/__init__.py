@@ -1,1 +1,1 @@
-"""How many updates become one."""
+"""Aggregation of the clients' updates into one."""

@@ -1,5 +1,4 @@
-"""Admission of replies, their mean, and what the server makes of it. Tensors by name; nothing here
-knows of language models."""
+"""Validation of updates, their weighted mean, and the server optimizer, all on tensors by name."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ def validate_update(
     change = _root_mean_square_difference(reply.payload, request.payload)
     if change > max_change:
         return (
-            f"the reply differs from the broadcast by {change:.3g} per number (root mean square),"
+            f"the reply differs from the broadcast by {change:.3g} per value (root mean square),"
             f" more than round.max_change = {max_change:g}"
         )
     return None
@@ -58,8 +57,8 @@ def _root_mean_square_difference(one: Payload, other: Payload) -> float:
 
 
 def _parts(one: Payload, other: Payload) -> Iterable[tuple[Tensor, Tensor]]:
-    """In float64, a part at a time: a reply may be large and may lie, so judging it takes no more
-    memory than it does."""
+    """Aligned float64 chunks of both payloads, made lazily: validating a large reply needs little
+    additional memory."""
     pairs = (
         (torch.split(one[name].flatten(), 1 << 16), torch.split(other[name].flatten(), 1 << 16))
         for name in sorted(one)
@@ -83,9 +82,9 @@ def weighted_mean(payloads: Mapping[str, Payload], weights: Mapping[str, float])
 
 
 class Aggregator(Protocol):
-    """How one payload is made of many. `weights` come from the server's register, `asked` is how
-    many were asked; `reference` is what the server's own step made of what was sent, where
-    `by_reference` asks for it. With `always` a round without replies is combined too.
+    """Aggregates replies to the broadcast `sent` into one payload. `weights` come from the server's
+    register; `asked` is the number of sampled clients; `reference` is the result of the server's
+    own step on `sent`, if `by_reference`. If `always`, rounds without replies are aggregated too.
     """
 
     @property
@@ -124,10 +123,10 @@ class WeightedMean:
 
 
 def update_cosine(payloads: Mapping[str, Payload], sent: Payload) -> float | None:
-    """The mean cosine between the changes of two clients, over all pairs; 1: they pull one way, 0:
-    they know nothing of each other (client drift).
+    """The mean cosine similarity of two clients' updates, over all pairs: 1 if all have the same
+    direction, near 0 if they are unrelated (client drift).
 
-    None where fewer than two clients changed anything.
+    None if fewer than two clients changed anything.
     """
     total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in sent.items()}
     count = 0

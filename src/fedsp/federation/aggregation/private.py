@@ -36,11 +36,11 @@ def private_mean(
 
 @dataclass(frozen=True, kw_only=True)
 class DPAggregator:
-    """Client-level privacy: the clipped, noised mean of a round, paid for in the ledger before it
-    is made. See `fedsp.federation.aggregation.mean.Aggregator`.
+    """Client-level differential privacy: the noised mean of a round's clipped updates, recorded in
+    the ledger before it is computed. See `fedsp.federation.aggregation.mean.Aggregator`.
 
-    `expected` is the number of clients that a round asks on average; each is asked with probability
-    `sampling_rate`, drawn by nobody who can be known.
+    Each client is sampled with probability `sampling_rate`, from secret randomness; `expected` is
+    the mean number of clients of a round.
     """
 
     bound: float
@@ -69,8 +69,8 @@ class DPAggregator:
         release = Release(self.noise_multiplier, self.sampling_rate)
         if self.epsilon is not None and self.ledger.epsilon(self.delta, release) > self.epsilon:
             raise PrivacyError(
-                f"another round would take more than privacy.epsilon = {self.epsilon:g} at delta ="
-                f" {self.delta:g}; the prompts so far stand, and `fedsp evaluate` measures the best"
+                f"another round would exceed privacy.epsilon = {self.epsilon:g} at delta ="
+                f" {self.delta:g}; all rounds so far are kept: `fedsp evaluate` measures the best"
             )
         self.ledger.spend(release)
         return private_mean(

@@ -1,9 +1,9 @@
 """Aggregation that is robust to a minority of malicious clients (Byzantine robustness). All rules
 work on updates: rows of one matrix, one per client.
 
-Notation: n clients, f of them may be malicious, d numbers. Rows are finite, since
-`fedsp.federation.aggregation.mean.validate_update` comes first: none of these rules withstands a
-number that is not. All sums are float64 and rows are in the order of client ids.
+Notation: n clients, of which up to f are malicious; updates of dimension d. Rows must be finite,
+which `fedsp.federation.aggregation.mean.validate_update` checks before: no rule here is robust to
+NaN or infinity. All sums are float64 and rows are in the order of client ids.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class Robust:
         """How many of those asked may be malicious: f.
 
         Raises:
-            TooFewClients: it is less than one although some may, or the rule does not withstand so
-                many even if all answer.
+            TooFewClients: f rounds down to 0 although `malicious` is positive, or the rule does not
+                withstand f malicious clients even if all clients reply.
         """
         f = malicious_of(self.malicious, asked)
         if f == 0 and self.malicious and (self.rule in RULES or self.mixing):

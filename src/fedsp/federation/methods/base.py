@@ -1,5 +1,5 @@
-"""The interface that FedSP and every baseline have, and federated averaging, which most baselines
-are."""
+"""`Method`, the interface of FedSP and all baselines, and federated averaging, which most baselines
+use."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Work(NamedTuple):
 
 
 class Method(Protocol):
-    """A method of federated tuning. It sees parties and payloads; how they reach each other is not
-    its business."""
+    """A method of federated tuning. It works on parties and payloads and does not depend on the
+    transport between them."""
 
     def init(self, server: Party) -> Payload:
         """The payload that is broadcast in round 1."""

@@ -2,10 +2,9 @@
 averaged.
 
 H. Zhao, W. Du, F. Li, P. Li, G. Liu. *FedPrompt: Communication-Efficient and Privacy-Preserving
-Prompt Tuning in Federated Learning*. ICASSP
-2023. https://arxiv.org/abs/2208.12268. As in FedSP's table the prompt stands at every layer, and
-  the server may take steps on its own share.
-No model privacy. It is the ceiling of what a prompt that clients tune can carry.
+Prompt Tuning in Federated Learning*. ICASSP 2023. https://arxiv.org/abs/2208.12268.
+As in FedSP's table, every layer has a prompt, and the server may take steps on its own examples.
+No model privacy: an upper bound on the quality of a prompt that clients tune.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Any method whose clients answer with example-level differential privacy: each answer is paid for,
-given once, and says nothing else."""
+"""Example-level differential privacy for any method: each client reply is recorded in the ledger,
+made once, and carries only the payload."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fedsp.training.dp_sgd import ExamplePrivacy
 
 @dataclass(frozen=True)
 class PrivateAnswers:
-    """A method, and what its clients promise. The server's side is the method's own: what it makes
-    of private answers is post-processing.
+    """A method with private client updates. The server's side is the method's own, since processing
+    private replies is post-processing.
 
-    Losses, times and counts depend on the examples, so none of them leaves. A request that comes
-    again gets the answer that was given, for as long as it is kept, and then none: a second one
-    would be a second release. A round that was paid for and whose answer a crash took is paid for
-    again.
+    Losses, times and counts depend on the examples and are not sent. A repeated request gets the
+    saved reply, or is refused once that is deleted: a new reply would be a second release. If a
+    crash loses the reply of a round that is in the ledger, the round is recorded (and costs
+    epsilon) again.
     """
 
     method: Method
@@ -39,9 +39,8 @@ class PrivateAnswers:
         """See `Method.client_update`.
 
         Raises:
-            PolicyError: what is asked cannot be answered privately, or the client's budget is
-                spent.
-            StorageError: an answer was given that the ledger does not know of.
+            PolicyError: the request cannot be answered privately, or would exceed a privacy budget.
+            StorageError: a reply was sent that is missing from the ledger.
         """
         assert client.ledger is not None
         if not request.train:
@@ -51,8 +50,8 @@ class PrivateAnswers:
             number for number in answers.rounds() if not client.ledger.paid(request.run, number)
         ]:
             raise StorageError(
-                f"the privacy ledger {client.ledger.path} does not know of round {unpaid[0]}, which"
-                " was answered: what was spent is not known; restore it from a backup"
+                f"the privacy ledger {client.ledger.path} has no entry for round {unpaid[0]}, which"
+                " was answered: the epsilon spent is unknown; restore the ledger from a backup"
             )
         given = answers.at(request.round)
         if given and _same(entries_below(given, "asked"), request.payload):

@@ -44,7 +44,7 @@ class LoraSettings(Protocol):
 
 
 class Setup(Protocol):
-    """What a run offers to a method that builds its two sides."""
+    """The parts of a run from which a method builds its server's and its clients' side."""
 
     @property
     def model(self) -> PromptedLM:
@@ -114,18 +114,17 @@ def whole_model(setup: Setup, model: PromptedLM, messenger: Messenger) -> Client
 class MethodEntry:
     """A method of federated tuning.
 
-    name: value of the key `method`. title, paper: how reports call and cite it. clients_hold: what
-    clients hold of the global model, in words. algorithm: the method with these stages; the second
-    argument are the auxiliary weights from which clients start, if they train them. server_side:
-    the model that the server reads through, and the messenger that it broadcasts. client_side: what
-    clients hold, given the server's side. trains_weights: whether weights of the model are trained,
-    which must then be in float32. exact_weights: whether the global model's weights themselves are
-    needed, so that 8bit, 4bit and a split model are refused. package: whether clients hold an
-    auxiliary model made by `fedsp distill`. deployable: whether clients need nothing but the
-    package, so that they may be on machines of their own, train the auxiliary model, and be
-    promised
-        example-level privacy.
-    federated: whether clients are asked at all. rounds: whether anything is trained.
+    name: value of the key `method`. title, paper: name and citation in reports.
+    clients_hold: what clients have of the global model, in words.
+    algorithm: builds the method from its stages and the auxiliary weights from which clients start
+        (empty if they do not train them).
+    server_side: builds the server's model and messenger. client_side: builds the clients' side.
+    trains_weights: whether model weights are trained, which must then be float32.
+    exact_weights: whether unquantized weights are needed: 8bit, 4bit and split models are refused.
+    package: whether clients hold an auxiliary model made by `fedsp distill`.
+    deployable: whether clients need only the package, so that they may run on their own machines,
+        train the auxiliary model, and have example-level privacy.
+    federated: whether there are clients at all. rounds: whether anything is trained.
     """
 
     name: str

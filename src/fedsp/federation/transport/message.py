@@ -28,8 +28,8 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a node answered to the message of this id: a message; or None with the `fault` of the
-    client's process; or None alone if the node was lost."""
+    """A node's answer to the message with this id. `message` is None if the client's process failed
+    (`fault` says why) or if the reply was lost (`fault` is empty)."""
 
     message_id: str
     node: int

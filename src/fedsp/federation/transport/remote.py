@@ -46,15 +46,15 @@ class Timeouts:
 
 
 LOST_AT_MOST, AT_ONCE = 10, 16
-"""Replies of one client that may be lost in a round; clients that are sent their request at a time,
-so that few copies of it are in memory."""
+"""`LOST_AT_MOST`: lost replies per client and round before it fails. `AT_ONCE`: requests sent in
+one batch, to limit memory."""
 
 Traffic = Callable[[int, str, str, dict[str, int]], None]
 """Called for each message: round, client, direction ("down" or "up"), bytes by name."""
 
 
 @dataclass(kw_only=True)
-class _Asked:
+class _Pending:
     """A client of this round: when it was last seen connected, when it was first asked, when it may
     be asked again, and what it was sent."""
 
@@ -89,17 +89,17 @@ def remote(
     node_of: Mapping[str, int],
     timeouts: Timeouts,
     traffic: Traffic,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
     package: str = "",
     keys: Mapping[str, HasSigned] | None = None,
 ) -> Transport:
-    """A transport over a link. `node_of` says which node is whose; a reply counts only from the
-    node that was asked, only once, and, with `keys`, only with its client's signature over the
-    request that it answers.
+    """A transport over a link. `node_of` maps clients to nodes. A reply is accepted once, only from
+    the node of its client, and, with `keys`, only with the client's signature over the request and
+    the reply.
 
-    `package` is the digest of the package that the clients must have; it goes with each request.
-    Where a request can travel as a change, it does to clients that have answered the round before;
-    one that has lost that broadcast says so, and gets the whole.
+    `package`: digest of the package that clients must have, sent with each request. Clients that
+    replied in the previous round are sent only the encoded change, if there is one; a client that
+    reports that it lost that broadcast is sent the whole payload.
     """
     has: dict[str, int] = {}
     """The last round whose broadcast a client has answered."""
@@ -107,7 +107,7 @@ def remote(
     def transport(requests: list[Request]) -> Iterable[Update | Failure]:
         started = time.monotonic()
         open = {
-            request.client: _Asked(
+            request.client: _Pending(
                 request=request, seen=started, follows=has.get(request.client) == request.round - 1
             )
             for request in requests
@@ -142,7 +142,7 @@ def remote(
                     changes.add(message_id)
                 traffic(requests[0].round, client, "down", message.sizes())
 
-        def fate(answer: Answer, client: str, one: _Asked) -> Update | Failure:
+        def fate(answer: Answer, client: str, one: _Pending) -> Update | Failure:
             if answer.message is None:
                 return Failure(round=one.request.round, client=client, reason=answer.fault)
             traffic(one.request.round, client, "up", answer.message.sizes())
@@ -209,7 +209,7 @@ def remote(
             away = sorted(client for client, one in open.items() if one.seen < now - timeouts.lost)
             if away != named and now - started > 2:
                 named = away
-                say(
+                info(
                     f"round {requests[0].round}: waiting for {', '.join(named)} to connect"
                     if named
                     else f"round {requests[0].round}: every asked client is connected"

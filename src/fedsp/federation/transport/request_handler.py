@@ -60,12 +60,12 @@ def answer(
 
 
 def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
-    """The prompt of an answer as it travels, in the codec that was asked for; what that leaves out
-    rests with the client until its next answer.
+    """The payload of a reply in the requested codec, empty if nothing was trained. The client keeps
+    the quantization error (residual) for its next reply.
 
     Raises:
-        PayloadError: the codec cannot say it.
-        StorageError: the disk did not take what rests.
+        PayloadError: a value is not finite, or too large for the codec.
+        StorageError: the residual could not be written.
     """
     if not request.train:
         return b""

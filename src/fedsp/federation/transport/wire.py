@@ -32,18 +32,19 @@ REFUSALS = {
         " compression.down need its version of fedsp"
     ),
     "answer": (
-        "the client's answer has numbers that are not finite, or larger than compression.up can say"
+        "the client's update has values that are not finite or too large for compression.up: lower"
+        " client.learning_rate"
     ),
     "broadcast": "the client does not have the broadcast of the round before",
     "diverged": "a loss of the client's training was not finite",
     "failed": "the client could not finish this request; its own log says why",
 }
-"""All that a client ever says of a fault: a code, and this sentence, which the server looks up.
-Text of the client's errors never travels."""
+"""Refusal codes, and the sentence that the server shows for each. Clients send only the code: the
+text of an error could contain private text."""
 
 
 END = Message(json.dumps({"fedsp": VERSION, "kind": "end"}))
-"""Said to every client when a run is finished; there is nothing to answer."""
+"""Sent to every client when a run is finished; no reply is expected."""
 
 
 Known = Callable[[str, int], Payload | None]
@@ -60,8 +61,8 @@ class CannotRead(PayloadError):
 
 
 def sign_reply(reply: Message, request: Message, sign: Callable[[bytes], bytes]) -> Message:
-    """A reply with its client's signature, in hexadecimal, on a line before the header: over the
-    very request that it answers, and over what it says, whose header has the digest of the payload.
+    """The reply with the client's signature, in hexadecimal, on a line before its header. It covers
+    the request's header and the reply's, which has the payload's digest.
     """
     return replace(reply, header=f"{sign(_statement(reply, request)).hex()}\n{reply.header}")
 
@@ -121,7 +122,7 @@ def read_request(message: Message, known: Known = lambda run, round: None) -> Re
     """
     fields = _fields(message, {"kind": str, "run": str, "round": int, "client": str, "seed": int})
     if fields["kind"] not in ("train", "validate"):
-        raise PayloadError("the message is no request")
+        raise PayloadError("the message is not a request")
     request = Request(
         run=fields["run"],
         round=fields["round"],
@@ -206,7 +207,7 @@ def _read_reply(message: Message, request: Request) -> Update | Failure:
         or not all(re.fullmatch(r"[a-z_]{1,20}", name) for name in losses)
     ):
         raise PayloadError("the reply's losses are not a few numbers by name")
-    told = {name: _figure(value, f"loss {name!r}", 1e4) for name, value in losses.items()}
+    by_stage = {name: _figure(value, f"loss {name!r}", 1e4) for name, value in losses.items()}
     validated = None if validation is None else _figure(validation, "validation loss", 1e4)
     codec = _codec(fields, "codec")
     if codec not in (FLOAT32, request.answer_in):
@@ -216,7 +217,7 @@ def _read_reply(message: Message, request: Request) -> Update | Failure:
         round=fields["round"],
         client=request.client,
         payload=payload,
-        losses=told,
+        losses=by_stage,
         validation=validated,
         seconds=_figure(seconds, "seconds", 1e9),
         shortened=int(_figure(shortened, "count of shortened examples", 1e12)),
@@ -271,5 +272,5 @@ def _codec(fields: dict[str, Any], name: str) -> Codec:
 def _figure(value: object, name: str, most: float) -> float:
     """A figure that a client tells of itself: a number from 0 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise PayloadError(f"the reply's {name} is no number from 0 to {most:g}")
+        raise PayloadError(f"the reply's {name} is not a number from 0 to {most:g}")
     return float(value)
