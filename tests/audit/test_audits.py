@@ -390,8 +390,8 @@ def test_an_audit_with_nothing_to_compare_says_so(tmp_path: Path) -> None:
         (
             {"aggregation": {"norm_bound": 2.0}},
             (
-                "One malicious client of 3 can move the result: a mean tolerates none. Changes are cut"
-                " to 2 times their median length."
+                "One malicious client of 3 can move the result: a mean tolerates none. Changes are"
+                " cut to 2 times their median length."
             ),
         ),
         (
