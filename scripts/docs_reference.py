@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from fedsp.cli import app
 from fedsp.config import PartyConfig, RunConfig, Section
+from fedsp.config_file import PRESETS
 
 SOURCE = Path(__file__).parents[1] / "src" / "fedsp"
 
@@ -37,17 +38,18 @@ def configuration() -> str:
         " each client. On the command line `section.key=value` sets a key.",
     ]
     for root, title in ((RunConfig, "run.toml"), (PartyConfig, "party.toml")):
-        lines += ["", f"## {title}", "", *_table(root)]
+        lines += ["", f"## {title}", "", *_table("", root)]
         for name, field in root.model_fields.items():
             if section := _section(field.annotation):
                 about = " ".join((section.__doc__ or "").split())
-                lines += ["", f"### [{name}]", "", about, "", *_table(section)]
+                lines += ["", f"### [{name}]", "", about, "", *_table(name, section)]
     return "\n".join(lines) + "\n"
 
 
-def _table(section: type[Section]) -> list[str]:
+def _table(title: str, section: type[Section]) -> list[str]:
     rows = [
-        f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field.description)} |"
+        f"| `{name}` | {_type(field.annotation)} | {_cell(_default(title, name, field))} |"
+        f" {_cell(field.description)} |"
         for name, field in section.model_fields.items()
         if not _section(field.annotation)
     ]
@@ -64,15 +66,20 @@ def _section(annotation: Any) -> type[Section] | None:
 def _type(annotation: Any) -> str:
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
-        return "one of its words"
+        return "word"
     names = [getattr(choice, "__name__", str(choice)) for choice in choices or (annotation,)]
     return " or ".join(dict.fromkeys(name for name in names if name != "NoneType"))
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "by the preset" if field.description else "-"
-    return "none" if field.default is None else f"`{field.default!r}`"
+def _default(section: str, key: str, field: FieldInfo) -> str:
+    if not field.is_required():
+        return "none" if field.default is None else f"`{field.default!r}`"
+    by_preset = {
+        name: preset[section].get(key) for name, preset in PRESETS.items() if section in preset
+    }
+    if None in by_preset.values() or not by_preset:
+        return "required"
+    return "; ".join(f"`{value!r}` ({name})" for name, value in by_preset.items())
 
 
 def _cell(text: str | None) -> str:

@@ -32,7 +32,7 @@ settings otherwise):
  3. With a projection, its MLP is trained wherever the prompt is, and folded before anything
    travels.
  4. Targets have the leading space that the evaluation gives them.
- 5. Weights of the mean are the server's register of examples, never what a client says of itself.
+ 5. Weights of the mean are the server's register of examples, never what a client reports.
  6. Selection is by validation, never by a test split; the server's training is a step of the round,
    not of the evaluation.
  7. Prompts, gradients and optimizer state are float32; AdamW keeps its default eps.

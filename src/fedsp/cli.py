@@ -432,7 +432,7 @@ def study(
     from fedsp.report.console import Display, figures_table
 
     with Display() as display:
-        figures = run_study(file, root=root, threads=threads, callbacks=display.study_watcher())
+        figures = run_study(file, root=root, threads=threads, callbacks=display.study_callbacks())
         display.print(figures_table("Study", figures))
     _write(json_file, figures)
     if figures["failed"]:

@@ -6,7 +6,7 @@ FedspError
 ├── DataError            a file, row or partition that cannot be used
 ├── ModelError           a language model that cannot carry a soft prompt
 ├── PromptError          a soft prompt of another shape, or a file that is none
-├── AuxiliaryError       an auxiliary model that is not what it says it is
+├── AuxiliaryError       an auxiliary model that is damaged, altered, or of another kind
 ├── CredentialError      a key, certificate or signature that does not hold
 ├── PolicyError          a request that a client's own policy refuses
 ├── PrivacyError         a promise of differential privacy that cannot be kept
@@ -46,7 +46,7 @@ class PromptError(FedspError):
 
 
 class AuxiliaryError(FedspError):
-    """An auxiliary model that is not what it says it is."""
+    """An auxiliary model that is damaged, altered, or not of the kind that is needed."""
 
 
 class CredentialError(FedspError):

@@ -1,5 +1,5 @@
 """What clients hold of the global model: bit for bit, and nearly. Distillation changes every number
-a little, so the first alone says too little."""
+a little, so the first alone is not enough."""
 
 from __future__ import annotations
 

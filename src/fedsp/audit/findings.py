@@ -260,7 +260,7 @@ def trap_tables(figures: Figures) -> list[Finding]:
         }
         for row in figures["rows"]
     ]
-    looked = [
+    packages = [
         {"package": name, "unusual": "; ".join(found) or "nothing"}
         for name, found in figures["unusual"].items()
     ]
@@ -272,7 +272,7 @@ def trap_tables(figures: Figures) -> list[Finding]:
         "For each word: does it occur in the client's text? Half of them do. This package is one"
         " example of the attack: others may reveal more, or be harder to detect."
     )
-    return [Finding(title, rows, note), Finding("what `fedsp inspect` says of it", looked)]
+    return [Finding(title, rows, note), Finding("what `fedsp inspect` says of it", packages)]
 
 
 def epsilon_tables(figures: Figures) -> list[Finding]:

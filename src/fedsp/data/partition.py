@@ -76,19 +76,19 @@ def make_partition(
     order = list(range(len(rows)))
     random.Random(derive_seed(seed, "partition")).shuffle(order)
     held, owned = round(holdout * len(order)), round(server_share * len(order))
-    validation, server, rest = (
+    validation, server, remaining = (
         sorted(order[:held]),
         sorted(order[held : held + owned]),
         order[held + owned :],
     )
     if not section.clients:
-        return Partition(sorted(server + rest), validation, {})
-    if section.kind != "natural" and section.clients > len(rest):
+        return Partition(sorted(server + remaining), validation, {})
+    if section.kind != "natural" and section.clients > len(remaining):
         raise DataError(
-            f"partition.clients = {section.clients}, but only {len(rest)} training examples are"
-            " left for clients: ask for fewer clients or bring more questions"
+            f"partition.clients = {section.clients}, but only {len(remaining)} training examples"
+            " are left for clients: use fewer clients or more examples"
         )
-    clients = _divide(rows, rest, section, derive_seed(seed, "clients") % 2**32)
+    clients = _divide(rows, remaining, section, derive_seed(seed, "clients") % 2**32)
     empty = [client for client, owned_rows in clients.items() if not owned_rows]
     if empty:
         raise DataError(
@@ -99,10 +99,10 @@ def make_partition(
 
 
 def _divide(
-    rows: Sequence[Row], rest: list[int], section: PartitionSection, seed: int
+    rows: Sequence[Row], remaining: list[int], section: PartitionSection, seed: int
 ) -> dict[str, list[int]]:
     """Rows by client, by the partitioner of flwr-datasets that the section names."""
-    if not rest:
+    if not remaining:
         raise DataError(
             "no training examples are left for the clients: lower partition.server_share, or set"
             " partition.clients = 0"
@@ -111,7 +111,7 @@ def _divide(
     if section.kind == "even":
         width = len(str(section.clients - 1))
         return {
-            f"client-{index:0{width}d}": sorted(rest[index :: section.clients])
+            f"client-{index:0{width}d}": sorted(remaining[index :: section.clients])
             for index in range(section.clients)
         }
     from flwr_datasets.partitioner import (
@@ -124,15 +124,15 @@ def _divide(
 
     if section.kind in ("linear", "exponential"):
         sizes = LinearPartitioner if section.kind == "linear" else ExponentialPartitioner
-        return _parts(sizes(section.clients), {ROW: rest}, section)
+        return _parts(sizes(section.clients), {ROW: remaining}, section)
     column = str(section.column)
-    missing = next((row for row in (rows[index] for index in rest) if column not in row), None)
+    missing = next((row for row in (rows[index] for index in remaining) if column not in row), None)
     if missing is not None:
         raise DataError(
             f"{missing.get('__where__', 'a row')} has no column {column!r}, which partition.column"
             f" names; it has {sorted(key for key in missing if key != '__where__')}"
         )
-    values = [group_of(rows[index], column) for index in rest]
+    values = [group_of(rows[index], column) for index in remaining]
     if section.kind == "natural":
         partitioner = NaturalIdPartitioner(partition_by=column)
     elif section.kind == "dirichlet":
@@ -157,8 +157,8 @@ def _divide(
             class_assignment_mode="deterministic",
             seed=seed,
         )
-    clients = _parts(partitioner, {ROW: rest, column: values}, section)
-    left = len(rest) - sum(len(part) for part in clients.values())
+    clients = _parts(partitioner, {ROW: remaining, column: values}, section)
+    left = len(remaining) - sum(len(part) for part in clients.values())
     if left:
         raise DataError(
             f"partition.values_per_client = {section.values_per_client} for {section.clients}"

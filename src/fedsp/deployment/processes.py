@@ -49,9 +49,9 @@ class Processes:
         path = self._logs / f"{name}.log"
         self._since[name] = path.stat().st_size if path.exists() else 0
         with open(path, "ab") as log:
-            leash = [sys.executable, "-P", "-m", "fedsp.deployment.watchdog", *command]
+            watched = [sys.executable, "-P", "-m", "fedsp.deployment.watchdog", *command]
             self._running[name] = subprocess.Popen(
-                leash, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment
+                watched, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment
             )
 
     def once(self, *command: str) -> str:

@@ -161,14 +161,14 @@ class MlflowLog:
             for line in self._run.records():
                 if line["round"] not in known:
                     self.round(RoundRecord(**line))
-        told = (
+        last = (
             {name: figures[name] for name in PUBLISHED if name in figures}
             if self._untold
             else figures
         )
         numbers = {
             name: value
-            for name, value in _flat(told).items()
+            for name, value in _flat(last).items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
         self._metrics(numbers, 0)

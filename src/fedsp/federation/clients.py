@@ -120,7 +120,7 @@ def require_independence(model: PromptedLM, messenger: Messenger, longest: int) 
 
 def absent_clients(method: Method, register: dict[str, int]) -> Clients:
     """Clients whose text is on other machines; `register` gives the examples of each, as their
-    owners have told the server."""
+    owners have reported to the server."""
 
     def nobody(client: str) -> Party:
         raise AssertionError(

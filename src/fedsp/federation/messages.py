@@ -72,7 +72,7 @@ Transport = Callable[[list[Request]], Iterable[Update | Failure]]
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
     """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per
-    answer token; `seconds_training` are those of the clients' updates, as far as they tell them, of
+    answer token; `seconds_training` are those of the clients' updates, if they report them, of
     the server's step and of validation, with what these read and write of their own state;
     `update_cosine` is the mean cosine between two clients' changes; `acceptance_loss` the
     aggregate's validation loss in the acceptance check, and `accepted` whether it passed.

@@ -69,7 +69,7 @@ class Display:
             part_done=self._part_done,
         )
 
-    def study_watcher(self) -> Callbacks:
+    def study_callbacks(self) -> Callbacks:
         """For many runs: bars on a terminal for the study and the run in it; elsewhere one line for
         each run."""
         callbacks = self.callbacks()

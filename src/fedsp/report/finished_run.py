@@ -1,4 +1,4 @@
-"""A finished run, with everything that a report says of it."""
+"""A finished run, with everything that a report shows of it."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class TableView:
         )
 
     def hint(self, entry: Entry) -> str:
-        """What the entry says when pointed at: its runs."""
+        """The tooltip of an entry: its runs."""
         named = [self.hints[key] for key in entry.runs[:3]]
         return (
             f"{len(entry.runs)} run{'s' if len(entry.runs) > 1 else ''}: "

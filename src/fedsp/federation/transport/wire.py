@@ -270,7 +270,7 @@ def _codec(fields: dict[str, Any], name: str) -> Codec:
 
 
 def _figure(value: object, name: str, most: float) -> float:
-    """A figure that a client tells of itself: a number from 0 to `most`."""
+    """A figure that a client reports: a number from 0 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
         raise PayloadError(f"the reply's {name} is not a number from 0 to {most:g}")
     return float(value)
