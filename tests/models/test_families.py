@@ -19,6 +19,7 @@ SAMPLE = [
     "phi3",
     "smollm3",
 ]
+QUICK = {"gpt2", "llama", "mpt"}
 REFUSED = {
     "deepseek_v3": "several key/value shapes",
     "falcon_h1": "caches more than keys and values",
@@ -29,7 +30,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("family", SAMPLE)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in QUICK else pytest.mark.recipe)
+        for family in SAMPLE
+    ],
+)
 def test_a_family_is_right_in_everything(family: str) -> None:
     found = outcome(family)
     assert not (found.refused or found.not_made or found.refusals or found.wrong), found
