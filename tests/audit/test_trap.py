@@ -206,10 +206,7 @@ def test_the_audit_of_a_run_says_what_was_told_and_what_shows(
         tables[0].rows[0]["told rightly"].startswith("100%")
         and "no differential privacy" in tables[0].title
     )
-    assert (
-        "a dishonest owner of the model is told rightly of 100%"
-        in account(folder).rows[1]["answer"]
-    )
+    assert "a malicious model owner correctly infers for 100%" in account(folder).rows[1]["answer"]
     private = Path(
         commands.run(
             settings(
