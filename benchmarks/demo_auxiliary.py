@@ -14,8 +14,8 @@ import torch
 
 from fedsp.cli import quiet_libraries
 from fedsp.experiments.demo import DEMO_ROWS
-from fedsp.experiments.opened_run import open_run
 from fedsp.experiments.server_setup import evaluate_prompt
+from fedsp.experiments.start import open_run
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.soft_prompt import SoftPrompt
 

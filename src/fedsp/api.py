@@ -18,7 +18,6 @@ from fedsp.data.dataset import examples_digest, load_dataset
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages
 from fedsp.errors import ConfigurationError, DataError, PromptError, RunError
-from fedsp.experiments.opened_run import open_run
 from fedsp.experiments.plan import make_plan
 from fedsp.experiments.run import robust_rule
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
@@ -28,6 +27,7 @@ from fedsp.experiments.start import (
     Figures,
     in_this_process,
     make_package,
+    open_run,
     require_local,
     require_new,
     resume_run,

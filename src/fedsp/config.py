@@ -385,7 +385,9 @@ class ServerSection(Section):
     steps: Count = Field(
         description="steps on the prompt through the global model in each round; 0: none"
     )
-    learning_rate: LearningRate = Field(description="learning rate of AdamW on the prompt")
+    learning_rate: LearningRate = Field(
+        description="learning rate of AdamW in the server step, on the prompt"
+    )
     weight_decay: Decay = Field(description="weight decay of AdamW")
     batch_size: Batch = Field(16, description="examples per step")
 
@@ -796,7 +798,9 @@ class Agreement(Section):
     privacy: PrivacySection = PrivacySection()
     compression: CompressionSection = CompressionSection()
     seed: Count = Field(description="seed of the client's held-out examples and of its projection")
-    rounds: Positive = Field(description="number of rounds")
+    rounds: Positive = Field(
+        description="rounds of a run; a client refuses requests for any further round"
+    )
     max_tokens: Positive = Field(
         description="longest example in tokens; longer ones are truncated at the start"
     )

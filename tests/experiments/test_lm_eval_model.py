@@ -12,8 +12,8 @@ import torch
 from fedsp import api as commands
 from fedsp.data.tasks import examples_of, find_task
 from fedsp.errors import DataError, RunError
-from fedsp.experiments.opened_run import open_run
 from fedsp.experiments.server_setup import score_test
+from fedsp.experiments.start import open_run
 from fedsp.models.prompted_lm import PromptedLM
 from support.real_rows import hub_schema, real_rows
 from support.reference import harness_task

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fedsp import api as commands
-from fedsp.audit.disclosure import measure_disclosure
 from fedsp.audit.layer_signals import measure_depths
+from fedsp.audit.package_leakage import measure_disclosure
 from fedsp.config import PartitionSection
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedsp.audit.disclosure import measure_disclosure
 from fedsp.audit.epsilon import audit_epsilon, check_promise
 from fedsp.audit.findings import TABLES, Figures, Finding
 from fedsp.audit.inversion.audit import audit_inversion, check_inversion
 from fedsp.audit.layer_signals import check_depths, measure_depths
 from fedsp.audit.membership import audit_membership, check_membership
-from fedsp.audit.package_leakage import audit_model
+from fedsp.audit.package_leakage import audit_model, measure_disclosure
 from fedsp.audit.shadows import check_audited
 from fedsp.audit.summary import account
 from fedsp.audit.traffic import traffic

@@ -23,7 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from fedsp.data.encoding import encode_texts, first_token
 from fedsp.data.tasks import Example
 from fedsp.errors import RunError
-from fedsp.experiments.opened_run import open_run
+from fedsp.experiments.start import open_run
 from fedsp.models.prompted_lm import length_of
 from fedsp.training.evaluation import score
 

@@ -58,7 +58,7 @@ class TableView:
         return getattr(self.table, name)
 
     def kind(self, entry: Entry) -> str:
-        """The entry's class on the page."""
+        """The entry's CSS class on the page."""
         return (
             "best"
             if id(entry) in self.best
