@@ -46,7 +46,7 @@ recipe:
 	$(BIN)/python -m pytest -n auto -m "recipe or harness or study"
 
 deployment:
-	$(BIN)/python -m pytest -m deployment
+	$(BIN)/python -m pytest -n 2 -m deployment
 
 lint:
 	$(BIN)/ruff check src tests scripts benchmarks examples
