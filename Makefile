@@ -22,7 +22,7 @@ bench: .venv/ready-dev
 
 # Every family of models that the installed transformers knows, against a slow reference, two minutes: writes docs/results/families.md and fails where something is wrong.
 families: .venv/ready-dev
-	$(BIN)/python tests/support/family_checks.py docs/results/families.md
+	PYTHONPATH=tests $(BIN)/python -m support.family_checks docs/results/families.md
 
 # Deliberate bugs in every line of the modules that promises rest on, two hours on two cores: fails where less than 95 % of them are seen (docs/explanation/security.md).
 mutants: .venv/ready-dev
