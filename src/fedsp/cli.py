@@ -256,7 +256,11 @@ def inspect(
             )
         )
         display.print(rows_table("Weight matrices, the unlikeliest first", found["tensors"][:5]))
-        display.print(rows_table("Attention", found["attention"]))
+        display.print(
+            rows_table("Attention", found["attention"])
+            if found["attention"]
+            else "Attention: not measured, since this model's code returns no attention weights"
+        )
         for sentence in found["unusual"]:
             display.print(f"unusual: {sentence}")
     _write(json_file, found)

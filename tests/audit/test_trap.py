@@ -228,6 +228,27 @@ def embedded_package() -> AuxiliaryModel:
     )
 
 
+@pytest.mark.parametrize("refuses", [True, False])
+def test_attention_that_a_family_does_not_show_is_not_called_usual(
+    monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    class WithoutAttention:
+        attentions = None
+
+    def backbone(**inputs: object) -> WithoutAttention:
+        if refuses:
+            raise ValueError("this family has no eager attention")
+        return WithoutAttention()
+
+    package = embedded_package()
+    monkeypatch.setattr(package.backbone, "forward", backbone)
+    monkeypatch.setattr("fedsp.audit.inspection._losses", lambda *arguments: (1.0, 2.0, 3.0))
+    monkeypatch.setattr("fedsp.audit.inspection._gradients", lambda *arguments: (0.0, 0.0))
+    found = inspect_auxiliary(package, TEXT)
+    assert found["attention"] == [] and not found["unusual"]
+    assert set(LIMITS) - set(found["figures"]) == {"dead_head_share", "saturated_head_share"}
+
+
 @pytest.mark.parametrize("how", list(LIMITS))
 def test_each_figure_of_an_inspection_sees_what_it_is_for(how: str) -> None:
     honest = embedded_package()

@@ -54,10 +54,11 @@ def inspect_auxiliary(
     """Figures of a package on some text, nobody's or one's own: nothing leaves this process.
 
     `tensors` has a row for each weight matrix, the unlikeliest first; `attention` one for each
-    depth, or none where the family's code does not show it; `figures` those of LIMITS with
-    `perplexity` and `unigram_perplexity`, what somebody has who knows how frequent each token of
-    this very text is; `unusual` a sentence for each figure beyond its limit. With a `reference`, a
-    model that is trusted, matrices are held against those of its layers as well.
+    depth; `figures` those of LIMITS with `perplexity` and `unigram_perplexity`, what somebody has
+    who knows how frequent each token of this very text is; `unusual` a sentence for each figure
+    beyond its limit. With a `reference`, a model that is trusted, matrices are held against those
+    of its layers as well. Where the family's code returns no attention weights, `attention` is
+    empty and `figures` has no head shares, since nothing was measured.
 
     Raises:
         DataError: the text has too few tokens.
@@ -68,20 +69,18 @@ def inspect_auxiliary(
     attention = _attention(auxiliary, texts)
     loss, unigram, uniform = _losses(auxiliary, texts)
     silent, alike = _gradients(auxiliary, rows)
-    heads = max(1, sum(row["heads"] for row in attention))
     figures = {
         "tensor_distance": max(map(_farthest, tensors), default=0.0),
         "zero_share": max((row["zero_share"] for row in tensors), default=0.0),
         "excess_loss": loss - uniform,
-        "dead_head_share": sum(row["dead"] for row in attention) / heads,
-        "saturated_head_share": sum(row["saturated"] for row in attention) / heads,
+        **_head_shares(attention),
         "silent_gradient_share": silent,
         "alike_gradients": alike,
     }
     unusual = [
         f"{sentence} ({name} {figures[name]:.3g}, usual is at most {limit:g})"
         for name, (limit, sentence) in LIMITS.items()
-        if not figures[name] <= limit
+        if name in figures and not figures[name] <= limit
     ]
     perplexities = {
         "perplexity": math.exp(min(loss, 700.0)),
@@ -216,6 +215,17 @@ def _attention(auxiliary: AuxiliaryModel, texts: Tensor) -> list[dict[str, Any]]
             }
         )
     return rows
+
+
+def _head_shares(attention: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The share of dead and of saturated heads; empty where no attention was measured."""
+    if not attention:
+        return {}
+    heads = sum(row["heads"] for row in attention)
+    return {
+        f"{what}_head_share": sum(row[what] for row in attention) / heads
+        for what in ("dead", "saturated")
+    }
 
 
 @torch.no_grad()
