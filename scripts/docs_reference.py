@@ -49,7 +49,7 @@ def configuration() -> str:
 def _table(title: str, section: type[Section]) -> list[str]:
     rows = [
         f"| `{name}` | {_type(field.annotation)} | {_cell(_default(title, name, field))} |"
-        f" {_cell(field.description)} |"
+        f" {_cell(' '.join((field.description or '').split()))} |"
         for name, field in section.model_fields.items()
         if not _section(field.annotation)
     ]

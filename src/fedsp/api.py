@@ -1,11 +1,10 @@
 """The Python API behind the commands of the command line, such as `fedsp.run` and
-`fedsp.evaluate`."""
+`fedsp.evaluate`. Each raises a FedspError, one sentence, for whatever cannot be done."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fedsp.config_file import apply_override, make_config, read_config, read_par
 from fedsp.data.dataset import examples_digest, load_dataset
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages
-from fedsp.errors import ConfigurationError, DataError, PromptError, RunError
+from fedsp.errors import ConfigurationError, DataError, PromptError, RunError, require_installed
 from fedsp.experiments.plan import make_plan
 from fedsp.experiments.run import robust_rule
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
@@ -48,14 +47,10 @@ def as_config(
     """Return a validated `RunConfig` from a `RunConfig`, nested values, or a TOML file's path."""
     if isinstance(config, str | Path):
         return read_config(Path(config), overrides)
-    values: Figures = (
-        config.model_dump(exclude_none=True)
-        if isinstance(config, RunConfig)
-        else {
-            key: dict(value) if isinstance(value, Mapping) else value
-            for key, value in config.items()
-        }
-    )
+    given = config.model_dump(exclude_none=True) if isinstance(config, RunConfig) else config
+    values: Figures = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in given.items()
+    }
     for override in overrides:
         apply_override(values, override)
     return make_config(values)
@@ -81,12 +76,7 @@ own."""
 
 
 def _require_flower() -> None:
-    missing = [name for name in ("flwr", "cryptography") if find_spec(name) is None]
-    if missing:
-        raise ConfigurationError(
-            f"{missing[0]} is not installed: simulations and deployments need `pip install"
-            " 'fedsp[flower]'`"
-        )
+    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
 
 
 def run(
@@ -97,11 +87,7 @@ def run(
     engine: str = "local",
 ) -> Figures:
     """Run the configuration's federation; returns the figures of `result.json` and the folder.
-    Every engine gives the same bits.
-
-    Raises:
-        FedspError: whatever cannot be done, as one sentence.
-    """
+    Every engine gives the same bits."""
     return start_run(_suited(as_config(config, overrides), engine), callbacks, ENGINES[engine])
 
 
@@ -144,11 +130,7 @@ def resume(
 
 def join(path: str | Path, *, callbacks: Callbacks | None = None) -> int:
     """Take part in a deployment as the client of a `party.toml`, until the run is finished; returns
-    the requests answered.
-
-    Raises:
-        FedspError: whatever cannot be done, as one sentence.
-    """
+    the requests answered."""
     _require_flower()
     from fedsp.deployment.join import join as join_deployment
 
@@ -156,11 +138,7 @@ def join(path: str | Path, *, callbacks: Callbacks | None = None) -> int:
 
 
 def init_federation(folder: str | Path, clients: Sequence[str], address: str) -> None:
-    """Write a folder of keys and configuration for each party of a deployment.
-
-    Raises:
-        FedspError: whatever cannot be done, as one sentence.
-    """
+    """Write a folder of keys and configuration for each party of a deployment."""
     _require_flower()
     from fedsp.deployment.serve import init_federation as init
 
@@ -170,28 +148,21 @@ def init_federation(folder: str | Path, clients: Sequence[str], address: str) ->
 def plan(
     config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = ()
 ) -> Figures:
-    """What a run will cost and disclose, before anything is trained.
-
-    Raises:
-        FedspError: whatever cannot be done, as one sentence.
-    """
+    """What a run will cost and disclose, before anything is trained."""
     config = as_config(config, overrides)
     if not find_method(config.method).deployable:
         raise ConfigurationError(
             f"method = {config.method!r}: `fedsp plan` covers FedSP only; a baseline's cost is"
             " measured in its run and shown by `fedsp report`"
         )
-    natural = config.partition.kind == "natural"
-    clients = (
-        len(load_dataset(config).partition.clients)
-        if natural and not config.federation
-        else config.partition.clients
-    )
+    clients = config.partition.clients
     if config.federation:
         _require_flower()
         from fedsp.deployment.credentials import read_register
 
         clients = len(read_register(Path(config.federation.folder)))
+    elif config.partition.kind == "natural":
+        clients = len(load_dataset(config).partition.clients)
     robust_rule(config, clients)
     return make_plan(config, clients).to_json()
 
@@ -233,11 +204,7 @@ def inspect(
     """Check a package, the folder that clients get, for signs of a crafted model
     (`fedsp.audit.inspection`), on a text file (None: a built-in text) and against a trusted
     `reference` model (hub name or folder); returns the findings and the digest to compare with
-    the owner's.
-
-    Raises:
-        FedspError: the package, the text or the model cannot be used.
-    """
+    the owner's."""
     _require_flower()
     from fedsp.deployment.package import AGREEMENT, package_digest, read_agreement
     from fedsp.deployment.package_check import require_harmless
@@ -283,6 +250,7 @@ def evaluate(
             f"the run in {folder} has no {split} questions: name a file in data.{split}"
         )
     run.directory.hold_known({f"data.{split}": examples_digest(splits[split])})
+    tuned = "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights"
     rows = []
     for bare in (True, False) if zero_shot else (False,):
         prefix = run.prefix(zero_shot=bare)
@@ -295,18 +263,7 @@ def evaluate(
         figures, _ = score_test(
             run.model, prefix, splits[split], dataset.task, server.tokenizer, room
         )
-        rows.append(
-            {
-                "prompt": (
-                    "zero-shot"
-                    if bare
-                    else (
-                        "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights"
-                    )
-                ),
-                **figures,
-            }
-        )
+        rows.append({"prompt": "zero-shot" if bare else tuned, **figures})
     return rows
 
 

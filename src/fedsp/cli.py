@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, FedspError, RunError
+from fedsp.errors import (
+    AuxiliaryError,
+    ConfigurationError,
+    DataError,
+    FedspError,
+    RunError,
+    did_you_mean,
+    require_installed,
+)
 
 if TYPE_CHECKING:
     from fedsp.config import RunConfig
@@ -28,10 +36,8 @@ QUIET = {
 
 app = typer.Typer(
     name="fedsp",
-    help=(
-        "Tune a private language model on private text: the model stays on the server, the text"
-        " with its owners, and only soft prompts travel."
-    ),
+    help="Tune a private language model on private text: the model stays on the server, the text"
+    " with its owners, and only soft prompts travel.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -76,7 +82,6 @@ def init(
 ) -> None:
     """Write a commented run.toml with every key of a run and its default."""
     from fedsp.config_file import PRESETS, template
-    from fedsp.errors import did_you_mean
     from fedsp.storage import write_bytes
 
     if preset not in PRESETS:
@@ -137,10 +142,8 @@ def run(
     engine: Annotated[
         str,
         typer.Option(
-            help=(
-                "local: in this process; flower: a Flower simulation with clients in separate"
-                " processes. Results are bit-identical."
-            )
+            help="local: in this process; flower: a Flower simulation with clients in separate"
+            " processes. Results are bit-identical."
         ),
     ] = "local",
     json_file: Json = None,
@@ -225,19 +228,15 @@ def inspect(
     text: Annotated[
         Optional[Path],
         typer.Option(
-            help=(
-                "Text file in the model's language to run the package on; it stays on this"
-                " machine. Default: a short English text."
-            )
+            help="Text file in the model's language to run the package on; it stays on this"
+            " machine. Default: a short English text."
         ),
     ] = None,
     reference: Annotated[
         Optional[str],
         typer.Option(
-            help=(
-                "Hub name or folder of a model that you trust: the package's weight matrices are"
-                " compared with those of its layers."
-            )
+            help="Hub name or folder of a model that you trust: the package's weight matrices are"
+            " compared with those of its layers."
         ),
     ] = None,
     json_file: Json = None,
@@ -306,39 +305,31 @@ def audit(
     only: Annotated[
         Optional[str],
         typer.Option(
-            help=(
-                "Audits to run, separated by commas: disclosure, model, membership, inversion,"
-                " trap, epsilon, traffic, depths. Default: the first five, and epsilon for runs"
-                " with differential privacy."
-            )
+            help="Audits to run, separated by commas: disclosure, model, membership, inversion,"
+            " trap, epsilon, traffic, depths. Default: the first five, and epsilon for runs"
+            " with differential privacy."
         ),
     ] = None,
     shadows: Annotated[
         int,
         typer.Option(
-            help=(
-                "Shadow runs of the membership audit; each costs about as much as the run's rounds"
-                " did."
-            )
+            help="Shadow runs of the membership audit; each costs about as much as the run's rounds"
+            " did."
         ),
     ] = 16,
     records: Annotated[
         Optional[int],
         typer.Option(
             min=20,
-            help=(
-                "Maximum number of client examples that the membership audit tests; default: all."
-            ),
+            help="Maximum number of client examples that the membership audit tests; default: all.",
         ),
     ] = None,
     texts: Annotated[
         int,
         typer.Option(
             min=0,
-            help=(
-                "Number of single texts that the inversion audit tries to reconstruct, which takes"
-                " most of its time; 0: only the updates of the run."
-            ),
+            help="Number of single texts that the inversion audit tries to reconstruct, which takes"
+            " most of its time; 0: only the updates of the run.",
         ),
     ] = 20,
     json_file: Json = None,
@@ -416,10 +407,8 @@ def study(
     root: Annotated[
         Optional[Path],
         typer.Option(
-            help=(
-                "Folder that relative file names in the study refer to; default: that of the"
-                " study file."
-            )
+            help="Folder that relative file names in the study refer to; default: that of the"
+            " study file."
         ),
     ] = None,
     threads: Annotated[
@@ -456,13 +445,7 @@ def report(
 ) -> None:
     """One page about finished runs: tables with spreads and paired comparisons, learning curves,
     costs; every number leads to its run."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise ConfigurationError(
-            f"{missing[0]} is not installed: reports need `pip install 'fedsp[study]'`"
-        )
+    require_installed("study", "reports need", "jinja2", "matplotlib")
     from fedsp.report.console import Display, figures_table
     from fedsp.report.page import write_report
 
@@ -506,35 +489,29 @@ def main() -> None:
     """Run a command. An error that the user can fix is one sentence on stderr, exit code 2."""
     quiet_libraries()
     try:
-        " ".join(sys.argv).encode()
-    except UnicodeEncodeError:
-        typer.echo(
-            "fedsp: a word of the command is not UTF-8 text: set the terminal to UTF-8, and rename"
-            " files whose names are not",
-            err=True,
-        )
-        sys.exit(2)
-    try:
+        if any("\ud800" <= letter <= "\udfff" for letter in " ".join(sys.argv)):
+            raise ConfigurationError(
+                "a word of the command is not UTF-8 text: set the terminal to UTF-8, and rename"
+                " files whose names are not"
+            )
         app()
+        return
     except FedspError as error:
-        typer.echo(f"fedsp: {error}".encode(errors="backslashreplace").decode(), err=True)
-        sys.exit(2)
+        message = str(error)
     except OSError as error:
         if error.filename is None:
             raise
-        typer.echo(
-            f"fedsp: {str(error.filename)[:200]} cannot be used ({error.strerror}): name another"
-            " file or folder",
-            err=True,
+        message = (
+            f"{str(error.filename)[:200]} cannot be used ({error.strerror}): name another file or"
+            " folder"
         )
-        sys.exit(2)
     except UnicodeEncodeError as error:
-        typer.echo(
-            f"fedsp: the terminal cannot show a text, since it takes {error.encoding} only: set it"
-            " to UTF-8 (PYTHONIOENCODING=utf-8)",
-            err=True,
+        message = (
+            f"the terminal cannot show a text, since it takes {error.encoding} only: set it to"
+            " UTF-8 (PYTHONIOENCODING=utf-8)"
         )
-        sys.exit(2)
+    typer.echo(f"fedsp: {message}".encode(errors="backslashreplace").decode(), err=True)
+    sys.exit(2)
 
 
 def _read(config: Path, overrides: list[str] | None) -> RunConfig:

@@ -48,7 +48,9 @@ ClientPrecision = Literal["float32", "bfloat16", "8bit", "4bit"]
 class Section(BaseModel):
     """A table of a configuration file. Unknown keys and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -61,282 +63,160 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The global model. It stays on the server."""
 
-    name: str = Field(
-        description=(
-            "Hugging Face hub name or folder of a causal language model; 'embedded' is a small one"
-            " that comes with fedsp"
-        )
-    )
-    device: str = Field(
-        "auto",
-        description=(
-            "auto, cpu, cuda, cuda:1, mps; split: layers are spread over all GPUs, then memory,"
-            " then disk, for a model that fits on no GPU"
-        ),
-    )
-    precision: Literal["auto", "float32", "bfloat16", "8bit", "4bit"] = Field(
-        "auto",
-        description=(
-            "data type of the frozen weights; auto: bfloat16 on CUDA, float32 elsewhere; "
-            "8bit and 4bit need auxiliary.folder. Soft prompts are always float32"
-        ),
-    )
-    recompute: bool = Field(
-        False,
-        description="gradient checkpointing in the server's steps: less memory, more time",
-    )
-    positions: Literal["hugging_face", "from_zero"] = Field(
-        "hugging_face",
-        description=(
-            "position of the first text token behind a prompt of P tokens; hugging_face: "
-            "P, as in PEFT and generate; from_zero: 0, as in the authors' code"
-        ),
-    )
+    name: str
+    """Hugging Face hub name or folder of a causal language model; 'embedded' is a small one that
+    comes with fedsp"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps; split: layers are spread over all GPUs, then memory, then disk,
+    for a model that fits on no GPU"""
+    precision: Literal["auto", "float32", "bfloat16", "8bit", "4bit"] = "auto"
+    """data type of the frozen weights; auto: bfloat16 on CUDA, float32 elsewhere; 8bit and 4bit
+    need auxiliary.folder. Soft prompts are always float32"""
+    recompute: bool = False
+    """gradient checkpointing in the server's steps: less memory, more time"""
+    positions: Literal["hugging_face", "from_zero"] = "hugging_face"
+    """position of the first text token behind a prompt of P tokens; hugging_face: P, as in PEFT and
+    generate; from_zero: 0, as in the authors' code"""
 
 
 class DataSection(Section):
     """The task and its examples."""
 
-    task: str = Field(
-        "multiple_choice",
-        description=(
-            "arc_easy, arc_challenge, openbookqa, hellaswag, piqa, sciq, race, webqs; for "
-            "your own files multiple_choice (formatted as 'Question: ... Answer:'), continuation "
-            "(questions as they are) or completion (prompt and completion)"
-        ),
-    )
-    train: str | None = Field(
-        None,
-        description=(
-            "training examples, a JSONL or CSV file (may be .gz); none: the task's data set on the"
-            " Hugging Face hub"
-        ),
-    )
-    validation: str | None = Field(
-        None,
-        description="file of the server's validation examples; none: the fraction `holdout` of "
-        "`train`",
-    )
-    test: str | None = Field(
-        None, description="file of test examples, for the end of a run and `fedsp evaluate`"
-    )
-    test_examples: int | None = Field(
-        None,
-        ge=1,
-        description="most test examples to use, the same random subset for every seed; none: all",
-    )
-    holdout: Share = Field(
-        0.1, description="fraction of train held out for validation if there is no validation file"
-    )
-    max_tokens: int | None = Field(
-        None,
-        ge=8,
-        description=(
-            "longest example in tokens; longer ones are truncated at the start of their context;"
-            " none: the model's limit"
-        ),
-    )
+    task: str = "multiple_choice"
+    """arc_easy, arc_challenge, openbookqa, hellaswag, piqa, sciq, race, webqs; for your own files
+    multiple_choice (formatted as 'Question: ... Answer:'), continuation (questions as they are) or
+    completion (prompt and completion)"""
+    train: str | None = None
+    """training examples, a JSONL or CSV file (may be .gz); none: the task's data set on the Hugging
+    Face hub"""
+    validation: str | None = None
+    """file of the server's validation examples; none: the fraction `holdout` of `train`"""
+    test: str | None = None
+    """file of test examples, for the end of a run and `fedsp evaluate`"""
+    test_examples: int | None = Field(None, ge=1)
+    """most test examples to use, the same random subset for every seed; none: all"""
+    holdout: Share = 0.1
+    """fraction of train held out for validation if there is no validation file"""
+    max_tokens: int | None = Field(None, ge=8)
+    """longest example in tokens; longer ones are truncated at the start of their context; none: the
+    model's limit"""
 
 
 class PartitionSection(Section):
     """How training examples are divided among the server and simulated clients."""
 
-    clients: Count = Field(
-        10,
-        description=(
-            "number of clients; 0: all examples are at the server. With kind = natural the column"
-            " decides"
-        ),
-    )
-    kind: Literal["even", "linear", "exponential", "dirichlet", "natural", "pathological"] = Field(
-        "even",
-        description=(
-            "even: equal sizes; linear, exponential: unequal sizes; dirichlet: skewed by a "
-            "column; natural: one client per value of a column; pathological: few values per client"
-        ),
-    )
-    column: str | None = Field(
-        None,
-        description=(
-            "column of the data that dirichlet, natural and pathological use; figures per client"
-            " are weighted by it too"
-        ),
-    )
-    topics: Count = Field(
-        0,
-        description=(
-            "number of topics found by clustering the questions, used instead of a column (needs"
-            " scikit-learn); 0: none"
-        ),
-    )
-    alpha: Rate = Field(
-        0.5, description="concentration of the Dirichlet distribution; smaller is more skewed"
-    )
-    values_per_client: Positive = Field(
-        2, description="values of the column that each client has, for kind = pathological"
-    )
-    server_share: Share | None = Field(
-        None,
-        description=(
-            "fraction of train that belongs to the server; none: 1 / (clients + 1) if the server"
-            " trains on it, else 0"
-        ),
-    )
+    clients: Count = 10
+    """number of clients; 0: all examples are at the server. With kind = natural the column
+    decides"""
+    kind: Literal["even", "linear", "exponential", "dirichlet", "natural", "pathological"] = "even"
+    """even: equal sizes; linear, exponential: unequal sizes; dirichlet: skewed by a column;
+    natural: one client per value of a column; pathological: few values per client"""
+    column: str | None = None
+    """column of the data that dirichlet, natural and pathological use; figures per client are
+    weighted by it too"""
+    topics: Count = 0
+    """number of topics found by clustering the questions, used instead of a column (needs
+    scikit-learn); 0: none"""
+    alpha: Rate = 0.5
+    """concentration of the Dirichlet distribution; smaller is more skewed"""
+    values_per_client: Positive = 2
+    """values of the column that each client has, for kind = pathological"""
+    server_share: Share | None = None
+    """fraction of train that belongs to the server; none: 1 / (clients + 1) if the server trains on
+    it, else 0"""
 
 
 class AuxiliarySection(Section):
     """The auxiliary model: the small model that clients get, once."""
 
-    plan: str | list[int] = Field(
-        description=(
-            "the global layer at each depth of the auxiliary model: shared(0), copies(0), "
-            "every(k), first(n), cells(0-1), ends(n, m), emulator(n, m), or a list such as "
-            "[0, 0, 5, 5]"
-        )
-    )
-    prompt_layers: list[int] | None = Field(
-        None,
-        description=(
-            "the prompt layer that each depth reads; none: as the plan says (`fedsp plan`"
-            " prints it)"
-        ),
-    )
-    embeddings: Literal["verbatim", "low_rank", "fresh"] = Field(
-        "verbatim",
-        description=(
-            "token embeddings: verbatim: the global model's; low_rank: their best "
-            "approximation of rank embedding_rank; fresh: random. The last two are distilled"
-        ),
-    )
-    embedding_rank: Width = Field(32, description="rank for embeddings = low_rank")
-    precision: ClientPrecision = Field(
-        "float32",
-        description=(
-            "data type of the frozen auxiliary model at simulated clients: float32, "
-            "bfloat16, 8bit, 4bit; others than float32 only if client.auxiliary_steps is 0"
-        ),
-    )
-    folder: str | None = Field(
-        None,
-        description=(
-            "folder of an auxiliary model that `fedsp distill` wrote; none: it is made at the start"
-            " of the run"
-        ),
-    )
+    plan: str | list[int]
+    """the global layer at each depth of the auxiliary model: shared(0), copies(0), every(k),
+    first(n), cells(0-1), ends(n, m), emulator(n, m), or a list such as [0, 0, 5, 5]"""
+    prompt_layers: list[int] | None = None
+    """the prompt layer that each depth reads; none: as the plan says (`fedsp plan` prints it)"""
+    embeddings: Literal["verbatim", "low_rank", "fresh"] = "verbatim"
+    """token embeddings: verbatim: the global model's; low_rank: their best approximation of rank
+    embedding_rank; fresh: random. The last two are distilled"""
+    embedding_rank: Width = 32
+    """rank for embeddings = low_rank"""
+    precision: ClientPrecision = "float32"
+    """data type of the frozen auxiliary model at simulated clients: float32, bfloat16, 8bit, 4bit;
+    others than float32 only if client.auxiliary_steps is 0"""
+    folder: str | None = None
+    """folder of an auxiliary model that `fedsp distill` wrote; none: it is made at the start of the
+    run"""
 
 
 class DistillSection(Section):
     """Knowledge distillation from the global to the auxiliary model, before the first round."""
 
-    steps: Count = Field(
-        description="optimizer steps; 0: the layers are handed out as they are in the global model"
-    )
-    text: list[str] = Field(
-        description=(
-            "text files (may be .gz), passages separated by blank lines; ['server']: the server's"
-            " own examples"
-        )
-    )
-    learning_rate: LearningRate = Field(description="learning rate of AdamW")
-    weight_decay: Decay = Field(0.01, description="weight decay of AdamW")
-    batch_size: Batch = Field(8, description="sequences per step")
-    sequence_length: int = Field(128, ge=2, description="tokens per sequence")
-    sequences: Positive = Field(
-        512,
-        description=(
-            "most sequences to use; the global model's hidden states of each are computed once and"
-            " cached, in memory up to 1 GiB, else on disk"
-        ),
-    )
-    match_depths: Decay = Field(
-        0.0,
-        description=(
-            "weight of an additional loss: mean squared error of hidden states at every depth; the"
-            " paper has 0"
-        ),
-    )
-    match_logits: Decay = Field(
-        0.0,
-        description=(
-            "weight of an additional loss: KL divergence of next-token distributions, nats; the"
-            " paper has 0"
-        ),
-    )
-    again_every: Count = Field(
-        0,
-        description=(
-            "repeat the distillation every so many rounds with the current prompt in front of both"
-            " models, and hand the result out again; 0: never"
-        ),
-    )
+    steps: Count
+    """optimizer steps; 0: the layers are handed out as they are in the global model"""
+    text: list[str]
+    """text files (may be .gz), passages separated by blank lines; ['server']: the server's own
+    examples"""
+    learning_rate: LearningRate
+    """learning rate of AdamW"""
+    weight_decay: Decay = 0.01
+    """weight decay of AdamW"""
+    batch_size: Batch = 8
+    """sequences per step"""
+    sequence_length: int = Field(128, ge=2)
+    """tokens per sequence"""
+    sequences: Positive = 512
+    """most sequences to use; the global model's hidden states of each are computed once and cached,
+    in memory up to 1 GiB, else on disk"""
+    match_depths: Decay = 0.0
+    """weight of an additional loss: mean squared error of hidden states at every depth; the paper
+    has 0"""
+    match_logits: Decay = 0.0
+    """weight of an additional loss: KL divergence of next-token distributions, nats; the paper has
+    0"""
+    again_every: Count = 0
+    """repeat the distillation every so many rounds with the current prompt in front of both models,
+    and hand the result out again; 0: never"""
 
 
 class PromptSection(Section):
     """The soft prompt: virtual tokens at every layer."""
 
-    space: Literal["key_value", "residual"] = Field(
-        description=(
-            "what travels for each layer; key_value: attention keys and values; residual: "
-            "inputs of the block, half the bytes in models without grouped-query attention"
-        )
-    )
-    length: Annotated[int, Field(ge=1, le=8192)] = Field(description="number of virtual tokens")
-    init: str = Field(
-        description=(
-            "text: activations of real text; normal: random; or a prompt file or PEFT prefix-tuning"
-            " folder"
-        )
-    )
-    init_text: str | None = Field(
-        None,
-        description=(
-            "file whose first tokens give the activations for init = text; none: the distillation"
-            " text"
-        ),
-    )
-    init_scale: Rate = Field(0.02, description="standard deviation for init = normal")
-    projection: Annotated[int, Field(ge=0, le=1 << 16)] = Field(
-        0,
-        description=(
-            "hidden size of an MLP that reparameterizes the prompt during training, as in"
-            " prefix-tuning (the authors use 512); 0: none"
-        ),
-    )
+    space: Literal["key_value", "residual"]
+    """what travels for each layer; key_value: attention keys and values; residual: inputs of the
+    block, half the bytes in models without grouped-query attention"""
+    length: Annotated[int, Field(ge=1, le=8192)]
+    """number of virtual tokens"""
+    init: str
+    """text: activations of real text; normal: random; or a prompt file or PEFT prefix-tuning
+    folder"""
+    init_text: str | None = None
+    """file whose first tokens give the activations for init = text; none: the distillation text"""
+    init_scale: Rate = 0.02
+    """standard deviation for init = normal"""
+    projection: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+    """hidden size of an MLP that reparameterizes the prompt during training, as in prefix-tuning
+    (the authors use 512); 0: none"""
 
 
 class RoundSection(Section):
     """The rounds of the federation, and how updates are averaged."""
 
-    rounds: Positive = Field(description="number of rounds")
-    clients: Count | None = Field(
-        None, description="clients sampled in each round; none: all; 0: the server trains alone"
-    )
-    min_clients: Count = Field(
-        1,
-        description=(
-            "accepted updates that a round needs; with fewer the run stops and can be resumed"
-        ),
-    )
-    weighting: Literal["examples", "uniform"] = Field(
-        "examples",
-        description=(
-            "weights of the mean; examples: number of examples in the server's register; uniform:"
-            " equal"
-        ),
-    )
-    max_change: Rate = Field(
-        1.0,
-        description=(
-            "largest accepted difference of an update from the broadcast prompt, root mean square"
-            " over its numbers"
-        ),
-    )
-    optimizer: Literal["none", "momentum"] = Field(
-        "none",
-        description="server optimizer; none: the aggregate is the new prompt; momentum: FedAvgM",
-    )
-    learning_rate: LearningRate = Field(1.0, description="server learning rate of FedAvgM")
-    momentum: Share = Field(0.9, description="server momentum of FedAvgM")
+    rounds: Positive
+    """number of rounds"""
+    clients: Count | None = None
+    """clients sampled in each round; none: all; 0: the server trains alone"""
+    min_clients: Count = 1
+    """accepted updates that a round needs; with fewer the run stops and can be resumed"""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """weights of the mean; examples: number of examples in the server's register; uniform: equal"""
+    max_change: Rate = 1.0
+    """largest accepted difference of an update from the broadcast prompt, root mean square over its
+    numbers"""
+    optimizer: Literal["none", "momentum"] = "none"
+    """server optimizer; none: the aggregate is the new prompt; momentum: FedAvgM"""
+    learning_rate: LearningRate = 1.0
+    """server learning rate of FedAvgM"""
+    momentum: Share = 0.9
+    """server momentum of FedAvgM"""
 
     def asked(self, clients: int) -> int:
         """How many of this number of clients are sampled in each round."""
@@ -346,50 +226,40 @@ class RoundSection(Section):
 class ClientSection(Section):
     """Local training at each sampled client."""
 
-    auxiliary_steps: Count = Field(
-        description=(
-            "stage 1 of a round: steps on the client's auxiliary model with the prompt frozen; 0:"
-            " no alternating training"
-        )
-    )
-    prompt_steps: Count = Field(
-        description="stage 2 of a round: steps on the prompt with the auxiliary model frozen"
-    )
-    learning_rate: LearningRate = Field(description="learning rate of AdamW on the prompt")
-    auxiliary_learning_rate: LearningRate = Field(
-        5e-4, description="learning rate of AdamW on the auxiliary model"
-    )
-    weight_decay: Decay = Field(description="weight decay of AdamW")
-    batch_size: Batch = Field(16, description="examples per step")
-    warmup: Share = Field(
-        0.1,
-        description=(
-            "fraction of all steps of a run in which the learning rate rises linearly; then it"
-            " falls linearly to 0. Applies to the server's steps too"
-        ),
-    )
-    proximal: Decay = Field(
-        0.0, description="mu of FedProx, for the steps on the prompt; 0: no proximal term"
-    )
-    keep_optimizer: bool = Field(
-        description=(
-            "whether each client, and the server, keeps AdamW's moments from round to round; false:"
-            " they start from zero in every round"
-        )
-    )
+    auxiliary_steps: Count
+    """stage 1 of a round: steps on the client's auxiliary model with the prompt frozen; 0: no
+    alternating training"""
+    prompt_steps: Count
+    """stage 2 of a round: steps on the prompt with the auxiliary model frozen"""
+    learning_rate: LearningRate
+    """learning rate of AdamW on the prompt"""
+    auxiliary_learning_rate: LearningRate = 5e-4
+    """learning rate of AdamW on the auxiliary model"""
+    weight_decay: Decay
+    """weight decay of AdamW"""
+    batch_size: Batch = 16
+    """examples per step"""
+    warmup: Share = 0.1
+    """fraction of all steps of a run in which the learning rate rises linearly; then it falls
+    linearly to 0. Applies to the server's steps too"""
+    proximal: Decay = 0.0
+    """mu of FedProx, for the steps on the prompt; 0: no proximal term"""
+    keep_optimizer: bool
+    """whether each client, and the server, keeps AdamW's moments from round to round; false: they
+    start from zero in every round"""
 
 
 class ServerSection(Section):
     """The server step: training on the server's own labelled examples after aggregation."""
 
-    steps: Count = Field(
-        description="steps on the prompt through the global model in each round; 0: none"
-    )
-    learning_rate: LearningRate = Field(
-        description="learning rate of AdamW in the server step, on the prompt"
-    )
-    weight_decay: Decay = Field(description="weight decay of AdamW")
-    batch_size: Batch = Field(16, description="examples per step")
+    steps: Count
+    """steps on the prompt through the global model in each round; 0: none"""
+    learning_rate: LearningRate
+    """learning rate of AdamW in the server step, on the prompt"""
+    weight_decay: Decay
+    """weight decay of AdamW"""
+    batch_size: Batch = 16
+    """examples per step"""
 
 
 class AggregationSection(Section):
@@ -404,35 +274,19 @@ class AggregationSection(Section):
         "geometric_median",
         "centred_clipping",
         "trust",
-    ] = Field(
-        "mean",
-        description=(
-            "mean, or a robust rule: median, trimmed_mean, krum, multi_krum, "
-            "geometric_median, centred_clipping; trust: FLTrust, weights by agreement with the "
-            "server's own step"
-        ),
-    )
-    malicious: Share = Field(
-        0.2,
-        description=(
-            "fraction of the sampled clients that may be malicious, rounded down: what a "
-            "robust rule must withstand. A run with too few clients for that is refused"
-        ),
-    )
-    mixing: bool = Field(False, description="nearest-neighbour mixing before the rule")
-    norm_bound: Decay = Field(
-        0.0,
-        description=(
-            "updates are clipped to this many times the median norm of all updates; 0: no clipping"
-        ),
-    )
-    max_loss_rise: Decay | None = Field(
-        None,
-        description=(
-            "acceptance check: an aggregate is discarded if its validation loss at the "
-            "server is above the lowest so far by more than this fraction; none: no check"
-        ),
-    )
+    ] = "mean"
+    """mean, or a robust rule: median, trimmed_mean, krum, multi_krum, geometric_median,
+    centred_clipping; trust: FLTrust, weights by agreement with the server's own step"""
+    malicious: Share = 0.2
+    """fraction of the sampled clients that may be malicious, rounded down: what a robust rule must
+    withstand. A run with too few clients for that is refused"""
+    mixing: bool = False
+    """nearest-neighbour mixing before the rule"""
+    norm_bound: Decay = 0.0
+    """updates are clipped to this many times the median norm of all updates; 0: no clipping"""
+    max_loss_rise: Decay | None = None
+    """acceptance check: an aggregate is discarded if its validation loss at the server is above the
+    lowest so far by more than this fraction; none: no check"""
 
     @field_validator("malicious")
     @classmethod
@@ -453,181 +307,113 @@ class AggregationSection(Section):
 class AttackSection(Section):
     """Malicious clients, in simulations."""
 
-    kind: AttackName = Field(
-        "none",
-        description=(
-            "none; on updates: sign_flip, gaussian, little_is_enough, inner_product, "
-            "mimic, scaling, free_rider; on the protocol: stale, duplicate, not_finite, huge, "
-            "out_of_shape; on data: label_flip, backdoor"
-        ),
-    )
-    share: Share = Field(0.2, description="fraction of clients that are malicious, rounded down")
-    strength: Rate | None = Field(
-        None,
-        description="factor of the malicious update; none: the usual one of each kind",
-    )
+    kind: AttackName = "none"
+    """none; on updates: sign_flip, gaussian, little_is_enough, inner_product, mimic, scaling,
+    free_rider; on the protocol: stale, duplicate, not_finite, huge, out_of_shape; on data:
+    label_flip, backdoor"""
+    share: Share = 0.2
+    """fraction of clients that are malicious, rounded down"""
+    strength: Rate | None = None
+    """factor of the malicious update; none: the usual one of each kind"""
 
 
 class PrivacySection(Section):
     """Differential privacy of the clients' text."""
 
-    unit: Literal["none", "example", "client"] = Field(
-        "none",
-        description=(
-            "what is protected; example: each client clips and noises the gradients of its own"
-            " steps (DP-SGD), so nobody needs to be trusted; client: the server, which is trusted,"
-            " clips updates and noises their sum (DP-FedAvg)"
-        ),
-    )
-    epsilon: Rate | None = Field(
-        None, description="privacy budget of the whole run; the noise is calibrated to it"
-    )
-    noise_multiplier: Noise | None = Field(
-        None,
-        description="instead of epsilon: standard deviation of the noise as a multiple of clip",
-    )
-    delta: float = Field(
-        1e-5,
-        gt=0,
-        lt=1,
-        description=(
-            "probability that the guarantee of epsilon fails; choose it well below one over the"
-            " number of examples (or clients)"
-        ),
-    )
-    clip: Rate = Field(
-        1.0,
-        description=(
-            "clipping bound: largest Euclidean norm of one example's gradient, or of one "
-            "client's update. Choose it on public text, never on private text"
-        ),
-    )
+    unit: Literal["none", "example", "client"] = "none"
+    """what is protected; example: each client clips and noises the gradients of its own steps
+    (DP-SGD), so nobody needs to be trusted; client: the server, which is trusted, clips updates and
+    noises their sum (DP-FedAvg)"""
+    epsilon: Rate | None = None
+    """privacy budget of the whole run; the noise is calibrated to it"""
+    noise_multiplier: Noise | None = None
+    """instead of epsilon: standard deviation of the noise as a multiple of clip"""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """probability that the guarantee of epsilon fails; choose it well below one over the number of
+    examples (or clients)"""
+    clip: Rate = 1.0
+    """clipping bound: largest Euclidean norm of one example's gradient, or of one client's update.
+    Choose it on public text, never on private text"""
 
 
 class CompressionSection(Section):
     """Compression of messages."""
 
-    up: CodecName = Field(
-        "float32",
-        description=(
-            "codec of clients' updates; float32: uncompressed; float16, int8, int4, sign: the"
-            " quantized change, with error feedback"
-        ),
-    )
-    down: CodecName = Field(
-        "float32",
-        description=(
-            "codec of the server's broadcasts to clients that answered in the round before; the"
-            " others get the whole prompt"
-        ),
-    )
+    up: CodecName = "float32"
+    """codec of clients' updates; float32: uncompressed; float16, int8, int4, sign: the quantized
+    change, with error feedback"""
+    down: CodecName = "float32"
+    """codec of the server's broadcasts to clients that answered in the round before; the others get
+    the whole prompt"""
 
 
 class LoraSection(Section):
     """Low-rank adapters, for method = "lora"."""
 
-    rank: Width = Field(8, description="rank of each adapter")
-    alpha: Rate = Field(16.0, description="adapters are scaled by alpha / rank")
-    targets: list[str] = Field(
-        [],
-        description=(
-            "names of the linear modules that get adapters, such as c_attn; none: PEFT's default"
-            " for the model's family"
-        ),
-    )
+    rank: Width = 8
+    """rank of each adapter"""
+    alpha: Rate = 16.0
+    """adapters are scaled by alpha / rank"""
+    targets: list[str] = []
+    """names of the linear modules that get adapters, such as c_attn; none: PEFT's default for the
+    model's family"""
 
 
 class TrackingSection(Section):
     """Experiment tracking besides the run's folder."""
 
-    mlflow: str | None = Field(
-        None,
-        description=(
-            "MLflow tracking URI, such as http://host:5000 or sqlite:///mlflow.db; none: no MLflow"
-        ),
-    )
+    mlflow: str | None = None
+    """MLflow tracking URI, such as http://host:5000 or sqlite:///mlflow.db; none: no MLflow"""
 
 
 class ValidationSection(Section):
     """How the best round is chosen; test examples are never used for it."""
 
-    by: Literal["server", "clients", "none"] = Field(
-        "server",
-        description=(
-            "server: lowest loss through the global model; clients: lowest loss through "
-            "their auxiliary models on a tenth of their examples; none: the last round"
-        ),
-    )
-    examples: Positive = Field(300, description="most validation examples that the server uses")
-    every: Positive = Field(1, description="the server validates every so many rounds")
+    by: Literal["server", "clients", "none"] = "server"
+    """server: lowest loss through the global model; clients: lowest loss through their auxiliary
+    models on a tenth of their examples; none: the last round"""
+    examples: Positive = 300
+    """most validation examples that the server uses"""
+    every: Positive = 1
+    """the server validates every so many rounds"""
 
 
 class FederationSection(Section):
     """A deployment. Without this section clients are simulated on the examples in data.train."""
 
-    folder: str = Field(
-        description=(
-            "folder with certificates, keys and the register of clients, written by `fedsp"
-            " federation init`"
-        )
-    )
-    listen: str = Field(
-        "0.0.0.0:8000", description="host:port on which the server accepts connections"
-    )
-    runs: Positive = Field(
-        1,
-        description=(
-            "runs that clients answer under one package. It is signed with the package; resuming a"
-            " run does not count again"
-        ),
-    )
-    connect_seconds: Rate = Field(
-        600.0,
-        description="timeout: how long a round waits for sampled clients that are not connected",
-    )
-    reply_seconds: Rate = Field(
-        3600.0,
-        description=(
-            "timeout: how long a round waits for the reply to a request; later replies are ignored"
-        ),
-    )
-    retry_seconds: Rate = Field(
-        120.0,
-        description=(
-            "a request without a reply is sent again after this time, which then doubles; a client"
-            " trains only once for it"
-        ),
-    )
+    folder: str
+    """folder with certificates, keys and the register of clients, written by `fedsp federation
+    init`"""
+    listen: str = "0.0.0.0:8000"
+    """host:port on which the server accepts connections"""
+    runs: Positive = 1
+    """runs that clients answer under one package. It is signed with the package; resuming a run
+    does not count again"""
+    connect_seconds: Rate = 600.0
+    """timeout: how long a round waits for sampled clients that are not connected"""
+    reply_seconds: Rate = 3600.0
+    """timeout: how long a round waits for the reply to a request; later replies are ignored"""
+    retry_seconds: Rate = 120.0
+    """a request without a reply is sent again after this time, which then doubles; a client trains
+    only once for it"""
 
 
 class RunConfig(Section):
     """A whole run: `run.toml`."""
 
-    preset: Literal["messenger", "paper"] = Field(
-        "messenger",
-        description=(
-            "defaults of all other keys; messenger: what fedsp recommends; paper: the settings of"
-            " the FedSP paper and its authors' code"
-        ),
-    )
-    profile: Literal["plain", "robust", "dp-example", "dp-client"] = Field(
-        "plain",
-        description=(
-            "a set of protections; plain: none; robust: against malicious clients; dp-example,"
-            " dp-client: differential privacy (docs/explanation/security.md)"
-        ),
-    )
-    method: str = Field(
-        "fedsp",
-        description=(
-            "fedsp, or a baseline: zero_shot, finetune, prefix_tuning, fedprompt, fedprompt_single,"
-            " lora, offsite_tuning; or one that you registered"
-        ),
-    )
-    seed: Count = Field(
-        0, description="seed of all random numbers of the run, except those of differential privacy"
-    )
-    output: str = Field("runs/latest", description="folder of the run")
+    preset: Literal["messenger", "paper"] = "messenger"
+    """defaults of all other keys; messenger: what fedsp recommends; paper: the settings of the
+    FedSP paper and its authors' code"""
+    profile: Literal["plain", "robust", "dp-example", "dp-client"] = "plain"
+    """a set of protections; plain: none; robust: against malicious clients; dp-example, dp-client:
+    differential privacy (docs/explanation/security.md)"""
+    method: str = "fedsp"
+    """fedsp, or a baseline: zero_shot, finetune, prefix_tuning, fedprompt, fedprompt_single, lora,
+    offsite_tuning; or one that you registered"""
+    seed: Count = 0
+    """seed of all random numbers of the run, except those of differential privacy"""
+    output: str = "runs/latest"
+    """folder of the run"""
     model: ModelSection
     data: DataSection
     partition: PartitionSection
@@ -794,27 +580,24 @@ class Agreement(Section):
     It is signed together with the auxiliary model, so no request can ask for more.
     """
 
-    method: str = Field("fedsp", description="fedsp")
+    method: str = "fedsp"
+    """fedsp"""
     privacy: PrivacySection = PrivacySection()
     compression: CompressionSection = CompressionSection()
-    seed: Count = Field(description="seed of the client's held-out examples and of its projection")
-    rounds: Positive = Field(
-        description="rounds of a run; a client refuses requests for any further round"
-    )
-    max_tokens: Positive = Field(
-        description="longest example in tokens; longer ones are truncated at the start"
-    )
-    positions: Literal["hugging_face", "from_zero"] = Field(
-        description="position of the first text token behind the prompt"
-    )
+    seed: Count
+    """seed of the client's held-out examples and of its projection"""
+    rounds: Positive
+    """rounds of a run; a client refuses requests for any further round"""
+    max_tokens: Positive
+    """longest example in tokens; longer ones are truncated at the start"""
+    positions: Literal["hugging_face", "from_zero"]
+    """position of the first text token behind the prompt"""
     prompt: PromptSection
     client: ClientSection
-    runs: Positive = Field(
-        1, description="runs that a client answers under this package; resuming is not a new run"
-    )
-    clients_validate: bool = Field(
-        description="whether clients hold out a tenth of their examples and report their loss on it"
-    )
+    runs: Positive = 1
+    """runs that a client answers under this package; resuming is not a new run"""
+    clients_validate: bool
+    """whether clients hold out a tenth of their examples and report their loss on it"""
 
     @model_validator(mode="after")
     def _keeps_privacy(self) -> Agreement:
@@ -827,61 +610,42 @@ class PackageSection(Section):
     """The package: the folder with the auxiliary model and the signed agreement that the owner of
     the model handed to you."""
 
-    folder: str = Field(
-        "package", description="folder that you received; it is only read; relative to party.toml"
-    )
-    sha256: str = Field(
-        pattern="^[0-9a-f]{64}$",
-        description=(
-            "SHA-256 digest of the package; the owner of the model tells it to you by another"
-            " channel than the package"
-        ),
-    )
+    folder: str = "package"
+    """folder that you received; it is only read; relative to party.toml"""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """SHA-256 digest of the package; the owner of the model tells it to you by another channel than
+    the package"""
 
 
 class PartyDataSection(Section):
     """Your text. It is read on this machine and never leaves it."""
 
-    task: str = Field(
-        "multiple_choice",
-        description=(
-            "the task that the owner of the model names: multiple_choice, continuation, completion,"
-            " arc_easy, ..."
-        ),
-    )
-    train: str = Field(description="your examples, a JSONL or CSV file (may be .gz)")
+    task: str = "multiple_choice"
+    """the task that the owner of the model names: multiple_choice, continuation, completion,
+    arc_easy, ..."""
+    train: str
+    """your examples, a JSONL or CSV file (may be .gz)"""
 
 
 class PolicySection(Section):
     """Your own limits. A request that exceeds them is refused."""
 
-    max_rounds: Positive = Field(
-        1000, description="most rounds that this client answers under one package, over all runs"
-    )
-    min_examples: Positive = Field(
-        1,
-        description=(
-            "with fewer examples the client does not take part; few examples are easier to"
-            " reconstruct from an update"
-        ),
-    )
-    methods: list[str] = Field(["fedsp"], description="methods that are accepted")
-    plans: list[str] = Field(
-        [], description='layer plans that are accepted, such as ["ends(2)"]; none: any'
-    )
-    require_differential_privacy: bool = Field(
-        False, description="take part only in runs with example-level differential privacy"
-    )
-    max_epsilon: Rate | None = Field(
-        None,
-        description=(
-            "largest epsilon that all runs together may cost this client's examples, by "
-            "its own ledger; none: what the package promises for one run, times its runs"
-        ),
-    )
-    max_delta: float = Field(
-        1e-5, gt=0, lt=1, description="largest delta at which an epsilon is accepted"
-    )
+    max_rounds: Positive = 1000
+    """most rounds that this client answers under one package, over all runs"""
+    min_examples: Positive = 1
+    """with fewer examples the client does not take part; few examples are easier to reconstruct
+    from an update"""
+    methods: list[str] = ["fedsp"]
+    """methods that are accepted"""
+    plans: list[str] = []
+    """layer plans that are accepted, such as ["ends(2)"]; none: any"""
+    require_differential_privacy: bool = False
+    """take part only in runs with example-level differential privacy"""
+    max_epsilon: Rate | None = None
+    """largest epsilon that all runs together may cost this client's examples, by its own ledger;
+    none: what the package promises for one run, times its runs"""
+    max_delta: float = Field(1e-5, gt=0, lt=1)
+    """largest delta at which an epsilon is accepted"""
 
     @model_validator(mode="after")
     def _needs_a_size(self) -> PolicySection:
@@ -896,24 +660,20 @@ class PolicySection(Section):
 class PartyConfig(Section):
     """A client of a deployment: `party.toml`."""
 
-    name: str = Field(pattern=NAME, description="this client's name in the server's register")
-    server: str = Field(description="host:port of the server")
-    keys: str = Field(
-        ".", description="folder with ca.crt, server.pub and this client's client.key"
-    )
-    state: str = Field(
-        "state",
-        description="folder for what this client keeps between rounds (its privacy ledger, its "
-        "answers); nothing in it is sent. Do not delete it during a run",
-    )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    precision: ClientPrecision = Field(
-        "float32",
-        description=(
-            "data type of the frozen auxiliary model: float32, bfloat16, 8bit, 4bit; others than"
-            " float32 only if the run does not train it"
-        ),
-    )
+    name: str = Field(pattern=NAME)
+    """this client's name in the server's register"""
+    server: str
+    """host:port of the server"""
+    keys: str = "."
+    """folder with ca.crt, server.pub and this client's client.key"""
+    state: str = "state"
+    """folder for what this client keeps between rounds (its privacy ledger, its answers); nothing
+    in it is sent. Do not delete it during a run"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    precision: ClientPrecision = "float32"
+    """data type of the frozen auxiliary model: float32, bfloat16, 8bit, 4bit; others than float32
+    only if the run does not train it"""
     data: PartyDataSection
     package: PackageSection
     policy: PolicySection = PolicySection()

@@ -7,6 +7,8 @@ A preset fills in what the file leaves out: `paper` is the paper and its authors
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -85,10 +87,8 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
         ConfigurationError: every fault at once, one line each, with a suggestion for each unknown
             key.
     """
-    preset, profile = (
-        PRESETS.get(str(values.get("preset", "messenger")), {}),
-        PROFILES.get(str(values.get("profile", "plain")), {}),
-    )
+    preset = PRESETS.get(str(values.get("preset", "messenger")), {})
+    profile = PROFILES.get(str(values.get("profile", "plain")), {})
     filled: dict[str, Any] = {
         **{name: {} for name, field in RunConfig.model_fields.items() if field.is_required()},
         **values,
@@ -200,22 +200,13 @@ def read_party(path: Path) -> PartyConfig:
     Raises:
         ConfigurationError: the file is missing or not TOML, or the configuration is at fault.
     """
-    party = validated(
-        PartyConfig,
-        read_toml(path, "`fedsp federation init` writes one for each client"),
-        str(path),
-    )
+    values = read_toml(path, "`fedsp federation init` writes one for each client")
+    party = validated(PartyConfig, values, str(path))
     folder = path.parent.resolve()
-    return party.model_copy(
-        update={
-            "keys": str(folder / party.keys),
-            "state": str(folder / party.state),
-            "data": party.data.model_copy(update={"train": str(folder / party.data.train)}),
-            "package": party.package.model_copy(
-                update={"folder": str(folder / party.package.folder)}
-            ),
-        }
-    )
+    data = party.data.model_copy(update={"train": str(folder / party.data.train)})
+    package = party.package.model_copy(update={"folder": str(folder / party.package.folder)})
+    own = {"keys": str(folder / party.keys), "state": str(folder / party.state)}
+    return party.model_copy(update={**own, "data": data, "package": package})
 
 
 def read_toml(path: Path, remedy: str) -> dict[str, Any]:
@@ -264,13 +255,10 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
     from the configuration's folder."""
 
     def resolve(name: Any) -> Any:
-        return (
-            str(folder / name)
-            if isinstance(name, str)
-            and name not in ("embedded", "server", "text", "normal", "")
-            and _is_there(folder / name)
-            else name
-        )
+        special = name in ("embedded", "server", "text", "normal", "")
+        # os.path.exists, unlike Path.exists, is False for a text that cannot be a file name
+        there = isinstance(name, str) and not special and os.path.exists(folder / name)  # noqa: PTH110
+        return str(folder / name) if there else name
 
     for section, key in [
         ("data", "train"),
@@ -290,13 +278,6 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
         table["text"] = [resolve(name) for name in table["text"]]
 
 
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a text that is no name of a file
-        return False
-
-
 def _fault(root: type[Section], fault: dict[str, Any]) -> str:
     where = [
         part
@@ -312,13 +293,11 @@ def _fault(root: type[Section], fault: dict[str, Any]) -> str:
         )
     if fault["type"] == "missing":
         field = _section(root, where[:-1]).model_fields[where[-1]]
-        return f"{key}: missing; {field.description or 'a section of the file'}"
+        return f"{key}: missing; {_on_one_line(field.description) or 'a section of the file'}"
     message = fault["msg"].removeprefix("Value error, ")
-    meant = (
-        did_you_mean(str(fault["input"]), re.findall("'([^']+)'", fault["ctx"]["expected"]))
-        if fault["type"] == "literal_error"
-        else ""
-    )
+    meant = ""
+    if fault["type"] == "literal_error":
+        meant = did_you_mean(str(fault["input"]), re.findall("'([^']+)'", fault["ctx"]["expected"]))
     return f"{key}: {message}, not {fault['input']!r}{meant}" if key else message
 
 
@@ -348,13 +327,8 @@ def template_of(
     others are commented out and show their default, from `defaults` (of a preset) if given there.
     Commented keys do not override a preset or profile. Optional sections appear if in `values`."""
     filled = defaults or {}
-    lines = [
-        (
-            f"# {title} Behind a # stands every other key with its default: take the # away to set"
-            " one."
-        ),
-        "",
-    ]
+    about = "Behind a # stands every other key with its default: take the # away to set one."
+    lines = [f"# {title} {about}", ""]
     for name, field in root.model_fields.items():
         section: Any = _section(root, [name])
         if not (isinstance(section, type) and issubclass(section, Section)):
@@ -362,7 +336,7 @@ def template_of(
             continue
         if field.default is None and name not in values:
             continue
-        lines += ["", f"[{name}]  # {' '.join((section.__doc__ or '').split())}"]
+        lines += ["", f"[{name}]  # {_on_one_line(section.__doc__)}"]
         lines += [
             _template_line(key, values.get(name, {}), filled.get(name, {}), inner)
             for key, inner in section.model_fields.items()
@@ -374,15 +348,10 @@ def _template_line(
     key: str, values: Mapping[str, Any], defaults: Mapping[str, Any], field: FieldInfo
 ) -> str:
     value = values.get(key, defaults.get(key, None if field.is_required() else field.default))
-    text = (
-        ""
-        if value is None
-        else (
-            str(value).lower()
-            if isinstance(value, bool)
-            else repr(value).replace("'", '"')
-            if isinstance(value, str | list)
-            else f"{value}"
-        )
-    )
-    return f"{'' if key in values else '# '}{key} = {text}  # {field.description}"
+    text = "" if value is None else json.dumps(value, ensure_ascii=False)
+    about = _on_one_line(field.description)
+    return f"{'' if key in values else '# '}{key} = {text}  # {about}"
+
+
+def _on_one_line(text: str | None) -> str:
+    return " ".join((text or "").split())

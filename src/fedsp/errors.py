@@ -1,27 +1,11 @@
-"""Everything fedsp refuses, as one tree. Each message is a sentence: what is wrong, where, what was
-expected, what to do.
-
-FedspError
-├── ConfigurationError   a configuration that cannot be run
-├── DataError            a file, row or partition that cannot be used
-├── ModelError           a language model that cannot carry a soft prompt
-├── PromptError          a soft prompt of another shape, or a file that is none
-├── AuxiliaryError       an auxiliary model that is damaged, altered, or of another kind
-├── CredentialError      a key, certificate or signature that does not hold
-├── PolicyError          a request that a client's own policy refuses
-├── PrivacyError         a promise of differential privacy that cannot be kept
-├── DeploymentError      a process of a deployment that cannot be started or has ended
-├── PayloadError         bytes or tensors that may not travel
-├── RunError             a run directory that cannot be used
-├── StorageError         the disk did not take what was written
-├── TrainingDiverged     a loss that is not a number
-└── TooFewClients        a round that ended with too few accepted updates; the run can be resumed
-"""
+"""Everything fedsp refuses. Each message is a sentence: what is wrong, where, what was expected,
+what to do."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class FedspError(Exception):
@@ -82,7 +66,7 @@ class TrainingDiverged(FedspError):
 
 
 class TooFewClients(FedspError):
-    """A round that ended with fewer accepted updates than the run asks for."""
+    """A round that ended with too few accepted updates; the run can be resumed."""
 
 
 def first_line(error: Exception) -> str:
@@ -98,3 +82,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'close'?` when something known is close to `word`, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def require_installed(
+    extra: str, what: str, *libraries: str, error: type[FedspError] = ConfigurationError
+) -> None:
+    """Raise `error` where a library of an extra is missing; `what` says what needs it."""
+    missing = next((name for name in libraries if find_spec(name) is None), None)
+    if missing:
+        name = "scikit-learn" if missing == "sklearn" else missing.replace("_", "-")
+        raise error(f"{name} is not installed: {what} `pip install 'fedsp[{extra}]'`")

@@ -20,7 +20,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from random import SystemRandom
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsp.errors import PrivacyError, StorageError
+from fedsp.errors import PrivacyError, StorageError, require_installed
 from fedsp.storage import parse_json, sync_folder, write_json
 
 LEDGER = "privacy.jsonl"
@@ -49,12 +48,8 @@ def gaussian(shape: Sequence[int]) -> Tensor:
 
 
 def _box_muller(count: int) -> Tensor:
-    pairs = (count + 1) // 2
-    bits = (
-        torch.frombuffer(bytearray(os.urandom(16 * pairs)), dtype=torch.int64)
-        if pairs
-        else torch.empty(0, dtype=torch.int64)
-    )
+    pairs = max(1, (count + 1) // 2)  # torch reads no empty buffer
+    bits = torch.frombuffer(bytearray(os.urandom(16 * pairs)), dtype=torch.int64)
     uniform = ((bits & ((1 << 53) - 1)).double() + 1) * 2.0**-53  # in (0, 1]
     radius, angle = (-2 * uniform[:pairs].log()).sqrt(), 2 * math.pi * uniform[pairs:]
     return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
@@ -103,11 +98,7 @@ def epsilon(releases: tuple[Release, ...], delta: float, interval: float = 1e-4)
 
     It is an upper bound: privacy losses are rounded up to multiples of `interval`.
     """
-    if find_spec("dp_accounting") is None:
-        raise PrivacyError(
-            "dp-accounting is not installed: differential privacy needs `pip install"
-            " 'fedsp[privacy]'`"
-        )
+    require_installed("privacy", "differential privacy needs", "dp_accounting", error=PrivacyError)
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
@@ -178,29 +169,24 @@ class Ledger:
         self.path = path
         self._head = path.with_name(f"{path.name}.head")
         self._entries: list[dict[str, Any]] = []
-        self._chain = ""
-        chains = [self._chain]
+        chains = [""]
+        head: Any = {"lines": 0, "chain": ""}
         try:
             whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-            head = (
-                parse_json(self._head.read_bytes())
-                if self._head.exists()
-                else {"lines": 0, "chain": ""}
-            )
+            if self._head.exists():
+                head = parse_json(self._head.read_bytes())
             for number, line in enumerate(whole.splitlines(), start=1):
-                entry = _entry(line, self._chain)
+                entry = _entry(line, chains[-1])
                 if entry is None:
                     raise StorageError(
                         f"line {number} of the privacy ledger {path} is damaged: what was spent is"
                         " not known; restore the file from a backup"
                     )
                 self._entries.append(entry)
-                self._chain = str(entry["chain"])
-                chains.append(self._chain)
-            lines = head["lines"]
-            self._behind = (
-                lines == len(self._entries) - 1
-            )  # a crash came between a line and its head
+                chains.append(str(entry["chain"]))
+            self._chain, lines = chains[-1], head["lines"]
+            # a crash came between a line and its head
+            self._behind = lines == len(self._entries) - 1
             kept = (
                 isinstance(lines, int)
                 and max(0, len(self._entries) - 1) <= lines < len(chains)

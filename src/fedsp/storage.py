@@ -29,14 +29,8 @@ DIGEST = "sha256"
 def room_for_large_files() -> str:
     """A folder for large files that go with the process: TMPDIR if it is set; else /var/tmp, which
     unlike /tmp is a disk everywhere (file-hierarchy(7))."""
-    return next(
-        (
-            folder
-            for folder in (os.environ.get("TMPDIR", ""), "/var/tmp")
-            if os.access(folder, os.W_OK)
-        ),
-        tempfile.gettempdir(),
-    )
+    choices = (os.environ.get("TMPDIR", ""), "/var/tmp", tempfile.gettempdir())
+    return next(folder for folder in choices if os.access(folder, os.W_OK))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -106,16 +100,13 @@ def move_into_place(folder: Path, target: Path, *, last: str) -> None:
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold a lock that ends with the process; False where another holds it and `wait` is off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock = FileLock(path).acquire(timeout=-1 if wait else 0)
     except Timeout:
         yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    else:
+        with lock:
+            yield True
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -1006,7 +1006,7 @@ def test_without_the_extra_there_is_a_sentence(
     path = place / "server" / "run.toml"
     if arguments[0] == "run":
         path.write_text(path.read_text().split("[federation]")[0])
-    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    monkeypatch.setattr("fedsp.errors.find_spec", lambda name: None)
     monkeypatch.chdir(place / "server")
     monkeypatch.setattr(sys, "argv", ["fedsp", *arguments])
     with pytest.raises(SystemExit) as stopped:

@@ -181,13 +181,13 @@ TOPICS = {
 def test_topics_are_found_and_divide_the_questions() -> None:
     train = [f"{text} number {index}" for index in range(12) for text in TOPICS.values()]
     test = list(TOPICS.values())
-    found, of_test = find_topics(train, test, count=3, seed=0)
+    found, of_test = find_topics(tuple(train), tuple(test), count=3, seed=0)
     assert len(set(of_test)) == 3 and all(found[index] == of_test[index % 3] for index in range(36))
-    assert find_topics(train, test, count=3, seed=0) == (found, of_test)
+    assert find_topics(tuple(train), tuple(test), count=3, seed=0) == (found, of_test)
     with pytest.raises(
         DataError, match="partition.topics = 99, but there are only 36 different questions"
     ):
-        find_topics(train, test, count=99, seed=0)
+        find_topics(tuple(train), tuple(test), count=99, seed=0)
 
 
 def test_figures_per_client_weight_each_kind_by_the_clients_own_share() -> None:

@@ -19,7 +19,6 @@ from fedsp.errors import ConfigurationError, ModelError, RunError
 from fedsp.experiments.plan import make_plan
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import EMBEDDED
-from fedsp.models import loading
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.loading import load_model, load_tokenizer, reduce_precision
 from fedsp.models.prompted_lm import PromptedLM
@@ -309,7 +308,7 @@ def test_rows_that_bitsandbytes_reads_wrong_are_refused() -> None:
 
 
 def test_without_the_libraries_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr("fedsp.errors.find_spec", lambda name: None)
     for wanted in ({"device": "split"}, {"device": "cpu", "precision": "8bit"}):
         with pytest.raises(
             ModelError,

@@ -27,7 +27,6 @@ import random
 import warnings
 from collections import Counter
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ from fedsp.audit.statistics import (
 )
 from fedsp.data.encoding import Encoded, training_batches
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import ConfigurationError, RunError
+from fedsp.errors import ConfigurationError, RunError, require_installed
 from fedsp.federation.callbacks import Callbacks
 from fedsp.models.payload import Payload, as_row
 from fedsp.models.soft_prompt import SoftPrompt
@@ -157,11 +156,7 @@ def check_membership(shadows: int) -> None:
         raise ConfigurationError(
             f"--shadows {shadows}: LiRA needs at least 4 shadow runs, pass --shadows 4 or more"
         )
-    if find_spec("sklearn") is None:
-        raise ConfigurationError(
-            "scikit-learn is not installed: the blind control of the membership audit needs `pip"
-            " install 'fedsp[study]'`"
-        )
+    require_installed("study", "the blind control of the membership audit needs", "sklearn")
 
 
 def _where(scores: list[Numbers], asked: list[Marks]) -> list[Numbers]:

@@ -21,12 +21,8 @@ TOPIC = "topic"
 """The column of topics, where examples are divided by them."""
 
 
-@dataclass(frozen=True)
-class EvaluationGroups:
-    """For each training and each test example, its topic or its value of the partition's column."""
-
-    train: list[str]
-    test: list[str]
+EvaluationGroups = tuple[list[str], list[str]]
+"""For each training and each test example, its topic or its value of the partition's column."""
 
 
 @dataclass(kw_only=True)
@@ -47,10 +43,6 @@ class FederatedDataset:
     validation: list[Example]
     test: list[Example]
     groups: EvaluationGroups | None = None
-
-    def held_by(self, client: str) -> list[Example]:
-        """The training examples of a client."""
-        return self.held(self.partition.clients[client])
 
     def held(self, indices: Sequence[int]) -> list[Example]:
         """The training examples with these indices."""
@@ -123,7 +115,7 @@ def _divide(
     if config.partition.topics:
         changes["column"] = TOPIC
         if groups:
-            pairs = zip(rows, groups.train, strict=True)
+            pairs = zip(rows, groups[0], strict=True)
             rows = [row | {TOPIC: topic} for row, topic in pairs]
     return make_partition(
         rows,
@@ -142,14 +134,13 @@ def _groups(
     """Topics, or a column that all training and test rows have; None without either."""
     column, topics = config.partition.column, config.partition.topics
     if topics and not config.federation:
-        contexts = ([example.context for example in some] for some in examples)
+        contexts = (tuple(example.context for example in some) for some in examples)
         seed = derive_seed(config.seed, "topics") % 2**32
-        return EvaluationGroups(*find_topics(*contexts, count=topics, seed=seed))
+        return find_topics(*contexts, count=topics, seed=seed)
     if column and all(column in row for some in rows for row in some):
-        return EvaluationGroups(*([_group(row, column) for row in some] for some in rows))
+        train, test = (  # a test row may have no value
+            ["" if row[column] in (None, "") else group_of(row, column) for row in some]
+            for some in rows
+        )
+        return train, test
     return None
-
-
-def _group(row: Row, column: str) -> str:
-    """The group of a row; empty if the row has no value, as a test row may."""
-    return "" if row[column] in (None, "") else group_of(row, column)

@@ -60,17 +60,13 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     first = first_token(tokenizer)
     written = "" if first is None else tokenizer.decode([first])
     whole = [text for text in dict.fromkeys(texts) if not (written and text.startswith(written))]
-    ids = (
-        dict(zip(whole, tokenizer(whole, return_attention_mask=False)["input_ids"], strict=True))
-        if whole
-        else {}
-    )
-    ending = _ending(tokenizer) if ids else []
-    if ending:
-        ids = {
-            text: row[: -len(ending)] if row[-len(ending) :] == ending else row
-            for text, row in ids.items()
-        }
+    ids = {}
+    if whole:
+        rows = tokenizer(whole, return_attention_mask=False)["input_ids"]
+        if ending := _ending(tokenizer):
+            size = len(ending)
+            rows = [row[:-size] if row[-size:] == ending else row for row in rows]
+        ids = dict(zip(whole, rows, strict=True))
     return [
         ids[text] if text in ids else tokenizer.encode(text, add_special_tokens=False)
         for text in texts
@@ -80,14 +76,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 def _ending(tokenizer: Tokenizer) -> list[int]:
     """The tokens that a tokenizer puts behind every text."""
     bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    start = next(
-        (
-            start
-            for start in range(len(whole) - len(bare) + 1)
-            if whole[start : start + len(bare)] == bare
-        ),
-        0,
-    )
+    start = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
     return whole[start + len(bare) :] if bare else []
 
 
@@ -129,14 +118,12 @@ def encode_pairs(
             tokenizer has neither BOS nor EOS.
     """
     split = [_at_the_space(context, continuation) for context, continuation in pairs]
-    texts = list(
-        dict.fromkeys(
-            text
-            for context, continuation in split
-            if context
-            for text in (context, context + continuation)
-        )
-    )
+    texts = [
+        text
+        for context, continuation in split
+        if context
+        for text in (context, context + continuation)
+    ]
     ids = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
     called = (
         list(names) if names is not None else [f"pair {number}" for number in range(len(split))]
@@ -151,14 +138,8 @@ def encode_pairs(
         if len(whole) > start:
             whole = [*before, *whole[start:]]
         else:
-            start = next(
-                (
-                    place
-                    for place, (one, other) in enumerate(zip(before, whole, strict=False))
-                    if one != other
-                ),
-                len(whole),
-            )
+            changed = (at for at, token in enumerate(whole) if token != before[at])
+            start = next(changed, len(whole))
         if start >= len(whole):
             raise DataError(
                 f"{name}: the tokenizer makes no token of an answer, so there is nothing to train"

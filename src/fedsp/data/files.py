@@ -16,8 +16,6 @@ from fedsp.errors import DataError, first_line
 from fedsp.storage import parse_json
 
 Row = dict[str, Any]
-TABLES = {".csv", ".tsv"}
-"""The endings of files that are tables; whatever else is read as a JSON object per line."""
 
 
 @contextmanager
@@ -58,16 +56,9 @@ def read_rows(path: Path) -> list[Row]:
         DataError: the file is missing, not text, or a line cannot be used; the message gives the
             line number.
     """
-    endings = [ending.lower() for ending in path.suffixes]
-    last = (
-        endings[-2]
-        if endings[-1:] == [".gz"] and len(endings) > 1
-        else endings[-1]
-        if endings
-        else ""
-    )
+    is_table = Path(path.name.lower().removesuffix(".gz")).suffix in (".csv", ".tsv")
     with _open(path, "file") as file:
-        rows = list(_table_rows(path, file) if last in TABLES else _json_rows(path, file))
+        rows = list(_table_rows(path, file) if is_table else _json_rows(path, file))
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows

@@ -7,7 +7,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fedsp.config import PartitionSection
@@ -25,9 +25,6 @@ class Partition:
     server: list[int]
     validation: list[int]
     clients: dict[str, list[int]]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def read_partition(written: dict[str, Any], rows: int) -> Partition:
@@ -76,11 +73,8 @@ def make_partition(
     order = list(range(len(rows)))
     random.Random(derive_seed(seed, "partition")).shuffle(order)
     held, owned = round(holdout * len(order)), round(server_share * len(order))
-    validation, server, remaining = (
-        sorted(order[:held]),
-        sorted(order[held : held + owned]),
-        order[held + owned :],
-    )
+    validation, server = sorted(order[:held]), sorted(order[held : held + owned])
+    remaining = order[held + owned :]
     if not section.clients:
         return Partition(sorted(server + remaining), validation, {})
     if section.kind != "natural" and section.clients > len(remaining):
@@ -114,16 +108,11 @@ def _divide(
             f"client-{index:0{width}d}": sorted(remaining[index :: section.clients])
             for index in range(section.clients)
         }
-    from flwr_datasets.partitioner import (
-        DirichletPartitioner,
-        ExponentialPartitioner,
-        LinearPartitioner,
-        NaturalIdPartitioner,
-        PathologicalPartitioner,
-    )
+    from flwr_datasets import partitioner as flower
 
     if section.kind in ("linear", "exponential"):
-        sizes = LinearPartitioner if section.kind == "linear" else ExponentialPartitioner
+        linear = section.kind == "linear"
+        sizes = flower.LinearPartitioner if linear else flower.ExponentialPartitioner
         return _parts(sizes(section.clients), {ROW: remaining}, section)
     column = str(section.column)
     missing = next((row for row in (rows[index] for index in remaining) if column not in row), None)
@@ -134,9 +123,9 @@ def _divide(
         )
     values = [group_of(rows[index], column) for index in remaining]
     if section.kind == "natural":
-        partitioner = NaturalIdPartitioner(partition_by=column)
+        partitioner = flower.NaturalIdPartitioner(partition_by=column)
     elif section.kind == "dirichlet":
-        partitioner = DirichletPartitioner(
+        partitioner = flower.DirichletPartitioner(
             section.clients,
             column,
             section.alpha,
@@ -150,7 +139,7 @@ def _divide(
                 f"partition.values_per_client = {section.values_per_client}, but column {column!r}"
                 f" has {len(Counter(values))} values"
             )
-        partitioner = PathologicalPartitioner(
+        partitioner = flower.PathologicalPartitioner(
             section.clients,
             column,
             section.values_per_client,
@@ -164,11 +153,9 @@ def _divide(
             f"partition.values_per_client = {section.values_per_client} for {section.clients}"
             f" clients leaves {left} examples to nobody: raise either"
         )
-    return (
-        {group_of(rows[part[0]], column): part for part in clients.values()}
-        if section.kind == "natural"
-        else clients
-    )
+    if section.kind == "natural":
+        return {group_of(rows[part[0]], column): part for part in clients.values()}
+    return clients
 
 
 def group_of(row: Row, column: str) -> str:

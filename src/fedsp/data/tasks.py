@@ -186,10 +186,14 @@ def _kind(value: object) -> str:
     return named.get(type(value), f"a {type(value).__name__}")
 
 
+def _asked(row: Row, key: str = "question") -> str:
+    return f"Question: {_text(row, key)}\nAnswer:"
+
+
 def _question(row: Row) -> tuple[str, list[str], list[int]]:
     context = _context(row)
     before = f"{context.lstrip()}\n" if context else ""
-    return f"{before}Question: {_text(row, 'question')}\nAnswer:", _texts(row), [_index(row)]
+    return f"{before}{_asked(row)}", _texts(row), [_index(row)]
 
 
 def _continuation(row: Row) -> tuple[str, list[str], list[int]]:
@@ -204,11 +208,7 @@ def _completion(row: Row) -> tuple[str, list[str], list[int]]:
 
 def _arc(row: Row) -> tuple[str, list[str], list[int]]:
     texts, labels = _labelled(row)
-    return (
-        f"Question: {_text(row, 'question')}\nAnswer:",
-        texts,
-        [labels.index(_text(row, "answerKey"))],
-    )
+    return _asked(row), texts, [labels.index(_text(row, "answerKey"))]
 
 
 def _openbookqa(row: Row) -> tuple[str, list[str], list[int]]:
@@ -217,22 +217,14 @@ def _openbookqa(row: Row) -> tuple[str, list[str], list[int]]:
 
 
 def _piqa(row: Row) -> tuple[str, list[str], list[int]]:
-    return (
-        f"Question: {_text(row, 'goal')}\nAnswer:",
-        [_text(row, "sol1"), _text(row, "sol2")],
-        [_label(row)],
-    )
+    return _asked(row, "goal"), [_text(row, "sol1"), _text(row, "sol2")], [_label(row)]
 
 
 def _sciq(row: Row) -> tuple[str, list[str], list[int]]:
     choices = [
         _text(row, key) for key in ("distractor1", "distractor2", "distractor3", "correct_answer")
     ]
-    return (
-        f"{_text(row, 'support').lstrip()}\nQuestion: {_text(row, 'question')}\nAnswer:",
-        choices,
-        [3],
-    )
+    return f"{_text(row, 'support').lstrip()}\n{_asked(row)}", choices, [3]
 
 
 def _hellaswag(row: Row) -> tuple[str, list[str], list[int]]:
@@ -286,7 +278,7 @@ def _webqs(row: Row) -> tuple[str, list[str], list[int]]:
     for answer in sorted(_texts(row, "answers")):
         if not answers or not answer.startswith(answers[-1]):
             answers.append(answer)
-    return f"Question: {_text(row, 'question')}\nAnswer:", answers, list(range(len(answers)))
+    return _asked(row), answers, list(range(len(answers)))
 
 
 TASKS: dict[str, Task] = {}
@@ -365,20 +357,16 @@ def load_rows(task: Task, path: str | None, split: str) -> list[Row]:
     """
     if path:
         return read_rows(Path(path))
-    if task.hub is None:
-        if split == "train":
-            raise DataError(
-                f"data.train: the task {task.name!r} has no data set of its own, so name a JSONL or"
-                " CSV file"
-            )
-        return []
-    if split in task.splits:
+    if task.hub and split in task.splits:
         return hub_rows(*task.hub, task.splits[split])
-    if split == "train":
-        raise DataError(
-            f"data.train: {task.hub[0]} has no train split on the hub: name a JSONL or CSV file"
-        )
-    return []
+    if split != "train":
+        return []
+    why = (
+        f"{task.hub[0]} has no train split on the hub:"
+        if task.hub
+        else f"the task {task.name!r} has no data set of its own, so"
+    )
+    raise DataError(f"data.train: {why} name a JSONL or CSV file")
 
 
 def examples_of(task: Task, rows: Iterable[Row]) -> list[Example]:

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 from fedsp.errors import DataError
 
 
+@lru_cache(maxsize=8)
 def find_topics(
-    train: Sequence[str], test: Sequence[str], *, count: int, seed: int
+    train: tuple[str, ...], test: tuple[str, ...], *, count: int, seed: int
 ) -> tuple[list[str], list[str]]:
-    """The topic of each training question and of each test question: k-means on the leading
-    components of TF-IDF (latent semantic analysis). What was found is kept, since the runs of a
-    study ask for the same again and again.
-
-    Both are as scikit-learn documents them for the clustering of text, fitted on the training
-    questions alone.
+    """The topic of each training and each test question: k-means on the leading components of
+    TF-IDF (latent semantic analysis), as scikit-learn documents it for the clustering of text,
+    fitted on the training questions alone. Kept for the other runs of a study.
 
     Raises:
         DataError: scikit-learn is not installed, or there are fewer different questions than
             topics.
     """
-    return _find(tuple(train), tuple(test), count, seed)
-
-
-@lru_cache(maxsize=8)
-def _find(
-    train: tuple[str, ...], test: tuple[str, ...], count: int, seed: int
-) -> tuple[list[str], list[str]]:
     try:
         from sklearn.cluster import KMeans
         from sklearn.decomposition import TruncatedSVD

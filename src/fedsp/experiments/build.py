@@ -208,7 +208,7 @@ def clients_here(
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:
-        examples = dataset.held_by(client)
+        examples = dataset.held(dataset.partition.clients[client])
         poisoned = attack.poison(client, examples) if attack else examples
         return encode_targets(tokenizer, poisoned, agreement.max_tokens)
 

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def run_experiment(
             **tests,
         }
     )
-    run.write_partition(dataset.partition.to_json())
+    run.write_partition(asdict(dataset.partition))
     state = run.state(callbacks.info)
     own = dataset.held(dataset.partition.server)
     examples = encode_targets(server.tokenizer, own, server.max_tokens)
@@ -204,8 +204,8 @@ def _test(
         groups is None or not held or run.config.privacy.unit != "none"
     ):  # what kinds of questions a client holds is its own
         return {"test": figures}
-    own = {client: [groups.train[index] for index in rows] for client, rows in held.items()}
-    return {"test": figures, "clients": by_client(scored, dataset.task, groups.test, own)}
+    own = {client: [groups[0][index] for index in rows] for client, rows in held.items()}
+    return {"test": figures, "clients": by_client(scored, dataset.task, groups[1], own)}
 
 
 def _score_row(row: Scored, task: Task) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import os
 import re
 import tempfile
 import weakref
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fedsp.data.encoding import Tokenizer
-from fedsp.errors import ModelError, first_line
+from fedsp.errors import ModelError, first_line, require_installed
 from fedsp.models.prompted_lm import Positions, PromptedLM
 from fedsp.storage import room_for_large_files
 
@@ -202,11 +201,7 @@ def _mend_4bit(model: nn.Module, key: str) -> None:
 
 
 def _require(libraries: tuple[str, ...], what: str) -> None:
-    missing = [library for library in libraries if find_spec(library) is None]
-    if missing:
-        raise ModelError(
-            f"{missing[0]} is not installed: {what} needs `pip install 'fedsp[large]'`"
-        )
+    require_installed("large", f"{what} needs", *libraries, error=ModelError)
 
 
 def read_model_config(name: str) -> Any:

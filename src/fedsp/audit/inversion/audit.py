@@ -7,7 +7,6 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ from fedsp.audit.shadows import (
 from fedsp.audit.statistics import exact_interval
 from fedsp.data.encoding import Encoded, collate
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import ConfigurationError, RunError
+from fedsp.errors import RunError, require_installed
 from fedsp.experiments.server_setup import first_tokens
 from fedsp.federation.agreement import stages_of
 from fedsp.federation.callbacks import Callbacks
@@ -137,10 +136,7 @@ def check_inversion() -> None:
     Raises:
         ConfigurationError: rouge-score is not installed.
     """
-    if find_spec("rouge_score") is None:
-        raise ConfigurationError(
-            "rouge-score is not installed: the inversion audit needs `pip install 'fedsp[study]'`"
-        )
+    require_installed("study", "the inversion audit needs", "rouge_score")
 
 
 def _spans(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:

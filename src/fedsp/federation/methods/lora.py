@@ -11,10 +11,9 @@ the paper.
 from __future__ import annotations
 
 import warnings
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from fedsp.errors import ConfigurationError, ModelError
+from fedsp.errors import ModelError, require_installed
 from fedsp.federation.methods.registry import MethodEntry, Setup, register_method
 
 if TYPE_CHECKING:
@@ -34,10 +33,7 @@ def low_rank_adapters(
         ConfigurationError: PEFT is not installed.
         ModelError: PEFT knows no modules for this family, or none of these names.
     """
-    if find_spec("peft") is None:
-        raise ConfigurationError(
-            "peft is not installed: method = 'lora' needs `pip install 'fedsp[study]'`"
-        )
+    require_installed("study", "method = 'lora' needs", "peft")
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
