@@ -336,12 +336,13 @@ def audit(
 ) -> None:
     """Measure what finished runs leak: the model to clients, the text to the server and to
     others. `fedsp report` shows the results."""
-    from fedsp.audit.registry import Options, audit_runs
+    from fedsp.audit.registry import audit_runs
+    from fedsp.audit.shadows import Options
     from fedsp.report.console import Display
 
     with Display() as display:
         found, refused = audit_runs(
-            folders, only, Options(shadows, records, texts), display.callbacks(), display.finding
+            folders, only, Options(shadows, records, texts, display.callbacks()), display.finding
         )
     _write(json_file, found)
     if refused:

@@ -16,7 +16,7 @@ from fedsp.audit.inversion.gradient_matching import (
     match_text,
     mismatch,
 )
-from fedsp.audit.inversion.scenarios import cut, noise_of, noised, recovery_of
+from fedsp.audit.inversion.scenarios import cut, noised, recovery_of
 from fedsp.data.encoding import Encoded, collate
 from fedsp.training.loop import Optimisation, answer_loss, fit
 from fedsp.training.per_example_gradients import example_gradients
@@ -82,7 +82,7 @@ def test_a_residual_prompt_gives_its_text_away_too(steps: LocalSteps) -> None:
     hidden = match_text(
         model,
         prompt,
-        Target(change=noised(change, noise_of(1.0)), answers=ANSWER, tokens=3, steps=steps),
+        Target(change=noised(change, 1.0), answers=ANSWER, tokens=3, steps=steps),
         iterations=20,
     )
     assert recovery_of(hidden, ROW).tokens < 0.5

@@ -15,13 +15,13 @@ import torch
 
 from fedsp import api as commands
 from fedsp.audit.inspection import LIMITS, inspect_auxiliary
-from fedsp.audit.registry import AUDITS, Options
+from fedsp.audit.registry import AUDITS, audit
+from fedsp.audit.shadows import Options
 from fedsp.audit.summary import account
-from fedsp.audit.trap import Trap, audit_trap, draw_words, make_trap, right_words, room_for_words
+from fedsp.audit.trap import Trap, draw_words, make_trap, right_words, room_for_words
 from fedsp.data.encoding import Encoded
 from fedsp.errors import AuxiliaryError, DataError, RunError
 from fedsp.experiments.server_setup import EMBEDDED
-from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.messages import Request
 from fedsp.federation.methods.base import Averaging
 from fedsp.federation.party import Party
@@ -194,7 +194,7 @@ def test_the_audit_of_a_run_says_what_was_told_and_what_shows(
             settings(tmp_path, prompt={"length": 9}, client={"prompt_steps": 5, "batch_size": 16})
         )["folder"]
     )
-    figures = audit_trap(folder)
+    figures = audit(folder, {"trap": ""}, Options())["trap"]
     assert (
         [row["right"][0] for row in figures["rows"]] == [1.0, 1.0]
         and figures["rows"][0]["words"] >= 12
@@ -216,7 +216,7 @@ def test_the_audit_of_a_run_says_what_was_told_and_what_shows(
             )
         )["folder"]
     )
-    told = AUDITS["trap"].measure(private, Options(), Callbacks())
+    told = AUDITS["trap"].measure(private, Options())
     assert told["epsilon"] == 1.0 and max(row["right"][0] for row in told["rows"]) < 0.9
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fedsp import api as commands
 from fedsp.audit.package_leakage import audit_model
+from fedsp.audit.shadows import Options
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import ConfigurationError, ModelError, RunError
@@ -205,7 +206,7 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
         RunError,
         match="has weights of reduced precision or on several devices, which this audit",
     ):
-        audit_model(Path(figures["folder"]))
+        audit_model(Path(figures["folder"]), Options())
     resumed = commands.run(
         settings(
             tmp_path / "again",

@@ -8,78 +8,64 @@ import math
 import random
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedsp.audit.epsilon_bounds import estimated_epsilon, lower_bound, spheres
-from fedsp.audit.findings import EPSILON
 from fedsp.audit.shadows import (
     Opened,
+    Options,
     Shadow,
     alignment,
     changes_of,
     check_audited,
-    encoded_rows,
     open_audited,
     promised,
+    rounds_again,
     train_shadow,
 )
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
 from fedsp.experiments.run import round_config
 from fedsp.experiments.run_directory import RunDirectory
+from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.loop import RunState, federate
+from fedsp.federation.clients import make_method
 from fedsp.federation.messages import Request, Update
-from fedsp.federation.methods.base import Averaging
-from fedsp.federation.party import Party
 from fedsp.models.payload import as_row, from_row
 from fedsp.privacy import LEDGER, Ledger
-from fedsp.storage import write_json
-from fedsp.training.loop import Optimisation
-from fedsp.training.stage import Stage
 
 CANARIES = 1000
 
 
-def audit_epsilon(folder: Path, *, callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """The audit of a finished private run, also written to its `epsilon.json`: what is promised,
-    what is refuted at 95 %, and what so many canaries could refute.
-
-    A bound above the promise proves that the promise is broken; one below it proves nothing.
+def audit_epsilon(folder: Path, options: Options) -> dict[str, Any]:
+    """The audit of a finished private run: what is promised, what is refuted at 95 %, and what so
+    many canaries could refute.
 
     Raises:
         RunError: there is no finished run of FedSP with simulated clients and differential privacy,
             or it has too few examples.
     """
-    callbacks = callbacks or Callbacks()
-    check_promise(RunDirectory.open(folder))
-    opened = open_audited(folder, callbacks)
+    opened = open_audited(folder, options.callbacks)
     unit, delta = opened.run.config.privacy.unit, opened.run.config.privacy.delta
     promise, scores, included, about = (
-        _example_level(opened, callbacks) if unit == "example" else _client_level(opened)
+        _example_level(opened, options.callbacks) if unit == "example" else _client_level(opened)
     )
     bound = lower_bound(scores, included, delta=delta)
-    figures = {
+    return {
         "unit": unit,
         "promised": promise,
-        "broken": bound.epsilon > promise,
-        **asdict(bound),
+        "broken": bound["epsilon"] > promise,
+        **bound,
         **about,
     }
-    write_json(opened.run.path / EPSILON, figures)
-    return figures
 
 
 def check_promise(run: RunDirectory) -> None:
-    """Whether there is anything to hold a run to.
-
-    Raises:
-        RunError: there is none, or the run is not for this audit.
-    """
+    """Refuse a run that is not for this audit, or that promises nothing (RunError)."""
     check_audited(run)
     if run.config.privacy.unit == "none":
         raise RunError(
@@ -98,18 +84,12 @@ def _example_level(
         )
     shadow: Shadow = train_shadow(opened, 0)
     callbacks.info("a run with half of the examples, by coins, is trained")
-    rows, clients = encoded_rows(opened), sorted(set(opened.holders))
-    prompt = opened.federation.clients.party(clients[0]).prompt
+    clients = sorted(set(opened.holders))
     holder = torch.tensor([clients.index(client) for client in opened.holders])[:, None]
-    total = torch.zeros(len(rows))
+    total = torch.zeros(len(opened.rows))
     for number in range(len(shadow.updates)):
-        cosines = alignment(
-            opened.auxiliary,
-            prompt,
-            shadow.broadcasts[number],
-            changes_of(shadow, number, clients),
-            rows,
-        )
+        changes = changes_of(shadow, number, clients)
+        cosines = alignment(opened, shadow.broadcasts[number], changes, opened.encoded)
         total += cosines.gather(1, holder)[:, 0]
     return (
         promised(opened, shadow),
@@ -151,39 +131,13 @@ def _client_level(opened: Opened) -> tuple[float, list[float], list[bool], dict[
                 }
             )
         )
-        settings = replace(
-            round_config(run.config, run, len(opened.federation.clients.register)),
-            max_change=math.inf,
-        )
-        server = Party(
-            id="server",
-            model=opened.federation.model,
-            messenger=opened.federation.messenger,
-            examples=[],
-            store=run.state_store("server"),
-        )
-        nothing = Stage(
-            name="none",
-            seed_label="none",
-            steps=0,
-            batch_size=1,
-            optimisation=Optimisation(learning_rate=0.0),
-        )
-        begin = RunState(
-            round=0, payload=opened.start, best=opened.start, best_round=0, best_loss=None
-        )
-        final = federate(
-            Averaging(client_stage=nothing, server_stage=nothing),
-            server,
-            register,
-            transport,
-            settings,
-            state=begin,
-            validate=lambda payload: 0.0,
-            save=lambda *_: None,
-        )
+        settings = round_config(run.config, run, len(opened.federation.clients.register))
+        # without a section of the server's steps, it takes none
+        method = make_method(agreement_of(config, opened.server.max_tokens), None)
+        settings = replace(settings, max_change=math.inf)
+        final = rounds_again(opened, run, method, register, transport, settings)
         promise = Ledger(run.path / LEDGER).epsilon(config.privacy.delta)
-    total = as_row(final.payload) - as_row(opened.start)
+    total = as_row(final) - as_row(opened.start)
     cosines = (rows @ total / (config.privacy.clip * total.norm())).tolist()
     inside = [cosine for cosine, there in zip(cosines, included, strict=True) if there]
     about = {

@@ -11,68 +11,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from fedsp.audit.statistics import exact_interval
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowerBound:
-    """At `confidence`, epsilon at `delta` is at least this: of `guesses` canaries that were
-    guessed, `right` were right; `most` is what so many could show."""
-
-    epsilon: float
-    delta: float
-    confidence: float
-    canaries: int
-    guesses: int
-    right: int
-    most: float
+CONFIDENCE = 0.95
 
 
 def lower_bound(
-    scores: Sequence[float],
-    included: Sequence[bool],
-    *,
-    delta: float,
-    confidence: float = 0.95,
-    guesses: Sequence[int] = (),
-) -> LowerBound:
-    """The largest epsilon that the scores refute: the highest are guessed in, the lowest out, and
-    the middle is passed over.
+    scores: Sequence[float], included: Sequence[bool], *, delta: float
+) -> dict[str, Any]:
+    """The largest `epsilon` at `delta` that the scores refute at CONFIDENCE: of the `canaries` the
+    highest are guessed in, the lowest out, and the middle is passed over; so many `guesses`, of
+    which so many are `right`; `most` is what so many could show.
 
-    How many are guessed is chosen among `guesses` (none: a tenth, a fifth, half and all of them)
-    with a Bonferroni correction for the choice.
+    A tenth, a fifth, half or all are guessed, whichever shows most, with a Bonferroni correction
+    for the choice.
     """
     m = len(scores)
-    choices = sorted(
-        {min(m, 2 * max(1, count // 2)) for count in guesses or (m // 10, m // 5, m // 2, m)}
-    )
+    choices = sorted({2 * max(1, count // 2) for count in (m // 10, m // 5, m // 2, m)})
     order = sorted(range(m), key=lambda index: scores[index])
-    failure = (1 - confidence) / len(choices)
+    failure = (1 - CONFIDENCE) / len(choices)
     found = []
-    for count in choices:
-        low, high = order[: count // 2], order[m - count // 2 :]
+    for guesses in choices:
+        low, high = order[: guesses // 2], order[m - guesses // 2 :]
         right = sum(not included[index] for index in low) + sum(included[index] for index in high)
-        guessed = len(low) + len(high)
         found.append(
-            LowerBound(
-                epsilon=_refuted(m, guessed, right, delta, failure),
-                delta=delta,
-                confidence=confidence,
-                canaries=m,
-                guesses=guessed,
-                right=right,
-                most=_refuted(m, guessed, guessed, delta, failure),
-            )
+            {
+                "epsilon": _refuted(m, guesses, right, delta, failure),
+                "delta": delta,
+                "confidence": CONFIDENCE,
+                "canaries": m,
+                "guesses": guesses,
+                "right": right,
+                "most": _refuted(m, guesses, guesses, delta, failure),
+            }
         )
-    return max(found, key=lambda bound: bound.epsilon)
+    return max(found, key=lambda bound: bound["epsilon"])
 
 
 def _refuted(m: int, guesses: int, right: int, delta: float, failure: float) -> float:
@@ -148,32 +127,3 @@ def _delta_of(one: NormalDist, other: NormalDist, epsilon: float, points: int = 
         float(torch.trapezoid((p - factor * q).clamp_min(0), x)),
         float(torch.trapezoid((q - factor * p).clamp_min(0), x)),
     )
-
-
-def two_worlds_bound(
-    inside: Sequence[float], outside: Sequence[float], *, delta: float, confidence: float = 0.95
-) -> float:
-    """The largest epsilon refuted by many runs with a unit and many without it: the first half of
-    both chooses the threshold, the second half is counted, with Clopper-Pearson intervals
-    (Jagielski, Ullman and Oprea, NeurIPS 2020, https://arxiv.org/abs/2006.07709)."""
-    halves = [
-        (list(scores[: len(scores) // 2]), list(scores[len(scores) // 2 :]))
-        for scores in (inside, outside)
-    ]
-    (chosen_in, counted_in), (chosen_out, counted_out) = halves
-
-    def gap(threshold: float) -> float:
-        return sum(score > threshold for score in chosen_in) / len(chosen_in) - sum(
-            score > threshold for score in chosen_out
-        ) / len(chosen_out)
-
-    threshold = max(sorted([*chosen_in, *chosen_out]), key=gap)
-    hits, false = (
-        sum(score > threshold for score in counted_in),
-        sum(score > threshold for score in counted_out),
-    )
-    least, most = (
-        exact_interval(hits, len(counted_in), confidence)[0],
-        exact_interval(false, len(counted_out), confidence)[1],
-    )
-    return max(0.0, math.log(max(least - delta, 1e-300) / most))

@@ -11,10 +11,6 @@ from typing import Any
 from fedsp.errors import RunError
 from fedsp.experiments.run_directory import read_json
 
-DISCLOSURE, DEPTHS, MEMBERSHIP, INVERSION, MODEL, EPSILON, TRAP = (
-    f"{name}.json"
-    for name in ("disclosure", "depths", "membership", "inversion", "model", "epsilon", "trap")
-)
 NEAR = 0.1
 """Relative distance of a tensor up to which it counts as nearly disclosed."""
 
@@ -31,13 +27,14 @@ class Finding:
     note: str = ""
 
 
-def read_found(folder: Path, file: str) -> Figures | None:
+def read_found(folder: Path, audit: str) -> Figures | None:
     """The figures that an audit left in a run's folder; None where it was not done.
 
     Raises:
         RunError: the file is damaged.
     """
-    return read_json(folder / file) if (folder / file).exists() else None
+    file = folder / f"{audit}.json"
+    return read_json(file) if file.exists() else None
 
 
 def found_tables(folder: Path) -> dict[str, list[Finding]]:
@@ -48,14 +45,13 @@ def found_tables(folder: Path) -> dict[str, list[Finding]]:
     """
     tables = {}
     for name, tables_of in TABLES.items():
-        file = f"{name}.json"
-        if (figures := read_found(folder, file)) is not None:
+        if (figures := read_found(folder, name)) is not None:
             try:
                 tables[name] = tables_of(figures)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise RunError(
-                    f"{folder / file} is not what fedsp wrote ({error!r}): measure it again with"
-                    f" `fedsp audit {folder} --only {name}`"
+                    f"{folder / name}.json is not what fedsp wrote ({error!r}): measure it again"
+                    f" with `fedsp audit {folder} --only {name}`"
                 ) from error
     return tables
 
@@ -183,28 +179,19 @@ def inversion_tables(figures: Figures) -> list[Finding]:
 
 def model_tables(figures: Figures) -> list[Finding]:
     """What does a client learn of the model?"""
-    shares = {
-        name: f"{figures[key]:.0%}"
-        for name, key in (
-            ("bit for bit", "disclosed_share"),
-            ("nearly", "nearly_disclosed_share"),
-            ("same next token", "agreement"),
-        )
-    }
-    numbers = {
-        "embedding distance": "embedding_distance",
-        "after rotation": "embedding_distance_aligned",
-        "embedding CKA": "embedding_cka",
-        "auxiliary perplexity": "auxiliary_perplexity",
-        "global perplexity": "global_perplexity",
-        "KL, nats": "kl",
-        "CKA of states": "cka",
-    }
     package = {
         "plan": str(figures["plan"]),
         "embeddings": figures["embeddings"],
-        **shares,
-        **{name: f"{figures[key]:.3g}" for name, key in numbers.items()},
+        "bit for bit": f"{figures['disclosed_share']:.0%}",
+        "nearly": f"{figures['nearly_disclosed_share']:.0%}",
+        "same next token": f"{figures['agreement']:.0%}",
+        "embedding distance": f"{figures['embedding_distance']:.3g}",
+        "after rotation": f"{figures['embedding_distance_aligned']:.3g}",
+        "embedding CKA": f"{figures['embedding_cka']:.3g}",
+        "auxiliary perplexity": f"{figures['auxiliary_perplexity']:.3g}",
+        "global perplexity": f"{figures['global_perplexity']:.3g}",
+        "KL, nats": f"{figures['kl']:.3g}",
+        "CKA of states": f"{figures['cka']:.3g}",
     }
     gap = {
         "federated prompt, global model": f"{figures['federated_loss']:.3f}",

@@ -64,34 +64,32 @@ def inspect_auxiliary(
         DataError: the text has too few tokens.
     """
     texts = _sequences(auxiliary, text)
-    rows = [list(row) for row in texts]
     tensors = _tensors(auxiliary, reference)
     attention = _attention(auxiliary, texts)
     loss, unigram, uniform = _losses(auxiliary, texts)
-    silent, alike = _gradients(auxiliary, rows)
+    silent, alike = _gradients(auxiliary, texts)
+    count = sum(row["heads"] for row in attention)
+    heads = {
+        f"{what}_head_share": sum(row[what] for row in attention) / count
+        for what in ("dead", "saturated")
+        if count
+    }
     figures = {
         "tensor_distance": max(map(_farthest, tensors), default=0.0),
         "zero_share": max((row["zero_share"] for row in tensors), default=0.0),
         "excess_loss": loss - uniform,
-        **_head_shares(attention),
+        **heads,
         "silent_gradient_share": silent,
         "alike_gradients": alike,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "unigram_perplexity": math.exp(unigram),
     }
     unusual = [
         f"{sentence} ({name} {figures[name]:.3g}, usual is at most {limit:g})"
         for name, (limit, sentence) in LIMITS.items()
         if name in figures and not figures[name] <= limit
     ]
-    perplexities = {
-        "perplexity": math.exp(min(loss, 700.0)),
-        "unigram_perplexity": math.exp(unigram),
-    }
-    return {
-        "figures": figures | perplexities,
-        "unusual": unusual,
-        "tensors": tensors,
-        "attention": attention,
-    }
+    return {"figures": figures, "unusual": unusual, "tensors": tensors, "attention": attention}
 
 
 def _sequences(auxiliary: AuxiliaryModel, text: str) -> Tensor:
@@ -192,17 +190,15 @@ def _attention(auxiliary: AuxiliaryModel, texts: Tensor) -> list[dict[str, Any]]
     finally:
         auxiliary.model.set_attn_implementation(usual)
     shown = getattr(output, "attentions", None)
-    rows = []
+    length, rows = texts.shape[1], []
+    places = torch.arange(length, device=texts.device)
+    seen = places[length // 4 :, None] + 1
+    even = (places < seen) / seen
     for depth, weights in enumerate(
         shown if shown and all(part is not None for part in shown) else ()
     ):
         # (B, H, Q, T): the first tokens have little to look at
-        late = weights.float()[:, :, texts.shape[1] // 4 :]
-        seen = torch.arange(texts.shape[1] // 4 + 1, texts.shape[1] + 1, device=late.device)[
-            :, None
-        ]
-        places = torch.arange(texts.shape[1], device=late.device)[None]
-        even = (places < seen) / seen
+        late = weights.float()[:, :, length // 4 :]
         moved = 0.5 * (late - even).abs().sum(dim=-1).mean(dim=(0, 2))  # (H,)
         top = late.amax(dim=-1).mean(dim=(0, 2))
         rows.append(
@@ -215,17 +211,6 @@ def _attention(auxiliary: AuxiliaryModel, texts: Tensor) -> list[dict[str, Any]]
             }
         )
     return rows
-
-
-def _head_shares(attention: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The share of dead and of saturated heads; empty where no attention was measured."""
-    if not attention:
-        return {}
-    heads = sum(row["heads"] for row in attention)
-    return {
-        f"{what}_head_share": sum(row[what] for row in attention) / heads
-        for what in ("dead", "saturated")
-    }
 
 
 @torch.no_grad()
@@ -242,27 +227,20 @@ def _losses(auxiliary: AuxiliaryModel, texts: Tensor) -> tuple[float, float, flo
     )
 
 
-def _gradients(auxiliary: AuxiliaryModel, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
+def _gradients(auxiliary: AuxiliaryModel, texts: Tensor) -> tuple[float, float]:
     """With a prompt of a text's own activations: the share of its numbers that no text's loss
     depends on, and how far the texts' gradients are alike, 0 where they are at right angles to each
     other and 1 where they are one."""
     spec = PromptSpec(space="residual", length=VIRTUAL, model=auxiliary.prompt_shape)
     layers = list(auxiliary.prompt_layers)
     values = torch.zeros(spec.shape)
-    values[:, layers] = auxiliary.activations(
-        torch.tensor(rows[0][:VIRTUAL], device=auxiliary.device)
-    )[0].cpu()
+    values[:, layers] = auxiliary.activations(texts[0, :VIRTUAL])[0].cpu()
     prompt = SoftPrompt(spec, values).to(auxiliary.device)
-    examples = [Encoded(tuple(row), len(row) - 8) for row in rows]
-    gradients = (
-        torch.cat(
-            [example_gradients(auxiliary, prompt, collate([example]))[1] for example in examples]
-        )[:, :, sorted(set(layers))]
-        .flatten(1)
-        .double()
-    )
+    examples = [collate([Encoded(tuple(row), len(row) - 8)]) for row in texts.tolist()]
+    each = [example_gradients(auxiliary, prompt, example)[1] for example in examples]
+    gradients = torch.cat(each)[:, :, sorted(set(layers))].flatten(1).double()
     largest = gradients.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)
     silent = float((gradients.abs() <= 1e-9 * largest).all(dim=0).double().mean())
     unit = gradients / gradients.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    directions = _effective_number(torch.linalg.eigvalsh(unit @ unit.T).clamp_min(0) / len(rows))
-    return silent, 1 - (directions - 1) / (len(rows) - 1)
+    directions = _effective_number(torch.linalg.eigvalsh(unit @ unit.T).clamp_min(0) / len(texts))
+    return silent, 1 - (directions - 1) / (len(texts) - 1)

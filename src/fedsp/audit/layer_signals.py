@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from fedsp.audit.findings import DEPTHS
 from fedsp.data.dataset import load_dataset
 from fedsp.data.encoding import collate
 from fedsp.errors import RunError
@@ -21,7 +20,6 @@ from fedsp.models.loading import choose_device
 from fedsp.models.prompted_lm import hidden_at_depths
 from fedsp.models.soft_prompt import read_prompt
 from fedsp.models.trainable import entries_below
-from fedsp.storage import write_json
 from fedsp.training.loop import gradients_set, states_loss
 
 EXAMPLES = 32
@@ -35,7 +33,7 @@ def measure_depths(folder: Path) -> list[dict[str, Any]]:
 
     `hidden_scale` is the root mean square of a number of the block's input; `gradient_norm` the
     norm of the loss's gradient with respect to that input, over the batch. The last row is behind
-    the last block. The rows are also written to the run's `depths.json`.
+    the last block.
 
     Raises:
         RunError: there is no finished run of FedSP with clients in the folder.
@@ -50,23 +48,14 @@ def measure_depths(folder: Path) -> list[dict[str, Any]]:
     client = clients.party(min(clients.register))
     client.prompt.load(read_prompt(prompts[-1]).payload())
     rows = [{"weights": "package", **row} for row in _profile(client)]
-    own = (
-        entries_below(client.store.load(before=config.round.rounds + 1), "auxiliary")
-        if config.client.auxiliary_steps
-        else {}
-    )
+    own = entries_below(client.store.load(before=config.round.rounds + 1), "auxiliary")
     with client.own_weights(own, auxiliary.weights()):
         rows += [{"weights": "client", **row} for row in _profile(client)]
-    write_json(run.path / DEPTHS, {"rows": rows})
     return rows
 
 
 def check_depths(run: RunDirectory) -> None:
-    """Whether there is an auxiliary model to look at.
-
-    Raises:
-        RunError: there is no finished run of FedSP with clients in the folder.
-    """
+    """Refuse a run that is not finished, or not one of FedSP with clients (RunError)."""
     run.result()
     if (
         not find_method(run.config.method).deployable

@@ -26,20 +26,19 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedsp.audit.findings import MEMBERSHIP
 from fedsp.audit.shadows import (
     Opened,
+    Options,
     Shadow,
     alignment,
     changes_of,
-    encoded_rows,
+    check_audited,
     losses_under,
     open_audited,
     promised,
@@ -48,7 +47,6 @@ from fedsp.audit.shadows import (
 from fedsp.audit.statistics import (
     Marks,
     Numbers,
-    ScoreSummary,
     auc_ceiling,
     ceiling,
     summarise_scores,
@@ -56,10 +54,9 @@ from fedsp.audit.statistics import (
 from fedsp.data.encoding import Encoded, training_batches
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError, RunError, require_installed
-from fedsp.federation.callbacks import Callbacks
+from fedsp.experiments.run_directory import RunDirectory
 from fedsp.models.payload import Payload, as_row
 from fedsp.models.soft_prompt import SoftPrompt
-from fedsp.storage import write_json
 from fedsp.training.loop import Optimisation, answer_loss, fit
 
 ROUNDS = 4
@@ -68,52 +65,44 @@ LEARNED, LEARNING = 16, 80
 """
 
 
-def audit_membership(
-    folder: Path, *, shadows: int = 16, most: int | None = None, callbacks: Callbacks | None = None
-) -> dict[str, Any]:
-    """Audit a finished run and write the result to its `membership.json`: a row for each observer
-    and attack, the controls and the power test. Each shadow trains on a random half of all
-    examples; `most` limits how many examples are scored (None: all).
+def audit_membership(folder: Path, options: Options) -> dict[str, Any]:
+    """Audit a finished run: a row for each observer and attack, the controls and the power test.
+    Each shadow trains on a random half of all examples; `options.records` limits how many examples
+    are scored (None: all).
 
     Raises:
         RunError: the folder holds no finished run of FedSP with simulated clients, or too few
             records for an estimate.
-        ConfigurationError: fewer than four shadows, or scikit-learn is not installed.
     """
-    check_membership(shadows)
-    callbacks = callbacks or Callbacks()
-    opened = open_audited(folder, callbacks)
-    held, count = encoded_rows(opened), len(opened.rows)
-    looked_at = sorted(
-        random.Random(derive_seed(opened.run.config.seed, "audited")).sample(
-            range(count), min(most or count, count)
-        )
-    )
-    rows, holders = (
-        [held[index] for index in looked_at],
-        [opened.holders[index] for index in looked_at],
-    )
+    opened, shadows = open_audited(folder, options.callbacks), options.shadows
+    count = len(opened.rows)
+    rng = random.Random(derive_seed(opened.run.config.seed, "audited"))
+    looked_at = sorted(rng.sample(range(count), min(options.records or count, count)))
+    rows = [opened.encoded[index] for index in looked_at]
+    holders = [opened.holders[index] for index in looked_at]
+    before = {
+        f"{name} before": _losses(opened, name, opened.start, rows)
+        for name in ("outsider", "client")
+    }
     seen: dict[str, list[Numbers]] = {}
     coins: list[Marks] = []
     asked: list[Marks] = []
-    before: dict[str, Numbers] = {}
     promises: list[float] = []
     for index in range(shadows):
         shadow = train_shadow(opened, index)
         promises.append(promised(opened, shadow))
         coins.append(shadow.included[looked_at].numpy())
         asked.append(np.array([holder in shadow.answered for holder in holders]))
-        before = before or _before(opened, shadow, rows)  # the first broadcast is the same in all
         for name, values in (before | _seen(opened, shadow, rows, holders)).items():
             seen.setdefault(name, []).append(values)
-        callbacks.info(f"shadow {index + 1} of {shadows} is trained and looked at")
+        options.callbacks.info(f"shadow {index + 1} of {shadows} is trained and looked at")
     members = [heads & there for heads, there in zip(coins, asked, strict=True)]
     epsilon, delta = max(promises), opened.run.config.privacy.delta
     table = [
         {
             "observer": observer,
             "attack": attack,
-            **asdict(summarise_scores(scores, members)),
+            **summarise_scores(scores, members),
             "auc_ceiling": auc_ceiling(epsilon, delta),
             "hits_at_1_ceiling": ceiling(epsilon, delta, 0.01),
         }
@@ -125,36 +114,33 @@ def audit_membership(
             f"{folder}: too few of the {len(rows)} records are held by clients that answered: take"
             " more --records"
         )
-    figures = {
+    return {
         "shadows": shadows,
         "records": len(rows),
         "epsilon": None if np.isinf(epsilon) else epsilon,
         "delta": delta,
         "rows": table,
         "controls": {
-            "bag of words, blind": asdict(summarise_scores(*_blind(rows, coins))),
-            "before any tuning": asdict(
-                summarise_scores(_where([-seen["outsider before"][0]] * shadows, asked), members)
+            "bag of words, blind": summarise_scores(*_blind(rows, coins)),
+            "before any tuning": summarise_scores(
+                _where([-seen["outsider before"][0]] * shadows, asked), members
             ),
-            "who was in the shadow before": asdict(
-                summarise_scores(_where(seen["server"], asked), [coins[-1], *coins[:-1]])
+            "who was in the shadow before": summarise_scores(
+                _where(seen["server"], asked), [coins[-1], *coins[:-1]]
             ),
         },
-        "power": asdict(_power(opened, rows)),
+        "power": _power(opened, rows),
     }
-    write_json(opened.run.path / MEMBERSHIP, figures)
-    return figures
 
 
-def check_membership(shadows: int) -> None:
-    """Whether what the audit needs is there.
-
-    Raises:
-        ConfigurationError: fewer than four shadows, or scikit-learn is not installed.
-    """
-    if shadows < 4:
+def check_membership(run: RunDirectory, options: Options) -> None:
+    """Refuse a run that cannot be audited (RunError), and fewer than four shadows, or to begin
+    without scikit-learn (ConfigurationError)."""
+    check_audited(run)
+    if options.shadows < 4:
         raise ConfigurationError(
-            f"--shadows {shadows}: LiRA needs at least 4 shadow runs, pass --shadows 4 or more"
+            f"--shadows {options.shadows}: LiRA needs at least 4 shadow runs, pass --shadows 4 or"
+            " more"
         )
     require_installed("study", "the blind control of the membership audit needs", "sklearn")
 
@@ -173,15 +159,7 @@ def _comparable(scores: list[Numbers], members: list[Marks]) -> bool:
     )
 
 
-def _before(opened: Opened, shadow: Shadow, rows: list[Encoded]) -> dict[str, Numbers]:
-    """The losses of each row (N,) before any tuning."""
-    return {
-        f"{name} before": _losses(opened, name, shadow.broadcasts[0], rows)
-        for name in ("outsider", "client")
-    }
-
-
-def _power(opened: Opened, rows: list[Encoded]) -> ScoreSummary:
+def _power(opened: Opened, rows: list[Encoded]) -> dict[str, Any]:
     """The power test: memorise half of some rows with a prompt, and score all of them by the drop
     of their loss."""
     rng = random.Random(derive_seed(opened.run.config.seed, "power"))
@@ -222,20 +200,14 @@ def _seen(
     """Each observer's values (N,) for the N rows in one shadow: losses after the last round, and
     cosines averaged over at most ROUNDS evenly spaced rounds, first and last included."""
     clients = sorted(set(opened.holders))
-    prompt = opened.federation.clients.party(clients[0]).prompt
     count = len(shadow.updates)
-    looked_at = sorted(
-        {
-            round(place * (count - 1) / max(1, min(ROUNDS, count) - 1))
-            for place in range(min(ROUNDS, count))
-        }
-    )
+    looked_at = np.linspace(0, count - 1, min(ROUNDS, count)).round().astype(int).tolist()
     holder = torch.tensor([clients.index(client) for client in holders])
     single, sums = [], []
     for number in looked_at:
         total = as_row(shadow.broadcasts[number + 1]) - as_row(shadow.broadcasts[number])
         changes = torch.cat([changes_of(shadow, number, clients), total[None]])
-        cosines = alignment(opened.auxiliary, prompt, shadow.broadcasts[number], changes, rows)
+        cosines = alignment(opened, shadow.broadcasts[number], changes, rows)
         silent = torch.tensor([client not in shadow.updates[number] for client in clients])
         single.append(cosines[:, :-1].masked_fill(silent, torch.nan))
         sums.append(cosines[:, -1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from fedsp.audit.findings import DISCLOSURE, MODEL, NEAR
-from fedsp.audit.shadows import Opened, open_audited
+from fedsp.audit.findings import NEAR
+from fedsp.audit.shadows import Opened, Options, open_audited
 from fedsp.data.batching import pad
 from fedsp.data.encoding import training_batches
 from fedsp.data.seeding import derive_seed
@@ -26,7 +26,6 @@ from fedsp.experiments.server_setup import (
     score_test,
     unread_sequences,
 )
-from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import (
     AuxiliaryModel,
@@ -38,33 +37,30 @@ from fedsp.models.auxiliary import (
 from fedsp.models.loading import choose_device, load_model
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.trainable import trainable
-from fedsp.storage import write_json
-from fedsp.training.loop import Optimisation, fit, states_loss
+from fedsp.training.loop import Optimisation, answer_loss, fit
 
+STEPS = (0, 30, 120)
+"""Steps of an attacker who trains the package on with public text."""
 HELD_BACK = 32
 """Sequences of public text that neither the distillation nor an attacker has read: figures on what
 the package was fitted to would flatter it."""
 
 
-def audit_model(
-    folder: Path, *, steps: Sequence[int] = (0, 30, 120), callbacks: Callbacks | None = None
-) -> dict[str, Any]:
-    """The audit of a finished run, also written to its `model.json`. `steps` are those of an
-    attacker who trains on with public text.
+def audit_model(folder: Path, options: Options) -> dict[str, Any]:
+    """The audit of a finished run: what is in its package, what it can do, and what an attacker
+    gains who trains on with public text.
 
     Raises:
         RunError: there is no finished run of FedSP with simulated clients, or no public text that
             was not read, or no test questions with choices.
     """
-    callbacks = callbacks or Callbacks()
-    opened = open_audited(folder, callbacks)
+    opened, callbacks = open_audited(folder, options.callbacks), options.callbacks
     if "answer_loss" not in opened.run.result().get("test", {}):
         raise RunError(
             f"{folder} was not measured on test questions with choices, so no gap can be measured:"
             " name data.test"
         )
     auxiliary, model = opened.auxiliary, opened.server.model
-    assert isinstance(auxiliary, AuxiliaryModel)
     held, public = unread_sequences(opened.server, HELD_BACK), public_sequences(opened.server)
     if len(held) < HELD_BACK:
         raise RunError(
@@ -82,11 +78,8 @@ def audit_model(
     callbacks.info("what is in the package and what it can do is measured")
     figures |= _gap(opened)
     callbacks.info("a client's own fine-tuned package is measured")
-    figures["extraction"] = _extraction(
-        auxiliary, public, held, figures["global_perplexity"], steps, opened.run.config.seed
-    )
-    write_json(opened.run.path / MODEL, figures)
-    return figures
+    best, seed = figures["global_perplexity"], opened.run.config.seed
+    return figures | {"extraction": _extraction(auxiliary, public, held, best, seed)}
 
 
 def _embeddings(auxiliary: PromptedLM, model: PromptedLM) -> dict[str, float]:
@@ -154,7 +147,6 @@ def _gap(opened: Opened) -> dict[str, float]:
     gap must be above zero, or a client has no reason to keep to the federation."""
     config, server, auxiliary = opened.run.config, opened.server, opened.auxiliary
     dataset = server.dataset
-    assert isinstance(auxiliary, AuxiliaryModel)
     rows = opened.federation.clients.party(min(dataset.partition.clients)).examples
     package = auxiliary.weights()
     steps = config.round.rounds * config.client.prompt_steps
@@ -166,9 +158,7 @@ def _gap(opened: Opened) -> dict[str, float]:
     )
     fit(
         trainable(auxiliary.model),
-        lambda batch: states_loss(
-            auxiliary, auxiliary(batch.input_ids, batch.attention_mask), batch
-        ),
+        lambda batch: answer_loss(auxiliary, None, batch),
         batches,
         Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1, total_steps=steps),
     )
@@ -189,57 +179,41 @@ def _extraction(
     public: Sequence[Sequence[int]],
     held: Sequence[Sequence[int]],
     best: float,
-    steps: Sequence[int],
     seed: int,
 ) -> list[dict[str, float]]:
     """Perplexity on held-back public text of an attacker who trains the package on, and of one who
     starts the same architecture from nothing, with the same steps; the advantage is the share of
     the way from the second to the global model that the package gives."""
-    found: dict[tuple[str, int], float] = {}
+    found: dict[str, list[float]] = {"package": [], "nothing": []}
     package = auxiliary.weights()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "nothing"))
-        nothing = {
-            name: parameter.detach()
-            for name, parameter in trainable(
-                empty_auxiliary(auxiliary.model.config, auxiliary.plan)
-            ).items()
-        }
+        empty = empty_auxiliary(auxiliary.model.config, auxiliary.plan)
+    nothing = {name: parameter.detach() for name, parameter in trainable(empty).items()}
     for start, weights in (("package", package), ("nothing", nothing)):
         auxiliary.load_weights(weights)
         done = 0
-        for number in sorted(steps):
-            _train_on(auxiliary, public, number - done, derive_seed(seed, "attacker", done))
+        for number in STEPS:
+            rng = random.Random(derive_seed(seed, "attacker", done))
+            fit(
+                trainable(auxiliary.model),
+                partial(_next_token_loss, auxiliary),
+                [rng.sample(public, 8) for _ in range(number - done)],
+                Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
+            )
             done = number
-            found[start, number] = _perplexity(auxiliary, held)
+            found[start].append(_perplexity(auxiliary, held))
     auxiliary.load_weights(package)
     return [
         {
             "steps": number,
             "tokens": number * 8 * len(public[0]),
-            "from_package": found["package", number],
-            "from_nothing": found["nothing", number],
-            "advantage": (
-                (found["nothing", number] - found["package", number])
-                / (found["nothing", number] - best)
-            ),
+            "from_package": mine,
+            "from_nothing": theirs,
+            "advantage": (theirs - mine) / (theirs - best),
         }
-        for number in sorted(steps)
+        for number, mine, theirs in zip(STEPS, *found.values(), strict=True)
     ]
-
-
-def _train_on(model: AuxiliaryModel, texts: Sequence[Sequence[int]], steps: int, seed: int) -> None:
-    rng = random.Random(seed)
-
-    def loss(indices: list[int]) -> Tensor:
-        return _next_token_loss(model, [texts[index] for index in indices])
-
-    fit(
-        trainable(model.model),
-        loss,
-        [rng.sample(range(len(texts)), 8) for _ in range(steps)],
-        Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
-    )
 
 
 def _next_token_loss(model: PromptedLM, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -261,37 +235,34 @@ def _perplexity(model: PromptedLM, texts: Sequence[Sequence[int]]) -> float:
 def measure_disclosure(folder: Path) -> dict[str, float]:
     """The shares of the global model's parameters that the clients of a finished run hold:
     `disclosed_share` bit for bit, and `nearly_disclosed_share` in tensors whose relative distance
-    from the global one is at most NEAR. Also written to the run's `disclosure.json`.
+    from the global one is at most NEAR.
 
     Raises:
         RunError: there is no finished run, or its auxiliary model is not the one that it was begun
             with.
     """
     run = RunDirectory.open(folder)
-    config, share = run.config, float(run.result()["disclosed_share"])
     # where clients hold nothing, the whole model, or its own layers
-    figures = {"disclosed_share": share, "nearly_disclosed_share": share}
-    if (
-        find_method(config.method).package
-        and config.partition.clients
-        and config.round.clients != 0
-    ):
-        digest, found = _of_package(run.package.resolve(), model_name(config), config.model.device)
+    config, share = run.config, float(run.result()["disclosed_share"])
+    nearly, clients = share, config.partition.clients and config.round.clients != 0
+    if find_method(config.method).package and clients:
+        package = run.package.resolve()
+        digest, share, nearly = _of_package(package, model_name(config), config.model.device)
         # a run in fewer bits was begun with the rounded numbers
         if config.auxiliary.precision == "float32":
             run.hold({"auxiliary model": digest})
-        figures = dict(found)
-    write_json(run.path / DISCLOSURE, figures)
-    return figures
+    return {"disclosed_share": share, "nearly_disclosed_share": nearly}
 
 
 @lru_cache(maxsize=256)
-def _of_package(package: Path, name: str, device: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+def _of_package(package: Path, name: str, device: str) -> tuple[str, float, float]:
+    """A package's digest and its shares of the global model, bit for bit and nearly."""
     model = _model(name, device)
     auxiliary = load_auxiliary(package, device=choose_device(device), positions="hugging_face")
-    return auxiliary.digest(), (
-        ("disclosed_share", disclosed_share(auxiliary, model)),
-        ("nearly_disclosed_share", nearly_disclosed_share(auxiliary, model, NEAR)),
+    return (
+        auxiliary.digest(),
+        disclosed_share(auxiliary, model),
+        nearly_disclosed_share(auxiliary, model, NEAR),
     )
 
 

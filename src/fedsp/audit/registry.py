@@ -13,57 +13,43 @@ from fedsp.audit.inversion.audit import audit_inversion, check_inversion
 from fedsp.audit.layer_signals import check_depths, measure_depths
 from fedsp.audit.membership import audit_membership, check_membership
 from fedsp.audit.package_leakage import audit_model, measure_disclosure
-from fedsp.audit.shadows import check_audited
+from fedsp.audit.shadows import Options, check_audited
 from fedsp.audit.summary import account
 from fedsp.audit.traffic import traffic
 from fedsp.audit.trap import audit_trap
 from fedsp.errors import ConfigurationError, RunError, did_you_mean
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.federation.callbacks import Callbacks
-
-
-@dataclass(frozen=True)
-class Options:
-    """How thorough: shadow runs of the membership audit, records that it looks at (None: all), and
-    single texts of the inversion audit."""
-
-    shadows: int = 16
-    records: int | None = None
-    texts: int = 20
+from fedsp.storage import write_json
 
 
 @dataclass(frozen=True)
 class Audit:
-    """An audit: its measurement, the tables of its figures, and the check of its preconditions."""
+    """An audit: its measurement, the tables of its figures, the check of its preconditions, and
+    whether its figures are kept in a file of the run's folder."""
 
-    measure: Callable[[Path, Options, Callbacks], Figures]
+    measure: Callable[[Path, Options], Figures]
     tables: Callable[[Figures], list[Finding]]
     check: Callable[[RunDirectory, Options], object] = lambda run, options: run.result()
+    kept: bool = True
 
 
 def audit_runs(
     folders: Sequence[Path],
     only: str | None,
     options: Options,
-    callbacks: Callbacks,
     show: Callable[[Finding], None],
 ) -> tuple[dict[str, Figures], str]:
     """Audit finished runs, all of them checked before any work, and give an account of each; `show`
     gets every table as soon as it is known.
 
     Returns the figures by folder and audit, and the first reason why something was not done that
-    was asked for, or nothing.
-
-    Raises:
-        ConfigurationError: there is no audit of that name, or an option or a library is not as it
-            needs.
-        RunError: a run is not finished, or one that was named, or all, are not for it.
+    was asked for, or nothing. Raises what `check` raises.
     """
     wanted = {folder: check(folder, only, options) for folder in folders}
     found: dict[str, Figures] = {}
     refused = []
     for folder, names in wanted.items():
-        figures = audit(folder, names, options, callbacks)
+        figures = audit(folder, names, options)
         for name, some in figures.items():
             for finding in findings(name, some):
                 show(replace(finding, title=f"{folder}, {name}: {finding.title}"))
@@ -120,19 +106,17 @@ def check(folder: Path, only: str | None, options: Options) -> dict[str, str]:
     return {name: str(refused.get(name, "")) for name in names}
 
 
-def audit(
-    folder: Path, names: dict[str, str], options: Options, callbacks: Callbacks
-) -> dict[str, Figures]:
-    """The figures of these audits by name; `not_done` and why of one that this run, once opened,
-    does not allow."""
+def audit(folder: Path, names: dict[str, str], options: Options) -> dict[str, Figures]:
+    """The figures of these audits by name, each written to a file of that name in the run's folder;
+    `not_done` and why of one that this run, once opened, does not allow."""
     found: dict[str, Figures] = {}
     for name, why in names.items():
         try:
-            found[name] = (
-                {"not_done": why} if why else AUDITS[name].measure(folder, options, callbacks)
-            )
+            found[name] = {"not_done": why} if why else AUDITS[name].measure(folder, options)
         except RunError as error:
             found[name] = {"not_done": str(error)}
+        if AUDITS[name].kept and "not_done" not in found[name]:
+            write_json(folder / f"{name}.json", found[name])
     return found
 
 
@@ -150,57 +134,22 @@ def findings(name: str, figures: Figures) -> list[Finding]:
     return AUDITS[name].tables(figures)
 
 
-def _membership(run: RunDirectory, options: Options) -> None:
-    check_audited(run)
-    check_membership(options.shadows)
-
-
-def _inversion(run: RunDirectory, options: Options) -> None:
-    check_audited(run)
-    check_inversion()
-
-
 AUDITS: dict[str, Audit] = {
     "traffic": Audit(
-        lambda folder, options, callbacks: {"messages": traffic(folder)},
+        lambda folder, _: {"messages": traffic(folder)},
         lambda figures: [Finding("messages", figures["messages"])],
-        lambda run, options: traffic(run.path),
+        lambda run, _: traffic(run.path),
+        kept=False,
     ),
     "depths": Audit(
-        lambda folder, options, callbacks: {"rows": measure_depths(folder)},
+        lambda folder, _: {"rows": measure_depths(folder)},
         lambda figures: [Finding("signals along the auxiliary model", figures["rows"])],
-        lambda run, options: check_depths(run),
+        lambda run, _: check_depths(run),
     ),
-    "disclosure": Audit(
-        lambda folder, options, callbacks: dict(measure_disclosure(folder)), TABLES["disclosure"]
-    ),
-    "model": Audit(
-        lambda folder, options, callbacks: audit_model(folder, callbacks=callbacks),
-        TABLES["model"],
-        lambda run, options: check_audited(run),
-    ),
-    "membership": Audit(
-        lambda folder, options, callbacks: audit_membership(
-            folder, shadows=options.shadows, most=options.records, callbacks=callbacks
-        ),
-        TABLES["membership"],
-        _membership,
-    ),
-    "inversion": Audit(
-        lambda folder, options, callbacks: audit_inversion(
-            folder, examples=options.texts, callbacks=callbacks
-        ),
-        TABLES["inversion"],
-        _inversion,
-    ),
-    "trap": Audit(
-        lambda folder, options, callbacks: audit_trap(folder, callbacks=callbacks),
-        TABLES["trap"],
-        lambda run, options: check_audited(run),
-    ),
-    "epsilon": Audit(
-        lambda folder, options, callbacks: audit_epsilon(folder, callbacks=callbacks),
-        TABLES["epsilon"],
-        lambda run, options: check_promise(run),
-    ),
+    "disclosure": Audit(lambda folder, _: measure_disclosure(folder), TABLES["disclosure"]),
+    "model": Audit(audit_model, TABLES["model"], lambda run, _: check_audited(run)),
+    "membership": Audit(audit_membership, TABLES["membership"], check_membership),
+    "inversion": Audit(audit_inversion, TABLES["inversion"], lambda run, _: check_inversion(run)),
+    "trap": Audit(audit_trap, TABLES["trap"], lambda run, _: check_audited(run)),
+    "epsilon": Audit(audit_epsilon, TABLES["epsilon"], lambda run, _: check_promise(run)),
 }

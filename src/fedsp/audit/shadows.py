@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fedsp.data.dataset import load_dataset
 from fedsp.data.encoding import Encoded, collate, encode_targets
@@ -28,34 +30,57 @@ from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import Server, open_server
 from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.loop import RunState, federate
+from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Failure, Request, Transport, Update
+from fedsp.federation.methods.base import Method
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
 from fedsp.federation.transport.local import local
+from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.payload import Payload, as_row
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.privacy import epsilon
 from fedsp.training.per_example_gradients import example_gradients, example_losses
 
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How thorough audits are: shadow runs of the membership audit, records that it looks at (None:
+    all), and single texts of the inversion audit; `callbacks` hear of progress."""
+
+    shadows: int = 16
+    records: int | None = None
+    texts: int = 20
+    callbacks: Callbacks = field(default_factory=Callbacks)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """A finished run of FedSP with everything needed to run it again, the rows that its clients
-    hold, each with its holder, and the prompt that it began with."""
+    hold, each with its holder and as tokens, and the prompt that it began with."""
 
     run: RunDirectory
     server: Server
     federation: Federation
+    auxiliary: AuxiliaryModel
     rows: list[int]
     holders: list[str]
+    encoded: list[Encoded]
     start: Payload
 
-    @property
-    def auxiliary(self) -> PromptedLM:
-        assert self.federation.package is not None
-        return self.federation.package
+    def by_client(
+        self, rows: Sequence[Row], included: Sequence[bool] | None = None
+    ) -> dict[str, list[Row]]:
+        """Rows by their holders, sorted: all, or those that are included."""
+        held: dict[str, list[Row]] = {client: [] for client in sorted(set(self.holders))}
+        there = included or [True] * len(rows)
+        for row, client, known in zip(rows, self.holders, there, strict=True):
+            if known:
+                held[client].append(row)
+        return held
 
 
 @dataclass(frozen=True)
@@ -123,26 +148,20 @@ def open_audited(folder: Path, callbacks: Callbacks) -> Opened:
         )
     server = open_server(config, load_dataset(config, run.partition()))
     federation = build_federation(server, run, callbacks, None)
-    assert federation.package is not None
-    run.hold(
-        {
-            "data.train": server.dataset.train_digest,
-            "auxiliary model": federation.package.digest(),
-        }
-    )
-    held = [
-        (row, client)
-        for client, rows in sorted(server.dataset.partition.clients.items())
-        for row in rows
-    ]
-    start = {name: tensor.clone() for name, tensor in federation.messenger.payload().items()}
+    auxiliary = federation.package
+    assert isinstance(auxiliary, AuxiliaryModel)
+    run.hold({"data.train": server.dataset.train_digest, "auxiliary model": auxiliary.digest()})
+    clients = sorted(server.dataset.partition.clients.items())
+    rows = [row for _, held in clients for row in held]
     return Opened(
         run=run,
         server=server,
         federation=federation,
-        rows=[row for row, _ in held],
-        holders=[client for _, client in held],
-        start=start,
+        auxiliary=auxiliary,
+        rows=rows,
+        holders=[client for client, held in clients for _ in held],
+        encoded=encode_targets(server.tokenizer, server.dataset.held(rows), server.max_tokens),
+        start=federation.messenger.payload(),
     )
 
 
@@ -153,15 +172,10 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
     config, server = opened.run.config, opened.server
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "shadow", index))
     included = torch.rand(len(opened.rows), generator=generator) < 0.5
-    members: dict[str, list[int]] = {client: [] for client in sorted(set(opened.holders))}
-    for row, client, there in zip(opened.rows, opened.holders, included.tolist(), strict=True):
-        if there:
-            members[client].append(row)
+    members = opened.by_client(opened.rows, included.tolist())
+    held = {client: rows for client, rows in members.items() if rows}
     dataset = replace(
-        server.dataset,
-        partition=Partition(
-            server.dataset.partition.server, [], {k: v for k, v in members.items() if v}
-        ),
+        server.dataset, partition=Partition(server.dataset.partition.server, [], held)
     )
     broadcasts: list[Payload] = []
     updates: list[dict[str, Payload]] = []
@@ -174,7 +188,7 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
         }
         seeded = config.model_copy(update=changes)
         run = RunDirectory.create(seeded)
-        clients = open_clients(config, opened.federation.package, dataset, run)  # type: ignore[arg-type]
+        clients = open_clients(config, opened.auxiliary, dataset, run)
         inner = local(replace(clients, method=opened.federation.clients.method))
 
         def transport(requests: list[Request]) -> Iterable[Update | Failure]:
@@ -185,33 +199,43 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
             )
             return replies
 
-        own = encode_targets(
-            server.tokenizer, dataset.held(dataset.partition.server), server.max_tokens
-        )
-        party = Party(
-            id="server",
-            model=opened.federation.model,
-            messenger=opened.federation.messenger,
-            examples=own,
-            store=run.state_store("server"),
-        )
-        observed: Transport = transport
         settings = round_config(seeded, run, len(clients.register))
         settings = replace(settings, rounds=min(rounds or settings.rounds, settings.rounds))
-        begin = RunState(
-            round=0, payload=opened.start, best=opened.start, best_round=0, best_loss=None
-        )
-        final = federate(
-            opened.federation.clients.method,
-            party,
-            clients.register,
-            observed,
-            settings,
-            state=begin,
-            validate=lambda payload: 0.0,
-            save=lambda *_: None,
-        )
-    return Shadow(included, [*broadcasts, final.payload], updates)
+        method = opened.federation.clients.method
+        final = rounds_again(opened, run, method, clients.register, transport, settings)
+    return Shadow(included, [*broadcasts, final], updates)
+
+
+def rounds_again(
+    opened: Opened,
+    run: RunDirectory,
+    method: Method,
+    register: Mapping[str, int],
+    transport: Transport,
+    settings: RoundConfig,
+) -> Payload:
+    """Federate from the run's initial prompt, without validation; returns the last broadcast."""
+    server = opened.server
+    own = server.dataset.held(server.dataset.partition.server)
+    party = Party(
+        id="server",
+        model=opened.federation.model,
+        messenger=opened.federation.messenger,
+        examples=encode_targets(server.tokenizer, own, server.max_tokens),
+        store=run.state_store("server"),
+    )
+    begin = RunState(round=0, payload=opened.start, best=opened.start, best_round=0, best_loss=None)
+    final = federate(
+        method,
+        party,
+        register,
+        transport,
+        settings,
+        state=begin,
+        validate=lambda payload: 0.0,
+        save=lambda *_: None,
+    )
+    return final.payload
 
 
 def promised(opened: Opened, shadow: Shadow) -> float:
@@ -222,79 +246,48 @@ def promised(opened: Opened, shadow: Shadow) -> float:
     if privacy is None:
         return math.inf
     spent = [0.0]
-    for client in sorted(set(opened.holders)):
-        size = sum(
-            there
-            for there, holder in zip(shadow.included.tolist(), opened.holders, strict=True)
-            if holder == client
-        )
+    for client, rows in opened.by_client(opened.rows, shadow.included.tolist()).items():
         rounds = sum(client in replies for replies in shadow.updates)
-        if size and rounds:
-            steps = privacy.steps(size, config.client.batch_size, config.client.prompt_steps)
+        if rows and rounds:
+            steps = privacy.steps(len(rows), config.client.batch_size, config.client.prompt_steps)
             spent.append(
                 epsilon((replace(steps.release, count=rounds * steps.count),), privacy.delta, 1e-3)
             )
     return max(spent)
 
 
-def encoded_rows(opened: Opened) -> list[Encoded]:
-    """The audited rows as tokens."""
-    return encode_targets(
-        opened.server.tokenizer, opened.server.dataset.held(opened.rows), opened.server.max_tokens
-    )
-
-
 @torch.no_grad()
 def losses_under(
-    model: PromptedLM,
-    prompt: SoftPrompt,
-    payload: Payload,
-    rows: Sequence[Encoded],
-    at_once: int = 64,
+    model: PromptedLM, prompt: SoftPrompt, payload: Payload, rows: Sequence[Encoded]
 ) -> Tensor:
     """The loss of each row (N,), nats per answer token, with a payload in front."""
     prompt.load(payload)
     prefix = prompt.prefix(model)
     return _by_length(
-        rows, at_once, lambda some: example_losses(model, prefix, collate(some).to(model.device))
+        rows, 64, lambda some: example_losses(model, prefix, collate(some).to(model.device))
     )
 
 
-def alignment(
-    model: PromptedLM,
-    prompt: SoftPrompt,
-    at: Payload,
-    changes: Tensor,
-    rows: Sequence[Encoded],
-    at_once: int = 32,
-) -> Tensor:
-    """Cosines (N, C) of N rows' negative gradients at the prompt `at` with the C rows of `changes`,
-    each a flattened change of the prompt."""
+def alignment(opened: Opened, at: Payload, changes: Tensor, rows: Sequence[Encoded]) -> Tensor:
+    """Cosines (N, C) of N rows' negative gradients through the auxiliary model at the prompt `at`
+    with the C rows of `changes`, each a flattened change of the prompt."""
+    model, prompt = opened.auxiliary, opened.federation.clients.party(opened.holders[0]).prompt
     prompt.load(at)
-    directions = (
-        (changes / changes.norm(dim=1, keepdim=True).clamp_min(1e-300)).float().to(model.device)
-    )
+    directions = normalize(changes, dim=1, eps=1e-300).float().to(model.device)
 
     def cosines(some: Sequence[Encoded]) -> Tensor:
         gradients = -example_gradients(model, prompt, collate(some))[1].flatten(start_dim=1)
-        unit: Tensor = gradients / gradients.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        found: Tensor = unit @ directions.T
-        return found
+        return normalize(gradients, dim=1, eps=1e-30) @ directions.T
 
-    return _by_length(rows, at_once, cosines)
+    return _by_length(rows, 32, cosines)
 
 
 def changes_of(shadow: Shadow, round: int, clients: Sequence[str]) -> Tensor:
     """Each client's prompt minus the broadcast of a round, flattened, one row per client; zeros for
     a client that did not answer."""
-    sent = as_row(shadow.broadcasts[round])
-    replies = shadow.updates[round]
-    return torch.stack(
-        [
-            as_row(replies[client]) - sent if client in replies else torch.zeros_like(sent)
-            for client in clients
-        ]
-    )
+    broadcast, replies = shadow.broadcasts[round], shadow.updates[round]
+    sent = as_row(broadcast)
+    return torch.stack([as_row(replies.get(client, broadcast)) - sent for client in clients])
 
 
 def _by_length(
@@ -306,7 +299,4 @@ def _by_length(
         measure([rows[index] for index in order[start : start + at_once]]).cpu()
         for start in range(0, len(order), at_once)
     ]
-    found = torch.cat(parts)
-    placed: Tensor = torch.empty_like(found)
-    placed[torch.tensor(order)] = found
-    return placed
+    return torch.cat(parts)[torch.tensor(order).argsort()]

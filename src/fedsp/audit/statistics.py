@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +18,8 @@ Numbers = NDArray[np.float64]
 Marks = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class ScoreSummary:
-    """How well scores separate members from non-members: (value, low, high) at 95 %; the hit rates
-    at 1 % and 0.1 % false positives are None with too few non-members."""
-
-    auc: tuple[float, float, float]
-    hits_at_1: tuple[float, float, float] | None
-    hits_at_01: tuple[float, float, float] | None
+Estimate = tuple[float, float, float]
+"""A value with the bounds of its 95 % interval."""
 
 
 def auc(scores: Numbers, members: Marks) -> float:
@@ -58,11 +52,14 @@ def hits_at(scores: Numbers, members: Marks, false_alarms: float) -> float | Non
 
 def summarise_scores(
     scores: Sequence[Numbers], members: Sequence[Marks], *, resamples: int = 200, seed: int = 0
-) -> ScoreSummary:
-    """The figures over all targets together; scores (targets of N). An AUC is the mean over
-    targets. The intervals are by a bootstrap over records, whose scores under several targets
-    belong together, with the threshold found anew each time. 0.1 % of false alarms needs 10,000
-    others that are independent, so that many records.
+) -> dict[str, Any]:
+    """How well scores separate members from non-members over all targets together, scores (targets
+    of N): `auc`, the mean over targets, and `hits_at_1` and `hits_at_01`, the hit rates at 1 % and
+    0.1 % false positives, None with too few non-members.
+
+    The intervals are by a bootstrap over records, whose scores under several targets belong
+    together, with the threshold found anew each time. 0.1 % of false alarms needs 10,000 others
+    that are independent, so that many records.
 
     Raises:
         RunError: no target has both members and others with a score.
@@ -85,11 +82,9 @@ def summarise_scores(
 
     def interval(
         measure: Callable[[NDArray[np.int64]], float | None],
-    ) -> tuple[float, float, float] | None:
-        value, spread = (
-            measure(whole),
-            sorted(one for columns in drawn if (one := measure(columns)) is not None),
-        )
+    ) -> Estimate | None:
+        value = measure(whole)
+        spread = sorted(one for columns in drawn if (one := measure(columns)) is not None)
         if value is None or not spread:
             return None
         return value, spread[int(0.025 * len(spread))], spread[int(0.975 * len(spread)) - 1]
@@ -99,15 +94,12 @@ def summarise_scores(
         raise RunError(
             "too few records have a score to tell members from others: take more --records"
         )
-    return ScoreSummary(
-        found,
-        interval(partial(hits, 0.01)),
-        (
-            interval(partial(hits, 0.001))
-            if int((~np.isnan(table)).any(axis=0).sum()) >= 20_000
-            else None
-        ),
-    )
+    enough = int((~np.isnan(table)).any(axis=0).sum()) >= 20_000
+    return {
+        "auc": found,
+        "hits_at_1": interval(partial(hits, 0.01)),
+        "hits_at_01": interval(partial(hits, 0.001)) if enough else None,
+    }
 
 
 def exact_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

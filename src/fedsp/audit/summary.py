@@ -5,18 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedsp.audit.findings import (
-    DISCLOSURE,
-    EPSILON,
-    INVERSION,
-    MEMBERSHIP,
-    MODEL,
-    TRAP,
-    Finding,
-    holds,
-    interval,
-    read_found,
-)
+from fedsp.audit.findings import Finding, holds, interval, read_found
 from fedsp.errors import RunError
 from fedsp.experiments.privacy_statement import STATEMENT
 from fedsp.experiments.run_directory import RunDirectory, read_json
@@ -56,7 +45,7 @@ def account(folder: Path) -> Finding:
 
 
 def _of_the_model(run: RunDirectory, asked: int) -> list[str]:
-    held, found = read_found(run.path, DISCLOSURE), read_found(run.path, MODEL)
+    held, found = read_found(run.path, "disclosure"), read_found(run.path, "model")
     nearly = f", {held['nearly_disclosed_share']:.1%} nearly" if held else ""
     sentences = [
         f"It holds {run.result()['disclosed_share']:.1%} of the global model's parameters bit for"
@@ -88,7 +77,7 @@ def _of_the_text(run: RunDirectory, asked: int) -> list[str]:
         return ["No client was asked: what was trained on lies where the model does."]
     sentences = ["The server sees every client's update: there is no secure aggregation."]
     membership, read, trapped = (
-        read_found(run.path, file) for file in (MEMBERSHIP, INVERSION, TRAP)
+        read_found(run.path, file) for file in ("membership", "inversion", "trap")
     )
     if membership:
         best = {
@@ -146,7 +135,7 @@ def _of_the_text(run: RunDirectory, asked: int) -> list[str]:
 
 
 def _promise(run: RunDirectory, asked: int) -> list[str]:
-    path, found = run.path / STATEMENT, read_found(run.path, EPSILON)
+    path, found = run.path / STATEMENT, read_found(run.path, "epsilon")
     if not path.exists():
         why = f"privacy.unit = {run.config.privacy.unit!r}" + (
             "" if asked else ", and no client was asked"

@@ -15,7 +15,7 @@ import math
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsp.audit.findings import TRAP
 from fedsp.audit.inspection import inspect_auxiliary
-from fedsp.audit.shadows import Opened, encoded_rows, open_audited
+from fedsp.audit.shadows import Opened, Options, open_audited
 from fedsp.audit.statistics import exact_interval
 from fedsp.data.encoding import Encoded, Tokenizer
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
 from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.federation.agreement import agreement_of, promised_epsilon
-from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients, make_client, make_method
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.messages import Request, Update
@@ -42,7 +40,6 @@ from fedsp.models.auxiliary import AuxiliaryModel, load_auxiliary
 from fedsp.models.payload import PROMPT, Payload
 from fedsp.models.soft_prompt import PromptSpec
 from fedsp.privacy import LEDGER, Ledger
-from fedsp.storage import write_json
 
 WORDS, LETTERS = 16, 4
 """Maximum number of words sought in a client's text, half of which occur there; minimum letters of
@@ -85,8 +82,17 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
         RunError: the architecture is not GPT-2's, or has one layer, one head, or no room for so
             many words.
     """
-    require_trap(honest, spec)
-    auxiliary = _copy(honest)
+    if honest.model.config.model_type != "gpt2":
+        raise RunError(
+            "the audit's trap is made for GPT-2's architecture, not for"
+            f" {honest.model.config.model_type}: audit a run of a GPT-2 model"
+        )
+    if honest.plan.depth < 2 or spec.model.heads < 2 or room_for_words(spec) < 2:
+        raise RunError("the audit's trap needs two layers, two heads and three virtual tokens")
+    # as its client opens it: written, and read again
+    with tempfile.TemporaryDirectory(prefix="fedsp-trap-") as folder:
+        honest.save(Path(folder))
+        auxiliary = load_auxiliary(Path(folder), device=honest.device, positions=honest.positions)
     weights = {name: torch.zeros_like(tensor) for name, tensor in auxiliary.weights().items()}
     hidden, size, count = spec.model.hidden, spec.model.head_size, len(words)
     # What a token's embedding is marked with, the last for no word; a virtual token's residual; and
@@ -111,9 +117,10 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
     # what a norm makes of a 1.0 in a token's vector, and in a virtual token's
     token, virtual = math.sqrt(hidden / 6.5), math.sqrt(hidden / 2)
     scale = SURE * math.sqrt(size)
+    groups = honest.plan.groups  # weights are kept at the first depth that shares the layer
     first, last = (
-        f"{path}{honest.path_of_blocks}.{_group(honest, depth)}.attn"
-        for depth in (0, honest.plan.depth - 1)
+        f"{path}{honest.path_of_blocks}.{groups.index(group)}.attn"
+        for group in (groups[0], groups[-1])
     )
     for name, tensor in weights.items():
         if name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f")) and name.endswith("weight"):
@@ -139,40 +146,10 @@ def make_trap(honest: AuxiliaryModel, spec: PromptSpec, words: Sequence[int]) ->
     layer = honest.plan.prompt_layers[0]
     if spec.space == "residual":
         return Trap(auxiliary, {PROMPT: residual}, [(word, layer, value) for word in range(count)])
-    pairs = torch.zeros(spec.shape)
-    pairs[:, list(honest.prompt_layers)] = (
-        auxiliary.keys_and_values(residual[:, list(honest.prompt_layers)].to(auxiliary.device))
-        .detach()
-        .cpu()
-    )
+    pairs, layers = torch.zeros(spec.shape), list(honest.prompt_layers)
+    made = auxiliary.keys_and_values(residual[:, layers].to(auxiliary.device))
+    pairs[:, layers] = made.detach().cpu()
     return Trap(auxiliary, {PROMPT: pairs}, [(word, layer, 1, 0, 0) for word in range(count)])
-
-
-def require_trap(honest: AuxiliaryModel, spec: PromptSpec) -> None:
-    """Whether a trap can be made of an architecture.
-
-    Raises:
-        RunError: it cannot.
-    """
-    if honest.model.config.model_type != "gpt2":
-        raise RunError(
-            "the audit's trap is made for GPT-2's architecture, not for"
-            f" {honest.model.config.model_type}: audit a run of a GPT-2 model"
-        )
-    if honest.plan.depth < 2 or spec.model.heads < 2 or room_for_words(spec) < 2:
-        raise RunError("the audit's trap needs two layers, two heads and three virtual tokens")
-
-
-def _copy(honest: AuxiliaryModel) -> AuxiliaryModel:
-    """The package as its client opens it: written, and read again."""
-    with tempfile.TemporaryDirectory(prefix="fedsp-trap-") as folder:
-        honest.save(Path(folder))
-        return load_auxiliary(Path(folder), device=honest.device, positions=honest.positions)
-
-
-def _group(auxiliary: AuxiliaryModel, depth: int) -> int:
-    """The first depth that shares its layer with this one: its weights are kept there."""
-    return auxiliary.plan.groups.index(auxiliary.plan.groups[depth])
 
 
 def draw_words(
@@ -193,29 +170,23 @@ def draw_words(
         Counter(token for text in some for token in set(text.ids[: text.start]))
         for some in (texts, others)
     )
-    there = [
-        token
-        for token, number in sorted(mine.items())
-        if number < len(texts) and _is_word(tokenizer, token)
-    ]
-    absent = [token for token in sorted(theirs) if token not in mine and _is_word(tokenizer, token)]
+
+    def words(tokens: Iterable[int]) -> list[int]:
+        return [token for token in tokens if _is_word(tokenizer, token)]
+
+    there = words(token for token in sorted(mine) if mine[token] < len(texts))
+    absent = words(token for token in sorted(theirs) if token not in mine)
     if len(absent) < count // 2:
-        absent = [
-            token
-            for token in range(len(tokenizer))
-            if token not in mine and _is_word(tokenizer, token)
-        ]
+        absent = words(token for token in range(len(tokenizer)) if token not in mine)
     half = min(count // 2, len(there), len(absent))
     if not half:
         raise RunError(
             f"{len(there)} usable words occur in a client's text and {len(absent)} do not, but the"
             " trap audit needs one of each: audit a run with more text per client"
         )
-    drawn = [(token, True) for token in rng.sample(there, half)] + [
-        (token, False) for token in rng.sample(absent, half)
-    ]
+    drawn = [*rng.sample(there, half), *rng.sample(absent, half)]
     rng.shuffle(drawn)
-    return [token for token, _ in drawn], [known for _, known in drawn]
+    return drawn, [token in mine for token in drawn]
 
 
 def _is_word(tokenizer: Tokenizer, token: int) -> bool:
@@ -235,85 +206,55 @@ def right_words(scores: Tensor, there: Sequence[bool]) -> float:
     )
 
 
-def audit_trap(folder: Path, *, callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """The audit of a finished run, also written to its `trap.json`: each client does a first round,
-    by the run's own settings, with a package made to tell whether each of some words stands in its
-    text; once with a few of its examples, once with all.
+def audit_trap(folder: Path, options: Options) -> dict[str, Any]:
+    """The audit of a finished run: each client does a first round, by the run's own settings, with
+    a package made to tell whether each of some words stands in its text; once with a few of its
+    examples, once with all.
 
     Raises:
         RunError: there is no finished run of FedSP with simulated clients, of a GPT-2, with room
             for the words.
     """
-    callbacks = callbacks or Callbacks()
-    opened = open_audited(folder, callbacks)
-    config, honest = opened.run.config, opened.auxiliary
-    assert isinstance(honest, AuxiliaryModel)
+    opened = open_audited(folder, options.callbacks)
+    config, honest, tokenizer = opened.run.config, opened.auxiliary, opened.server.tokenizer
     spec = PromptSpec(
         space=config.prompt.space, length=config.prompt.length, model=honest.prompt_shape
     )
-    require_trap(honest, spec)
-    rows = encoded_rows(opened)
-    held = {
-        client: [row for row, holder in zip(rows, opened.holders, strict=True) if holder == client]
-        for client in sorted(set(opened.holders))
-    }
+    full = make_trap(honest, spec, range(room_for_words(spec)))
+    held = opened.by_client(opened.encoded)
     table = []
     for most in (QUESTIONS, None):
-        counts = [_count_words(opened, honest, spec, client, held, most) for client in held]
-        words, right = sum(one for one, _ in counts), sum(one for _, one in counts)
-        examples = sum(min(most or len(own), len(own)) for own in held.values()) / len(held)
-        table.append(
-            {
-                "examples": examples,
-                "words": words,
-                "right": (right / words, *exact_interval(round(right), words)),
-            }
+        sought, right, examples = 0, 0.0, 0
+        for client, own in held.items():
+            rng = random.Random(derive_seed(config.seed, "trap", client, most or 0))
+            texts = own if most is None else rng.sample(own, min(most, len(own)))
+            others = [row for other, rows in held.items() if other != client for row in rows]
+            words, there = draw_words(texts, others or own, tokenizer, room_for_words(spec), rng)
+            trap = make_trap(honest, spec, words)
+            right += right_words(trap.read(_answer(opened, trap, client, texts)), there)
+            sought, examples = sought + len(words), examples + len(texts)
+        share = (right / sought, *exact_interval(round(right), sought))
+        table.append({"examples": examples / len(held), "words": sought, "right": share})
+        options.callbacks.info(
+            f"{examples / len(held):.0f} examples per client: {right / sought:.0%} of {sought}"
+            " words classified correctly as present in its text or absent"
         )
-        callbacks.info(
-            f"{examples:.0f} examples per client: {right / words:.0%} of {words} words classified"
-            " correctly as present in its text or absent"
-        )
-    figures = {
+    text = (EMBEDDED / "public.txt").read_text(encoding="utf-8")
+    return {
         "clients": len(held),
         "steps": config.client.prompt_steps,
         "batch_size": config.client.batch_size,
         "epsilon": config.privacy.epsilon if config.privacy.unit == "example" else None,
         "rows": table,
         "unusual": {
-            "the run's own": _unusual(honest),
-            "the trap": _unusual(make_trap(honest, spec, range(room_for_words(spec))).auxiliary),
+            "the run's own": inspect_auxiliary(honest, text)["unusual"],
+            "the trap": inspect_auxiliary(full.auxiliary, text)["unusual"],
         },
     }
-    write_json(opened.run.path / TRAP, figures)
-    return figures
-
-
-def _count_words(
-    opened: Opened,
-    honest: AuxiliaryModel,
-    spec: PromptSpec,
-    client: str,
-    held: dict[str, list[Encoded]],
-    most: int | None,
-) -> tuple[int, float]:
-    """The words that are sought in some of a client's examples, and of how many it is told rightly
-    whether they stand there."""
-    rng = random.Random(derive_seed(opened.run.config.seed, "trap", client, most or 0))
-    texts = held[client] if most is None else rng.sample(held[client], min(most, len(held[client])))
-    others = [row for other, own in held.items() for row in own if other != client]
-    words, there = draw_words(
-        texts, others or held[client], opened.server.tokenizer, room_for_words(spec), rng
-    )
-    trap = make_trap(honest, spec, words)
-    return len(words), right_words(trap.read(_answer(opened, trap, client, texts)), there)
 
 
 def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -> Payload:
-    """A client's answer of its first round, as the server reads it.
-
-    Raises:
-        RunError: the client does not answer.
-    """
+    """A client's answer of its first round, as the server reads it (RunError: there is none)."""
     config, auxiliary = opened.run.config, trap.auxiliary
     agreement = agreement_of(config, opened.server.max_tokens)
     with tempfile.TemporaryDirectory(prefix="fedsp-trap-") as folder:
@@ -346,11 +287,3 @@ def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -
     if not isinstance(reply, Update):
         raise RunError(f"{client} does not answer a package of this kind: {reply.reason}")
     return reply.payload
-
-
-def _unusual(auxiliary: AuxiliaryModel) -> list[str]:
-    """What `fedsp inspect` finds unusual in a package, on the text that comes with fedsp."""
-    found: list[str] = inspect_auxiliary(
-        auxiliary, (EMBEDDED / "public.txt").read_text(encoding="utf-8")
-    )["unusual"]
-    return found

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedsp.audit.findings import DEPTHS, DISCLOSURE
+from fedsp.audit.findings import read_found
 from fedsp.config import RunConfig
 from fedsp.experiments.run_directory import RunDirectory, read_json
 from fedsp.federation.methods.registry import MethodEntry, find_method
@@ -192,8 +192,9 @@ def open_finished(folder: Path, key: str, **where: Any) -> Run | None:
     if not directory.finished or "test" not in directory.result():
         return None
     about = {"seed": directory.config.seed} | where
-    depths = read_json(folder / DEPTHS, "rows")["rows"] if (folder / DEPTHS).exists() else []
-    disclosure = read_json(folder / DISCLOSURE) if (folder / DISCLOSURE).exists() else {}
+    file = folder / "depths.json"
+    depths = read_json(file, "rows")["rows"] if file.exists() else []
+    disclosure = read_found(folder, "disclosure") or {}
     return Run(
         key=key,
         disclosure=disclosure,

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsp.audit.findings import INVERSION
 from fedsp.audit.inversion.gradient_matching import (
     LocalSteps,
     Target,
@@ -24,20 +23,18 @@ from fedsp.audit.inversion.gradient_matching import (
 )
 from fedsp.audit.inversion.scenarios import (
     AttackContext,
-    Level,
     Recovery,
     cut,
     guess,
-    noise_of,
+    level,
     noised,
     recovery_of,
+    without_template,
 )
 from fedsp.audit.inversion.span_test import (
-    Dictionary,
     gradient_rows,
     key_dictionary,
     matching_pursuit,
-    read_back,
     recall,
     recall_of,
     residual_dictionary,
@@ -45,10 +42,11 @@ from fedsp.audit.inversion.span_test import (
 )
 from fedsp.audit.shadows import (
     Opened,
+    Options,
     Shadow,
     alignment,
     changes_of,
-    encoded_rows,
+    check_audited,
     open_audited,
     train_shadow,
 )
@@ -56,14 +54,14 @@ from fedsp.audit.statistics import exact_interval
 from fedsp.data.encoding import Encoded, collate
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError, require_installed
+from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import first_tokens
 from fedsp.federation.agreement import stages_of
-from fedsp.federation.callbacks import Callbacks
 from fedsp.models.payload import as_row
-from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
-from fedsp.storage import write_json
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, initial_values
 from fedsp.training.per_example_gradients import example_gradients
 
+Row = dict[str, Any]
 DECOYS, PURSUED, SOUGHT = 9, 3, 4
 """Decoy texts per candidate test; texts attacked by matching pursuit; texts that gradient matching
 seeks in one client's update."""
@@ -78,166 +76,112 @@ POSITIONS = 4
 a key/value prompt by a factor of the number of heads."""
 
 
-def audit_inversion(
-    folder: Path, *, examples: int = 20, callbacks: Callbacks | None = None
-) -> dict[str, Any]:
-    """Audit a finished run and write the result to its `inversion.json`: for each observation and
-    attack the share of tokens reconstructed. `examples` texts are attacked one at a time; with 0,
-    only what the run's server sees is attacked.
+def audit_inversion(folder: Path, options: Options) -> dict[str, Any]:
+    """For each observation of a finished run and each attack the share of tokens reconstructed.
+    `options.texts` texts are attacked one at a time; with 0, only what the run's server sees is
+    attacked.
 
     Raises:
         RunError: the folder holds no finished run of FedSP with simulated clients.
-        ConfigurationError: rouge-score is not installed.
     """
-    check_inversion()
-    callbacks = callbacks or Callbacks()
-    opened = open_audited(folder, callbacks)
+    opened = open_audited(folder, options.callbacks)
     rng = random.Random(derive_seed(opened.run.config.seed, "inversion"))
-    context = AttackContext(
-        opened,
-        encoded_rows(opened),
-        {space: _prompt(opened, space) for space in ("key_value", "residual")},
-    )
-    shadow = next(
-        (
-            one
-            for one in (train_shadow(opened, index, rounds=1) for index in range(TRIED))
-            if one.answered
-        ),
-        None,
-    )
+    prompts = {space: _prompt(opened, space) for space in ("key_value", "residual")}
+    context = AttackContext(opened, prompts)
+    shadows = (train_shadow(opened, index, rounds=1) for index in range(TRIED))
+    shadow = next((one for one in shadows if one.answered), None)
     if shadow is None:
         raise RunError(
             f"{folder}: in {TRIED} repetitions of its first round no client was sampled and"
             " answered: audit a run that samples more clients per round"
         )
-    bodies = [body for body in context.bodies() if len(body.ids) > POSITIONS]
-    drawn = rng.sample(bodies, min(examples, len(bodies)))
-    table: list[dict[str, Any]] = []
-    alone = (
-        itertools.chain(
-            _spans(context, drawn, bodies),
-            _matches(context, drawn[: max(2, examples // 2)], bodies),
+    bodies = [body for body in without_template(opened.encoded) if len(body.ids) > POSITIONS]
+    drawn = rng.sample(bodies, min(options.texts, len(bodies)))
+    levels = [_deployed(context, shadow)]
+    if drawn:
+        few = drawn[: max(2, options.texts // 2)]
+        levels = [_spans(context, drawn, bodies), _matches(context, few, bodies), *levels]
+    table = []
+    for row in itertools.chain(*levels):
+        table.append(row)
+        options.callbacks.info(
+            f"{row['level']}, {row['attack']}: {row['tokens'][0]:.0%} of the tokens"
         )
-        if drawn
-        else ()
-    )
-    for level in itertools.chain(alone, _deployed(context, shadow)):
-        table.append(level.to_json())
-        callbacks.info(f"{level.seen}, {level.attack}: {table[-1]['tokens'][0]:.0%} of the tokens")
-    figures = {"rows": table, "candidates": _candidates(context, shadow, rng)}
-    write_json(opened.run.path / INVERSION, figures)
-    return figures
+    return {"rows": table, "candidates": _candidates(context, shadow, rng)}
 
 
-def check_inversion() -> None:
-    """Whether what the audit needs is there.
-
-    Raises:
-        ConfigurationError: rouge-score is not installed.
-    """
+def check_inversion(run: RunDirectory) -> None:
+    """Refuse a run that cannot be audited (RunError), and to begin without rouge-score
+    (ConfigurationError)."""
+    check_audited(run)
     require_installed("study", "the inversion audit needs", "rouge_score")
 
 
-def _spans(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
+def _spans(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Row]:
     """One example and one step of SGD, read by the span test and, beyond the prompt's length, by
     pursuit."""
-    opened, prompts = context.opened, context.prompts
-    prompt = prompts["key_value"]
-    keys = key_dictionary(
-        opened.auxiliary, prompt, min(max(len(row.ids) for row in drawn), LONGEST)
-    )
+    model, prompt = context.opened.auxiliary, context.prompts["key_value"]
     length = prompt.spec.length
+    keys = key_dictionary(model, prompt, min(max(len(row.ids) for row in drawn), LONGEST))
     short = [cut(row, length + 1) for row in drawn]
     one = f"one example of at most {length} tokens, one step of SGD, key/value prompt"
-    yield Level(
-        seen=one,
-        attack="span test",
-        read=[_one(context, prompt, row, keys) for row in short],
-        guess=guess([[text] for text in short], like),
-    )
+
+    def spanned(seen: str, texts: list[Encoded], **how: Any) -> Row:
+        given: dict[str, Any] = {"prompt": prompt, "dictionary": keys} | how
+        read = [_one(context, row=row, **given) for row in texts]
+        attack = "pursuit" if "pursuit" in how else "span test"
+        return level(seen, attack, read, guess([[text] for text in texts], like))
+
+    yield spanned(one, short)
     for bits in (torch.float16, torch.bfloat16):
-        read = [_one(context, prompt, row, keys, rounded=bits) for row in short]
-        yield Level(
-            seen=f"{one}, sent in {str(bits).removeprefix('torch.')}",
-            attack="span test",
-            read=read,
-            guess=guess([[text] for text in short], like),
-        )
-    few = [cut(row, length + length // 4 + 1) for row in drawn[:PURSUED]]
-    pursued = [_one(context, prompt, row, keys, pursuit=True) for row in few]
-    yield Level(
-        seen="one example, longer than the prompt, one step of SGD, key/value prompt",
-        attack="pursuit",
-        read=pursued,
-        guess=guess([[text] for text in few], like),
+        yield spanned(f"{one}, sent in {str(bits).removeprefix('torch.')}", short, rounded=bits)
+    yield spanned(
+        "one example, longer than the prompt, one step of SGD, key/value prompt",
+        [cut(row, length + length // 4 + 1) for row in drawn[:PURSUED]],
+        pursuit=True,
     )
     for epsilon in EPSILONS:
-        read = [_one(context, prompt, row, keys, noise=noise_of(epsilon)) for row in short]
-        yield Level(
-            seen=f"{one}, with the noise of epsilon = {epsilon:g}",
-            attack="span test",
-            read=read,
-            guess=guess([[text] for text in short], like),
-        )
-    tiny = [cut(row, POSITIONS + 1) for row in drawn]
-    mixed = residual_dictionary(opened.auxiliary, prompts["residual"], POSITIONS)
-    read = [_one(context, prompts["residual"], row, mixed) for row in tiny]
-    yield Level(
-        seen=f"one example of {POSITIONS} tokens, one step of SGD, residual prompt",
-        attack="span test",
-        read=read,
-        guess=guess([[text] for text in tiny], like),
+        yield spanned(f"{one}, with the noise of epsilon = {epsilon:g}", short, epsilon=epsilon)
+    residual = context.prompts["residual"]
+    yield spanned(
+        f"one example of {POSITIONS} tokens, one step of SGD, residual prompt",
+        [cut(row, POSITIONS + 1) for row in drawn],
+        prompt=residual,
+        dictionary=residual_dictionary(model, residual, POSITIONS),
     )
 
 
-def _matches(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Level]:
+def _matches(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Row]:
     """One example, read by simulating what its client does."""
-    local = _local_steps(context.opened)
+    model, local, sgd = context.opened.auxiliary, _local_steps(context.opened), LocalSteps()
     for space, tokens, steps, epsilon in (
-        ("residual", POSITIONS, LocalSteps(), None),
-        ("residual", 2 * POSITIONS, LocalSteps(), None),
-        ("key_value", POSITIONS, LocalSteps(), None),
+        ("residual", POSITIONS, sgd, None),
+        ("residual", 2 * POSITIONS, sgd, None),
+        ("key_value", POSITIONS, sgd, None),
         ("residual", POSITIONS, local, None),
-        *(("residual", POSITIONS, LocalSteps(), epsilon) for epsilon in EPSILONS),
+        *(("residual", POSITIONS, sgd, epsilon) for epsilon in EPSILONS),
     ):
         done = f"{len(steps.rates)} steps of AdamW" if steps.rates else "one step of SGD"
         promise = "" if epsilon is None else f", with the noise of epsilon = {epsilon:g}"
         texts = [cut(row, tokens + 1) for row in drawn]
-        read = [
-            _matched(
-                context,
-                context.prompts[space],
-                text,
-                steps,
-                0.0 if epsilon is None else noise_of(epsilon),
-            )
-            for text in texts
-        ]
-        name = space.replace("_", "/")
-        yield Level(
-            seen=f"one example of {tokens} tokens, {done}, {name} prompt{promise}",
-            attack="gradient matching",
-            read=read,
-            guess=guess([[text] for text in texts], like),
+        yield level(
+            f"one example of {tokens} tokens, {done}, {space.replace('_', '/')} prompt{promise}",
+            "gradient matching",
+            [_matched(context, context.prompts[space], text, steps, epsilon) for text in texts],
+            guess([[text] for text in texts], like),
         )
 
     own = [cut(row, POSITIONS + 1) for row in drawn[:SOUGHT]]
     space = context.opened.run.config.prompt.space
-    ids = torch.tensor([text.ids for text in own], device=context.opened.auxiliary.device)
-    embedded = context.opened.auxiliary.model.get_input_embeddings()(ids[:, :-1]).detach()[None]
-    change = local_change(
-        context.opened.auxiliary, context.prompts[space], embedded, ids[:, -1], local
-    )[0].detach()
-    name = (
+    ids = torch.tensor([text.ids for text in own], device=model.device)
+    embedded = model.model.get_input_embeddings()(ids[:, :-1]).detach()[None]
+    change = local_change(model, context.prompts[space], embedded, ids[:, -1], local)[0].detach()
+    yield level(
         f"a client with {len(own)} examples of {POSITIONS} tokens, {len(local.rates)} steps of"
-        f" AdamW, {space.replace('_', '/')} prompt"
-    )
-    yield Level(
-        seen=name,
-        attack="gradient matching",
-        read=[_sought(context, context.prompts[space], change, own)],
-        guess=guess([own], like),
+        f" AdamW, {space.replace('_', '/')} prompt",
+        "gradient matching",
+        [_sought(context, context.prompts[space], change, own)],
+        guess([own], like),
     )
 
 
@@ -268,7 +212,11 @@ def _sought(
 
 
 def _matched(
-    context: AttackContext, prompt: SoftPrompt, row: Encoded, steps: LocalSteps, noise: float
+    context: AttackContext,
+    prompt: SoftPrompt,
+    row: Encoded,
+    steps: LocalSteps,
+    epsilon: float | None,
 ) -> Recovery:
     """One text whose answer is its last token, from the change that it makes."""
     model = context.opened.auxiliary
@@ -276,7 +224,7 @@ def _matched(
     embedded = model.model.get_input_embeddings()(ids[:-1]).detach()[None, None]
     change = local_change(model, prompt, embedded, ids[-1:], steps)[0].detach()
     target = Target(
-        change=noised(change, noise).to(model.device),
+        change=noised(change, epsilon).to(model.device),
         answers=ids[-1:],
         tokens=len(row.ids) - 1,
         steps=steps,
@@ -294,127 +242,93 @@ def _local_steps(opened: Opened) -> LocalSteps:
 
 def _prompt(opened: Opened, space: Any) -> SoftPrompt:
     """A prompt of the run's length, from real activations, in either space."""
-    length, tokens = opened.run.config.prompt.length, first_tokens(opened.server)
-    spec = PromptSpec(space=space, length=length, model=opened.auxiliary.prompt_shape)
-    if tokens is None:
-        return SoftPrompt(
-            spec,
-            torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))
-            * opened.run.config.prompt.init_scale,
-        )
-    inputs, pairs = opened.server.model.activations(tokens[:length].to(opened.server.model.device))
-    return SoftPrompt(spec, (inputs if space == "residual" else pairs).cpu()).to(
-        opened.auxiliary.device
+    section, tokens = opened.run.config.prompt, first_tokens(opened.server)
+    spec = PromptSpec(space=space, length=section.length, model=opened.auxiliary.prompt_shape)
+    values = initial_values(
+        spec, opened.server.model, scale=section.init_scale, tokens=tokens, seed=0
     )
+    return SoftPrompt(spec, values).to(opened.auxiliary.device)
 
 
 def _one(
     context: AttackContext,
     prompt: SoftPrompt,
     row: Encoded,
-    dictionary: Dictionary,
+    dictionary: Tensor,
     *,
     rounded: Any = torch.float32,
-    noise: float = 0.0,
+    epsilon: float | None = None,
     pursuit: bool = False,
 ) -> Recovery:
     """One example's own gradient, as it would arrive, by the span test or by pursuit."""
-    model = context.opened.auxiliary
-    gradient = noised(example_gradients(model, prompt, collate([row]))[1][0].cpu(), noise)
+    model, count = context.opened.auxiliary, len(row.ids) - 1
+    gradient = noised(example_gradients(model, prompt, collate([row]))[1][0].cpu(), epsilon)
     rows = gradient_rows(prompt, model, gradient.to(rounded).float())
-    count = len(row.ids) - 1
-    dictionary = Dictionary(dictionary.vectors[:count])
+    dictionary = dictionary[:count]
     if pursuit:
         found = matching_pursuit(rows, dictionary, count)
-        return replace(
-            recovery_of([token for _, token in sorted(found)], row), tokens=recall_of(found, [row])
-        )
+        read = recovery_of([token for _, token in sorted(found)], row)
+        return replace(read, tokens=recall_of(found, [row]))
     # a residual row mixes many more directions than there are tokens
     rank = count if prompt.spec.space == "key_value" else rows.shape[1]
-    distances = span_test(rows, dictionary, rank)
-    return recovery_of(read_back(distances, count), row)
+    nearest = span_test(rows, dictionary, rank).argmin(dim=1)
+    return recovery_of(nearest.tolist(), row)
 
 
-def _deployed(context: AttackContext, shadow: Shadow) -> Iterator[Level]:
+def _deployed(context: AttackContext, shadow: Shadow) -> Iterator[Row]:
     """What the run's server sees: each client's update of the first round, and their sum; and the
     same in one step of SGD on a whole lot."""
-    opened = context.opened
-    config = opened.run.config
-    space = config.prompt.space
+    opened, config = context.opened, context.opened.run.config
+    space, size = config.prompt.space, config.client.batch_size
     model, prompt = opened.auxiliary, context.prompts[space]
-    dictionary = (key_dictionary if space == "key_value" else residual_dictionary)(
-        model, prompt, LONGEST if space == "key_value" else POSITIONS
+    dictionary = (
+        key_dictionary(model, prompt, LONGEST)
+        if space == "key_value"
+        else residual_dictionary(model, prompt, POSITIONS)
     )
-    seen = len(dictionary.vectors)
 
-    def short(lot: list[Encoded]) -> list[Encoded]:
-        return [cut(row, seen + 1) for row in lot]
-
-    def span(change: Tensor, lot: list[Encoded]) -> Recovery:
-        return Recovery(
-            recall(
-                span_test(
-                    gradient_rows(prompt, model, change.float().view(prompt.spec.shape)),
-                    dictionary,
-                    10_000,
-                ),
-                short(lot),
-            )
+    def spanned(
+        seen: str, changes: Iterable[Tensor], lots: Iterable[list[Encoded]], observed: bool = True
+    ) -> Row:
+        cuts = [[cut(row, len(dictionary) + 1) for row in lot] for lot in lots]
+        shaped = (change.float().view(prompt.spec.shape) for change in changes)
+        spans = (
+            span_test(gradient_rows(prompt, model, change), dictionary, 10_000) for change in shaped
         )
+        read = [Recovery(recall(span, lot)) for span, lot in zip(spans, cuts, strict=True)]
+        return level(seen, "span test", read, guess(cuts, context.opened.encoded), observed)
 
-    def guessed(lots: Iterable[list[Encoded]]) -> float:
-        return guess([short(lot) for lot in lots], context.rows)
-
-    size = config.client.batch_size
-    lots = [lot[:size] for lot in context.lots(LONGEST).values()]
-    gradients = [
-        example_gradients(model, prompt, collate(lot))[1].mean(dim=0).cpu() for lot in lots
-    ]
-    read = [span(gradient, lot) for gradient, lot in zip(gradients, lots, strict=True)]
-    yield Level(
-        seen=f"a lot of {size} examples, one step of SGD, {space.replace('_', '/')} prompt",
-        attack="span test",
-        read=read,
-        guess=guessed(lots),
+    rows = [row if len(row.ids) <= LONGEST else cut(row, LONGEST) for row in opened.encoded]
+    lots = [lot[:size] for lot in opened.by_client(rows).values()]
+    yield spanned(
+        f"a lot of {size} examples, one step of SGD, {space.replace('_', '/')} prompt",
+        [example_gradients(model, prompt, collate(lot))[1].mean(dim=0).cpu() for lot in lots],
+        lots,
+        observed=False,
     )
 
     mine = {
         client: lot
-        for client, lot in context.lots(LONGEST, shadow.included.tolist()).items()
+        for client, lot in opened.by_client(rows, shadow.included.tolist()).items()
         if client in shadow.updates[0]
     }
     changes = changes_of(shadow, 0, list(mine))
-    private = config.privacy.unit == "example" and config.privacy.epsilon
-    kind = "the run's first round, again on half of the text" + (
-        f", epsilon = {config.privacy.epsilon:g}" if private else ""
-    )
-    read = [span(change, lot) for change, lot in zip(changes, mine.values(), strict=True)]
-    yield Level(
-        seen=f"{kind}, one client",
-        attack="span test",
-        read=read,
-        guess=guessed(mine.values()),
-        observed=True,
-    )
+    kind = "the run's first round, again on half of the text"
+    if config.privacy.unit == "example" and config.privacy.epsilon:
+        kind += f", epsilon = {config.privacy.epsilon:g}"
+    yield spanned(f"{kind}, one client", changes, mine.values())
     everyone = [row for lot in mine.values() for row in lot]
     total = as_row(shadow.broadcasts[1]) - as_row(shadow.broadcasts[0])
-    yield Level(
-        seen=f"{kind}, the sum of all clients",
-        attack="span test",
-        read=[span(total, everyone)],
-        guess=guessed([everyone]),
-        observed=True,
-    )
+    yield spanned(f"{kind}, the sum of all clients", [total], [everyone])
 
     own = opened.federation.clients.party(next(iter(mine))).prompt
     own.load(shadow.broadcasts[0])
     lot = next(iter(mine.values()))
-    first = [cut(row, POSITIONS + 1) for row in lot]
-    yield Level(
-        seen=f"{kind}, one client",
-        attack="gradient matching",
-        read=[_sought(context, own, changes[0], lot)],
-        guess=guess([first], context.rows),
+    yield level(
+        f"{kind}, one client",
+        "gradient matching",
+        [_sought(context, own, changes[0], lot)],
+        guess([[cut(row, POSITIONS + 1) for row in lot]], context.opened.encoded),
         observed=True,
     )
 
@@ -426,7 +340,6 @@ def _candidates(
     list of plausible texts is all that an attacker needs."""
     opened = context.opened
     clients = sorted(shadow.updates[0])
-    prompt = opened.federation.clients.party(clients[0]).prompt
     included = shadow.included.tolist()
     inside = [
         index for index, there in enumerate(included) if there and opened.holders[index] in clients
@@ -440,21 +353,13 @@ def _candidates(
     picked = rng.sample(inside, min(count, len(inside)))
     decoys = [rng.sample(outside, DECOYS) for _ in picked]
     needed = sorted({*picked, *(index for some in decoys for index in some)})
-    cosines = alignment(
-        opened.auxiliary,
-        prompt,
-        shadow.broadcasts[0],
-        changes_of(shadow, 0, clients),
-        [context.rows[index] for index in needed],
-    )
+    texts = [opened.encoded[index] for index in needed]
+    cosines = alignment(opened, shadow.broadcasts[0], changes_of(shadow, 0, clients), texts)
     place = {index: number for number, index in enumerate(needed)}
 
     def right(index: int, some: list[int]) -> bool:
-        holder = clients.index(opened.holders[index])
-        return all(
-            float(cosines[place[index], holder]) > float(cosines[place[other], holder])
-            for other in some
-        )
+        own = cosines[:, clients.index(opened.holders[index])]
+        return bool((own[place[index]] > own[[place[other] for other in some]]).all())
 
     hits = sum(right(*pair) for pair in zip(picked, decoys, strict=True))
     return {

@@ -56,11 +56,11 @@ def local_change(
     answers: Tensor,
     steps: LocalSteps,
     *,
-    smooth: float = 0.0,
     differentiable: bool = False,
 ) -> Tensor:
     """The change (R, *shape) of the prompt by local steps on embedded texts (R, N, T, D) with
     answer tokens (N,): R separate guesses, N texts, T tokens, hidden size D."""
+    smooth = SMOOTH if differentiable else 0.0
     start = prompt.values().detach()
     start = start[None].expand(len(embedded), *start.shape).clone().requires_grad_(True)
     own, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
@@ -72,13 +72,8 @@ def local_change(
             return -gradient
         first = BETAS[0] * first + (1 - BETAS[0]) * gradient
         second = BETAS[1] * second + (1 - BETAS[1]) * gradient.square()
-        size = (
-            gradient.detach()
-            .flatten(start_dim=1)
-            .square()
-            .mean(dim=1)
-            .view(-1, *[1] * (gradient.dim() - 1))
-        )
+        size = gradient.detach().flatten(start_dim=1).square().mean(dim=1)
+        size = size.view(-1, *[1] * (gradient.dim() - 1))
         spread = (second / (1 - BETAS[1] ** number) + smooth**2 * size).sqrt() + EPS
         own = (
             own * (1 - rate * steps.weight_decay) - rate * first / (1 - BETAS[0] ** number) / spread
@@ -108,51 +103,28 @@ def match_embeddings(
     """The embedded texts (N, T, D) that match best, of `restarts` that start from random tokens."""
     table = _table(model)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(
-        len(table), (restarts, len(target.answers), target.tokens), generator=generator
-    )
+    shape = (restarts, len(target.answers), target.tokens)
+    drawn = torch.randint(len(table), shape, generator=generator)
     embedded = table[drawn.to(table.device)].clone().requires_grad_(True)
     rate = 0.2 * float(table.std())
     optimizer = torch.optim.Adam([embedded], lr=rate)
     found = torch.zeros(restarts)
     for number in range(iterations):
         optimizer.param_groups[0]["lr"] = rate * (1 - number / iterations)
-        change = local_change(
-            model,
-            prompt,
-            embedded,
-            target.answers,
-            target.steps,
-            smooth=SMOOTH,
-            differentiable=True,
-        )
-        found = mismatch(change, target.change)
-        (slope,) = torch.autograd.grad(found.sum(), embedded)
-        embedded.grad = slope / slope.flatten(start_dim=1).norm(dim=1).clamp_min(1e-30).view(
-            -1, 1, 1, 1
-        )
+        found, slope = _sloping(model, prompt, target, embedded)
+        embedded.grad = normalize(slope.flatten(start_dim=1), eps=1e-30).view_as(slope)
         optimizer.step()
     return embedded.detach()[int(found.argmin())]
 
 
 def match_text(
-    model: PromptedLM,
-    prompt: SoftPrompt,
-    target: Target,
-    *,
-    iterations: int = 200,
-    restarts: int = 2,
-    seed: int = 0,
+    model: PromptedLM, prompt: SoftPrompt, target: Target, *, iterations: int
 ) -> list[int]:
     """The tokens (T,) of one text: embeddings are matched, then tokens exchanged, one at a time or
     two with each other, for as long as the match gets better."""
     table = _table(model)
-    near = token_closeness(
-        model,
-        match_embeddings(
-            model, prompt, target, iterations=iterations, restarts=restarts, seed=seed
-        )[0],
-    )
+    matched = match_embeddings(model, prompt, target, iterations=iterations, restarts=2, seed=0)
+    near = token_closeness(model, matched[0])
 
     def how_far(texts: Tensor) -> Tensor:
         parts = [
@@ -166,31 +138,28 @@ def match_text(
     while improved:
         improved = False
         for position in range(target.tokens + 1):
-            candidates = (
-                _swapped(tokens)
-                if position == target.tokens
-                else _exchanged(
-                    tokens, position, near, _slope(model, prompt, target, tokens) @ table.T
-                )
-            )
+            if position == target.tokens:
+                candidates = _swapped(tokens)
+            else:
+                embedded = table[tokens][None, None].requires_grad_(True)
+                slope = _sloping(model, prompt, target, embedded)[1][0, 0]
+                candidates = _exchanged(tokens, position, near, slope @ table.T)
             distances = how_far(candidates)
             if float(distances.min()) < best - 1e-6:
-                best, tokens, improved = (
-                    float(distances.min()),
-                    candidates[int(distances.argmin())],
-                    True,
-                )
+                best, improved = float(distances.min()), True
+                tokens = candidates[int(distances.argmin())]
     return [int(token) for token in tokens]
 
 
-def _slope(model: PromptedLM, prompt: SoftPrompt, target: Target, tokens: Tensor) -> Tensor:
-    """How the mismatch of a text (T,) rises with its embeddings (T, D)."""
-    embedded = _table(model)[tokens][None, None].clone().requires_grad_(True)
+def _sloping(
+    model: PromptedLM, prompt: SoftPrompt, target: Target, embedded: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mismatch of each guess (R,), and how it rises with the embedded texts (R, N, T, D)."""
     change = local_change(
-        model, prompt, embedded, target.answers, target.steps, smooth=SMOOTH, differentiable=True
+        model, prompt, embedded, target.answers, target.steps, differentiable=True
     )
-    (slope,) = torch.autograd.grad(mismatch(change, target.change).sum(), embedded)
-    return slope[0, 0]
+    found = mismatch(change, target.change)
+    return found, torch.autograd.grad(found.sum(), embedded)[0]
 
 
 def _exchanged(tokens: Tensor, position: int, near: Tensor, rising: Tensor) -> Tensor:

@@ -31,55 +31,33 @@ class Recovery:
 
 @dataclass(frozen=True)
 class AttackContext:
-    """What every level of the audit needs: the opened run, its rows with their holders, and a
-    prompt in either space."""
+    """What every level of the audit needs: the opened run, and a prompt in either space."""
 
     opened: Opened
-    rows: list[Encoded]
     prompts: dict[str, SoftPrompt]
 
-    def bodies(self) -> list[Encoded]:
-        """The rows without their common leading tokens: the prompt template is public, so
-        reconstructing it does not count."""
-        shared = sum(
-            1
-            for _ in takewhile(
-                lambda tokens: len(set(tokens)) == 1,
-                zip(*(row.ids for row in self.rows), strict=False),
-            )
-        )
-        return [
-            Encoded(row.ids[shared:], max(1, row.start - shared))
-            for row in self.rows
-            if len(row.ids) > shared + 1
-        ]
 
-    def lots(self, tokens: int, included: Sequence[bool] | None = None) -> dict[str, list[Encoded]]:
-        """Each client's texts, no longer than so many tokens: all, or those that were in a shadow
-        run."""
-        there = included or [True] * len(self.rows)
-        held = zip(self.rows, self.opened.holders, there, strict=True)
-        lots: dict[str, list[Encoded]] = {client: [] for client in sorted(set(self.opened.holders))}
-        for row, client, known in held:
-            if known:
-                lots[client].append(row if len(row.ids) <= tokens else cut(row, tokens))
-        return lots
+def without_template(rows: Sequence[Encoded]) -> list[Encoded]:
+    """The rows without their common leading tokens: the prompt template is public, so
+    reconstructing it does not count."""
+    columns = zip(*(row.ids for row in rows), strict=False)
+    shared = len(list(takewhile(lambda tokens: len(set(tokens)) == 1, columns)))
+    return [
+        Encoded(row.ids[shared:], max(1, row.start - shared))
+        for row in rows
+        if len(row.ids) > shared + 1
+    ]
 
 
 def guess(lots: Sequence[Sequence[Encoded]], like: Sequence[Encoded]) -> float:
     """Baseline without observation: recall, averaged over lots, of guessing the most frequent
     tokens of `like` at each position. (`like` includes the attacked texts, which favours the
     baseline.)"""
-    longest = max(len(text.ids) for lot in lots for text in lot)
-    common = [
-        [
-            token
-            for token, _ in Counter(
-                text.ids[at] for text in like if at < len(text.ids) - 1
-            ).most_common()
-        ]
-        for at in range(longest - 1)
+    longest = max(len(text.ids) for lot in lots for text in lot) - 1
+    counts = [
+        Counter(text.ids[at] for text in like if at < len(text.ids) - 1) for at in range(longest)
     ]
+    common = [[token for token, _ in count.most_common()] for count in counts]
 
     def recalled(lot: Sequence[Encoded]) -> float:
         right = total = 0
@@ -91,38 +69,26 @@ def guess(lots: Sequence[Sequence[Encoded]], like: Sequence[Encoded]) -> float:
     return mean([recalled(lot) for lot in lots])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """Something that is seen, an attack on it, what it read, and what a guess would have."""
-
-    seen: str
-    attack: str
-    read: list[Recovery]
-    guess: float
-    observed: bool = False
-    """Whether a run's server really sees it."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The row of `inversion.json`; the 95 % interval of the tokens is a bootstrap over what was
-        read, that of whole texts is Clopper and Pearson's."""
-        exact, rouge = (
-            [getattr(one, name) for one in self.read if getattr(one, name) is not None]
-            for name in ("exact", "rouge")
-        )
-        whole = sum(exact)
-        return {
-            "level": self.seen,
-            "observed": self.observed,
-            "attack": self.attack,
-            "tokens": (
-                mean([one.tokens for one in self.read]),
-                *_interval([one.tokens for one in self.read]),
-            ),
-            "texts": (whole / len(exact), *exact_interval(whole, len(exact))) if exact else None,
-            "rouge": mean(rouge) if rouge else None,
-            "guess": self.guess,
-            "read": len(self.read),
-        }
+def level(
+    seen: str, attack: str, read: list[Recovery], guess: float, observed: bool = False
+) -> dict[str, Any]:
+    """A row of `inversion.json`: what is seen, an attack on it, what it read, what a guess would
+    have, and whether a run's server really sees it. The 95 % interval of the tokens is a bootstrap
+    over what was read, that of whole texts is Clopper and Pearson's."""
+    tokens = [one.tokens for one in read]
+    exact = [one.exact for one in read if one.exact is not None]
+    rouge = [one.rouge for one in read if one.rouge is not None]
+    whole = sum(exact)
+    return {
+        "level": seen,
+        "observed": observed,
+        "attack": attack,
+        "tokens": (mean(tokens), *_interval(tokens)),
+        "texts": (whole / len(exact), *exact_interval(whole, len(exact))) if exact else None,
+        "rouge": mean(rouge) if rouge else None,
+        "guess": guess,
+        "read": len(read),
+    }
 
 
 def _interval(values: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
@@ -134,43 +100,23 @@ def _interval(values: Sequence[float], resamples: int = 1000) -> tuple[float, fl
 def recovery_of(tokens: list[int], row: Encoded) -> Recovery:
     """Tokens read back in order, held against an example without its last one."""
     from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenizers import Tokenizer
-
-    class Spaces(Tokenizer):  # type: ignore[misc]
-        def tokenize(self, text: str) -> list[str]:
-            return text.split()
 
     there = list(row.ids[:-1])
     right = sum(mine == true for mine, true in zip(tokens, there, strict=False))
-    score = (
-        RougeScorer(["rougeL"], tokenizer=Spaces())
-        .score(" ".join(map(str, there)), " ".join(map(str, tokens)))["rougeL"]
-        .fmeasure
-    )
+    texts = (" ".join(map(str, some)) for some in (there, tokens))
+    score = RougeScorer(["rougeL"]).score(*texts)["rougeL"].fmeasure
     return Recovery(right / len(there), tokens == there, score)
 
 
-def noise_of(epsilon: float) -> float:
-    """The noise multiplier of one release at this epsilon and delta 1e-5."""
-    return noise_for(epsilon, 1e-5, 1.0, 1)
-
-
-def noised(change: Tensor, noise: float) -> Tensor:
-    """The change plus the noise of one private release whose clipping norm is the change's own
-    norm, the attacker's best case."""
-    if not noise:
+def noised(change: Tensor, epsilon: float | None) -> Tensor:
+    """The change plus the noise of one private release at this epsilon and delta 1e-5, whose
+    clipping norm is the change's own norm, the attacker's best case; the change itself for None."""
+    if epsilon is None:
         return change
-    bound = float(change.norm())
-    return (
-        noised_mean(
-            clipped_sum(change.flatten()[None].cpu(), bound),
-            bound=bound,
-            noise_multiplier=noise,
-            expected=1.0,
-        )
-        .float()
-        .view_as(change)
-    )
+    bound, noise = float(change.norm()), noise_for(epsilon, 1e-5, 1.0, 1)
+    total = clipped_sum(change.flatten()[None].cpu(), bound)
+    made = noised_mean(total, bound=bound, noise_multiplier=noise, expected=1.0)
+    return made.float().view_as(change)
 
 
 def cut(row: Encoded, tokens: int) -> Encoded:

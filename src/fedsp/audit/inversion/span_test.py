@@ -11,10 +11,10 @@ the keys and one from the values, whose directions are unknown: the same tests a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fedsp.audit.inversion.queries import first_queries
 from fedsp.data.encoding import Encoded
@@ -22,63 +22,37 @@ from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
 
 
-@dataclass(frozen=True)
-class Dictionary:
-    """Unit vectors (T, V, H, G, N) that a gradient's rows may combine: T positions, V vocabulary
-    size, H gradient heads, G queries per gradient head, N row size."""
-
-    vectors: Tensor
-
-    @property
-    def tokens(self) -> int:
-        return self.vectors.shape[1]
-
-
 def key_dictionary(
     model: PromptedLM, prompt: SoftPrompt, positions: int, *, at_once: int = 1024
-) -> Dictionary:
-    """The queries of every token of the vocabulary at each of the first positions, for the gradient
-    of a key/value prompt's first keys."""
+) -> Tensor:
+    """The queries of every token of the vocabulary at each of the first positions, which the
+    gradient of a key/value prompt's first keys combines: unit vectors (T, V, H, G, N) of T
+    positions, V tokens, H gradient heads, G queries per gradient head, row size N."""
     with torch.no_grad():
         prefix = prompt.prefix(model)
-    vocabulary = model.model.get_input_embeddings().num_embeddings
-    parts = []
-    for start in range(0, vocabulary, at_once):
-        ids = torch.arange(start, min(start + at_once, vocabulary), device=model.device)
-        parts.append(
-            first_queries(model, ids[:, None].expand(-1, positions), prefix).transpose(0, 1).cpu()
-        )
-    return Dictionary(_unit(torch.cat(parts, dim=1)))
+    vocabulary = torch.arange(model.model.get_input_embeddings().num_embeddings)
+    parts = [
+        first_queries(model, ids.to(model.device)[:, None].expand(-1, positions), prefix).cpu()
+        for ids in torch.split(vocabulary, at_once)
+    ]
+    return normalize(torch.cat(parts).transpose(0, 1), dim=-1, eps=1e-30)
 
 
-def residual_dictionary(
-    model: PromptedLM, prompt: SoftPrompt, positions: int, *, at_once: int = 256
-) -> Dictionary:
-    """The same for a residual prompt: each query times the Jacobian of the first block's keys with
-    respect to the block's input, head by head.
-
-    Autograd computes the Jacobian, so no code is specific to a model family.
-    """
-    keys = key_dictionary(model, prompt, positions, at_once=at_once).vectors  # (T, V, H, G, K)
+def residual_dictionary(model: PromptedLM, prompt: SoftPrompt, positions: int) -> Tensor:
+    """The same for a residual prompt: each query times the Jacobian (by autograd) of the first
+    block's keys with respect to the block's input, head by head."""
+    keys = key_dictionary(model, prompt, positions, at_once=256)  # (T, V, H, G, K)
     values = prompt.values().detach()[:1].clone().requires_grad_(True)
     # (H, K): keys of the first virtual token in the first layer
-    pairs = model.keys_and_values(prompt_rows(values, model))[0, 0, 0]
+    first = prompt.read(values, model)[0, 0, 0]
     rows = [
-        torch.autograd.grad(pairs[head, index], values, retain_graph=True)[0][
-            0, model.prompt_layers[0]
-        ]
-        for head in range(pairs.shape[0])
-        for index in range(pairs.shape[1])
+        torch.autograd.grad(key, values, retain_graph=True)[0][0, model.prompt_layers[0]]
+        for key in first.flatten()
     ]
-    jacobian = torch.stack(rows).view(*pairs.shape, -1)  # (H, K, D)
+    jacobian = torch.stack(rows).view(*first.shape, -1)  # (H, K, D)
     pulled = torch.einsum("tvhgk,hkd->tvhgd", keys, jacobian.cpu())
     # one gradient for all heads: (T, V, 1, H G, D)
-    return Dictionary(_unit(pulled.flatten(start_dim=2, end_dim=3).unsqueeze(2)))
-
-
-def prompt_rows(values: Tensor, model: PromptedLM) -> Tensor:
-    """The values (P, depths, D) that a model's depths read of a residual prompt's (P, L, D)."""
-    return values.index_select(1, torch.tensor(model.prompt_layers, device=values.device))
+    return normalize(pulled.flatten(start_dim=2, end_dim=3).unsqueeze(2), dim=-1, eps=1e-30)
 
 
 def gradient_rows(prompt: SoftPrompt, model: PromptedLM, change: Tensor) -> Tensor:
@@ -90,29 +64,29 @@ def gradient_rows(prompt: SoftPrompt, model: PromptedLM, change: Tensor) -> Tens
     return change[:, layer][None]
 
 
-def span_test(rows: Tensor, dictionary: Dictionary, tokens: int) -> Tensor:
+def span_test(rows: Tensor, dictionary: Tensor, tokens: int) -> Tensor:
     """Distances (T, V) of the tokens at each position from the span of rows (H, P, N), P virtual
     tokens: 0 (inside) to 1, mean over heads. The span keeps the largest `tokens` * G
     singular vectors, for G queries per gradient head."""
-    rank = tokens * dictionary.vectors.shape[3]
-    distances = torch.zeros(dictionary.vectors.shape[:2])
+    rank = tokens * dictionary.shape[3]
+    distances = torch.zeros(dictionary.shape[:2])
     heads = rows.shape[0]
     for head in range(heads):
         _, sizes, basis = torch.linalg.svd(rows[head].double(), full_matrices=False)
         kept = int((sizes > 1e-6 * sizes[0]).sum()) if float(sizes[0]) > 0 else 0
         basis = basis[: min(kept, rank)].float()  # (R, N)
-        inside = (dictionary.vectors[:, :, head] @ basis.T).square().sum(dim=-1)  # (T, V, G)
+        inside = (dictionary[:, :, head] @ basis.T).square().sum(dim=-1)  # (T, V, G)
         distances += (1 - inside).clamp_min(0).mean(dim=-1) / heads
     return distances
 
 
-def matching_pursuit(rows: Tensor, dictionary: Dictionary, count: int) -> list[tuple[int, int]]:
+def matching_pursuit(rows: Tensor, dictionary: Tensor, count: int) -> list[tuple[int, int]]:
     """The first `count` pairs (position, token) of rank-aware pursuit (Davies and Eldar 2012,
     https://arxiv.org/abs/1004.4529): each step takes the token whose residual lies most within the
     span of the rows' residual, over all heads together."""
     found: list[tuple[int, int]] = []
     left = rows.clone()
-    vectors = dictionary.vectors.clone()
+    vectors = dictionary.clone()
     for _ in range(count):
         inside, lengths = torch.zeros(2, *vectors.shape[:2]).unbind()
         for head, part in enumerate(left):
@@ -127,7 +101,7 @@ def matching_pursuit(rows: Tensor, dictionary: Dictionary, count: int) -> list[t
         )
         for position, token in found:
             share[position, token] = -1.0
-        position, token = divmod(int(share.argmax()), dictionary.tokens)
+        position, token = divmod(int(share.argmax()), dictionary.shape[1])
         found.append((position, token))
         for head in range(len(left)):
             taken = torch.linalg.qr(vectors[position, token, head].T)[0]  # (N, G)
@@ -151,13 +125,3 @@ def recall_of(found: Sequence[tuple[int, int]], texts: Sequence[Encoded]) -> flo
     """The same for tokens that were taken one by one."""
     there = {(position, token) for row in texts for position, token in enumerate(row.ids[:-1])}
     return len(there & set(found)) / max(1, len(there))
-
-
-def read_back(distances: Tensor, length: int) -> list[int]:
-    """The nearest token at each position: the text of one example, as the span test reads it."""
-    return [int(token) for token in distances[:length].argmin(dim=1)]
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    unit: Tensor = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-    return unit
