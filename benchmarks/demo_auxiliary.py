@@ -14,7 +14,7 @@ import torch
 
 from fedsp.cli import quiet_libraries
 from fedsp.experiments.demo import DEMO_ROWS
-from fedsp.experiments.server_setup import evaluate_prompt
+from fedsp.experiments.server_setup import score_test
 from fedsp.experiments.start import open_run
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.soft_prompt import SoftPrompt
@@ -33,18 +33,15 @@ def main(folder: Path) -> None:
         run = open_run(folder / method)
         assert isinstance(run.messenger, SoftPrompt)
         server, dataset = run.server, run.server.dataset
-        through = [
-            evaluate_prompt(
-                model,
-                run.messenger,
-                dataset.test,
-                dataset.task,
-                server.tokenizer,
-                server.max_tokens,
+        scores = []
+        for model in (run.model, auxiliary):
+            with torch.no_grad():
+                prefix = run.messenger.prefix(model)
+            figures, _ = score_test(
+                model, prefix, dataset.test, dataset.task, server.tokenizer, server.max_tokens
             )
-            for model in (run.model, auxiliary)
-        ]
-        print(f"| {method} | {through[0]['accuracy']:.1%} | {through[1]['accuracy']:.1%} |")
+            scores.append(f"{figures['accuracy']:.1%}")
+        print(f"| {method} | {' | '.join(scores)} |")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from fedsp.config_file import make_config, validated
 from fedsp.data.encoding import Encoded, collate
 from fedsp.deployment import join as joining
 from fedsp.errors import ConfigurationError, DataError, PolicyError, PrivacyError, StorageError
+from fedsp.experiments import build
 from fedsp.experiments import run as experiment
 from fedsp.experiments.privacy_statement import privacy_statement
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.federation import clients
 from fedsp.federation.aggregation.private import private_mean
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
@@ -343,7 +343,7 @@ def test_no_private_run_starts_on_a_model_that_is_refused(
         raise PrivacyError("the model reads an example otherwise after another was read")
 
     if where == "run":
-        monkeypatch.setattr(clients, "examples_together", refuses)
+        monkeypatch.setattr(build, "examples_together", refuses)
         with pytest.raises(PrivacyError, match="reads an example otherwise"):
             commands.run(settings(tmp_path, **EXAMPLE))
         assert not RunDirectory.open(tmp_path / "run").records() and not list(
@@ -353,7 +353,7 @@ def test_no_private_run_starts_on_a_model_that_is_refused(
     from support.small_federation import make_federation, party_of
 
     _, place = make_federation(tmp_path, **EXAMPLE)
-    monkeypatch.setattr(clients, "examples_together", refuses)
+    monkeypatch.setattr(joining, "examples_together", refuses)
     with pytest.raises(PrivacyError, match="reads an example otherwise"):
         joining.Client(party_of(place), Callbacks())
 

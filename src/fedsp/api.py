@@ -164,7 +164,7 @@ def plan(
     elif config.partition.kind == "natural":
         clients = len(load_dataset(config).partition.clients)
     robust_rule(config, clients)
-    return make_plan(config, clients).to_json()
+    return make_plan(config, clients)
 
 
 def distill(

@@ -530,6 +530,11 @@ class RunConfig(Section):
             )
 
     @property
+    def asks_clients(self) -> bool:
+        """Whether there are simulated clients, and any is sampled."""
+        return self.partition.clients > 0 and self.round.clients != 0
+
+    @property
     def server_share(self) -> float:
         """The fraction of train that belongs to the server."""
         if self.federation:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,17 @@ def parse_json(text: str | bytes) -> Any:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def each_figure(
+    figures: Mapping[str, Any], within: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each figure of nested ones, however deep, behind the names that lead to it."""
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from each_figure(value, (*within, name))
+        else:
+            yield (*within, name), value
 
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:

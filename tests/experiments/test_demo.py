@@ -12,7 +12,7 @@ import pytest
 from fedsp import api as commands
 from fedsp.data.dataset import load_dataset
 from fedsp.experiments.demo import DEMO_ROWS, demo_config
-from fedsp.experiments.server_setup import EMBEDDED, evaluate_prompt, make_auxiliary, open_server
+from fedsp.experiments.server_setup import EMBEDDED, make_auxiliary, open_server, score_test
 from fedsp.federation.callbacks import Callbacks
 
 
@@ -62,7 +62,7 @@ def test_fedsp_beats_zero_shot_beyond_any_noise(seed: int, tmp_path: Path) -> No
     server = open_server(config, load_dataset(config))
     make_auxiliary(server, tmp_path / "auxiliary", Callbacks())
     questions = server.dataset
-    zero_shot = evaluate_prompt(
+    zero_shot, _ = score_test(
         server.model, None, questions.test, questions.task, server.tokenizer, server.max_tokens
     )
     assert zero_shot["examples"] == 400

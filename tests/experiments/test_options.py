@@ -30,7 +30,6 @@ from fedsp.models.auxiliary import (
     build_auxiliary,
     disclosed_share,
     load_auxiliary,
-    nearly_disclosed_share,
     parse_plan,
 )
 from fedsp.models.payload import PROMPT
@@ -395,8 +394,8 @@ def test_what_is_nearly_disclosed_is_found(tmp_path: Path) -> None:
             parameter.mul_(1.02)
     assert disclosed_share(auxiliary, model) < 0.05 < whole  # biases of zero stay what they were
     assert (
-        nearly_disclosed_share(auxiliary, model, 0.1) == pytest.approx(whole, abs=1e-9)
-        and nearly_disclosed_share(auxiliary, model, 0.01) < 0.05
+        disclosed_share(auxiliary, model, 0.1) == pytest.approx(whole, abs=1e-9)
+        and disclosed_share(auxiliary, model, 0.01) < 0.05
     )
     commands.run(settings(tmp_path, **PAPER))
     figures = measure_disclosure(tmp_path / "run")

@@ -37,10 +37,9 @@ from fedsp.experiments import server_setup as server
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory, list_runs
 from fedsp.experiments.server_setup import EMBEDDED, Server
-from fedsp.federation import clients as clients_side
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, make_client, make_method
+from fedsp.federation.clients import Clients, client_prompt, make_method, make_party
 from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import (
     Failure,
@@ -239,14 +238,15 @@ def test_a_client_lives_where_the_global_model_cannot_be_loaded(
         tmp_path / "package", device=torch.device("cpu"), positions="hugging_face"
     )
     agreement = agreement_of(config, 64)
-    client = make_client(
+    client = make_party(
         "a",
         agreement,
         auxiliary,
+        client_prompt(agreement, auxiliary),
         [Encoded((5, 6, 7, 8), 2)] * 4,
         StateStore(tmp_path / "rest"),
-        Ledger(tmp_path / "privacy.jsonl"),
-        1.0,
+        ledger=Ledger(tmp_path / "privacy.jsonl"),
+        max_epsilon=1.0,
     )
     request = Request(
         run="run",
@@ -410,13 +410,12 @@ def test_only_clients_that_are_asked_are_opened(
 ) -> None:
     """A thousand clients with ten asked."""
     opened: list[str] = []
-    made = clients_side.make_party
 
-    def make_party(client: str, *given: Any) -> Party:
+    def opening(client: str, *given: Any, **named: Any) -> Party:
         opened.append(client)
-        return made(client, *given)
+        return make_party(client, *given, **named)
 
-    monkeypatch.setattr(build, "make_party", make_party)
+    monkeypatch.setattr(build, "make_party", opening)
     rows = [row | {"id": str(index)} for index, row in enumerate(ROWS)] * 2
     values = settings(
         tmp_path,

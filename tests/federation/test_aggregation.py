@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fedsp.federation.aggregation.mean import (
+    Aggregator,
     ServerOptimizer,
-    WeightedMean,
     update_cosine,
     validate_update,
     weighted_mean,
@@ -92,8 +92,8 @@ def test_a_weighted_mean_is_that_in_any_order() -> None:
     )
     turned = weighted_mean(dict(reversed(payloads.items())), {"q": 1.0, "p": 3.0})
     assert all(torch.equal(mean[name], turned[name]) for name in mean)
-    assert not (WeightedMean().by_reference or WeightedMean().always)
-    called = WeightedMean()(SENT, payloads, {"p": 3.0, "q": 1.0}, 2, None)
+    assert not (Aggregator().by_reference or Aggregator().always)
+    called = Aggregator()(SENT, payloads, {"p": 3.0, "q": 1.0}, 2, None)
     assert all(torch.equal(mean[name], called[name]) for name in mean)
 
 

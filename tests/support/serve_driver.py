@@ -104,7 +104,8 @@ def recording_proxy(
                 copy.write(answered[2])
             return answered
 
-    proxy.main(host, int(port), int(superlink), Path(folder), Path(counts), Recording)
+    setattr(proxy, "FleetProxy", Recording)
+    proxy.main(host, int(port), int(superlink), Path(folder), Path(counts))
 
 
 if __name__ == "__main__":

@@ -57,11 +57,7 @@ def measure_depths(folder: Path) -> list[dict[str, Any]]:
 def check_depths(run: RunDirectory) -> None:
     """Refuse a run that is not finished, or not one of FedSP with clients (RunError)."""
     run.result()
-    if (
-        not find_method(run.config.method).deployable
-        or not run.config.partition.clients
-        or run.config.round.clients == 0
-    ):
+    if not (find_method(run.config.method).deployable and run.config.asks_clients):
         raise RunError(
             f"{run.path} has no auxiliary model: this audit needs a run of FedSP with clients"
         )

@@ -32,7 +32,6 @@ from fedsp.models.auxiliary import (
     disclosed_share,
     empty_auxiliary,
     load_auxiliary,
-    nearly_disclosed_share,
 )
 from fedsp.models.loading import choose_device, load_model
 from fedsp.models.prompted_lm import PromptedLM
@@ -71,7 +70,7 @@ def audit_model(folder: Path, options: Options) -> dict[str, Any]:
         "embeddings": auxiliary.embeddings,
         "plan": opened.run.config.auxiliary.plan,
         "disclosed_share": disclosed_share(auxiliary, model),
-        "nearly_disclosed_share": nearly_disclosed_share(auxiliary, model, NEAR),
+        "nearly_disclosed_share": disclosed_share(auxiliary, model, NEAR),
         **_embeddings(auxiliary, model),
         **_capability(auxiliary, model, held),
     }
@@ -244,8 +243,8 @@ def measure_disclosure(folder: Path) -> dict[str, float]:
     run = RunDirectory.open(folder)
     # where clients hold nothing, the whole model, or its own layers
     config, share = run.config, float(run.result()["disclosed_share"])
-    nearly, clients = share, config.partition.clients and config.round.clients != 0
-    if find_method(config.method).package and clients:
+    nearly = share
+    if find_method(config.method).package and config.asks_clients:
         package = run.package.resolve()
         digest, share, nearly = _of_package(package, model_name(config), config.model.device)
         # a run in fewer bits was begun with the rounded numbers
@@ -262,7 +261,7 @@ def _of_package(package: Path, name: str, device: str) -> tuple[str, float, floa
     return (
         auxiliary.digest(),
         disclosed_share(auxiliary, model),
-        nearly_disclosed_share(auxiliary, model, NEAR),
+        disclosed_share(auxiliary, model, NEAR),
     )
 
 

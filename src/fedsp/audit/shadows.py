@@ -34,13 +34,11 @@ from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.methods.base import Method
 from fedsp.federation.methods.registry import find_method
-from fedsp.federation.party import Party
 from fedsp.federation.transport.local import local
 from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.payload import Payload, as_row
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
-from fedsp.privacy import epsilon
 from fedsp.training.per_example_gradients import example_gradients, example_losses
 
 Row = TypeVar("Row")
@@ -217,13 +215,7 @@ def rounds_again(
     """Federate from the run's initial prompt, without validation; returns the last broadcast."""
     server = opened.server
     own = server.dataset.held(server.dataset.partition.server)
-    party = Party(
-        id="server",
-        model=opened.federation.model,
-        messenger=opened.federation.messenger,
-        examples=encode_targets(server.tokenizer, own, server.max_tokens),
-        store=run.state_store("server"),
-    )
+    party = opened.federation.server(encode_targets(server.tokenizer, own, server.max_tokens), run)
     begin = RunState(round=0, payload=opened.start, best=opened.start, best_round=0, best_loss=None)
     final = federate(
         method,
@@ -249,10 +241,8 @@ def promised(opened: Opened, shadow: Shadow) -> float:
     for client, rows in opened.by_client(opened.rows, shadow.included.tolist()).items():
         rounds = sum(client in replies for replies in shadow.updates)
         if rows and rounds:
-            steps = privacy.steps(len(rows), config.client.batch_size, config.client.prompt_steps)
-            spent.append(
-                epsilon((replace(steps.release, count=rounds * steps.count),), privacy.delta, 1e-3)
-            )
+            lot, steps = config.client.batch_size, config.client.prompt_steps
+            spent.append(privacy.spent(len(rows), lot, steps, rounds))
     return max(spent)
 
 

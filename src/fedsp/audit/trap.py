@@ -31,8 +31,7 @@ from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
 from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.federation.agreement import agreement_of, promised_epsilon
-from fedsp.federation.clients import Clients, make_client, make_method
-from fedsp.federation.codecs import parse_codec
+from fedsp.federation.clients import Clients, client_prompt, make_method, make_party
 from fedsp.federation.messages import Request, Update
 from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.local import local
@@ -259,14 +258,15 @@ def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -
     agreement = agreement_of(config, opened.server.max_tokens)
     with tempfile.TemporaryDirectory(prefix="fedsp-trap-") as folder:
         store, ledger = StateStore(Path(folder) / "state"), Ledger(Path(folder) / LEDGER)
-        party = make_client(
+        party = make_party(
             client,
             agreement,
             auxiliary,
+            client_prompt(agreement, auxiliary),
             list(texts),
             store,
-            ledger,
-            promised_epsilon(agreement, len(texts)),
+            ledger=ledger,
+            max_epsilon=promised_epsilon(agreement, len(texts)),
         )
         transport = local(
             Clients(
@@ -281,7 +281,7 @@ def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -
             client=client,
             seed=derive_seed(config.seed, "trap", client),
             payload=trap.payload,
-            answer_in=parse_codec(config.compression.up),
+            answer_in=config.compression.up,
         )
         (reply,) = transport([request])
     if not isinstance(reply, Update):

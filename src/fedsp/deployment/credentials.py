@@ -36,14 +36,10 @@ from fedsp.errors import ConfigurationError, CredentialError
 from fedsp.storage import write_bytes
 
 DAYS = 825
-CA, CERTIFICATE, KEY, SIGNING, REGISTER = (
-    "ca.crt",
-    "server.crt",
-    "server.key",
-    "signing.key",
-    "register.toml",
-)
+CA, CERTIFICATE, KEY = "ca.crt", "server.crt", "server.key"
+SIGNING, REGISTER = "signing.key", "register.toml"
 CLIENT_KEY, SERVER_PUBLIC = "client.key", "server.pub"
+OURS = "take the one that `fedsp federation init` made for this client"
 
 
 @dataclass(frozen=True)
@@ -63,30 +59,17 @@ def make_server_credentials(folder: Path, host: str) -> None:
     Raises:
         StorageError: the disk did not take it.
     """
-    authority, key = (
-        ec.generate_private_key(ec.SECP384R1()),
-        ec.generate_private_key(ec.SECP384R1()),
-    )
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedsp certificate authority")])
-    names = dict.fromkeys([host, "localhost", "127.0.0.1"])
-    root = (
-        _certificate(issuer, issuer, authority)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(sign_certificates=True), critical=True)
-        .sign(authority, hashes.SHA384())
-    )
+    authority = ec.generate_private_key(ec.SECP384R1())
+    key = ec.generate_private_key(ec.SECP384R1())
+    issuer = "fedsp certificate authority"
+    root = _certificate(issuer, issuer, authority, ca=True).sign(authority, hashes.SHA384())
+    names = [_alternative(name) for name in dict.fromkeys([host, "localhost", "127.0.0.1"])]
+    signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
     certificate = (
-        _certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])]), issuer, key)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(sign_certificates=False), critical=True)
+        _certificate(host[:64], issuer, key, ca=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(
-            x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False
-        )
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
-            critical=False,
-        )
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(signer, critical=False)
         .sign(authority, hashes.SHA384())
     )
     _write_private(folder.parent / "ca.key", authority)
@@ -132,21 +115,17 @@ def read_register(folder: Path) -> dict[str, Member]:
         )
     register: dict[str, Member] = {}
     for name, entry in entries.items():
+        where = f"{path}, client {name!r}"
         if not isinstance(entry, dict) or set(entry) - {"node"} != {"public_key", "examples"}:
+            raise ConfigurationError(f"{where}: expected exactly public_key and examples")
+        key, examples = folder / str(entry["public_key"]), entry["examples"]
+        if not isinstance(examples, int) or examples < 1:
             raise ConfigurationError(
-                f"{path}, client {name!r}: expected exactly public_key and examples"
+                f"{where}: examples is {examples!r}, expected a whole number of at least 1"
             )
-        if not isinstance(entry["examples"], int) or entry["examples"] < 1:
-            raise ConfigurationError(
-                f"{path}, client {name!r}: examples is {entry['examples']!r}, expected a whole"
-                " number of at least 1"
-            )
-        if not (folder / str(entry["public_key"])).is_file():
-            raise ConfigurationError(
-                f"{path}, client {name!r}: there is no public key"
-                f" {folder / str(entry['public_key'])}"
-            )
-        register[name] = Member(folder / entry["public_key"], entry["examples"], entry.get("node"))
+        if not key.is_file():
+            raise ConfigurationError(f"{where}: there is no public key {key}")
+        register[name] = Member(key, examples, entry.get("node"))
     if not register:
         raise ConfigurationError(
             f"{path} names no client: add a [clients.NAME] table with public_key and examples"
@@ -162,15 +141,9 @@ def client_keys(folder: Path) -> dict[bytes, ec.EllipticCurvePublicKey]:
         ConfigurationError: the register cannot be read.
         CredentialError: a key in it cannot be.
     """
-    keys: dict[bytes, ec.EllipticCurvePublicKey] = {}
-    for member in read_register(folder).values():
-        key = client_key(member.public_key)
-        keys[
-            key.public_bytes(
-                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-            )
-        ] = key
-    return keys
+    keys = [client_key(member.public_key) for member in read_register(folder).values()]
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return {key.public_bytes(serialization.Encoding.PEM, form): key for key in keys}
 
 
 def client_key(path: Path) -> ec.EllipticCurvePublicKey:
@@ -184,10 +157,7 @@ def client_key(path: Path) -> ec.EllipticCurvePublicKey:
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise CredentialError(f"cannot read the client's public key {path}: {error}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise CredentialError(
-            f"{path} is no ECDSA key: take the one that `fedsp federation init` made for this"
-            " client"
-        )
+        raise CredentialError(f"{path} is no ECDSA key: {OURS}")
     return key
 
 
@@ -205,10 +175,7 @@ def client_signer(path: Path) -> Callable[[bytes], bytes]:
             " federation init` made"
         ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise CredentialError(
-            f"{path} is no ECDSA key: take the one that `fedsp federation init` made for this"
-            " client"
-        )
+        raise CredentialError(f"{path} is no ECDSA key: {OURS}")
     return lambda statement: key.sign(statement, ec.ECDSA(hashes.SHA256()))
 
 
@@ -264,32 +231,31 @@ def _signing_key(path: Path) -> Ed25519PrivateKey:
 
 
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+    subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, *, ca: bool
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=DAYS))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    )
-
-
-def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not sign_certificates,
-        key_cert_sign=sign_certificates,
-        crl_sign=sign_certificates,
+    usage = x509.KeyUsage(
+        digital_signature=not ca,
+        key_cert_sign=ca,
+        crl_sign=ca,
         content_commitment=False,
         key_encipherment=False,
         data_encipherment=False,
         key_agreement=False,
         encipher_only=False,
         decipher_only=False,
+    )
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=DAYS))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
+        .add_extension(usage, critical=True)
     )
 
 

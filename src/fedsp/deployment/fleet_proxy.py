@@ -64,24 +64,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes, int]
 
 
-class Refused(Exception):
-    """A call that no registered client has signed, and what is answered."""
-
-    def __init__(self, status: int, body: bytes = b"") -> None:
-        super().__init__(status)
-        self.answer: Answer = (
-            status,
-            [(b"content-type", b"application/json")] if body else [],
-            body,
-            0,
-        )
-
-
 class FleetProxy:
     """An ASGI app that passes on the calls `POST /v1/fleet/...` that a client in the register of a
     server's folder has signed to the SuperLink on this machine. Requests are limited per address
-    and memory per client, so no machine can block others.
-    """
+    and memory per client, so no machine can block others."""
 
     def __init__(self, port: int, folder: Path, counts: Path) -> None:
         self._counts: dict[str, list[int]] = {}
@@ -111,15 +97,14 @@ class FleetProxy:
             status, headers, body, received = (
                 await self._answer(scope, receive)
                 if self._of_address[address] <= EACH
-                else REFUSED_BUSY
+                else (429, [], b"", 0)
             )
         finally:
             self._of_address[address] -= 1
             self._of_address += Counter()  # forget addresses that have none
         if status < 400:
-            entry = self._counts.setdefault(
-                str(scope["path"]).removeprefix("/v1/fleet/"), [0, 0, 0]
-            )
+            call = str(scope["path"]).removeprefix("/v1/fleet/")
+            entry = self._counts.setdefault(call, [0, 0, 0])
             entry[:] = entry[0] + 1, entry[1] + received, entry[2] + len(body)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -133,10 +118,9 @@ class FleetProxy:
             or scope.get("query_string")
         ):
             return 404, [], b"", 0
-        try:
-            client = self._signer({name.lower(): value for name, value in scope["headers"]})
-        except Refused as refused:
-            return refused.answer
+        client = self._signer({name.lower(): value for name, value in scope["headers"]})
+        if isinstance(client, tuple):
+            return client
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_WITHIN):
@@ -150,25 +134,17 @@ class FleetProxy:
         finally:
             self._held[client] -= len(body)
 
-    def _signer(self, headers: Mapping[bytes, bytes]) -> bytes:
-        """The key of the registered client that signed a call.
-
-        Raises:
-            Refused: none did.
-        """
+    def _signer(self, headers: Mapping[bytes, bytes]) -> bytes | Answer:
+        """The key of the registered client that signed a call; the refusal where none did."""
         try:
-            key, signature, when = (
-                base64.b64decode(headers[KEY_HEADER], validate=True),
-                base64.b64decode(headers[SIGNATURE_HEADER], validate=True),
-                headers[TIME_HEADER],
-            )
-        except (KeyError, ValueError) as error:
-            raise Refused(401) from error
+            key = base64.b64decode(headers[KEY_HEADER], validate=True)
+            signature = base64.b64decode(headers[SIGNATURE_HEADER], validate=True)
+            when = headers[TIME_HEADER]
+        except (KeyError, ValueError):
+            return 401, [], b"", 0
         if key not in self._keys:
-            raise Refused(412, UNKNOWN_NODE)
-        if not has_signed(self._keys[key], when, signature):
-            raise Refused(401)
-        return key
+            return 412, [(b"content-type", b"application/json")], UNKNOWN_NODE, 0
+        return key if has_signed(self._keys[key], when, signature) else (401, [], b"", 0)
 
     async def _read(self, body: bytearray, client: bytes, receive: Receive) -> int:
         """Read a request's body into `body`; returns the status of the refusal, or 0."""
@@ -210,18 +186,7 @@ class FleetProxy:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-REFUSED_BUSY: Answer = (429, [], b"", 0)
-
-HOP = {
-    b"host",
-    b"connection",
-    b"keep-alive",
-    b"transfer-encoding",
-    b"content-length",
-    b"te",
-    b"upgrade",
-    b"expect",
-}
+HOP = set(b"host connection keep-alive transfer-encoding content-length te upgrade expect".split())
 """Headers that belong to one connection."""
 
 
@@ -231,7 +196,6 @@ class Guarded(H11Protocol):
     open: ClassVar[Counter[str]] = Counter()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """See asyncio.Protocol."""
         super().connection_made(transport)
         self._address = str((self.client or ("",))[0])
         Guarded.open[self._address] += 1
@@ -240,13 +204,11 @@ class Guarded(H11Protocol):
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol. A request that has begun has its own time."""
         super().data_received(data)
         if self.cycle is not None:
-            self._patience.cancel()
+            self._patience.cancel()  # a request that has begun has its own time
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
         self._patience.cancel()
         Guarded.open[self._address] -= 1
         if not Guarded.open[self._address]:
@@ -262,17 +224,10 @@ SERVING: dict[str, Any] = {
 """How uvicorn serves the proxy."""
 
 
-def main(
-    host: str,
-    port: int,
-    superlink: int,
-    folder: Path,
-    counts: Path,
-    kind: type[FleetProxy] = FleetProxy,
-) -> None:
+def main(host: str, port: int, superlink: int, folder: Path, counts: Path) -> None:
     """Serve until stopped; TLS 1.2 or later with the server's certificate."""
     uvicorn.run(
-        kind(superlink, folder, counts),
+        FleetProxy(superlink, folder, counts),
         host=host,
         port=port,
         ssl_certfile=folder / CERTIFICATE,

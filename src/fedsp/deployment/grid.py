@@ -24,9 +24,6 @@ from fedsp.deployment.ipc import SOCKET, carry, connect
 from fedsp.errors import DeploymentError
 from fedsp.federation.transport.message import HEADER, PAYLOAD, Answer, Message
 
-KIND = "train"
-"""Flower's type of all our messages; what is asked stands in the header."""
-
 LOST = (3, 4, 5)
 """Flower's error codes of a message, a reply or a node that is not there any more; the others are
 of an app that raised or crashed."""
@@ -77,28 +74,21 @@ class GridLink:
         self._longest = 0
 
     def nodes(self) -> set[int]:
-        """See `NodeLink.nodes`."""
         return set(self._grid.get_node_ids())
 
     def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
-        """See `NodeLink.push`."""
         self._longest = max([self._longest, *(len(message.payload) for _, message in sends)])
         names = []
         for node, message in sends:
-            flower_message = FlowerMessage(
-                content=to_record(message),
-                dst_node_id=node,
-                message_type=KIND,
-                group_id=group,
-                ttl=seconds,
-            )
-            names.append(next(iter(self._grid.push_messages([flower_message]))))
+            content = to_record(message)
+            sent = FlowerMessage(content, node, "train", group_id=group, ttl=seconds)
+            names.append(next(iter(self._grid.push_messages([sent]))))
             self._node_of[names[-1]] = node
         return names
 
     def pull(self, message_ids: list[str]) -> list[Answer]:
-        """See `NodeLink.pull`. Flower's own error messages are answers without a message; what they
-        say of the client is not read."""
+        """Flower's own error messages are answers without a message; what they say of the client is
+        not read."""
         wanted: dict[int, list[str]] = {}
         for message_id in message_ids:
             wanted.setdefault(self._node_of[message_id], []).append(message_id)
@@ -112,31 +102,25 @@ class GridLink:
     def _fetch(self, message_ids: list[str]) -> list[Answer]:
         try:
             return [self._answer(reply) for reply in self._grid.pull_messages(message_ids)]
-        except (
-            Exception
-        ):  # whatever a client has sent instead of a message; Flower calls it lost from now on
+        except Exception:
+            # whatever a client has sent instead of a message; Flower calls it lost from now on
             return []
 
     def _answer(self, flower_message: FlowerMessage) -> Answer:
+        message: Message | None = None
+        fault = ""
+        if flower_message.has_content():
+            message = from_record(flower_message.content)
+            if len(message.payload) > self._longest + SPARE or len(message.header) > SPARE:
+                message = Message("")
+        elif flower_message.error.code not in LOST:
+            fault = "the client's process ended before it answered"
         metadata = flower_message.metadata
-        if not flower_message.has_content():
-            fault = (
-                ""
-                if flower_message.error.code in LOST
-                else "the client's process ended before it answered"
-            )
-            return Answer(
-                message_id=metadata.reply_to_message_id,
-                node=metadata.src_node_id,
-                message=None,
-                fault=fault,
-            )
-        message = from_record(flower_message.content)
-        fits = len(message.payload) <= self._longest + SPARE and len(message.header) <= SPARE
         return Answer(
             message_id=metadata.reply_to_message_id,
             node=metadata.src_node_id,
-            message=message if fits else Message(""),
+            message=message,
+            fault=fault,
         )
 
 
@@ -146,10 +130,8 @@ def make_client_app(respond: Callable[[Message, Context], Message]) -> ClientApp
 
     @app.train()
     def train(flower_message: FlowerMessage, context: Context) -> FlowerMessage:
-        return FlowerMessage(
-            content=to_record(respond(from_record(flower_message.content), context)),
-            reply_to=flower_message,
-        )
+        reply = respond(from_record(flower_message.content), context)
+        return FlowerMessage(to_record(reply), reply_to=flower_message)
 
     return app
 

@@ -22,6 +22,7 @@ SOCKET = "FEDSP_SOCKET"
 """The environment variable that tells Flower's side where the socket is."""
 
 LARGEST = 1 << 30
+GONE = "the process on the other side of the local socket has gone"
 
 
 class Channel:
@@ -38,18 +39,13 @@ class Channel:
             DeploymentError: the other side has gone.
         """
         messages = messages or []
+        head = {"value": value, "headers": [message.header for message in messages]}
         try:
-            self._connection.send_bytes(
-                json.dumps(
-                    {"value": value, "headers": [message.header for message in messages]}
-                ).encode()
-            )
+            self._connection.send_bytes(json.dumps(head).encode())
             for message in messages:
                 self._connection.send_bytes(message.payload)
         except OSError as error:
-            raise DeploymentError(
-                "the process on the other side of the local socket has gone"
-            ) from error
+            raise DeploymentError(GONE) from error
 
     def receive(self) -> tuple[Any, list[Message]]:
         """The next value and its messages.
@@ -58,15 +54,12 @@ class Channel:
             DeploymentError: the other side has gone.
         """
         try:
-            message_id = json.loads(self._connection.recv_bytes(LARGEST))
-            return message_id["value"], [
-                Message(header, self._connection.recv_bytes(LARGEST))
-                for header in message_id["headers"]
+            head = json.loads(self._connection.recv_bytes(LARGEST))
+            return head["value"], [
+                Message(header, self._connection.recv_bytes(LARGEST)) for header in head["headers"]
             ]
         except (EOFError, OSError, ValueError, KeyError, TypeError) as error:
-            raise DeploymentError(
-                "the process on the other side of the local socket has gone"
-            ) from error
+            raise DeploymentError(GONE) from error
 
     def close(self) -> None:
         """Hang up."""
@@ -81,9 +74,8 @@ class Socket:
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self._folder = (
-            None if path else tempfile.mkdtemp(prefix="fedsp-")
-        )  # short: a socket's path has room for about 100 characters
+        # short: a socket's path has room for about 100 characters
+        self._folder = None if path else tempfile.mkdtemp(prefix="fedsp-")
         self.path = path or f"{self._folder}/socket"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -145,19 +137,14 @@ class SocketLink:
         self._channel, self._check = channel, check
 
     def nodes(self) -> set[int]:
-        """See `NodeLink.nodes`."""
         self._check()
         return set(self._call(["nodes"])[0])
 
     def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
-        """See `NodeLink.push`."""
-        message_ids: list[str] = self._call(
-            ["push", [node for node, _ in sends], group, seconds], [message for _, message in sends]
-        )[0]
-        return message_ids
+        call = ["push", [node for node, _ in sends], group, seconds]
+        return list(self._call(call, [message for _, message in sends])[0])
 
     def pull(self, message_ids: list[str]) -> list[Answer]:
-        """See `NodeLink.pull`."""
         found, messages = self._call(["pull", message_ids])
         bodies = iter(messages)
         return [
@@ -189,11 +176,6 @@ def carry(link: Any, channel: Channel) -> None:
             nodes, group, seconds = arguments
             channel.send(link.push(list(zip(nodes, messages, strict=True)), group, seconds))
         else:
-            answers = link.pull(*arguments)
-            channel.send(
-                [
-                    [answer.message_id, answer.node, answer.message is not None, answer.fault]
-                    for answer in answers
-                ],
-                [answer.message for answer in answers if answer.message],
-            )
+            found = link.pull(*arguments)
+            heads = [[one.message_id, one.node, bool(one.message), one.fault] for one in found]
+            channel.send(heads, [one.message for one in found if one.message])

@@ -12,7 +12,6 @@ import re
 import secrets
 import socket
 import ssl
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -26,8 +25,8 @@ from fedsp.data.tasks import examples_of, find_task
 from fedsp.deployment.credentials import CA, CLIENT_KEY, SERVER_PUBLIC, client_signer
 from fedsp.deployment.ipc import SOCKET, Socket
 from fedsp.deployment.package import hold_against_policy, open_package
-from fedsp.deployment.processes import Processes, free_port, host_and_port, written
-from fedsp.deployment.restricted_executor import require_pinning
+from fedsp.deployment.processes import Processes, free_port, host_and_port, options, written
+from fedsp.deployment.restricted_executor import command, require_pinning
 from fedsp.errors import (
     ConfigurationError,
     CredentialError,
@@ -38,7 +37,7 @@ from fedsp.errors import (
 )
 from fedsp.federation.agreement import promised_epsilon
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import client_prompt, make_client, make_method, require_independence
+from fedsp.federation.clients import client_prompt, make_method, make_party, prompt_spec
 from fedsp.federation.messages import Request
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
@@ -47,9 +46,9 @@ from fedsp.federation.transport.request_handler import answer
 from fedsp.federation.transport.wire import END, LONGEST_HEADER, ROOM, sign_reply
 from fedsp.models.loading import choose_device, reduce_precision
 from fedsp.models.payload import PROMPT, Payload, check, pack
-from fedsp.models.soft_prompt import PromptSpec
 from fedsp.privacy import LEDGER, Ledger
 from fedsp.storage import locked, write_json
+from fedsp.training.dp_sgd import examples_together
 
 GOODBYE = 4.0
 """Seconds in which Flower's node hands the last answer over."""
@@ -91,11 +90,8 @@ class Client:
         self._method = make_method(self.agreement, self.auxiliary)
         reduce_precision(self.auxiliary, party.precision, "precision")
         if self.agreement.privacy.unit == "example":
-            require_independence(
-                self.auxiliary,
-                client_prompt(self.agreement, self.auxiliary),
-                self.agreement.max_tokens,
-            )
+            prompt = client_prompt(self.agreement, self.auxiliary)
+            examples_together(self.auxiliary, prompt, self.agreement.max_tokens)
             self._info(
                 "self-test: other examples of a batch change an example's gradient by at most"
                 f" {self.auxiliary.largest_difference:.1e} of its norm"
@@ -106,11 +102,7 @@ class Client:
                     " each example is processed alone, which takes longer"
                 )
         self._state = Path(party.state) / party.package.sha256[:16]
-        self._shape = PromptSpec(
-            space=self.agreement.prompt.space,
-            length=self.agreement.prompt.length,
-            model=self.auxiliary.prompt_shape,
-        ).shape
+        self._shape = prompt_spec(self.agreement.prompt, self.auxiliary.prompt_shape).shape
         self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
         self.answered = 0
@@ -121,11 +113,9 @@ class Client:
         if self._last and self._last[0] == message:
             self._info(f"round {json.loads(message.header)['round']}: asked again, sent the same")
             return self._last[1]
+        most = 4 * math.prod(self._shape) + ROOM
         try:
-            if (
-                len(message.header) > LONGEST_HEADER
-                or len(message.payload) > 4 * math.prod(self._shape) + ROOM
-            ):
+            if len(message.header) > LONGEST_HEADER or len(message.payload) > most:
                 raise PayloadError("the message is larger than a prompt")
             reply = answer(
                 message,
@@ -142,22 +132,30 @@ class Client:
         self._last = message, reply
         self.answered += 1
         fields = json.loads(reply.header.partition("\n")[2])
-        what = fields.get("losses") or fields.get("code") or ""
+        losses = [f"{name} loss {loss:.3f}" for name, loss in fields.get("losses", {}).items()]
         self._info(
             f"round {fields['round']}: received {_amount(message)}, sent {_amount(reply)}:"
-            f" {fields['kind']} {what if isinstance(what, str) else _figures(what)}"
+            f" {fields['kind']} {', '.join(losses) or fields.get('code', '')}"
         )
         return reply
 
     def _open(self, message: Message, client: str) -> Party:
         store = StateStore(self._state / str(json.loads(message.header)["run"]))
-        ledger = Ledger(
-            Path(self.party.state) / LEDGER
-        )  # one for all packages and runs: the text is the same
+        # one for all packages and runs: the text is the same
+        ledger = Ledger(Path(self.party.state) / LEDGER)
         most = self.party.policy.max_epsilon
         if most is None:
             most = promised_epsilon(self.agreement, len(self.rows))
-        return make_client(client, self.agreement, self.auxiliary, self.rows, store, ledger, most)
+        return make_party(
+            client,
+            self.agreement,
+            self.auxiliary,
+            client_prompt(self.agreement, self.auxiliary),
+            self.rows,
+            store,
+            ledger=ledger,
+            max_epsilon=most,
+        )
 
     def _allow(self, message: Message, request: Request) -> None:
         """Raises PolicyError or PayloadError for a request outside the package's agreement or the
@@ -195,20 +193,11 @@ class Client:
                 f" {self.agreement.compression.up}"
             )
         path = self._state / "rounds.json"
-        answered: dict[str, str] = (
-            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        )
-        asked = [
-            request.train,
-            request.run,
-            request.round,
-            request.client,
-            request.seed,
-        ]  # and not in which codec it came: after a kill it comes whole
-        this, digest = (
-            f"{request.run} {request.round}",
-            hashlib.sha256(json.dumps(asked).encode() + pack(request.payload)).hexdigest(),
-        )
+        answered: dict[str, str] = json.loads(path.read_bytes()) if path.exists() else {}
+        # and not in which codec it came: after a kill it comes whole
+        asked = [request.train, request.run, request.round, request.client, request.seed]
+        this = f"{request.run} {request.round}"
+        digest = hashlib.sha256(json.dumps(asked).encode() + pack(request.payload)).hexdigest()
         if answered.get(this, digest) != digest:
             raise PolicyError(f"round {request.round} was answered already, to another request")
         runs = {key.split()[0] for key in answered}
@@ -217,9 +206,8 @@ class Client:
                 f"the package allows {self.agreement.runs} runs, and as many were answered: a new"
                 " run needs a new package"
             )
-        alike = [
-            key for key in answered if (int(key.split()[1]) <= rounds) == request.train
-        ]  # the last validation has a count of its own
+        # the last validation has a count of its own
+        alike = [key for key in answered if (int(key.split()[1]) <= rounds) == request.train]
         if this not in answered and len(alike) >= self.party.policy.max_rounds:
             raise PolicyError(
                 f"{len(alike)} rounds were answered under this package, policy.max_rounds allows no"
@@ -231,11 +219,8 @@ class Client:
     def _log(self, request: Request, error: Exception) -> None:
         """Log an error on this machine: the message of a PolicyError or PayloadError, else only the
         exception type, since its message may contain private text."""
-        what = (
-            first_line(error)
-            if isinstance(error, PolicyError | PayloadError)
-            else type(error).__name__
-        )
+        ours = isinstance(error, PolicyError | PayloadError)
+        what = first_line(error) if ours else type(error).__name__
         self._info(f"round {request.round}: not done: {what}")
 
 
@@ -273,9 +258,7 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
         listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
         place = Path(party.state) / "flower"
-        processes = Processes(
-            place, {"FLWR_HOME": str((place / "home").resolve()), SOCKET: listening.path}
-        )
+        processes = Processes(place, listening.path)
         stack.callback(processes.stop)
         node = Node(party, place, processes, callbacks)
         callbacks.info(
@@ -293,9 +276,8 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
         finished = False
         while not finished:
             channel = listening.accept(check)
-            with contextlib.suppress(
-                DeploymentError, OSError, ValueError
-            ):  # whoever asked has gone, or was nobody of ours
+            # whoever asked may have gone, or be nobody of ours
+            with contextlib.suppress(DeploymentError, OSError, ValueError):
                 _, (message,) = channel.receive()
                 finished = message == END
                 working = worker.submit(client.respond, message) if not finished else None
@@ -316,12 +298,8 @@ class Node:
     def __init__(
         self, party: PartyConfig, place: Path, processes: Processes, callbacks: Callbacks
     ) -> None:
-        self._party, self._place, self._processes, self._info = (
-            party,
-            place,
-            processes,
-            callbacks.info,
-        )
+        self._party, self._place, self._processes = party, place, processes
+        self._info = callbacks.info
         self._started, self._refused, self._short = -PAUSE, 0.0, 0
 
     def keep_running(self) -> None:
@@ -364,12 +342,10 @@ class Node:
 
 
 class ServerProbe:
-    """Checks every `every` seconds whether the server is reachable, and reports changes."""
+    """Checks every five seconds whether the server is reachable, and reports changes."""
 
-    def __init__(
-        self, host: str, port: int, authority: Path, callbacks: Callbacks, every: float = 5.0
-    ) -> None:
-        self._address, self._every, self._info = (host, port), every, callbacks.info
+    def __init__(self, host: str, port: int, authority: Path, callbacks: Callbacks) -> None:
+        self._address, self._info = (host, port), callbacks.info
         try:
             self._context = ssl.create_default_context(cafile=str(authority))
         except (OSError, ssl.SSLError) as error:
@@ -387,6 +363,7 @@ class ServerProbe:
         """
         if time.monotonic() < self._next:
             return
+        reached, where = False, written(*self._address)
         try:
             with (
                 socket.create_connection(self._address, 2) as plain,
@@ -394,11 +371,10 @@ class ServerProbe:
             ):
                 reached = True
         except ssl.SSLCertVerificationError as error:
-            reached = False
             wrong = (
-                f"the certificate of the server at {written(*self._address)} does not verify"
-                f" against ca.crt ({error.verify_message}): check `server` and `keys`, and ask the"
-                " owner of the model"
+                f"the certificate of the server at {where} does not verify against ca.crt"
+                f" ({error.verify_message}): check `server` and `keys`, and ask the owner of the"
+                " model"
             )
             if not self._once:
                 raise CredentialError(wrong) from error
@@ -408,58 +384,34 @@ class ServerProbe:
             reached = False
         self._once = self._once or reached
         if reached != self._reached:
-            self._info(
-                "the server answers again"
-                if reached
-                else (
-                    f"the server does not answer at {written(*self._address)}; this client keeps"
-                    " trying"
-                )
-            )
-        self._reached, self._next = reached, time.monotonic() + self._every
+            away = f"the server does not answer at {where}; this client keeps trying"
+            self._info("the server answers again" if reached else away)
+        self._reached, self._next = reached, time.monotonic() + 5.0
 
 
 def supernode_command(party: PartyConfig, port: int, secret: Path) -> list[str]:
     """Flower's own command for a client's SuperNode, which starts nothing by itself."""
-    keys = Path(party.keys)
-    alone = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
-    tls = [
-        "--root-certificates",
-        str(keys / CA),
-        "--auth-supernode-private-key",
-        str(keys / CLIENT_KEY),
-    ]
     return [
         "flower-supernode",
-        "--superlink",
-        party.server,
-        *tls,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        *alone,
+        *options(
+            superlink=party.server,
+            root_certificates=Path(party.keys) / CA,
+            auth_supernode_private_key=Path(party.keys) / CLIENT_KEY,
+            host="127.0.0.1",
+            port=port,
+            isolation="process",
+            superexec_auth_secret_file=secret,
+        ),
     ]
 
 
 def executor_command(port: int, secret: Path) -> list[str]:
     """The pinned executor beside a SuperNode."""
-    address = ["--runtime-api-address", f"127.0.0.1:{port}", "--insecure"]
-    return [
-        sys.executable,
-        "-P",
-        "-m",
-        "fedsp.deployment.restricted_executor",
-        "superexec",
-        *address,
-        "--superexec-auth-secret-file",
-        str(secret),
-    ]
+    address = f"127.0.0.1:{port}"
+    return command(
+        "superexec", runtime_api_address=address, insecure=True, superexec_auth_secret_file=secret
+    )
 
 
 def _amount(message: Message) -> str:
     return f"{sum(message.sizes().values()):,} bytes"
-
-
-def _figures(losses: dict[str, float]) -> str:
-    return ", ".join(f"{name} loss {loss:.3f}" for name, loss in losses.items())

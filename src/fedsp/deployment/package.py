@@ -149,30 +149,26 @@ def hold_against_policy(
             f"data.train holds {examples} examples, policy.min_examples asks for"
             f" {policy.min_examples} before anything is trained on them"
         )
-    private = agreement.privacy.unit == "example"
+    privacy, budget = agreement.privacy, policy.max_epsilon
+    private = privacy.unit == "example"
     if policy.require_differential_privacy and not private:
         raise PolicyError(
             "the run has no differential privacy at the client, policy.require_differential_privacy"
             " asks for it"
         )
-    if policy.max_epsilon is not None and not private:
+    if budget is not None and not private:
         raise PolicyError(
             "the run has no differential privacy at the client, so no epsilon holds, and"
-            f" policy.max_epsilon = {policy.max_epsilon:g} asks for one"
+            f" policy.max_epsilon = {budget:g} asks for one"
         )
-    if (
-        policy.max_epsilon is not None
-        and agreement.privacy.epsilon is not None
-        and agreement.privacy.epsilon > policy.max_epsilon
-    ):
+    if budget is not None and privacy.epsilon is not None and privacy.epsilon > budget:
         raise PolicyError(
-            f"the run may cost epsilon = {agreement.privacy.epsilon:g}, policy.max_epsilon allows"
-            f" {policy.max_epsilon:g}"
+            f"the run may cost epsilon = {privacy.epsilon:g}, policy.max_epsilon allows {budget:g}"
         )
-    if private and agreement.privacy.delta > policy.max_delta:
+    if private and privacy.delta > policy.max_delta:
         raise PolicyError(
-            f"the run promises its epsilon at delta = {agreement.privacy.delta:g}, policy.max_delta"
-            f" allows {policy.max_delta:g}"
+            f"the run promises its epsilon at delta = {privacy.delta:g}, policy.max_delta allows"
+            f" {policy.max_delta:g}"
         )
     if policy.plans and auxiliary.plan not in [
         parse_plan(plan, auxiliary.prompt_shape.layers) for plan in policy.plans

@@ -16,146 +16,27 @@ from fedsp.errors import AuxiliaryError, did_you_mean
 from fedsp.models.loading import known_keys
 from fedsp.storage import parse_json
 
-FILES = frozenset(
-    [
-        "agreement.json",
-        "auxiliary.json",
-        "signature",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "tokenizer.model",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "spm.model",
-        "source.spm",
-        "target.spm",
-        "chat_template.jinja",
-    ]
-)
-FAMILIES = frozenset(
-    [
-        "afmoe",
-        "apertus",
-        "arcee",
-        "aria_text",
-        "bart",
-        "beam",
-        "bert",
-        "bert-generation",
-        "bigbird_pegasus",
-        "biogpt",
-        "bitnet",
-        "blenderbot",
-        "blenderbot-small",
-        "bloom",
-        "codegen",
-        "cohere",
-        "cohere2",
-        "cohere2_moe",
-        "cohere_compass_text",
-        "ctrl",
-        "cwm",
-        "diffllama",
-        "doge",
-        "dots1",
-        "electra",
-        "ernie",
-        "ernie4_5",
-        "ernie4_5_moe",
-        "exaone4",
-        "exaone_moe",
-        "falcon",
-        "flex_olmo",
-        "flint",
-        "fuyu",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "glm4_moe",
-        "got_ocr2",
-        "gpt-sw3",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "gpt_neox",
-        "gpt_neox_japanese",
-        "gpt_oss",
-        "gptj",
-        "granite",
-        "granite_swa",
-        "granitemoe",
-        "granitemoe_swa",
-        "granitemoeshared",
-        "helium",
-        "hunyuan_v1_dense",
-        "hunyuan_v1_moe",
-        "hy_v3",
-        "hyperclovax",
-        "internlm3",
-        "iquestcoder",
-        "jais2",
-        "jetmoe",
-        "kolibri1",
-        "laguna",
-        "lfm2",
-        "lfm2_moe",
-        "llama",
-        "llama4",
-        "llama4_text",
-        "marian",
-        "mbart",
-        "mellum",
-        "minimax_m2",
-        "minimax_m3_vl_text",
-        "ministral",
-        "ministral3",
-        "mistral",
-        "mixtral",
-        "modernbert-decoder",
-        "moshi",
-        "moss_transcribe_diarize",
-        "mpt",
-        "mvp",
-        "nanochat",
-        "nemotron",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-        "opt",
-        "pegasus",
-        "persimmon",
-        "phi",
-        "phi3",
-        "phi4_multimodal",
-        "phimoe",
-        "plbart",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "roformer",
-        "seed_oss",
-        "smollm3",
-        "solar_open",
-        "stablelm",
-        "starcoder2",
-        "trocr",
-        "vaultgemma",
-        "whisper",
-        "xglm",
-    ]
-)
+_FILE_NAMES = """
+agreement.json auxiliary.json signature config.json model.safetensors tokenizer.json
+tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt
+tokenizer.model spiece.model sentencepiece.bpe.model spm.model source.spm target.spm
+chat_template.jinja
+"""
+FILES = frozenset(_FILE_NAMES.split())
+_MODEL_TYPES = """
+afmoe apertus arcee aria_text bart beam bert bert-generation bigbird_pegasus biogpt bitnet
+blenderbot blenderbot-small bloom codegen cohere cohere2 cohere2_moe cohere_compass_text ctrl cwm
+diffllama doge dots1 electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint
+fuyu gemma gemma2 gemma3 gemma3_text glm glm4 glm4_moe got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo
+gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
+granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder
+jais2 jetmoe kolibri1 laguna lfm2 lfm2_moe llama llama4 llama4_text marian mbart mellum minimax_m2
+minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder moshi
+moss_transcribe_diarize mpt mvp nanochat nemotron olmo olmo2 olmo3 olmoe opt pegasus persimmon phi
+phi3 phi4_multimodal phimoe plbart qwen2 qwen2_moe qwen3 qwen3_moe roformer seed_oss smollm3
+solar_open stablelm starcoder2 trocr vaultgemma whisper xglm
+"""
+FAMILIES = frozenset(_MODEL_TYPES.split())
 """The model types (`model_type`) that a package may have: those that pass `make families`. Others
 may need compilers or code from the hub when they are built."""
 

@@ -10,16 +10,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-from fedsp import QUIET
+from fedsp.deployment.ipc import SOCKET
 from fedsp.errors import ConfigurationError, DeploymentError
 
 START = 120.0
 """Seconds that Flower's processes may take to start."""
 
-FLOWER = QUIET | {
+FLOWER = {
     "OMP_NUM_THREADS": "1",  # the cores are left to those that compute
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
@@ -30,16 +29,18 @@ FLOWER = QUIET | {
 
 
 class Processes:
-    """Flower's processes of one party, each under a watchdog and with a log of its own."""
+    """Flower's processes of one party, each under a watchdog and with a log of its own in `place`;
+    `socket` leads to the party's own process."""
 
-    def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
-        logs.mkdir(parents=True, exist_ok=True)
-        self._logs = logs
-        self.environment = {
+    def __init__(self, place: Path, socket: str) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        self._logs = place
+        self._environment = {
             **os.environ,
             **FLOWER,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-            **environment,
+            "FLWR_HOME": str((place / "home").resolve()),
+            SOCKET: socket,
         }
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._since: dict[str, int] = {}
@@ -51,7 +52,7 @@ class Processes:
         with open(path, "ab") as log:
             watched = [sys.executable, "-P", "-m", "fedsp.deployment.watchdog", *command]
             self._running[name] = subprocess.Popen(
-                watched, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment
+                watched, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self._environment
             )
 
     def once(self, *command: str) -> str:
@@ -62,20 +63,13 @@ class Processes:
         """
         try:
             done = subprocess.run(
-                command,
-                env=self.environment,
-                capture_output=True,
-                text=True,
-                timeout=START,
-                check=False,
+                command, env=self._environment, capture_output=True, text=True, timeout=START
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise DeploymentError(f"`{' '.join(command[:3])} ...` failed: {error}") from error
         if done.returncode:
-            raise DeploymentError(
-                f"`{' '.join(command[:3])} ...` failed:"
-                f" {(done.stdout + done.stderr).strip()[-300:]}"
-            )
+            said = (done.stdout + done.stderr).strip()[-300:]
+            raise DeploymentError(f"`{' '.join(command[:3])} ...` failed: {said}")
         return done.stdout
 
     def check(self) -> None:
@@ -112,6 +106,17 @@ class Processes:
         self._running.clear()
 
 
+def options(**values: object) -> list[str]:
+    """Options of a command: `--a-name value` for a_name=value, `--a-name` for a_name=True; what is
+    False or None is left out."""
+    given = {name: value for name, value in values.items() if value not in (False, None)}
+    return [
+        part
+        for name, value in given.items()
+        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
+    ]
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
@@ -126,22 +131,18 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
         ConfigurationError: it is not valid; `key` is the setting that the message names.
     """
     host, _, port = text.rpartition(":")
-    if (
-        not host
-        or not (port.isascii() and port.isdecimal())
-        or len(port) > 5
-        or not 0 < int(port) < 65536
-    ):
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ConfigurationError(
             f"{key}: {text[:80]!r} is not a valid host:port, such as 0.0.0.0:8000 or [::]:8000"
         )
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if (":" in host) != (bare != host) or (bare != host and not _is_ipv6(bare)):
+    bracketed = host.startswith("[") and host.endswith("]")
+    bare = host[1:-1] if bracketed else host
+    if bracketed != (":" in host) or (bracketed and not _is_ip(bare.partition("%")[0])):
         raise ConfigurationError(
             f"{key}: {text!r} is not a valid host:port: write an IPv6 address in brackets, such as"
             " [::1]:8000"
         )
-    if bare == host and not (
+    if not bracketed and not (
         re.fullmatch(HOST, host)
         and len(host) <= 253
         and (not host.rpartition(".")[2].isdecimal() or _is_ip(host))
@@ -163,18 +164,9 @@ def _is_ip(host: str) -> bool:
     return False
 
 
-def _is_ipv6(host: str) -> bool:
-    return ":" in host and _is_ip(host.partition("%")[0])
-
-
 def written(host: str, port: int) -> str:
     """host:port, an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def reached_from_here(host: str) -> str:
-    """The address by which this machine reaches what listens on `host`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def require_free(host: str, port: int, key: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsp.deployment.grid import handle_client_message, limit_memory, make_client_app
+from fedsp.deployment.processes import options
 from fedsp.errors import DeploymentError
 
 REPLACED = {
@@ -45,17 +46,19 @@ def require_pinning() -> None:
             found = importlib.import_module(module)
         except ImportError:
             found = None
-        if not all(hasattr(found, name) for name in names) or not hasattr(
-            getattr(found, "AutoExecPlugin", _Any), "supported_task_types"
-        ):
+        plugin = getattr(found, "AutoExecPlugin", None)
+        complete = all(hasattr(found, name) for name in names)
+        if not complete or (plugin and not hasattr(plugin, "supported_task_types")):
             raise DeploymentError(
                 "this release of Flower cannot be kept from running code that the server sends"
                 f" ({module} is not compatible): install flwr 1.41"
             )
 
 
-class _Any:
-    supported_task_types = ()
+def command(kind: str, **values: object) -> list[str]:
+    """The command that runs this module as one of the two above, with these options."""
+    module = "fedsp.deployment.restricted_executor"
+    return [sys.executable, "-P", "-m", module, kind, *options(**values)]
 
 
 class OnlyOurApp:
@@ -74,25 +77,15 @@ class OnlyOurApp:
         """Start our ClientApp for a task of that kind; start nothing for any other."""
         if spec.task_type != self._client_app:
             return self._refused("only fedsp's own ClientApp is run here")
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "fedsp.deployment.restricted_executor",
+        ours = command(
             "clientapp",
-            "--runtime-api-address",
-            spec.runtime_api_address,
-            "--token",
-            spec.token,
-        ]
-        command += (
-            ["--insecure"]
-            if spec.insecure
-            else ["--root-certificates", str(spec.root_certificates_path)]
+            runtime_api_address=spec.runtime_api_address,
+            token=spec.token,
+            insecure=spec.insecure,
+            root_certificates=None if spec.insecure else spec.root_certificates_path,
+            parent_pid=spec.parent_pid,
         )
-        subprocess.Popen(
-            [*command, *(["--parent-pid", str(spec.parent_pid)] if spec.parent_pid else [])]
-        )
+        subprocess.Popen(ours)
         return self._accepted()
 
     def reconcile(self) -> None:

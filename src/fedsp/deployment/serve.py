@@ -18,19 +18,7 @@ from typing import Any
 
 from fedsp.config import NAME, FederationSection, PartyConfig, RunConfig
 from fedsp.config_file import PRESETS, template_of
-from fedsp.deployment.credentials import (
-    CA,
-    CERTIFICATE,
-    KEY,
-    REGISTER,
-    SIGNING,
-    Member,
-    client_key,
-    has_signed,
-    make_client_credentials,
-    make_server_credentials,
-    read_register,
-)
+from fedsp.deployment import credentials
 from fedsp.deployment.ipc import SOCKET, Socket, SocketLink
 from fedsp.deployment.package import package_digest, read_agreement
 from fedsp.deployment.processes import (
@@ -38,7 +26,7 @@ from fedsp.deployment.processes import (
     Processes,
     free_port,
     host_and_port,
-    reached_from_here,
+    options,
     require_free,
     wait_for_port,
     written,
@@ -48,8 +36,6 @@ from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import PROXY_COUNTS, RunDirectory
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients
-from fedsp.federation.messages import Transport
 from fedsp.federation.transport.remote import Timeouts, remote
 from fedsp.federation.transport.wire import END
 from fedsp.storage import write_bytes
@@ -72,18 +58,15 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
         FedspError: whatever cannot be done; what was done before stands and can be resumed.
     """
     section = _server_section(run.config)
-    register = read_register(Path(section.folder))
+    register = credentials.read_register(Path(section.folder))
     keys = {
-        name: partial(has_signed, client_key(member.public_key))
+        name: partial(credentials.has_signed, credentials.client_key(member.public_key))
         for name, member in register.items()
     }
     with ExitStack() as stack:
         listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
-        processes = Processes(
-            run.path / "flower",
-            {"FLWR_HOME": str((run.path / "flower" / "home").resolve()), SOCKET: listening.path},
-        )
+        processes = Processes(run.path / "flower", listening.path)
         stack.callback(processes.stop)
         if SOCKET in os.environ:
             node_of = _registered_elsewhere(register)
@@ -93,25 +76,19 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
         channel = listening.accept(processes.check, None if SOCKET in os.environ else START)
         stack.callback(channel.close)
         link = SocketLink(channel, processes.check)
-
         package = package_digest(Path(str(run.config.auxiliary.folder)))
-
-        def engine(clients: Clients) -> Transport:
-            timeouts = Timeouts(
-                connect=section.connect_seconds,
-                reply=section.reply_seconds,
-                retry=section.retry_seconds,
-            )
-            return remote(link, node_of, timeouts, run.log_traffic, callbacks.info, package, keys)
-
+        timeouts = Timeouts(
+            connect=section.connect_seconds,
+            reply=section.reply_seconds,
+            retry=section.retry_seconds,
+        )
+        transport = remote(link, node_of, timeouts, run.log_traffic, callbacks.info, package, keys)
         if run.finished:
             _wait_for_nodes(link, node_of)
-        figures = run_experiment(
-            run, engine, callbacks, {name: member.examples for name, member in register.items()}
-        )
-        with contextlib.suppress(
-            DeploymentError
-        ):  # the run is finished, whether its clients hear of it or not
+        examples = {name: member.examples for name, member in register.items()}
+        figures = run_experiment(run, lambda clients: transport, callbacks, examples)
+        # the run is finished, whether its clients hear of it or not
+        with contextlib.suppress(DeploymentError):
             _say_goodbye(link, node_of)
     return figures
 
@@ -125,7 +102,7 @@ def _server_section(config: RunConfig) -> FederationSection:
             " `fedsp federation init` to write a configuration for `fedsp serve`"
         )
     folder = Path(config.federation.folder)
-    for name in (CA, CERTIFICATE, KEY, SIGNING):
+    for name in (credentials.CA, credentials.CERTIFICATE, credentials.KEY, credentials.SIGNING):
         if not (folder / name).is_file():
             raise ConfigurationError(
                 f"federation.folder: there is no {folder / name}; `fedsp federation init` makes it"
@@ -148,7 +125,7 @@ def _server_section(config: RunConfig) -> FederationSection:
     return config.federation
 
 
-def _registered_elsewhere(register: Mapping[str, Member]) -> dict[str, int]:
+def _registered_elsewhere(register: Mapping[str, credentials.Member]) -> dict[str, int]:
     nodes = {name: member.node for name, member in register.items()}
     unknown = sorted(name for name, node in nodes.items() if not isinstance(node, int))
     if unknown:
@@ -161,7 +138,7 @@ def _registered_elsewhere(register: Mapping[str, Member]) -> dict[str, int]:
 
 def _start_superlink(
     section: FederationSection,
-    register: dict[str, Member],
+    register: dict[str, credentials.Member],
     place: Path,
     processes: Processes,
     callbacks: Callbacks,
@@ -173,18 +150,17 @@ def _start_superlink(
     require_free(host, port, "federation.listen")
     inner = free_port()
     processes.start("superlink", *superlink_command(folder, inner))
-    home = Path(processes.environment["FLWR_HOME"])
     link = (
         f'[superlink]\ndefault = "{LINK}"\n\n[superlink.{LINK}]\naddress ='
-        f' "127.0.0.1:{inner}"\nroot-certificates = "{(folder / CA).resolve()}"\n'
+        f' "127.0.0.1:{inner}"\nroot-certificates = "{(folder / credentials.CA).resolve()}"\n'
     )
-    write_bytes(home / "config.toml", link.encode())
+    write_bytes(place / "home" / "config.toml", link.encode())
     wait_for_port("127.0.0.1", inner, "superlink", processes)
     node_of = {name: _register(processes, member.public_key) for name, member in register.items()}
-    processes.start(
-        "proxy", *proxy_command(host, port, inner, folder, place / PROXY_COUNTS)
-    )  # only now: a key that is not registered yet is turned away for good
-    wait_for_port(reached_from_here(host), port, "proxy", processes)
+    # only now: a key that is not registered yet is turned away for good
+    processes.start("proxy", *proxy_command(host, port, inner, folder, place / PROXY_COUNTS))
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    wait_for_port(here, port, "proxy", processes)
     bundle = place / "app"
     shutil.rmtree(bundle, ignore_errors=True)
     shutil.copytree(APP, bundle, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
@@ -198,39 +174,24 @@ def _start_superlink(
 
 def superlink_command(folder: Path, port: int) -> list[str]:
     """Flower's own command for a SuperLink that only this machine reaches."""
-    tls = [
-        "--ssl-certfile",
-        str(folder / CERTIFICATE),
-        "--ssl-keyfile",
-        str(folder / KEY),
-        "--ssl-ca-certfile",
-        str(folder / CA),
-    ]
     return [
         "flower-superlink",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        *tls,
-        "--enable-supernode-auth",
-        "--disable-runtime-dependency-installation",
+        *options(
+            host="127.0.0.1",
+            port=port,
+            ssl_certfile=folder / credentials.CERTIFICATE,
+            ssl_keyfile=folder / credentials.KEY,
+            ssl_ca_certfile=folder / credentials.CA,
+            enable_supernode_auth=True,
+            disable_runtime_dependency_installation=True,
+        ),
     ]
 
 
 def proxy_command(host: str, port: int, superlink: int, folder: Path, counts: Path) -> list[str]:
     """The command of the proxy between clients and the SuperLink."""
-    return [
-        sys.executable,
-        "-P",
-        "-m",
-        "fedsp.deployment.fleet_proxy",
-        host,
-        str(port),
-        str(superlink),
-        str(folder),
-        str(counts.resolve()),
-    ]
+    arguments = [host, str(port), str(superlink), str(folder), str(counts.resolve())]
+    return [sys.executable, "-P", "-m", "fedsp.deployment.fleet_proxy", *arguments]
 
 
 def _register(processes: Processes, public_key: Path) -> int:
@@ -296,43 +257,29 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
     if len(set(clients)) != len(clients) or not clients:
         raise ConfigurationError("--clients: give each client once, separated by commas")
     server = folder / "server"
-    make_server_credentials(server, host)
+    credentials.make_server_credentials(server, host)
+    register = (
+        "# The clients of this federation. examples: how much a client's prompt weighs in the"
+        " mean.\n"
+    )
     for name in clients:
-        make_client_credentials(folder / name, server, name)
+        register += f'\n[clients."{name}"]\npublic_key = "clients/{name}.pub"\nexamples = 1\n'
+        credentials.make_client_credentials(folder / name, server, name)
         settings = {
             "name": name,
             "server": address,
             "data": {"train": "questions.jsonl"},
             "package": {"sha256": "the digest that the owner of the model tells you"},
         }
-        write_bytes(
-            folder / name / "party.toml",
-            template_of(
-                PartyConfig,
-                settings,
-                f"The configuration of {name}. File names are taken from this folder.",
-            ).encode(),
-        )
-    entries = "".join(
-        f'\n[clients."{name}"]\npublic_key = "clients/{name}.pub"\nexamples = 1\n'
-        for name in clients
-    )
-    write_bytes(
-        server / REGISTER,
-        "# The clients of this federation. examples: how much a client's prompt weighs in the"
-        f" mean.\n{entries}".encode(),
-    )
+        title = f"The configuration of {name}. File names are taken from this folder."
+        party = template_of(PartyConfig, settings, title)
+        write_bytes(folder / name / "party.toml", party.encode())
+    write_bytes(server / credentials.REGISTER, register.encode())
     values = {
         "preset": "messenger",
         "auxiliary": {"folder": "package"},
         "federation": {"folder": ".", "listen": written("::" if ":" in host else "0.0.0.0", port)},
     }
-    write_bytes(
-        server / "run.toml",
-        template_of(
-            RunConfig,
-            values,
-            "The run of a federation. File names are taken from this folder, but for output.",
-            PRESETS["messenger"],
-        ).encode(),
-    )
+    title = "The run of a federation. File names are taken from this folder, but for output."
+    run = template_of(RunConfig, values, title, PRESETS["messenger"])
+    write_bytes(server / "run.toml", run.encode())

@@ -15,7 +15,6 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsp import QUIET
 from fedsp.config_file import read_config
 from fedsp.data.dataset import load_dataset
 from fedsp.deployment.grid import GridLink, make_client_app
@@ -32,12 +31,6 @@ from fedsp.federation.transport.request_handler import answer
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import choose_device, reduce_precision
 
-ENVIRONMENT = QUIET | {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",  # Ray's 15 starves the clients on a machine that does anything else
-}
-
 
 def simulate(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
     """The whole of a run, or what is left of it; returns the figures of `result.json`.
@@ -45,8 +38,9 @@ def simulate(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
     Raises:
         FedspError: whatever cannot be done.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's 15 starves the clients on a machine that does anything else
+    os.environ.setdefault("RAY_worker_niceness", "0")
     logging.getLogger("flwr").setLevel(logging.ERROR)
     from flwr.simulation import run_simulation
 
@@ -129,10 +123,9 @@ def _opened(folder: str) -> Clients:
     run = RunDirectory.open(Path(folder))
     torch.set_num_threads(run.threads)
     config = run.config
-    device = choose_device(config.model.device)
     auxiliary = load_auxiliary(
         Path(config.auxiliary.folder or run.auxiliary),
-        device=device,
+        device=choose_device(config.model.device),
         positions=config.model.positions,
     )
     reduce_precision(auxiliary, config.auxiliary.precision, "auxiliary.precision")

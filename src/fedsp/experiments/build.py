@@ -3,41 +3,30 @@ FedSP and every baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
-from fedsp.config import Agreement, LoraSection, RunConfig
+from fedsp.config import Agreement, RunConfig
 from fedsp.data.dataset import FederatedDataset
 from fedsp.data.encoding import Encoded, Tokenizer, encode_targets
 from fedsp.errors import ConfigurationError
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import (
-    Server,
-    initial_prompt,
-    make_auxiliary,
-    token_limit,
-)
+from fedsp.experiments.server_setup import Server, initial_prompt, make_auxiliary, token_limit
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.attacks import Attack, make_attack
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import (
-    Clients,
-    absent_clients,
-    client_prompt,
-    make_method,
-    make_party,
-    require_independence,
-)
+from fedsp.federation.clients import Clients, absent_clients, client_prompt, make_method, make_party
 from fedsp.federation.methods.base import Method
-from fedsp.federation.methods.registry import find_method
+from fedsp.federation.methods.registry import Setup, find_method
 from fedsp.federation.party import Party
-from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan, disclosed_share, parse_plan
+from fedsp.models.auxiliary import AuxiliaryModel, disclosed_share, parse_plan
 from fedsp.models.loading import reduce_precision
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.models.trainable import Messenger
 from fedsp.privacy import LEDGER, Ledger
+from fedsp.training.dp_sgd import examples_together
 
 
 @dataclass(kw_only=True)
@@ -58,64 +47,45 @@ class Federation:
     disclosed_share: float = 0.0
     attack: Attack | None = None
 
-
-@dataclass
-class MethodSetup:
-    """What a run offers to a method that builds its two sides
-    (`fedsp.federation.methods.registry.Setup`). `run` is None where only the server is opened."""
-
-    server: Server
-    run: RunDirectory | None = None
-    callbacks: Callbacks | None = None
-
-    @property
-    def model(self) -> PromptedLM:
-        return self.server.model
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.server.tokenizer
-
-    @property
-    def seed(self) -> int:
-        return self.server.config.seed
-
-    @property
-    def lora(self) -> LoraSection:
-        return self.server.config.lora
-
-    @cached_property
-    def plan(self) -> LayerPlan:
-        section = self.server.config.auxiliary
-        return parse_plan(section.plan, self.model.shape.layers, section.prompt_layers)
-
-    def initial_prompt(self) -> SoftPrompt:
-        return initial_prompt(self.server)
-
-    def package(self) -> AuxiliaryModel:
-        assert self.run is not None
-        return make_auxiliary(self.server, self.run.auxiliary, self.callbacks or Callbacks())
+    def server(self, examples: Sequence[Encoded], run: RunDirectory) -> Party:
+        """The server's side of a run as a party, with the examples that it trains on."""
+        return Party(
+            id="server",
+            model=self.model,
+            messenger=self.messenger,
+            examples=examples,
+            store=run.state_store("server"),
+        )
 
 
-def server_side(server: Server) -> tuple[PromptedLM, Messenger]:
-    """The server's model under a run's method, and the messenger in its initial state.
+def method_setup(
+    server: Server, run: RunDirectory | None = None, callbacks: Callbacks | None = None
+) -> Setup:
+    """What a run offers to a method that builds its two sides; `run` is None where only the server
+    is opened."""
+    section = server.config.auxiliary
 
-    Raises:
-        FedspError: the configuration does not fit the model.
-    """
-    return find_method(server.config.method).server_side(MethodSetup(server))
+    def package() -> AuxiliaryModel:
+        assert run is not None
+        return make_auxiliary(server, run.auxiliary, callbacks or Callbacks())
+
+    return Setup(
+        model=server.model,
+        tokenizer=server.tokenizer,
+        seed=server.config.seed,
+        lora=server.config.lora.model_dump(),
+        plan=lambda: parse_plan(section.plan, server.model.shape.layers, section.prompt_layers),
+        initial_prompt=partial(initial_prompt, server),
+        package=package,
+    )
 
 
 def build_federation(
     server: Server, run: RunDirectory, callbacks: Callbacks, register: dict[str, int] | None
 ) -> Federation:
-    """Both sides of a run's method. With a `register` the clients' text is on other machines.
-
-    Raises:
-        FedspError: something cannot be opened, or does not fit.
-    """
+    """Both sides of a run's method. With a `register` the clients' text is on other machines."""
     config, dataset = server.config, server.dataset
-    entry, setup = find_method(config.method), MethodSetup(server, run, callbacks)
+    entry, setup = find_method(config.method), method_setup(server, run, callbacks)
     agreement, attack = agreement_of(config, server.max_tokens), make_attack(config, dataset)
     model, messenger = entry.server_side(setup)
     asks = (
@@ -204,7 +174,9 @@ def clients_here(
     """
     private = agreement.privacy.unit == "example"
     if private:
-        require_independence(model, messenger(), agreement.max_tokens)
+        prompt = messenger()
+        assert isinstance(prompt, SoftPrompt)
+        examples_together(model, prompt, agreement.max_tokens)
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:
@@ -214,8 +186,10 @@ def clients_here(
 
     def party(client: str) -> Party:
         store = run.state_store(f"client {client}")
-        made = make_party(client, agreement, model, messenger(), encoded(client), store)
-        return replace(made, ledger=Ledger(store.folder / LEDGER)) if private else made
+        ledger = Ledger(store.folder / LEDGER) if private else None
+        return make_party(
+            client, agreement, model, messenger(), encoded(client), store, ledger=ledger
+        )
 
     return Clients(
         method=method,

@@ -10,14 +10,12 @@ backward pass, each storage once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedsp.data.encoding import Batch, training_batches
 from fedsp.data.seeding import derive_seed
@@ -38,24 +36,19 @@ def measure(method: Method, party: Party, side: Side, seed: int) -> Figures:
     What is in place is used and not changed.
     """
     works = method.work(party, side)
-    tuned = party.messenger.trained()
-    held = {
-        id(parameter): parameter
-        for parameter in [*trainable(party.model.model).values(), *tuned.values()]
-    }
+    tuned, own = party.messenger.trained(), trainable(party.model.model)
+    of_the_model = {id(parameter) for parameter in party.model.parameters()}
+    held = {id(parameter): parameter for parameter in [*own.values(), *tuned.values()]}
     added = sum(
         parameter.numel()
         for name, parameter in tuned.items()
-        if not _is_of(party, parameter) or ".lora_" in name
+        if id(parameter) not in of_the_model or ".lora_" in name
     )
     weights = sum(parameter.numel() * parameter.element_size() for parameter in held.values())
     _ = party.model.packs_branches  # tried out before anything is counted
-    figures: Figures = {
-        "operations": 0.0,
-        "tokens": 0.0,
-        "seconds": 0.0,
-        "memory_bytes": float(weights),
-    }
+    trained: dict[int, int] = {}
+    operations = tokens = seconds = 0.0
+    memory = weights
     for work in works:
         batches = list(
             training_batches(
@@ -65,64 +58,35 @@ def measure(method: Method, party: Party, side: Side, seed: int) -> Figures:
                 seed=derive_seed(seed, work.stage.seed_label),
             )
         )
-        with _alone(party, work):
-            figures["tokens"] += sum(int(batch.attention_mask.sum()) for batch in batches)
-            figures["operations"] += _operations(
-                lambda work=work, batches=batches: _pass(party, work, batches)  # type: ignore[misc]
-            )
-            figures["seconds"] += _seconds(party, work, batches)
-            trained = sum(4 * parameter.numel() for parameter in work.target.trained().values())
-            figures["memory_bytes"] = max(
-                figures["memory_bytes"],
-                float(weights + 3 * trained + _activations(party, work, batches)),
-            )
+        sizes = {id(parameter): parameter.numel() for parameter in work.target.trained().values()}
+        trained |= sizes
+        # as in a round: what the messenger trains but this stage does not is frozen
+        with gradients_set([one for one in tuned.values() if id(one) not in sizes], False):
+            tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
+            with _counter() as counter:
+                _pass(party, work, batches)
+            operations += counter.get_total_flops()
+            started = time.perf_counter()
+            _pass(party, work, batches)
+            if party.model.device.type == "cuda":
+                torch.cuda.synchronize(party.model.device)
+            seconds += time.perf_counter() - started
+            kept = _activations(party, work, batches)
+            memory = max(memory, weights + 3 * 4 * sum(sizes.values()) + kept)
     total = sum(parameter.numel() for parameter in held.values())
-    return figures | {
-        "tokens_per_second": figures["tokens"] / figures["seconds"] if figures["seconds"] else 0.0,
+    return {
+        "operations": operations,
+        "tokens": tokens,
+        "seconds": seconds,
+        "memory_bytes": float(memory),
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
         "model_parameters": float(total - added),
         "parameters_held": float(total),
-        "parameters_trained": float(
-            sum(
-                {
-                    id(p): p.numel() for work in works for p in work.target.trained().values()
-                }.values()
-            )
-        ),
+        "parameters_trained": float(sum(trained.values())),
         "parameters_sent": float(
             sum(tensor.numel() for tensor in party.messenger.payload().values())
         ),
     }
-
-
-def _is_of(party: Party, parameter: nn.Parameter) -> bool:
-    return any(parameter is own for own in party.model.parameters())
-
-
-def _alone(party: Party, work: Work) -> AbstractContextManager[None]:
-    """Freeze what the messenger trains but this stage does not, as a round does."""
-    target = {id(parameter) for parameter in work.target.trained().values()}
-    return gradients_set(
-        [
-            parameter
-            for parameter in party.messenger.trained().values()
-            if id(parameter) not in target
-        ],
-        False,
-    )
-
-
-def _operations(work: Callable[[], object]) -> float:
-    with _counter() as counter:
-        work()
-    return float(counter.get_total_flops())
-
-
-def _seconds(party: Party, work: Work, batches: list[Batch]) -> float:
-    started = time.perf_counter()
-    _pass(party, work, batches)
-    if party.model.device.type == "cuda":
-        torch.cuda.synchronize(party.model.device)
-    return time.perf_counter() - started
 
 
 def _activations(party: Party, work: Work, batches: list[Batch]) -> int:
@@ -158,21 +122,12 @@ def _pass(party: Party, work: Work, batches: Iterable[Batch]) -> None:
             value.backward()  # type: ignore[no-untyped-call]
 
 
-def _counter() -> AbstractContextManager[Any]:
+def _counter() -> FlopCounterMode:
     """Torch's FLOP counter, extended by the CPU attention kernel, which it does not count by
     itself."""
-    operations: Any = torch.ops.aten
-
-    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-    def backward(
-        gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
-    ) -> int:
-        return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
-
-    kernels = {
-        operations._scaled_dot_product_flash_attention_for_cpu: forward,
-        operations._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=kernels)
+    counter = FlopCounterMode(display=False)
+    for way in ("", "_backward"):
+        counted = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{way}")
+        kernel = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{way}")
+        counter.flop_registry[kernel] = counter.flop_registry[counted]
+    return counter

@@ -12,8 +12,9 @@ import torch
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
 from fedsp.data.dataset import load_dataset
-from fedsp.experiments.server_setup import EMBEDDED, evaluate_prompt, make_auxiliary, open_server
+from fedsp.experiments.server_setup import EMBEDDED, make_auxiliary, open_server, score_test
 from fedsp.experiments.start import Figures, require_new, start_run
+from fedsp.experiments.study import merge
 from fedsp.federation.callbacks import Callbacks
 
 DEMO: Figures = {
@@ -48,12 +49,9 @@ DEMO_ROWS: dict[str, Figures] = {
 
 def demo_config(method: str, *, seed: int, folder: Path, auxiliary: Path | None) -> RunConfig:
     """The configuration of one row of the demo's table; all rows share one auxiliary model."""
-    values: Figures = {"seed": seed, "output": str(folder / method), **DEMO}
-    if auxiliary:
-        values = {**values, "auxiliary": {**values["auxiliary"], "folder": str(auxiliary)}}
-    for section, changes in DEMO_ROWS[method].items():
-        values[section] = {**values.get(section, {}), **changes}
-    return make_config(values, "the demo")
+    own = {"seed": seed, "output": str(folder / method)}
+    made = {"auxiliary": {"folder": str(auxiliary)}} if auxiliary else {}
+    return make_config(merge(DEMO, own, made, DEMO_ROWS[method]), "the demo")
 
 
 def demo(
@@ -82,14 +80,8 @@ def demo(
     make_auxiliary(server, auxiliary, callbacks)
     callbacks.info(f"distilled in {time.perf_counter() - started:.0f} s")
     started = time.perf_counter()
-    figures = evaluate_prompt(
-        server.model,
-        None,
-        server.dataset.test,
-        server.dataset.task,
-        server.tokenizer,
-        server.max_tokens,
-    )
+    test, task = server.dataset.test, server.dataset.task
+    figures, _ = score_test(server.model, None, test, task, server.tokenizer, server.max_tokens)
     rows: list[Figures] = [
         {"method": "zero-shot", **figures, "bytes": 0, "seconds": time.perf_counter() - started}
     ]

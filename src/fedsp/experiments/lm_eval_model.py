@@ -45,11 +45,8 @@ class TunedPrompt(LM):  # type: ignore[misc]
         if not Path(run).is_dir():
             raise RunError(f"run={run}: there is no such folder")
         opened = open_run(run)
-        self._model, self._tokenizer, self._max_tokens = (
-            opened.model,
-            opened.server.tokenizer,
-            opened.server.max_tokens,
-        )
+        self._model, self._tokenizer = opened.model, opened.server.tokenizer
+        self._max_tokens = opened.server.max_tokens
         self._prefix = opened.prefix(zero_shot=str(zero_shot).lower() == "true")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -71,12 +68,7 @@ class TunedPrompt(LM):  # type: ignore[misc]
         ]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Not supported: a prompt is tuned for answers that follow a context, which whole texts do
-        not have.
-
-        Raises:
-            RunError: always.
-        """
+        """Not supported: whole texts have no context for an answer to follow. Raises RunError."""
         raise RunError(
             "this task asks for the likelihood of whole texts, which a prompt tuned on answers does"
             " not support: choose a task with questions"
@@ -95,11 +87,8 @@ class TunedPrompt(LM):  # type: ignore[misc]
 
     def _generate(self, context: str, asked: dict[str, Any]) -> str:
         settings: dict[str, Any] = dict(normalize_gen_kwargs(asked))
-        most, sampled, temperature = (
-            int(settings.pop("max_gen_toks")),
-            settings.pop("do_sample"),
-            float(settings.pop("temperature", 0.0)),
-        )
+        most, sampled = int(settings.pop("max_gen_toks")), settings.pop("do_sample")
+        temperature = float(settings.pop("temperature", 0.0))
         stops = [stop for stop in settings.pop("until") if stop]
         if settings:
             raise RunError(

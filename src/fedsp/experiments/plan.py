@@ -7,7 +7,7 @@ pass to the inputs (2 forwards' worth); a step on the weights needs 3.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from fedsp.config import RunConfig
 from fedsp.errors import FedspError, ModelError, first_line
 from fedsp.experiments.server_setup import model_name
-from fedsp.federation.codecs import Codec, parse_codec
+from fedsp.federation.codecs import Codec
 from fedsp.federation.compression import write_values
 from fedsp.models.auxiliary import (
     embedding_parameters,
@@ -36,37 +36,10 @@ TEXT_TOKENS = 64
 ANSWER_TOKENS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The figures of `fedsp plan`. Parameters and bytes are counts; operations are per step of one
-    batch; shares are of the global model."""
-
-    model: str
-    layers: list[int]
-    prompt_layers: list[int]
-    global_parameters: int
-    auxiliary_parameters: int
-    ratio: float
-    package_bytes: int
-    prompt_parameters: int
-    bytes_per_message: int
-    bytes_per_round: int
-    bytes_in_all: int
-    client_operations_auxiliary: float
-    client_operations_prompt: float
-    server_operations: float
-    client_memory_bytes: int
-    server_memory_bytes: int
-    disclosed_share: float
-    handed_out_share: float
-    tokens_per_example: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def make_plan(config: RunConfig, clients: int) -> Plan:
-    """Count everything that the configuration implies for a run with so many clients.
+def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
+    """The figures of `fedsp plan`: everything that the configuration implies for a run with so many
+    clients. Parameters and bytes are counts; operations are per step of one batch; shares are of
+    the global model.
 
     Memory is weights in their precision, and gradients and AdamW's moments in float32; activations
     come on top. The disclosed share is what stays bit for bit after distillation; the handed-out
@@ -81,16 +54,14 @@ def make_plan(config: RunConfig, clients: int) -> Plan:
         return _counted(config, clients)
     except FedspError:
         raise
-    except (
-        Exception
-    ) as error:  # a configuration that says by layer, or not at all, what is counted here
+    except Exception as error:  # it says by layer, or not at all, what is counted here
         raise ModelError(
             f"{model_name(config)} cannot be planned for: its configuration does not say what is"
             f" counted ({first_line(error)})"
         ) from error
 
 
-def _counted(config: RunConfig, clients: int) -> Plan:
+def _counted(config: RunConfig, clients: int) -> dict[str, Any]:
     name = model_name(config)
     global_config = read_model_config(name)
     text = global_config.get_text_config()
@@ -108,46 +79,33 @@ def _counted(config: RunConfig, clients: int) -> Plan:
     with torch.device("meta"):
         model = empty_model(global_config)
         auxiliary = empty_auxiliary(planned_config(global_config, plan), plan)
-    require_kinds(
-        find_blocks(model, text.num_hidden_layers, name)[1],
-        find_blocks(auxiliary, plan.depth, name)[1],
-        plan,
-        name,
-    )
+    blocks = find_blocks(auxiliary, plan.depth, name)[1]
+    require_kinds(find_blocks(model, text.num_hidden_layers, name)[1], blocks, plan, name)
     shape = shape_of(global_config)
     spec = PromptSpec(space=config.prompt.space, length=config.prompt.length, model=shape)
     message = len(pack({PROMPT: torch.zeros(spec.shape)}))
     asked = config.round.asked(clients)
     up, change = (
-        _message_bytes(spec, parse_codec(text))
-        for text in (config.compression.up, config.compression.down)
+        _message_bytes(spec, codec) for codec in (config.compression.up, config.compression.down)
     )
-    follows = (
-        asked / clients if clients else 0.0
-    )  # of those asked, how many have the broadcast before
+    follows = asked / clients if clients else 0.0  # of those asked: have the broadcast before
     per_round = round(asked * (up + follows * change + (1 - follows) * message))
     whole, small = _count(model), _count(auxiliary)
-    blocks = find_blocks(auxiliary, plan.depth, name)[1]
-    free = {
-        id(p): p.numel()
-        for block, frozen in zip(blocks, plan.frozen, strict=True)
-        if not frozen
-        for p in block.parameters()
-    }
-    verbatim = (
-        small
-        if not config.distill.steps
-        else small - sum(free.values())
-        if plan.keeps_verbatim
-        else 0
-    )
-    handed = small
+    handed = verbatim = small
+    if config.distill.steps:
+        free = {
+            id(p): p.numel()
+            for block, frozen in zip(blocks, plan.frozen, strict=True)
+            if not frozen
+            for p in block.parameters()
+        }
+        verbatim = small - sum(free.values()) if any(plan.frozen) else 0
     if config.auxiliary.embeddings != "verbatim":
         embeddings = sum(
             parameter.numel() for parameter in embedding_parameters(auxiliary).values()
         )
         handed, verbatim = small - embeddings, max(0, verbatim - embeddings)
-    prompt = spec.bytes // BYTES_PER_NUMBER
+    prompt = math.prod(spec.shape)
     tokens = min(config.data.max_tokens or TEXT_TOKENS, TEXT_TOKENS)
     forward = forward_operations(auxiliary, plan.depth, spec.length, tokens)
     client, server = config.client, config.server
@@ -157,35 +115,36 @@ def _counted(config: RunConfig, clients: int) -> Plan:
     server_precision = (
         "bfloat16" if config.model.precision == "auto" and cuda else config.model.precision
     )
-    return Plan(
-        model=name,
-        layers=list(plan.sources),
-        prompt_layers=list(plan.prompt_layers),
-        global_parameters=whole,
-        auxiliary_parameters=small,
-        ratio=whole / small,
-        package_bytes=small * BYTES_PER_NUMBER,
-        prompt_parameters=prompt,
-        bytes_per_message=message,
-        bytes_per_round=per_round,
-        bytes_in_all=per_round * config.round.rounds + round(asked * follows * (message - change)),
-        client_operations_auxiliary=(
+    whole_at_first = round(asked * follows * (message - change))
+    return {
+        "model": name,
+        "layers": list(plan.sources),
+        "prompt_layers": list(plan.prompt_layers),
+        "global_parameters": whole,
+        "auxiliary_parameters": small,
+        "ratio": whole / small,
+        "package_bytes": small * BYTES_PER_NUMBER,
+        "prompt_parameters": prompt,
+        "bytes_per_message": message,
+        "bytes_per_round": per_round,
+        "bytes_in_all": per_round * config.round.rounds + whole_at_first,
+        "client_operations_auxiliary": (
             3 * forward * client.batch_size if client.auxiliary_steps else 0.0
         ),
-        client_operations_prompt=2 * forward * client.batch_size if client.prompt_steps else 0.0,
-        server_operations=(
+        "client_operations_prompt": 2 * forward * client.batch_size if client.prompt_steps else 0.0,
+        "server_operations": (
             2 * forward_operations(model, shape.layers, spec.length, tokens) * server.batch_size
             if server.steps
             else 0.0
         ),
-        client_memory_bytes=_weight_bytes(auxiliary, plan.depth, config.auxiliary.precision)
+        "client_memory_bytes": _weight_bytes(auxiliary, plan.depth, config.auxiliary.precision)
         + BYTES_PER_NUMBER * (4 * prompt + (3 * small if client.auxiliary_steps else 0)),
-        server_memory_bytes=_weight_bytes(model, shape.layers, server_precision)
+        "server_memory_bytes": _weight_bytes(model, shape.layers, server_precision)
         + BYTES_PER_NUMBER * 4 * prompt,
-        disclosed_share=verbatim / whole,
-        handed_out_share=handed / whole,
-        tokens_per_example=tokens,
-    )
+        "disclosed_share": verbatim / whole,
+        "handed_out_share": handed / whole,
+        "tokens_per_example": tokens,
+    }
 
 
 def _message_bytes(spec: PromptSpec, codec: Codec) -> int:
@@ -214,15 +173,9 @@ def forward_operations(model: Any, depth: int, prompt: int, tokens: int) -> floa
     shape = shape_of(model.config)
     blocks = find_blocks(model, depth, "the model")[1]
     weights: int = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() > 1)
-    attention: float = (
-        4.0 * depth * text.num_attention_heads * shape.head_size * tokens * (prompt + tokens)
-    )
-    operations: float = (
-        2.0 * weights * tokens
-        + attention
-        + 2.0 * shape.hidden * text.vocab_size * min(tokens, ANSWER_TOKENS)
-    )
-    return operations
+    attention = 4 * depth * text.num_attention_heads * shape.head_size * tokens * (prompt + tokens)
+    head = 2 * shape.hidden * text.vocab_size * min(tokens, ANSWER_TOKENS)
+    return float(2 * weights * tokens + attention + head)
 
 
 def _weight_bytes(model: Any, depth: int, precision: Precision) -> int:

@@ -14,28 +14,20 @@ from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.tracking import PUBLISHED, PUBLISHED_BESIDES
 from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.models.prompted_lm import PromptedLM
-from fedsp.privacy import LEDGER, Ledger, Release, epsilon, merged
-from fedsp.training.dp_sgd import ALONE, PrivateSteps
+from fedsp.privacy import LEDGER, Ledger, epsilon, merged
+from fedsp.training.dp_sgd import ALONE
 
 STATEMENT = "privacy_statement.json"
 NOT_COVERED = [
-    (
-        "other runs over the same text: their epsilons add to this one, and only a client's own"
-        " ledger, one for each folder of state, knows of all"
-    ),
-    (
-        "the choice of settings: learning rate, clip, rounds, prompt length, if they were chosen by"
-        " looking at private text"
-    ),
-    (
-        "who was asked and who answered (at client level whoever knows it learns more:"
-        " `epsilon_if_asked_is_known`), and how long an answer took"
-    ),
+    "other runs over the same text: their epsilons add to this one, and only a client's own"
+    " ledger, one for each folder of state, knows of all",
+    "the choice of settings: learning rate, clip, rounds, prompt length, if they were chosen by"
+    " looking at private text",
+    "who was asked and who answered (at client level whoever knows it learns more:"
+    " `epsilon_if_asked_is_known`), and how long an answer took",
     "several examples about one person: the promise is about one unit at a time",
-    (
-        "how many examples a client has: the sampling, the noise and the divisor follow from it,"
-        " and it is taken as known to all"
-    ),
+    "how many examples a client has: the sampling, the noise and the divisor follow from it,"
+    " and it is taken as known to all",
     "text that the server itself trains or validates on, and the text of the distillation",
 ]
 
@@ -61,20 +53,25 @@ def privacy_statement(
         return None
     if config.privacy.unit == "client":
         about = _client_level(run, register)
+    elif config.federation:
+        # each holds the run to its target; without one only the client knows what a round costs it
+        about = _about_examples(config) | {
+            "epsilon": config.privacy.epsilon,
+            "noise_multiplier": config.privacy.noise_multiplier,
+            "by": "each client's own ledger",
+        }
     else:
-        about = (
-            _elsewhere(run)
-            if config.federation
-            else _example_level(run, register, max_tokens, asking) | _self_test(tested)
-        )
-    spent, delta = (
-        (
-            "an epsilon that only its own ledger knows"
-            if about["epsilon"] is None
-            else f"epsilon = {about['epsilon']:.3g}"
-        ),
-        config.privacy.delta,
-    )
+        about = _example_level(run, register, max_tokens, asking)
+        if tested is not None and tested.largest_difference is not None:
+            # of one example's gradient by others in its pass, and how many then share a pass
+            about["self_test"] = {
+                "largest_difference": tested.largest_difference,
+                "allowed": ALONE,
+                "examples_together": tested.together,
+            }
+    spent, delta = "an epsilon that only its own ledger knows", config.privacy.delta
+    if about["epsilon"] is not None:
+        spent = f"epsilon = {about['epsilon']:.3g}"
     return about | {
         "adjacency": f"one {about['of']} added or removed",
         "bound": config.privacy.clip,
@@ -107,57 +104,20 @@ def _example_level(
     privacy = example_privacy(agreement_of(config, max_tokens))
     assert privacy is not None
     rounds = Counter([*(client for record in run.records() for client in record["asked"]), *asking])
-    spent: dict[str, float] = {}
-    taken: dict[str, PrivateSteps] = {}
-    for client, examples in register.items():
-        taken[client] = steps = privacy.steps(
-            examples, config.client.batch_size, config.client.prompt_steps
-        )
-        spent[client] = (
-            epsilon(
-                (
-                    Release(
-                        steps.noise_multiplier, steps.sampling_rate, rounds[client] * steps.count
-                    ),
-                ),
-                privacy.delta,
-                1e-3,
-            )
-            if rounds[client]
-            else 0.0
-        )
+    lot, steps = config.client.batch_size, config.client.prompt_steps
+    spent = {
+        client: privacy.spent(examples, lot, steps, rounds[client])
+        for client, examples in register.items()
+    }
     worst = max(sorted(spent), key=lambda client: spent[client])
+    taken = privacy.steps(register[worst], lot, steps)
     return _about_examples(run.config) | {
         "epsilon": spent[worst],
-        "noise_multiplier": taken[worst].noise_multiplier,
-        "sampling_rate": taken[worst].sampling_rate,
-        "releases": rounds[worst] * config.client.prompt_steps,
+        "noise_multiplier": taken.noise_multiplier,
+        "sampling_rate": taken.sampling_rate,
+        "releases": rounds[worst] * steps,
         "worst_client": worst,
         "epsilon_by_client": spent,
-    }
-
-
-def _self_test(tested: PromptedLM | None) -> dict[str, Any]:
-    """A client's self-test: the largest relative change of one example's gradient by others in the
-    same forward pass, and how many examples then share a pass."""
-    if tested is None or tested.largest_difference is None:
-        return {}
-    return {
-        "self_test": {
-            "largest_difference": tested.largest_difference,
-            "allowed": ALONE,
-            "examples_together": tested.together,
-        }
-    }
-
-
-def _elsewhere(run: RunDirectory) -> dict[str, Any]:
-    """Every client holds the run to its target, by a ledger of its own; without a target nobody but
-    the client knows what a round costs it."""
-    return _about_examples(run.config) | {
-        "epsilon": run.config.privacy.epsilon,
-        "noise_multiplier": run.config.privacy.noise_multiplier,
-        "by": "each client's own ledger",
     }
 
 

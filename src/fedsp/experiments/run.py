@@ -20,7 +20,6 @@ from fedsp.config import RunConfig
 from fedsp.data.dataset import examples_digest, load_dataset
 from fedsp.data.encoding import Encoded, encode_targets
 from fedsp.data.seeding import derive_seed
-from fedsp.data.tasks import Example, Task
 from fedsp.errors import PrivacyError, StorageError
 from fedsp.experiments.build import Federation, build_federation
 from fedsp.experiments.costs import measure
@@ -35,7 +34,6 @@ from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.federation.attacks import triggered
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients
-from fedsp.federation.codecs import parse_codec
 from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
 from fedsp.federation.methods.registry import find_method
@@ -45,7 +43,7 @@ from fedsp.models.payload import Payload
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.privacy import LEDGER, Ledger, noise_for
 from fedsp.storage import write_json
-from fedsp.training.evaluation import Scored, by_client, encode_choices
+from fedsp.training.evaluation import by_client, encode_choices
 from fedsp.training.stage import validation_loss
 
 
@@ -76,34 +74,24 @@ def run_experiment(
         _check_promises(config, run, server)
     federation = build_federation(server, run, callbacks, register)
     auxiliary = federation.package
-    tests = {
-        f"data.{split}": examples_digest(examples)
-        for split, examples in (("validation", dataset.validation), ("test", dataset.test))
-    }
     run.pin(
         {
             "data.train": dataset.train_digest,
             "auxiliary model": auxiliary.digest() if auxiliary else "none",
-            **tests,
+            "data.validation": examples_digest(dataset.validation),
+            "data.test": examples_digest(dataset.test),
         }
     )
     run.write_partition(asdict(dataset.partition))
     state = run.state(callbacks.info)
     own = dataset.held(dataset.partition.server)
     examples = encode_targets(server.tokenizer, own, server.max_tokens)
-    party = Party(
-        id="server",
-        model=federation.model,
-        messenger=federation.messenger,
-        examples=examples,
-        store=run.state_store("server"),
-    )
-    validation = encode_targets(
-        server.tokenizer, _some(dataset.validation, config), server.max_tokens
-    )
-    encode_choices(
-        server.tokenizer, dataset.test, server.max_tokens
-    )  # what cannot be scored at the end is found out now
+    party = federation.server(examples, run)
+    draw, count = random.Random(derive_seed(config.seed, "validation")), config.validation.examples
+    some = draw.sample(dataset.validation, min(len(dataset.validation), count))
+    validation = encode_targets(server.tokenizer, some, server.max_tokens)
+    # what cannot be scored at the end is found out now
+    encode_choices(server.tokenizer, dataset.test, server.max_tokens)
     spec = (
         replace(federation.messenger.spec, projection=0)
         if isinstance(federation.messenger, SoftPrompt)
@@ -193,32 +181,25 @@ def _test(
     figures, scored = score_test(
         party.model, prefix, dataset.test, dataset.task, server.tokenizer, server.max_tokens
     )
-    run.write_scores(_score_row(row, dataset.task) for row in scored)
+    run.write_scores(
+        asdict(row)
+        | {
+            "right": row.right(dataset.task),
+            "log_likelihoods": [round(value, 5) for value in row.log_likelihoods],
+        }
+        for row in scored
+    )
     groups, held = dataset.groups, dataset.partition.clients
     if federation.attack and federation.attack.kind == "backdoor":
         poisoned = [triggered(example) for example in dataset.test]
         figures["attack_success"] = score_test(
             party.model, prefix, poisoned, dataset.task, server.tokenizer, server.max_tokens
         )[0]["accuracy"]
-    if (
-        groups is None or not held or run.config.privacy.unit != "none"
-    ):  # what kinds of questions a client holds is its own
+    # what kinds of questions a client holds is its own
+    if groups is None or not held or run.config.privacy.unit != "none":
         return {"test": figures}
     own = {client: [groups[0][index] for index in rows] for client, rows in held.items()}
     return {"test": figures, "clients": by_client(scored, dataset.task, groups[1], own)}
-
-
-def _score_row(row: Scored, task: Task) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "question": row.question,
-        "right": row.right(task),
-        "gold": list(row.gold),
-        "log_likelihoods": [round(value, 5) for value in row.log_likelihoods],
-        "tokens": row.tokens,
-        "characters": row.characters,
-        "greedy": row.greedy,
-    }
 
 
 def _with_statement(
@@ -277,6 +258,7 @@ def round_config(config: RunConfig, run: RunDirectory, clients: int) -> RoundCon
 
     Raises:
         PrivacyError: no noise is enough for the promise, or its delta is none.
+        StorageError: the ledger is not the one that the rounds so far were paid from.
         TooFewClients: fewer are asked than the robust rule needs.
     """
     section = config.round
@@ -293,20 +275,14 @@ def round_config(config: RunConfig, run: RunDirectory, clients: int) -> RoundCon
         optimizer=ServerOptimizer(section.optimizer, section.learning_rate, section.momentum),
         **_combining(config, run, clients),
         max_loss_rise=config.aggregation.max_loss_rise,
-        up=parse_codec(config.compression.up),
-        down=parse_codec(config.compression.down),
+        up=config.compression.up,
+        down=config.compression.down,
     )
 
 
 def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, Any]:
     """How many payloads become one: the weighted mean, a robust rule, or the private mean with its
-    own way of asking clients.
-
-    Raises:
-        PrivacyError: no noise is enough, or delta is no promise for so many clients.
-        StorageError: the ledger is not the one that the rounds so far were paid from.
-        TooFewClients: fewer are asked than the robust rule needs.
-    """
+    own way of asking clients."""
     privacy, rounds = config.privacy, config.round.rounds
     if privacy.unit == "client" and clients:
         if privacy.delta * clients >= 1:
@@ -362,20 +338,14 @@ def robust_rule(config: RunConfig, clients: int) -> Robust | None:
     return robust
 
 
-def _some(validation: list[Example], config: RunConfig) -> list[Example]:
-    count = min(len(validation), config.validation.examples)
-    return random.Random(derive_seed(config.seed, "validation")).sample(validation, count)
-
-
 def _figures(
     run: RunDirectory, server: Server, federation: Federation, final: RunState, seconds: float
 ) -> dict[str, Any]:
     records = run.records()
     shortened = max((record["shortened_examples"] for record in records), default=0)
-    of_clients = (
-        {} if run.config.privacy.unit == "client" else {"shortened_client_examples": shortened}
-    )  # goes from 0 to 1 with one long example of one client
-    return of_clients | {
+    # goes from 0 to 1 with one long example of one client
+    told = run.config.privacy.unit != "client"
+    return ({"shortened_client_examples": shortened} if told else {}) | {
         "best_round": final.best_round,
         "validation_loss": final.best_loss,
         "bytes_down": sum(record["bytes_down"] for record in records),

@@ -47,29 +47,17 @@ from fedsp.federation.methods.registry import find_method
 from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
 
 if TYPE_CHECKING:
-    import torch
-
     from fedsp.federation.loop import RunState
     from fedsp.federation.messages import RoundRecord
     from fedsp.federation.state_store import StateStore
     from fedsp.models.payload import Payload
     from fedsp.models.soft_prompt import PromptSpec
 
-CONFIG, RUN, PARTITION, ROUNDS, BEST, RESULT = (
-    "config.toml",
-    "run.json",
-    "partition.json",
-    "rounds.jsonl",
-    "best.safetensors",
-    "result.json",
-)
-INPUTS, TRAFFIC, PROXY_COUNTS, SCORES, LOCK = (
-    "inputs.json",
-    "traffic.jsonl",
-    "proxy.jsonl",
-    "scores.jsonl",
-    "lock",
-)
+CONFIG, RUN, LOCK = "config.toml", "run.json", "lock"
+RESULT, BEST = "result.json", "best.safetensors"
+PARTITION, INPUTS = "partition.json", "inputs.json"
+ROUNDS, TRAFFIC, SCORES = "rounds.jsonl", "traffic.jsonl", "scores.jsonl"
+PROXY_COUNTS = "proxy.jsonl"
 
 
 class RunDirectory:
@@ -90,11 +78,9 @@ class RunDirectory:
             StorageError: the disk did not take it.
         """
         path = Path(config.output)
-        if (path / CONFIG).exists() and {entry.name for entry in path.iterdir()} - {
-            CONFIG,
-            RUN,
-            LOCK,
-        }:
+        there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        begun = there - {CONFIG, RUN, LOCK}
+        if begun and CONFIG in there:
             other = cls.open(path)
             differing = differing_keys(config, other.config)
             summary = (
@@ -109,9 +95,7 @@ class RunDirectory:
             unfinished = not differing and not other.finished
             resume = f"resume it with `fedsp {command} --resume {path}`, or " if unfinished else ""
             raise RunError(f"{path} holds {summary}: {resume}give another folder with output=...")
-        if path.exists() and (
-            not path.is_dir() or {entry.name for entry in path.iterdir()} - {CONFIG, RUN, LOCK}
-        ):
+        if begun or (path.exists() and not path.is_dir()):
             raise RunError(
                 f"{path} is in use and does not hold a run: give an empty or a new folder with"
                 " output=..."
@@ -119,18 +103,13 @@ class RunDirectory:
         import torch
 
         run = cls(path, config)
-        identity = secrets.token_hex(
-            8
-        )  # no draw comes from it; a run that is done anew is another run to its clients
-        write_json(
-            path / RUN,
-            {
-                "run": identity,
-                "seed": config.seed,
-                "threads": torch.get_num_threads(),
-                "versions": versions(),
-            },
-        )
+        about = {
+            "run": secrets.token_hex(8),  # no draw comes from it; clients tell runs apart by it
+            "seed": config.seed,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+        write_json(path / RUN, about)
         write_bytes(path / CONFIG, tomli_w.dumps(config.model_dump(exclude_none=True)).encode())
         return run
 
@@ -207,16 +186,10 @@ class RunDirectory:
             _write_prompt(self.path / "prompts" / name, spec, state.payload)
         self._write_best(best, state.best_round, spec)
         self._append(ROUNDS, json.dumps(asdict(record), sort_keys=True))
-        parts = {
-            "payload": state.payload,
-            "best": state.best,
-            "optimizer": state.optimizer,
-            "residual": state.residual,
-        }
         tensors = {
             f"{part}/{name}": tensor
-            for part, payload in parts.items()
-            for name, tensor in payload.items()
+            for part in ("payload", "best", "optimizer", "residual")
+            for name, tensor in getattr(state, part).items()
         }
         summary = {
             "round": state.round,
@@ -234,23 +207,21 @@ class RunDirectory:
         Journal lines of rounds that will be done again are dropped.
         """
         from fedsp.federation.loop import RunState
+        from fedsp.models.trainable import entries_below
 
         found = None
         for path in sorted((self.path / "checkpoint").glob("round-*.safetensors"), reverse=True):
             try:
                 tensors, metadata = read_tensors(path)
                 summary = parse_json(metadata["state"])
-                payload, best, optimizer, residual = (
-                    _below(tensors, part) for part in ("payload", "best", "optimizer", "residual")
-                )
                 found = RunState(
                     round=int(summary["round"]),
-                    payload=payload,
-                    best=best,
+                    payload=entries_below(tensors, "payload"),
+                    best=entries_below(tensors, "best"),
                     best_round=int(summary["best_round"]),
                     best_loss=summary["best_loss"],
-                    optimizer=optimizer,
-                    residual=residual,
+                    optimizer=entries_below(tensors, "optimizer"),
+                    residual=entries_below(tensors, "residual"),
                 )
                 break
             except (StorageError, KeyError, ValueError, TypeError) as error:
@@ -323,11 +294,10 @@ class RunDirectory:
         Raises:
             RunError: an input is not what it was.
         """
-        path = self.path / INPUTS
-        if not path.exists():
-            write_json(path, inputs)
-            return
-        self.hold(inputs)
+        if (self.path / INPUTS).exists():
+            self.hold(inputs)
+        else:
+            write_json(self.path / INPUTS, inputs)
 
     def hold(self, inputs: dict[str, str]) -> None:
         """Hold some inputs, by their digests, against what the run was begun with.
@@ -428,14 +398,6 @@ def _write_prompt(
     SoftPrompt(spec, payload[PROMPT]).save(path, metadata)
 
 
-def _below(tensors: dict[str, torch.Tensor], part: str) -> Payload:
-    return {
-        name.removeprefix(f"{part}/"): tensor
-        for name, tensor in sorted(tensors.items())
-        if name.startswith(f"{part}/")
-    }
-
-
 def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
     """The keys, but for `output`, in which two configurations differ."""
     first, second = one.model_dump(), other.model_dump()
@@ -460,42 +422,23 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     loss, state."""
     rows = []
     for path in find_runs(folder):
-        try:
+        row: dict[str, Any] = {"folder": str(path)}
+        row |= dict.fromkeys(("method", "model", "task", "rounds"), "-")
+        row |= {"validation_loss": None, "state": "unreadable"}
+        with contextlib.suppress(FedspError):
             directory = RunDirectory.open(path)
-        except FedspError:
-            rows.append(
-                {
-                    "folder": str(path),
-                    "method": "-",
-                    "model": "-",
-                    "task": "-",
-                    "rounds": "-",
-                    "validation_loss": None,
-                    "state": "unreadable",
-                }
-            )
-            continue
-        records, config = directory.records(), directory.config
-        validation = [
-            record["validation"]
-            for record in records
-            if isinstance(record.get("validation"), float)
-        ]
-        rows.append(
-            {
-                "folder": str(path),
-                "method": (
-                    f"{config.method}, {config.preset}"
-                    if find_method(config.method).deployable
-                    else config.method
-                ),
+            records, config = directory.records(), directory.config
+            losses = (record.get("validation") for record in records)
+            deployable = find_method(config.method).deployable
+            row |= {
+                "method": f"{config.method}, {config.preset}" if deployable else config.method,
                 "model": config.model.name,
                 "task": config.data.task,
                 "rounds": f"{len(records)}/{config.round.rounds}",
-                "validation_loss": min(validation, default=None),
+                "validation_loss": min((x for x in losses if isinstance(x, float)), default=None),
                 "state": "finished" if directory.finished else "unfinished",
             }
-        )
+        rows.append(row)
     return rows
 
 

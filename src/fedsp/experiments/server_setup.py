@@ -18,6 +18,7 @@ from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example, Task
 from fedsp.errors import AuxiliaryError, DataError, PromptError
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import prompt_spec
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import (
     MANIFEST,
@@ -30,7 +31,6 @@ from fedsp.models.auxiliary import (
 from fedsp.models.loading import load_model, load_tokenizer, require_vocabulary, tokenizer_digest
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import (
-    PromptSpec,
     SoftPrompt,
     import_peft,
     initial_values,
@@ -166,13 +166,9 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         AuxiliaryError: a folder is damaged, or was made for another tokenizer or plan.
     """
     config = server.config
-    existing = (
-        Path(config.auxiliary.folder)
-        if config.auxiliary.folder
-        else folder
-        if (folder / MANIFEST).exists()
-        else None
-    )
+    existing = folder if (folder / MANIFEST).exists() else None
+    if config.auxiliary.folder:
+        existing = Path(config.auxiliary.folder)
     plan = parse_plan(
         config.auxiliary.plan, server.model.shape.layers, config.auxiliary.prompt_layers
     )
@@ -213,9 +209,8 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         rank=section.embedding_rank,
         seed=derive_seed(config.seed, "embeddings"),
     )
-    if config.distill.steps:
+    if steps := config.distill.steps:
         started = time.perf_counter()
-        steps = config.distill.steps
         fit_auxiliary(
             server, auxiliary, progress=lambda step, loss: callbacks.distilled(step, steps, loss)
         )
@@ -272,18 +267,8 @@ def initial_prompt(server: Server) -> SoftPrompt:
         PromptError: the text is too short, or a file holds a prompt of another shape.
     """
     section = server.config.prompt
-    spec = PromptSpec(
-        space=section.space,
-        length=section.length,
-        model=server.model.shape,
-        projection=section.projection,
-    )
+    spec = prompt_spec(section, server.model.shape)
     seed = derive_seed(server.config.seed, "prompt")
-    return SoftPrompt(spec, _first_values(server, spec, seed), seed=seed).to(server.model.device)
-
-
-def _first_values(server: Server, spec: PromptSpec, seed: int) -> torch.Tensor:
-    section = server.config.prompt
     if section.init not in ("text", "normal"):
         path = Path(section.init)
         read = import_peft(path, server.model) if path.is_dir() else read_prompt(path)
@@ -293,10 +278,12 @@ def _first_values(server: Server, spec: PromptSpec, seed: int) -> torch.Tensor:
                 f" run needs {spec.space} of shape {spec.shape}: change prompt.init or prompt.space"
                 " and prompt.length"
             )
-        return read.values()
-    return initial_values(
-        spec, server.model, scale=section.init_scale, tokens=first_tokens(server), seed=seed
-    )
+        values = read.values()
+    else:
+        values = initial_values(
+            spec, server.model, scale=section.init_scale, tokens=first_tokens(server), seed=seed
+        )
+    return SoftPrompt(spec, values, seed=seed).to(server.model.device)
 
 
 def first_tokens(server: Server) -> torch.Tensor | None:
@@ -330,18 +317,3 @@ def score_test(
     number of questions whose context was cut; and the scores of each question."""
     scored, dropped = score(model, prefix, examples, tokenizer, max_tokens=max_tokens)
     return summarise(scored, task) | {"shortened_examples": float(dropped)}, scored
-
-
-def evaluate_prompt(
-    model: PromptedLM,
-    prompt: SoftPrompt | None,
-    examples: list[Example],
-    task: Task,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-) -> dict[str, float]:
-    """The figures of a prompt (None: zero-shot) through a model, and how many examples lost old
-    context."""
-    with torch.no_grad():
-        prefix = prompt.prefix(model) if prompt is not None else None
-    return score_test(model, prefix, examples, task, tokenizer, max_tokens)[0]

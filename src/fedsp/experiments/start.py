@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ import torch
 from fedsp.config import RunConfig
 from fedsp.data.dataset import load_dataset
 from fedsp.errors import ConfigurationError, RunError
-from fedsp.experiments.build import server_side
+from fedsp.experiments.build import method_setup
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import LOCK, RunDirectory
 from fedsp.experiments.server_setup import Server, make_auxiliary, open_server
 from fedsp.experiments.tracking import tracked
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.methods.registry import find_method
 from fedsp.federation.transport.local import local
 from fedsp.models.auxiliary import MANIFEST, AuxiliaryModel, disclosed_share
 from fedsp.models.payload import Payload
@@ -56,11 +56,7 @@ def require_local(config: RunConfig) -> None:
 def start_run(
     config: RunConfig, callbacks: Callbacks | None = None, engine: Engine = in_this_process
 ) -> Figures:
-    """Run the configuration's federation; returns the figures of `result.json` and the folder.
-
-    Raises:
-        FedspError: whatever cannot be done, as one sentence.
-    """
+    """Run the configuration's federation; returns the figures of `result.json` and the folder."""
     if engine is in_this_process:
         require_local(config)
     return resume_run(RunDirectory.create(config), callbacks, engine)
@@ -70,38 +66,26 @@ def resume_run(
     directory: RunDirectory, callbacks: Callbacks | None = None, engine: Engine = in_this_process
 ) -> Figures:
     """Go on with a run, or tell of a finished one what was still to be told; returns its figures
-    and the folder.
+    and the folder. The run is locked: two processes on it would train twice and spend the privacy
+    budget twice.
 
     Raises:
         RunError: another process has it.
     """
-    torch.set_num_threads(
-        directory.threads
-    )  # those that it was begun with: they decide the last bits
+    torch.set_num_threads(directory.threads)  # as it was begun with: they decide the last bits
     callbacks = callbacks or Callbacks()
-    with _held(directory):
-        if directory.finished:
-            callbacks.info(f"the run in {directory.path} is finished")
-        return {
-            "folder": str(directory.path),
-            **tracked(directory, callbacks, lambda callbacks: engine(directory, callbacks)),
-        }
-
-
-@contextmanager
-def _held(directory: RunDirectory) -> Iterator[None]:
-    """Lock a run: two processes on it would train twice and spend the privacy budget twice.
-
-    Raises:
-        RunError: another process has it.
-    """
     with locked(directory.path / LOCK, wait=False) as held:
         if not held:
             raise RunError(
                 f"{directory.path} is being run by another process: wait for it, or end it; nothing"
                 " was changed"
             )
-        yield
+        if directory.finished:
+            callbacks.info(f"the run in {directory.path} is finished")
+        return {
+            "folder": str(directory.path),
+            **tracked(directory, callbacks, lambda callbacks: engine(directory, callbacks)),
+        }
 
 
 def make_package(
@@ -121,9 +105,8 @@ def make_package(
     folder = Path(folder).resolve()
     require_new(folder)
     whole: Figures = {"device": "auto"} if config.model.device == "split" else {}
-    whole |= (
-        {"precision": "auto"} if config.model.precision in ("8bit", "4bit") else {}
-    )  # a package needs all digits
+    if config.model.precision in ("8bit", "4bit"):  # a package needs all digits
+        whole["precision"] = "auto"
     sections = {
         "auxiliary": config.auxiliary.model_copy(update={"folder": None}),
         "model": config.model.model_copy(update=whole),
@@ -194,22 +177,18 @@ def open_run(folder: str | Path) -> OpenRun:
     if not directory.best.exists():
         raise RunError(f"{folder} has no prompt yet: its first round is not finished")
     server = open_server(directory.config, load_dataset(directory.config, directory.partition()))
-    model, messenger = server_side(server)
+    model, messenger = find_method(directory.config.method).server_side(method_setup(server))
+    start = messenger.payload()
     if isinstance(messenger, SoftPrompt):
-        prompt = read_prompt(directory.best).to(server.model.device)
-        return OpenRun(
-            directory=directory,
-            server=server,
-            model=model,
-            messenger=prompt,
-            best=prompt.payload(),
-            start={},
-        )
+        messenger = read_prompt(directory.best).to(server.model.device)
+        best = messenger.payload()
+    else:
+        best = read_tensors(directory.best)[0]
     return OpenRun(
         directory=directory,
         server=server,
         model=model,
         messenger=messenger,
-        best=read_tensors(directory.best)[0],
-        start=messenger.payload(),
+        best=best,
+        start=start,
     )

@@ -42,7 +42,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from fedsp.config import Count, RunConfig, Section, TrackingSection
+from fedsp.config import NAME, Count, RunConfig, Section, TrackingSection
 from fedsp.config_file import apply_override, make_config, read_toml, resolve_paths, validated
 from fedsp.errors import (
     ConfigurationError,
@@ -59,6 +59,7 @@ from fedsp.federation.methods.registry import find_method
 from fedsp.storage import locked, parse_json, write_json
 
 INDEX, FAILURE = "study.json", "failure.json"
+AXES = ("method", "task", "model", "partition", "choice", "seed")
 Overlay = dict[str, Any]
 """Sections and keys of run.toml, laid over those of `base`."""
 
@@ -81,9 +82,7 @@ class Grid(Section):
 class Study(Section):
     """A study file."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="folder of the study below output"
-    )
+    name: str = Field(pattern=NAME, description="folder of the study below output")
     output: str = Field("studies", description="folder of studies")
     seeds: list[Count] = Field(
         [0, 1, 2], min_length=1, description="every cell is run once with each"
@@ -135,18 +134,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return ", ".join(
-            part
-            for part in (
-                self.model,
-                self.task,
-                self.partition,
-                self.method,
-                self.choice,
-                f"seed {self.seed}",
-            )
-            if part
-        )
+        parts = (self.model, self.task, self.partition, self.method, self.choice)
+        return ", ".join([*filter(None, parts), f"seed {self.seed}"])
 
     @property
     def folder(self) -> Path:
@@ -161,14 +150,9 @@ def read_study(path: Path, *, root: Path | None = None) -> tuple[Study, list[Cel
         ConfigurationError: the file, a name in a grid, or a cell's configuration is at fault.
     """
     study = validated(Study, read_toml(path, "see `fedsp study --help`"), str(path))
-    known = {
-        "methods": study.methods,
-        "tasks": study.tasks,
-        "models": study.models,
-        "partitions": study.partitions,
-    }
     for grid in study.grids:
-        for axis, names in known.items():
+        for axis in ("methods", "tasks", "models", "partitions"):
+            names = getattr(study, axis)
             for name in getattr(grid, axis):
                 if name not in names:
                     raise ConfigurationError(
@@ -211,23 +195,17 @@ def _cells(study: Study, root: Path, source: str) -> Iterator[Cell]:
                 overlay,
                 {"seed": seed},
             )
-            choice = ", ".join(
-                f"{key.rpartition('.')[2]} {value}"
-                for key, value in zip(choose, values, strict=True)
-            )
-            for key, value in zip(choose, values, strict=True):
+            chosen = dict(zip(choose, values, strict=True))
+            choice = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in chosen.items())
+            for key, value in chosen.items():
                 apply_override(merged, f"{key}={json.dumps(value)}")
             resolve_paths(merged, root)
             name = ", ".join(part for part in (model, task, partition, method, choice) if part)
             config = make_config(merged, f"{source}, the cell {name!r},")
-            plain = config.model_copy(
-                update={"tracking": TrackingSection()}
-            )  # where figures go changes none of them
-            folder = (
-                Path(study.output)
-                / study.name
-                / f"{_slug(name)}-seed-{seed}-{_digest(plain.model_dump(exclude={'output'}))}"
-            )
+            # where figures go changes none of them
+            plain = config.model_copy(update={"tracking": TrackingSection()})
+            digest = _digest(plain.model_dump(exclude={"output"}))
+            folder = Path(study.output) / study.name / f"{_slug(name)}-seed-{seed}-{digest}"
             yield Cell(
                 method=method,
                 task=task,
@@ -245,16 +223,11 @@ def merge(*parts: Mapping[str, Any]) -> Overlay:
     result: Overlay = {}
     for part in parts:
         for key, value in part.items():
-            result[key] = (
-                merge(result[key], value)
-                if isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-                else _copy(value)
-            )
+            if isinstance(value, Mapping):
+                below = result.get(key)
+                value = merge(below if isinstance(below, Mapping) else {}, value)
+            result[key] = value
     return result
-
-
-def _copy(value: Any) -> Any:
-    return merge(value) if isinstance(value, Mapping) else value
 
 
 def _slug(name: str) -> str:
@@ -344,12 +317,7 @@ def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:
 def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunConfig:
     """The configuration with the folder of its auxiliary model, which cells that ask for the same
     one share. It is made if it is not there."""
-    if (
-        not find_method(config.method).package
-        or config.auxiliary.folder
-        or not config.partition.clients
-        or config.round.clients == 0
-    ):
+    if config.auxiliary.folder or not (find_method(config.method).package and config.asks_clients):
         return config
     about: dict[str, Any] = {
         "model": config.model.model_dump(),
@@ -384,10 +352,7 @@ def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunCo
 def _index(study: Study, cells: list[Cell]) -> dict[str, Any]:
     """What the report reads: the grids, and where each cell's run is."""
     rows = [
-        {
-            key: getattr(cell, key)
-            for key in ("method", "task", "model", "partition", "choice", "seed")
-        }
+        {axis: getattr(cell, axis) for axis in AXES}
         | {"grids": list(cell.grids), "folder": cell.folder.name}
         for cell in cells
     ]

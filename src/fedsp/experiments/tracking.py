@@ -21,7 +21,7 @@ from fedsp.errors import ConfigurationError, RunError, first_line
 from fedsp.experiments.run_directory import BEST, CONFIG, RESULT, ROUNDS, RunDirectory, read_json
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.messages import RoundRecord
-from fedsp.storage import write_json
+from fedsp.storage import each_figure, write_json
 
 EXPERIMENT, MARK = "fedsp", "mlflow.json"
 PUBLISHED = (
@@ -74,12 +74,7 @@ def tracked(
 
 
 class MlflowLog:
-    """One run in MLflow.
-
-    Raises:
-        ConfigurationError: MLflow is not installed.
-        RunError: it cannot be reached.
-    """
+    """One run in MLflow."""
 
     def __init__(self, run: RunDirectory, uri: str, info: Callable[[str], None]) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -93,9 +88,8 @@ class MlflowLog:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         self._run, self._info, self._refusal = run, info, MlflowException
-        self._untold = (
-            run.config.privacy.unit == "client"
-        )  # what single clients said is between them and the server
+        # what single clients said is between them and the server
+        self._untold = run.config.privacy.unit == "client"
         mark = run.path / MARK
         try:
             self._client = MlflowClient(tracking_uri=uri)
@@ -113,9 +107,9 @@ class MlflowLog:
             self._id = str(
                 self._client.create_run(experiment, run_name=run.path.name, tags=tags).info.run_id
             )
-            for name, value in _flat(run.config.model_dump()).items():
-                if name != "tracking.mlflow":  # it may hold a password
-                    self._client.log_param(self._id, name, str(value)[:500])
+            for names, value in each_figure(run.config.model_dump()):
+                if names != ("tracking", "mlflow"):  # it may hold a password
+                    self._client.log_param(self._id, ".".join(names), str(value)[:500])
         except (MlflowException, OSError, ValueError, KeyError) as error:
             raise RunError(
                 f"tracking.mlflow = {uri!r} cannot be used ({first_line(error)}): start that MLflow"
@@ -130,9 +124,10 @@ class MlflowLog:
             if found:
                 return str(found.experiment_id)
             with contextlib.suppress(self._refusal):
-                return str(
-                    self._client.create_experiment(EXPERIMENT, artifact_location=_artefacts(uri))
-                )
+                # beside the database where there is no server; else where the server wants them
+                base = uri.removeprefix("sqlite:///")
+                place = str(Path(base).resolve().parent / "mlartifacts") if base != uri else None
+                return str(self._client.create_experiment(EXPERIMENT, artifact_location=place))
         raise ValueError(f"the experiment {EXPERIMENT!r} can neither be found nor made")
 
     def round(self, record: RoundRecord) -> None:
@@ -167,8 +162,8 @@ class MlflowLog:
             else figures
         )
         numbers = {
-            name: value
-            for name, value in _flat(last).items()
+            ".".join(names): value
+            for names, value in each_figure(last)
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
         self._metrics(numbers, 0)
@@ -204,26 +199,6 @@ class MlflowLog:
                 f"part of this run could not be logged to MLflow ({first_line(error)}); it is in"
                 f" {self._run.path}"
             )
-
-
-def _artefacts(uri: str) -> str | None:
-    """Beside the database where there is no server; else where the server wants them."""
-    return (
-        str(Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts")
-        if uri.startswith("sqlite:///")
-        else None
-    )
-
-
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= (
-            _flat(value, f"{above}{name}.")
-            if isinstance(value, Mapping)
-            else {f"{above}{name}": value}
-        )
-    return flat
 
 
 def _name(name: str) -> str:

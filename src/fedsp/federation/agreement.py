@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from fedsp.config import Agreement, ClientSection, RunConfig, ServerSection
 from fedsp.federation.methods.registry import Stages
-from fedsp.privacy import epsilon
 from fedsp.training.dp_sgd import ExamplePrivacy
 from fedsp.training.loop import Optimisation
 from fedsp.training.stage import Stage
@@ -38,44 +37,32 @@ def stages_of(
     """The three stages with a configuration's settings. A client does not know the server's, which
     then has no steps."""
 
-    def optimisation(rate: float, decay: float, steps: int) -> Optimisation:
-        return Optimisation(
-            learning_rate=rate, weight_decay=decay, warmup=client.warmup, total_steps=rounds * steps
+    def stage(
+        name: str, label: str, of: ClientSection | ServerSection, steps: int, rate: float
+    ) -> Stage:
+        return Stage(
+            name=name,
+            seed_label=label,
+            steps=steps,
+            batch_size=of.batch_size,
+            optimisation=Optimisation(
+                learning_rate=rate,
+                weight_decay=of.weight_decay,
+                warmup=client.warmup,
+                total_steps=rounds * steps,
+            ),
+            keep_optimizer=client.keep_optimizer,
         )
 
-    auxiliary = Stage(
-        name="auxiliary",
-        seed_label="align",
-        steps=client.auxiliary_steps,
-        batch_size=client.batch_size,
-        optimisation=optimisation(
-            client.auxiliary_learning_rate, client.weight_decay, client.auxiliary_steps
+    steps, rate = (server.steps, server.learning_rate) if server else (0, client.learning_rate)
+    messenger = stage("prompt", "speak", client, client.prompt_steps, client.learning_rate)
+    return Stages(
+        auxiliary=stage(
+            "auxiliary", "align", client, client.auxiliary_steps, client.auxiliary_learning_rate
         ),
-        keep_optimizer=client.keep_optimizer,
+        messenger=replace(messenger, proximal=client.proximal, privacy=privacy),
+        server=stage("server", "server", server or client, steps, rate),
     )
-    messenger = Stage(
-        name="prompt",
-        seed_label="speak",
-        steps=client.prompt_steps,
-        batch_size=client.batch_size,
-        optimisation=optimisation(client.learning_rate, client.weight_decay, client.prompt_steps),
-        proximal=client.proximal,
-        privacy=privacy,
-        keep_optimizer=client.keep_optimizer,
-    )
-    at_server = Stage(
-        name="server",
-        seed_label="server",
-        steps=server.steps if server else 0,
-        batch_size=server.batch_size if server else client.batch_size,
-        optimisation=(
-            optimisation(server.learning_rate, server.weight_decay, server.steps)
-            if server
-            else messenger.optimisation
-        ),
-        keep_optimizer=client.keep_optimizer,
-    )
-    return Stages(auxiliary=auxiliary, messenger=messenger, server=at_server)
 
 
 def example_privacy(agreement: Agreement) -> ExamplePrivacy | None:
@@ -101,11 +88,5 @@ def promised_epsilon(agreement: Agreement, examples: int) -> float:
         return math.inf
     if privacy.epsilon is not None:
         return agreement.runs * privacy.epsilon
-    release = privacy.steps(
-        examples, agreement.client.batch_size, agreement.client.prompt_steps
-    ).release
-    return epsilon(
-        (replace(release, count=agreement.runs * agreement.rounds * release.count),),
-        privacy.delta,
-        1e-3,
-    )
+    client, rounds = agreement.client, agreement.runs * agreement.rounds
+    return privacy.spent(examples, client.batch_size, client.prompt_steps, rounds)

@@ -32,10 +32,9 @@ then."""
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What malicious clients see: the request, their own honest update, the honest updates (n, d),
-    how many malicious clients there are, and a random generator."""
+    """What malicious clients see: their own honest update, the honest updates (n, d), how many
+    malicious clients there are, and a random generator."""
 
-    request: Request
     own: Tensor
     honest: Tensor
     malicious: int
@@ -43,7 +42,8 @@ class Round:
 
 
 def sign_flip(seen: Round, strength: float) -> Tensor:
-    """The opposite of the honest mean, so many times as long."""
+    """The opposite of the honest mean, so many times as long; a small step against it is the inner
+    product attack (Xie et al., UAI 2019, https://arxiv.org/abs/1903.03936)."""
     return -strength * seen.honest.mean(dim=0)
 
 
@@ -64,12 +64,6 @@ def little_is_enough(seen: Round, strength: float) -> Tensor:
     share = (n - f - supporters) / (n - f)
     deviations = max(NormalDist().inv_cdf(share), 1.0) if 0 < share < 1 else 1.0
     return seen.honest.mean(dim=0) - strength * deviations * seen.honest.std(dim=0, correction=0)
-
-
-def inner_product(seen: Round, strength: float) -> Tensor:
-    """A small step against the honest mean (Xie et al., UAI 2019,
-    https://arxiv.org/abs/1903.03936)."""
-    return -strength * seen.honest.mean(dim=0)
 
 
 def mimic(seen: Round, strength: float) -> Tensor:
@@ -93,7 +87,7 @@ ON_UPDATES: dict[str, tuple[Callable[[Round, float], Tensor], float]] = {
     "sign_flip": (sign_flip, 5.0),
     "gaussian": (gaussian_noise, 10.0),
     "little_is_enough": (little_is_enough, 1.0),
-    "inner_product": (inner_product, 0.5),
+    "inner_product": (sign_flip, 0.5),
     "mimic": (mimic, 1.0),
     "scaling": (scaling, 10.0),
     "free_rider": (free_rider, 1.0),
@@ -136,7 +130,7 @@ class Attack:
             replies = list(honest(requests))
             by_client = {request.client: request for request in requests}
             changes = {
-                reply.client: _change(reply, by_client)
+                reply.client: as_row(reply.payload) - as_row(by_client[reply.client].payload)
                 for reply in replies
                 if isinstance(reply, Update)
             }
@@ -168,34 +162,16 @@ class Attack:
             generator = torch.Generator().manual_seed(
                 derive_seed(self.seed, self.kind, reply.client, reply.round)
             )
-            change = forge(
-                Round(
-                    request=request,
-                    own=own,
-                    honest=honest,
-                    malicious=malicious,
-                    generator=generator,
-                ),
-                self.strength or usual,
-            )
-            yield replace(
-                reply, payload=from_row(as_row(request.payload) + change, request.payload)
-            )
+            seen = Round(own=own, honest=honest, malicious=malicious, generator=generator)
+            forged = as_row(request.payload) + forge(seen, self.strength or usual)
+            yield replace(reply, payload=from_row(forged, request.payload))
         elif self.kind == "stale":
             yield replace(reply, round=reply.round - 1)
         elif self.kind == "duplicate":
             yield from (reply, reply, reply)
         else:
-            yield replace(
-                reply,
-                payload={
-                    name: _spoiled(tensor, self.kind) for name, tensor in reply.payload.items()
-                },
-            )
-
-
-def _change(reply: Update, requests: dict[str, Request]) -> Tensor:
-    return as_row(reply.payload) - as_row(requests[reply.client].payload)
+            spoiled = {name: _spoiled(tensor, self.kind) for name, tensor in reply.payload.items()}
+            yield replace(reply, payload=spoiled)
 
 
 def _spoiled(tensor: Tensor, kind: str) -> Tensor:

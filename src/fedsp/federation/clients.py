@@ -3,11 +3,12 @@ model is needed."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from fedsp.config import Agreement, ServerSection
+from fedsp.config import Agreement, PromptSection, ServerSection
 from fedsp.data.encoding import Encoded
 from fedsp.data.seeding import derive_seed
 from fedsp.federation.agreement import example_privacy, stages_of
@@ -17,11 +18,10 @@ from fedsp.federation.methods.registry import MethodEntry, find_method
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
 from fedsp.models.auxiliary import AuxiliaryModel
-from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.prompted_lm import ModelShape, PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.models.trainable import Messenger
 from fedsp.privacy import Ledger
-from fedsp.training.dp_sgd import examples_together
 
 HELD_OUT_AT_CLIENTS = 0.1
 
@@ -51,23 +51,6 @@ def make_method(
     return PrivateAnswers(method, privacy) if privacy else method
 
 
-def make_client(
-    client: str,
-    agreement: Agreement,
-    auxiliary: AuxiliaryModel,
-    examples: list[Encoded],
-    store: StateStore,
-    ledger: Ledger,
-    max_epsilon: float,
-) -> Party:
-    """A client of FedSP on a machine of its own. `max_epsilon` bounds what all releases in its
-    ledger may add up to."""
-    made = make_party(
-        client, agreement, auxiliary, client_prompt(agreement, auxiliary), examples, store
-    )
-    return replace(made, ledger=ledger, max_epsilon=max_epsilon)
-
-
 def make_party(
     client: str,
     agreement: Agreement,
@@ -75,8 +58,12 @@ def make_party(
     messenger: Messenger,
     examples: list[Encoded],
     store: StateStore,
+    *,
+    ledger: Ledger | None = None,
+    max_epsilon: float = math.inf,
 ) -> Party:
-    """A client of any method. Where clients validate, a tenth of its examples is held out."""
+    """A client of any method. Where clients validate, a tenth of its examples is held out.
+    `max_epsilon` bounds what all releases in its ledger may add up to."""
     held = (
         max(1, round(HELD_OUT_AT_CLIENTS * len(examples)))
         if agreement.clients_validate and len(examples) > 1
@@ -92,30 +79,22 @@ def make_party(
         examples=order[held:],
         store=store,
         held_out=order[:held],
+        ledger=ledger,
+        max_epsilon=max_epsilon,
+    )
+
+
+def prompt_spec(section: PromptSection, model: ModelShape) -> PromptSpec:
+    """The prompt that `[prompt]` describes."""
+    return PromptSpec(
+        space=section.space, length=section.length, model=model, projection=section.projection
     )
 
 
 def client_prompt(agreement: Agreement, auxiliary: AuxiliaryModel) -> SoftPrompt:
     """The prompt into which a client of FedSP loads what it receives."""
-    section = agreement.prompt
-    spec = PromptSpec(
-        space=section.space,
-        length=section.length,
-        model=auxiliary.prompt_shape,
-        projection=section.projection,
-    )
+    spec = prompt_spec(agreement.prompt, auxiliary.prompt_shape)
     return SoftPrompt(spec, seed=derive_seed(agreement.seed, "prompt")).to(auxiliary.device)
-
-
-def require_independence(model: PromptedLM, messenger: Messenger, longest: int) -> None:
-    """Check, before anything is trained on examples of at most `longest` tokens, that the gradient
-    of one does not depend on the others.
-
-    Raises:
-        PrivacyError: it does.
-    """
-    assert isinstance(messenger, SoftPrompt)
-    examples_together(model, messenger, longest)
 
 
 def absent_clients(method: Method, register: dict[str, int]) -> Clients:

@@ -14,17 +14,17 @@ from collections.abc import Mapping
 
 import torch
 import zstandard
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fedsp.errors import PayloadError
-from fedsp.federation.codecs import Codec
-from fedsp.models.payload import Payload, Shapes, check, pack, shapes_of, unpack
+from fedsp.federation.codecs import FLOAT32, Codec
+from fedsp.models.payload import UNREADABLE, Payload, Shapes, check, pack, shapes_of, unpack
 
 BLOCK = 64
 """Values that share a scale. A scale is a bfloat16: a quarter of a bit per value."""
 
+BITS = {"int8": 8, "int4": 4, "sign": 1}
 LARGEST = {8: 127, 4: 7}
 LEVEL, WINDOW = 9, 1 << 27
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -39,7 +39,7 @@ def write_values(payload: Payload, known: Payload, codec: Codec) -> bytes:
     """
     return (
         pack(payload)
-        if codec.exact
+        if codec == FLOAT32
         else encode_with_residual(difference(payload, known), {}, codec)[0]
     )
 
@@ -50,7 +50,7 @@ def read_values(data: bytes, known: Payload, codec: Codec) -> Payload:
     Raises:
         PayloadError: the bytes are not in that codec, or of other names and shapes than `known`.
     """
-    if codec.exact:
+    if codec == FLOAT32:
         return unpack(data)
     change = decode(data, codec, shapes_of(known))
     return {name: known[name] + change[name] for name in sorted(known)}
@@ -87,12 +87,8 @@ def encode(change: Payload, codec: Codec) -> bytes:
     """
     parts: dict[str, Tensor] = {}
     for name, values in change.items():
-        coded = (
-            _parts(values.detach().to("cpu", torch.float32), codec)
-            if bool(torch.isfinite(values).all())
-            else {"": values}
-        )
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in coded.values()):
+        coded = _parts(values.detach().to("cpu", torch.float32), codec)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in [values, *coded.values()]):
             raise PayloadError(
                 f"the change of {name} has values that are not finite or too large for {codec}:"
                 " lower the learning rate"
@@ -126,15 +122,7 @@ def decode(data: bytes, codec: Codec, shapes: Shapes) -> Payload:
                 " can have"
             )
         parts = load(plain)
-    except (
-        zstandard.ZstdError,
-        SafetensorError,
-        ValueError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        RuntimeError,
-    ) as error:
+    except (*UNREADABLE, zstandard.ZstdError) as error:
         raise PayloadError(
             f"the {len(data)} bytes received are not a valid change in {codec}: {error}"
         ) from error
@@ -155,40 +143,20 @@ def decode(data: bytes, codec: Codec, shapes: Shapes) -> Payload:
 def _layout(codec: Codec, shape: tuple[int, ...]) -> Layout:
     """The parts of one coded tensor, with types and shapes."""
     count = math.prod(shape)
-    if codec.kind == "float16":
+    if codec == "float16":
         return {"numbers": (torch.float16, (count,))}
-    return _rounded_layout(count, _bits(codec))
-
-
-def _parts(values: Tensor, codec: Codec) -> dict[str, Tensor]:
-    """One tensor, coded."""
-    flat = values.flatten()
-    if codec.kind == "float16":
-        return {"numbers": flat.half()}
-    return _round(flat, _bits(codec))
-
-
-def _whole(parts: Mapping[str, Tensor], codec: Codec, shape: tuple[int, ...]) -> Tensor:
-    """The tensor that coded parts say."""
-    count = math.prod(shape)
-    if codec.kind == "float16":
-        return parts["numbers"].float().view(shape)
-    return _unround(parts, count, _bits(codec)).view(shape)
-
-
-def _bits(codec: Codec) -> int:
-    return {"int8": 8, "int4": 4, "sign": 1}[codec.kind]
-
-
-def _rounded_layout(count: int, bits: int) -> Layout:
+    bits = BITS[codec]
     numbers = (torch.int8, (count,)) if bits == 8 else (torch.uint8, (math.ceil(count * bits / 8),))
     return {"numbers": numbers, "scales": (torch.bfloat16, (math.ceil(count / BLOCK),))}
 
 
-def _round(flat: Tensor, bits: int) -> dict[str, Tensor]:
-    """Values (N,) quantized to integer multiples of their block's scale; with one bit, to their
-    signs, with the block's mean absolute value as the scale."""
-    blocks = _filled(flat, BLOCK)
+def _parts(values: Tensor, codec: Codec) -> dict[str, Tensor]:
+    """One tensor, coded: integer multiples of each block's scale; with one bit, signs, with the
+    block's mean absolute value as the scale."""
+    flat = values.flatten()
+    if codec == "float16":
+        return {"numbers": flat.half()}
+    bits, blocks = BITS[codec], _filled(flat, BLOCK)
     if bits == 1:
         sizes = _filled(torch.ones_like(flat), BLOCK).sum(dim=1)
         return {
@@ -198,25 +166,23 @@ def _round(flat: Tensor, bits: int) -> dict[str, Tensor]:
     largest = LARGEST[bits]
     scales = (blocks.abs().amax(dim=1) / largest).bfloat16()
     safe = torch.where(scales > 0, scales, torch.ones_like(scales)).float()
-    numbers = (
-        (blocks / safe[:, None])
-        .round()
-        .clamp(-largest, largest)
-        .flatten()[: len(flat)]
-        .to(torch.int8)
-    )
-    return {
-        "numbers": _packed((numbers + 8).to(torch.uint8), bits) if bits == 4 else numbers,
-        "scales": scales,
-    }
+    multiples = (blocks / safe[:, None]).round().clamp(-largest, largest)
+    numbers = multiples.flatten()[: len(flat)].to(torch.int8)
+    if bits == 4:
+        numbers = _packed((numbers + 8).to(torch.uint8), bits)
+    return {"numbers": numbers, "scales": scales}
 
 
-def _unround(parts: Mapping[str, Tensor], count: int, bits: int) -> Tensor:
-    numbers = parts["numbers"]
-    if bits < 8:
+def _whole(parts: Mapping[str, Tensor], codec: Codec, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that coded parts say."""
+    count, numbers = math.prod(shape), parts["numbers"]
+    if codec == "float16":
+        return numbers.float().view(shape)
+    if (bits := BITS[codec]) < 8:
         codes = _unpacked(numbers, count, bits).to(torch.int8)
         numbers = 2 * codes - 1 if bits == 1 else codes - 8
-    return numbers.float() * parts["scales"].float().repeat_interleave(BLOCK)[:count]
+    scales = parts["scales"].float().repeat_interleave(BLOCK)[:count]
+    return (numbers.float() * scales).view(shape)
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:

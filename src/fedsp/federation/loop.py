@@ -10,8 +10,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ContextDecorator
 from dataclasses import dataclass, field, replace
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
@@ -20,7 +21,6 @@ from fedsp.errors import TooFewClients, TrainingDiverged
 from fedsp.federation.aggregation.mean import (
     Aggregator,
     ServerOptimizer,
-    WeightedMean,
     update_cosine,
     validate_update,
 )
@@ -30,8 +30,6 @@ from fedsp.federation.messages import Request, RoundRecord, Transport, Update, s
 from fedsp.models.payload import Payload
 from fedsp.privacy import poisson_sample
 
-Given = ParamSpec("Given")
-Result = TypeVar("Result")
 ServerParty = TypeVar("ServerParty", contravariant=True)
 
 Register = Mapping[str, int]
@@ -76,7 +74,7 @@ class RoundConfig:
     validate_by: Literal["server", "clients", "none"]
     validate_every: int = 1
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
-    aggregator: Aggregator = field(default_factory=WeightedMean)
+    aggregator: Aggregator = field(default_factory=Aggregator)
     sampling_rate: float | None = None
     max_loss_rise: float | None = None
     up: Codec = FLOAT32
@@ -168,12 +166,13 @@ def federate(
                 reference, _ = server_update(server, broadcast, round, seed)
             aggregated, optimizer = broadcast, state.optimizer
             if payloads or aggregator.always:
-                weights = _weights(updates, register, settings)
+                by_examples = settings.weighting == "examples"
+                weights = {one: float(register[one]) if by_examples else 1.0 for one in updates}
                 mean = aggregator(broadcast, payloads, weights, len(sampled), reference)
                 aggregated, optimizer = settings.optimizer.step(broadcast, mean, state.optimizer)
             aggregated = _plus(aggregated, state.residual)
-            check = _accept(state, aggregated, validate, settings.max_loss_rise)
-            if not check.accepted:
+            acceptance_loss, accepted = _accept(state, aggregated, validate, settings.max_loss_rise)
+            if not accepted:
                 aggregated, optimizer = _plus(broadcast, state.residual), state.optimizer
             payload, server_loss = server_update(server, aggregated, round, seed)
             if not all(torch.isfinite(tensor).all() for tensor in payload.values()):
@@ -211,8 +210,8 @@ def federate(
             seconds_training=timer.seconds + sum(update.seconds for update in updates.values()),
             update_cosine=update_cosine(payloads, broadcast),
             spikes=sum(update.spikes for update in updates.values()),
-            acceptance_loss=check.loss,
-            accepted=check.accepted,
+            acceptance_loss=acceptance_loss,
+            accepted=accepted,
         )
         save(state, record)
     if settings.validate_by == "clients" and register:
@@ -274,35 +273,22 @@ def _collect(
     return updates, failed | dict.fromkeys(silent, "did not answer"), (down, up)
 
 
-def _weights(
-    updates: Mapping[str, Update], register: Register, settings: RoundConfig
-) -> dict[str, float]:
-    by_examples = settings.weighting == "examples"
-    return {client: float(register[client]) if by_examples else 1.0 for client in updates}
-
-
-@dataclass(frozen=True)
-class _Acceptance:
-    loss: float | None = None
-    accepted: bool = True
-
-
 def _accept(
     state: RunState, aggregated: Payload, validate: Validate, max_loss_rise: float | None
-) -> _Acceptance:
+) -> tuple[float | None, bool]:
     """The acceptance check: the aggregate's validation loss against the lowest so far. Against the
     last broadcast a small rise would pass in every round. A loss that is not finite fails."""
     if max_loss_rise is None or aggregated is state.payload:
-        return _Acceptance()
+        return None, True
     lowest, loss = state.best_loss, validate(aggregated)
     passed = lowest is None or loss <= lowest * (1 + max_loss_rise)
-    return _Acceptance(loss, math.isfinite(loss) and passed)
+    return loss, math.isfinite(loss) and passed
 
 
 def _next_broadcast(state: RunState, payload: Payload, down: Codec) -> RunState:
     """The state with what the next round broadcasts: the payload, or, in a lossy codec, the last
     broadcast plus the decoded change; the rest is the residual."""
-    if down.exact:
+    if down == FLOAT32:
         return replace(state, payload=payload)
     change, decoded, residual = encode_with_residual(difference(payload, state.payload), {}, down)
     return replace(state, payload=_plus(state.payload, decoded), residual=residual, change=change)
@@ -338,21 +324,16 @@ def _mean_losses(updates: Mapping[str, Update]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in losses.items()}
 
 
-class _Timer:
-    """Seconds spent in the functions that it wraps."""
+class _Timer(ContextDecorator):
+    """Seconds spent in the functions that it decorates, none of which calls another."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    seconds = 0.0
 
-    def __call__(self, function: Callable[Given, Result]) -> Callable[Given, Result]:
-        def timed(*arguments: Given.args, **named: Given.kwargs) -> Result:
-            started = time.perf_counter()
-            try:
-                return function(*arguments, **named)
-            finally:
-                self.seconds += time.perf_counter() - started
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
 
-        return timed
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self.started
 
 
 class _Cached:

@@ -64,6 +64,11 @@ class Failure:
     bytes_up: int = 0
     bytes_down: int = 0
 
+    @classmethod
+    def of(cls, request: Request, reason: str, **traffic: int) -> Failure:
+        """That a request failed; `traffic` is bytes_up and bytes_down."""
+        return cls(round=request.round, client=request.client, reason=reason, **traffic)
+
 
 Transport = Callable[[list[Request]], Iterable[Update | Failure]]
 """The only interface between the algorithm and an engine. Replies may come in any order."""

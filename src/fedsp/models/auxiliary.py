@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,6 +24,7 @@ from fedsp.data.encoding import Tokenizer
 from fedsp.errors import AuxiliaryError, ConfigurationError, ModelError, StorageError, first_line
 from fedsp.models.blocks import difference, find_blocks, fused
 from fedsp.models.loading import empty_model, known_keys, load_tokenizer, tokenizer_digest
+from fedsp.models.payload import shapes_of
 from fedsp.models.prompted_lm import ModelShape, Positions, PromptedLM
 from fedsp.models.trainable import Tensors, trainable
 from fedsp.storage import parse_json, read_tensors, tensors_digest, write_json, write_tensors
@@ -34,6 +35,8 @@ WEIGHTS = "model.safetensors"
 OF_NO_LAYER = re.compile("architectures|_ids?$|only_layers|indices")
 """Configuration keys whose lists are not per layer, even if their length equals the number of
 layers."""
+
+PLAN = re.compile(r"\w+\(\s*\d+\s*(?:[,-]\s*\d+\s*)?\)")
 
 MOST_BUFFERS = 1 << 30
 """Most bytes of buffers, such as masks and tables, that a loaded auxiliary model may allocate."""
@@ -60,18 +63,6 @@ class LayerPlan:
     def depth(self) -> int:
         return len(self.sources)
 
-    @property
-    def keeps_verbatim(self) -> bool:
-        return any(self.frozen)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "sources": list(self.sources),
-            "groups": list(self.groups),
-            "frozen": list(self.frozen),
-            "prompt_layers": list(self.prompt_layers),
-        }
-
 
 def parse_plan(
     text: str | Sequence[int], layers: int, prompt_layers: Sequence[int] | None = None
@@ -92,19 +83,11 @@ def parse_plan(
     Raises:
         ConfigurationError: the plan cannot be read, or does not fit the model.
     """
-    match = (
-        re.fullmatch(r"(\w+)\((\s*\d+\s*(?:[,-]\s*\d+\s*)?)\)", text.strip())
-        if isinstance(text, str)
-        else None
-    )
-    name, numbers = (
-        (match[1], [int(number) for number in re.findall(r"\d+", match[2])])
-        if match
-        else ("list", [])
-    )
+    words = re.findall(r"\w+", str(text)) if PLAN.fullmatch(str(text).strip()) else [""]
+    name, numbers = words[0], [int(word) for word in words[1:]]
     if not isinstance(text, str):
         sources = list(text)
-    elif name == "shared" and len(numbers) == 1:
+    elif name in ("shared", "copies") and len(numbers) == 1:
         sources = numbers * layers
     elif name == "every" and len(numbers) == 1 and numbers[0]:
         sources = list(range(0, layers, numbers[0]))
@@ -118,8 +101,6 @@ def parse_plan(
                 f" model's {layers}"
             )
         sources = list(cell) * (layers // len(cell))
-    elif name == "copies" and len(numbers) == 1:
-        sources = numbers * layers
     elif name == "ends" and len(numbers) in (1, 2):
         return _ends(layers, *numbers, prompt_layers=prompt_layers)
     elif name == "emulator" and len(numbers) == 2:
@@ -130,24 +111,15 @@ def parse_plan(
             " every(2), first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), or a list such"
             " as [0, 0, 5, 5]"
         )
-    frozen, groups = [False] * len(sources), range(layers) if name == "copies" else sources
-    reads = (
-        list(prompt_layers)
-        if prompt_layers is not None
-        else list(range(layers))
-        if len(sources) == layers
-        else sources
+    groups = range(layers) if name == "copies" else sources
+    own = range(layers) if len(sources) == layers else sources
+    plan = LayerPlan(
+        sources=tuple(sources),
+        groups=tuple(groups),
+        frozen=(False,) * len(sources),
+        prompt_layers=tuple(own if prompt_layers is None else prompt_layers),
     )
-    return _checked(
-        LayerPlan(
-            sources=tuple(sources),
-            groups=tuple(groups),
-            frozen=tuple(frozen),
-            prompt_layers=tuple(reads),
-        ),
-        layers,
-        text,
-    )
+    return _checked(plan, layers, text)
 
 
 def _ends(
@@ -241,7 +213,7 @@ class AuxiliaryModel(PromptedLM):
     def distillable(self) -> dict[str, nn.Parameter]:
         """What distillation trains: everything, or, where a plan keeps layers verbatim, only the
         depths that are not, and embeddings that are not."""
-        if not self.plan.keeps_verbatim:
+        if not any(self.plan.frozen):
             return trainable(self.model)
         free = {
             id(parameter)
@@ -279,7 +251,7 @@ class AuxiliaryModel(PromptedLM):
         write_json(
             folder / MANIFEST,
             {
-                "plan": self.plan.to_json(),
+                "plan": asdict(self.plan),
                 "embeddings": self.embeddings,
                 "prompt_shape": asdict(self.prompt_shape),
                 "sha256": digest,
@@ -321,13 +293,10 @@ def build_auxiliary(
         prompt_shape=model.shape,
         embeddings=embeddings,
     )
-    theirs, own = (
-        {depth: made.block_output(depth) for depth in depths}
-        for made, depths in ((model, set(plan.sources)), (built, range(plan.depth)))
-    )
+    outputs = {layer: model.block_output(layer) for layer in set(plan.sources)}
     for depth, layer in enumerate(plan.sources):
-        expected = theirs[layer]
-        if float((own[depth] - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
+        own, expected = built.block_output(depth), outputs[layer]
+        if float((own - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
             raise AuxiliaryError(
                 f"auxiliary.plan: layer {layer} of {model.name} gives other outputs at depth"
                 f" {depth}, since in this family a layer's computation depends on its index; keep"
@@ -345,26 +314,18 @@ def _fill(auxiliary: Any, model: PromptedLM, plan: LayerPlan) -> None:
         AuxiliaryError: a layer is of another kind than what stands at its depth, or a weight has no
             place.
     """
-    blocks = _blocks(auxiliary, plan, model.name)
+    blocks = find_blocks(auxiliary, plan.depth, model.name)[1]
     require_kinds(model.blocks, blocks, plan, model.name)
     inside = f"{model.path_of_backbone}.".lstrip(".") + f"{model.path_of_blocks}."
-    outside = {
-        name: tensor
-        for name, tensor in model.model.state_dict().items()
-        if not name.startswith(inside)
-    }
-    places = {
-        name: tensor.shape
-        for name, tensor in auxiliary.state_dict().items()
-        if not name.startswith(inside)
-    }
-    if places != {name: tensor.shape for name, tensor in outside.items()}:
-        odd = sorted(
-            set(places.items()) ^ {(name, tensor.shape) for name, tensor in outside.items()}
-        )[0][0]
+    outside, places = (
+        {name: tensor for name, tensor in made.state_dict().items() if not name.startswith(inside)}
+        for made in (model.model, auxiliary)
+    )
+    odd = sorted(name for name, _ in shapes_of(outside).items() ^ shapes_of(places).items())
+    if odd:
         raise AuxiliaryError(
-            f"auxiliary.plan: {odd} of {model.name} is made for all of its layers: this family has"
-            f" no form with the layers {list(plan.sources)}"
+            f"auxiliary.plan: {odd[0]} of {model.name} is made for all of its layers: this family"
+            f" has no form with the layers {list(plan.sources)}"
         )
     auxiliary.load_state_dict(outside, strict=False)
     for depth, layer in enumerate(plan.sources):
@@ -462,9 +423,7 @@ def load_auxiliary(
             f"the tokenizer in {folder} is not the one that the auxiliary model was made with: get"
             " the folder again from the server"
         )
-    _require_shapes(
-        folder, config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    )
+    _require_shapes(folder, config, plan, shapes_of(weights))
     model = empty_auxiliary(config, plan)
     model.load_state_dict(weights, strict=False)
     auxiliary = AuxiliaryModel(
@@ -482,16 +441,9 @@ def load_auxiliary(
 def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a file of a model holds: its parameters by name, each once even where depths share it,
     and its persistent buffers."""
-    parameters = trainable(model)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {
-        **parameters,
-        **{
-            name: tensor
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if name not in known
-        },
-    }
+    state = model.state_dict(keep_vars=True)
+    return trainable(model) | {name: state[name] for name in state if name not in known}
 
 
 def _require_shapes(
@@ -510,7 +462,7 @@ def _require_shapes(
         )
     with torch.device("meta"):
         hollow = empty_auxiliary(config, plan)
-    expected = {name: tuple(tensor.shape) for name, tensor in _stored(hollow).items()}
+    expected = shapes_of(_stored(hollow))
     odd = sorted({name for name, _ in set(expected.items()) ^ set(shapes.items())})
     if odd:
         raise AuxiliaryError(
@@ -562,63 +514,37 @@ def empty_auxiliary(config: Any, plan: LayerPlan) -> Any:
     as the plan says."""
     with torch.random.fork_rng(devices=[]):
         model = empty_model(config)
-    blocks = _blocks(model, plan, "the auxiliary model")
-    first = {group: depth for depth, group in reversed(list(enumerate(plan.groups)))}
+    blocks = find_blocks(model, plan.depth, "the auxiliary model")[1]
     for depth, group in enumerate(plan.groups):
-        if first[group] != depth:
-            other = difference(blocks[first[group]], blocks[depth])
-            if other:
-                raise AuxiliaryError(
-                    f"auxiliary.plan: depths {first[group]} and {depth} cannot share a layer:"
-                    f" {other}; choose layers of one kind"
-                )
-            _share(blocks[first[group]], blocks[depth])
+        first = plan.groups.index(group)
+        if first == depth:
+            continue
+        if other := difference(blocks[first], blocks[depth]):
+            raise AuxiliaryError(
+                f"auxiliary.plan: depths {first} and {depth} cannot share a layer: {other}; choose"
+                " layers of one kind"
+            )
+        for name, parameter in blocks[first].named_parameters():
+            path, _, leaf = name.rpartition(".")
+            setattr(blocks[depth].get_submodule(path), leaf, parameter)
     return model
 
 
-def _blocks(model: Any, plan: LayerPlan, name: str) -> nn.ModuleList:
-    return find_blocks(model, plan.depth, name)[1]
-
-
-def _share(source: nn.Module, target: nn.Module) -> None:
-    """Make every parameter of `target` the very object that `source` has."""
-    for name, parameter in source.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        setattr(target.get_submodule(path), leaf, parameter)
-
-
-def disclosed_share(auxiliary: PromptedLM, model: PromptedLM) -> float:
+def disclosed_share(auxiliary: PromptedLM, model: PromptedLM, tolerance: float = 0.0) -> float:
     """The share of the global model's parameters that stand bit for bit in the auxiliary, each
-    global tensor compared with each of its shape."""
-    return _share_of(auxiliary, model, lambda tensor, other: int((tensor == other).sum()))
-
-
-def nearly_disclosed_share(auxiliary: PromptedLM, model: PromptedLM, tolerance: float) -> float:
-    """As `disclosed_share`, but a global tensor counts as a whole if an auxiliary tensor of its
-    shape is within `tolerance` times its Euclidean norm."""
-
-    def near(tensor: torch.Tensor, other: torch.Tensor) -> int:
-        return (
-            tensor.numel()
-            if float((tensor - other).norm()) <= tolerance * float(tensor.norm())
-            else int((tensor == other).sum())
-        )
-
-    return _share_of(auxiliary, model, near)
-
-
-def _share_of(
-    auxiliary: PromptedLM, model: PromptedLM, count: Callable[[torch.Tensor, torch.Tensor], int]
-) -> float:
-    held: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    global tensor compared with each of its shape. With a `tolerance`, a tensor counts as a whole
+    where one is within `tolerance` times its Euclidean norm."""
+    held: dict[torch.Size, list[torch.Tensor]] = {}
     for parameter in trainable(auxiliary.model).values():
-        held.setdefault(tuple(parameter.shape), []).append(parameter.detach())
-    parameters = trainable(model.model)
+        held.setdefault(parameter.shape, []).append(parameter.detach())
+
+    def count(tensor: torch.Tensor, other: torch.Tensor) -> int:
+        near = tolerance and float((tensor - other).norm()) <= tolerance * float(tensor.norm())
+        return tensor.numel() if near else int((tensor == other).sum())
+
+    parameters = [parameter.detach() for parameter in trainable(model.model).values()]
     disclosed = sum(
-        max(
-            (count(tensor.detach(), other) for other in held.get(tuple(tensor.shape), [])),
-            default=0,
-        )
-        for tensor in parameters.values()
+        max((count(tensor, other) for other in held.get(tensor.shape, [])), default=0)
+        for tensor in parameters
     )
-    return disclosed / sum(tensor.numel() for tensor in parameters.values())
+    return disclosed / sum(tensor.numel() for tensor in parameters)

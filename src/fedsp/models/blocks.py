@@ -4,7 +4,7 @@ caches that they read and write."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -118,17 +118,11 @@ def difference(one: nn.Module, other: nn.Module) -> str | None:
     for (path, module), (other_path, beside) in zip_longest(
         one.named_modules(), other.named_modules(), fillvalue=("", None)
     ):
-        if (
-            module is None
-            or beside is None
-            or path != other_path
-            or type(module) is not type(beside)
-        ):
+        if path != other_path or type(module) is not type(beside):
             where = path if module is not None else other_path
-            return (
-                f"{where or 'the block'} is {_kind(module)} in the one and {_kind(beside)} in the"
-                " other"
-            )
+            kinds = ["missing" if it is None else type(it).__name__ for it in (module, beside)]
+            return f"{where or 'the block'} is {kinds[0]} in the one and {kinds[1]} in the other"
+        assert module is not None and beside is not None
         settings, others = _settings(module), _settings(beside)
         for key in sorted(settings.keys() | others.keys()):
             if settings.get(key) != others.get(key):
@@ -139,28 +133,16 @@ def difference(one: nn.Module, other: nn.Module) -> str | None:
     return None
 
 
-def _kind(module: nn.Module | None) -> str:
-    return "missing" if module is None else type(module).__name__
-
-
 def _settings(module: nn.Module) -> dict[str, Any]:
     plain = {
         key: value
         for key, value in vars(module).items()
         if isinstance(value, bool | int | float | str | NoneType)
+        and not key.startswith("_")
+        and not NO_SETTING.search(key)
     }
-    tensors = {
-        key: tuple(value.shape)
-        for key, value in [
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        ]
-    }
-    return {
-        key: value
-        for key, value in plain.items()
-        if not key.startswith("_") and not NO_SETTING.search(key)
-    } | tensors
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return plain | {key: tuple(value.shape) for key, value in tensors}
 
 
 def fused(model: PreTrainedModel) -> PreTrainedModel:
@@ -186,23 +168,39 @@ def runs_on(module: nn.Module, parameter: Tensor) -> torch.device:
     return parameter.device if found is None else torch.device(found)
 
 
-def hidden_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    """The hidden states (B, T, D) that a block was called with."""
-    hidden: Tensor = arguments[0] if arguments else named["hidden_states"]
-    return hidden
+BlockCall = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
-def hooked(blocks: nn.ModuleList, record: Callable[..., object]) -> Iterator[None]:
-    """Call `record(module, arguments, named arguments)` before each block for as long as the
-    context lasts."""
+def recorded(blocks: nn.ModuleList) -> Iterator[list[BlockCall]]:
+    """The hidden states (B, T, D), the other arguments and the named ones of each call of a block
+    while the context lasts."""
+    calls: list[BlockCall] = []
 
-    def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        record(module, arguments, named)
+    def record(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        named = dict(named)  # torch passes this very one on
+        hidden = arguments[0] if arguments else named.pop("hidden_states")
+        calls.append((hidden, arguments[1:], named))
 
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
-        yield
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def forwarding(modules: Iterable[nn.Module], make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace each module's forward by what `make` makes of it for as long as the context lasts."""
+    before = [(module, module.__dict__.get("forward")) for module in modules]
+    for module, _ in before:
+        module.forward = make(module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                del module.forward
+            else:  # accelerate's
+                module.forward = forward

@@ -80,25 +80,19 @@ def load_model(
     _require(("accelerate", "bitsandbytes") if few_bits else (), f"model.precision = {precision!r}")
     read_model_config(name)
     half = precision == "bfloat16" or (precision != "float32" and where.type == "cuda")
-    placed: dict[str, Any] = (
-        {"device_map": "auto" if device == SPLIT else {"": where}}
-        if device == SPLIT or few_bits
-        else {}
-    )
+    placed: dict[str, Any] = {}
     if few_bits:
+        placed["device_map"] = {"": where}
         placed["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=precision == "8bit",
             load_in_4bit=precision == "4bit",
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32,
         )
-    offloaded = (
-        tempfile.TemporaryDirectory(prefix="fedsp-offloaded-", dir=room_for_large_files())
-        if device == SPLIT
-        else None
-    )
-    if offloaded:
-        placed["offload_folder"] = offloaded.name
+    if device == SPLIT:
+        folder = room_for_large_files()
+        offloaded = tempfile.TemporaryDirectory(prefix="fedsp-offloaded-", dir=folder)
+        placed |= {"device_map": "auto", "offload_folder": offloaded.name}
     try:
         dtype = torch.bfloat16 if half else torch.float32
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -114,7 +108,7 @@ def load_model(
             f"the model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}), which"
             " would be random: download it again, or use a causal language model"
         )
-    if offloaded:
+    if device == SPLIT:
         weakref.finalize(model, offloaded.cleanup)
     model.requires_grad_(False)
     _mend_4bit(model, "model.precision")
@@ -131,9 +125,8 @@ def reduce_precision(model: PromptedLM, precision: Precision, key: str) -> None:
     """
     model.together = None
     if precision == "bfloat16":
-        for parameter in (
-            model.model.parameters()
-        ):  # and not its buffers: rotations by position need their digits
+        # and not its buffers: rotations by position need their digits
+        for parameter in model.model.parameters():
             parameter.data = parameter.data.bfloat16()
     if precision not in ("8bit", "4bit"):
         return
@@ -159,12 +152,8 @@ def _in_few_bits(linear: nn.Module, precision: Precision) -> nn.Module:
     import bitsandbytes
 
     assert isinstance(linear.weight, nn.Parameter)
-    weight = (
-        (linear.weight.T if isinstance(linear, Conv1D) else linear.weight)
-        .detach()
-        .cpu()
-        .contiguous()
-    )
+    weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    weight = weight.detach().cpu().contiguous()
     wide, bias = (weight.shape[1], weight.shape[0]), linear.bias
     if precision == "8bit":
         made: nn.Module = bitsandbytes.nn.Linear8bitLt(
@@ -237,10 +226,8 @@ def require_vocabulary(model: PromptedLM, tokenizer: Tokenizer) -> None:
     Raises:
         ModelError: it has not; the message has both sizes.
     """
-    tokens, embeddings = (
-        1 + max(tokenizer.get_vocab().values(), default=0),
-        model.model.get_input_embeddings().num_embeddings,
-    )
+    tokens = 1 + max(tokenizer.get_vocab().values(), default=0)
+    embeddings = model.model.get_input_embeddings().num_embeddings
     if tokens > embeddings:
         raise ModelError(
             f"{model.name} has embeddings for {embeddings} tokens, but its tokenizer has {tokens}:"

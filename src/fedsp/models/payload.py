@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fedsp.errors import PayloadError
 
+UNREADABLE = (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError)
+"""What safetensors raises for bytes that are none."""
+
 Payload = dict[str, Tensor]
 """Flat, on the CPU, float32, names sorted. In FedSP all that ever travels is {PROMPT: (P, L, 2, H,
 K) or (P, L, D)}; baselines send what they tune."""
@@ -42,7 +45,7 @@ def unpack(data: bytes) -> Payload:
     """
     try:
         return dict(sorted(load(data).items()))
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise PayloadError(f"the {len(data)} bytes received are no payload: {error}") from error
 
 
@@ -68,9 +71,8 @@ def check(payload: Payload, shapes: Shapes) -> None:
             )
         if values.dtype != torch.float32:
             raise PayloadError(f"{name} is {values.dtype}, expected torch.float32")
-        if not math.isfinite(values.sum()) and (
-            wrong := _not_finite(values)
-        ):  # the sum of large numbers may be infinite as well
+        # the sum of large numbers may be infinite as well
+        if not math.isfinite(values.sum()) and (wrong := _not_finite(values)):
             raise PayloadError(f"{name} holds {wrong} numbers that are not finite")
 
 

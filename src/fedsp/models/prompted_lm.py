@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -28,14 +28,15 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from fedsp.data.batching import PackedBatch, Padded, pack, pack_branches
 from fedsp.errors import ModelError, first_line
 from fedsp.models.blocks import (
+    BlockCall,
     Captured,
     CapturingCache,
     FixedLayer,
     find_backbone,
     find_blocks,
+    forwarding,
     fused,
-    hidden_of,
-    hooked,
+    recorded,
     rotation_switch,
     runs_on,
 )
@@ -112,7 +113,7 @@ class PromptedLM(nn.Module):
         norm, as measured there; None until then."""
         self._output: Any = None
         self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._plain_calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._plain_calls: list[BlockCall] = []
         self.switch = rotation_switch(model.config)
         """The longest call, in positions, up to which rotations do not depend on how long it is;
         None where they never do."""
@@ -123,9 +124,8 @@ class PromptedLM(nn.Module):
                 " cannot tell them apart"
             )
         self.path_of_blocks, self.blocks = find_blocks(model, layers, name)
-        self._reads_another_s_prompt = (
-            prompt_shape is not None
-        )  # `positions` is checked on the global model, not on an auxiliary one
+        # `positions` is checked on the global model, not on an auxiliary one
+        self._reads_another_s_prompt = prompt_shape is not None
         self.shape = self._admitted()
         self.prompt_shape = prompt_shape or self.shape
         self.prompt_layers = tuple(
@@ -152,14 +152,10 @@ class PromptedLM(nn.Module):
         positions."""
         text = self.model.config.get_text_config()
         limits = [getattr(text, name, None) for name in LENGTH_LIMITS]
-        longest = next(
-            (limit for limit in limits if isinstance(limit, int) and limit > 0), 1_000_000
-        )
-        return (
-            min(longest, self.switch.positions)
-            if self.switch is not None and self.switch.every_length
-            else longest
-        )
+        longest = next((one for one in limits if isinstance(one, int) and one > 0), 1_000_000)
+        if self.switch is not None and self.switch.every_length:
+            return min(longest, self.switch.positions)
+        return longest
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None
@@ -199,14 +195,18 @@ class PromptedLM(nn.Module):
         attention_mask: Tensor | None,
         prefix: Tensor | None,
     ) -> list[Tensor]:
-        """Tensors (B, T, D) that `read` returns for tokens, mask and prefix, by separate calls for
-        rows that may not share one."""
-        groups = self._rows_read_together(attention_mask, prefix)
-        if groups is None:
+        """Tensors (B, T, D) that `read` returns for tokens, mask and prefix: in one call, or, since
+        a rotation that changes with the longest position of a call would let a long row change the
+        short ones, in one for the rows on each side of the `switch`."""
+        if self.switch is None or attention_mask is None:
             return read(input_ids, attention_mask, prefix)
-        assert attention_mask is not None
+        lengths, start = attention_mask.sum(dim=1), self.positions_taken(length_of(prefix))
+        long = lengths + start > self.switch.positions
+        if long.all() or start + attention_mask.shape[1] <= self.switch.positions:
+            return read(input_ids, attention_mask, prefix)
         whole: list[Tensor] = []
-        for rows, width in groups:
+        for rows in filter(len, ((~long).nonzero()[:, 0], long.nonzero()[:, 0])):
+            width = int(lengths[rows].max())
             part = read(
                 input_ids[rows, :width],
                 attention_mask[rows, :width],
@@ -216,31 +216,6 @@ class PromptedLM(nn.Module):
             for state, found in zip(whole, part, strict=True):
                 state[rows.to(state.device), :width] = found
         return whole
-
-    def _rows_read_together(
-        self, attention_mask: Tensor | None, prefix: Tensor | None
-    ) -> list[tuple[Tensor, int]] | None:
-        """The rows of a padded batch (B, T) that may share a call, and their longest length; None
-        where all of them may. A rotation that changes with the longest position of a call would let
-        a long row change the short ones."""
-        if self.switch is None or attention_mask is None:
-            return None
-        lengths = attention_mask.sum(dim=1)
-        long = lengths + self.first_position(prefix) > self.switch.positions
-        if (
-            long.all()
-            or self.first_position(prefix) + attention_mask.shape[1] <= self.switch.positions
-        ):
-            return None
-        return [
-            (rows, int(lengths[rows].max()))
-            for rows in ((~long).nonzero()[:, 0], long.nonzero()[:, 0])
-            if len(rows)
-        ]
-
-    def first_position(self, prefix: Tensor | None) -> int:
-        """The position of the first token behind a prefix."""
-        return self.positions_taken(length_of(prefix))
 
     def room_behind(self, length: int) -> int:
         """The tokens that the model reads behind a prefix of this length."""
@@ -262,19 +237,26 @@ class PromptedLM(nn.Module):
     ) -> Tensor:
         batch, tokens = input_ids.shape
         length = length_of(prefix)
-        if length and attention_mask is not None:
-            attention_mask = torch.cat(
-                [attention_mask.new_ones(batch, length), attention_mask], dim=1
-            )
-        start = self.first_position(prefix)
-        position_ids = torch.arange(start, start + tokens, device=input_ids.device)[None]
-        with self._recomputing():
+        if attention_mask is not None:
+            attention_mask = pad(attention_mask, (length, 0), value=1)
+        start = self.positions_taken(length)
+        positions = torch.arange(start, start + tokens, device=input_ids.device)[None]
+        cache = None if prefix is None else self.cache(prefix, batch, FixedLayer)
+        return self._states(input_ids, attention_mask, positions, cache)
+
+    def _states(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None
+    ) -> Tensor:
+        """The backbone's last hidden states (B, T, D) of tokens behind, and then in, a cache."""
+        blocks = self.blocks if self.recompute and torch.is_grad_enabled() else ()
+        again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        with forwarding(blocks, lambda forward: partial(checkpoint, forward, **again)):
             output = self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=None if prefix is None else self.cache(prefix, batch, FixedLayer),
-                use_cache=prefix is not None,
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
         hidden: Tensor = output.last_hidden_state.to(self.device)
         return hidden
@@ -289,30 +271,16 @@ class PromptedLM(nn.Module):
         in models that measure it by place in the row.
         """
         count, width = contexts.shape
-        length, start = length_of(prefix), self.first_position(prefix)
+        length = length_of(prefix)
+        start = self.positions_taken(length)
         cache = DynamicCache() if prefix is None else self.cache(prefix, count)
         before = contexts.new_ones(count, length + width)
-        positions = torch.arange(start, start + width + tails.ids.shape[1], device=self.device)[
-            None
-        ]
-        self.backbone(
-            input_ids=contexts,
-            attention_mask=before,
-            position_ids=positions[:, :width],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        end = start + width + tails.ids.shape[1]
+        positions = torch.arange(start, end, device=self.device)[None]
+        self._states(contexts, before, positions[:, :width], cache)
         cache.batch_select_indices(rows)
         mask = torch.cat([before[rows], tails.mask], dim=1)
-        output = self.backbone(
-            input_ids=tails.ids,
-            attention_mask=mask,
-            position_ids=positions[:, width:],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden: Tensor = output.last_hidden_state.to(self.device)
-        return hidden
+        return self._states(tails.ids, mask, positions[:, width:], cache)
 
     def read_branches(self, packed: PackedBatch, prefix: Tensor | None) -> Tensor:
         """Last hidden states (B, T, D) of a packed batch: each token attends to the prefix and,
@@ -324,18 +292,11 @@ class PromptedLM(nn.Module):
             packed.branches[:, None, :] == packed.branches[:, :, None]
         )  # (B, T, T)
         seen = torch.cat([before.new_ones(batch, width, length), before & own], dim=2)[:, None]
-        with self._recomputing():
-            output = self.backbone(
-                input_ids=packed.ids,
-                attention_mask=torch.zeros(
-                    seen.shape, dtype=self.dtype, device=self.device
-                ).masked_fill(~seen, torch.finfo(self.dtype).min),
-                position_ids=packed.positions + self.first_position(prefix),
-                past_key_values=None if prefix is None else self.cache(prefix, batch, FixedLayer),
-                use_cache=prefix is not None,
-            )
-        hidden: Tensor = output.last_hidden_state.to(self.device)
-        return hidden
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+        mask = mask.masked_fill(~seen, torch.finfo(self.dtype).min)
+        cache = None if prefix is None else self.cache(prefix, batch, FixedLayer)
+        positions = packed.positions + self.positions_taken(length)
+        return self._states(packed.ids, mask, positions, cache)
 
     @cached_property
     def packs_branches(self) -> int:
@@ -356,14 +317,8 @@ class PromptedLM(nn.Module):
             and value > 0
         ]
         context, branch = [1, 2, 3], [4, 5]
-        prefix = torch.randn(
-            2,
-            self.shape.layers,
-            2,
-            self.shape.heads,
-            self.shape.head_size,
-            generator=torch.Generator().manual_seed(0),
-        ).to(self.device)
+        shape = (2, self.shape.layers, 2, self.shape.heads, self.shape.head_size)
+        prefix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
         def read(other: list[int]) -> Tensor:
             return self.read_branches(
@@ -381,9 +336,8 @@ class PromptedLM(nn.Module):
         rounding = max(1e-4, 4 * torch.finfo(self.dtype).eps)
         close = max(1e-3, rounding)
         first, second = slice(3, 5), slice(7, 9)
-        same = partial(
-            torch.allclose, rtol=rounding, atol=rounding * float(alone.abs().median())
-        )  # of the same sums, in another order
+        # of the same sums, in another order
+        same = partial(torch.allclose, rtol=rounding, atol=rounding * float(alone.abs().median()))
         right = torch.allclose(found[:5], alone, rtol=close, atol=close * float(alone.abs().max()))
         unmoved = same(found[first], changed[first]) and same(found[second], changed[second])
         switch = [self.switch.positions] if self.switch else []
@@ -406,46 +360,20 @@ class PromptedLM(nn.Module):
         """Continuation of tokens (T,): at most `most` new ones, ending before `stop`. Each is the
         most likely one, or what `choose` takes by logits (V,)."""
         new: list[int] = []
-        start = self.first_position(prefix)
+        start = self.positions_taken(length_of(prefix))
         ids, cache, read = input_ids, None, 0
         while len(new) < most and start + len(ids) <= self.max_positions:
             if cache is None or not self.rotated_alike(start + read, start + len(ids)):
                 cache, read = DynamicCache() if prefix is None else self.cache(prefix, 1), 0
             positions = torch.arange(start + read, start + len(ids), device=self.device)[None]
             mask = torch.ones(1, length_of(prefix) + len(ids), dtype=torch.long, device=self.device)
-            output = self.backbone(
-                input_ids=ids[None, read:],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = self.logits(output.last_hidden_state[0, -1])
+            logits = self.logits(self._states(ids[None, read:], mask, positions, cache)[0, -1])
             token = choose(logits) if choose else int(logits.argmax())
             if token == stop:
                 break
             new.append(token)
             read, ids = len(ids), torch.cat([ids, ids.new_tensor([token])])
         return new
-
-    @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        if not (self.recompute and torch.is_grad_enabled()):
-            yield
-            return
-        before = [block.__dict__.get("forward") for block in self.blocks]
-        for block in self.blocks:
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
-        try:
-            yield
-        finally:
-            for block, forward in zip(self.blocks, before, strict=True):
-                if forward is None:
-                    del block.forward
-                else:  # accelerate's
-                    block.forward = forward
 
     def cache(self, prefix: Tensor, batch: int, kind: type[DynamicLayer] = DynamicLayer) -> Cache:
         """A fresh cache of L pairs (B, H, P, K), which grows by what is read, unless its layers are
@@ -470,18 +398,11 @@ class PromptedLM(nn.Module):
             )
         output = copy.copy(self._output)
         output.last_hidden_state = rows
-        before = self.backbone.__dict__.get("forward")
-        self.backbone.forward = lambda *_, **__: output
-        try:
+        with forwarding([self.backbone], lambda _: lambda *_, **__: output):
             logits: Tensor = self.model(
                 input_ids=torch.zeros(1, rows.shape[1], dtype=torch.long, device=self.device),
                 use_cache=False,
             ).logits
-        finally:
-            if before is None:
-                del self.backbone.forward
-            else:
-                self.backbone.forward = before
         return logits.to(self.device).float().view(*hidden.shape[:-1], -1)
 
     def keys_and_values(self, inputs: Tensor) -> Tensor:
@@ -492,19 +413,19 @@ class PromptedLM(nn.Module):
         batch = inputs if inputs.dim() == 4 else inputs[None]
         length = batch.shape[1]
         if length not in self._block_calls:
-            self._block_calls[length] = self._record_block_calls(length)
+            tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
+            probe = CapturingCache()
+            swap: Callable[[Any], Any] = lambda value: probe if isinstance(value, Cache) else value
+            self._block_calls[length] = [
+                (tuple(map(swap, arguments)), {key: swap(value) for key, value in named.items()})
+                for _, arguments, named in self._calls(tokens, DynamicCache())
+            ]
         layers = []
         for layer, (block, (arguments, named)) in enumerate(
             zip(self.blocks, self._block_calls[length], strict=True)
         ):
-            probe = CapturingCache()
-            hidden = batch[:, :, layer].to(self.dtype)
             try:
-                block(
-                    hidden,
-                    *(_swap(value, probe) for value in arguments),
-                    **{key: _swap(value, probe) for key, value in named.items()},
-                )
+                block(batch[:, :, layer].to(self.dtype), *arguments, **named)
             except Captured as captured:
                 layers.append(
                     torch.stack([captured.keys, captured.values])
@@ -523,21 +444,13 @@ class PromptedLM(nn.Module):
     def activations(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """What tokens (P,) leave behind in the model: block inputs (P, L, D), and keys and values
         (P, L, 2, H, K)."""
-        cache, inputs = DynamicCache(), []
-        record: Callable[..., None] = lambda _module, arguments, named: inputs.append(
-            hidden_of(arguments, named)[0]
-        )
-        with hooked(self.blocks, record):
-            self.backbone(
-                input_ids=input_ids[None],
-                attention_mask=torch.ones_like(input_ids)[None],
-                past_key_values=cache,
-                use_cache=True,
-            )
+        cache = DynamicCache()
+        calls = self._calls(input_ids[None], cache)
         pairs = torch.stack(
             [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
         )  # (L, 2, H, P, K)
-        return torch.stack(inputs, dim=1).float(), pairs.permute(3, 0, 1, 2, 4).float()
+        inputs = torch.stack([hidden[0] for hidden, _, _ in calls], dim=1)
+        return inputs.float(), pairs.permute(3, 0, 1, 2, 4).float()
 
     @torch.no_grad()
     def block_output(self, depth: int) -> Tensor:
@@ -548,8 +461,8 @@ class PromptedLM(nn.Module):
             *tokens.shape, self.shape.hidden, generator=torch.Generator().manual_seed(0)
         ).to(self.device)
         if not self._plain_calls:
-            self._plain_calls = self._record_block_calls(tokens.shape[1], cached=False)
-        arguments, named = _map_tensors(
+            self._plain_calls = self._calls(torch.zeros_like(tokens), None)
+        _, arguments, named = _map_tensors(
             self._plain_calls[depth],
             lambda tensor: tensor.float() if tensor.is_floating_point() else tensor,
         )
@@ -563,22 +476,14 @@ class PromptedLM(nn.Module):
         return (made - hidden).cpu()
 
     @torch.no_grad()
-    def _record_block_calls(
-        self, length: int, *, cached: bool = True
-    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """The arguments, hidden states apart, with which the model calls each block on tokens
-        0..length-1."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        record: Callable[..., None] = lambda _module, arguments, named: calls.append(
-            (arguments[1:], {k: v for k, v in named.items() if k != "hidden_states"})
-        )
-        tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
-        with hooked(self.blocks, record):
+    def _calls(self, tokens: Tensor, cache: Cache | None) -> list[BlockCall]:
+        """How the model calls its blocks when it reads tokens (1, T), into a cache or none."""
+        with recorded(self.blocks) as calls:
             self.backbone(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
-                past_key_values=DynamicCache() if cached else None,
-                use_cache=cached,
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
         return calls
 
@@ -614,24 +519,18 @@ class PromptedLM(nn.Module):
     def _shape_by_reading(self) -> ModelShape:
         kind = self.model.config.model_type
         tokens = self._some_tokens()
-        width: list[int] = []
         made: list[Any] = []
         handle = self.backbone.register_forward_hook(
             lambda _module, _arguments, output: made.append(output)
         )
         try:
-            with hooked(
-                self.blocks,
-                lambda _module, arguments, named: width.append(
-                    hidden_of(arguments, named).shape[-1]
-                ),
-            ):
+            with recorded(self.blocks) as calls:
                 output = self.model(
                     input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True
                 )
         finally:
             handle.remove()
-        if not made or len(width) != len(self.blocks):
+        if not made or len(calls) != len(self.blocks):
             raise ModelError(
                 f"{self.name} ({kind}) does not compute its logits from the {len(self.blocks)}"
                 " blocks that fedsp found: it cannot carry a soft prompt"
@@ -646,13 +545,8 @@ class PromptedLM(nn.Module):
                 f"{self.name} ({kind}) has no key/value cache at every layer, so there is nowhere"
                 " to put a soft prompt"
             )
-        other = sorted(
-            {
-                type(layer).__name__
-                for layer in layers
-                if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
-            }
-        )
+        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        other = sorted({type(layer).__name__ for layer in layers if type(layer) not in plain})
         if other:
             raise ModelError(
                 f"{self.name} ({kind}) caches more than keys and values"
@@ -693,7 +587,8 @@ class PromptedLM(nn.Module):
                 " fedsp does not know how"
             )
         heads, size = keys.pop()
-        return ModelShape(layers=len(self.blocks), heads=heads, head_size=size, hidden=width[0])
+        hidden = calls[0][0].shape[-1]
+        return ModelShape(layers=len(self.blocks), heads=heads, head_size=size, hidden=hidden)
 
     def _try_prompts(self, shape: ModelShape) -> None:
         """A prompt made of what a text's first tokens leave in the model must act as that text; and
@@ -755,13 +650,9 @@ def hidden_at_depths(
     gradients."""
 
     def read(*call: Any) -> list[Tensor]:
-        inputs: list[Tensor] = []
-        with hooked(
-            model.blocks,
-            lambda _module, arguments, named: inputs.append(hidden_of(arguments, named)),
-        ):
+        with recorded(model.blocks) as calls:
             last = model.read_padded(*call)
-        return [*inputs, last]
+        return [*(hidden for hidden, _, _ in calls), last]
 
     return model.read_apart(read, input_ids, attention_mask, prefix)
 
@@ -777,7 +668,3 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         if isinstance(value, dict)
         else value
     )
-
-
-def _swap(value: Any, probe: CapturingCache) -> Any:
-    return probe if isinstance(value, Cache) else value

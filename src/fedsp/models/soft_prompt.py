@@ -51,11 +51,6 @@ class PromptSpec:
             return (self.length, self.model.layers, self.model.hidden)
         return (self.length, self.model.layers, 2, self.model.heads, self.model.head_size)
 
-    @property
-    def bytes(self) -> int:
-        """Size of the values in float32, without the header of the file."""
-        return 4 * torch.Size(self.shape).numel()
-
 
 class SoftPrompt(nn.Module):
     """A tunable soft prompt. Its parameters are what the optimizer trains; `values()` is what they
@@ -88,11 +83,10 @@ class SoftPrompt(nn.Module):
 
     def values(self) -> Tensor:
         """The prompt's numbers, float32, of the spec's shape, with gradients to the parameters."""
-        return (
-            self.origin + self.projection(self.embedding).view(self.spec.shape)
-            if self.spec.projection
-            else self.direct
-        )
+        if not self.spec.projection:
+            return self.direct
+        made: Tensor = self.projection(self.embedding).view(self.spec.shape)
+        return self.origin + made
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What an optimizer trains, by name."""
@@ -209,9 +203,8 @@ def initial_values(
         PromptError: there are fewer than P tokens.
     """
     if tokens is None:
-        return torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed)) * (
-            scale or 0.0
-        )
+        noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed))
+        return noise * (scale or 0.0)
     if len(tokens) < spec.length:
         raise PromptError(
             f"prompt.init_text has {len(tokens)} tokens, a prompt of {spec.length} needs as many:"

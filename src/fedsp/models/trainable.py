@@ -35,12 +35,14 @@ class Messenger(Trainable, Protocol):
         or types than its own."""
 
     def own_state(self) -> Tensors:
-        """State that never travels and that the party keeps between rounds, such as a
-        projection."""
+        """State that never travels and that the party keeps between rounds, such as a projection;
+        none unless a messenger says otherwise."""
+        return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Set the state that `own_state` returned in an earlier round; nothing happens if it is
         empty."""
+        return
 
     def distance(self, payload: Payload) -> Tensor:
         """The squared Euclidean distance from a payload, a scalar with gradients."""
@@ -48,6 +50,7 @@ class Messenger(Trainable, Protocol):
     def prefix(self, model: PromptedLM) -> Tensor | None:
         """The keys and values (P, depths, 2, H, K) that the model reads in front of every text;
         None if the messenger is no prompt."""
+        return None
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fedsp.models.payload import Payload, check
-from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.trainable import Messenger
 
 
-class Weights:
+class Weights(Messenger):
     """A messenger of model parameters, keyed by the names in the payload; they are tuned in place,
     without a copy.
 
@@ -46,13 +46,6 @@ class Weights:
         for name, parameter in self._parameters.items():
             parameter.copy_(payload[name])
 
-    def own_state(self) -> dict[str, Tensor]:
-        """Nothing: every number travels."""
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing: there is no state beside what travels."""
-
     def distance(self, payload: Payload) -> Tensor:
         """The squared distance from a payload's numbers, with gradients."""
         return torch.stack(
@@ -61,7 +54,3 @@ class Weights:
                 for name, parameter in self._parameters.items()
             ]
         ).sum()
-
-    def prefix(self, model: PromptedLM) -> None:
-        """None: weights add no prefix to the input."""
-        return

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedsp.errors import RunError
 from fedsp.experiments.run_directory import RunDirectory, find_runs, read_json
-from fedsp.experiments.study import FAILURE, INDEX, read_index
+from fedsp.experiments.study import AXES, FAILURE, INDEX, read_index
 from fedsp.federation.methods.registry import find_method
 from fedsp.report.finished_run import Run, open_finished
 
@@ -32,6 +32,10 @@ class Line:
     @property
     def all(self) -> list[Run]:
         return [run for runs in self.runs.values() for run in runs]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(run.key for run in self.all)
 
     def by_seed(self, figure: Callable[[Run], float | None]) -> list[float]:
         """For each seed that all its tasks have, the mean of a figure over tasks; where they share
@@ -96,15 +100,10 @@ def _read_study(folder: Path, results: Results) -> None:
     results.name = ", ".join(filter(None, [results.name, index["name"]]))
     found: dict[str, Run] = {}
     diverged: set[str] = set()
-    axes = ("method", "task", "model", "partition", "choice", "seed")
     for cell in index["cells"]:
         path = folder / cell["folder"]
-        where = {axis: cell[axis] for axis in axes}
-        run = (
-            open_finished(path, f"run-{len(results.runs) + 1}", study=str(folder), **where)
-            if (path / "config.toml").exists()
-            else None
-        )
+        where = {axis: cell[axis] for axis in AXES}
+        run = open_finished(path, f"run-{len(results.runs) + 1}", study=str(folder), **where)
         if run:
             results.runs[run.key] = found[cell["folder"]] = run
         elif (path / FAILURE).exists():
@@ -118,16 +117,14 @@ def _read_study(folder: Path, results: Results) -> None:
         wanted = grid.get("reference") or index["reference"]
         reference = wanted if wanted in grid["methods"] else grid["methods"][0]
         order = {method: place for place, method in enumerate(grid["methods"])}
-        lines = _lines(sorted(present, key=lambda run: order[run.method]))
-        _count_diverged(lines, [cell for cell in cells if cell["folder"] in diverged], order)
+        lines = _lines(
+            sorted(present, key=lambda run: order[run.method]),
+            [cell for cell in cells if cell["folder"] in diverged],
+        )
+        lines.sort(key=lambda line: order[line.method])
         if lines:
-            tasks = list(
-                dict.fromkeys(
-                    cell["task"]
-                    for cell in cells
-                    if any(cell["task"] in line.runs for line in lines)
-                )
-            )
+            known = {task for line in lines for task in line.runs}
+            tasks = list(dict.fromkeys(cell["task"] for cell in cells if cell["task"] in known))
             results.sections.append(
                 Section(
                     title=grid["title"],
@@ -143,14 +140,10 @@ def _read_study(folder: Path, results: Results) -> None:
 def _read_runs(folder: Path, results: Results) -> None:
     results.name = ", ".join(filter(None, [results.name, folder.name]))
     runs = []
-    for path in find_runs(folder) or []:
+    for path in find_runs(folder):
         config = RunDirectory.open(path).config
-        title = ", ".join(
-            [
-                find_method(config.method).title,
-                *([config.preset] if find_method(config.method).deployable else []),
-            ]
-        )
+        entry = find_method(config.method)
+        title = f"{entry.title}, {config.preset}" if entry.deployable else entry.title
         label = f"{title} ({path.relative_to(folder)})" if path != folder else title
         where = {
             "method": label,
@@ -178,9 +171,10 @@ def _read_runs(folder: Path, results: Results) -> None:
         )
 
 
-def _lines(runs: Sequence[Run]) -> list[Line]:
+def _lines(runs: Sequence[Run], diverged: Iterable[Mapping[str, Any]] = ()) -> list[Line]:
     """Runs by method, model and partition, in their order; of several choices the one with the
-    lowest mean validation loss stays, task by task."""
+    lowest mean validation loss stays, task by task. Diverged cells count beside the runs that
+    finished; a method of which none finished gets a line of its own."""
     lines: dict[tuple[str, str, str], Line] = {}
     groups: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
     for run in runs:
@@ -206,29 +200,16 @@ def _lines(runs: Sequence[Run]) -> list[Line]:
         for axis in ("model", "partition")
     }
     for line in lines.values():
+        line.begun = len(line.all)
         line.label = ", ".join(
             [line.method, *(getattr(line, axis) for axis, many in several.items() if many)]
         )
-    return list(lines.values())
-
-
-def _count_diverged(
-    lines: list[Line], cells: Sequence[dict[str, Any]], order: dict[str, int]
-) -> None:
-    """Put diverged cells beside the runs that finished; a method of which none finished gets a line
-    of its own."""
-    for line in lines:
-        line.begun = len(line.all)
-    for cell in cells:
+    for cell in diverged:
         axes = (cell["method"], cell["model"], cell["partition"])
-        found = next(
-            (line for line in lines if (line.method, line.model, line.partition) == axes), None
-        )
-        line = found or Line(method=axes[0], model=axes[1], partition=axes[2], label=cell["method"])
-        if found is None:
-            lines.append(line)
+        own = Line(method=axes[0], model=axes[1], partition=axes[2], label=axes[0])
+        line = lines.setdefault(axes, own)
         line.begun, line.diverged = line.begun + 1, line.diverged + 1
-    lines.sort(key=lambda line: order[line.method])
+    return list(lines.values())
 
 
 def _validation(runs: Sequence[Run]) -> float:

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -25,6 +24,7 @@ from rich.text import Text
 from fedsp.audit.findings import Finding
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.messages import RoundRecord
+from fedsp.storage import each_figure
 
 
 class Display:
@@ -52,12 +52,7 @@ class Display:
             self.progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.console.is_terminal:
             self.progress.stop()
 
@@ -97,14 +92,10 @@ class Display:
             for name, loss in {**record.client_losses, "server": record.server_loss}.items()
             if loss is not None
         )
-        validation = (
-            ""
-            if record.validation is None
-            else (
-                "  validation"
-                f" {record.validation:.3f}{' (best)' if record.best_round == record.round else ''}"
-            )
-        )
+        validation = ""
+        if record.validation is not None:
+            best = " (best)" if record.best_round == record.round else ""
+            validation = f"  validation {record.validation:.3f}{best}"
         failed = "".join(
             f"\n  {client} failed: {reason}" for client, reason in record.failed.items()
         )
@@ -121,9 +112,7 @@ class Display:
         )
 
     def _part_done(self, part: int, parts: int, name: str, seconds: float) -> None:
-        if (
-            seconds > 0.5
-        ):  # what was finished before, or is done elsewhere, says nothing of the pace
+        if seconds > 0.5:  # what was finished before, or elsewhere, says nothing of the pace
             self.paces.append(seconds)
         left = (
             f"{sum(self.paces) / len(self.paces) * (parts - part) / 60:.0f} min left at most"
@@ -168,19 +157,9 @@ def demo_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         title="Questions about people whom no client has seen, through the private model",
         title_justify="left",
     )
-    for name, style in [
-        ("method", "left"),
-        ("accuracy", "right"),
-        ("answer perplexity", "right"),
-        ("traffic", "right"),
-        ("seconds", "right"),
-        ("who trains on what", "left"),
-    ]:
-        table.add_column(
-            name,
-            justify="left" if style == "left" else "right",
-            no_wrap=name != "who trains on what",
-        )
+    for name in ("method", "accuracy", "answer perplexity", "traffic", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    table.add_column("who trains on what")
     notes = {
         "zero-shot": "nobody",
         "server-only": "the server, on its own few questions",
@@ -220,96 +199,66 @@ def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right", overflow="fold")
-    for label, name, value in _each_figure(figures):
-        shown = (
-            size(value)
-            if "bytes" in name
-            else (
-                f"{value:.1%}"
-                if name.endswith("share")
-                else _operations(value)
-                if name == "operations"
-                else _text(value)
-            )
-        )
-        table.add_row(label, shown)
+    for names, value in each_figure(figures):
+        table.add_row(": ".join(names).replace("_", " "), _figure(names[-1], value))
     return table
 
 
-def _each_figure(figures: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Each figure, however deep: where it stands, its own name, and its value."""
-    for name, value in figures.items():
-        label = within + name.replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from _each_figure(value, f"{label}: ")
-        else:
-            yield label, name, value
+PLAN = {
+    "layers": "global layer at each depth of the auxiliary",
+    "prompt_layers": "prompt layer that each depth reads",
+    "global_parameters": "global model, parameters (shared and tied ones once)",
+    "auxiliary_parameters": "auxiliary model, parameters (shared and tied ones once)",
+    "ratio": "global / auxiliary",
+    "package_bytes": "auxiliary package, float32, sent once to each client",
+    "prompt_parameters": "soft prompt, parameters",
+    "bytes_per_message": "one prompt as serialised, float32",
+    "bytes_per_round": "traffic per round, down and up, all asked clients, by `compression`",
+    "bytes_in_all": "traffic of the whole run",
+    "client_operations_auxiliary": (
+        "client, step on the auxiliary model, operations (batch of examples of {} tokens)"
+    ),
+    "client_operations_prompt": "client, step on the prompt, operations",
+    "server_operations": "server step, operations",
+    "client_memory_bytes": "client memory: weights, gradients, AdamW; activations on top",
+    "server_memory_bytes": "server memory: the same",
+    "disclosed_share": "share of the global parameters disclosed bit for bit, after distillation",
+    "handed_out_share": "the same if handed out without distillation",
+}
+"""The rows of `fedsp plan`: figures, with their units and how they are counted."""
 
 
 def plan_table(figures: Mapping[str, Any]) -> Table:
-    """The figures of `fedsp plan`, with their units and how they are counted."""
+    """The figures of `fedsp plan`."""
     table = Table(title=f"Plan for {figures['model']}", title_justify="left", show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right", overflow="fold")
-    rows = [
-        ("global layer at each depth of the auxiliary", " ".join(map(str, figures["layers"]))),
-        ("prompt layer that each depth reads", " ".join(map(str, figures["prompt_layers"]))),
-        (
-            "global model, parameters (shared and tied ones once)",
-            f"{figures['global_parameters']:,}",
-        ),
-        (
-            "auxiliary model, parameters (shared and tied ones once)",
-            f"{figures['auxiliary_parameters']:,}",
-        ),
-        ("global / auxiliary", f"{figures['ratio']:.2f}"),
-        ("auxiliary package, float32, sent once to each client", size(figures["package_bytes"])),
-        ("soft prompt, parameters", f"{figures['prompt_parameters']:,}"),
-        ("one prompt as serialised, float32", size(figures["bytes_per_message"])),
-        (
-            "traffic per round, down and up, all asked clients, by `compression`",
-            size(figures["bytes_per_round"]),
-        ),
-        ("traffic of the whole run", size(figures["bytes_in_all"])),
-        (
-            (
-                "client, step on the auxiliary model, operations (batch of examples of"
-                f" {figures['tokens_per_example']} tokens)"
-            ),
-            _operations(figures["client_operations_auxiliary"]),
-        ),
-        (
-            "client, step on the prompt, operations",
-            _operations(figures["client_operations_prompt"]),
-        ),
-        ("server step, operations", _operations(figures["server_operations"])),
-        (
-            "client memory: weights, gradients, AdamW; activations on top",
-            size(figures["client_memory_bytes"]),
-        ),
-        ("server memory: the same", size(figures["server_memory_bytes"])),
-        (
-            "share of the global parameters disclosed bit for bit, after distillation",
-            f"{figures['disclosed_share']:.1%}",
-        ),
-        ("the same if handed out without distillation", f"{figures['handed_out_share']:.1%}"),
-    ]
-    for row in rows:
-        table.add_row(*row)
+    for name, label in PLAN.items():
+        value = figures[name]
+        if name.endswith("layers"):
+            value = " ".join(map(str, value))
+        elif name.endswith("parameters"):
+            value = f"{value:,}"
+        elif name == "ratio":
+            value = f"{value:.2f}"
+        table.add_row(label.format(figures["tokens_per_example"]), _figure(name, value))
     return table
 
 
-def _operations(count: float) -> str:
-    return f"{count:.2e}" if count else "none"
+def _figure(name: str, value: Any) -> str:
+    """A figure as its name asks for it."""
+    if "bytes" in name:
+        return size(value)
+    if name.endswith("share"):
+        return f"{value:.1%}"
+    if "operations" in name:
+        return f"{value:.2e}" if value else "none"
+    return _text(value)
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return (
-            f"{value:,.0f}"
-            if value.is_integer() and abs(value) < 1e9
-            else f"{value:.4f}"
-            if abs(value) < 1e5
-            else f"{value:.2e}"
-        )
-    return "-" if value is None else str(value)
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    if value.is_integer() and abs(value) < 1e9:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.2e}"

@@ -7,7 +7,6 @@ import io
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -47,7 +46,6 @@ def learning_curves(section: Section) -> str | None:
                     label=_plain(line.label),
                     **style,
                 )
-        axes.set_title(task, fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("validation loss, nats")
     return _svg(figure, panels)
@@ -103,7 +101,6 @@ def against(
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=4))
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(task, fontsize=10)
     panels[0].set_ylabel(name)
     return _svg(drawing, panels)
 
@@ -144,7 +141,7 @@ def bars(section: Section) -> str:
 
 def clients(section: Section) -> str | None:
     """Accuracy of every client of every run, a row for each line; a bar marks the mean."""
-    lines = [line for line in section.lines if any(run.figures.get("clients") for run in line.all)]
+    lines = [line for line in section.lines if any(run.of_clients("accuracy") for run in line.all)]
     if not lines:
         return None
     figure = Figure(figsize=(7.2, 0.6 + 0.3 * len(lines)))
@@ -152,12 +149,7 @@ def clients(section: Section) -> str | None:
     styles = dict(zip((line.label for line in section.lines), _styles(), strict=False))
     for place, line in enumerate(lines):
         style = styles[line.label]
-        values = [
-            value
-            for run in line.all
-            if run.figures.get("clients")
-            for value in run.of_clients("accuracy", 100)
-        ]
+        values = [value for run in line.all for value in run.of_clients("accuracy", 100)]
         axes.plot(
             values,
             [place] * len(values),
@@ -182,11 +174,7 @@ def depths(section: Section) -> str | None:
     if not any(run.depths for line in section.lines for run in line.all):
         return None
     figure, panels = _panels(["scale of hidden states", "norm of gradients"], "depth")
-    for axes, (name, title) in zip(
-        panels,
-        [("hidden_scale", "scale of hidden states"), ("gradient_norm", "norm of gradients")],
-        strict=True,
-    ):
+    for axes, name in zip(panels, ("hidden_scale", "gradient_norm"), strict=True):
         for style, line in zip(_styles(), section.lines, strict=False):
             for weights, dashes in (("client", "-"), ("package", "--")):
                 curves = [
@@ -201,17 +189,15 @@ def depths(section: Section) -> str | None:
                         label=_plain(f"{line.label}, {weights}"),
                         **{**style, "linestyle": dashes},
                     )
-        axes.set_title(title, fontsize=10)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _svg(figure, panels)
 
 
 def _styles() -> list[dict[str, Any]]:
-    colours = cycle(COLOURS)
     return [
         {
-            "color": next(colours),
+            "color": COLOURS[place % len(COLOURS)],
             "marker": MARKERS[place % len(MARKERS)],
             "linestyle": DASHES[(place // len(COLOURS)) % 4],
             "markersize": 4,
@@ -226,16 +212,18 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _panels(tasks: Sequence[str], label: str) -> tuple[Figure, list[Axes]]:
-    """A panel for each task, at most three side by side, with one label below them all."""
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
+def _panels(titles: Sequence[str], label: str) -> tuple[Figure, list[Axes]]:
+    """A panel for each title, at most three side by side, with one label below them all."""
+    columns = min(3, len(titles))
+    rows = -(-len(titles) // columns)
     figure = Figure(figsize=(max(5.0, 3.0 * columns), 2.9 * rows + 0.3), layout="constrained")
     axes = [panel for row in figure.subplots(rows, columns, squeeze=False) for panel in row]
-    for empty in axes[len(tasks) :]:
+    for empty in axes[len(titles) :]:
         empty.remove()
+    for panel, title in zip(axes, titles, strict=False):
+        panel.set_title(title, fontsize=10)
     figure.supxlabel(label, color=INK, fontsize=9)
-    return figure, axes[: len(tasks)]
+    return figure, axes[: len(titles)]
 
 
 def _svg(figure: Figure, panels: Sequence[Axes], *, legend: bool = True) -> str:
@@ -255,15 +243,13 @@ def _svg(figure: Figure, panels: Sequence[Axes], *, legend: bool = True) -> str:
             spine.set_visible(name in ("left", "bottom"))
             spine.set_color(INK)
     if legend:
-        handles, labels = panels[0].get_legend_handles_labels()
-        for axes in panels[1:]:
+        shown: dict[str, Any] = {}
+        for axes in panels:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                if label not in labels:
-                    handles.append(handle)
-                    labels.append(label)
+                shown.setdefault(label, handle)
         figure.legend(
-            handles,
-            labels,
+            list(shown.values()),
+            list(shown),
             loc="upper center",
             bbox_to_anchor=(0.5, -0.02),
             ncols=3,
@@ -288,9 +274,5 @@ def _svg(figure: Figure, panels: Sequence[Axes], *, legend: bool = True) -> str:
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'font: ([\d.]+)px [^;"]*', r"font-size: \1px; font-family: inherit", svg)
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"',
-        r'\1 width="100%"',
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
-        count=1,
-    )
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%"', svg, count=1)

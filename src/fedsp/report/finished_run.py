@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedsp.audit.findings import read_found
 from fedsp.config import RunConfig
-from fedsp.experiments.run_directory import RunDirectory, read_json
+from fedsp.experiments.run_directory import CONFIG, RunDirectory, read_json
 from fedsp.federation.methods.registry import MethodEntry, find_method
 
 
@@ -31,8 +31,8 @@ class Run:
     figures: dict[str, Any]
     records: list[dict[str, Any]]
     about: dict[str, Any]
-    depths: list[dict[str, Any]] = field(default_factory=list)
-    disclosure: dict[str, float] = field(default_factory=dict)
+    depths: list[dict[str, Any]]
+    disclosure: dict[str, float]
 
     @property
     def cell(self) -> tuple[str, ...]:
@@ -42,11 +42,8 @@ class Run:
     @property
     def name(self) -> str:
         """The same and the seed, for people."""
-        return ", ".join(
-            part
-            for part in (self.method, self.choice, self.task, self.partition, f"seed {self.seed}")
-            if part
-        )
+        parts = (self.method, self.choice, self.task, self.partition)
+        return ", ".join([*filter(None, parts), f"seed {self.seed}"])
 
     @property
     def entry(self) -> MethodEntry:
@@ -55,8 +52,7 @@ class Run:
 
     @property
     def clients_hold(self) -> str:
-        asks = self.config.partition.clients and self.config.round.clients != 0
-        return self.entry.clients_hold if asks else "nothing"
+        return self.entry.clients_hold if self.config.asks_clients else "nothing"
 
     @property
     def text_is(self) -> str:
@@ -65,37 +61,21 @@ class Run:
             return "clients' text unused"
         if self.config.partition.clients == 0:
             return "gathered at the server"
-        return (
-            "gathered at one owner"
-            if self.config.partition.clients == 1
-            else "stays with its owners"
-        )
+        alone = self.config.partition.clients == 1
+        return "gathered at one owner" if alone else "stays with its owners"
 
-    @property
-    def model_parameters(self) -> float:
-        """Parameters of the model at a client, those that depths or ends share once; 0 where there
-        is no client."""
-        return self._model("client")
-
-    @property
-    def global_parameters(self) -> float:
-        """The same of the global model."""
-        return self._model("server")
-
-    def _model(self, side: str) -> float:
-        return float(self.figures["cost"].get(side, {}).get("model_parameters", 0))
+    def cost(self, side: str, name: str) -> float:
+        """A figure that was measured of the "server" or a "client"; 0 where it was not. The
+        parameters of a model are those that depths or ends share once."""
+        return float(self.figures["cost"].get(side, {}).get(name, 0))
 
     @property
     def package(self) -> float:
         """Bytes of what a client is handed before the first round, float32; where the whole model
         is broadcast, nothing is handed out before."""
-        broadcast = (
-            self.figures["cost"].get("client", {}).get("parameters_sent", 0)
-            >= self.model_parameters
-        )
-        return float(self.figures["package_bytes"]) or (
-            0.0 if broadcast else 4 * self.model_parameters
-        )
+        held = self.cost("client", "model_parameters")
+        broadcast = self.cost("client", "parameters_sent") >= held
+        return float(self.figures["package_bytes"]) or (0.0 if broadcast else 4 * held)
 
     @property
     def bytes(self) -> float:
@@ -110,10 +90,8 @@ class Run:
         study that share one model share this time."""
         if not self.config.auxiliary.folder:
             return float(self.figures["seconds_distillation"])
-        made = Path(self.config.auxiliary.folder).with_suffix(".json")
-        here = self.folder.parent / "packages" / made.name  # where the study has been moved
-        path = next((path for path in (here, made) if path.exists()), None)
-        return float(read_json(path, "seconds")["seconds"]) if path else 0.0
+        made = RunDirectory(self.folder, self.config).package.with_suffix(".json")
+        return float(read_json(made, "seconds")["seconds"]) if made.exists() else 0.0
 
     @property
     def score(self) -> float:
@@ -131,46 +109,35 @@ class Run:
     def client_operations(self) -> float:
         """Floating-point operations of all clients in all rounds: those measured in one round of
         the first client, times the updates."""
-        return float(
-            self.figures["cost"].get("client", {}).get("operations", 0.0) * self.figures["updates"]
-        )
+        return self.cost("client", "operations") * float(self.figures["updates"])
 
     @property
     def client_steps(self) -> int:
         """Steps of all clients in all rounds."""
-        return int(
-            self.figures["updates"]
-            * (self.config.client.auxiliary_steps + self.config.client.prompt_steps)
-        )
+        client = self.config.client
+        return int(self.figures["updates"] * (client.auxiliary_steps + client.prompt_steps))
 
     @property
     def cosines(self) -> list[float]:
         """The mean cosine between two clients' changes, round by round."""
-        return [
-            record["update_cosine"]
-            for record in self.records
-            if record.get("update_cosine") is not None
-        ]
+        found = (record.get("update_cosine") for record in self.records)
+        return [cosine for cosine in found if cosine is not None]
 
     def of_clients(self, figure: str, scale: float = 1.0) -> list[float]:
-        """A figure of each client."""
-        return [scale * client[figure] for client in self.figures["clients"].values()]
+        """A figure of each client; none where nothing divides the test questions."""
+        return [scale * client[figure] for client in self.figures.get("clients", {}).values()]
 
     @cached_property
     def _scores(self) -> dict[str, tuple[float, int, float]]:
-        rows = RunDirectory(self.folder, self.config).scores()
-        scores = {}
-        for row in rows:
-            choice = max(
-                range(len(row["log_likelihoods"])), key=lambda index: row["log_likelihoods"][index]
-            )
-            right = row["right"] if "right" in row else choice in row["gold"]
-            scores[row.get("question", row["id"])] = (
+        """Negative log-likelihood and tokens of the right answer, and whether it was found."""
+        return {
+            row["question"]: (
                 -row["log_likelihoods"][row["gold"][0]],
                 row["tokens"][row["gold"][0]],
-                float(right),
+                float(row["right"]),
             )
-        return scores
+            for row in RunDirectory(self.folder, self.config).scores()
+        }
 
     def losses(self, questions: Sequence[str]) -> list[float]:
         """A number per question whose mean is the answer loss, nats per token."""
@@ -187,22 +154,22 @@ class Run:
 
 
 def open_finished(folder: Path, key: str, **where: Any) -> Run | None:
-    """The run in a folder; None if it is not finished, or had no test questions."""
+    """The run in a folder; None if there is none, it is not finished, or had no test questions."""
+    if not (folder / CONFIG).exists():
+        return None
     directory = RunDirectory.open(folder)
     if not directory.finished or "test" not in directory.result():
         return None
-    about = {"seed": directory.config.seed} | where
     file = folder / "depths.json"
     depths = read_json(file, "rows")["rows"] if file.exists() else []
-    disclosure = read_found(folder, "disclosure") or {}
     return Run(
         key=key,
-        disclosure=disclosure,
+        disclosure=read_found(folder, "disclosure") or {},
         depths=depths,
         folder=folder,
         config=directory.config,
         figures=directory.result(),
         records=directory.records(),
         about=directory.about(),
-        **about,
+        **{"seed": directory.config.seed, **where},
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,72 +16,13 @@ from fedsp.audit.findings import found_tables
 from fedsp.audit.summary import account
 from fedsp.errors import RunError
 from fedsp.experiments.privacy_statement import STATEMENT
-from fedsp.federation.methods.registry import find_method
 from fedsp.report.collect import Line, Results, Section, read_results
 from fedsp.report.figures import against, bars, clients, depths, learning_curves
 from fedsp.report.finished_run import Run
-from fedsp.report.tables import (
-    PRIVACY,
-    Entry,
-    Table,
-    comparison_table,
-    cost_table,
-    heterogeneity_table,
-    score_table,
-    stability_table,
-)
+from fedsp.report.tables import PRIVACY, Entry, Table, section_tables
 from fedsp.storage import write_bytes
 
 PAGE = "report.html"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawing and its heading."""
-
-    title: str
-    svg: Markup
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableView:
-    """A table as the page shows it: which entries are the best of their column, and which are
-    words."""
-
-    table: Table
-    best: frozenset[int]
-    hints: dict[str, str]
-    anchor: str
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.table, name)
-
-    def kind(self, entry: Entry) -> str:
-        """The entry's CSS class on the page."""
-        return (
-            "best"
-            if id(entry) in self.best
-            else "words"
-            if entry.value is None and len(entry.text) > 3 and not entry.runs
-            else ""
-        )
-
-    def link(self, entry: Entry, row: int, lines: Sequence[Mapping[str, Any]]) -> str:
-        """Where an entry leads: to its run, or to the list of the runs of its line."""
-        if len(entry.runs) == 1:
-            return f"#{entry.runs[0]}"
-        return next(
-            f"#{line['anchor']}" for line in lines if line["label"] == self.table.lines[row]
-        )
-
-    def hint(self, entry: Entry) -> str:
-        """The tooltip of an entry: its runs."""
-        named = [self.hints[key] for key in entry.runs[:3]]
-        return (
-            f"{len(entry.runs)} run{'s' if len(entry.runs) > 1 else ''}: "
-            + "; ".join(named)
-            + ("; ..." if len(entry.runs) > 3 else "")
-        )
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
@@ -97,17 +37,17 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> dict[str,
     if output.is_file():
         raise RunError(f"{output} is a file: give a folder")
     results = read_results([Path(folder) for folder in folders])
-    tables = [section_tables(section, results) for section in results.sections]
+    tables = [section_tables(section) for section in results.sections]
     audited = audited_runs(results)
     write_bytes(output / PAGE, page(results, tables, audited).encode())
     write_bytes(output / "report.md", _markdown(results, tables, audited).encode())
     write_bytes(output / "report.tex", _latex(results, tables).encode())
     for old in (output / "csv").glob("*.csv"):
         old.unlink()
-    write_bytes(output / "csv" / "runs.csv", _runs_csv(results).encode())
+    write_bytes(output / "csv" / "runs.csv", _csv(_run_rows(results)))
     for number, shown in enumerate(tables, start=1):
         for table in shown:
-            write_bytes(output / "csv" / f"{number}-{table.name}.csv", _csv(table).encode())
+            write_bytes(output / "csv" / f"{number}-{table.name}.csv", _csv(_entry_rows(table)))
     return {
         "page": str(output / PAGE),
         "runs": len(results.runs),
@@ -117,36 +57,12 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> dict[str,
     }
 
 
-def section_tables(section: Section, results: Results) -> list[Table]:
-    """All tables of a section, in the order in which they are read."""
-    tables = [
-        score_table(section, "accuracy"),
-        score_table(section, "answer_loss"),
-        comparison_table(section),
-        cost_table(section),
-    ]
-    return [
-        table
-        for table in [*tables, heterogeneity_table(section), stability_table(section)]
-        if table is not None
-    ]
-
-
-def _pictures(section: Section) -> list[Picture]:
-    loss, accuracy = (
-        (lambda run: run.loss, "answer loss, nats"),
-        (
-            lambda run: 100 * run.score,
-            "accuracy, %",
-        ),
-    )
-    sent, computed = (
-        (lambda run: run.bytes, "bytes, all messages and packages"),
-        (
-            lambda run: run.client_operations,
-            "operations of all clients",
-        ),
-    )
+def _pictures(section: Section) -> list[tuple[str, Markup]]:
+    """The drawings of a section, each below its heading."""
+    loss = (lambda run: run.loss, "answer loss, nats")
+    accuracy = (lambda run: 100 * run.score, "accuracy, %")
+    sent = (lambda run: run.bytes, "bytes, all messages and packages")
+    computed = (lambda run: run.client_operations, "operations of all clients")
     compared = [
         ("Answer loss, mean over tasks", bars(section)),
         ("Accuracy against bytes sent", against(section, *sent, *accuracy)),
@@ -160,7 +76,7 @@ def _pictures(section: Section) -> list[Picture]:
         ("Accuracy by client", clients(section)),
         ("Signals along the auxiliary model's depths", depths(section)),
     ]
-    return [Picture(title, Markup(svg)) for title, svg in drawn if svg]
+    return [(title, Markup(svg)) for title, svg in drawn if svg]
 
 
 def page(
@@ -173,33 +89,14 @@ def page(
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    hints = {key: run.name for key, run in results.runs.items()}
-    commits = sorted(
-        {_short(run.about["versions"].get("commit", "unknown")) for run in results.runs.values()}
-    )
+    made_with = (run.about["versions"].get("commit", "unknown") for run in results.runs.values())
+    # as people write them; the + of a changed checkout stays
+    commits = sorted({commit[:12] + "+" * commit.endswith("+") for commit in made_with})
     return environment.get_template("report.html").render(
         title=_title(results),
         commits=f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}",
         sections=[
-            {
-                "title": section.title,
-                "text": section.text,
-                "missing": len(section.missing),
-                "tables": [
-                    TableView(
-                        table=table,
-                        best=_best(table),
-                        hints=hints,
-                        anchor=f"section-{number}-line-",
-                    )
-                    for table in shown
-                ],
-                "lines": [
-                    _line(line, f"section-{number}-line-{place}")
-                    for place, line in enumerate(section.lines)
-                ],
-                "pictures": _pictures(section),
-            }
+            _section(number, section, shown, results)
             for number, (section, shown) in enumerate(
                 zip(results.sections, tables, strict=True), start=1
             )
@@ -214,34 +111,63 @@ def _title(results: Results) -> str:
     return f"{'Run' if len(results.runs) == 1 else 'Study'}: {results.name}"
 
 
+def _section(
+    number: int, section: Section, tables: Sequence[Table], results: Results
+) -> dict[str, Any]:
+    anchors = {
+        id(line): f"section-{number}-line-{place}" for place, line in enumerate(section.lines)
+    }
+    shown = []
+    for table in tables:
+        best = _best(table)
+        rows = [
+            [_cell(entry, anchors[id(line)], id(entry) in best, results) for entry in row]
+            for line, row in zip(table.lines, table.rows, strict=True)
+        ]
+        shown.append(vars(table) | {"rows": rows})
+    return {
+        "title": section.title,
+        "text": section.text,
+        "missing": len(section.missing),
+        "tables": shown,
+        "lines": [_line(line, anchors[id(line)]) for line in section.lines],
+        "pictures": _pictures(section),
+    }
+
+
+def _cell(entry: Entry, anchor: str, best: bool, results: Results) -> dict[str, str]:
+    """An entry as the page shows it: its text, its CSS class, where it leads (to its run, or to the
+    list of the runs of its line), and the tooltip: its runs."""
+    words = entry.value is None and len(entry.text) > 3 and not entry.runs
+    several = len(entry.runs) > 1
+    named = [results.runs[key].name for key in entry.runs[:3]] + ["..."] * (len(entry.runs) > 3)
+    return {
+        "text": entry.text,
+        "kind": "best" if best else "words" if words else "",
+        "link": anchor if several else "".join(entry.runs),
+        "hint": f"{len(entry.runs)} run{'s' if several else ''}: {'; '.join(named)}",
+    }
+
+
 def audited_runs(results: Results) -> list[dict[str, Any]]:
     """For each run with audits or a privacy statement: its account, and its audits' findings as
     text tables."""
     audited = []
     for run in results.runs.values():
-        tables = [
-            (f"{name}: {finding.title}", finding)
-            for name, some in found_tables(run.folder).items()
-            for finding in some
-        ]
-        if tables or (run.folder / STATEMENT).exists():
-            account_of_run = account(run.folder)
-            audited.append(
-                {
-                    "key": run.key,
-                    "name": run.name,
-                    "account": account_of_run,
-                    "tables": [
-                        (
-                            title,
-                            list(found.rows[0]),
-                            [list(row.values()) for row in found.rows],
-                            found.note,
-                        )
-                        for title, found in tables
-                    ],
-                }
-            )
+        found = found_tables(run.folder)
+        if found or (run.folder / STATEMENT).exists():
+            tables = [
+                (
+                    f"{name}: {finding.title}",
+                    list(finding.rows[0]),
+                    [list(row.values()) for row in finding.rows],
+                    finding.note,
+                )
+                for name, findings in found.items()
+                for finding in findings
+            ]
+            about = {"key": run.key, "name": run.name, "account": account(run.folder)}
+            audited.append({**about, "tables": tables})
     return audited
 
 
@@ -260,24 +186,20 @@ def _best(table: Table) -> frozenset[int]:
 
 def _line(line: Line, anchor: str) -> dict[str, Any]:
     """The runs of a line, for the list that its numbers lead to."""
-    paper = find_method(line.all[0].config.method) if line.all else None
-    runs = [(run.key, f"{run.task}, seed {run.seed}") for run in line.all]
+    entry = line.all[0].entry if line.all else None
     return {
         "anchor": anchor,
         "label": line.label,
-        "paper": f"{paper.title}: {paper.paper}" if paper else "",
-        "runs": runs,
+        "paper": f"{entry.title}: {entry.paper}" if entry else "",
+        "runs": [(run.key, f"{run.task}, seed {run.seed}") for run in line.all],
     }
-
-
-def _short(commit: str) -> str:
-    """A commit as people write it; the + of a changed checkout stays."""
-    return commit[:12] + ("+" if commit.endswith("+") else "")
 
 
 def _run(run: Run, results: Results) -> dict[str, Any]:
     figures = run.figures
     versions = dict(run.about["versions"])
+    # the address of tracking may hold a password
+    shown = run.config.model_dump(exclude_none=True, exclude_defaults=True, exclude={"tracking"})
     return {
         "key": run.key,
         "name": run.name,
@@ -297,9 +219,7 @@ def _run(run: Run, results: Results) -> dict[str, Any]:
             for other in results.runs.values()
             if other is not run and other.cell == run.cell
         ],
-        "toml": tomli_w.dumps(
-            run.config.model_dump(exclude_none=True, exclude_defaults=True, exclude={"tracking"})
-        ),  # its address may hold a password
+        "toml": tomli_w.dumps(shown),
     }
 
 
@@ -312,17 +232,8 @@ def _markdown(
         if section.missing:
             lines += [f"{len(section.missing)} cells have no finished run yet.", ""]
         for table in shown:
-            lines += [
-                f"### {table.title}",
-                "",
-                "| " + " | ".join(table.columns) + " |",
-                "|---" * len(table.columns) + "|",
-            ]
-            lines += [
-                "| " + " | ".join(entry.text.replace("|", "\\|") for entry in row) + " |"
-                for row in table.rows
-            ]
-            lines += ["", *([table.note, ""] if table.note else [])]
+            rows = ([entry.text for entry in row] for row in table.rows)
+            lines += _markdown_table(table.title, table.columns, rows, table.note)
     for one in audited:
         lines += [
             f"## Audits: {one['name']}",
@@ -332,79 +243,60 @@ def _markdown(
             one["account"].note,
             "",
         ]
-        for title, columns, rows, note in one["tables"]:
-            lines += [
-                f"### {title}",
-                "",
-                "| " + " | ".join(columns) + " |",
-                "|---" * len(columns) + "|",
-            ]
-            lines += [
-                *(
-                    "| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |"
-                    for row in rows
-                ),
-                "",
-                *([note, ""] if note else []),
-            ]
+        for table in one["tables"]:
+            lines += _markdown_table(*table)
     return "\n".join(lines)
 
 
-def _csv(table: Table) -> str:
+def _markdown_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], note: str
+) -> list[str]:
+    return [
+        f"### {title}",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
+        *("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows),
+        "",
+        *([note, ""] if note else []),
+    ]
+
+
+def _csv(rows: Iterable[Sequence[object]]) -> bytes:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue().encode()
+
+
+def _entry_rows(table: Table) -> Iterable[list[str]]:
     """Every column twice: as it is shown, and its number."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        [name for column in table.columns for name in (column, f"{column.strip()}, number")]
-        + ["runs"]
-    )
+    names = [name for column in table.columns for name in (column, f"{column.strip()}, number")]
+    yield [*names, "runs"]
     for row in table.rows:
+        numbers = ("" if entry.value is None else repr(entry.value) for entry in row)
+        shown = zip((entry.text for entry in row), numbers, strict=True)
         keys = dict.fromkeys(key for entry in row for key in entry.runs)
-        writer.writerow(
-            [
-                value
-                for entry in row
-                for value in (entry.text, "" if entry.value is None else repr(entry.value))
-            ]
-            + [" ".join(keys)]
-        )
-    return buffer.getvalue()
+        yield [*(text for pair in shown for text in pair), " ".join(keys)]
 
 
-def _runs_csv(results: Results) -> str:
+def _run_rows(results: Results) -> Iterable[list[object]]:
     """What each key of the other files stands for."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["run", "folder", "method", "choice", "task", "model", "partition", "seed", "commit"]
-    )
+    where = ["method", "choice", "task", "model", "partition", "seed"]
+    yield ["run", "folder", *where, "commit"]
     for run in results.runs.values():
-        where = [run.method, run.choice, run.task, run.model, run.partition, run.seed]
-        writer.writerow(
-            [run.key, run.folder.name, *where, run.about["versions"].get("commit", "unknown")]
-        )
-    return buffer.getvalue()
+        commit = run.about["versions"].get("commit", "unknown")
+        yield [run.key, run.folder.name, *(getattr(run, name) for name in where), commit]
 
 
-_TEX = {
-    "&": r"\&",
-    "%": r"\%",
-    "_": r"\_",
-    "#": r"\#",
-    "$": r"\$",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "<": "$<$",
-    ">": "$>$",
-}
+_TEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "&%_#${}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    | {"±": r"$\pm$", "<": "$<$", ">": "$>$"}
+)
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(letter, letter) for letter in text)
+    return text.translate(_TEX)
 
 
 def _latex(results: Results, tables: Sequence[Sequence[Table]]) -> str:

@@ -34,16 +34,7 @@ class Difference:
 
 def paired_difference(pairs: Sequence[tuple[Scores, Scores]], *, seed: int = 0) -> Difference:
     """The first of each pair less the second, averaged over pairs (tasks); each pair has the same
-    seeds and questions on both sides.
-
-    Raises:
-        ValueError: a pair has two shapes, or there is none.
-    """
-    if not pairs or any(one.shape != other.shape or one.ndim != 2 for one, other in pairs):
-        raise ValueError(
-            "paired scores have one shape (seeds, questions):"
-            f" {[(one.shape, other.shape) for one, other in pairs]}"
-        )
+    seeds and questions on both sides."""
     rng = np.random.default_rng(seed)
     means = np.zeros(RESAMPLES)
     drawn = {
@@ -68,14 +59,10 @@ def _resampled_means(differences: Scores, weights: Scores, rng: np.random.Genera
     means = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, PART):  # in parts: (R, Q) is large
         part = slice(start, start + PART)
-        drawn = (
-            rng.integers(0, questions, (PART, questions)) + places
-        )  # counted by bincount, which is fifty times faster than a multinomial draw
-        counts = (
-            np.bincount(drawn.ravel(), minlength=PART * questions).reshape(PART, questions)
-            / questions
-        )
-        means[part] = ((weights[part] @ differences) * counts).sum(axis=1)
+        drawn = rng.integers(0, questions, (PART, questions)) + places
+        # fifty times faster than a multinomial draw
+        counts = np.bincount(drawn.ravel(), minlength=PART * questions).reshape(PART, questions)
+        means[part] = ((weights[part] @ differences) * (counts / questions)).sum(axis=1)
     return means
 
 

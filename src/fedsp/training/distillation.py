@@ -16,7 +16,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,59 +82,41 @@ def distill(
         else None
     )
     steps = 0
+    with torch.no_grad():
+        fixed = around.prefix(teacher) if around else None
+
+    @torch.no_grad()
+    def read(indices: list[int]) -> list[Tensor]:
+        """The teacher's states (batch, tokens, hidden): at matched depths, then the last ones."""
+        batch = pad([texts[index] for index in indices], teacher.device)
+        states = hidden_at_depths(teacher, batch.ids, batch.mask, fixed)
+        depths = auxiliary.prompt_layers if how.match_depths else ()
+        return [state.float() for state in [*(states[depth] for depth in depths), states[-1]]]
 
     def loss(indices: list[int]) -> Tensor:
         nonlocal steps
         steps += 1
-        prefixes = _prefixes(auxiliary, teacher, around)
         batch = pad([texts[index] for index in indices], auxiliary.device)
-        with torch.no_grad():
-            read = partial(_read, teacher, texts, how, auxiliary, prefixes[1])
-            states = cached.get(indices, read) if cached else read(indices)
-            states = [state[:, : batch.ids.shape[1]].to(auxiliary.device) for state in states]
-        value = _loss(
-            auxiliary,
-            teacher,
-            hidden_at_depths(auxiliary, batch.ids, batch.mask, prefixes[0]),
-            states,
-            batch.mask,
-            how,
-        )
+        states = cached.get(indices, read) if cached else read(indices)
+        states = [state[:, : batch.ids.shape[1]].to(auxiliary.device) for state in states]
+        prefix = around.prefix(auxiliary) if around else None
+        hidden = hidden_at_depths(auxiliary, batch.ids, batch.mask, prefix)
+        value = masked_mse(hidden[-1], states[-1], batch.mask)
+        if how.match_depths:
+            pairs = zip(hidden[:-1], states[:-1], strict=True)
+            each = [masked_mse(*pair, batch.mask) for pair in pairs]
+            value = value + how.match_depths * torch.stack(each).mean()
+        if how.match_logits:
+            real = batch.mask.bool()
+            wanted = torch.log_softmax(teacher.logits(states[-1][real]), dim=-1)
+            found = torch.log_softmax(auxiliary.logits(hidden[-1][real]), dim=-1)
+            value = value + how.match_logits * kl_div(
+                found, wanted, log_target=True, reduction="batchmean"
+            )
         progress(steps, float(value.detach()))
         return value
 
     return fit(auxiliary.distillable(), loss, order, how.optimisation).losses
-
-
-def _loss(
-    student: PromptedLM,
-    teacher: PromptedLM,
-    hidden: list[Tensor],
-    states: list[Tensor],
-    mask: Tensor,
-    how: Distillation,
-) -> Tensor:
-    """The paper's loss plus the optional ones. `hidden` and `states` (the teacher's): states at
-    matched depths, then the last ones; without `match_depths`, `states` has only the last."""
-    value = masked_mse(hidden[-1], states[-1], mask)
-    if how.match_depths:
-        value = (
-            value
-            + how.match_depths
-            * torch.stack(
-                [masked_mse(*pair, mask) for pair in zip(hidden[:-1], states[:-1], strict=True)]
-            ).mean()
-        )
-    if how.match_logits:
-        real = mask.bool()
-        wanted = torch.log_softmax(teacher.logits(states[-1][real]), dim=-1)
-        value = value + how.match_logits * kl_div(
-            torch.log_softmax(student.logits(hidden[-1][real]), dim=-1),
-            wanted,
-            log_target=True,
-            reduction="batchmean",
-        )
-    return value
 
 
 class TeacherStates:
@@ -180,9 +161,8 @@ def _on_disk(count: int) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="fedsp-teacher-states-", dir=folder) as file:
         try:
             if sys.platform == "linux":
-                os.posix_fallocate(
-                    file.fileno(), 0, size
-                )  # reserve it: a full disk would later kill the process with SIGBUS
+                # reserve it: a full disk would later kill the process with SIGBUS
+                os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
         except OSError as error:
@@ -191,34 +171,6 @@ def _on_disk(count: int) -> Tensor:
                 " set TMPDIR to a folder with more room, or make distill.sequences smaller"
             ) from error
         return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32)
-
-
-def _read(
-    teacher: PromptedLM,
-    texts: Sequences,
-    how: Distillation,
-    student: PromptedLM,
-    prefix: Tensor | None,
-    indices: list[int],
-) -> list[Tensor]:
-    """The teacher's states of these texts, tensors (batch, tokens, hidden): one for each matched
-    depth, then the last hidden states."""
-    batch = pad([texts[index] for index in indices], teacher.device)
-    states = hidden_at_depths(teacher, batch.ids, batch.mask, prefix)
-    wanted = [*(states[layer] for layer in student.prompt_layers if how.match_depths), states[-1]]
-    return [state.float() for state in wanted]
-
-
-def _prefixes(
-    student: PromptedLM, teacher: PromptedLM, around: SoftPrompt | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The keys and values that each side reads in front of a text: those of the prompt `around`, or
-    none."""
-    if around is None:
-        return None, None
-    with torch.no_grad():
-        fixed = around.prefix(teacher)
-    return around.prefix(student), fixed
 
 
 def _order(count: int, how: Distillation, seed: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from fedsp.models.loading import in_few_bits
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.models.trainable import Tensors
-from fedsp.privacy import Release, clipped_sum, noise_for, noised_mean, poisson_sample
+from fedsp.privacy import Release, clipped_sum, epsilon, noise_for, noised_mean, poisson_sample
 from fedsp.training.loop import Optimisation, TrainResult, optimize
 from fedsp.training.per_example_gradients import example_gradients
 
@@ -73,6 +73,12 @@ class ExamplePrivacy:
         return PrivateSteps(
             bound=self.bound, noise_multiplier=noise, sampling_rate=rate, count=steps
         )
+
+    def spent(self, examples: int, lot: int, steps: int, rounds: int) -> float:
+        """The epsilon of so many rounds with these steps; raises as `steps` does."""
+        taken = self.steps(examples, lot, steps)
+        release = Release(taken.noise_multiplier, taken.sampling_rate, rounds * taken.count)
+        return epsilon((release,), self.delta, 1e-3) if rounds else 0.0
 
 
 def fit_privately(

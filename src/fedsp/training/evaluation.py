@@ -146,14 +146,10 @@ def _score_group(
     wanted = torch.tensor(targets, device=model.device)
     likelihoods = log_probabilities.gather(1, wanted[:, None])[:, 0]
     greedy = log_probabilities.argmax(dim=-1) == wanted
-    result: list[list[tuple[float, bool]]] = [[] for _ in group]
-    position = 0
-    for row, pair in ((row, pair) for row, pairs in enumerate(group) for pair in pairs):
-        count = len(pair.ids) - pair.start
-        part = slice(position, position + count)
-        result[row].append((float(likelihoods[part].sum()), bool(greedy[part].all())))
-        position += count
-    return result
+    counts = [len(pair.ids) - pair.start for pairs in group for pair in pairs]
+    parts = zip(torch.split(likelihoods, counts), torch.split(greedy, counts), strict=True)
+    figures = ((float(part.sum()), bool(sure.all())) for part, sure in parts)
+    return [list(islice(figures, len(pairs))) for pairs in group]
 
 
 def _states(
@@ -177,7 +173,7 @@ def _states(
     # some models count padding between context and tail as distance: one context length per call
     groups: dict[int, list[int]] = {}
     for row, (context, some) in enumerate(zip(contexts, tails, strict=True)):
-        reach = model.first_position(prefix) + len(context)
+        reach = model.positions_taken(length) + len(context)
         cached = context and all(model.rotated_alike(reach, reach + len(tail)) for tail in some)
         groups.setdefault(len(context) if cached else 0, []).append(row)
     found: list[list[Tensor]] = [[] for _ in contexts]
@@ -211,15 +207,9 @@ def _states(
 def _shared(pairs: list[Encoded]) -> int:
     """The number of leading tokens that all choices share and that predict no answer token; fewer
     if a choice's tokenization merges with the end of the context."""
-    return min(min(pair.start for pair in pairs) - 1, _common(pairs))
-
-
-def _common(pairs: list[Encoded]) -> int:
-    """How many leading tokens all pairs have in common."""
-    length = min(len(pair.ids) for pair in pairs)
-    return next(
-        (index for index in range(length) if len({pair.ids[index] for pair in pairs}) > 1), length
-    )
+    most = min(pair.start for pair in pairs) - 1
+    columns = zip(*(pair.ids[:most] for pair in pairs), strict=True)
+    return next((place for place, ids in enumerate(columns) if len(set(ids)) > 1), most)
 
 
 def summarise(scored: Sequence[Scored], task: Task) -> dict[str, float]:
@@ -250,16 +240,11 @@ def by_client(
     groups: dict[str, list[Scored]] = {}
     for row, kind in zip(scored, kinds, strict=True):
         groups.setdefault(kind, []).append(row)
-    right = {
-        kind: sum(row.right(task) for row in rows) / len(rows) for kind, rows in groups.items()
-    }
-    loss = {
-        kind: (
-            -sum(row.log_likelihoods[row.gold[0]] / row.tokens[row.gold[0]] for row in rows)
-            / len(rows)
-        )
-        for kind, rows in groups.items()
-    }
+    right, loss = {}, {}
+    for kind, rows in groups.items():
+        right[kind] = sum(row.right(task) for row in rows) / len(rows)
+        losses = (row.log_likelihoods[row.gold[0]] / row.tokens[row.gold[0]] for row in rows)
+        loss[kind] = -sum(losses) / len(rows)
     figures = {}
     for client, own in held.items():
         counts = {kind: count for kind, count in Counter(own).items() if kind in groups}

@@ -3,12 +3,9 @@ forward messages to `fedsp serve` or `fedsp join`; otherwise they run a simulati
 
 import os
 
-from flwr.app import Context
-from flwr.app import Message as FlowerMessage
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import ServerApp
 
-from fedsp.deployment.grid import from_record, to_record
+from fedsp.deployment.grid import make_client_app
 from fedsp.deployment.ipc import SOCKET
 
 if SOCKET in os.environ:
@@ -17,19 +14,5 @@ else:
     from fedsp.deployment.simulation import handle_client_message, server_main
 
 server_app = ServerApp()
-client_app = ClientApp()
-
-
-@server_app.main()
-def main(grid: Grid, context: Context) -> None:
-    """The owner of the model's side."""
-    server_main(grid, context)
-
-
-@client_app.train()
-def train(flower_message: FlowerMessage, context: Context) -> FlowerMessage:
-    """An owner of text's side."""
-    return FlowerMessage(
-        content=to_record(handle_client_message(from_record(flower_message.content), context)),
-        reply_to=flower_message,
-    )
+server_app.main()(server_main)
+client_app = make_client_app(handle_client_message)

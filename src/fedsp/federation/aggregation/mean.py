@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -81,43 +81,27 @@ def weighted_mean(payloads: Mapping[str, Payload], weights: Mapping[str, float])
     return {name: tensor.to(torch.float32) for name, tensor in sorted(mean.items())}
 
 
-class Aggregator(Protocol):
-    """Aggregates replies to the broadcast `sent` into one payload. `weights` come from the server's
-    register; `asked` is the number of sampled clients; `reference` is the result of the server's
-    own step on `sent`, if `by_reference`. If `always`, rounds without replies are aggregated too.
+Replies = Mapping[str, Payload]
+Weights = Mapping[str, float]
+
+
+class Aggregator:
+    """Aggregates replies to the broadcast `sent` into one payload, before the server optimizer and
+    the server step: by their weighted mean, unless a subclass does otherwise.
+
+    `weights` come from the server's register; `asked` is the number of sampled clients; `own` is
+    the result of the server's own step on `sent`, if `by_reference`. If `always`, rounds without
+    replies are aggregated too.
     """
 
-    @property
-    def by_reference(self) -> bool: ...
+    always = False
 
     @property
-    def always(self) -> bool: ...
+    def by_reference(self) -> bool:
+        return False
 
     def __call__(
-        self,
-        sent: Payload,
-        replies: Mapping[str, Payload],
-        weights: Mapping[str, float],
-        asked: int,
-        reference: Payload | None,
-    ) -> Payload:
-        """The aggregate, before the server optimizer and the server step."""
-
-
-@dataclass(frozen=True)
-class WeightedMean:
-    """The mean of what clients sent, weighted."""
-
-    by_reference: bool = False
-    always: bool = False
-
-    def __call__(
-        self,
-        sent: Payload,
-        replies: Mapping[str, Payload],
-        weights: Mapping[str, float],
-        asked: int,
-        reference: Payload | None,
+        self, sent: Payload, replies: Replies, weights: Weights, asked: int, own: Payload | None
     ) -> Payload:
         return weighted_mean(replies, weights)
 

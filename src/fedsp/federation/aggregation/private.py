@@ -3,19 +3,19 @@ https://arxiv.org/abs/1710.06963)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from fedsp.errors import PrivacyError
+from fedsp.federation.aggregation.mean import Aggregator, Replies, Weights
 from fedsp.models.payload import Payload, as_row, from_row
 from fedsp.privacy import Ledger, Release, clipped_sum, noised_mean
 
 
 def private_mean(
     sent: Payload,
-    replies: Mapping[str, Payload],
+    replies: Replies,
     *,
     bound: float,
     noise_multiplier: float,
@@ -35,9 +35,9 @@ def private_mean(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPAggregator:
+class DPAggregator(Aggregator):
     """Client-level differential privacy: the noised mean of a round's clipped updates, recorded in
-    the ledger before it is computed. See `fedsp.federation.aggregation.mean.Aggregator`.
+    the ledger before it is computed.
 
     Each client is sampled with probability `sampling_rate`, from secret randomness; `expected` is
     the mean number of clients of a round.
@@ -50,16 +50,11 @@ class DPAggregator:
     delta: float
     epsilon: float | None
     ledger: Ledger
-    by_reference: bool = False
-    always: bool = True
+
+    always = True
 
     def __call__(
-        self,
-        sent: Payload,
-        replies: Mapping[str, Payload],
-        weights: Mapping[str, float],
-        asked: int,
-        reference: Payload | None,
+        self, sent: Payload, replies: Replies, weights: Weights, asked: int, own: Payload | None
     ) -> Payload:
         """The private aggregate; made and paid for even where nobody replied.
 

@@ -9,13 +9,14 @@ NaN or infinity. All sums are float64 and rows are in the order of client ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedsp.errors import TooFewClients
+from fedsp.federation.aggregation.mean import Aggregator, Replies, Weights
 from fedsp.models.payload import Payload, as_row, from_row
 
 Rule = Callable[[Tensor, int], Tensor]
@@ -121,10 +122,6 @@ RULES: dict[str, Rule] = {
     "geometric_median": geometric_median,
     "centred_clipping": centred_clipping,
 }
-LEAST: dict[str, Callable[[int], int]] = {
-    name: (lambda f: 2 * f + 3) if "krum" in name else (lambda f: 2 * f + 1) for name in RULES
-}
-"""The fewest clients with which a rule withstands f malicious clients."""
 
 
 def malicious_of(share: float, clients: int) -> int:
@@ -133,7 +130,7 @@ def malicious_of(share: float, clients: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Robust:
+class Robust(Aggregator):
     """A rule and what comes before it: changes cut to `norm_bound` times the median length (0:
     not), then mixing. `malicious` is the share of the clients asked that may be malicious; their
     number is rounded down."""
@@ -142,7 +139,6 @@ class Robust:
     malicious: float
     mixing: bool = False
     norm_bound: float = 0.0
-    always: bool = False
 
     @property
     def by_reference(self) -> bool:
@@ -162,41 +158,33 @@ class Robust:
                 f" one, so aggregation.rule = {self.rule!r} would withstand none: ask at least"
                 f" {math.ceil(1 / self.malicious)} clients, or raise aggregation.malicious"
             )
-        if asked < self._needed(f):
-            raise self._too_few(asked, f, asked)
+        self._require(asked, f, asked)
         return f
 
-    def _needed(self, f: int) -> int:
-        return max(
-            LEAST[self.rule](f) if self.rule in LEAST else 1, 2 * f + 1 if self.mixing else 1
-        )
-
-    def _too_few(self, replies: int, f: int, asked: int) -> TooFewClients:
-        return TooFewClients(
-            f"{replies} replies are too few for aggregation.rule ="
-            f" {self.rule!r}{' with mixing' if self.mixing else ''} to withstand {f} malicious"
-            f" clients of {asked} asked: it needs {self._needed(f)}; ask more clients or lower"
-            " aggregation.malicious"
-        )
+    def _require(self, replies: int, f: int, asked: int) -> None:
+        """Refuse fewer replies than the rule needs to withstand f malicious clients."""
+        withstands = self.rule in RULES or self.mixing
+        needed = 2 * f + 3 if "krum" in self.rule else 2 * f + 1 if withstands else 1
+        if replies < needed:
+            raise TooFewClients(
+                f"{replies} replies are too few for aggregation.rule ="
+                f" {self.rule!r}{' with mixing' if self.mixing else ''} to withstand {f} malicious"
+                f" clients of {asked} asked: it needs {needed}; ask more clients or lower"
+                " aggregation.malicious"
+            )
 
     def __call__(
-        self,
-        sent: Payload,
-        replies: Mapping[str, Payload],
-        weights: Mapping[str, float],
-        asked: int,
-        reference: Payload | None,
+        self, sent: Payload, replies: Replies, weights: Weights, asked: int, own: Payload | None
     ) -> Payload:
         """The payload that this rule makes of the replies; weights are ignored, since clients could
-        inflate them. See `fedsp.federation.aggregation.mean.Aggregator`.
+        inflate them.
 
         Raises:
             TooFewClients: there are fewer replies than the rule needs for so many malicious
                 clients; it is never applied with fewer.
         """
         f = self.malicious_among(asked)
-        if len(replies) < self._needed(f):
-            raise self._too_few(len(replies), f, asked)
+        self._require(len(replies), f, asked)
         start = as_row(sent)
         rows = torch.stack([as_row(replies[client]) - start for client in sorted(replies)])
         if self.norm_bound:
@@ -204,8 +192,8 @@ class Robust:
         if self.mixing:
             rows = nearest_neighbour_mixing(rows, f)
         if self.rule == "trust":
-            assert reference is not None
-            change = trusted(rows, as_row(reference) - start)
+            assert own is not None
+            change = trusted(rows, as_row(own) - start)
         else:
             change = rows.mean(dim=0) if self.rule == "mean" else RULES[self.rule](rows, f)
         return from_row(start + change, sent)

@@ -45,9 +45,8 @@ def low_rank_adapters(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         try:
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # that Conv1D has its axes the other way, which PEFT then minds
+            # that Conv1D has its axes the other way, which PEFT then minds
+            warnings.simplefilter("ignore", UserWarning)
             inject_adapter_in_model(settings, model.model)
         except ValueError as error:
             raise ModelError(
@@ -64,11 +63,8 @@ def server_side(setup: Setup) -> tuple[PromptedLM, Weights]:
     """The global model with adapters, and the adapters."""
     from fedsp.data.seeding import derive_seed
 
-    section = setup.lora
     seed = derive_seed(setup.seed, "lora")
-    return setup.model, low_rank_adapters(
-        setup.model, rank=section.rank, alpha=section.alpha, targets=section.targets, seed=seed
-    )
+    return setup.model, low_rank_adapters(setup.model, **setup.lora, seed=seed)
 
 
 register_method(

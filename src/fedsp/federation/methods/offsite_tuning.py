@@ -46,7 +46,7 @@ def _outer(plan: LayerPlan) -> tuple[list[int], list[int]]:
 
 def server_side(setup: Setup) -> tuple[PromptedLM, Weights]:
     """The global model, and the parameters of its first and last layers, which are trained."""
-    _, sources = _outer(setup.plan)
+    _, sources = _outer(setup.plan())
     return setup.model, outer_layers(setup.model, sources, sources)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fedsp.errors import ConfigurationError, did_you_mean
 
@@ -29,48 +29,26 @@ class Stages:
     server: Stage
 
 
-class LoraSettings(Protocol):
-    """Low-rank adapters: their rank, the factor alpha / rank of their output, and the modules that
-    get one (empty: the family's usual ones)."""
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The parts of a run from which a method builds its server's and its clients' side.
 
-    @property
-    def rank(self) -> int: ...
+    model, tokenizer: the global model and its tokenizer.
+    seed: the run's seed.
+    lora: the section `[lora]`: rank, alpha, targets.
+    plan: makes the layer plan of the auxiliary model.
+    initial_prompt: makes the soft prompt that `[prompt]` describes, in front of the global model.
+    package: the auxiliary model that `[auxiliary]` and `[distill]` describe, read if it was made,
+        else made and written.
+    """
 
-    @property
-    def alpha(self) -> float: ...
-
-    @property
-    def targets(self) -> list[str]: ...
-
-
-class Setup(Protocol):
-    """The parts of a run from which a method builds its server's and its clients' side."""
-
-    @property
-    def model(self) -> PromptedLM:
-        """The global model."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def plan(self) -> LayerPlan:
-        """The layers of the auxiliary model."""
-
-    @property
-    def seed(self) -> int:
-        """The run's seed."""
-
-    @property
-    def lora(self) -> LoraSettings:
-        """The section `[lora]`."""
-
-    def initial_prompt(self) -> SoftPrompt:
-        """The soft prompt that `[prompt]` describes, in front of the global model."""
-
-    def package(self) -> AuxiliaryModel:
-        """The auxiliary model that `[auxiliary]` and `[distill]` describe: read if it was made,
-        else made and written."""
+    model: PromptedLM
+    tokenizer: Tokenizer
+    seed: int
+    lora: dict[str, Any]
+    plan: Callable[[], LayerPlan]
+    initial_prompt: Callable[[], SoftPrompt]
+    package: Callable[[], AuxiliaryModel]
 
 
 @dataclass(frozen=True, kw_only=True)

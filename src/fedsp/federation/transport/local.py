@@ -43,12 +43,7 @@ def local(clients: Clients) -> Transport:
                     f" round {request.round - 1} is kept"
                 ) from error
             except (PolicyError, PayloadError) as error:
-                yield Failure(
-                    round=request.round,
-                    client=request.client,
-                    reason=str(error),
-                    bytes_down=len(down),
-                )
+                yield Failure.of(request, str(error), bytes_down=len(down))
                 continue
             answered.add(request.client)
             payload = read_values(up, request.payload, request.answer_in) if up else request.payload

@@ -73,15 +73,9 @@ class _Pending:
             return f"no reply within {timeouts.reply:g} s"
         if self.lost > LOST_AT_MOST:
             return f"its replies were lost {self.lost} times"
-        return (
-            f"not connected for {timeouts.connect:g} s"
-            if now - self.seen > timeouts.connect
-            else None
-        )
-
-
-HasSigned = Callable[[bytes, bytes], bool]
-"""Whether a client's key made a signature of a statement."""
+        if now - self.seen > timeouts.connect:
+            return f"not connected for {timeouts.connect:g} s"
+        return None
 
 
 def remote(
@@ -91,11 +85,11 @@ def remote(
     traffic: Traffic,
     info: Callable[[str], None],
     package: str = "",
-    keys: Mapping[str, HasSigned] | None = None,
+    keys: Mapping[str, Callable[[bytes, bytes], bool]] | None = None,
 ) -> Transport:
     """A transport over a link. `node_of` maps clients to nodes. A reply is accepted once, only from
-    the node of its client, and, with `keys`, only with the client's signature over the request and
-    the reply.
+    the node of its client, and, with `keys`, which say of a statement and a signature whether a
+    client's key made it, only with the client's signature over the request and the reply.
 
     `package`: digest of the package that clients must have, sent with each request. Clients that
     replied in the previous round are sent only the encoded change, if there is one; a client that
@@ -112,60 +106,39 @@ def remote(
             )
             for request in requests
         }
-        client_of: dict[str, str] = {}
-        sent: dict[str, Message] = {}
-        changes: set[str] = set()
-        """Messages that carry a change only: two copies of one may be waiting for a client that was
-        restarted."""
+        sent: dict[str, tuple[str, Message, bool]] = {}
+        """By id, until it is answered: the client, the message, and whether that carries a change
+        only; two copies of one may be waiting for a client that was restarted."""
         named: list[str] = []
 
         def ask(clients: list[str], now: float) -> None:
-            messages = [
-                (
-                    node_of[client],
-                    write_request(open[client].request, package, follows=open[client].follows),
-                )
+            messages = {
+                client: write_request(open[client].request, package, follows=open[client].follows)
                 for client in clients
-            ]
-            for client, (_, message), message_id in zip(
-                clients,
-                messages,
-                link.push(messages, str(requests[0].round), 2 * timeouts.reply),
-                strict=True,
-            ):
+            }
+            sends = [(node_of[client], message) for client, message in messages.items()]
+            ids = link.push(sends, str(requests[0].round), 2 * timeouts.reply)
+            for (client, message), message_id in zip(messages.items(), ids, strict=True):
                 one = open[client]
                 one.first = now if one.first is None else one.first
                 one.interval = 2 * one.interval or timeouts.retry
                 one.again, one.down = now + one.interval, one.down + len(message.payload)
-                client_of[message_id], sent[message_id] = client, message
-                if one.follows:
-                    changes.add(message_id)
+                sent[message_id] = client, message, one.follows
                 traffic(requests[0].round, client, "down", message.sizes())
 
-        def fate(answer: Answer, client: str, one: _Pending) -> Update | Failure:
+        def fate(answer: Answer, asked: Message, client: str, one: _Pending) -> Update | Failure:
             if answer.message is None:
-                return Failure(round=one.request.round, client=client, reason=answer.fault)
-            traffic(one.request.round, client, "up", answer.message.sizes())
-            if answer.node != node_of[client]:
-                return Failure(
-                    round=one.request.round,
-                    client=client,
-                    reason="the reply came from another node",
-                    bytes_up=len(answer.message.payload),
-                )
-            if keys is None:
-                return read_reply(answer.message, one.request)
+                return Failure.of(one.request, answer.fault)
+            reply = answer.message
+            traffic(one.request.round, client, "up", reply.sizes())
             try:
-                return read_reply(
-                    signed_reply(answer.message, sent[answer.message_id], keys[client]), one.request
-                )
+                if answer.node != node_of[client]:
+                    raise PayloadError("the reply came from another node")
+                if keys is not None:
+                    reply = signed_reply(reply, asked, keys[client])
             except PayloadError as error:
-                return Failure(
-                    round=one.request.round,
-                    client=client,
-                    reason=str(error),
-                    bytes_up=len(answer.message.payload),
-                )
+                return Failure.of(one.request, str(error), bytes_up=len(reply.payload))
+            return read_reply(reply, one.request)
 
         while open:
             connected, now = link.nodes(), time.monotonic()
@@ -175,10 +148,8 @@ def remote(
             due = [client for client in here if now >= open[client].again]
             for start in range(0, len(due), AT_ONCE):
                 ask(due[start : start + AT_ONCE], now)
-            for answer in link.pull(
-                [message_id for message_id, client in client_of.items() if client in open]
-            ):
-                client = client_of.pop(answer.message_id, "")
+            for answer in link.pull([key for key, (client, *_) in sent.items() if client in open]):
+                client, asked, short = sent.pop(answer.message_id, ("", Message(""), False))
                 if client not in open:
                     continue
                 if answer.message is None and not answer.fault:
@@ -186,12 +157,9 @@ def remote(
                     open[client].again = min(open[client].again, now + timeouts.lost)
                     continue
                 one = open[client]
-                reply = fate(answer, client, one)
-                if (
-                    answer.message_id in changes
-                    and isinstance(reply, Failure)
-                    and reply.reason == REFUSALS["broadcast"]
-                ):
+                reply = fate(answer, asked, client, one)
+                lacks = isinstance(reply, Failure) and reply.reason == REFUSALS["broadcast"]
+                if short and lacks:
                     if one.follows:
                         one.follows, one.again = False, now
                     continue
@@ -203,9 +171,7 @@ def remote(
             for client, one in list(open.items()):
                 if reason := one.fails(now, timeouts):
                     del open[client]
-                    yield Failure(
-                        round=one.request.round, client=client, reason=reason, bytes_down=one.down
-                    )
+                    yield Failure.of(one.request, reason, bytes_down=one.down)
             away = sorted(client for client, one in open.items() if one.seen < now - timeouts.lost)
             if away != named and now - started > 2:
                 named = away

@@ -6,20 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedsp.errors import FedspError, PayloadError, PolicyError, TrainingDiverged
+from fedsp.federation.codecs import FLOAT32
 from fedsp.federation.compression import difference, encode_with_residual
 from fedsp.federation.messages import Request, Update
 from fedsp.federation.methods.base import Method
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
-from fedsp.federation.transport.wire import (
-    CannotRead,
-    Known,
-    read_request,
-    write_refusal,
-    write_update,
-)
-from fedsp.models.payload import pack
+from fedsp.federation.transport.wire import CannotRead, read_request, write_refusal, write_update
+from fedsp.models.payload import Payload, pack
 
 
 def answer(
@@ -29,7 +24,7 @@ def answer(
     *,
     allow: Callable[[Request], None] = lambda request: None,
     log: Callable[[Request, Exception], None] = lambda request, error: None,
-    known: Known = lambda run, round: None,
+    known: Callable[[str, int], Payload | None] = lambda run, round: None,
 ) -> Message:
     """The message that answers a message. `allow` raises PolicyError for what the client refuses;
     `log` is called with every fault, on this machine only; `known` has the broadcasts that the
@@ -52,9 +47,8 @@ def answer(
         except PayloadError as error:
             log(request, error)
             return write_refusal(request, "answer")
-    except (
-        Exception
-    ) as error:  # whatever it is: its text may hold the client's text, so only a code leaves
+    except Exception as error:
+        # whatever it is: its text may hold the client's text, so only a code leaves
         log(request, error)
         return write_refusal(request, _code(error))
 
@@ -69,7 +63,7 @@ def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
     """
     if not request.train:
         return b""
-    if request.answer_in.exact:
+    if request.answer_in == FLOAT32:
         return pack(update.payload)
     memory = StateStore(party.store.folder / "residual")
     data, _, residual = encode_with_residual(

@@ -123,19 +123,13 @@ def read_request(message: Message, known: Known = lambda run, round: None) -> Re
     fields = _fields(message, {"kind": str, "run": str, "round": int, "client": str, "seed": int})
     if fields["kind"] not in ("train", "validate"):
         raise PayloadError("the message is not a request")
-    request = Request(
-        run=fields["run"],
-        round=fields["round"],
-        client=fields["client"],
-        seed=fields["seed"],
-        payload={},
-        train=fields["kind"] == "train",
-    )
+    named = {name: fields[name] for name in ("run", "round", "client", "seed")}
+    request = Request(**named, payload={}, train=fields["kind"] == "train")
     try:
         codec, answer = _codec(fields, "codec"), _codec(fields, "answer")
     except PayloadError as error:
         raise CannotRead(request, "codec") from error
-    before = {} if codec.exact else known(request.run, request.round - 1)
+    before = {} if codec == FLOAT32 else known(request.run, request.round - 1)
     if before is None:
         raise CannotRead(request, "broadcast")
     return replace(request, payload=_values(message, fields, before, codec), answer_in=answer)
@@ -172,13 +166,13 @@ def read_reply(message: Message, request: Request) -> Update | Failure:
     goes on.
     """
     try:
-        reply = _read_reply(message, request)
+        reply: Update | Failure = _read_reply(message, request)
     except PayloadError as error:
-        reply = Failure(round=request.round, client=request.client, reason=str(error))
+        reply = Failure.of(request, str(error))
     return replace(reply, bytes_up=len(message.payload))
 
 
-def _read_reply(message: Message, request: Request) -> Update | Failure:
+def _read_reply(message: Message, request: Request) -> Update:
     most = 4 * sum(tensor.numel() for tensor in request.payload.values()) + ROOM
     if len(message.payload) > most:
         raise PayloadError(
@@ -189,18 +183,11 @@ def _read_reply(message: Message, request: Request) -> Update | Failure:
     if fields["client"] != request.client:
         raise PayloadError("the reply is for another client")
     if fields["kind"] == "refusal":
-        return Failure(
-            round=request.round,
-            client=request.client,
-            reason=REFUSALS.get(
-                str(fields.get("code")), "the client refused and gave no known reason"
-            ),
-        )
+        code = str(fields.get("code"))
+        raise PayloadError(REFUSALS.get(code, "the client refused and gave no known reason"))
     if fields["kind"] != "update":
         raise PayloadError("the reply is neither an update nor a refusal")
-    losses, validation, seconds, shortened, spikes = (
-        fields.get(key) for key in ("losses", "validation", "seconds", "shortened", "spikes")
-    )
+    losses, validation, spikes = (fields.get(key) for key in ("losses", "validation", "spikes"))
     if (
         not isinstance(losses, dict)
         or len(losses) > 8
@@ -219,19 +206,16 @@ def _read_reply(message: Message, request: Request) -> Update | Failure:
         payload=payload,
         losses=by_stage,
         validation=validated,
-        seconds=_figure(seconds, "seconds", 1e9),
-        shortened=int(_figure(shortened, "count of shortened examples", 1e12)),
-        spikes=int(
-            _figure(0 if spikes is None else spikes, "count of spikes", 1e12)
-        ),  # clients of an earlier version do not tell it
+        seconds=_figure(fields.get("seconds"), "seconds", 1e9),
+        shortened=int(_figure(fields.get("shortened"), "count of shortened examples", 1e12)),
+        # clients of an earlier version do not tell it
+        spikes=int(_figure(0 if spikes is None else spikes, "count of spikes", 1e12)),
     )
 
 
 def _message(fields: dict[str, Any], payload: bytes) -> Message:
-    return Message(
-        json.dumps({"fedsp": VERSION, **fields, "sha256": hashlib.sha256(payload).hexdigest()}),
-        payload,
-    )
+    digest = hashlib.sha256(payload).hexdigest()
+    return Message(json.dumps({"fedsp": VERSION, **fields, "sha256": digest}), payload)
 
 
 def _fields(message: Message, expected: dict[str, type]) -> dict[str, Any]:
@@ -261,10 +245,8 @@ def _values(message: Message, fields: dict[str, Any], known: Payload, codec: Cod
 
 
 def _codec(fields: dict[str, Any], name: str) -> Codec:
-    try:
-        return parse_codec(
-            str(fields.get(name, FLOAT32))
-        )  # versions without codecs do not name any
+    try:  # versions without codecs do not name any
+        return parse_codec(str(fields.get(name, FLOAT32)))
     except ValueError as error:
         raise PayloadError(f"the message's {name} is not known here: {error}") from error
 
