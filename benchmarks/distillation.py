@@ -24,7 +24,7 @@ from spread import median
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from fedsp.cli import quiet_libraries
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.loading import load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM

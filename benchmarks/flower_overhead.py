@@ -30,8 +30,8 @@ from fedsp.cli import quiet_libraries
 from fedsp.config_file import make_config, read_config
 from fedsp.deployment.processes import free_port
 from fedsp.deployment.serve import init_federation
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import EMBEDDED
 
 LAYERS, HIDDEN = 8, 256
 SIZES = {"0.2 MB": 24, "8 MB": 976, "12 MB": 1464}

@@ -27,7 +27,7 @@ import torch
 
 from fedsp import api as commands
 from fedsp.cli import quiet_libraries
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.callbacks import Callbacks
 from fedsp.training import loop as fitting
 

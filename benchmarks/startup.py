@@ -19,7 +19,7 @@ from pathlib import Path
 FIRST_ROUND = """
 import sys, time
 from fedsp import api as commands
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.callbacks import Callbacks
 class Done(Exception): pass
 def stop(*_): raise Done

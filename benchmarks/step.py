@@ -52,7 +52,6 @@ from transformers.activations import NewGELUActivation
 from fedsp.cli import quiet_libraries
 from fedsp.data.encoding import Encoded, collate, encode_targets, training_batches
 from fedsp.data.seeding import derive_seed
-from fedsp.experiments.plan import shape_of
 from fedsp.experiments.run import forget_peak_memory, peak_memory
 from fedsp.federation.party import LocalRound, Party
 from fedsp.federation.state_store import StateStore
@@ -60,6 +59,7 @@ from fedsp.models.auxiliary import AuxiliaryModel, build_auxiliary, parse_plan
 from fedsp.models.blocks import find_blocks
 from fedsp.models.loading import load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.shape_counts import shape_of
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.models.trainable import trainable
 from fedsp.training.loop import Optimisation

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import fedsp
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 
 
 def main(folder: Path) -> dict[str, float]:

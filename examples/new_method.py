@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fedsp
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.methods.base import Averaging
 from fedsp.federation.methods.fedsp import client_side
 from fedsp.federation.party import Party

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fedsp
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 
 
 def render(row: dict[str, Any]) -> tuple[str, list[str], list[int]]:

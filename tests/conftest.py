@@ -4,6 +4,7 @@ checkout."""
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from support.reference import REFERENCE
@@ -14,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from safetensors.torch import load_file
+
+# nothing is left in the user's own cache
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fedsp-cache-")
 
 # tiny models: a second thread costs more than it gives, and much more on a busy machine
 torch.set_num_threads(1)

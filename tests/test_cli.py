@@ -17,7 +17,7 @@ from fedsp import api as commands
 from fedsp import cli
 from fedsp.config_file import read_config
 from fedsp.errors import StorageError
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.models import auxiliary
 
 QUICK = [
@@ -313,3 +313,35 @@ def test_what_needs_no_tensor_answers_without_torch(arguments: list[str], tmp_pa
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_of_a_known_shape_answers_without_torch_and_with_the_same_figures(
+    tmp_path: Path,
+) -> None:
+    """Counted once for a configuration of a model and a layer plan; other settings may differ."""
+    (tmp_path / "run.toml").write_text(
+        '[model]\nname = "embedded"\n[data]\n[distill]\ntext = ["public.txt"]\n'
+    )
+    code = (
+        "import sys; from fedsp.cli import main; sys.argv = ['fedsp', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('torch' in sys.modules)"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def plan(*overrides: str) -> list[str]:
+        command = [sys.executable, "-c", code, "plan", "run.toml", *overrides]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    *counted, loaded = plan()
+    assert loaded == "True" and plan() == [*counted, "False"]
+    *longer, loaded = plan("prompt.length=32", "round.rounds=3")
+    assert loaded == "False" and longer != counted
+    assert plan("auxiliary.plan=ends(1)")[-1] == "True", "another shape"
+    for kept in (tmp_path / "cache" / "fedsp").iterdir():
+        kept.write_text("{")
+    assert plan() == [*counted, "True"], "a damaged count is made again"

@@ -22,8 +22,8 @@ from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded
 from fedsp.errors import PrivacyError, StorageError
 from fedsp.experiments import run_directory as runs
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.federation.aggregation.mean import ServerOptimizer, validate_update
 from fedsp.federation.aggregation.private import DPAggregator
 from fedsp.federation.agreement import agreement_of

@@ -13,14 +13,14 @@ import torch
 from fedsp.audit.inspection import inspect_auxiliary
 from fedsp.config import RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
-from fedsp.data.dataset import examples_digest, load_dataset
+from fedsp.data.dataset import examples_digest
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages
 from fedsp.errors import ConfigurationError, DataError, PromptError, RunError, require_installed
-from fedsp.experiments.plan import make_plan
-from fedsp.experiments.run import robust_rule
+from fedsp.experiments.embedded import EMBEDDED
+from fedsp.experiments.plan import plan_run
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
-from fedsp.experiments.server_setup import EMBEDDED, LEAST_ROOM, score_test
+from fedsp.experiments.server_setup import LEAST_ROOM, score_test
 from fedsp.experiments.start import (
     Engine,
     Figures,
@@ -149,22 +149,7 @@ def plan(
     config: RunConfig | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = ()
 ) -> Figures:
     """What a run will cost and disclose, before anything is trained."""
-    config = as_config(config, overrides)
-    if not find_method(config.method).deployable:
-        raise ConfigurationError(
-            f"method = {config.method!r}: `fedsp plan` covers FedSP only; a baseline's cost is"
-            " measured in its run and shown by `fedsp report`"
-        )
-    clients = config.partition.clients
-    if config.federation:
-        _require_flower()
-        from fedsp.deployment.credentials import read_register
-
-        clients = len(read_register(Path(config.federation.folder)))
-    elif config.partition.kind == "natural":
-        clients = len(load_dataset(config).partition.clients)
-    robust_rule(config, clients)
-    return make_plan(config, clients)
+    return plan_run(as_config(config, overrides))
 
 
 def distill(

@@ -103,10 +103,10 @@ def init(
 def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None) -> None:
     """Print what a run will cost and disclose, before anything is trained."""
     read = _read(config, overrides)
-    from fedsp import api as commands
+    from fedsp.experiments.plan import plan_run
     from fedsp.report.console import Display, plan_table
 
-    figures = commands.plan(read)
+    figures = plan_run(read)
     with Display() as display:
         display.print(plan_table(figures))
     _write(json_file, figures)

@@ -37,7 +37,7 @@ from fedsp.audit.summary import account
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import AuxiliaryError, ConfigurationError, RunError
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.callbacks import Callbacks
 from fedsp.models.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.models.loading import load_tokenizer

@@ -21,7 +21,7 @@ from fedsp.audit.summary import account
 from fedsp.audit.trap import Trap, draw_words, make_trap, right_words, room_for_words
 from fedsp.data.encoding import Encoded
 from fedsp.errors import AuxiliaryError, DataError, RunError
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.messages import Request
 from fedsp.federation.methods.base import Averaging
 from fedsp.federation.party import Party

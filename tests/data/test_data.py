@@ -34,7 +34,7 @@ from fedsp.data.files import read_passages, read_rows
 from fedsp.data.partition import make_partition, read_partition
 from fedsp.data.tasks import TASKS, Example, examples_of, find_task
 from fedsp.errors import DataError
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.models.loading import load_tokenizer
 from support.reference import harness_task
 from support.tokenizers_made import bpe

@@ -28,8 +28,8 @@ from fedsp.config_file import make_config
 from fedsp.deployment.credentials import CA, make_client_credentials
 from fedsp.deployment.processes import free_port
 from fedsp.deployment.serve import APP, init_federation
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import load_model
 from fedsp.models.trainable import trainable

@@ -12,7 +12,8 @@ import pytest
 from fedsp import api as commands
 from fedsp.data.dataset import load_dataset
 from fedsp.experiments.demo import DEMO_ROWS, demo_config
-from fedsp.experiments.server_setup import EMBEDDED, make_auxiliary, open_server, score_test
+from fedsp.experiments.embedded import EMBEDDED
+from fedsp.experiments.server_setup import make_auxiliary, open_server, score_test
 from fedsp.federation.callbacks import Callbacks
 
 

@@ -34,9 +34,10 @@ from fedsp.errors import (
 from fedsp.experiments import build
 from fedsp.experiments import run as experiment
 from fedsp.experiments import server_setup as server
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory, list_runs
-from fedsp.experiments.server_setup import EMBEDDED, Server
+from fedsp.experiments.server_setup import Server
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients, client_prompt, make_method, make_party

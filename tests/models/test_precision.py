@@ -17,9 +17,9 @@ from fedsp.audit.shadows import Options
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import ConfigurationError, ModelError, RunError
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import make_plan
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.loading import load_model, load_tokenizer, reduce_precision
 from fedsp.models.prompted_lm import PromptedLM

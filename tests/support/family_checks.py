@@ -35,8 +35,8 @@ from fedsp.data.encoding import Encoded, collate, encode_pairs
 from fedsp.data.tasks import Example
 from fedsp.deployment.package_check import FAMILIES
 from fedsp.errors import FedspError
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import make_plan
-from fedsp.experiments.server_setup import EMBEDDED
 from fedsp.models.auxiliary import build_auxiliary, load_auxiliary, parse_plan
 from fedsp.models.loading import load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.models.soft_prompt import read_prompt
 from fedsp.storage import tensors_digest
 

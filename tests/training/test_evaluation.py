@@ -10,7 +10,7 @@ import torch
 
 from fedsp.data.encoding import Tokenizer, encode_pairs
 from fedsp.data.tasks import Example, examples_of, find_task
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.models.loading import load_model, load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt

@@ -19,9 +19,9 @@ from fedsp.data.batching import pad
 from fedsp.data.encoding import training_batches
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
+from fedsp.experiments.plan import model_name
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import (
-    model_name,
     public_sequences,
     score_test,
     unread_sequences,

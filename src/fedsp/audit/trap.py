@@ -29,7 +29,7 @@ from fedsp.audit.statistics import exact_interval
 from fedsp.data.encoding import Encoded, Tokenizer
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
-from fedsp.experiments.server_setup import EMBEDDED
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.agreement import agreement_of, promised_epsilon
 from fedsp.federation.clients import Clients, client_prompt, make_method, make_party
 from fedsp.federation.messages import Request, Update

@@ -12,7 +12,8 @@ import torch
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
 from fedsp.data.dataset import load_dataset
-from fedsp.experiments.server_setup import EMBEDDED, make_auxiliary, open_server, score_test
+from fedsp.experiments.embedded import EMBEDDED
+from fedsp.experiments.server_setup import make_auxiliary, open_server, score_test
 from fedsp.experiments.start import Figures, require_new, start_run
 from fedsp.experiments.study import merge
 from fedsp.federation.callbacks import Callbacks

@@ -3,37 +3,71 @@
 Floating-point operations are those of matrix products: two per weight and token in a forward pass,
 4 H_q K per token and key in attention. A step on the prompt needs a forward pass and a backward
 pass to the inputs (2 forwards' worth); a step on the weights needs 3.
+
+Parameters are counted by torch once for each model configuration and layer plan, and kept in the
+user's cache; a plan of a known shape then takes no time.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
+import shutil
+from contextlib import suppress
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from safetensors.numpy import save
 
-from fedsp.config import RunConfig
-from fedsp.errors import FedspError, ModelError, first_line
-from fedsp.experiments.server_setup import model_name
-from fedsp.federation.codecs import Codec
-from fedsp.federation.compression import write_values
-from fedsp.models.auxiliary import (
-    embedding_parameters,
-    empty_auxiliary,
-    parse_plan,
-    planned_config,
-    require_kinds,
+from fedsp.config import CodecName, RunConfig
+from fedsp.data.dataset import load_dataset
+from fedsp.errors import (
+    ConfigurationError,
+    FedspError,
+    ModelError,
+    StorageError,
+    first_line,
+    require_installed,
 )
-from fedsp.models.blocks import find_blocks
-from fedsp.models.loading import NF4_BLOCK, SPLIT, Precision, empty_model, read_model_config
-from fedsp.models.payload import PROMPT, pack
-from fedsp.models.prompted_lm import ModelShape
-from fedsp.models.soft_prompt import PromptSpec
-from fedsp.models.trainable import trainable
+from fedsp.experiments.embedded import EMBEDDED
+from fedsp.federation.methods.registry import find_method
+from fedsp.storage import write_json
 
 BYTES_PER_NUMBER = 4
 TEXT_TOKENS = 64
 ANSWER_TOKENS = 8
+
+
+def plan_run(config: RunConfig) -> dict[str, Any]:
+    """The figures of `make_plan` with the clients that the configuration has: those of its
+    federation's register, of the column that divides its text, or so many.
+
+    Raises:
+        FedspError: the run cannot be planned, as one sentence.
+    """
+    if not find_method(config.method).deployable:
+        raise ConfigurationError(
+            f"method = {config.method!r}: `fedsp plan` covers FedSP only; a baseline's cost is"
+            " measured in its run and shown by `fedsp report`"
+        )
+    clients = config.partition.clients
+    if config.federation:
+        require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+        from fedsp.deployment.credentials import read_register
+
+        clients = len(read_register(Path(config.federation.folder)))
+    elif config.partition.kind == "natural":
+        clients = len(load_dataset(config).partition.clients)
+    if config.aggregation.robust:
+        from fedsp.experiments.run import robust_rule
+
+        robust_rule(config, clients)
+    return make_plan(config, clients)
 
 
 def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
@@ -50,76 +84,49 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
         ModelError: the model's configuration cannot be had.
         ConfigurationError: the layer plan does not fit it.
     """
+    name = model_name(config)
     try:
-        return _counted(config, clients)
+        counts = _known_counts(config, name)
     except FedspError:
         raise
     except Exception as error:  # it says by layer, or not at all, what is counted here
         raise ModelError(
-            f"{model_name(config)} cannot be planned for: its configuration does not say what is"
-            f" counted ({first_line(error)})"
+            f"{name} cannot be planned for: its configuration does not say what is counted"
+            f" ({first_line(error)})"
         ) from error
-
-
-def _counted(config: RunConfig, clients: int) -> dict[str, Any]:
-    name = model_name(config)
-    global_config = read_model_config(name)
-    text = global_config.get_text_config()
-    missing = [
-        key
-        for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-        if getattr(text, key, None) is None
-    ]
-    if missing:
-        raise ModelError(
-            f"{name} ({global_config.model_type}) has no {missing[0]} in its configuration, so it"
-            " is not a transformer that takes a soft prompt: choose another model.name"
-        )
-    plan = parse_plan(config.auxiliary.plan, text.num_hidden_layers, config.auxiliary.prompt_layers)
-    with torch.device("meta"):
-        model = empty_model(global_config)
-        auxiliary = empty_auxiliary(planned_config(global_config, plan), plan)
-    blocks = find_blocks(auxiliary, plan.depth, name)[1]
-    require_kinds(find_blocks(model, text.num_hidden_layers, name)[1], blocks, plan, name)
-    shape = shape_of(global_config)
-    spec = PromptSpec(space=config.prompt.space, length=config.prompt.length, model=shape)
-    message = len(pack({PROMPT: torch.zeros(spec.shape)}))
-    asked = config.round.asked(clients)
+    client, server, section = config.client, config.server, config.auxiliary
+    prompt_shape = (config.prompt.length, *counts["prompts"][config.prompt.space])
+    prompt, plan = math.prod(prompt_shape), counts["plan"]
+    message = _message_bytes(prompt_shape, "float32")
     up, change = (
-        _message_bytes(spec, codec) for codec in (config.compression.up, config.compression.down)
+        _message_bytes(prompt_shape, codec)
+        for codec in (config.compression.up, config.compression.down)
     )
+    asked = config.round.asked(clients)
     follows = asked / clients if clients else 0.0  # of those asked: have the broadcast before
     per_round = round(asked * (up + follows * change + (1 - follows) * message))
-    whole, small = _count(model), _count(auxiliary)
+    whole, small = counts["global"]["parameters"], counts["auxiliary"]["parameters"]
     handed = verbatim = small
     if config.distill.steps:
-        free = {
-            id(p): p.numel()
-            for block, frozen in zip(blocks, plan.frozen, strict=True)
-            if not frozen
-            for p in block.parameters()
-        }
-        verbatim = small - sum(free.values()) if any(plan.frozen) else 0
-    if config.auxiliary.embeddings != "verbatim":
-        embeddings = sum(
-            parameter.numel() for parameter in embedding_parameters(auxiliary).values()
-        )
-        handed, verbatim = small - embeddings, max(0, verbatim - embeddings)
-    prompt = math.prod(spec.shape)
+        verbatim = small - counts["distilled"] if any(plan["frozen"]) else 0
+    if section.embeddings != "verbatim":
+        handed = small - counts["embeddings"]
+        verbatim = max(0, verbatim - counts["embeddings"])
     tokens = min(config.data.max_tokens or TEXT_TOKENS, TEXT_TOKENS)
-    forward = forward_operations(auxiliary, plan.depth, spec.length, tokens)
-    client, server = config.client, config.server
+    steps = {
+        side: _forward_operations(counts, side, config.prompt.length, tokens)
+        for side in ("auxiliary", "global")
+    }
     cuda = config.model.device.startswith("cuda") or (
-        config.model.device in ("auto", SPLIT) and torch.cuda.is_available()
+        config.model.device in ("auto", "split") and shutil.which("nvidia-smi") is not None
     )
-    server_precision = (
-        "bfloat16" if config.model.precision == "auto" and cuda else config.model.precision
-    )
+    precision = "bfloat16" if config.model.precision == "auto" and cuda else config.model.precision
     whole_at_first = round(asked * follows * (message - change))
+    trained = 3 * small if client.auxiliary_steps else 0
     return {
         "model": name,
-        "layers": list(plan.sources),
-        "prompt_layers": list(plan.prompt_layers),
+        "layers": plan["sources"],
+        "prompt_layers": plan["prompt_layers"],
         "global_parameters": whole,
         "auxiliary_parameters": small,
         "ratio": whole / small,
@@ -129,17 +136,15 @@ def _counted(config: RunConfig, clients: int) -> dict[str, Any]:
         "bytes_per_round": per_round,
         "bytes_in_all": per_round * config.round.rounds + whole_at_first,
         "client_operations_auxiliary": (
-            3 * forward * client.batch_size if client.auxiliary_steps else 0.0
+            3 * steps["auxiliary"] * client.batch_size if client.auxiliary_steps else 0.0
         ),
-        "client_operations_prompt": 2 * forward * client.batch_size if client.prompt_steps else 0.0,
-        "server_operations": (
-            2 * forward_operations(model, shape.layers, spec.length, tokens) * server.batch_size
-            if server.steps
-            else 0.0
+        "client_operations_prompt": (
+            2 * steps["auxiliary"] * client.batch_size if client.prompt_steps else 0.0
         ),
-        "client_memory_bytes": _weight_bytes(auxiliary, plan.depth, config.auxiliary.precision)
-        + BYTES_PER_NUMBER * (4 * prompt + (3 * small if client.auxiliary_steps else 0)),
-        "server_memory_bytes": _weight_bytes(model, shape.layers, server_precision)
+        "server_operations": 2 * steps["global"] * server.batch_size if server.steps else 0.0,
+        "client_memory_bytes": _weight_bytes(counts, "auxiliary", section.precision)
+        + BYTES_PER_NUMBER * (4 * prompt + trained),
+        "server_memory_bytes": _weight_bytes(counts, "global", precision)
         + BYTES_PER_NUMBER * 4 * prompt,
         "disclosed_share": verbatim / whole,
         "handed_out_share": handed / whole,
@@ -147,46 +152,65 @@ def _counted(config: RunConfig, clients: int) -> dict[str, Any]:
     }
 
 
-def _message_bytes(spec: PromptSpec, codec: Codec) -> int:
+def model_name(config: RunConfig) -> str:
+    """The folder or hub name of the global model."""
+    return str(EMBEDDED / "model") if config.model.name == "embedded" else config.model.name
+
+
+def _known_counts(config: RunConfig, name: str) -> Any:
+    """The counts of a model and plan: from the cache, if they were made there by the same code from
+    the same configuration file."""
+    asked = (config.auxiliary.plan, config.auxiliary.prompt_layers)
+    code = find_spec("fedsp.models.shape_counts")
+    shape = Path(name) / "config.json"
+    if code is None or code.origin is None or not shape.is_file():
+        return _count(name, *asked)
+    versions = [version("fedsp"), version("transformers"), Path(code.origin).read_text()]
+    key = json.dumps([shape.read_text(encoding="utf-8"), asked, versions])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsp"
+    kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    with suppress(OSError, ValueError):
+        return json.loads(kept.read_bytes())
+    counts = _count(name, *asked)
+    with suppress(StorageError):
+        write_json(kept, counts)
+    return counts
+
+
+def _count(name: str, plan: str | list[int], prompt_layers: list[int] | None) -> Any:
+    from fedsp.models.shape_counts import count_shapes
+
+    return count_shapes(name, plan, prompt_layers)
+
+
+def _message_bytes(shape: tuple[int, ...], codec: CodecName) -> int:
     """What a prompt takes in a codec, when its numbers change by a normal."""
-    noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(0))
-    return len(write_values({PROMPT: noise}, {PROMPT: torch.zeros(spec.shape)}, codec))
+    if codec == "float32":
+        return len(save({"prompt.values": np.zeros(shape, np.float32)}))
+    import torch
+
+    from fedsp.federation.compression import encode
+
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return len(encode({"prompt.values": noise}, codec))
 
 
-def shape_of(config: Any) -> ModelShape:
-    """The `ModelShape` of a model with this Hugging Face configuration."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return ModelShape(
-        layers=text.num_hidden_layers,
-        heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_size=size,
-        hidden=text.hidden_size,
-    )
-
-
-def forward_operations(model: Any, depth: int, prompt: int, tokens: int) -> float:
+def _forward_operations(counts: Any, side: str, prompt: int, tokens: int) -> float:
     """Floating-point operations of one forward pass over one example behind a prompt, logits at
     ANSWER_TOKENS positions; shared depths count each time."""
-    text = model.config.get_text_config()
-    shape = shape_of(model.config)
-    blocks = find_blocks(model, depth, "the model")[1]
-    weights: int = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() > 1)
-    attention = 4 * depth * text.num_attention_heads * shape.head_size * tokens * (prompt + tokens)
-    head = 2 * shape.hidden * text.vocab_size * min(tokens, ANSWER_TOKENS)
-    return float(2 * weights * tokens + attention + head)
+    shape = counts["shape"]
+    depth = shape["layers"] if side == "global" else len(counts["plan"]["sources"])
+    keys = tokens * (prompt + tokens)
+    attention = 4 * depth * counts["attention_heads"] * shape["head_size"] * keys
+    head = 2 * shape["hidden"] * counts["vocabulary"] * min(tokens, ANSWER_TOKENS)
+    return float(2 * counts[side]["multiplied"] * tokens + attention + head)
 
 
-def _weight_bytes(model: Any, depth: int, precision: Precision) -> int:
+def _weight_bytes(counts: Any, side: str, precision: str) -> int:
     """What the weights of a model take: in few bits the matrices of its blocks, each scale of
     `4bit` in float32; all else as large as in its precision."""
     each = 2 if precision == "bfloat16" else BYTES_PER_NUMBER
-    few = {"8bit": 1.0, "4bit": 0.5 + BYTES_PER_NUMBER / NF4_BLOCK}.get(precision, each)
-    blocks = find_blocks(model, depth, "the model")[1]
-    matrices = sum({id(p): p.numel() for p in blocks.parameters() if p.dim() > 1}.values())
-    return round(few * matrices + each * (_count(model) - matrices))
-
-
-def _count(model: Any) -> int:
-    return sum(parameter.numel() for parameter in trainable(model).values())
+    matrices = counts[side]["matrices"]
+    others = counts[side]["parameters"] - matrices
+    few: float = counts["few_bits"].get(precision, each)
+    return round(few * matrices + each * others)

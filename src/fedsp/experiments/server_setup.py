@@ -17,6 +17,7 @@ from fedsp.data.files import read_passages
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example, Task
 from fedsp.errors import AuxiliaryError, DataError, PromptError
+from fedsp.experiments.plan import model_name
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import prompt_spec
 from fedsp.federation.methods.registry import find_method
@@ -43,8 +44,6 @@ from fedsp.training.loop import Optimisation
 LEAST_ROOM = 8
 """Tokens of text that a prompt must leave room for."""
 
-EMBEDDED = Path(__file__).parent / "embedded"
-
 
 @dataclass(kw_only=True)
 class Server:
@@ -56,11 +55,6 @@ class Server:
     dataset: FederatedDataset
     max_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-def model_name(config: RunConfig) -> str:
-    """The folder or hub name of the global model."""
-    return str(EMBEDDED / "model") if config.model.name == "embedded" else config.model.name
 
 
 def open_server(config: RunConfig, dataset: FederatedDataset) -> Server:
