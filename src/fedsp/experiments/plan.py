@@ -210,7 +210,7 @@ def _weight_bytes(counts: Any, side: str, precision: str) -> int:
     """What the weights of a model take: in few bits the matrices of its blocks, each scale of
     `4bit` in float32; all else as large as in its precision."""
     each = 2 if precision == "bfloat16" else BYTES_PER_NUMBER
-    matrices = counts[side]["matrices"]
-    others = counts[side]["parameters"] - matrices
+    matrices: int = counts[side]["matrices"]
+    others: int = counts[side]["parameters"] - matrices
     few: float = counts["few_bits"].get(precision, each)
     return round(few * matrices + each * others)
