@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from fedsp import api as commands
 from fedsp import cli
@@ -316,32 +317,23 @@ def test_what_needs_no_tensor_answers_without_torch(arguments: list[str], tmp_pa
 
 
 def test_a_plan_of_a_known_shape_answers_without_torch_and_with_the_same_figures(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted once for a configuration of a model and a layer plan; other settings may differ."""
-    (tmp_path / "run.toml").write_text(
-        '[model]\nname = "embedded"\n[data]\n[distill]\ntext = ["public.txt"]\n'
-    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    values = {"model": {"name": "embedded"}, "data": {}, "distill": {"text": ["public.txt"]}}
+    (tmp_path / "run.toml").write_bytes(tomli_w.dumps(values).encode())
+    counted = commands.plan(values)
+    (kept,) = (tmp_path / "cache" / "fedsp").iterdir()
     code = (
-        "import sys; from fedsp.cli import main; sys.argv = ['fedsp', *sys.argv[1:]]\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "print('torch' in sys.modules)"
+        "import sys; from fedsp.cli import main\n"
+        "sys.argv = ['fedsp', 'plan', 'run.toml', '--json', 'plan.json']\n"
+        "main()\nsys.exit('torch' in sys.modules)"
     )
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-
-    def plan(*overrides: str) -> list[str]:
-        command = [sys.executable, "-c", code, "plan", "run.toml", *overrides]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    *counted, loaded = plan()
-    assert loaded == "True" and plan() == [*counted, "False"]
-    *longer, loaded = plan("prompt.length=32", "round.rounds=3")
-    assert loaded == "False" and longer != counted
-    assert plan("auxiliary.plan=ends(1)")[-1] == "True", "another shape"
-    for kept in (tmp_path / "cache" / "fedsp").iterdir():
-        kept.write_text("{")
-    assert plan() == [*counted, "True"], "a damaged count is made again"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+    assert json.loads((tmp_path / "plan.json").read_text()) == counted
+    kept.write_text("{")
+    assert commands.plan(values) == counted, "a damaged count is made again"
+    other = commands.plan(values, overrides=["auxiliary.plan=ends(1)", "prompt.length=32"])
+    assert other["layers"] != counted["layers"]
+    assert len(list(kept.parent.iterdir())) == 2, "another shape"

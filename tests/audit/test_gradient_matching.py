@@ -23,6 +23,8 @@ from fedsp.training.per_example_gradients import example_gradients
 from support.attacked import TEXT, prompt_for
 from support.tiny_models import tiny_model
 
+pytestmark = pytest.mark.study
+
 ROW = Encoded(TEXT[:4], 3)
 ANSWER = torch.tensor(TEXT[3:4])
 

@@ -35,6 +35,8 @@ from fedsp.training.stage import Stage
 from support.small_runs import settings
 from support.tiny_models import tiny_model
 
+pytestmark = pytest.mark.study
+
 WORDS = (10, 21, 32, 43, 54, 65)
 TEXT = (EMBEDDED / "public.txt").read_text()
 
@@ -185,7 +187,6 @@ def test_words_are_right_by_the_better_half_and_ties_are_drawn() -> None:
     )
 
 
-@pytest.mark.recipe
 def test_the_audit_of_a_run_says_what_was_told_and_what_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,7 +55,7 @@ def test_the_question_form_was_not_in_the_training_text() -> None:
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_fedsp_beats_zero_shot_beyond_any_noise(seed: int, tmp_path: Path) -> None:
     """400 questions: the standard error of each accuracy is at most 2.5 points, so a margin of 30
     is twelve of them."""

@@ -136,6 +136,7 @@ def test_the_global_weights_in_memory_are_bit_identical_after_a_run(
     assert tensors_digest(dict(found.model.model.named_parameters())) == before
 
 
+@pytest.mark.study
 @pytest.mark.parametrize(
     "preset",
     [{}, PAPER, {"validation": {"by": "clients"}}, {"validation": {"by": "none"}}],
@@ -195,6 +196,7 @@ def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_used(tmp_path: Pa
     assert prompt_bits(cut) == prompt_bits(whole)
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("preset", [{}, PAPER], ids=["messenger", "paper"])
 def test_the_order_of_answers_does_not_matter(tmp_path: Path, preset: dict[str, Any]) -> None:
     forward = Path(commands.run(settings(tmp_path / "forward", **preset))["folder"])

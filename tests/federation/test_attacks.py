@@ -195,6 +195,7 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, float]:
     return validation_of(plain), validation_of(run(folder / "honest", "none", **BESIEGED))
 
 
+@pytest.mark.study
 @pytest.mark.parametrize(
     "rule",
     ["median", "trimmed_mean", "multi_krum", "geometric_median", "centred_clipping", "trust"],

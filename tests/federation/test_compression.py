@@ -319,6 +319,7 @@ def test_an_answer_that_cannot_be_said_is_named_so() -> None:
 # In runs
 
 
+@pytest.mark.study
 def test_a_compressed_run_resumes_to_the_same_bits_and_sends_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +348,7 @@ def test_a_compressed_run_resumes_to_the_same_bits_and_sends_less(
     assert prompt_bits(tmp_path / "killed" / "run") == prompt_bits(tmp_path / "whole" / "run")
 
 
+@pytest.mark.study
 def test_compression_costs_nothing_of_example_level_privacy(tmp_path: Path) -> None:
     """It is done to what the noise was added to already, and an answer that is asked for again has
     the same bytes."""

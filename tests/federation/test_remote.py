@@ -462,6 +462,7 @@ def test_three_of_ten_killed_in_a_round_and_it_completes(
     assert sorted(run.records()[1]["failed"]) == ["client-0", "client-4", "client-9"]
 
 
+@pytest.mark.study
 def test_too_few_stops_cleanly_and_a_resumed_run_has_the_bits_of_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

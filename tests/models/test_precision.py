@@ -183,6 +183,7 @@ def test_activations_that_are_computed_again_are_the_same(family: str) -> None:
     assert sizes[1] < 0.7 * sizes[0]
 
 
+@pytest.mark.study
 def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
     first = commands.run(
         settings(tmp_path / "whole", distill={"steps": 2, "batch_size": 2, "sequence_length": 32})

@@ -58,7 +58,7 @@ def count_shapes(name: str, plan: str | list[int], prompt_layers: list[int] | No
     }
     shape = shape_of(config)
     return {
-        "plan": asdict(layers),
+        "plan": {key: list(values) for key, values in asdict(layers).items()},
         "shape": asdict(shape),
         "attention_heads": text.num_attention_heads,
         "vocabulary": text.vocab_size,
@@ -68,7 +68,7 @@ def count_shapes(name: str, plan: str | list[int], prompt_layers: list[int] | No
         "embeddings": sum(one.numel() for one in embedding_parameters(auxiliary).values()),
         "few_bits": {"8bit": 1.0, "4bit": 0.5 + 4 / NF4_BLOCK},
         "prompts": {
-            space: PromptSpec(space=space, length=1, model=shape).shape[1:]
+            space: list(PromptSpec(space=space, length=1, model=shape).shape[1:])
             for space in get_args(Space)
         },
     }
