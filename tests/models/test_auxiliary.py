@@ -22,6 +22,7 @@ from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import make_plan
 from fedsp.models.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.models.loading import load_model, load_tokenizer
+from fedsp.models.payload import PROMPT, pack
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.models.trainable import trainable
@@ -497,6 +498,7 @@ def test_the_plan_agrees_with_what_is_built_and_what_torch_counts() -> None:
     auxiliary.model.set_attn_implementation(
         "eager"
     )  # torch's counter does not know the fused kernel of the CPU
+    assert plan["bytes_per_message"] == len(pack({PROMPT: torch.zeros(16, 8, 128)}))
     for name, built in (("global", model), ("auxiliary", auxiliary)):
         count = sum(parameter.numel() for parameter in trainable(built.model).values())
         assert plan[f"{name}_parameters"] == count
