@@ -35,6 +35,7 @@ from fedsp.experiments.start import (
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
+from fedsp.models.adapter import Adapter, export_lora
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import choose_device, load_model
 from fedsp.models.prompted_lm import length_of
@@ -283,22 +284,25 @@ def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool =
 
 
 def export(folder: str | Path, to: str | Path) -> Figures:
-    """Write a run's best prompt, as keys and values of the global model, as a PEFT prefix-tuning
-    adapter.
+    """Write what a run tuned best as a PEFT adapter: a soft prompt, as keys and values of the
+    global model, as one for prefix tuning; adapters as one for LoRA.
 
     Raises:
-        RunError: the target is in use, or the run tuned no prompt.
+        RunError: the target is in use, or the run tuned something else.
     """
     to = Path(to)
     require_new(to)
     run = open_run(folder)
-    if not isinstance(run.messenger, SoftPrompt):
+    if isinstance(run.messenger, SoftPrompt):
+        export_peft(run.messenger, run.model, to)
+        what = {"peft_type": "PREFIX_TUNING", "virtual_tokens": run.messenger.spec.length}
+    elif isinstance(run.messenger, Adapter):
+        run.messenger.load(run.best)
+        export_lora(run.messenger, run.model, to)
+        what = {"peft_type": "LORA", "rank": run.messenger.settings.rank}
+    else:
         raise RunError(
-            f"the run in {folder} tuned weights, not a prompt: there is no prefix to export"
+            f"the run in {folder} tuned weights, or a prompt and adapters together, for which PEFT"
+            " has no form: tune a prompt or an adapter to export it"
         )
-    export_peft(run.messenger, run.model, to)
-    return {
-        "folder": str(to),
-        "virtual_tokens": run.messenger.spec.length,
-        "base_model": run.model.name,
-    }
+    return {"folder": str(to), **what, "base_model": run.model.name}

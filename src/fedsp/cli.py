@@ -388,12 +388,12 @@ def export(
     output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")],
     json_file: Json = None,
 ) -> None:
-    """Write the tuned prompt as a PEFT prefix-tuning adapter."""
+    """Write the tuned prompt or adapter as a PEFT adapter (prefix tuning or LoRA)."""
     from fedsp import api as commands
 
     figures = commands.export(folder, output)
     typer.echo(
-        f"{output} is a PEFT adapter of {figures['virtual_tokens']} virtual tokens:"
+        f"{output} is a PEFT adapter ({figures['peft_type']}):"
         f" PeftModel.from_pretrained(model, {str(output)!r})"
     )
     _write(json_file, figures)

@@ -197,6 +197,24 @@ class PromptSection(Section):
     (the authors use 512); 0: none"""
 
 
+class MessengerSection(Section):
+    """What is tuned and sent by method = "fedsp"."""
+
+    kind: Literal["prompt", "adapter", "layers", "prompt+adapter"] = "prompt"
+    """prompt: the soft prompt of [prompt]; adapter: low-rank updates of the linear modules in the
+    layers that auxiliary.plan keeps verbatim; layers: all weights of those layers;
+    prompt+adapter: both"""
+    rank: Width = 8
+    """rank of each adapter"""
+    alpha: Rate = 16.0
+    """adapters are scaled by alpha / rank"""
+    targets: list[str] = []
+    """names of the linear modules that get an adapter, such as c_attn; none: all"""
+    train_first: bool = False
+    """whether the first factor of an adapter (A) is trained and sent too; false: it is drawn from
+    the seed on both sides and never sent, so that the mean over clients is exact (FFA-LoRA)"""
+
+
 class RoundSection(Section):
     """The rounds of the federation, and how updates are averaged."""
 
@@ -420,6 +438,7 @@ class RunConfig(Section):
     auxiliary: AuxiliarySection
     distill: DistillSection
     prompt: PromptSection
+    messenger: MessengerSection = MessengerSection()
     round: RoundSection
     client: ClientSection
     server: ServerSection
@@ -501,6 +520,11 @@ class RunConfig(Section):
                 f"is can hold it in {self.auxiliary.precision}: set it to float32, or set "
                 "client.auxiliary_steps and distill.again_every to 0 without a [federation]"
             )
+        if self.messenger.kind != "prompt" and client.auxiliary_steps:
+            raise ValueError(
+                "client.auxiliary_steps: alternating training changes the layers in which"
+                f" messenger.kind = {self.messenger.kind!r} lives; set it to 0"
+            )
         if client.keep_optimizer and client.auxiliary_steps == 0 == client.prompt_steps:
             raise ValueError(
                 "client.keep_optimizer: a client that takes no step has no optimizer to keep"
@@ -509,7 +533,7 @@ class RunConfig(Section):
 
     def _private(self) -> None:
         """Refuse what would break the guarantee of differential privacy."""
-        _require_private(self.privacy, self.client, self.prompt, self.validation.by == "clients")
+        _require_private(self.privacy, self, self.validation.by == "clients")
         if self.privacy.unit != "client":
             return
         if self.aggregation.robust:
@@ -548,7 +572,7 @@ class RunConfig(Section):
 
 
 def _require_private(
-    privacy: PrivacySection, client: ClientSection, prompt: PromptSection, clients_validate: bool
+    privacy: PrivacySection, run: RunConfig | Agreement, clients_validate: bool
 ) -> None:
     """Raise ValueError for what would break differential privacy: in a run's configuration, and in
     the agreement that a client is asked to accept."""
@@ -569,14 +593,22 @@ def _require_private(
         )
     if privacy.unit != "example":
         return
-    if client.auxiliary_steps:
+    if run.client.auxiliary_steps:
         raise ValueError(
             "client.auxiliary_steps: alternating training fits the auxiliary model to the examples "
             "without noise, which breaks the guarantee of privacy.unit = 'example'; set it to 0"
         )
-    wrong = {"client.proximal": client.proximal > 0, "prompt.projection": prompt.projection > 0}
+    wrong = {
+        "client.proximal": run.client.proximal > 0,
+        "prompt.projection": run.prompt.projection > 0,
+    }
     if key := next((key for key, given in wrong.items() if given), None):
         raise ValueError(f"{key}: private steps train the prompt itself, without it; set it to 0")
+    if run.messenger.kind == "layers":
+        raise ValueError(
+            "messenger.kind: privacy.unit = 'example' needs a gradient for each example, which"
+            " whole layers do not give; take 'adapter' or 'prompt'"
+        )
 
 
 class Agreement(Section):
@@ -598,6 +630,7 @@ class Agreement(Section):
     positions: Literal["hugging_face", "from_zero"]
     """position of the first text token behind the prompt"""
     prompt: PromptSection
+    messenger: MessengerSection = MessengerSection()
     client: ClientSection
     runs: Positive = 1
     """runs that a client answers under this package; resuming is not a new run"""
@@ -607,7 +640,7 @@ class Agreement(Section):
     @model_validator(mode="after")
     def _keeps_privacy(self) -> Agreement:
         """A client refuses what would break its privacy, whoever signed it."""
-        _require_private(self.privacy, self.client, self.prompt, self.clients_validate)
+        _require_private(self.privacy, self, self.clients_validate)
         return self
 
 

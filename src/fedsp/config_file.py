@@ -12,6 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,6 +22,8 @@ from pydantic.fields import FieldInfo
 from fedsp.config import PartyConfig, RunConfig, Section
 from fedsp.errors import ConfigurationError, did_you_mean, first_line
 from fedsp.federation.methods.registry import find_method
+
+REGISTER = "register.toml"
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
@@ -116,6 +119,7 @@ def _check_method(config: RunConfig) -> None:
         "distill.again_every": config.distill.again_every > 0,
         "privacy.unit": config.privacy.unit == "example",
         "auxiliary.precision": auxiliary.precision != "float32",
+        "messenger.kind": config.messenger.kind != "prompt",
     }
     if not entry.deployable and (
         key := next((key for key, given in only_deployable.items() if given), None)
@@ -207,6 +211,56 @@ def read_party(path: Path) -> PartyConfig:
     package = party.package.model_copy(update={"folder": str(folder / party.package.folder)})
     own = {"keys": str(folder / party.keys), "state": str(folder / party.state)}
     return party.model_copy(update={**own, "data": data, "package": package})
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client in the server's register: its public key, its number of examples (its weight in the
+    mean) and, with a self-managed SuperLink, the node ID that the key is registered under."""
+
+    public_key: Path
+    examples: int
+    node: int | None = None
+
+
+def read_register(folder: Path) -> dict[str, Member]:
+    """The clients that a server knows, by name.
+
+    Raises:
+        ConfigurationError: the register is missing, or an entry has no public key or no number of
+            examples.
+    """
+    path = folder / REGISTER
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8")).get("clients", {})
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"federation.folder: there is no register {path}; `fedsp federation init` writes one"
+        ) from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
+    if not isinstance(entries, dict):
+        raise ConfigurationError(
+            f"{path}: clients is no table; write one [clients.NAME] table for each client"
+        )
+    register: dict[str, Member] = {}
+    for name, entry in entries.items():
+        where = f"{path}, client {name!r}"
+        if not isinstance(entry, dict) or set(entry) - {"node"} != {"public_key", "examples"}:
+            raise ConfigurationError(f"{where}: expected exactly public_key and examples")
+        key, examples = folder / str(entry["public_key"]), entry["examples"]
+        if not isinstance(examples, int) or examples < 1:
+            raise ConfigurationError(
+                f"{where}: examples is {examples!r}, expected a whole number of at least 1"
+            )
+        if not key.is_file():
+            raise ConfigurationError(f"{where}: there is no public key {key}")
+        register[name] = Member(key, examples, entry.get("node"))
+    if not register:
+        raise ConfigurationError(
+            f"{path} names no client: add a [clients.NAME] table with public_key and examples"
+        )
+    return register
 
 
 def read_toml(path: Path, remedy: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from fedsp import api as commands
 from fedsp.cli import main
 from fedsp.config import PartyConfig
-from fedsp.config_file import read_config
+from fedsp.config_file import read_config, read_register
 from fedsp.data.seeding import derive_seed
 from fedsp.deployment import join as joining
 from fedsp.deployment import restricted_executor as pinned
@@ -36,7 +36,6 @@ from fedsp.deployment.credentials import (
     CERTIFICATE,
     client_key,
     has_signed,
-    read_register,
     sign,
     verify,
 )
@@ -443,7 +442,7 @@ def test_a_message_larger_than_a_request_is_not_even_read(
     monkeypatch.setattr(joining, "answer", lambda *_, **__: pytest.fail("it was read"))
     assert (
         client.respond(Message("x" * header, b"x" * payload)) == Message("")
-        and "the message is larger than a prompt" in said[0]
+        and "the message is larger than what may travel" in said[0]
     )
 
 

@@ -42,7 +42,7 @@ def test_fedsp_plan_counts_what_the_paper_describes(model: str, task: str, tmp_p
     assert (
         plan["global_parameters"],
         plan["auxiliary_parameters"],
-        plan["prompt_parameters"],
+        plan["messenger_parameters"],
     ) == COUNTS[model]
     assert plan["ratio"] == pytest.approx({"gpt2-xl": 13.8, "opt-1.3b": 8.35}[model], abs=0.02)
     assert (

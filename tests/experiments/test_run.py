@@ -40,7 +40,7 @@ from fedsp.experiments.run_directory import RunDirectory, list_runs
 from fedsp.experiments.server_setup import Server
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, client_prompt, make_method, make_party
+from fedsp.federation.clients import Clients, client_messenger, make_method, make_party
 from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import (
     Failure,
@@ -245,7 +245,7 @@ def test_a_client_lives_where_the_global_model_cannot_be_loaded(
         "a",
         agreement,
         auxiliary,
-        client_prompt(agreement, auxiliary),
+        client_messenger(agreement, auxiliary)(),
         [Encoded((5, 6, 7, 8), 2)] * 4,
         StateStore(tmp_path / "rest"),
         ledger=Ledger(tmp_path / "privacy.jsonl"),

@@ -478,7 +478,7 @@ def test_the_paper_s_sizes(tmp_path: Path) -> None:
     )
     assert plan["global_parameters"] == 1_557_611_200
     assert plan["auxiliary_parameters"] == 112_793_600
-    assert plan["prompt_parameters"] == 6_144_000
+    assert plan["messenger_parameters"] == 6_144_000
     assert plan["disclosed_share"] == 0.0 and plan["handed_out_share"] == pytest.approx(
         0.0724, abs=1e-4
     )

@@ -91,7 +91,7 @@ def test_a_global_model_in_fewer_bits_gives_nearly_the_same_gradients(
         }
     )
     planned = make_plan(config, 3)
-    assert planned["server_memory_bytes"] - 16 * planned["prompt_parameters"] == pytest.approx(
+    assert planned["server_memory_bytes"] - 16 * planned["messenger_parameters"] == pytest.approx(
         size(few), rel=0.1
     )
 

@@ -31,7 +31,7 @@ from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.agreement import agreement_of, promised_epsilon
-from fedsp.federation.clients import Clients, client_prompt, make_method, make_party
+from fedsp.federation.clients import Clients, client_messenger, make_method, make_party
 from fedsp.federation.messages import Request, Update
 from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.local import local
@@ -262,7 +262,7 @@ def _answer(opened: Opened, trap: Trap, client: str, texts: Sequence[Encoded]) -
             client,
             agreement,
             auxiliary,
-            client_prompt(agreement, auxiliary),
+            client_messenger(agreement, auxiliary)(),
             list(texts),
             store,
             ledger=ledger,

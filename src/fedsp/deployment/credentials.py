@@ -20,9 +20,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
-import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -32,24 +30,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedsp.errors import ConfigurationError, CredentialError
+from fedsp.config_file import read_register
+from fedsp.errors import CredentialError
 from fedsp.storage import write_bytes
 
 DAYS = 825
 CA, CERTIFICATE, KEY = "ca.crt", "server.crt", "server.key"
-SIGNING, REGISTER = "signing.key", "register.toml"
+SIGNING = "signing.key"
 CLIENT_KEY, SERVER_PUBLIC = "client.key", "server.pub"
 OURS = "take the one that `fedsp federation init` made for this client"
-
-
-@dataclass(frozen=True)
-class Member:
-    """A client in the server's register: its public key, its number of examples (its weight in the
-    mean) and, with a self-managed SuperLink, the node ID that the key is registered under."""
-
-    public_key: Path
-    examples: int
-    node: int | None = None
 
 
 def make_server_credentials(folder: Path, host: str) -> None:
@@ -91,46 +80,6 @@ def make_client_credentials(folder: Path, server: Path, name: str) -> None:
     write_bytes(server / "clients" / f"{name}.pub", _ssh(key.public_key()))
     write_bytes(folder / CA, (server / CA).read_bytes())
     write_bytes(folder / SERVER_PUBLIC, _ssh(_signing_key(server / SIGNING).public_key()))
-
-
-def read_register(folder: Path) -> dict[str, Member]:
-    """The clients that a server knows, by name.
-
-    Raises:
-        ConfigurationError: the register is missing, or an entry has no public key or no number of
-            examples.
-    """
-    path = folder / REGISTER
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8")).get("clients", {})
-    except FileNotFoundError as error:
-        raise ConfigurationError(
-            f"federation.folder: there is no register {path}; `fedsp federation init` writes one"
-        ) from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise ConfigurationError(f"{path} is not a TOML file: {error}") from error
-    if not isinstance(entries, dict):
-        raise ConfigurationError(
-            f"{path}: clients is no table; write one [clients.NAME] table for each client"
-        )
-    register: dict[str, Member] = {}
-    for name, entry in entries.items():
-        where = f"{path}, client {name!r}"
-        if not isinstance(entry, dict) or set(entry) - {"node"} != {"public_key", "examples"}:
-            raise ConfigurationError(f"{where}: expected exactly public_key and examples")
-        key, examples = folder / str(entry["public_key"]), entry["examples"]
-        if not isinstance(examples, int) or examples < 1:
-            raise ConfigurationError(
-                f"{where}: examples is {examples!r}, expected a whole number of at least 1"
-            )
-        if not key.is_file():
-            raise ConfigurationError(f"{where}: there is no public key {key}")
-        register[name] = Member(key, examples, entry.get("node"))
-    if not register:
-        raise ConfigurationError(
-            f"{path} names no client: add a [clients.NAME] table with public_key and examples"
-        )
-    return register
 
 
 def client_keys(folder: Path) -> dict[bytes, ec.EllipticCurvePublicKey]:

@@ -37,7 +37,7 @@ from fedsp.errors import (
 )
 from fedsp.federation.agreement import promised_epsilon
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import client_prompt, make_method, make_party, prompt_spec
+from fedsp.federation.clients import client_messenger, make_method, make_party
 from fedsp.federation.messages import Request
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
@@ -45,7 +45,7 @@ from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.request_handler import answer
 from fedsp.federation.transport.wire import END, LONGEST_HEADER, ROOM, sign_reply
 from fedsp.models.loading import choose_device, reduce_precision
-from fedsp.models.payload import PROMPT, Payload, check, pack
+from fedsp.models.payload import Payload, check, pack, shapes_of
 from fedsp.privacy import LEDGER, Ledger
 from fedsp.storage import locked, write_json
 from fedsp.training.dp_sgd import examples_together
@@ -89,9 +89,9 @@ class Client:
             )
         self._method = make_method(self.agreement, self.auxiliary)
         reduce_precision(self.auxiliary, party.precision, "precision")
+        self._messenger = client_messenger(self.agreement, self.auxiliary)
         if self.agreement.privacy.unit == "example":
-            prompt = client_prompt(self.agreement, self.auxiliary)
-            examples_together(self.auxiliary, prompt, self.agreement.max_tokens)
+            examples_together(self.auxiliary, self._messenger(), self.agreement.max_tokens)
             self._info(
                 "self-test: other examples of a batch change an example's gradient by at most"
                 f" {self.auxiliary.largest_difference:.1e} of its norm"
@@ -102,7 +102,7 @@ class Client:
                     " each example is processed alone, which takes longer"
                 )
         self._state = Path(party.state) / party.package.sha256[:16]
-        self._shape = prompt_spec(self.agreement.prompt, self.auxiliary.prompt_shape).shape
+        self._shapes = shapes_of(self._messenger().payload())
         self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
         self.answered = 0
@@ -113,10 +113,10 @@ class Client:
         if self._last and self._last[0] == message:
             self._info(f"round {json.loads(message.header)['round']}: asked again, sent the same")
             return self._last[1]
-        most = 4 * math.prod(self._shape) + ROOM
+        most = 4 * sum(math.prod(shape) for shape in self._shapes.values()) + ROOM
         try:
             if len(message.header) > LONGEST_HEADER or len(message.payload) > most:
-                raise PayloadError("the message is larger than a prompt")
+                raise PayloadError("the message is larger than what may travel")
             reply = answer(
                 message,
                 self._method,
@@ -150,7 +150,7 @@ class Client:
             client,
             self.agreement,
             self.auxiliary,
-            client_prompt(self.agreement, self.auxiliary),
+            self._messenger(),
             self.rows,
             store,
             ledger=ledger,
@@ -186,7 +186,7 @@ class Client:
             raise PolicyError(
                 f"round {request.round} is not one of the {rounds} that the package allows"
             )
-        check(request.payload, {PROMPT: self._shape})
+        check(request.payload, self._shapes)
         if str(request.answer_in) != self.agreement.compression.up:
             raise PolicyError(
                 f"the request asks for an answer in {request.answer_in}, the package allows"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsp.config import NAME, FederationSection, PartyConfig, RunConfig
-from fedsp.config_file import PRESETS, template_of
+from fedsp.config_file import PRESETS, REGISTER, Member, read_register, template_of
 from fedsp.deployment import credentials
 from fedsp.deployment.ipc import SOCKET, Socket, SocketLink
 from fedsp.deployment.package import package_digest, read_agreement
@@ -58,7 +58,7 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
         FedspError: whatever cannot be done; what was done before stands and can be resumed.
     """
     section = _server_section(run.config)
-    register = credentials.read_register(Path(section.folder))
+    register = read_register(Path(section.folder))
     keys = {
         name: partial(credentials.has_signed, credentials.client_key(member.public_key))
         for name, member in register.items()
@@ -125,7 +125,7 @@ def _server_section(config: RunConfig) -> FederationSection:
     return config.federation
 
 
-def _registered_elsewhere(register: Mapping[str, credentials.Member]) -> dict[str, int]:
+def _registered_elsewhere(register: Mapping[str, Member]) -> dict[str, int]:
     nodes = {name: member.node for name, member in register.items()}
     unknown = sorted(name for name, node in nodes.items() if not isinstance(node, int))
     if unknown:
@@ -138,7 +138,7 @@ def _registered_elsewhere(register: Mapping[str, credentials.Member]) -> dict[st
 
 def _start_superlink(
     section: FederationSection,
-    register: dict[str, credentials.Member],
+    register: dict[str, Member],
     place: Path,
     processes: Processes,
     callbacks: Callbacks,
@@ -274,7 +274,7 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
         title = f"The configuration of {name}. File names are taken from this folder."
         party = template_of(PartyConfig, settings, title)
         write_bytes(folder / name / "party.toml", party.encode())
-    write_bytes(server / credentials.REGISTER, register.encode())
+    write_bytes(server / REGISTER, register.encode())
     values = {
         "preset": "messenger",
         "auxiliary": {"folder": "package"},

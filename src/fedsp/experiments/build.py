@@ -16,14 +16,20 @@ from fedsp.experiments.server_setup import Server, initial_prompt, make_auxiliar
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.attacks import Attack, make_attack
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, absent_clients, client_prompt, make_method, make_party
+from fedsp.federation.clients import (
+    Clients,
+    absent_clients,
+    client_messenger,
+    make_method,
+    make_party,
+    prompt_spec,
+)
 from fedsp.federation.methods.base import Method
 from fedsp.federation.methods.registry import Setup, find_method
 from fedsp.federation.party import Party
 from fedsp.models.auxiliary import AuxiliaryModel, disclosed_share, parse_plan
 from fedsp.models.loading import reduce_precision
 from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.models.trainable import Messenger
 from fedsp.privacy import LEDGER, Ledger
 from fedsp.training.dp_sgd import examples_together
@@ -74,6 +80,8 @@ def method_setup(
         tokenizer=server.tokenizer,
         seed=server.config.seed,
         lora=server.config.lora.model_dump(),
+        messenger=server.config.messenger.model_dump(),
+        prompt=prompt_spec(server.config.prompt, server.model.shape),
         plan=lambda: parse_plan(section.plan, server.model.shape.layers, section.prompt_layers),
         initial_prompt=partial(initial_prompt, server),
         package=package,
@@ -148,7 +156,7 @@ def open_clients(
         agreement,
         auxiliary,
         auxiliary.tokenizer,
-        partial(client_prompt, agreement, auxiliary),
+        client_messenger(agreement, auxiliary),
         dataset,
         run,
         make_attack(config, dataset),
@@ -174,9 +182,7 @@ def clients_here(
     """
     private = agreement.privacy.unit == "example"
     if private:
-        prompt = messenger()
-        assert isinstance(prompt, SoftPrompt)
-        examples_together(model, prompt, agreement.max_tokens)
+        examples_together(model, messenger(), agreement.max_tokens)
 
     @lru_cache(maxsize=32)
     def encoded(client: str) -> list[Encoded]:

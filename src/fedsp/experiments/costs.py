@@ -114,7 +114,7 @@ def _pass(party: Party, work: Work, batches: Iterable[Batch]) -> None:
     with gradients_set(work.target.trained().values(), True):
         for batch in batches:
             if work.stage.privacy:
-                example_gradients(party.model, party.prompt, batch)
+                example_gradients(party.model, party.messenger, batch)
                 continue
             value = answer_loss(
                 party.model, party.messenger.prefix(party.model), batch.to(party.model.device)

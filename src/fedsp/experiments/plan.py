@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsp.config import CodecName, RunConfig
+from fedsp.config_file import read_register
 from fedsp.data.dataset import load_dataset
 from fedsp.errors import (
     ConfigurationError,
@@ -29,7 +30,6 @@ from fedsp.errors import (
     ModelError,
     StorageError,
     first_line,
-    require_installed,
 )
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.methods.registry import find_method
@@ -54,9 +54,6 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         )
     clients = config.partition.clients
     if config.federation:
-        require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
-        from fedsp.deployment.credentials import read_register
-
         clients = len(read_register(Path(config.federation.folder)))
     elif config.partition.kind == "natural":
         clients = len(load_dataset(config).partition.clients)
@@ -92,12 +89,11 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
             f" ({first_line(error)})"
         ) from error
     client, server, section = config.client, config.server, config.auxiliary
-    prompt_shape = (config.prompt.length, *counts["prompts"][config.prompt.space])
-    prompt, plan = math.prod(prompt_shape), counts["plan"]
-    message = _message_bytes(prompt_shape, "float32")
+    shapes, plan = _travelling(config, counts), counts["plan"]
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    message = _message_bytes(shapes, "float32")
     up, change = (
-        _message_bytes(prompt_shape, codec)
-        for codec in (config.compression.up, config.compression.down)
+        _message_bytes(shapes, codec) for codec in (config.compression.up, config.compression.down)
     )
     asked = config.round.asked(clients)
     follows = asked / clients if clients else 0.0  # of those asked: have the broadcast before
@@ -110,9 +106,9 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
         handed = small - counts["embeddings"]
         verbatim = max(0, verbatim - counts["embeddings"])
     tokens = min(config.data.max_tokens or TEXT_TOKENS, TEXT_TOKENS)
+    virtual = config.prompt.length if "prompt" in config.messenger.kind else 0
     steps = {
-        side: _forward_operations(counts, side, config.prompt.length, tokens)
-        for side in ("auxiliary", "global")
+        side: _forward_operations(counts, side, virtual, tokens) for side in ("auxiliary", "global")
     }
     cuda = config.model.device.startswith("cuda") or (
         config.model.device in ("auto", "split") and shutil.which("nvidia-smi") is not None
@@ -128,7 +124,7 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
         "auxiliary_parameters": small,
         "ratio": whole / small,
         "package_bytes": small * BYTES_PER_NUMBER,
-        "prompt_parameters": prompt,
+        "messenger_parameters": numbers,
         "bytes_per_message": message,
         "bytes_per_round": per_round,
         "bytes_in_all": per_round * config.round.rounds + whole_at_first,
@@ -140,9 +136,9 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
         ),
         "server_operations": 2 * steps["global"] * server.batch_size if server.steps else 0.0,
         "client_memory_bytes": _weight_bytes(counts, "auxiliary", section.precision)
-        + BYTES_PER_NUMBER * (4 * prompt + trained),
+        + BYTES_PER_NUMBER * (4 * numbers + trained),
         "server_memory_bytes": _weight_bytes(counts, "global", precision)
-        + BYTES_PER_NUMBER * 4 * prompt,
+        + BYTES_PER_NUMBER * 4 * numbers,
         "disclosed_share": verbatim / whole,
         "handed_out_share": handed / whole,
         "tokens_per_example": tokens,
@@ -180,20 +176,51 @@ def _count(name: str, plan: str | list[int], prompt_layers: list[int] | None) ->
     return count_shapes(name, plan, prompt_layers)
 
 
-def _message_bytes(shape: tuple[int, ...], codec: CodecName) -> int:
-    """What a prompt takes in a codec, when its numbers change by a normal."""
+def _travelling(config: RunConfig, counts: Any) -> dict[str, list[int]]:
+    """The names and shapes of the tensors that travel.
+
+    Raises:
+        ConfigurationError: they live in layers that the plan keeps verbatim, and it keeps none.
+    """
+    section, shapes = config.messenger, {}
+    if "prompt" in section.kind:
+        space = counts["prompts"][config.prompt.space]
+        shapes["prompt.values"] = [config.prompt.length, *space]
+    if section.kind != "prompt" and not counts["shared"]:
+        raise ConfigurationError(
+            f"messenger.kind: {section.kind!r} lives in layers that both sides hold, and"
+            " auxiliary.plan keeps none verbatim; take ends(1), ends(2) or emulator(1, 2)"
+        )
+    for layer, about in counts["shared"].items():
+        if section.kind == "layers":
+            shapes |= {f"{layer}.{name}": shape for name, shape in about["parameters"].items()}
+        if "adapter" in section.kind:
+            for path, (inputs, outputs) in about["linears"].items():
+                if section.targets and path.rpartition(".")[2] not in section.targets:
+                    continue
+                shapes[f"{layer}.{path}.B"] = [outputs, section.rank]
+                if section.train_first:
+                    shapes[f"{layer}.{path}.A"] = [section.rank, inputs]
+    return shapes
+
+
+def _message_bytes(shapes: dict[str, list[int]], codec: CodecName) -> int:
+    """What these tensors take in a codec, when their numbers change by a normal."""
     if codec == "float32":
         # safetensors: eight bytes, a header padded to a multiple of eight, the numbers
-        size = BYTES_PER_NUMBER * math.prod(shape)
-        about = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
-        header = len(json.dumps({"prompt.values": about}, separators=(",", ":")))
-        return 8 + 8 * math.ceil(header / 8) + size
+        about, size = {}, 0
+        for name, shape in sorted(shapes.items()):
+            end = size + BYTES_PER_NUMBER * math.prod(shape)
+            about[name] = {"dtype": "F32", "shape": shape, "data_offsets": [size, end]}
+            size = end
+        return 8 + 8 * math.ceil(len(json.dumps(about, separators=(",", ":"))) / 8) + size
     import torch
 
     from fedsp.federation.compression import encode
 
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return len(encode({"prompt.values": noise}, codec))
+    generator = torch.Generator().manual_seed(0)
+    noise = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return len(encode(noise, codec))
 
 
 def _forward_operations(counts: Any, side: str, prompt: int, tokens: int) -> float:

@@ -20,6 +20,7 @@ def agreement_of(config: RunConfig, max_tokens: int) -> Agreement:
         max_tokens=max_tokens,
         positions=config.model.positions,
         prompt=config.prompt.model_copy(update={"init": "broadcast", "init_text": None}),
+        messenger=config.messenger,
         client=config.client,
         clients_validate=config.validation.by == "clients",
         privacy=config.privacy,

@@ -17,9 +17,10 @@ from fedsp.federation.methods.private import PrivateAnswers
 from fedsp.federation.methods.registry import MethodEntry, find_method
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
+from fedsp.models import messengers
 from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.prompted_lm import ModelShape, PromptedLM
-from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.models.soft_prompt import PromptSpec
 from fedsp.models.trainable import Messenger
 from fedsp.privacy import Ledger
 
@@ -91,10 +92,12 @@ def prompt_spec(section: PromptSection, model: ModelShape) -> PromptSpec:
     )
 
 
-def client_prompt(agreement: Agreement, auxiliary: AuxiliaryModel) -> SoftPrompt:
-    """The prompt into which a client of FedSP loads what it receives."""
+def client_messenger(agreement: Agreement, auxiliary: AuxiliaryModel) -> Callable[[], Messenger]:
+    """Makes the messenger into which a client of FedSP loads what it receives."""
     spec = prompt_spec(agreement.prompt, auxiliary.prompt_shape)
-    return SoftPrompt(spec, seed=derive_seed(agreement.seed, "prompt")).to(auxiliary.device)
+    return messengers.client_messenger(
+        auxiliary, spec, agreement.messenger.model_dump(), agreement.seed
+    )
 
 
 def absent_clients(method: Method, register: dict[str, int]) -> Clients:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 
 from fedsp.errors import ModelError
+from fedsp.models.adapter import linear_sizes
 from fedsp.models.auxiliary import (
     embedding_parameters,
     empty_auxiliary,
@@ -29,7 +30,9 @@ def count_shapes(name: str, plan: str | list[int], prompt_layers: list[int] | No
     `global` and `auxiliary`: all `parameters`, those in `matrices` of blocks, and those that a
     token is `multiplied` by, where a shared layer counts at each depth. `distilled`: parameters of
     the auxiliary model's depths that are not frozen. `prompts`: the shape of one virtual token in
-    each space. `few_bits`: bytes of a matrix's number in quantized precisions.
+    each space. `shared`: of each layer that is kept verbatim, the shapes of its parameters and the
+    inputs and outputs of its linear modules, by name. `few_bits`: bytes of a matrix's number in
+    quantized precisions.
 
     Raises:
         ModelError: the configuration cannot be had, or is not that of a transformer.
@@ -65,6 +68,14 @@ def count_shapes(name: str, plan: str | list[int], prompt_layers: list[int] | No
         "global": _counts(model, whole),
         "auxiliary": _counts(auxiliary, blocks),
         "distilled": sum(free.values()),
+        "shared": {
+            f"layers.{source:03d}": {
+                "parameters": {name: list(one.shape) for name, one in block.named_parameters()},
+                "linears": linear_sizes(block),
+            }
+            for block, frozen, source in zip(blocks, layers.frozen, layers.sources, strict=True)
+            if frozen
+        },
         "embeddings": sum(one.numel() for one in embedding_parameters(auxiliary).values()),
         "few_bits": {"8bit": 1.0, "4bit": 0.5 + 4 / NF4_BLOCK},
         "prompts": {

@@ -16,7 +16,8 @@ are sent.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -158,6 +159,16 @@ class SoftPrompt(nn.Module):
             layers, torch.tensor(model.prompt_layers, device=values.device)
         )
         return values if self.spec.space == "key_value" else model.keys_and_values(values)
+
+    @contextmanager
+    def apart(self, count: int) -> Iterator[Mapping[str, Tensor]]:
+        """The values (count, *shape), a copy for each row of a batch, with gradients."""
+        values = self.values().detach()
+        yield {PROMPT: values[None].expand(count, *values.shape).clone().requires_grad_(True)}
+
+    def prefix_of(self, copies: Mapping[str, Tensor], model: PromptedLM) -> Tensor:
+        """`prefix` of such copies, one per row."""
+        return self.read(copies[PROMPT], model)
 
     def save(self, path: Path, extra: Mapping[str, str] | None = None) -> None:
         """Write the values as safetensors, the spec in the header.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
+from fedsp.errors import PrivacyError
 from fedsp.models.payload import Payload
 
 if TYPE_CHECKING:
@@ -24,8 +26,9 @@ class Trainable(Protocol):
 
 
 class Messenger(Trainable, Protocol):
-    """What a method tunes and sends: a soft prompt (`fedsp.models.soft_prompt`), or weights of the
-    model (`fedsp.models.weights`)."""
+    """What a method tunes and sends: a soft prompt (`fedsp.models.soft_prompt`), adapters
+    (`fedsp.models.adapter`) or weights (`fedsp.models.weights`) of the model, or two together
+    (`fedsp.models.messengers`)."""
 
     def payload(self) -> Payload:
         """The tensors that travel: float32, on the CPU."""
@@ -50,6 +53,18 @@ class Messenger(Trainable, Protocol):
     def prefix(self, model: PromptedLM) -> Tensor | None:
         """The keys and values (P, depths, 2, H, K) that the model reads in front of every text;
         None if the messenger is no prompt."""
+        return None
+
+    def apart(self, count: int) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Copies (count, *shape) of each tensor that travels, by name, sorted, with gradients;
+        within the context each row of a batch reads its own. Raises PrivacyError where that cannot
+        be."""
+        raise PrivacyError(
+            "whole weights have no gradient for each example: tune a prompt or an adapter"
+        )
+
+    def prefix_of(self, copies: Mapping[str, Tensor], model: PromptedLM) -> Tensor | None:
+        """`prefix` of such copies, one per row (count, P, depths, 2, H, K)."""
         return None
 
 

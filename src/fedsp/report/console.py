@@ -211,7 +211,7 @@ PLAN = {
     "auxiliary_parameters": "auxiliary model, parameters (shared and tied ones once)",
     "ratio": "global / auxiliary",
     "package_bytes": "auxiliary package, float32, sent once to each client",
-    "prompt_parameters": "soft prompt, parameters",
+    "messenger_parameters": "messenger, parameters",
     "bytes_per_message": "one prompt as serialised, float32",
     "bytes_per_round": "traffic per round, down and up, all asked clients, by `compression`",
     "bytes_in_all": "traffic of the whole run",

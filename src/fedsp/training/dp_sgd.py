@@ -1,4 +1,4 @@
-"""DP-SGD on a soft prompt (example-level differential privacy): per-example gradients are clipped,
+"""DP-SGD on a messenger (example-level differential privacy): per-example gradients are clipped,
 summed and noised, and AdamW is applied to the result.
 
 M. Abadi et al. *Deep Learning with Differential Privacy*. CCS 2016.
@@ -18,9 +18,9 @@ from torch import Tensor
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import PrivacyError
 from fedsp.models.loading import in_few_bits
-from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.prompted_lm import PromptedLM, length_of
 from fedsp.models.soft_prompt import SoftPrompt
-from fedsp.models.trainable import Tensors
+from fedsp.models.trainable import Messenger, Tensors
 from fedsp.privacy import Release, clipped_sum, epsilon, noise_for, noised_mean, poisson_sample
 from fedsp.training.loop import Optimisation, TrainResult, optimize
 from fedsp.training.per_example_gradients import example_gradients
@@ -83,7 +83,7 @@ class ExamplePrivacy:
 
 def fit_privately(
     model: PromptedLM,
-    prompt: SoftPrompt,
+    messenger: Messenger,
     examples: Sequence[Encoded],
     steps: PrivateSteps,
     optimisation: Optimisation,
@@ -91,21 +91,25 @@ def fit_privately(
     first_step: int = 0,
     moments: Tensors | None = None,
 ) -> TrainResult:
-    """AdamW steps on the prompt from private gradients; losses are not recorded.
+    """AdamW steps on a messenger from private gradients; losses are not recorded.
 
     Raises:
         PrivacyError: an example's gradient depends on others, or is not finite.
     """
-    together = examples_together(model, prompt, max(len(row.ids) for row in examples))
+    together = examples_together(model, messenger, max(len(row.ids) for row in examples))
+    parameters = messenger.trained()
 
     def gradients(lot: list[int]) -> None:
-        prompt.direct.grad = private_gradient(
-            model, prompt, [examples[index] for index in lot], len(examples), steps, together
+        found = private_gradient(
+            model, messenger, [examples[index] for index in lot], len(examples), steps, together
         )
+        parts = torch.split(found, [parameter.numel() for parameter in parameters.values()])
+        for parameter, part in zip(parameters.values(), parts, strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.device)
 
     lots = (poisson_sample(len(examples), steps.sampling_rate) for _ in range(steps.count))
     return optimize(
-        prompt.trained(), gradients, lots, optimisation, first_step=first_step, moments=moments
+        parameters, gradients, lots, optimisation, first_step=first_step, moments=moments
     )
 
 
@@ -118,7 +122,7 @@ neighbours that each change this much change a clipped sum by less than a thousa
 """
 
 
-def examples_together(model: PromptedLM, prompt: SoftPrompt, longest: int) -> int:
+def examples_together(model: PromptedLM, messenger: Messenger, longest: int) -> int:
     """How many examples may share a batch, 1 or `TOGETHER`: clipping does not bound the influence
     of an example that changes the gradients of others.
 
@@ -137,32 +141,35 @@ def examples_together(model: PromptedLM, prompt: SoftPrompt, longest: int) -> in
         crowds = [
             [_probe(model, length, seed=seed) for seed in range(1, TOGETHER)] for length in (4, 24)
         ]
-        if (
-            model.switch is not None
-            and model.positions_taken(prompt.spec.length) + longest > model.switch.positions
-        ):
+        with torch.no_grad():
+            taken = model.positions_taken(length_of(messenger.prefix(model)))
+        switches = model.switch is not None and taken + longest > model.switch.positions
+        # rows on both sides of a switch are read in two calls: an adapter's copies are for one
+        lone_rows = switches and not isinstance(messenger, SoftPrompt)
+        if model.switch is not None and switches:
             crowds.append([_probe(model, model.switch.positions + 1, seed=1)])
-        alone = _gradients(model, prompt, [lone])
+        alone = _gradients(model, messenger, [lone])
         if not torch.isfinite(alone).all():
             raise PrivacyError(
                 f"{model.name} has gradients that are not finite on random text, so clipping would"
                 " drop every example: use another model or precision"
             )
         rounding = _moved(
-            _gradients(model, prompt, [lone]), alone
+            _gradients(model, messenger, [lone]), alone
         )  # between identical calls: some devices sum in a varying order
         for crowd in crowds:
-            _gradients(model, prompt, crowd[:1])
-            if _moved(_gradients(model, prompt, [lone]), alone) > max(ALONE, 4 * rounding):
+            _gradients(model, messenger, crowd[:1])
+            if _moved(_gradients(model, messenger, [lone]), alone) > max(ALONE, 4 * rounding):
                 raise PrivacyError(
                     f"{model.name} gives an example another gradient after reading other text, so"
                     " clipping does not bound its influence: use another model"
                 )
         beside = max(
-            _moved(_gradients(model, prompt, [lone, *crowd])[:1], alone) for crowd in crowds
+            _moved(_gradients(model, messenger, [lone, *crowd])[:1], alone)
+            for crowd in (crowds[:2] if lone_rows else crowds)
         )
         model.largest_difference = beside
-        model.together = 1 if in_few_bits(model) or beside > ALONE else TOGETHER
+        model.together = 1 if in_few_bits(model) or lone_rows or beside > ALONE else TOGETHER
     return model.together
 
 
@@ -173,8 +180,8 @@ def _probe(model: PromptedLM, length: int, seed: int) -> Encoded:
     return Encoded(tuple(tokens.tolist()), length - 3)
 
 
-def _gradients(model: PromptedLM, prompt: SoftPrompt, examples: Sequence[Encoded]) -> Tensor:
-    return example_gradients(model, prompt, collate(examples))[1].flatten(start_dim=1)
+def _gradients(model: PromptedLM, messenger: Messenger, examples: Sequence[Encoded]) -> Tensor:
+    return example_gradients(model, messenger, collate(examples))[1].flatten(start_dim=1)
 
 
 def _moved(found: Tensor, expected: Tensor) -> float:
@@ -186,18 +193,20 @@ def _moved(found: Tensor, expected: Tensor) -> float:
 
 def private_gradient(
     model: PromptedLM,
-    prompt: SoftPrompt,
+    messenger: Messenger,
     lot: Sequence[Encoded],
     examples: int,
     steps: PrivateSteps,
     at_once: int = 1,
 ) -> Tensor:
-    """The noised mean gradient of a batch, float32, of the prompt's shape; clipped, summed and
-    noised in float64 on the CPU, since not every accelerator has float64."""
-    total = torch.zeros(prompt.direct.numel(), dtype=torch.float64)
+    """The noised mean gradient of a batch (N,), float32, over all tensors that travel in the order
+    of the names; clipped, summed and noised in float64 on the CPU, since not every accelerator has
+    float64."""
+    count = sum(parameter.numel() for parameter in messenger.trained().values())
+    total = torch.zeros(count, dtype=torch.float64)
     ordered = sorted(lot, key=lambda row: len(row.ids))
     for start in range(0, len(ordered), at_once):
-        _, each = example_gradients(model, prompt, collate(ordered[start : start + at_once]))
+        _, each = example_gradients(model, messenger, collate(ordered[start : start + at_once]))
         total += clipped_sum(each.flatten(start_dim=1).cpu(), steps.bound)
     noised = noised_mean(
         total,
@@ -205,4 +214,4 @@ def private_gradient(
         noise_multiplier=steps.noise_multiplier,
         expected=steps.sampling_rate * examples,
     )
-    return noised.float().view_as(prompt.direct).to(prompt.direct.device)
+    return noised.float()

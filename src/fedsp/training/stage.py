@@ -13,7 +13,6 @@ from fedsp.data.encoding import Batch, Encoded, collate, training_batches
 from fedsp.data.seeding import derive_seed
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.models.trainable import Messenger, Tensors, Trainable
 from fedsp.training.dp_sgd import ExamplePrivacy, fit_privately
 from fedsp.training.loop import Optimisation, TrainResult, answer_loss, fit
@@ -66,7 +65,6 @@ def train_stage(
     """
     first_step = (round - 1) * stage.steps
     if stage.privacy:
-        assert isinstance(messenger, SoftPrompt)
         private = stage.privacy.steps(len(examples), stage.batch_size, stage.steps)
         return fit_privately(
             model,

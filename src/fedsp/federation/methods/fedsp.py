@@ -36,15 +36,29 @@ def algorithm(stages: Stages, start: Tensors) -> Method:
     )
 
 
-def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> ClientSide:
-    """Clients that hold the auxiliary model."""
-    from fedsp.models.soft_prompt import SoftPrompt
+def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
+    """The global model, and the messenger of `[messenger]` in it."""
+    from fedsp.models.messengers import Place, make_messenger, shared_places
 
-    assert isinstance(messenger, SoftPrompt)
-    auxiliary = setup.package()
-    return ClientSide(
-        model=auxiliary, messenger=lambda: messenger.like(auxiliary, setup.seed), package=auxiliary
+    sources = [] if setup.messenger["kind"] == "prompt" else shared_places(setup.plan())[1]
+    place = Place(
+        model=setup.model,
+        depths=sources,
+        sources=sources,
+        prompt=setup.initial_prompt,
+        settings=setup.messenger,
+        seed=setup.seed,
     )
+    return setup.model, make_messenger(place)
+
+
+def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> ClientSide:
+    """Clients that hold the auxiliary model, and the same messenger in it."""
+    from fedsp.models.messengers import client_messenger
+
+    auxiliary = setup.package()
+    own = client_messenger(auxiliary, setup.prompt, setup.messenger, setup.seed)
+    return ClientSide(model=auxiliary, messenger=own, package=auxiliary)
 
 
 register_method(
@@ -54,6 +68,7 @@ register_method(
         paper="Dong et al., Findings of EMNLP 2023",
         clients_hold="the auxiliary model",
         algorithm=algorithm,
+        server_side=server_side,
         client_side=client_side,
         package=True,
         deployable=True,

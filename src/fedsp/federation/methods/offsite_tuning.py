@@ -11,49 +11,29 @@ the embeddings bit for bit: model privacy is that of the middle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedsp.federation.methods.registry import ClientSide, MethodEntry, Setup, register_method
 
 if TYPE_CHECKING:
-    from fedsp.models.auxiliary import LayerPlan
     from fedsp.models.prompted_lm import PromptedLM
     from fedsp.models.trainable import Messenger
-    from fedsp.models.weights import Weights
 
 
-def outer_layers(model: PromptedLM, depths: Sequence[int], sources: Sequence[int]) -> Weights:
-    """The parameters of the blocks at these depths, named by the global layers that they are, so
-    that both sides name them alike."""
-    from fedsp.models.weights import Weights
-
-    return Weights(
-        {
-            f"layers.{source:03d}.{name}": parameter
-            for depth, source in zip(depths, sources, strict=True)
-            for name, parameter in model.blocks[depth].named_parameters()
-        }
-    )
-
-
-def _outer(plan: LayerPlan) -> tuple[list[int], list[int]]:
-    """The depths of the auxiliary model that are kept verbatim, and the global layers that stand
-    there."""
-    depths = [depth for depth, frozen in enumerate(plan.frozen) if frozen]
-    return depths, [plan.sources[depth] for depth in depths]
-
-
-def server_side(setup: Setup) -> tuple[PromptedLM, Weights]:
+def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
     """The global model, and the parameters of its first and last layers, which are trained."""
-    _, sources = _outer(setup.plan())
-    return setup.model, outer_layers(setup.model, sources, sources)
+    from fedsp.models.messengers import layer_weights, shared_places
+
+    _, sources = shared_places(setup.plan())
+    return setup.model, layer_weights(setup.model, sources, sources)
 
 
 def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> ClientSide:
     """Clients that hold the auxiliary model, whose outer layers are the global model's."""
+    from fedsp.models.messengers import layer_weights, shared_places
+
     auxiliary = setup.package()
-    outer = outer_layers(auxiliary, *_outer(auxiliary.plan))
+    outer = layer_weights(auxiliary, *shared_places(auxiliary.plan))
     return ClientSide(model=auxiliary, messenger=lambda: outer, package=auxiliary)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedsp.federation.methods.base import Method
     from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan
     from fedsp.models.prompted_lm import PromptedLM
-    from fedsp.models.soft_prompt import SoftPrompt
+    from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
     from fedsp.models.trainable import Messenger, Tensors
     from fedsp.training.stage import Stage
 
@@ -35,8 +35,9 @@ class Setup:
 
     model, tokenizer: the global model and its tokenizer.
     seed: the run's seed.
-    lora: the section `[lora]`: rank, alpha, targets.
+    lora: the section `[lora]`: rank, alpha, targets. messenger: the section `[messenger]`.
     plan: makes the layer plan of the auxiliary model.
+    prompt: the shape of the soft prompt that `[prompt]` describes.
     initial_prompt: makes the soft prompt that `[prompt]` describes, in front of the global model.
     package: the auxiliary model that `[auxiliary]` and `[distill]` describe, read if it was made,
         else made and written.
@@ -46,6 +47,8 @@ class Setup:
     tokenizer: Tokenizer
     seed: int
     lora: dict[str, Any]
+    messenger: dict[str, Any]
+    prompt: PromptSpec
     plan: Callable[[], LayerPlan]
     initial_prompt: Callable[[], SoftPrompt]
     package: Callable[[], AuxiliaryModel]

@@ -1,0 +1,194 @@
+"""Low-rank adapters: messengers that live in layers that both sides hold.
+
+The output of a linear module becomes W x + (alpha / rank) B (A x), with A (rank, in) and B (out,
+rank) (E. J. Hu et al. *LoRA*. ICLR 2022. https://arxiv.org/abs/2106.09685). What is tuned in layers
+of the auxiliary model that are the global model's own means the same there. A is drawn from the
+run's seed on both sides and never sent, so that the mean over clients is exact (Y. Sun et al. *FFA-
+LoRA*. ICLR 2024. https://arxiv.org/abs/2403.12313), or trained and sent too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedsp.data.seeding import derive_seed
+from fedsp.errors import ModelError, PrivacyError
+from fedsp.models.blocks import runs_on
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.weights import Weights
+from fedsp.storage import write_bytes, write_json, write_tensors
+
+FIRST, SECOND = "A", "B"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """Of all adapters of a model: rank, the factor alpha / rank of their output, the last parts of
+    the names of the linear modules that get one (empty: all), and whether A is trained and sent."""
+
+    rank: int
+    alpha: float
+    targets: Sequence[str] = ()
+    train_first: bool = False
+
+
+class LowRank:
+    """One linear module's update, added to its output by a forward hook.
+
+    first: A (rank, in). second: B (out, rank), zero at first. copies: while gradients are taken
+    apart, A and B of each example (B, ...) in their place.
+    """
+
+    def __init__(self, linear: nn.Module, first: Tensor, scale: float) -> None:
+        self.first = nn.Parameter(first, requires_grad=False)
+        second = torch.zeros(_sizes(linear)[1], len(first), device=first.device)
+        self.second = nn.Parameter(second, requires_grad=False)
+        self.scale = scale
+        self.copies: dict[str, Tensor] = {}
+        linear.register_forward_hook(self)
+
+    def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        hidden = arguments[0]
+        first, second = self.copies.get(FIRST, self.first), self.copies.get(SECOND, self.second)
+        if self.copies and (hidden.dim() != 3 or len(hidden) != len(second)):
+            raise PrivacyError(
+                "a linear module reads examples in another form than one row each, so their"
+                " gradients cannot be told apart: name other modules in messenger.targets"
+            )
+        low = hidden @ first.to(hidden.dtype).transpose(-1, -2)
+        return output + self.scale * (low @ second.to(hidden.dtype).transpose(-1, -2))
+
+
+class Adapter(Weights):
+    """Adapters of the linear modules in some blocks of a model, as one messenger.
+
+    `sources` are the global layers that stand at `depths`: tensors are named after them, so that
+    both sides name them alike. The model keeps the adapters for as long as it lives; it is as if
+    untouched while B is zero. Parties that share a model in one process share its adapter.
+
+    Raises:
+        ModelError: no linear module there is named by the settings' `targets`.
+    """
+
+    def __init__(
+        self,
+        model: PromptedLM,
+        depths: Sequence[int],
+        sources: Sequence[int],
+        settings: AdapterSettings,
+        *,
+        seed: int,
+    ) -> None:
+        self.settings = settings
+        self.updates: dict[str, LowRank] = {}
+        self.paths: dict[str, str] = {}
+        inside = f"{model.path_of_backbone}.".lstrip(".") + model.path_of_blocks
+        for depth, source in zip(depths, sources, strict=True):
+            for path, module in model.blocks[depth].named_modules():
+                if not isinstance(module, nn.Linear | Conv1D):
+                    continue
+                if settings.targets and path.rpartition(".")[2] not in settings.targets:
+                    continue
+                name = f"layers.{source:03d}.{path}"
+                where = runs_on(module, module.weight)
+                first = _drawn(module, settings.rank, derive_seed(seed, "adapter", name))
+                scale = settings.alpha / settings.rank
+                self.updates[name] = LowRank(module, first.to(where), scale)
+                self.paths[name] = f"{inside}.{depth}.{path}"
+        if not self.updates:
+            known = {path.rpartition(".")[2] for path in linear_sizes(model.blocks[0])}
+            raise ModelError(
+                f"messenger.targets: {model.name} has no linear module named"
+                f" {', '.join(settings.targets) or 'in these layers'}; its blocks have"
+                f" {', '.join(sorted(known)) or 'none'}"
+            )
+        super().__init__(
+            {
+                f"{name}.{part}": getattr(update, attribute)
+                for name, update in self.updates.items()
+                for part, attribute in self._parts()
+            }
+        )
+
+    def _parts(self) -> list[tuple[str, str]]:
+        return [*([(FIRST, "first")] if self.settings.train_first else []), (SECOND, "second")]
+
+    @contextmanager
+    def apart(self, count: int) -> Iterator[Mapping[str, Tensor]]:
+        """Copies (count, *shape) of every tensor, with gradients, that the model reads within the
+        context, each row of a batch its own."""
+        copies: dict[str, Tensor] = {}
+        for name, update in self.updates.items():
+            for part, attribute in self._parts():
+                tensor = getattr(update, attribute).detach()
+                own = tensor[None].expand(count, *tensor.shape).clone().requires_grad_(True)
+                copies[f"{name}.{part}"] = update.copies[part] = own
+        try:
+            yield dict(sorted(copies.items()))
+        finally:
+            for update in self.updates.values():
+                update.copies = {}
+
+
+def _drawn(linear: nn.Module, rank: int, seed: int) -> Tensor:
+    """A (rank, in), uniform within one over the root of the inputs, as LoRA draws it; the same
+    numbers on every machine."""
+    inputs, _ = _sizes(linear)
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.rand(rank, inputs, generator=generator) - 1) / math.sqrt(inputs)
+
+
+def _sizes(linear: nn.Module) -> tuple[int, int]:
+    if isinstance(linear, Conv1D):
+        return int(linear.nx), int(linear.nf)
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features, linear.out_features
+
+
+def linear_sizes(block: nn.Module) -> dict[str, list[int]]:
+    """The inputs and outputs of each linear module of a block, by its path."""
+    return {
+        path: list(_sizes(module))
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def export_lora(adapter: Adapter, model: PromptedLM, folder: Path) -> None:
+    """Write the adapter, which lives in the global model, as a PEFT LoRA adapter of it.
+
+    Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+    """
+    tensors = {}
+    for name, update in adapter.updates.items():
+        path = f"base_model.model.{adapter.paths[name]}"
+        tensors[f"{path}.lora_A.weight"] = update.first.detach().cpu()
+        tensors[f"{path}.lora_B.weight"] = update.second.detach().cpu()
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    linears = (model.model.get_submodule(path) for path in adapter.paths.values())
+    about: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name,
+        "inference_mode": True,
+        "r": adapter.settings.rank,
+        "lora_alpha": adapter.settings.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(linear, Conv1D) for linear in linears),
+        "target_modules": sorted(adapter.paths.values()),
+    }
+    write_json(folder / "adapter_config.json", about)
+    write_bytes(
+        folder / "README.md",
+        f"# A PEFT LoRA adapter for {model.name}, written by fedsp\n".encode(),
+    )

@@ -1,0 +1,143 @@
+"""What travels, by name: the values of `messenger.kind`. Both sides make their messenger here, each
+in its own model, and may send exactly its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedsp.data.seeding import derive_seed
+from fedsp.errors import ConfigurationError
+from fedsp.models.adapter import Adapter, AdapterSettings
+from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan
+from fedsp.models.payload import PROMPT, Payload, check, shapes_of
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.models.trainable import Messenger, Tensors
+from fedsp.models.weights import Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a messenger is made: the model that reads it, the depths there and the global layers of
+    what the plan keeps verbatim, how its soft prompt is made, and the run's seed."""
+
+    model: PromptedLM
+    depths: Sequence[int]
+    sources: Sequence[int]
+    prompt: Callable[[], SoftPrompt]
+    settings: Mapping[str, Any]
+    seed: int
+
+
+class PromptAndAdapter:
+    """A soft prompt and an adapter as one messenger; its tensors are those of both."""
+
+    def __init__(self, prompt: SoftPrompt, adapter: Adapter) -> None:
+        self.prompt, self.adapter = prompt, adapter
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        own = {f"prompt.{name}": parameter for name, parameter in self.prompt.trained().items()}
+        return self.adapter.trained() | own
+
+    def payload(self) -> Payload:
+        return dict(sorted((self.prompt.payload() | self.adapter.payload()).items()))
+
+    def load(self, payload: Payload) -> None:
+        check(payload, shapes_of(self.payload()))
+        self.prompt.load({PROMPT: payload[PROMPT]})
+        self.adapter.load({name: payload[name] for name in payload if name != PROMPT})
+
+    def own_state(self) -> Tensors:
+        return self.prompt.own_state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.prompt.restore(state)
+
+    def distance(self, payload: Payload) -> Tensor:
+        rest = {name: payload[name] for name in payload if name != PROMPT}
+        far = self.adapter.distance(rest)
+        return self.prompt.distance({PROMPT: payload[PROMPT]}).to(far.device) + far
+
+    def prefix(self, model: PromptedLM) -> Tensor:
+        return self.prompt.prefix(model)
+
+    @contextmanager
+    def apart(self, count: int) -> Iterator[Mapping[str, Tensor]]:
+        with self.prompt.apart(count) as prompts, self.adapter.apart(count) as others:
+            yield dict(sorted({**prompts, **others}.items()))
+
+    def prefix_of(self, copies: Mapping[str, Tensor], model: PromptedLM) -> Tensor:
+        return self.prompt.prefix_of(copies, model)
+
+
+def _adapter(place: Place) -> Adapter:
+    settings = AdapterSettings(
+        **{key: value for key, value in place.settings.items() if key != "kind"}
+    )
+    return Adapter(place.model, place.depths, place.sources, settings, seed=place.seed)
+
+
+def layer_weights(model: PromptedLM, depths: Sequence[int], sources: Sequence[int]) -> Weights:
+    """All weights of the blocks at these depths, named by the global layers that they are, so that
+    both sides name them alike."""
+    return Weights(
+        {
+            f"layers.{source:03d}.{name}": parameter
+            for depth, source in zip(depths, sources, strict=True)
+            for name, parameter in model.blocks[depth].named_parameters()
+        }
+    )
+
+
+MESSENGERS: dict[str, Callable[[Place], Messenger]] = {
+    "prompt": lambda place: place.prompt(),
+    "adapter": _adapter,
+    "layers": lambda place: layer_weights(place.model, place.depths, place.sources),
+    "prompt+adapter": lambda place: PromptAndAdapter(place.prompt(), _adapter(place)),
+}
+"""How a messenger of each kind is made."""
+
+
+def shared_places(plan: LayerPlan) -> tuple[list[int], list[int]]:
+    """The depths of the auxiliary model that a plan keeps verbatim, and the global layers there."""
+    depths = [depth for depth, frozen in enumerate(plan.frozen) if frozen]
+    return depths, [plan.sources[depth] for depth in depths]
+
+
+def make_messenger(place: Place) -> Messenger:
+    """The messenger of a kind.
+
+    Raises:
+        ConfigurationError: it lives in layers that both sides hold, and the plan keeps none.
+    """
+    kind = place.settings["kind"]
+    if kind != "prompt" and not place.depths:
+        raise ConfigurationError(
+            f"messenger.kind: {kind!r} lives in layers that both sides hold, and auxiliary.plan"
+            " keeps none verbatim; take tail(2, 2), ends(1) or emulator(1, 2)"
+        )
+    return MESSENGERS[kind](place)
+
+
+def client_messenger(
+    auxiliary: AuxiliaryModel, prompt: PromptSpec, settings: Mapping[str, Any], seed: int
+) -> Callable[[], Messenger]:
+    """Makes the messenger into which a client loads what it receives: a soft prompt of its own for
+    each, or the one that lives in the auxiliary model, made at the first call."""
+    depths, sources = shared_places(auxiliary.plan)
+    spec = replace(prompt, model=auxiliary.prompt_shape)
+
+    def own() -> SoftPrompt:
+        return SoftPrompt(spec, seed=derive_seed(seed, "prompt")).to(auxiliary.device)
+
+    place = Place(
+        model=auxiliary, depths=depths, sources=sources, prompt=own, settings=settings, seed=seed
+    )
+    make = partial(make_messenger, place)
+    return make if settings["kind"] == "prompt" else cache(make)
