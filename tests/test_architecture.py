@@ -26,6 +26,7 @@ EMPTY |= {f"federation.{part}.__init__" for part in ("aggregation", "methods", "
 ONLY_IN = {
     "transformers": {
         "data.encoding",
+        "models.adapter",
         "models.blocks",
         "models.prompted_lm",
         "models.loading",

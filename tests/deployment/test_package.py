@@ -29,6 +29,7 @@ from fedsp import api as commands
 from fedsp.cli import main
 from fedsp.config import PartyConfig
 from fedsp.config_file import read_config, read_register
+from fedsp.data.dataset import load_dataset
 from fedsp.data.seeding import derive_seed
 from fedsp.deployment import join as joining
 from fedsp.deployment import restricted_executor as pinned
@@ -58,12 +59,14 @@ from fedsp.errors import (
     PolicyError,
 )
 from fedsp.experiments import start
+from fedsp.experiments.build import open_clients
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.messages import Request, Update
 from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.wire import END, REFUSALS, read_reply, signed_reply, write_request
+from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.payload import PROMPT
 from fedsp.models.soft_prompt import read_prompt
 from fedsp.privacy import LEDGER, Ledger
@@ -276,6 +279,34 @@ def unsigned(client: Client, request: Message) -> Message:
         Path(client.party.keys).parent / "server" / "clients" / f"{client.party.name}.pub"
     )
     return signed_reply(client.respond(request), request, partial(has_signed, registered))
+
+
+def test_a_client_answers_with_the_bits_of_an_adapters_run_and_takes_no_other_tensor(
+    tmp_path: Path,
+) -> None:
+    changes = {"kind": "adapter", "rank": 2, "targets": ["c_attn"]}
+    local, place = make_federation(tmp_path, messenger=changes)
+    client = Client(party_of(place), Callbacks())
+    start = {name: torch.zeros(shape) for name, shape in client._shapes.items()}
+    assert list(start) == [f"layers.{layer:03d}.attn.c_attn.B" for layer in (0, 1, 6, 7)]
+    seed = derive_seed(0, "client", "client-0", 1)
+    request = Request(run="ab", round=1, client="client-0", seed=seed, payload=start)
+    reply = read_reply(
+        unsigned(client, write_request(request, client.party.package.sha256)), request
+    )
+    again = open_clients(
+        local.config,
+        load_auxiliary(local.package, device=torch.device("cpu"), positions="hugging_face"),
+        load_dataset(local.config, local.partition()),
+        local,
+    )
+    here = again.method.client_update(again.party("client-0"), request)
+    assert isinstance(reply, Update) and list(reply.payload) == list(start)
+    assert all(torch.equal(reply.payload[name], here.payload[name]) for name in start)
+    assert any(bool(tensor.any()) for tensor in reply.payload.values())
+    *three, (last, values) = start.items()
+    for wrong in (dict(three), {**dict(three), f"{last}.weight": values}):
+        assert respond(client, round=2, payload=wrong)[0] == REFUSALS["request"]
 
 
 def respond(client: Client, /, **changes: Any) -> tuple[str, list[str]]:

@@ -77,6 +77,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "auxiliary": {"plan": "emulator(1, 2)"},
         "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-4},
     },
+    "adapter": {
+        "messenger": {"kind": "adapter", "rank": 2},
+        "compression": {"up": "sign", "down": "int8"},
+        "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-3, "proximal": 0.1},
+        "server": {"steps": 1, "batch_size": 4},
+    },
+    "adapter, both factors": {
+        "messenger": {"kind": "adapter", "rank": 2, "train_first": True},
+        "client": {"prompt_steps": 2, "batch_size": 4, "keep_optimizer": True},
+        "aggregation": {"rule": "median", "malicious": 0.34},
+        "round": {"rounds": 3, "weighting": "uniform"},
+    },
+    "layers": {
+        "messenger": {"kind": "layers"},
+        "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-4},
+        "validation": {"by": "clients"},
+    },
+    "prompt and adapter": {
+        "messenger": {"kind": "prompt+adapter", "targets": ["c_attn"]},
+        "aggregation": {"max_loss_rise": 0.5},
+    },
 }
 
 
@@ -295,7 +316,7 @@ def test_baselines_run_in_one_process_alone(tmp_path: Path) -> None:
             client={"prompt_steps": 1, "batch_size": 4, "learning_rate": 1e-4},
         )
     )
-    with pytest.raises(RunError, match="tuned weights, not a prompt: there is no prefix to export"):
+    with pytest.raises(RunError, match="tuned weights, or a prompt and adapters together"):
         commands.export(tmp_path / "run", tmp_path / "adapter")
     assert commands.generate(tmp_path / "run", "Who", most=3)
 

@@ -40,7 +40,7 @@ from fedsp.federation.transport.wire import (
 )
 from fedsp.models.payload import PROMPT, Payload, pack
 from support.clock import Clock
-from support.small_runs import prompt_bits, settings
+from support.small_runs import experiment_tensors, prompt_bits, settings
 
 Respond = Callable[[int, Message], "Message | str | None"]
 
@@ -318,14 +318,24 @@ def answering(
     return ListLink(respond, lambda: set(numbered(clients).values()))
 
 
-def test_over_a_wire_a_run_has_the_bits_of_a_run_in_one_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = {"server": {"steps": 2, "batch_size": 4}, "validation": {"by": "clients"}}
+@pytest.mark.parametrize("kind", ["prompt", "adapter", "prompt+adapter"])
+def test_over_a_wire_a_run_has_the_bits_of_a_run_in_one_place(tmp_path: Path, kind: str) -> None:
+    changes = {
+        "server": {"steps": 2, "batch_size": 4},
+        "validation": {"by": "clients"},
+        "messenger": {"kind": kind, "rank": 2},
+    }
     commands.run(settings(tmp_path / "local", **changes))
     run = RunDirectory.create(make_config(settings(tmp_path / "wire", **changes)))
     run_experiment(run, engine_over(answering, numbered), Callbacks())
-    assert prompt_bits(tmp_path / "local" / "run") == prompt_bits(tmp_path / "wire" / "run")
+    one, other = (
+        [experiment_tensors(path) for path in sorted((tmp_path / place / "run").rglob("*.saf*"))]
+        for place in ("local", "wire")
+    )
+    assert len(one) == len(other) > 1
+    for mine, theirs in zip(one, other, strict=True):
+        assert sorted(mine) == sorted(theirs)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 @pytest.mark.parametrize("up", ["int8", "sign"])

@@ -27,7 +27,7 @@ from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.wire import (
     LONGEST_HEADER,
     REFUSALS,
-    ROOM,
+    most_bytes,
     read_reply,
     read_request,
     sign_reply,
@@ -137,10 +137,10 @@ def test_what_is_asked_survives_the_way(train: bool) -> None:
 
 
 def test_bounds_of_a_reply_are_met_to_the_last_byte() -> None:
-    most = 4 * PROMPT_SENT[PROMPT].numel() + ROOM
+    most = most_bytes({PROMPT: tuple(PROMPT_SENT[PROMPT].shape)})
     for size, said in (
         (most, "SHA-256"),
-        (most + 1, f"has {most + 1} bytes, more than the {most} that a prompt can have"),
+        (most + 1, f"has {most + 1} bytes, more than the {most} that the messenger can have"),
     ):
         assert said in str(verdict(replace(GOOD, payload=b"x" * size)))
     eight = {f"stage_{'abcdefgh'[number]}": 1e4 for number in range(8)}
@@ -460,7 +460,7 @@ def test_no_header_breaks_the_server_or_passes_for_another(
         (Message("{" + " " * 5000), "more than 4096"),
         (Message("", GOOD.payload), "not JSON"),
         (forged(b""), "no payload"),
-        (forged(GOOD.payload + bytes(10_000)), "more than the 3072 that a prompt can have"),
+        (forged(GOOD.payload + bytes(10_000)), "more than the 3072 that the messenger can have"),
     ],
 )
 def test_each_fault_has_its_sentence(message: Message, reason: str) -> None:

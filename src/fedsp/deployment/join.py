@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -43,7 +42,7 @@ from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.request_handler import answer
-from fedsp.federation.transport.wire import END, LONGEST_HEADER, ROOM, sign_reply
+from fedsp.federation.transport.wire import END, LONGEST_HEADER, most_bytes, sign_reply
 from fedsp.models.loading import choose_device, reduce_precision
 from fedsp.models.payload import Payload, check, pack, shapes_of
 from fedsp.privacy import LEDGER, Ledger
@@ -113,7 +112,7 @@ class Client:
         if self._last and self._last[0] == message:
             self._info(f"round {json.loads(message.header)['round']}: asked again, sent the same")
             return self._last[1]
-        most = 4 * sum(math.prod(shape) for shape in self._shapes.values()) + ROOM
+        most = most_bytes(self._shapes)
         try:
             if len(message.header) > LONGEST_HEADER or len(message.payload) > most:
                 raise PayloadError("the message is larger than what may travel")

@@ -158,11 +158,12 @@ class OpenRun:
     start: Payload
 
     def prefix(self, *, zero_shot: bool = False) -> torch.Tensor | None:
-        """Load the best prompt or weights, or with `zero_shot` the initial ones; returns the prefix
-        keys and values, None if there are none."""
-        if zero_shot and isinstance(self.messenger, SoftPrompt):
+        """Load the best prompt or weights, or with `zero_shot` the initial ones, which change
+        nothing without a prefix; returns the prefix keys and values, None if there are none."""
+        if not (zero_shot and isinstance(self.messenger, SoftPrompt)):
+            self.messenger.load(self.start if zero_shot else self.best)
+        if zero_shot:
             return None
-        self.messenger.load(self.start if zero_shot else self.best)
         with torch.no_grad():
             return self.messenger.prefix(self.model)
 

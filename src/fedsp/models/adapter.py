@@ -59,13 +59,23 @@ class LowRank:
     def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         hidden = arguments[0]
         first, second = self.copies.get(FIRST, self.first), self.copies.get(SECOND, self.second)
-        if self.copies and (hidden.dim() != 3 or len(hidden) != len(second)):
-            raise PrivacyError(
-                "a linear module reads examples in another form than one row each, so their"
-                " gradients cannot be told apart: name other modules in messenger.targets"
-            )
+        if self.copies:
+            hidden = self._by_row(hidden, len(second))
         low = hidden @ first.to(hidden.dtype).transpose(-1, -2)
-        return output + self.scale * (low @ second.to(hidden.dtype).transpose(-1, -2))
+        change = self.scale * (low @ second.to(hidden.dtype).transpose(-1, -2))
+        return output + change.view(output.shape)
+
+    def _by_row(self, hidden: Tensor, count: int) -> Tensor:
+        """What a batch's rows read (count, T, in); some modules get all their tokens in one list,
+        row by row. That they are in this order is what `examples_together` tries out."""
+        if hidden.dim() == 3 and len(hidden) == count:
+            return hidden
+        if hidden.dim() != 2 or len(hidden) % count:
+            raise PrivacyError(
+                "a linear module reads examples in another form than row by row, so their gradients"
+                " cannot be told apart: name other modules in messenger.targets"
+            )
+        return hidden.view(count, -1, hidden.shape[-1])
 
 
 class Adapter(Weights):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from fedsp.federation.codecs import FLOAT32, Codec, parse_codec
 from fedsp.federation.compression import read_values
 from fedsp.federation.messages import Failure, Request, Update
 from fedsp.federation.transport.message import Message
-from fedsp.models.payload import Payload, pack
+from fedsp.models.payload import Payload, Shapes, pack, shapes_of
 
 VERSION = 1
 LONGEST_HEADER = 4096
@@ -112,6 +113,12 @@ def write_request(request: Request, package: str = "", *, follows: bool = False)
     return _message(header, request.change if short else pack(request.payload))
 
 
+def most_bytes(shapes: Shapes) -> int:
+    """The most bytes of a payload with these tensors: numbers, names and padding."""
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    return 4 * numbers + ROOM + 256 * (len(shapes) - 1)
+
+
 def read_request(message: Message, known: Known = lambda run, round: None) -> Request:
     """The request in a message.
 
@@ -173,11 +180,11 @@ def read_reply(message: Message, request: Request) -> Update | Failure:
 
 
 def _read_reply(message: Message, request: Request) -> Update:
-    most = 4 * sum(tensor.numel() for tensor in request.payload.values()) + ROOM
+    most = most_bytes(shapes_of(request.payload))
     if len(message.payload) > most:
         raise PayloadError(
-            f"the reply has {len(message.payload)} bytes, more than the {most} that a prompt can"
-            " have"
+            f"the reply has {len(message.payload)} bytes, more than the {most} that the"
+            " messenger can have"
         )
     fields = _fields(message, {"kind": str, "round": int, "client": str})
     if fields["client"] != request.client:

@@ -1,0 +1,272 @@
+"""Adapters as messengers: equal to PEFT's, the same on both sides, apart example by example."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedsp import api as commands
+from fedsp.data.encoding import Batch, Encoded, collate
+from fedsp.errors import ConfigurationError, ModelError, PayloadError, PrivacyError
+from fedsp.experiments.plan import make_plan
+from fedsp.models.adapter import Adapter, AdapterSettings, export_lora
+from fedsp.models.auxiliary import build_auxiliary, parse_plan
+from fedsp.models.messengers import Place, PromptAndAdapter, client_messenger, make_messenger
+from fedsp.models.payload import PROMPT, pack
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.models.trainable import Messenger
+from fedsp.training.dp_sgd import PrivateSteps, examples_together, private_gradient
+from fedsp.training.loop import Optimisation, answer_loss, fit
+from fedsp.training.per_example_gradients import example_gradients
+from support.small_runs import settings
+from support.tiny_families import tiny_causal_lm
+
+FAMILIES = ["gpt2", "llama", "gemma2", "opt"]
+DEPTHS = [0, 3]
+
+
+def own(family: str) -> PromptedLM:
+    """A model of this test's own: adapters stay in it."""
+    return PromptedLM(tiny_causal_lm(family).requires_grad_(False), family)
+
+
+def adapter(model: PromptedLM, *, seed: int = 3, **changes: Any) -> Adapter:
+    given: dict[str, Any] = {"rank": 2, "alpha": 8.0, "train_first": False, **changes}
+    return Adapter(model, DEPTHS, DEPTHS, AdapterSettings(**given), seed=seed)
+
+
+def moved(messenger: Messenger) -> None:
+    """Load numbers that are not the first ones."""
+    generator = torch.Generator().manual_seed(1)
+    messenger.load(
+        {
+            name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in messenger.payload().items()
+        }
+    )
+
+
+def batch(count: int = 4) -> Batch:
+    drawn = torch.randint(3, 97, (count, 9), generator=torch.Generator().manual_seed(5)).tolist()
+    return collate([Encoded(tuple(row[: 5 + place]), 3) for place, row in enumerate(drawn)])
+
+
+def one_of(some: Batch, index: int) -> Batch:
+    rows = slice(index, index + 1)
+    return Batch(some.input_ids[rows], some.attention_mask[rows], some.labels[rows])
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train_first", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_and_the_exported_adapter_are_pefts(
+    family: str, train_first: bool, tmp_path: Path
+) -> None:
+    """The same A and B, one step of AdamW on the same batch, the same logits; and merged."""
+    peft = pytest.importorskip("peft", reason="PEFT comes with the study extra")
+    model = own(family)
+    start = copy.deepcopy(model.model)
+    mine = adapter(model, train_first=train_first)
+    moved(mine)
+    export_lora(mine, model, tmp_path / "before")
+    theirs = peft.PeftModel.from_pretrained(start, tmp_path / "before", is_trainable=True)
+    some = batch()
+    given = {"input_ids": some.input_ids, "attention_mask": some.attention_mask}
+    real = some.attention_mask.bool()
+    close(
+        model.logits(model.read_padded(some.input_ids, some.attention_mask))[real],
+        theirs(**given).logits.float()[real],
+    )
+    trained = {
+        name: parameter
+        for name, parameter in theirs.named_parameters()
+        if ".lora_B." in name or (train_first and ".lora_A." in name)
+    }
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(name in trained)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.01)
+    theirs(**given, labels=some.labels).loss.backward()
+    optimizer.step()
+    how = Optimisation(learning_rate=1e-2, weight_decay=0.01)
+    fit(mine.trained(), lambda one: answer_loss(model, None, one), [some], how)
+    after = {name: parameter.detach() for name, parameter in trained.items()}
+    for name, tensor in mine.trained().items():
+        path, _, part = name.rpartition(".")
+        close(
+            tensor.detach(),
+            after[f"base_model.model.{mine.paths[path]}.lora_{part}.default.weight"],
+        )
+    export_lora(mine, model, tmp_path / "after")
+    merged = peft.PeftModel.from_pretrained(
+        tiny_causal_lm(family), tmp_path / "after"
+    ).merge_and_unload()
+    close(
+        merged(**given).logits.float()[real],
+        model.logits(model.read_padded(some.input_ids, some.attention_mask))[real],
+    )
+
+
+def test_it_changes_nothing_at_first_and_both_sides_draw_the_same() -> None:
+    model = own("gpt2")
+    before = model(batch().input_ids)
+    one = adapter(model)
+    assert torch.equal(model(batch().input_ids), before)
+    other, third = adapter(own("gpt2")), adapter(own("gpt2"), seed=4)
+    name = "layers.003.attn.c_attn"
+    assert torch.equal(one.updates[name].first, other.updates[name].first)
+    assert not torch.equal(one.updates[name].first, third.updates[name].first)
+    assert all(key.endswith(".B") for key in one.payload())
+    first = one.updates[name].first
+    assert float(first.abs().max()) <= 1 / math.sqrt(first.shape[1])
+
+
+def test_what_is_tuned_in_the_auxiliary_model_is_the_same_in_the_global_one() -> None:
+    """A package that is the whole model: its loss behind the clients' adapter is the server's."""
+    model = own("llama")
+    auxiliary = build_auxiliary(model, parse_plan("ends(1, 2)", 4), None)
+    kinds: dict[str, Any] = {"kind": "adapter", "rank": 2, "alpha": 4.0, "targets": []}
+    spec = PromptSpec(space="residual", length=2, model=model.shape)
+    client = client_messenger(auxiliary, spec, {**kinds, "train_first": False}, 7)()
+    place = Place(
+        model=model,
+        depths=[0, 3],
+        sources=[0, 3],
+        prompt=lambda: SoftPrompt(spec),
+        settings={**kinds, "train_first": False},
+        seed=7,
+    )
+    server = make_messenger(place)
+    moved(client)
+    server.load(client.payload())
+    for depth, source in ((0, 0), (3, 3)):
+        torch.testing.assert_close(auxiliary.block_output(depth), model.block_output(source))
+    with pytest.raises(PayloadError, match="expected exactly"):
+        server.load({PROMPT: torch.zeros(2, 4, 32)})
+
+
+@pytest.mark.parametrize("train_first", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_examples_are_those_of_a_loop(family: str, train_first: bool) -> None:
+    model = own(family)
+    mine = adapter(model, train_first=train_first)
+    moved(mine)
+    some = batch()
+    losses, rows = example_gradients(model, mine, some)
+    assert rows.shape == (4, sum(one.numel() for one in mine.trained().values()))
+    for index in range(4):
+        alone = one_of(some, index)
+        parameters = [one.requires_grad_(True) for one in mine.trained().values()]
+        loss = answer_loss(model, None, alone)
+        found = torch.autograd.grad(loss, parameters)
+        close(losses[index], loss.detach())
+        close(rows[index], torch.cat([part.flatten() for part in found]))
+
+
+def test_a_prompt_and_an_adapter_are_told_apart_together() -> None:
+    model = own("llama")
+    spec = PromptSpec(space="residual", length=3, model=model.shape)
+    prompt = SoftPrompt(spec, torch.randn(spec.shape, generator=torch.Generator().manual_seed(2)))
+    both = PromptAndAdapter(prompt, adapter(model))
+    moved(both)
+    assert sorted(both.payload()) == list(both.payload()) and PROMPT in both.payload()
+    some = batch()
+    losses, rows = example_gradients(model, both, some)
+    for index in range(4):
+        alone = one_of(some, index)
+        parameters = [one.requires_grad_(True) for one in both.trained().values()]
+        loss = answer_loss(model, both.prefix(model), alone)
+        close(losses[index], loss.detach())
+        found = torch.autograd.grad(loss, parameters)
+        close(rows[index], torch.cat([part.flatten() for part in found]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "gemma2"])
+def test_one_example_moves_a_clipped_sum_by_the_bound_at_most(family: str) -> None:
+    model = own(family)
+    mine = adapter(model)
+    moved(mine)
+    together = examples_together(model, mine, 40)
+    drawn = torch.randint(3, 97, (8, 12), generator=torch.Generator().manual_seed(5)).tolist()
+    lot = [Encoded(tuple(row[: 6 + place % 7]), 3) for place, row in enumerate(drawn)]
+    quiet = PrivateSteps(bound=1e-2, noise_multiplier=0.0, sampling_rate=1.0, count=1)
+    whole, *without = (
+        private_gradient(model, mine, some, 1, quiet, together).double()
+        for some in (lot, *(lot[:out] + lot[out + 1 :] for out in range(8)))
+    )
+    assert 0.5 < max(float((whole - rest).norm()) for rest in without) / 1e-2 <= 1.0005
+
+
+def test_what_reads_examples_in_another_form_is_refused() -> None:
+    """Rows that a module has flattened would take each other's copies."""
+    model = own("gpt2")
+    mine = adapter(model)
+    linear = torch.nn.Linear(4, 4)
+    first = torch.zeros(2, 4)
+    from fedsp.models.adapter import LowRank
+
+    update = LowRank(linear, first, 1.0)
+    update.copies = {"B": torch.zeros(3, 4, 2)}
+    with pytest.raises(PrivacyError, match=r"name other modules in messenger\.targets"):
+        linear(torch.zeros(7, 4))
+    assert mine.updates
+
+
+def test_what_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"messenger\.targets: gpt2 has no linear module named q"):
+        adapter(own("gpt2"), targets=["q"])
+    assert set(adapter(own("gpt2"), targets=["c_proj"]).updates) == {
+        f"layers.{layer:03d}.{part}.c_proj" for layer in DEPTHS for part in ("attn", "mlp")
+    }
+    for changes, match in (
+        ({"auxiliary": {"plan": "shared(0)"}}, r"messenger\.kind: 'adapter' lives in layers"),
+        ({"client": {"auxiliary_steps": 1, "prompt_steps": 1}}, r"client\.auxiliary_steps: alt"),
+        ({"method": "fedprompt"}, r"messenger\.kind: needs method = 'fedsp'"),
+    ):
+        with pytest.raises(ConfigurationError, match=match):
+            commands.run(settings(tmp_path, messenger={"kind": "adapter"}, **changes))
+    private = {"unit": "example", "epsilon": 8.0}
+    with pytest.raises(ConfigurationError, match="whole layers do not give"):
+        commands.run(settings(tmp_path, messenger={"kind": "layers"}, privacy=private))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "layers", "prompt+adapter"])
+def test_the_plan_says_what_travels(kind: str) -> None:
+    values: dict[str, Any] = {
+        "model": {"name": "embedded"},
+        "data": {},
+        "auxiliary": {"plan": "ends(1)"},
+        "prompt": {"length": 4, "init": "normal"},
+        "messenger": {"kind": kind, "rank": 3, "train_first": kind == "adapter"},
+        "distill": {"text": ["x"]},
+    }
+    from fedsp.config_file import make_config
+    from fedsp.experiments.embedded import EMBEDDED
+    from fedsp.models.loading import load_model
+
+    model = load_model(str(EMBEDDED / "model"), device="cpu")
+    config = make_config(values)
+    spec = PromptSpec(space="residual", length=4, model=model.shape)
+    messenger = make_messenger(
+        Place(
+            model=model,
+            depths=[0, 7],
+            sources=[0, 7],
+            prompt=lambda: SoftPrompt(spec),
+            settings=config.messenger.model_dump(),
+            seed=0,
+        )
+    )
+    plan = make_plan(config, 3)
+    payload = messenger.payload()
+    assert plan["messenger_parameters"] == sum(one.numel() for one in payload.values())
+    assert plan["bytes_per_message"] == len(pack(payload))
