@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedsp.config_file import apply_override, make_config, read_config, read_par
 from fedsp.data.dataset import examples_digest
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages
+from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, DataError, PromptError, RunError, require_installed
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import plan_run
@@ -24,6 +26,7 @@ from fedsp.experiments.server_setup import LEAST_ROOM, score_test
 from fedsp.experiments.start import (
     Engine,
     Figures,
+    auxiliary_answers,
     in_this_process,
     make_package,
     open_run,
@@ -40,6 +43,8 @@ from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import choose_device, load_model
 from fedsp.models.prompted_lm import length_of
 from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
+from fedsp.training.answers import WEIGHTS, Side, mean_of, proxy_tuned
+from fedsp.training.evaluation import LogProbabilities
 
 
 def as_config(
@@ -216,12 +221,16 @@ def evaluate(
     split: str = "test",
     prompt: str | Path | None = None,
     zero_shot: bool = True,
+    auxiliary: bool = False,
 ) -> list[Figures]:
     """Evaluate the global model with a run's best prompt or weights, or the prompt in a file, and
-    untuned for comparison (`zero_shot`).
+    untuned for comparison (`zero_shot`). With `auxiliary` also what the auxiliary model has learned
+    itself, and both models together (`fedsp.training.answers`), with the weight of proxy-tuned
+    answers that validation chooses.
 
     Raises:
         DataError: the run has no questions of that split.
+        RunError: `auxiliary`, but the run's clients have none.
     """
     run = open_run(folder)
     if prompt:
@@ -236,21 +245,47 @@ def evaluate(
             f"the run in {folder} has no {split} questions: name a file in data.{split}"
         )
     run.directory.hold_known({f"data.{split}": examples_digest(splits[split])})
-    tuned = "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights"
-    rows = []
-    for bare in (True, False) if zero_shot else (False,):
-        prefix = run.prefix(zero_shot=bare)
-        room = min(server.max_tokens, server.model.room_behind(length_of(prefix)))
-        if room < LEAST_ROOM:
-            raise PromptError(
-                f"a prompt of {length_of(prefix)} tokens leaves {room} of the model's"
-                f" {server.model.max_positions} positions for text: use a shorter one"
-            )
-        figures, _ = score_test(
-            run.model, prefix, splits[split], dataset.task, server.tokenizer, room
+    length = length_of(run.prefix())
+    room = min(server.max_tokens, server.model.room_behind(length))
+    if room < LEAST_ROOM:
+        raise PromptError(
+            f"a prompt of {length} tokens leaves {room} of the model's"
+            f" {server.model.max_positions} positions for text: use a shorter one"
         )
-        rows.append({"prompt": "zero-shot" if bare else tuned, **figures})
-    return rows
+
+    def figures(answers: LogProbabilities, examples: list[Example], room: int = room) -> Figures:
+        return score_test(run.model, None, examples, dataset.task, server.tokenizer, room, answers)[
+            0
+        ]
+
+    bare, tuned = Side(run.model, partial(run.prefix, zero_shot=True)), Side(run.model, run.prefix)
+    what = "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights"
+    rows: list[Figures] = []
+    if zero_shot:
+        whole = min(server.max_tokens, server.model.room_behind(0))
+        rows.append({"prompt": "zero-shot", **figures(bare, splits[split], whole)})
+    rows.append({"prompt": what, **figures(tuned, splits[split])})
+    if not auxiliary:
+        return rows
+    sides = auxiliary_answers(run)
+    by_proxy = {
+        weight: proxy_tuned(sides["bare"], sides["tuned"], sides["untuned"], weight)
+        for weight in WEIGHTS
+    }
+    weight = 1.0
+    if dataset.validation:
+        few = dataset.validation[: run.directory.config.validation.examples]
+        losses = {one: figures(by_proxy[one], few)["answer_loss"] for one in WEIGHTS}
+        weight = min(WEIGHTS, key=lambda one: losses[one])
+    others: dict[str, LogProbabilities] = {
+        "auxiliary model, untuned": sides["untuned"],
+        "auxiliary model, tuned": sides["tuned"],
+        f"proxy-tuned, weight {weight:g}": by_proxy[weight],
+        "mean of global and auxiliary": mean_of(sides["global"], sides["tuned"]),
+    }
+    return rows + [
+        {"prompt": name, **figures(answers, splits[split])} for name, answers in others.items()
+    ]
 
 
 def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool = False) -> str:

@@ -357,14 +357,23 @@ def evaluate(
         Optional[Path], typer.Option(help="A prompt file to use instead of the run's best.")
     ] = None,
     zero_shot: Annotated[bool, typer.Option(help="Also without any prompt.")] = True,
+    auxiliary: Annotated[
+        bool,
+        typer.Option(
+            "--auxiliary",
+            help="Also the auxiliary model itself, tuned and not, and both models together.",
+        ),
+    ] = False,
     json_file: Json = None,
 ) -> None:
-    """Evaluate the global model with a run's best prompt, and zero-shot for comparison."""
+    """Evaluate the global model with what a run tuned best, and zero-shot for comparison."""
     from fedsp import api as commands
     from fedsp.report.console import Display, rows_table
 
     with Display() as display:
-        rows = commands.evaluate(folder, split=split, prompt=prompt, zero_shot=zero_shot)
+        rows = commands.evaluate(
+            folder, split=split, prompt=prompt, zero_shot=zero_shot, auxiliary=auxiliary
+        )
         display.print(rows_table(f"{folder}, {split}", rows))
     _write(json_file, {"rows": rows})
 

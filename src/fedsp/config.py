@@ -131,7 +131,7 @@ class AuxiliarySection(Section):
 
     plan: str | list[int]
     """the global layer at each depth of the auxiliary model: shared(0), copies(0), every(k),
-    first(n), cells(0-1), ends(n, m), emulator(n, m), or a list such as [0, 0, 5, 5]"""
+    first(n), cells(0-1), ends(n, m), emulator(n, m), tail(n, m), or a list such as [0, 0, 5, 5]"""
     prompt_layers: list[int] | None = None
     """the prompt layer that each depth reads; none: as the plan says (`fedsp plan` prints it)"""
     embeddings: Literal["verbatim", "low_rank", "fresh"] = "verbatim"
@@ -222,6 +222,9 @@ class RoundSection(Section):
     """number of rounds"""
     clients: Count | None = None
     """clients sampled in each round; none: all; 0: the server trains alone"""
+    only: str | None = None
+    """the one simulated client that is asked in every round, by name: what it would get alone
+    through the same package; none: all may be asked"""
     min_clients: Count = 1
     """accepted updates that a round needs; with fewer the run stops and can be resumed"""
     weighting: Literal["examples", "uniform"] = "examples"
@@ -472,6 +475,8 @@ class RunConfig(Section):
                     f"round.min_clients: a round needs {round.min_clients} updates but samples"
                     f" {asked} clients; set it to {asked} at most"
                 )
+        if round.only and (self.federation or not partition.clients or round.clients == 0):
+            raise ValueError("round.only: it names one of several simulated clients that are asked")
         if self.attack.kind != "none" and self.federation:
             raise ValueError(
                 "attack.kind: attacks are simulated, and the clients of a [federation] are real;"

@@ -23,6 +23,7 @@ from fedsp.data.encoding import Encoded
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import (
     AuxiliaryError,
+    ConfigurationError,
     DataError,
     FedspError,
     PromptError,
@@ -38,6 +39,7 @@ from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory, list_runs
 from fedsp.experiments.server_setup import Server
+from fedsp.experiments.start import auxiliary_answers, open_run
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients, client_messenger, make_method, make_party
@@ -63,6 +65,7 @@ from fedsp.privacy import Ledger
 from fedsp.storage import tensors_digest
 from fedsp.training import loop as fitting
 from fedsp.training import stage
+from fedsp.training.answers import proxy_tuned
 from support.small_runs import PAPER, ROWS, prompt_bits, questions, settings
 
 
@@ -906,3 +909,55 @@ def test_a_test_question_that_cannot_be_scored_stops_a_run_before_its_first_roun
     ):
         commands.run(settings(tmp_path))
     assert not RunDirectory.open(tmp_path / "run").records()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "adapter", "layers", "prompt+adapter"])
+def test_evaluation_tells_what_was_learned_from_what_was_transferred(
+    tmp_path: Path, kind: str
+) -> None:
+    """A package that is the whole model, not distilled: tuned and untuned auxiliary model are the
+    global one's, the mean of two equals is each, and proxy-tuning by weight 1 is plugging in."""
+    values = settings(
+        tmp_path,
+        auxiliary={"plan": "tail(7, 1)"},
+        distill={"steps": 0},
+        messenger={"kind": kind, "rank": 2},
+        client={"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-3},
+    )
+    folder = Path(commands.run(values)["folder"])
+    zero, tuned, untuned, own, proxy, mean = commands.evaluate(folder, auxiliary=True)
+    assert [row["prompt"].partition(",")[0] for row in (untuned, own, proxy)] == [
+        "auxiliary model",
+        "auxiliary model",
+        "proxy-tuned",
+    ]
+    assert untuned["answer_loss"] == pytest.approx(zero["answer_loss"], abs=1e-4)
+    assert own["answer_loss"] == pytest.approx(tuned["answer_loss"], abs=1e-4)
+    assert mean["answer_loss"] == pytest.approx(tuned["answer_loss"], abs=1e-4)
+    assert tuned["answer_loss"] != pytest.approx(zero["answer_loss"], abs=1e-3)
+    assert commands.evaluate(folder)[1] == tuned, "what was loaded in between leaves no trace"
+    sides = auxiliary_answers(open_run(folder))
+    rows: Any = ([(1, 2, 3)], [[(4, 5), (6, 7)]], [[0, 0]])
+    by_proxy = proxy_tuned(sides["bare"], sides["tuned"], sides["untuned"], 1.0)
+    torch.testing.assert_close(by_proxy(*rows), sides["global"](*rows), rtol=1e-4, atol=1e-4)
+
+
+def test_only_a_run_of_fedsp_has_an_auxiliary_model_to_compare_with(tmp_path: Path) -> None:
+    folder = Path(commands.run(settings(tmp_path, method="fedprompt"))["folder"])
+    with pytest.raises(RunError, match="has no auxiliary model to compare with"):
+        commands.evaluate(folder, auxiliary=True)
+
+
+def test_one_client_alone_is_asked_and_nobody_else(tmp_path: Path) -> None:
+    whole = settings(tmp_path)
+    with pytest.raises(
+        ConfigurationError, match=r"round\.only: there is no client 'client-9'; did"
+    ):
+        commands.run(settings(tmp_path / "none", round={"rounds": 1, "only": "client-9"}))
+    with pytest.raises(ConfigurationError, match=r"round\.only: it names one of several"):
+        commands.run(settings(tmp_path / "all", partition={"clients": 0}, round={"only": "x"}))
+    folder = Path(commands.run({**whole, "round": {"rounds": 2, "only": "client-1"}})["folder"])
+    run = RunDirectory.open(folder)
+    assert [record["asked"] for record in run.records()] == [["client-1"]] * 2
+    partition = run.partition()
+    assert partition and len(partition["clients"]) == 3, "the others hold what they held"

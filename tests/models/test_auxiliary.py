@@ -23,7 +23,7 @@ from fedsp.experiments.plan import make_plan
 from fedsp.models.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
 from fedsp.models.loading import load_model, load_tokenizer
 from fedsp.models.payload import PROMPT, pack
-from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.prompted_lm import PromptedLM, hidden_at_depths
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.models.trainable import trainable
 from fedsp.storage import tensors_digest
@@ -520,3 +520,40 @@ def test_the_plan_agrees_with_what_is_built_and_what_torch_counts() -> None:
     assert counter.get_total_flops() * 16 == pytest.approx(
         plan["client_operations_auxiliary"], rel=0.1
     )
+
+
+def test_a_tail_is_distilled_to_the_states_at_its_cut() -> None:
+    """The last layers as they are, and a front whose target is what enters them: nothing behind the
+    cut is read by the loss."""
+    plan = parse_plan("tail(1, 2)", 4)
+    assert plan.sources == (0, 2, 3) and plan.frozen == (False, False, True) and plan.cut == 2
+    assert parse_plan("ends(1)", 4).cut is None and parse_plan("shared(0)", 4).cut is None
+    for wrong in ("tail(0, 2)", "tail(4, 1)", "tail(2, 3)"):
+        with pytest.raises(ConfigurationError, match=r"auxiliary\.plan: tail\("):
+            parse_plan(wrong, 4)
+    teacher = tiny_model("gpt2")
+    auxiliary = build_auxiliary(teacher, plan, TOKENIZER)
+    before = auxiliary.weights()
+    texts = [
+        torch.randint(3, 97, (12,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for seed in range(8)
+    ]
+    ids = torch.tensor(texts)
+    mask = torch.ones_like(ids)
+
+    def far() -> float:
+        with torch.no_grad():
+            mine = hidden_at_depths(auxiliary, ids, mask)[2]
+            return float((mine - hidden_at_depths(teacher, ids, mask)[3]).square().mean())
+
+    first = far()
+    how = Distillation(
+        steps=40, batch_size=8, optimisation=Optimisation(learning_rate=3e-3, weight_decay=0.0)
+    )
+    losses = distill(auxiliary, teacher, texts, how, seed=0)
+    assert losses[0] == pytest.approx(first, rel=1e-4)
+    assert far() < 0.7 * first and losses[-1] == pytest.approx(far(), rel=0.2)
+    tail = [name for name in before if ".h.2." in name]
+    assert tail and all(torch.equal(before[name], auxiliary.weights()[name]) for name in tail)
+    changed = [name for name in before if not torch.equal(before[name], auxiliary.weights()[name])]
+    assert changed and all(".h.0." in name or ".h.1." in name for name in changed)

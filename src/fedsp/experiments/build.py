@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from fedsp.config import Agreement, RunConfig
 from fedsp.data.dataset import FederatedDataset
 from fedsp.data.encoding import Encoded, Tokenizer, encode_targets
-from fedsp.errors import ConfigurationError
+from fedsp.errors import ConfigurationError, did_you_mean
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import Server, initial_prompt, make_auxiliary, token_limit
 from fedsp.federation.agreement import agreement_of
@@ -115,6 +115,7 @@ def build_federation(
         clients = clients_here(
             method, agreement, side.model, server.tokenizer, side.messenger, dataset, run, attack
         )
+        clients.register = asked_clients(clients.register, config.round.only)
     else:
         clients = absent_clients(method, register)
     return Federation(
@@ -202,3 +203,19 @@ def clients_here(
         register={client: len(rows) for client, rows in dataset.partition.clients.items()},
         party=party,
     )
+
+
+def asked_clients(register: dict[str, int], only: str | None) -> dict[str, int]:
+    """The clients of a register that may be asked.
+
+    Raises:
+        ConfigurationError: `round.only` is none of them.
+    """
+    if only is None:
+        return register
+    if only not in register:
+        raise ConfigurationError(
+            f"round.only: there is no client {only!r}{did_you_mean(only, register)}; the clients"
+            f" are {', '.join(sorted(register)[:10])}"
+        )
+    return {only: register[only]}

@@ -189,7 +189,7 @@ def _travelling(config: RunConfig, counts: Any) -> dict[str, list[int]]:
     if section.kind != "prompt" and not counts["shared"]:
         raise ConfigurationError(
             f"messenger.kind: {section.kind!r} lives in layers that both sides hold, and"
-            " auxiliary.plan keeps none verbatim; take ends(1), ends(2) or emulator(1, 2)"
+            " auxiliary.plan keeps none verbatim; take tail(2, 2), ends(1) or emulator(1, 2)"
         )
     for layer, about in counts["shared"].items():
         if section.kind == "layers":

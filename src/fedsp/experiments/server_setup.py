@@ -38,7 +38,7 @@ from fedsp.models.soft_prompt import (
     read_prompt,
 )
 from fedsp.training.distillation import Distillation, Progress, distill, packed
-from fedsp.training.evaluation import Scored, score, summarise
+from fedsp.training.evaluation import LogProbabilities, Scored, score, summarise
 from fedsp.training.loop import Optimisation
 
 LEAST_ROOM = 8
@@ -306,8 +306,12 @@ def score_test(
     task: Task,
     tokenizer: Tokenizer,
     max_tokens: int,
+    answers: LogProbabilities | None = None,
 ) -> tuple[dict[str, float], list[Scored]]:
-    """The figures of questions behind the keys and values `prefix` (None: zero-shot), with the
-    number of questions whose context was cut; and the scores of each question."""
-    scored, dropped = score(model, prefix, examples, tokenizer, max_tokens=max_tokens)
+    """The figures of questions behind the keys and values `prefix` (None: zero-shot), or by
+    `answers` in place of the model's own, with the number of questions whose context was cut; and
+    the scores of each question."""
+    scored, dropped = score(
+        model, prefix, examples, tokenizer, max_tokens=max_tokens, answers=answers
+    )
     return summarise(scored, task) | {"shortened_examples": float(dropped)}, scored

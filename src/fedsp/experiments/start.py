@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,18 @@ from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import LOCK, RunDirectory
 from fedsp.experiments.server_setup import Server, make_auxiliary, open_server
 from fedsp.experiments.tracking import tracked
+from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import client_messenger
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.transport.local import local
-from fedsp.models.auxiliary import MANIFEST, AuxiliaryModel, disclosed_share
+from fedsp.models.auxiliary import MANIFEST, AuxiliaryModel, disclosed_share, load_auxiliary
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt, read_prompt
 from fedsp.models.trainable import Messenger
 from fedsp.storage import locked, move_into_place, read_tensors, unfinished_beside
+from fedsp.training.answers import Side
 
 Figures = dict[str, Any]
 Engine = Callable[[RunDirectory, Callbacks], Figures]
@@ -166,6 +170,37 @@ class OpenRun:
             return None
         with torch.no_grad():
             return self.messenger.prefix(self.model)
+
+
+def auxiliary_answers(run: OpenRun) -> dict[str, Side]:
+    """A run's models as they answer: `global` with the best that was tuned and `bare` without it,
+    and the auxiliary model with and without it, `tuned` and `untuned`.
+
+    Raises:
+        RunError: its clients have no auxiliary model.
+    """
+    config = run.directory.config
+    if not (find_method(config.method).deployable and config.asks_clients):
+        raise RunError(
+            f"{run.directory.path} has no auxiliary model to compare with: evaluate a run of FedSP"
+            " with clients"
+        )
+    auxiliary = load_auxiliary(
+        run.directory.package, device=run.model.device, positions=config.model.positions
+    )
+    messenger = client_messenger(agreement_of(config, run.server.max_tokens), auxiliary)()
+
+    def load(tuned: bool) -> torch.Tensor | None:
+        messenger.load(run.best if tuned else run.start)
+        with torch.no_grad():
+            return messenger.prefix(auxiliary) if tuned else None
+
+    return {
+        "global": Side(run.model, run.prefix),
+        "bare": Side(run.model, partial(run.prefix, zero_shot=True)),
+        "tuned": Side(auxiliary, partial(load, True)),
+        "untuned": Side(auxiliary, partial(load, False)),
+    }
 
 
 def open_run(folder: str | Path) -> OpenRun:

@@ -63,6 +63,13 @@ class LayerPlan:
     def depth(self) -> int:
         return len(self.sources)
 
+    @property
+    def cut(self) -> int | None:
+        """The first of the verbatim depths, where only others stand before them and none behind;
+        None in other plans."""
+        front = self.frozen.index(True) if any(self.frozen) else 0
+        return front if front and all(self.frozen[front:]) else None
+
 
 def parse_plan(
     text: str | Sequence[int], layers: int, prompt_layers: Sequence[int] | None = None
@@ -73,8 +80,9 @@ def parse_plan(
     - 1. `cells(a-b)`: layers a to b over and over. `ends(n, m)`: the first and last n verbatim and
     frozen, one shared layer m times between (all the depths between, if m is left out).
     `emulator(n, m)`: the same with m layers between, each its own, spread evenly over those
-    dropped. `copies(i)`: layer i at every depth, each a copy of its own. A list gives the layer at
-    each depth; equal numbers share.
+    dropped. `tail(n, m)`: the last n verbatim and frozen, behind m others, each its own, spread
+    evenly over those before (FedBiOT, https://arxiv.org/abs/2406.17706). `copies(i)`: layer i at
+    every depth, each a copy of its own. A list gives the layer at each depth; equal numbers share.
 
     When depths are as many as layers, each depth reads its own prompt layer; otherwise it reads
     that of its source, and the shared middle of `ends` reads layers spread evenly over those it
@@ -105,11 +113,13 @@ def parse_plan(
         return _ends(layers, *numbers, prompt_layers=prompt_layers)
     elif name == "emulator" and len(numbers) == 2:
         return _ends(layers, *numbers, prompt_layers=prompt_layers, shared=False)
+    elif name == "tail" and len(numbers) == 2:
+        return _tail(layers, *numbers, prompt_layers=prompt_layers)
     else:
         raise ConfigurationError(
             f"auxiliary.plan: {text!r} is not a valid layer plan: write shared(0), copies(0),"
-            " every(2), first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), or a list such"
-            " as [0, 0, 5, 5]"
+            " every(2), first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), tail(2, 2), or a"
+            " list such as [0, 0, 5, 5]"
         )
     groups = range(layers) if name == "copies" else sources
     own = range(layers) if len(sources) == layers else sources
@@ -151,6 +161,26 @@ def _ends(
         prompt_layers=tuple(reads),
     )
     return _checked(plan, layers, f"{name}({ends}, {repeats})")
+
+
+def _tail(layers: int, end: int, front: int, *, prompt_layers: Sequence[int] | None) -> LayerPlan:
+    before = layers - end
+    if end < 1 or not 1 <= front <= before:
+        raise ConfigurationError(
+            f"auxiliary.plan: tail({end}, {front}) does not fit a model of {layers} layers: keep"
+            " fewer verbatim, or put fewer before them"
+        )
+    sources = [
+        *((2 * index + 1) * before // (2 * front) for index in range(front)),
+        *range(before, layers),
+    ]
+    plan = LayerPlan(
+        sources=tuple(sources),
+        groups=tuple(sources),
+        frozen=(False,) * front + (True,) * end,
+        prompt_layers=tuple(sources if prompt_layers is None else prompt_layers),
+    )
+    return _checked(plan, layers, f"tail({end}, {front})")
 
 
 def _checked(plan: LayerPlan, layers: int, text: object) -> LayerPlan:

@@ -2,8 +2,9 @@
 states of the global model (teacher), before the first round (FedSP, section 3, KD).
 
 The loss is the mean squared error between last hidden states, after the final norm, over all
-tokens but padding. The teacher runs once per text; its states are cached in memory or, if they are
-large, in a temporary file.
+tokens but padding; where only the last layers are verbatim, between the states that enter them. The
+teacher runs once per text; its states are cached in memory or, if they are large, in a temporary
+file.
 """
 
 from __future__ import annotations
@@ -81,17 +82,21 @@ def distill(
         if max(drawn.values()) > 1
         else None
     )
-    steps = 0
+    steps, cut = 0, auxiliary.plan.cut
     with torch.no_grad():
         fixed = around.prefix(teacher) if around else None
 
     @torch.no_grad()
     def read(indices: list[int]) -> list[Tensor]:
-        """The teacher's states (batch, tokens, hidden): at matched depths, then the last ones."""
+        """The teacher's states (batch, tokens, hidden): at matched depths, at the cut, the last."""
         batch = pad([texts[index] for index in indices], teacher.device)
         states = hidden_at_depths(teacher, batch.ids, batch.mask, fixed)
-        depths = auxiliary.prompt_layers if how.match_depths else ()
-        return [state.float() for state in [*(states[depth] for depth in depths), states[-1]]]
+        depths = list(auxiliary.prompt_layers) if how.match_depths else []
+        if cut is not None:
+            depths.append(auxiliary.plan.sources[cut])
+        if cut is None or how.match_logits:
+            depths.append(-1)
+        return [states[depth].float() for depth in depths]
 
     def loss(indices: list[int]) -> Tensor:
         nonlocal steps
@@ -101,9 +106,10 @@ def distill(
         states = [state[:, : batch.ids.shape[1]].to(auxiliary.device) for state in states]
         prefix = around.prefix(auxiliary) if around else None
         hidden = hidden_at_depths(auxiliary, batch.ids, batch.mask, prefix)
-        value = masked_mse(hidden[-1], states[-1], batch.mask)
+        matched = len(hidden) - 1 if how.match_depths else 0
+        value = masked_mse(hidden[-1 if cut is None else cut], states[matched], batch.mask)
         if how.match_depths:
-            pairs = zip(hidden[:-1], states[:-1], strict=True)
+            pairs = zip(hidden[:-1], states[:matched], strict=True)
             each = [masked_mse(*pair, batch.mask) for pair in pairs]
             value = value + how.match_depths * torch.stack(each).mean()
         if how.match_logits:

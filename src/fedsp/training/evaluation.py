@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -70,6 +70,7 @@ def score(
     *,
     max_tokens: int,
     tokens_per_batch: int | None = None,
+    answers: LogProbabilities | None = None,
 ) -> tuple[list[Scored], int]:
     """Score every choice of every example; also how many examples lost old context.
 
@@ -77,7 +78,7 @@ def score(
     as branches of a tree (tree attention mask); for models that do not accept a custom mask, the
     choices continue from the context's KV cache. Examples of similar length share a batch of
     `tokens_per_batch` tokens: by default 512 on a CPU, for its cache, and 4096 elsewhere. Results
-    are in the order of `examples`.
+    are in the order of `examples`. `answers` gives the probabilities instead of the model's own.
     """
     tokens_per_batch = tokens_per_batch or (512 if model.device.type == "cpu" else 4096)
     pairs = encode_choices(tokenizer, examples, max_tokens)
@@ -93,7 +94,9 @@ def score(
         group = order[start : start + max(1, tokens_per_batch // lengths[order[start]])]
         start += len(group)
         likelihoods = _score_group(
-            model, prefix, [pairs[index] for index in group], [shared[index] for index in group]
+            answers or log_probabilities(model, prefix),
+            [pairs[index] for index in group],
+            [shared[index] for index in group],
         )
         for index, rows in zip(group, likelihoods, strict=True):
             example = examples[index]
@@ -127,8 +130,20 @@ def encode_choices(
     return [list(islice(encoded, len(example.choices))) for example in examples]
 
 
+LogProbabilities = Callable[
+    [list[tuple[int, ...]], list[list[tuple[int, ...]]], list[list[int]]], Tensor
+]
+"""From contexts, the tails behind each of them, and how many of each tail's first tokens to skip,
+to log-probabilities (N, V) of the tokens that follow all others, in order."""
+
+
+def log_probabilities(model: PromptedLM, prefix: Tensor | None) -> LogProbabilities:
+    """Those of a model behind a prefix."""
+    return lambda *rows: torch.log_softmax(model.logits(_states(model, prefix, *rows)), dim=-1)
+
+
 def _score_group(
-    model: PromptedLM, prefix: Tensor | None, group: list[list[Encoded]], shared: list[int]
+    answers: LogProbabilities, group: list[list[Encoded]], shared: list[int]
 ) -> list[list[tuple[float, bool]]]:
     """(log-likelihood, is greedy) of each choice of each example; `shared` is the number of leading
     tokens that an example's choices have in common."""
@@ -141,11 +156,10 @@ def _score_group(
         [pair.start - 1 - length for pair in pairs]
         for pairs, length in zip(group, shared, strict=True)
     ]
-    hidden = _states(model, prefix, contexts, tails, skipped)  # (answer tokens, D)
-    log_probabilities = torch.log_softmax(model.logits(hidden), dim=-1)  # (answer tokens, V)
-    wanted = torch.tensor(targets, device=model.device)
-    likelihoods = log_probabilities.gather(1, wanted[:, None])[:, 0]
-    greedy = log_probabilities.argmax(dim=-1) == wanted
+    found = answers(contexts, tails, skipped)  # (answer tokens, V)
+    wanted = torch.tensor(targets, device=found.device)
+    likelihoods = found.gather(1, wanted[:, None])[:, 0]
+    greedy = found.argmax(dim=-1) == wanted
     counts = [len(pair.ids) - pair.start for pairs in group for pair in pairs]
     parts = zip(torch.split(likelihoods, counts), torch.split(greedy, counts), strict=True)
     figures = ((float(part.sum()), bool(sure.all())) for part, sure in parts)
