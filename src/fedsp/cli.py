@@ -62,8 +62,8 @@ def demo(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Tune the embedded model with ten clients who never see it, and with four controls, in about
-    three minutes."""
+    """Tune the embedded model with ten offices that never see it, and compare with each alone and
+    with all text in one place, in about four minutes."""
     from fedsp.experiments.demo import demo as run_demo
     from fedsp.report.console import Display, demo_table
 

@@ -578,3 +578,37 @@ def test_alignment_of_features() -> None:
         linear_cka(table, turned * 3) == pytest.approx(1.0)
         and linear_cka(table, other - other.mean(dim=0)) < 0.5
     )
+
+
+@pytest.mark.parametrize("kind", ["adapter", "prompt+adapter"])
+def test_members_are_told_by_adapters_too_where_they_are_learned_by_heart(
+    tmp_path: Path, kind: str
+) -> None:
+    changes: dict[str, Any] = {
+        "messenger": {"kind": kind, "rank": 4},
+        "partition": {"clients": 2, "server_share": 0.0},
+        "round": {"rounds": 1},
+        "client": {"prompt_steps": 30, "batch_size": 8, "learning_rate": 0.03},
+    }
+    folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
+    found = audited(folder, "disclosure, membership", shadows=4)["membership"]
+    attacks = {(row["observer"], row["attack"]): row["auc"][0] for row in found["rows"]}
+    assert found["power"]["auc"][0] > 0.85 and max(attacks.values()) > 0.6, attacks
+    assert {observer for observer, _ in attacks} == {"outsider", "client", "server", "server, sums"}
+    for name in ("inversion", "trap", "depths"):
+        with pytest.raises(RunError, match="soft prompts"):
+            audited(folder, name)
+
+
+def test_the_promise_of_a_private_adapter_is_not_refuted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsp.audit.epsilon.CANARIES", 40)
+    values = settings(
+        tmp_path,
+        messenger={"kind": "adapter", "rank": 2},
+        privacy={"unit": "example", "epsilon": 3.0},
+    )
+    folder = Path(commands.run(values)["folder"])
+    figures = audited(folder, "epsilon")["epsilon"]
+    assert not figures["broken"] and figures["epsilon"] < figures["promised"] <= 3.0

@@ -446,6 +446,6 @@ def test_depths_of_a_shared_auxiliary_model(tmp_path: Path) -> None:
         tmp_path / "run" / "auxiliary", device=torch.device("cpu"), positions="hugging_face"
     )
     assert auxiliary.plan.sources == (0,) * 8
-    with pytest.raises(RunError, match="has no auxiliary model: this audit needs a run of FedSP"):
+    with pytest.raises(RunError, match="has no soft prompts of clients: this audit needs"):
         commands.run(settings(tmp_path / "zero", method="zero_shot"))
         measure_depths(tmp_path / "zero" / "run")

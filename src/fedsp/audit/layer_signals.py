@@ -57,9 +57,13 @@ def measure_depths(folder: Path) -> list[dict[str, Any]]:
 def check_depths(run: RunDirectory) -> None:
     """Refuse a run that is not finished, or not one of FedSP with clients (RunError)."""
     run.result()
-    if not (find_method(run.config.method).deployable and run.config.asks_clients):
+    config = run.config
+    if not (find_method(config.method).deployable and config.asks_clients) or (
+        config.messenger.kind != "prompt"
+    ):
         raise RunError(
-            f"{run.path} has no auxiliary model: this audit needs a run of FedSP with clients"
+            f"{run.path} has no soft prompts of clients: this audit needs a run of FedSP with"
+            " clients and messenger.kind = 'prompt'"
         )
 
 

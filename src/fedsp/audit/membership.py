@@ -137,6 +137,11 @@ def check_membership(run: RunDirectory, options: Options) -> None:
     """Refuse a run that cannot be audited (RunError), and fewer than four shadows, or to begin
     without scikit-learn (ConfigurationError)."""
     check_audited(run)
+    if run.config.messenger.kind == "layers":
+        raise RunError(
+            f"{run.path} tuned whole layers, which have no gradient for each example: audit a run"
+            " with messenger.kind = 'prompt' or 'adapter'"
+        )
     if options.shadows < 4:
         raise ConfigurationError(
             f"--shadows {options.shadows}: LiRA needs at least 4 shadow runs, pass --shadows 4 or"
@@ -160,38 +165,36 @@ def _comparable(scores: list[Numbers], members: list[Marks]) -> bool:
 
 
 def _power(opened: Opened, rows: list[Encoded]) -> dict[str, Any]:
-    """The power test: memorise half of some rows with a prompt, and score all of them by the drop
-    of their loss."""
+    """The power test: memorise half of some rows with the messenger, and score all of them by the
+    drop of their loss."""
     rng = random.Random(derive_seed(opened.run.config.seed, "power"))
     drawn = rng.sample(rows, min(LEARNED, len(rows) // 2 * 2))
     inside = [index % 2 == 0 for index in range(len(drawn))]
-    prompt = opened.federation.clients.party(opened.holders[0]).prompt
-    before = losses_under(opened.auxiliary, prompt, opened.start, drawn)
+    messenger = opened.messenger
+    before = losses_under(opened.auxiliary, messenger, opened.start, drawn)
     learned = [row for row, there in zip(drawn, inside, strict=True) if there]
     batches = training_batches(
         learned, steps=LEARNING, batch_size=len(learned), seed=opened.run.config.seed
     )
     fit(
-        prompt.trained(),
+        messenger.trained(),
         lambda batch: answer_loss(
-            opened.auxiliary, prompt.prefix(opened.auxiliary), batch.to(opened.auxiliary.device)
+            opened.auxiliary, messenger.prefix(opened.auxiliary), batch.to(opened.auxiliary.device)
         ),
         batches,
-        Optimisation(learning_rate=0.1),
+        Optimisation(learning_rate=0.1 if isinstance(messenger, SoftPrompt) else 0.01),
     )
-    after = losses_under(opened.auxiliary, prompt, prompt.payload(), drawn)
+    after = losses_under(opened.auxiliary, messenger, messenger.payload(), drawn)
     return summarise_scores([(before - after).double().numpy()], [np.array(inside)])
 
 
 def _losses(opened: Opened, observer: str, payload: Payload, rows: list[Encoded]) -> Numbers:
-    client = opened.federation.clients.party(opened.holders[0]).prompt
-    model, prompt = (
+    model, messenger = (
         (opened.federation.model, opened.federation.messenger)
         if observer == "outsider"
-        else (opened.auxiliary, client)
+        else (opened.auxiliary, opened.messenger)
     )
-    assert isinstance(prompt, SoftPrompt)
-    return losses_under(model, prompt, payload, rows).double().numpy()
+    return losses_under(model, messenger, payload, rows).double().numpy()
 
 
 def _seen(

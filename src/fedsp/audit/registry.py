@@ -13,7 +13,7 @@ from fedsp.audit.inversion.audit import audit_inversion, check_inversion
 from fedsp.audit.layer_signals import check_depths, measure_depths
 from fedsp.audit.membership import audit_membership, check_membership
 from fedsp.audit.package_leakage import audit_model, measure_disclosure
-from fedsp.audit.shadows import Options, check_audited
+from fedsp.audit.shadows import Options, check_audited, check_prompt
 from fedsp.audit.summary import account
 from fedsp.audit.traffic import traffic
 from fedsp.audit.trap import audit_trap
@@ -150,6 +150,6 @@ AUDITS: dict[str, Audit] = {
     "model": Audit(audit_model, TABLES["model"], lambda run, _: check_audited(run)),
     "membership": Audit(audit_membership, TABLES["membership"], check_membership),
     "inversion": Audit(audit_inversion, TABLES["inversion"], lambda run, _: check_inversion(run)),
-    "trap": Audit(audit_trap, TABLES["trap"], lambda run, _: check_audited(run)),
+    "trap": Audit(audit_trap, TABLES["trap"], lambda run, _: check_prompt(run)),
     "epsilon": Audit(audit_epsilon, TABLES["epsilon"], lambda run, _: check_promise(run)),
 }

@@ -38,7 +38,7 @@ from fedsp.federation.transport.local import local
 from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.payload import Payload, as_row
 from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.soft_prompt import SoftPrompt
+from fedsp.models.trainable import Messenger
 from fedsp.training.per_example_gradients import example_gradients, example_losses
 
 Row = TypeVar("Row")
@@ -68,6 +68,11 @@ class Opened:
     holders: list[str]
     encoded: list[Encoded]
     start: Payload
+
+    @property
+    def messenger(self) -> Messenger:
+        """What a client loads its broadcasts into; all have the same."""
+        return self.federation.clients.party(self.holders[0]).messenger
 
     def by_client(
         self, rows: Sequence[Row], included: Sequence[bool] | None = None
@@ -127,6 +132,16 @@ def check_audited(run: RunDirectory) -> None:
             f"{folder} has weights of reduced precision or on several devices, which this audit"
             " cannot train and compare: repeat it with model.precision = 'auto', without"
             " model.device = 'split', and with auxiliary.precision = 'float32'"
+        )
+
+
+def check_prompt(run: RunDirectory) -> None:
+    """Refuse a run that `check_audited` does, or whose messenger is no soft prompt (RunError)."""
+    check_audited(run)
+    if run.config.messenger.kind != "prompt":
+        raise RunError(
+            f"{run.path} has messenger.kind = {run.config.messenger.kind!r}: this audit reads the"
+            " changes of soft prompts; choose other audits with --only"
         )
 
 
@@ -248,25 +263,25 @@ def promised(opened: Opened, shadow: Shadow) -> float:
 
 @torch.no_grad()
 def losses_under(
-    model: PromptedLM, prompt: SoftPrompt, payload: Payload, rows: Sequence[Encoded]
+    model: PromptedLM, messenger: Messenger, payload: Payload, rows: Sequence[Encoded]
 ) -> Tensor:
-    """The loss of each row (N,), nats per answer token, with a payload in front."""
-    prompt.load(payload)
-    prefix = prompt.prefix(model)
+    """The loss of each row (N,), nats per answer token, with a payload in the messenger."""
+    messenger.load(payload)
+    prefix = messenger.prefix(model)
     return _by_length(
         rows, 64, lambda some: example_losses(model, prefix, collate(some).to(model.device))
     )
 
 
 def alignment(opened: Opened, at: Payload, changes: Tensor, rows: Sequence[Encoded]) -> Tensor:
-    """Cosines (N, C) of N rows' negative gradients through the auxiliary model at the prompt `at`
-    with the C rows of `changes`, each a flattened change of the prompt."""
-    model, prompt = opened.auxiliary, opened.federation.clients.party(opened.holders[0]).prompt
-    prompt.load(at)
+    """Cosines (N, C) of N rows' negative gradients through the auxiliary model at the broadcast
+    `at` with the C rows of `changes`, each a flattened change of it."""
+    model, messenger = opened.auxiliary, opened.messenger
+    messenger.load(at)
     directions = normalize(changes, dim=1, eps=1e-300).float().to(model.device)
 
     def cosines(some: Sequence[Encoded]) -> Tensor:
-        gradients = -example_gradients(model, prompt, collate(some))[1].flatten(start_dim=1)
+        gradients = -example_gradients(model, messenger, collate(some))[1].flatten(start_dim=1)
         return normalize(gradients, dim=1, eps=1e-30) @ directions.T
 
     return _by_length(rows, 32, cosines)

@@ -46,7 +46,7 @@ from fedsp.audit.shadows import (
     Shadow,
     alignment,
     changes_of,
-    check_audited,
+    check_prompt,
     open_audited,
     train_shadow,
 )
@@ -113,7 +113,7 @@ def audit_inversion(folder: Path, options: Options) -> dict[str, Any]:
 def check_inversion(run: RunDirectory) -> None:
     """Refuse a run that cannot be audited (RunError), and to begin without rouge-score
     (ConfigurationError)."""
-    check_audited(run)
+    check_prompt(run)
     require_installed("study", "the inversion audit needs", "rouge_score")
 
 
