@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_all_faults_at_once_with_suggestions() -> None:
         "data.max_tokens: Input should be greater than or equal to 8, not 2",
         "client.batch_size: Input should be greater than or equal to 1, not 0",
         (
-            "prompt.space: Input should be 'key_value' or 'residual', not 'keyvalue'; did you mean"
+            "prompt.space: Input should be 'key_value', 'residual' or 'input', not 'keyvalue'; did you mean"
             " 'key_value'?"
         ),
         "auxiliary.plan:",
@@ -173,3 +174,19 @@ def test_overrides_are_toml_and_paths_follow_the_file(tmp_path: Path) -> None:
     path.write_text("[model\n")
     with pytest.raises(ConfigurationError, match="is not a TOML file"):
         read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("partition", "why"),
+    [
+        ({"server_values": ["a"]}, r"partition\.server_values: they need partition\.column"),
+        (
+            {"kind": "natural", "column": "x", "server_values": ["a"], "server_share": 0.1},
+            r"partition\.server_share: the server's own examples are a fraction or those of",
+        ),
+    ],
+)
+def test_what_the_server_owns_is_said_once(partition: dict[str, Any], why: str) -> None:
+    values = {"model": {"name": "x"}, "data": {}, "distill": {"text": ["x"]}}
+    with pytest.raises(ConfigurationError, match=why):
+        make_config({**values, "partition": partition})

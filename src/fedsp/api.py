@@ -330,7 +330,8 @@ def export(folder: str | Path, to: str | Path) -> Figures:
     run = open_run(folder)
     if isinstance(run.messenger, SoftPrompt):
         export_peft(run.messenger, run.model, to)
-        what = {"peft_type": "PREFIX_TUNING", "virtual_tokens": run.messenger.spec.length}
+        kind = "PROMPT_TUNING" if run.messenger.spec.space == "input" else "PREFIX_TUNING"
+        what = {"peft_type": kind, "virtual_tokens": run.messenger.spec.length}
     elif isinstance(run.messenger, Adapter):
         run.messenger.load(run.best)
         export_lora(run.messenger, run.model, to)

@@ -124,6 +124,9 @@ class PartitionSection(Section):
     server_share: Share | None = None
     """fraction of train that belongs to the server; none: 1 / (clients + 1) if the server trains on
     it, else 0"""
+    server_values: list[str] = []
+    """values of the column whose examples are the server's own instead of a fraction, such as one
+    domain of ten; no client has them"""
 
 
 class AuxiliarySection(Section):
@@ -180,9 +183,10 @@ class DistillSection(Section):
 class PromptSection(Section):
     """The soft prompt: virtual tokens at every layer."""
 
-    space: Literal["key_value", "residual"]
-    """what travels for each layer; key_value: attention keys and values; residual: inputs of the
-    block, half the bytes in models without grouped-query attention"""
+    space: Literal["key_value", "residual", "input"]
+    """what travels; for each layer key_value: attention keys and values, or residual: inputs of the
+    block, half the bytes in models without grouped-query attention; input: only embeddings in front
+    of the text's"""
     length: Annotated[int, Field(ge=1, le=8192)]
     """number of virtual tokens"""
     init: str
@@ -467,6 +471,13 @@ class RunConfig(Section):
             raise ValueError(
                 "partition.topics: examples are divided by a column or by topics; set one of them"
             )
+        if partition.server_values and not partition.column:
+            raise ValueError("partition.server_values: they need partition.column, whose they are")
+        if partition.server_values and partition.server_share:
+            raise ValueError(
+                "partition.server_share: the server's own examples are a fraction or those of"
+                " partition.server_values, not both; leave it out"
+            )
         counted = partition.clients and partition.kind != "natural" and not self.federation
         if counted and self.privacy.unit != "client":
             asked = round.asked(partition.clients)
@@ -568,6 +579,8 @@ class RunConfig(Section):
         """The fraction of train that belongs to the server."""
         if self.federation:
             return 1.0  # what the clients hold is with the clients
+        if self.partition.server_values:
+            return 0.0
         if self.partition.server_share is not None:
             return self.partition.server_share
         if not self.partition.clients:

@@ -125,6 +125,10 @@ def _check_method(config: RunConfig) -> None:
         key := next((key for key, given in only_deployable.items() if given), None)
     ):
         raise ValueError(f"{key}: needs method = 'fedsp', but method is {config.method!r}")
+    if config.method == "fedprompt_single" and config.prompt.space == "input":
+        raise ValueError(
+            "prompt.space: fedprompt_single tunes the prompt of one layer, not 'input'"
+        )
     if (
         not entry.federated
         and entry.rounds

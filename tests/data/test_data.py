@@ -736,3 +736,21 @@ def test_partitions_that_cannot_be_made_are_refused() -> None:
             holdout=0,
             seed=0,
         )
+
+
+def test_the_server_may_own_a_domain_that_no_client_has() -> None:
+    rows = [{"domain": domain, "id": str(index)} for index, domain in enumerate("abcab" * 6)]
+    section = PartitionSection(kind="natural", column="domain", server_values=["b"])
+    made = make_partition(rows, section, server_share=0.0, holdout=0.2, seed=0)
+    assert {rows[index]["domain"] for index in made.server} == {"b"}
+    assert sorted(made.clients) == ["a", "c"]
+    held = [*made.server, *made.validation, *(i for part in made.clients.values() for i in part)]
+    assert sorted(held) == list(range(30)), "everybody's rows are somebody's, once"
+    with pytest.raises(DataError, match="no training example has 'x' in column 'domain'"):
+        make_partition(
+            rows,
+            section.model_copy(update={"server_values": ["x"]}),
+            server_share=0.0,
+            holdout=0.0,
+            seed=0,
+        )

@@ -94,6 +94,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-4},
         "validation": {"by": "clients"},
     },
+    "input prompt": {
+        "prompt": {"length": 4, "space": "input"},
+        "server": {"steps": 1, "batch_size": 4},
+    },
     "prompt and adapter": {
         "messenger": {"kind": "prompt+adapter", "targets": ["c_attn"]},
         "aggregation": {"max_loss_rise": 0.5},

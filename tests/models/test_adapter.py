@@ -20,7 +20,7 @@ from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.messengers import Place, PromptAndAdapter, client_messenger, make_messenger
 from fedsp.models.payload import PROMPT, pack
 from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, export_peft, import_peft
 from fedsp.models.trainable import Messenger
 from fedsp.training.dp_sgd import PrivateSteps, examples_together, private_gradient
 from fedsp.training.loop import Optimisation, answer_loss, fit
@@ -270,3 +270,30 @@ def test_the_plan_says_what_travels(kind: str) -> None:
     payload = messenger.payload()
     assert plan["messenger_parameters"] == sum(one.numel() for one in payload.values())
     assert plan["bytes_per_message"] == len(pack(payload))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
+def test_an_input_prompt_is_pefts_prompt_tuning(family: str, tmp_path: Path) -> None:
+    """The exported prompt gives the same logits, its gradients are those of a loop, and it comes
+    back."""
+    peft = pytest.importorskip("peft", reason="PEFT comes with the study extra")
+    model = own(family)
+    spec = PromptSpec(space="input", length=3, model=model.shape)
+    values = torch.randn(spec.shape, generator=torch.Generator().manual_seed(2))
+    prompt = SoftPrompt(spec, values)
+    export_peft(prompt, model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_causal_lm(family), tmp_path)
+    some = batch()
+    real = some.attention_mask.bool()
+    hidden = model.read_padded(some.input_ids, some.attention_mask, prompt.prefix(model))
+    with torch.no_grad():
+        expected = theirs(input_ids=some.input_ids, attention_mask=some.attention_mask).logits
+    close(model.logits(hidden)[real].detach(), expected[:, 3:][real].float())
+    losses, rows = example_gradients(model, prompt, some)
+    assert rows.shape == (4, 3, model.shape.hidden)
+    for index in range(4):
+        loss = answer_loss(model, prompt.prefix(model), one_of(some, index))
+        (found,) = torch.autograd.grad(loss, prompt.direct)
+        close(losses[index], loss.detach())
+        close(rows[index], found)
+    assert torch.equal(import_peft(tmp_path, model).values(), values)

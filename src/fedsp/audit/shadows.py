@@ -138,10 +138,12 @@ def check_audited(run: RunDirectory) -> None:
 def check_prompt(run: RunDirectory) -> None:
     """Refuse a run that `check_audited` does, or whose messenger is no soft prompt (RunError)."""
     check_audited(run)
-    if run.config.messenger.kind != "prompt":
+    config = run.config
+    if config.messenger.kind != "prompt" or config.prompt.space == "input":
         raise RunError(
-            f"{run.path} has messenger.kind = {run.config.messenger.kind!r}: this audit reads the"
-            " changes of soft prompts; choose other audits with --only"
+            f"{run.path} has messenger.kind = {config.messenger.kind!r} and prompt.space ="
+            f" {config.prompt.space!r}: this audit reads the changes of soft prompts at layers;"
+            " choose other audits with --only"
         )
 
 

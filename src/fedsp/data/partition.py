@@ -75,6 +75,9 @@ def make_partition(
     held, owned = round(holdout * len(order)), round(server_share * len(order))
     validation, server = sorted(order[:held]), sorted(order[held : held + owned])
     remaining = order[held + owned :]
+    if section.server_values:
+        own, remaining = _owned(rows, remaining, section)
+        server += own
     if not section.clients:
         return Partition(sorted(server + remaining), validation, {})
     if section.kind != "natural" and section.clients > len(remaining):
@@ -90,6 +93,20 @@ def make_partition(
             " partition.alpha, or another column"
         )
     return Partition(server, validation, clients)
+
+
+def _owned(
+    rows: Sequence[Row], remaining: list[int], section: PartitionSection
+) -> tuple[list[int], list[int]]:
+    """The rows with one of the server's values of the column, sorted, and the others."""
+    column = str(section.column)
+    values = {index: group_of(rows[index], column) for index in remaining}
+    if missing := sorted(set(section.server_values) - set(values.values())):
+        raise DataError(
+            f"partition.server_values: no training example has {missing[0]!r} in column {column!r}"
+        )
+    own = sorted(index for index in remaining if values[index] in section.server_values)
+    return own, [index for index in remaining if values[index] not in section.server_values]
 
 
 def _divide(
@@ -115,12 +132,6 @@ def _divide(
         sizes = flower.LinearPartitioner if linear else flower.ExponentialPartitioner
         return _parts(sizes(section.clients), {ROW: remaining}, section)
     column = str(section.column)
-    missing = next((row for row in (rows[index] for index in remaining) if column not in row), None)
-    if missing is not None:
-        raise DataError(
-            f"{missing.get('__where__', 'a row')} has no column {column!r}, which partition.column"
-            f" names; it has {sorted(key for key in missing if key != '__where__')}"
-        )
     values = [group_of(rows[index], column) for index in remaining]
     if section.kind == "natural":
         partitioner = flower.NaturalIdPartitioner(partition_by=column)
@@ -162,8 +173,13 @@ def group_of(row: Row, column: str) -> str:
     """The value of a row in `column`, as the string that names its group.
 
     Raises:
-        DataError: the value is missing, or is not a string or an integer.
+        DataError: there is no such column, the value is missing, or is not a string or an integer.
     """
+    if column not in row:
+        raise DataError(
+            f"{row.get('__where__', 'a row')} has no column {column!r}, which partition.column"
+            f" names; it has {sorted(key for key in row if key != '__where__')}"
+        )
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         what = "no value" if value in (None, "") else f"a {type(value).__name__}"

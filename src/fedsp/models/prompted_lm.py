@@ -440,6 +440,23 @@ class PromptedLM(nn.Module):
         pairs = torch.stack(layers, dim=2).float()
         return pairs if inputs.dim() == 4 else pairs[0]
 
+    def read_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Keys and values (P, L, 2, H, K), with gradients, that embeddings (P, D) in the place of
+        tokens leave at every layer; (B, P, L, 2, H, K) for one sequence per example (B, P, D)."""
+        batch = embeddings if embeddings.dim() == 3 else embeddings[None]
+        cache = DynamicCache()
+        count, length = batch.shape[:2]
+        self.backbone(
+            inputs_embeds=batch.to(self.dtype),
+            attention_mask=torch.ones(count, length, dtype=torch.long, device=batch.device),
+            position_ids=torch.arange(length, device=batch.device)[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        layers = [torch.stack([layer.keys, layer.values]).to(self.device) for layer in cache.layers]
+        pairs = torch.stack(layers).permute(2, 4, 0, 1, 3, 5).float()  # (B, P, L, 2, H, K)
+        return pairs if embeddings.dim() == 3 else pairs[0]
+
     @torch.no_grad()
     def activations(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """What tokens (P,) leave behind in the model: block inputs (P, L, D), and keys and values

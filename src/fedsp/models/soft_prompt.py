@@ -1,4 +1,4 @@
-"""Soft prompts: the messengers. One tensor of float32 numbers, in one of two spaces.
+"""Soft prompts: the messengers. One tensor of float32 numbers, in one of three spaces.
 
 Notation: P prompt length, L layers, H key/value heads, K head size, D hidden size.
 
@@ -7,6 +7,8 @@ Notation: P prompt length, L layers, H key/value heads, K head size, D hidden si
 - `residual` (P, L, D): the input of each layer's block. Each side makes keys and values from it
   with its own norm and projections, so the same numbers mean the same thing to the auxiliary and to
   the global model. Half the bytes of the other.
+- `input` (P, D): embeddings in front of those of the text (Lester et al., EMNLP 2021,
+  https://arxiv.org/abs/2104.08691), which each side reads through all of its layers.
 
 With a projection the values are `origin` + MLP(embedding); on receipt `origin` is set so that they
 equal the received values. Training updates the MLP and the embedding; only the resulting values
@@ -31,7 +33,7 @@ from fedsp.models.payload import PROMPT, Payload, check
 from fedsp.models.prompted_lm import ModelShape, PromptedLM
 from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
 
-Space = Literal["key_value", "residual"]
+Space = Literal["key_value", "residual", "input"]
 PEFT_TENSOR = "prompt_embeddings"
 
 
@@ -48,6 +50,8 @@ class PromptSpec:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the one tensor that travels."""
+        if self.space == "input":
+            return (self.length, self.model.hidden)
         if self.space == "residual":
             return (self.length, self.model.layers, self.model.hidden)
         return (self.length, self.model.layers, 2, self.model.heads, self.model.head_size)
@@ -154,6 +158,8 @@ class SoftPrompt(nn.Module):
                 f"the prompt was made for {self.spec.model}, but {model.name} has"
                 f" {model.prompt_shape}"
             )
+        if self.spec.space == "input":
+            return model.read_embeddings(values)
         layers = values.dim() - len(self.spec.shape) + 1
         values = values.index_select(
             layers, torch.tensor(model.prompt_layers, device=values.device)
@@ -221,16 +227,21 @@ def initial_values(
             f"prompt.init_text has {len(tokens)} tokens, a prompt of {spec.length} needs as many:"
             " give a longer text"
         )
-    inputs, pairs = model.activations(tokens[: spec.length].to(model.device))
+    tokens = tokens[: spec.length].to(model.device)
+    if spec.space == "input":
+        with torch.no_grad():
+            embedded: Tensor = model.model.get_input_embeddings()(tokens)
+        return embedded.float().cpu()
+    inputs, pairs = model.activations(tokens)
     return (inputs if spec.space == "residual" else pairs).cpu()
 
 
 def export_peft(prompt: SoftPrompt, model: PromptedLM, folder: Path) -> None:
-    """Write the prompt, folded into keys and values under the global model, as a PEFT prefix-tuning
-    adapter.
+    """Write the prompt as a PEFT adapter with one tensor: (P, D) for prompt tuning where its space
+    is `input`; else, folded into keys and values under the global model, (P, L * 2 * H * K) for
+    prefix tuning.
 
-    Format: https://huggingface.co/docs/peft/package_reference/prefix_tuning, one tensor (P, L * 2 *
-    H * K).
+    Formats: https://huggingface.co/docs/peft/package_reference/prompt_tuning and prefix_tuning.
 
     Raises:
         PromptError: the prompt was tuned with tokens counted from zero, which PEFT cannot
@@ -241,38 +252,33 @@ def export_peft(prompt: SoftPrompt, model: PromptedLM, folder: Path) -> None:
             "this prompt was tuned with positions = 'from_zero', but PEFT counts the prompt: its"
             " logits would differ; tune with 'hugging_face' to export"
         )
+    shape, embedded = model.shape, prompt.spec.space == "input"
     with torch.no_grad():
-        prefix = prompt.prefix(model).cpu()
-    shape = model.shape
-    write_tensors(
-        folder / "adapter_model.safetensors",
-        {PEFT_TENSOR: prefix.reshape(prefix.shape[0], -1)},
-        {"format": "pt"},
-    )
-    write_json(
-        folder / "adapter_config.json",
-        {
-            "peft_type": "PREFIX_TUNING",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": model.name,
-            "inference_mode": True,
-            "num_virtual_tokens": prefix.shape[0],
-            "num_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "token_dim": shape.heads * shape.head_size,
-            "num_transformer_submodules": 1,
-            "encoder_hidden_size": shape.heads * shape.head_size,
-            "prefix_projection": False,
-        },
-    )
-    write_bytes(
-        folder / "README.md",
-        f"# A PEFT prefix-tuning adapter for {model.name}, written by fedsp\n".encode(),
-    )
+        values = prompt.values() if embedded else prompt.prefix(model)
+        tensor = values.cpu().reshape(prompt.spec.length, -1)
+    write_tensors(folder / "adapter_model.safetensors", {PEFT_TENSOR: tensor}, {"format": "pt"})
+    about = {
+        "peft_type": "PROMPT_TUNING" if embedded else "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name,
+        "inference_mode": True,
+        "num_virtual_tokens": prompt.spec.length,
+        "num_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "token_dim": shape.hidden if embedded else shape.heads * shape.head_size,
+        "num_transformer_submodules": 1,
+    }
+    if not embedded:
+        about |= {"encoder_hidden_size": about["token_dim"], "prefix_projection": False}
+    write_json(folder / "adapter_config.json", about)
+    name = "prompt-tuning" if embedded else "prefix-tuning"
+    text = f"# A PEFT {name} adapter for {model.name}, written by fedsp\n"
+    write_bytes(folder / "README.md", text.encode())
 
 
 def import_peft(folder: Path, model: PromptedLM) -> SoftPrompt:
-    """A key/value prompt from a PEFT prefix-tuning adapter.
+    """A prompt from a PEFT adapter: a key/value one from prefix tuning, one in front of the
+    embeddings from prompt tuning.
 
     Raises:
         PromptError: the folder holds no such adapter, or one for another shape.
@@ -287,7 +293,8 @@ def import_peft(folder: Path, model: PromptedLM) -> SoftPrompt:
             f" [{PEFT_TENSOR!r}]"
         )
     values = tensors[PEFT_TENSOR].float()
-    spec = PromptSpec(space="key_value", length=values.shape[0], model=model.shape)
+    space: Space = "input" if values.shape[1] == model.shape.hidden else "key_value"
+    spec = PromptSpec(space=space, length=values.shape[0], model=model.shape)
     if values.shape[1] != torch.Size(spec.shape[1:]).numel():
         raise PromptError(
             f"the adapter holds {tuple(values.shape)} numbers, but {model.name} with {model.shape}"
