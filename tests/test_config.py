@@ -67,8 +67,8 @@ def test_all_faults_at_once_with_suggestions() -> None:
         "data.max_tokens: Input should be greater than or equal to 8, not 2",
         "client.batch_size: Input should be greater than or equal to 1, not 0",
         (
-            "prompt.space: Input should be 'key_value', 'residual' or 'input', not 'keyvalue'; did you mean"
-            " 'key_value'?"
+            "prompt.space: Input should be 'key_value', 'residual' or 'input', not 'keyvalue'; did"
+            " you mean 'key_value'?"
         ),
         "auxiliary.plan:",
     ]:
