@@ -22,6 +22,8 @@ from fedsp.models.payload import PROMPT, pack
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, export_peft, import_peft
 from fedsp.models.trainable import Messenger
+from fedsp.privacy import clipped_sum
+from fedsp.training import dp_sgd
 from fedsp.training.dp_sgd import PrivateSteps, examples_together, private_gradient
 from fedsp.training.loop import Optimisation, answer_loss, fit
 from fedsp.training.per_example_gradients import example_gradients
@@ -190,11 +192,8 @@ def test_a_prompt_and_an_adapter_are_told_apart_together() -> None:
         close(rows[index], torch.cat([part.flatten() for part in found]))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "gemma2"])
-def test_one_example_moves_a_clipped_sum_by_the_bound_at_most(family: str) -> None:
-    model = own(family)
-    mine = adapter(model)
-    moved(mine)
+def most_that_one_moves(model: PromptedLM, mine: Adapter) -> float:
+    """How far leaving out one of eight examples moves a clipped sum, in units of the bound."""
     together = examples_together(model, mine, 40)
     drawn = torch.randint(3, 97, (8, 12), generator=torch.Generator().manual_seed(5)).tolist()
     lot = [Encoded(tuple(row[: 6 + place % 7]), 3) for place, row in enumerate(drawn)]
@@ -203,7 +202,38 @@ def test_one_example_moves_a_clipped_sum_by_the_bound_at_most(family: str) -> No
         private_gradient(model, mine, some, 1, quiet, together).double()
         for some in (lot, *(lot[:out] + lot[out + 1 :] for out in range(8)))
     )
-    assert 0.5 < max(float((whole - rest).norm()) for rest in without) / 1e-2 <= 1.0005
+    return max(float((whole - rest).norm()) for rest in without) / 1e-2
+
+
+@pytest.mark.parametrize("train_first", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "gemma2"])
+def test_one_example_moves_a_clipped_sum_by_the_bound_at_most(
+    family: str, train_first: bool
+) -> None:
+    """All tensors are clipped together: each by itself would let one example move their sum by
+    more."""
+    model = own(family)
+    mine = adapter(model, train_first=train_first)
+    moved(mine)
+    assert 0.5 < most_that_one_moves(model, mine) <= 1.0005
+
+
+def test_broken_private_builds_of_an_adapter_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without clipping; and with each tensor clipped by itself."""
+    model = own("gpt2")
+    mine = adapter(model)
+    moved(mine)
+    clipped = clipped_sum
+    with monkeypatch.context() as broken:
+        broken.setattr(dp_sgd, "clipped_sum", lambda rows, bound: rows.double().sum(dim=0))
+        assert most_that_one_moves(model, mine) > 2.0
+    sizes = [one.numel() for one in mine.trained().values()]
+
+    def each_by_itself(rows: Tensor, bound: float) -> Tensor:
+        return torch.cat([clipped(part, bound) for part in torch.split(rows, sizes, dim=1)])
+
+    monkeypatch.setattr(dp_sgd, "clipped_sum", each_by_itself)
+    assert most_that_one_moves(model, mine) > 2.0
 
 
 def test_what_reads_examples_in_another_form_is_refused() -> None:

@@ -219,13 +219,13 @@ PLAN = {
     "ratio": "global / auxiliary",
     "package_bytes": "auxiliary package, float32, sent once to each client",
     "messenger_parameters": "messenger, parameters",
-    "bytes_per_message": "one prompt as serialised, float32",
+    "bytes_per_message": "one message as serialised, float32",
     "bytes_per_round": "traffic per round, down and up, all asked clients, by `compression`",
     "bytes_in_all": "traffic of the whole run",
     "client_operations_auxiliary": (
         "client, step on the auxiliary model, operations (batch of examples of {} tokens)"
     ),
-    "client_operations_prompt": "client, step on the prompt, operations",
+    "client_operations_prompt": "client, step on the messenger, operations",
     "server_operations": "server step, operations",
     "client_memory_bytes": "client memory: weights, gradients, AdamW; activations on top",
     "server_memory_bytes": "server memory: the same",
