@@ -936,6 +936,10 @@ def test_evaluation_tells_what_was_learned_from_what_was_transferred(
     assert mean["answer_loss"] == pytest.approx(tuned["answer_loss"], abs=1e-4)
     assert tuned["answer_loss"] != pytest.approx(zero["answer_loss"], abs=1e-3)
     assert commands.evaluate(folder)[1] == tuned, "what was loaded in between leaves no trace"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["auxiliary_test"] == pytest.approx(
+        {name: own[name] for name in result["auxiliary_test"]}, abs=1e-4
+    )
     sides = auxiliary_answers(open_run(folder))
     rows: Any = ([(1, 2, 3)], [[(4, 5), (6, 7)]], [[0, 0]])
     by_proxy = proxy_tuned(sides["bare"], sides["tuned"], sides["untuned"], 1.0)

@@ -33,7 +33,7 @@ from fedsp.federation.aggregation.robust import Robust
 from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.federation.attacks import triggered
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients
+from fedsp.federation.clients import Clients, client_messenger
 from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
 from fedsp.federation.methods.registry import find_method
@@ -162,6 +162,8 @@ def run_experiment(
     if dataset.test:
         party.messenger.load(final.best)
         figures |= _test(run, server, party, federation)
+        if entry.deployable and auxiliary:
+            figures["auxiliary_test"] = _test_auxiliary(config, server, federation, final.best)
     if statement := write_statement():
         figures["epsilon"] = statement["epsilon"]
         callbacks.info(statement["sentence"])
@@ -200,6 +202,26 @@ def _test(
         return {"test": figures}
     own = {client: [groups[0][index] for index in rows] for client, rows in held.items()}
     return {"test": figures, "clients": by_client(scored, dataset.task, groups[1], own)}
+
+
+def _test_auxiliary(
+    config: RunConfig, server: Server, federation: Federation, best: Payload
+) -> dict[str, float]:
+    """Figures of the same questions through the package, which say what was learned, where those of
+    the global model say what of it was transferred."""
+    auxiliary, clients, dataset = federation.package, federation.clients, server.dataset
+    assert auxiliary is not None
+    messenger = (
+        clients.party(min(clients.register)).messenger
+        if clients.here
+        else client_messenger(agreement_of(config, server.max_tokens), auxiliary)()
+    )
+    messenger.load(best)
+    with torch.no_grad():
+        prefix = messenger.prefix(auxiliary)
+    return score_test(
+        auxiliary, prefix, dataset.test, dataset.task, server.tokenizer, server.max_tokens
+    )[0]
 
 
 def _with_statement(

@@ -209,6 +209,10 @@ def _run(run: Run, results: Results) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "figures": [
             *((f"test: {name}", f"{value:.5g}") for name, value in figures["test"].items()),
+            *(
+                (f"test through the auxiliary model: {name}", f"{value:.5g}")
+                for name, value in figures.get("auxiliary_test", {}).items()
+            ),
             ("validation loss", figures["validation_loss"]),
             ("best round", figures["best_round"]),
             ("bytes, down and up", f"{figures['bytes_down']:,}, {figures['bytes_up']:,}"),
