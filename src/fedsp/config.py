@@ -509,10 +509,11 @@ class RunConfig(Section):
             )
         self._private()
         repeats = self.distill.again_every
-        if repeats and (self.federation or client.auxiliary_steps or not self.distill.steps):
+        fixed = client.auxiliary_steps == 0 and self.messenger.kind == "prompt"
+        if repeats and (self.federation or not fixed or not self.distill.steps):
             raise ValueError(
-                "distill.again_every: it needs simulated clients, client.auxiliary_steps = 0 and"
-                " distill.steps above 0"
+                "distill.again_every: it needs simulated clients, client.auxiliary_steps = 0,"
+                " messenger.kind = 'prompt' and distill.steps above 0"
             )
         if self.distill.steps and not self.distill.text and not self.auxiliary.folder:
             raise ValueError(

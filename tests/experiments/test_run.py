@@ -911,6 +911,7 @@ def test_a_test_question_that_cannot_be_scored_stops_a_run_before_its_first_roun
     assert not RunDirectory.open(tmp_path / "run").records()
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("kind", ["prompt", "adapter", "layers", "prompt+adapter"])
 def test_evaluation_tells_what_was_learned_from_what_was_transferred(
     tmp_path: Path, kind: str

@@ -318,6 +318,7 @@ def answering(
     return ListLink(respond, lambda: set(numbered(clients).values()))
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("kind", ["prompt", "adapter", "prompt+adapter"])
 def test_over_a_wire_a_run_has_the_bits_of_a_run_in_one_place(tmp_path: Path, kind: str) -> None:
     changes = {
@@ -338,6 +339,7 @@ def test_over_a_wire_a_run_has_the_bits_of_a_run_in_one_place(tmp_path: Path, ki
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("up", ["int8", "sign"])
 def test_with_codings_too_and_a_client_that_has_lost_a_broadcast_gets_it_whole(
     tmp_path: Path, up: str

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from fedsp.experiments.embedded import EMBEDDED
-from fedsp.models.soft_prompt import read_prompt
 from fedsp.storage import tensors_digest
 
 ROWS = [json.loads(line) for line in (EMBEDDED / "train.jsonl").read_text().splitlines()]
@@ -59,11 +58,11 @@ PAPER: dict[str, Any] = {
 
 
 def prompt_bits(folder: Path) -> str:
-    """The digest of everything a run concludes: its last checkpoint and its best prompt."""
-    last = sorted((folder / "checkpoint").glob("*.safetensors"))[-1]
-    return tensors_digest(experiment_tensors(last)) + tensors_digest(
-        {"best": read_prompt(folder / "best.safetensors").values()}
-    )
+    """The digest of everything a run concludes: its last checkpoint, where it keeps one, and its
+    best messenger."""
+    last = sorted((folder / "checkpoint").glob("*.safetensors"))[-1:]
+    files = [*last, folder / "best.safetensors"]
+    return "".join(tensors_digest(experiment_tensors(path)) for path in files)
 
 
 def experiment_tensors(path: Path) -> dict[str, torch.Tensor]:
