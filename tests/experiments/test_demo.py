@@ -84,7 +84,6 @@ def test_all_offices_together_answer_what_none_can_alone(tmp_path: Path) -> None
     assert value == pytest.approx(adapter - alone) and low < value < high
     assert low > 0.15 and adapter > rows["prompt"]["accuracy"] + 0.15
     assert alone < 0.4 and rows["zero-shot"]["accuracy"] < 0.3
-    assert rows["its auxiliary model"]["accuracy"] < rows["central"]["accuracy"]
 
 
 def test_every_row_of_the_demo_is_a_configuration(tmp_path: Path) -> None:

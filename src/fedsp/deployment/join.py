@@ -36,7 +36,7 @@ from fedsp.errors import (
 )
 from fedsp.federation.agreement import promised_epsilon
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import client_messenger, make_method, make_party
+from fedsp.federation.clients import client_messenger, client_shapes, make_method, make_party
 from fedsp.federation.messages import Request
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
@@ -44,7 +44,7 @@ from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.request_handler import answer
 from fedsp.federation.transport.wire import END, LONGEST_HEADER, most_bytes, sign_reply
 from fedsp.models.loading import choose_device, reduce_precision
-from fedsp.models.payload import Payload, check, pack, shapes_of
+from fedsp.models.payload import Payload, check, pack
 from fedsp.privacy import LEDGER, Ledger
 from fedsp.storage import locked, write_json
 from fedsp.training.dp_sgd import examples_together
@@ -101,7 +101,7 @@ class Client:
                     " each example is processed alone, which takes longer"
                 )
         self._state = Path(party.state) / party.package.sha256[:16]
-        self._shapes = shapes_of(self._messenger().payload())
+        self._shapes = client_shapes(self.agreement, self.auxiliary, self._messenger)
         self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
         self.answered = 0

@@ -100,6 +100,14 @@ def client_messenger(agreement: Agreement, auxiliary: AuxiliaryModel) -> Callabl
     )
 
 
+def client_shapes(
+    agreement: Agreement, auxiliary: AuxiliaryModel, messenger: Callable[[], Messenger]
+) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors that a client takes and sends, and no others."""
+    spec = prompt_spec(agreement.prompt, auxiliary.prompt_shape)
+    return messengers.client_shapes(auxiliary, spec, messenger, agreement.messenger.kind)
+
+
 def absent_clients(method: Method, register: dict[str, int]) -> Clients:
     """Clients whose text is on other machines; `register` gives the examples of each, as their
     owners have reported to the server."""

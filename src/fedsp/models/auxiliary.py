@@ -12,7 +12,7 @@ import copy
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -38,6 +38,7 @@ layers."""
 
 PLAN = re.compile(r"\w+\(\s*\d+\s*(?:[,-]\s*\d+\s*)?\)")
 
+MOST_LAYERS = 4096
 MOST_BUFFERS = 1 << 30
 """Most bytes of buffers, such as masks and tables, that a loaded auxiliary model may allocate."""
 
@@ -425,6 +426,8 @@ def load_auxiliary(
             }
         )
         shape = ModelShape(**manifest["prompt_shape"])
+        if any(type(size) is not int for size in asdict(shape).values()):
+            raise ValueError("a size of prompt_shape is not a whole number")
         weights, _ = read_tensors(folder / WEIGHTS)
         expected = [str(manifest["sha256"])] + ([digest] if digest else [])
         tokenizer_expected, kept = (
@@ -465,6 +468,12 @@ def load_auxiliary(
         embeddings=kept,
     )
     auxiliary.discloses = discloses
+    own = replace(auxiliary.shape, layers=shape.layers)
+    if shape != own or not max(plan.prompt_layers) < shape.layers <= MOST_LAYERS:
+        raise AuxiliaryError(
+            f"the auxiliary model in {folder} is made for prompts of another shape than its own:"
+            " get the folder again from the server"
+        )
     return auxiliary
 
 

@@ -141,3 +141,13 @@ def client_messenger(
     )
     make = partial(make_messenger, place)
     return make if settings["kind"] == "prompt" else cache(make)
+
+
+def client_shapes(
+    auxiliary: AuxiliaryModel, prompt: PromptSpec, messenger: Callable[[], Messenger], kind: str
+) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of what a client's messenger holds; a prompt, whose size the package
+    says, is not made for it."""
+    if kind == "prompt":
+        return {PROMPT: replace(prompt, model=auxiliary.prompt_shape).shape}
+    return shapes_of(messenger().payload())
