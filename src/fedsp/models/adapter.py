@@ -103,9 +103,7 @@ class Adapter(Weights):
         self.paths: dict[str, str] = {}
         inside = f"{model.path_of_backbone}.".lstrip(".") + model.path_of_blocks
         for depth, source in zip(depths, sources, strict=True):
-            for path, module in model.blocks[depth].named_modules():
-                if not isinstance(module, nn.Linear | Conv1D):
-                    continue
+            for path, module in linears(model.blocks[depth]):
                 if settings.targets and path.rpartition(".")[2] not in settings.targets:
                     continue
                 name = f"layers.{source:03d}.{path}"
@@ -115,7 +113,7 @@ class Adapter(Weights):
                 self.updates[name] = LowRank(module, first.to(where), scale)
                 self.paths[name] = f"{inside}.{depth}.{path}"
         if not self.updates:
-            known = {path.rpartition(".")[2] for path in linear_sizes(model.blocks[0])}
+            known = {path.rpartition(".")[2] for path, _ in linears(model.blocks[0])}
             raise ModelError(
                 f"messenger.targets: {model.name} has no linear module named"
                 f" {', '.join(settings.targets) or 'in these layers'}; its blocks have"
@@ -157,20 +155,22 @@ def _drawn(linear: nn.Module, rank: int, seed: int) -> Tensor:
     return (2 * torch.rand(rank, inputs, generator=generator) - 1) / math.sqrt(inputs)
 
 
-def _sizes(linear: nn.Module) -> tuple[int, int]:
+def _sizes(linear: nn.Linear | Conv1D) -> tuple[int, int]:
     if isinstance(linear, Conv1D):
         return int(linear.nx), int(linear.nf)
-    assert isinstance(linear, nn.Linear)
     return linear.in_features, linear.out_features
+
+
+def linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    """The linear modules of a block, each with its path in the block."""
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield path, module
 
 
 def linear_sizes(block: nn.Module) -> dict[str, list[int]]:
     """The inputs and outputs of each linear module of a block, by its path."""
-    return {
-        path: list(_sizes(module))
-        for path, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
+    return {path: list(_sizes(module)) for path, module in linears(block)}
 
 
 def export_lora(adapter: Adapter, model: PromptedLM, folder: Path) -> None:

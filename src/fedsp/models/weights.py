@@ -1,5 +1,4 @@
-"""Weights of a model as what is tuned and sent: all of them, some layers, or low-rank adapters.
-Baselines need this; FedSP never sends a weight."""
+"""Weights of a model as what is tuned and sent: all of them, some layers, or low-rank adapters."""
 
 from __future__ import annotations
 
