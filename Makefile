@@ -59,7 +59,7 @@ lint:
 
 .venv/ready: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q -c constraints.txt -e '.[study]'
 	touch $@
 
 .venv/ready-dev: .venv/ready
