@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsp import privacy
 from fedsp.audit.epsilon_bounds import (
     _refuted,
     estimated_epsilon,
@@ -35,15 +34,6 @@ DELTA = 1e-5
 CANARIES = 1024
 NOISE = 4.0
 PROMISED = epsilon((Release(NOISE),), DELTA)
-
-
-@pytest.fixture(autouse=True)
-def _one_noise_for_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same tests with the same noise: a lower bound of 95 % confidence is wrong in one of
-    twenty."""
-    draws = random.Random(11)
-    monkeypatch.setattr("os.urandom", draws.randbytes)
-    monkeypatch.setattr(privacy, "_system", draws)
 
 
 @pytest.mark.parametrize(
