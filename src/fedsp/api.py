@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from fedsp.experiments.server_setup import LEAST_ROOM, score_test
 from fedsp.experiments.start import (
     Engine,
     Figures,
-    auxiliary_answers,
+    answers_of,
+    auxiliary_sides,
     in_this_process,
     make_package,
     open_run,
@@ -41,9 +41,9 @@ from fedsp.federation.methods.registry import find_method
 from fedsp.models.adapter import Adapter, export_lora
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import choose_device, load_model
-from fedsp.models.prompted_lm import length_of
+from fedsp.models.prompted_lm import continue_text, length_of
 from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
-from fedsp.training.answers import WEIGHTS, Side, mean_of, proxy_tuned
+from fedsp.training.answers import WEIGHTS, Answering, mean_of, proxy_tuned
 from fedsp.training.evaluation import LogProbabilities
 
 
@@ -258,7 +258,7 @@ def evaluate(
             0
         ]
 
-    bare, tuned = Side(run.model, partial(run.prefix, zero_shot=True)), Side(run.model, run.prefix)
+    bare, tuned = run.side(zero_shot=True), run.side()
     what = "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights"
     rows: list[Figures] = []
     if zero_shot:
@@ -267,34 +267,52 @@ def evaluate(
     rows.append({"prompt": what, **figures(tuned, splits[split])})
     if not auxiliary:
         return rows
-    sides = auxiliary_answers(run)
-    by_proxy = {
-        weight: proxy_tuned(sides["bare"], sides["tuned"], sides["untuned"], weight)
-        for weight in WEIGHTS
-    }
+    own, untuned = auxiliary_sides(run)
+    by_proxy = {weight: proxy_tuned(bare, own, untuned, weight) for weight in WEIGHTS}
     weight = 1.0
     if dataset.validation:
         few = dataset.validation[: run.directory.config.validation.examples]
         losses = {one: figures(by_proxy[one], few)["answer_loss"] for one in WEIGHTS}
         weight = min(WEIGHTS, key=lambda one: losses[one])
     others: dict[str, LogProbabilities] = {
-        "auxiliary model, untuned": sides["untuned"],
-        "auxiliary model, tuned": sides["tuned"],
+        "auxiliary model, untuned": untuned,
+        "auxiliary model, tuned": own,
         f"proxy-tuned, weight {weight:g}": by_proxy[weight],
-        "mean of global and auxiliary": mean_of(sides["global"], sides["tuned"]),
+        "mean of global and auxiliary": mean_of(tuned, own),
     }
     return rows + [
         {"prompt": name, **figures(answers, splits[split])} for name, answers in others.items()
     ]
 
 
-def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool = False) -> str:
-    """A greedy completion of `text`, at most `most` tokens, through a run's best prompt (or none)
-    and the global model."""
+def generate(
+    folder: str | Path,
+    text: str,
+    *,
+    most: int = 40,
+    zero_shot: bool = False,
+    answers: Answering = "global",
+    weight: float = 1.0,
+) -> str:
+    """A greedy completion of `text`, at most `most` tokens, by the global model with a run's best
+    prompt or weights (or without, `zero_shot`). `answers`: who answers, the global model, the
+    auxiliary model, or both together (`fedsp.training.answers`); `weight` is that of proxy-tuned
+    answers.
+
+    Raises:
+        DataError: there is nothing to complete, or no room for it.
+        ConfigurationError: nobody is called what `answers` says, or it goes with `zero_shot`.
+        RunError: there is no run, or it has no auxiliary model to answer with.
+    """
     if not text.strip():
         raise DataError("there is no text to complete: give at least one word")
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise DataError("the text to complete is not UTF-8: set the terminal to UTF-8")
+    if zero_shot and answers != "global":
+        raise ConfigurationError(
+            f"answers = {answers!r}: without what was tuned only the global model answers; leave"
+            " one of the two out"
+        )
     run = open_run(folder)
     server, tokenizer = run.server, run.server.tokenizer
     (ids,) = encode_texts(tokenizer, [text])
@@ -302,17 +320,18 @@ def generate(folder: str | Path, text: str, *, most: int = 40, zero_shot: bool =
         raise DataError(
             "the model's tokenizer makes no token of the text to complete: give other words"
         )
-    prefix = run.prefix(zero_shot=zero_shot)
-    room = run.model.room_behind(length_of(prefix))
+    answering = run.side(zero_shot=True) if zero_shot else answers_of(run, answers, weight)
+    room = answering.room()
     if len(ids) + most > room:
         raise DataError(
             f"the text has {len(ids)} tokens and {most} are to be generated, but the model has"
             f" {room} positions after the prompt: shorten the text or generate fewer tokens"
         )
-    new = run.model.generate(
+    new = continue_text(
+        answering.reader(),
         torch.tensor(ids, device=server.model.device),
-        prefix,
         most=most,
+        room=room,
         stop=tokenizer.eos_token_id,
     )
     return decode_behind(tokenizer, ids, new)

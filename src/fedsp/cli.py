@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
@@ -383,12 +383,25 @@ def generate(
     folder: RunFolder,
     text: Annotated[str, typer.Argument(help="The text to complete.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 40,
-    zero_shot: Annotated[bool, typer.Option("--zero-shot", help="Without the prompt.")] = False,
+    zero_shot: Annotated[bool, typer.Option("--zero-shot", help="Without what was tuned.")] = False,
+    answers: Annotated[
+        str,
+        typer.Option(
+            help="Who answers: global, auxiliary (the tuned auxiliary model), proxy (the global"
+            " model, moved as tuning moves the auxiliary one) or mean (of both tuned models)."
+        ),
+    ] = "global",
+    weight: Annotated[
+        float, typer.Option(help="Weight of proxy answers; `evaluate --auxiliary` chooses one.")
+    ] = 1.0,
 ) -> None:
-    """A greedy completion through the tuned prompt and the global model."""
+    """A greedy completion by the global model with what a run tuned best."""
     from fedsp import api as commands
 
-    typer.echo(text + commands.generate(folder, text, most=tokens, zero_shot=zero_shot))
+    written = commands.generate(
+        folder, text, most=tokens, zero_shot=zero_shot, answers=cast(Any, answers), weight=weight
+    )
+    typer.echo(text + written)
 
 
 @app.command()

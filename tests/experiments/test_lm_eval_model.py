@@ -3,6 +3,7 @@ evaluation."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedsp.errors import DataError, RunError
 from fedsp.experiments.server_setup import score_test
 from fedsp.experiments.start import open_run
 from fedsp.models.prompted_lm import PromptedLM
+from fedsp.training.answers import Side
 from support.real_rows import hub_schema, real_rows
 from support.reference import harness_task
 from support.small_runs import settings
@@ -82,6 +84,23 @@ def test_it_generates_what_fedsp_generate_does_and_stops_where_it_is_told(run: P
     assert cut == text.split(text[3:5])[0]
 
 
+def test_both_models_answer_the_harness_together(run: Path) -> None:
+    from fedsp.experiments.lm_eval_model import TunedPrompt
+
+    question = [asked("loglikelihood", "The town of Badiba:", " Kelby")]
+    told = {"until": [], "max_gen_toks": 8}
+    written = [asked("generate_until", "The town of Badiba:", told)]
+    alone, own, mean = (
+        TunedPrompt(run=str(run), answers=answers) for answers in ("global", "auxiliary", "mean")
+    )
+    probabilities = [math.exp(model.loglikelihood(question)[0][0]) for model in (alone, own, mean)]
+    assert len(set(probabilities)) == 3 and probabilities[1] != pytest.approx(probabilities[0])
+    proxy = TunedPrompt(run=str(run), answers="proxy", weight="0.5").generate_until(written)
+    assert proxy == [
+        commands.generate(run, "The town of Badiba:", most=8, answers="proxy", weight=0.5)
+    ]
+
+
 def opened_with(tokenizer: Any) -> tuple[Any, Any]:
     """Our model of the harness over a tiny Llama, and lm-evaluation-harness's own over the same."""
     from lm_eval.models.huggingface import HFLM
@@ -90,7 +109,8 @@ def opened_with(tokenizer: Any) -> tuple[Any, Any]:
 
     ours = TunedPrompt.__new__(TunedPrompt)
     model = PromptedLM(tiny_causal_lm("llama"), "a model")
-    ours._model, ours._tokenizer, ours._max_tokens, ours._prefix = model, tokenizer, 128, None
+    ours._model, ours._tokenizer, ours._max_tokens = model, tokenizer, 128
+    ours._answers = Side(model, lambda: None)
     return ours, HFLM(
         pretrained=tiny_causal_lm("llama"),
         tokenizer=tokenizer,

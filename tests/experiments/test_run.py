@@ -19,7 +19,7 @@ import torch
 from fedsp import api as commands
 from fedsp.algorithm import FedSP
 from fedsp.config_file import make_config
-from fedsp.data.encoding import Encoded
+from fedsp.data.encoding import Encoded, decode_behind, encode_texts
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import (
     AuxiliaryError,
@@ -39,7 +39,7 @@ from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory, list_runs
 from fedsp.experiments.server_setup import Server
-from fedsp.experiments.start import auxiliary_answers, open_run
+from fedsp.experiments.start import answers_of, auxiliary_sides, open_run
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients, client_messenger, make_method, make_party
@@ -941,15 +941,48 @@ def test_evaluation_tells_what_was_learned_from_what_was_transferred(
     assert result["auxiliary_test"] == pytest.approx(
         {name: own[name] for name in result["auxiliary_test"]}, abs=1e-4
     )
-    sides = auxiliary_answers(open_run(folder))
+    run = open_run(folder)
+    learned, not_learned = auxiliary_sides(run)
     rows: Any = ([(1, 2, 3)], [[(4, 5), (6, 7)]], [[0, 0]])
-    by_proxy = proxy_tuned(sides["bare"], sides["tuned"], sides["untuned"], 1.0)
-    torch.testing.assert_close(by_proxy(*rows), sides["global"](*rows), rtol=1e-4, atol=1e-4)
+    by_proxy = proxy_tuned(run.side(zero_shot=True), learned, not_learned, 1.0)
+    torch.testing.assert_close(by_proxy(*rows), run.side()(*rows), rtol=1e-4, atol=1e-4)
 
 
-def test_only_a_run_of_fedsp_has_an_auxiliary_model_to_compare_with(tmp_path: Path) -> None:
+def test_both_models_write_a_text_together(tmp_path: Path) -> None:
+    """Token by token with their caches, as they would without: the likeliest next token by the
+    probabilities of answers to questions."""
+    values = settings(
+        tmp_path,
+        auxiliary={"plan": "emulator(1, 1)"},
+        messenger={"kind": "prompt+adapter", "rank": 8, "train_first": True},
+        prompt={"length": 4, "space": "residual"},
+        client={"prompt_steps": 8, "batch_size": 8, "learning_rate": 1e-2},
+    )
+    folder = Path(commands.run(values)["folder"])
+    run = open_run(folder)
+    text = "The stone bridge"
+    (asked,) = encode_texts(run.server.tokenizer, [text])
+    written = {}
+    for answers in ("global", "auxiliary", "proxy", "mean"):
+        together = answers_of(run, answers, 1.5)
+        ids = list(asked)
+        for _ in range(5):
+            scores = together([tuple(ids[:-1])], [[(ids[-1],)]], [[0]])
+            ids.append(int(scores.argmax()))
+        written[answers] = commands.generate(folder, text, most=5, answers=answers, weight=1.5)
+        assert written[answers] == decode_behind(run.server.tokenizer, asked, ids[len(asked) :])
+    assert len(set(written.values())) > 1, "each answers in its own way"
+    with pytest.raises(ConfigurationError, match="answers = 'prox': choose .*proxy"):
+        commands.generate(folder, text, answers="prox")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="without what was tuned only the global model"):
+        commands.generate(folder, text, answers="mean", zero_shot=True)
+    with pytest.raises(DataError, match="the model has 252 positions after the prompt"):
+        commands.generate(folder, text, most=250, answers="mean")
+
+
+def test_only_a_run_of_fedsp_has_an_auxiliary_model_to_answer_with(tmp_path: Path) -> None:
     folder = Path(commands.run(settings(tmp_path, method="fedprompt"))["folder"])
-    with pytest.raises(RunError, match="has no auxiliary model to compare with"):
+    with pytest.raises(RunError, match="has no auxiliary model to answer with"):
         commands.evaluate(folder, auxiliary=True)
 
 

@@ -29,7 +29,7 @@ from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import make_auxiliary, open_server, score_test
 from fedsp.experiments.start import (
     Figures,
-    auxiliary_answers,
+    auxiliary_sides,
     open_run,
     require_new,
     start_run,
@@ -186,7 +186,7 @@ def demo(
     rows += [run(method) for method in ("prompt", "adapter", "central")]
     adapter = rows[-2]
     adapter["benefit"] = _difference(adapter["folder"], best["folder"])
-    tuned = auxiliary_answers(open_run(adapter["folder"]))["tuned"]
+    tuned, _ = auxiliary_sides(open_run(adapter["folder"]))
     own, _ = score_test(
         tuned.model, None, test, task, server.tokenizer, server.max_tokens, answers=tuned
     )

@@ -23,31 +23,44 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from fedsp.data.encoding import encode_texts, first_token
 from fedsp.data.tasks import Example
 from fedsp.errors import RunError
-from fedsp.experiments.start import open_run
-from fedsp.models.prompted_lm import length_of
+from fedsp.experiments.start import answers_of, open_run
+from fedsp.models.prompted_lm import continue_text
+from fedsp.training.answers import Answering
 from fedsp.training.evaluation import score
 
 
 @register_model("fedsp")
 class TunedPrompt(LM):  # type: ignore[misc]
-    """The global model of a run behind its best prompt, or behind none.
+    """The global model of a run with the best that it tuned, or without.
 
     Args:
         run: the run's folder.
-        zero_shot: leave the prompt out.
+        zero_shot: leave out what was tuned.
+        answers: who answers: global, auxiliary, proxy or mean (`fedsp.training.answers`).
+        weight: that of proxy-tuned answers.
 
     Raises:
-        RunError: there is no run, or it holds no prompt.
+        RunError: there is no run, or it has no auxiliary model to answer with.
     """
 
-    def __init__(self, run: str, zero_shot: bool | str = False, **_: Any) -> None:
+    def __init__(
+        self,
+        run: str,
+        zero_shot: bool | str = False,
+        answers: Answering = "global",
+        weight: float | str = 1.0,
+        **_: Any,
+    ) -> None:
         super().__init__()
         if not Path(run).is_dir():
             raise RunError(f"run={run}: there is no such folder")
         opened = open_run(run)
         self._model, self._tokenizer = opened.model, opened.server.tokenizer
         self._max_tokens = opened.server.max_tokens
-        self._prefix = opened.prefix(zero_shot=str(zero_shot).lower() == "true")
+        bare = str(zero_shot).lower() == "true"
+        self._answers = (
+            opened.side(zero_shot=True) if bare else answers_of(opened, answers, float(weight))
+        )
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): its log-likelihood, nats, and whether greedy decoding
@@ -61,7 +74,12 @@ class TunedPrompt(LM):  # type: ignore[misc]
             for index, (context, continuations) in enumerate(groups)
         ]
         scored, _ = score(
-            self._model, self._prefix, examples, self._tokenizer, max_tokens=self._max_tokens
+            self._model,
+            None,
+            examples,
+            self._tokenizer,
+            max_tokens=self._max_tokens,
+            answers=self._answers,
         )
         return [
             pair for row in scored for pair in zip(row.log_likelihoods, row.greedy, strict=True)
@@ -100,7 +118,7 @@ class TunedPrompt(LM):  # type: ignore[misc]
                 "the task asks for do_sample without a temperature: set one above 0, or leave"
                 " do_sample out"
             )
-        room = self._model.room_behind(length_of(self._prefix))
+        room = self._answers.room()
         if most >= room:
             whose = (
                 "the task asks for"
@@ -123,12 +141,13 @@ class TunedPrompt(LM):  # type: ignore[misc]
             torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)
         )
         shown = torch.tensor(ids[-(room - most) :], device=self._model.device)
-        new = self._model.generate(
+        new = continue_text(
+            self._answers.reader(),
             shown,
-            self._prefix,
             most=most,
+            room=room,
             stop=self._tokenizer.eos_token_id,
-            choose=draw if sampled else None,
+            **({"choose": draw} if sampled else {}),
         )
         text = str(self._tokenizer.decode(new, skip_special_tokens=True))
         for stop in stops:

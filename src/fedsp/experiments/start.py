@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from fedsp.config import RunConfig
 from fedsp.data.dataset import load_dataset
-from fedsp.errors import ConfigurationError, RunError
+from fedsp.errors import ConfigurationError, RunError, did_you_mean
 from fedsp.experiments.build import method_setup
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import LOCK, RunDirectory
@@ -32,7 +32,7 @@ from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt, read_prompt
 from fedsp.models.trainable import Messenger
 from fedsp.storage import locked, move_into_place, read_tensors, unfinished_beside
-from fedsp.training.answers import Side
+from fedsp.training.answers import Answering, Answers, Side, mean_of, proxy_tuned
 
 Figures = dict[str, Any]
 Engine = Callable[[RunDirectory, Callbacks], Figures]
@@ -171,10 +171,13 @@ class OpenRun:
         with torch.no_grad():
             return self.messenger.prefix(self.model)
 
+    def side(self, *, zero_shot: bool = False) -> Side:
+        """The global model as it answers with what was tuned, or without it."""
+        return Side(self.model, partial(self.prefix, zero_shot=zero_shot))
 
-def auxiliary_answers(run: OpenRun) -> dict[str, Side]:
-    """A run's models as they answer: `global` with the best that was tuned and `bare` without it,
-    and the auxiliary model with and without it, `tuned` and `untuned`.
+
+def auxiliary_sides(run: OpenRun) -> tuple[Side, Side]:
+    """A run's auxiliary model as it answers with the best that was tuned, and without it.
 
     Raises:
         RunError: its clients have no auxiliary model.
@@ -182,8 +185,8 @@ def auxiliary_answers(run: OpenRun) -> dict[str, Side]:
     config = run.directory.config
     if not (find_method(config.method).deployable and config.asks_clients):
         raise RunError(
-            f"{run.directory.path} has no auxiliary model to compare with: evaluate a run of FedSP"
-            " with clients"
+            f"{run.directory.path} has no auxiliary model to answer with: take a run of FedSP with"
+            " clients"
         )
     auxiliary = load_auxiliary(
         run.directory.package, device=run.model.device, positions=config.model.positions
@@ -195,12 +198,29 @@ def auxiliary_answers(run: OpenRun) -> dict[str, Side]:
         with torch.no_grad():
             return messenger.prefix(auxiliary) if tuned else None
 
-    return {
-        "global": Side(run.model, run.prefix),
-        "bare": Side(run.model, partial(run.prefix, zero_shot=True)),
-        "tuned": Side(auxiliary, partial(load, True)),
-        "untuned": Side(auxiliary, partial(load, False)),
-    }
+    return Side(auxiliary, partial(load, True)), Side(auxiliary, partial(load, False))
+
+
+def answers_of(run: OpenRun, answering: Answering, weight: float) -> Answers:
+    """Who answers for a run, alone or together; `weight` is that of proxy-tuned answers.
+
+    Raises:
+        ConfigurationError: nobody is called that.
+        RunError: its clients have no auxiliary model, and that is to answer.
+    """
+    if answering not in get_args(Answering):
+        raise ConfigurationError(
+            f"answers = {answering!r}: choose {', '.join(get_args(Answering))}"
+            + did_you_mean(answering, get_args(Answering))
+        )
+    if answering == "global":
+        return run.side()
+    tuned, untuned = auxiliary_sides(run)
+    if answering == "auxiliary":
+        return tuned
+    if answering == "mean":
+        return mean_of(run.side(), tuned)
+    return proxy_tuned(run.side(zero_shot=True), tuned, untuned, weight)
 
 
 def open_run(folder: str | Path) -> OpenRun:

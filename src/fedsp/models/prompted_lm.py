@@ -72,6 +72,10 @@ class ModelShape:
         )
 
 
+NextToken = Callable[[Tensor], Tensor]
+"""From all tokens of a text so far (T,) to scores (V,) of the next one."""
+
+
 class PromptedLM(nn.Module):
     """A causal LM that reads a prefix of keys and values (P, L, 2, H, K) at every layer, or none.
 
@@ -347,33 +351,32 @@ class PromptedLM(nn.Module):
             else 0
         )
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        prefix: Tensor | None,
-        *,
-        most: int,
-        stop: int | None,
-        choose: Callable[[Tensor], int] | None = None,
-    ) -> list[int]:
-        """Continuation of tokens (T,): at most `most` new ones, ending before `stop`. Each is the
-        most likely one, or what `choose` takes by logits (V,)."""
-        new: list[int] = []
+    def reader(self, prefix: Tensor | None) -> NextToken:
+        """Reads a text that grows: from all its tokens so far (T,) to the logits (V,) of the next
+        one. What it has read before stays in its cache."""
         start = self.positions_taken(length_of(prefix))
-        ids, cache, read = input_ids, None, 0
-        while len(new) < most and start + len(ids) <= self.max_positions:
+        cache: Cache | None = None
+        read = 0
+
+        def logits(ids: Tensor) -> Tensor:
+            nonlocal cache, read
             if cache is None or not self.rotated_alike(start + read, start + len(ids)):
                 cache, read = DynamicCache() if prefix is None else self.cache(prefix, 1), 0
             positions = torch.arange(start + read, start + len(ids), device=self.device)[None]
             mask = torch.ones(1, length_of(prefix) + len(ids), dtype=torch.long, device=self.device)
-            logits = self.logits(self._states(ids[None, read:], mask, positions, cache)[0, -1])
-            token = choose(logits) if choose else int(logits.argmax())
-            if token == stop:
-                break
-            new.append(token)
-            read, ids = len(ids), torch.cat([ids, ids.new_tensor([token])])
-        return new
+            states = self._states(ids[None, read:], mask, positions, cache)
+            read = len(ids)
+            return self.logits(states[0, -1])
+
+        return logits
+
+    def generate(
+        self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: int | None
+    ) -> list[int]:
+        """Continuation of tokens (T,): at most `most` new ones, each the most likely one, ending
+        before `stop`."""
+        room = self.room_behind(length_of(prefix))
+        return continue_text(self.reader(prefix), input_ids, most=most, room=room, stop=stop)
 
     def cache(self, prefix: Tensor, batch: int, kind: type[DynamicLayer] = DynamicLayer) -> Cache:
         """A fresh cache of L pairs (B, H, P, K), which grows by what is read, unless its layers are
@@ -653,6 +656,29 @@ class PromptedLM(nn.Module):
         return float((found.float() - expected.float()).abs().max()) <= (
             tolerance or rounding
         ) * float(expected.abs().max())
+
+
+@torch.no_grad()
+def continue_text(
+    read: NextToken,
+    input_ids: Tensor,
+    *,
+    most: int,
+    room: int,
+    stop: int | None,
+    choose: Callable[[Tensor], int] = lambda scores: int(scores.argmax()),
+) -> list[int]:
+    """Continuation of tokens (T,): at most `most` new ones, ending before `stop`, as long as what
+    is read has `room`. `choose` takes each from its scores (V,)."""
+    new: list[int] = []
+    ids = input_ids
+    while len(new) < most and len(ids) <= room:
+        token = choose(read(ids))
+        if token == stop:
+            break
+        new.append(token)
+        ids = torch.cat([ids, ids.new_tensor([token])])
+    return new
 
 
 def length_of(prefix: Tensor | None) -> int:

@@ -11,18 +11,34 @@ model that reads the messenger and of the tuned auxiliary model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fedsp.models.prompted_lm import PromptedLM
-from fedsp.training.evaluation import LogProbabilities, log_probabilities
+from fedsp.models.prompted_lm import NextToken, PromptedLM, length_of
+from fedsp.training.evaluation import log_probabilities
 
 WEIGHTS = (0.5, 1.0, 1.5, 2.0)
 """Weights of proxy-tuned answers, of which validation chooses one."""
+Answering = Literal["global", "auxiliary", "proxy", "mean"]
+"""Who answers: the global model with what was tuned, the tuned auxiliary model, proxy-tuned answers
+or the mean of the two tuned models."""
+
+
+class Answers(Protocol):
+    """One or several models as they answer."""
+
+    def __call__(self, *rows: Any) -> Tensor:
+        """Log-probabilities of answer tokens (`fedsp.training.evaluation.LogProbabilities`)."""
+
+    def reader(self) -> NextToken:
+        """Reads a text that grows, to log-probabilities (V,) of its next token."""
+
+    def room(self) -> int:
+        """The longest text, tokens, that all of its models read."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +52,46 @@ class Side:
     def __call__(self, *rows: Any) -> Tensor:
         return log_probabilities(self.model, self.load())(*rows)
 
+    def reader(self) -> NextToken:
+        read = self.model.reader(self.load())
 
-def proxy_tuned(
-    bare: LogProbabilities, tuned: LogProbabilities, untuned: LogProbabilities, weight: float
-) -> LogProbabilities:
+        def scores(ids: Tensor) -> Tensor:
+            self.load()  # the same model may answer with other numbers in between
+            return torch.log_softmax(read(ids.to(self.model.device)), dim=-1)
+
+        return scores
+
+    def room(self) -> int:
+        return self.model.room_behind(length_of(self.load()))
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several models whose log-probabilities, each (..., V), `combine` makes into one."""
+
+    sides: Sequence[Side]
+    combine: Callable[..., Tensor]
+
+    def __call__(self, *rows: Any) -> Tensor:
+        return self.combine(*(side(*rows) for side in self.sides))
+
+    def reader(self) -> NextToken:
+        readers = [side.reader() for side in self.sides]
+        return lambda ids: self.combine(*(read(ids) for read in readers))
+
+    def room(self) -> int:
+        return min(side.room() for side in self.sides)
+
+
+def proxy_tuned(bare: Side, tuned: Side, untuned: Side, weight: float) -> Together:
     """The answers of the untuned global model `bare`, moved as tuning moves the auxiliary model."""
 
-    def answer(*rows: Any) -> Tensor:
-        moved = tuned(*rows) - untuned(*rows)
-        return torch.log_softmax(bare(*rows) + weight * moved, dim=-1)
+    def combine(bare: Tensor, tuned: Tensor, untuned: Tensor) -> Tensor:
+        return torch.log_softmax(bare + weight * (tuned - untuned), dim=-1)
 
-    return answer
+    return Together((bare, tuned, untuned), combine)
 
 
-def mean_of(one: LogProbabilities, other: LogProbabilities) -> LogProbabilities:
+def mean_of(one: Side, other: Side) -> Together:
     """The mean of two models' probabilities."""
-    return lambda *rows: torch.logaddexp(one(*rows), other(*rows)) - math.log(2)
+    return Together((one, other), lambda one, other: torch.logaddexp(one, other) - math.log(2))
