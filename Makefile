@@ -43,10 +43,10 @@ unit:
 	$(BIN)/python -m pytest -n auto -m "not recipe and not harness and not study and not deployment"
 
 recipe:
-	$(BIN)/python -m pytest -n auto -m "recipe or harness or study"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "recipe or harness or study"
 
 deployment:
-	$(BIN)/python -m pytest -n 2 -m deployment
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m deployment
 
 lint:
 	$(BIN)/ruff check src tests scripts benchmarks examples

@@ -40,6 +40,7 @@ _PUBLIC = {
     "Stages": "fedsp.federation.methods.registry",
     "Task": "fedsp.data.tasks",
     "Update": "fedsp.federation.messages",
+    "adapt": "fedsp.api",
     "distill": "fedsp.api",
     "evaluate": "fedsp.api",
     "export": "fedsp.api",

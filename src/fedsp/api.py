@@ -18,6 +18,7 @@ from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages
 from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, DataError, PromptError, RunError, require_installed
+from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import plan_run
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
@@ -45,6 +46,8 @@ from fedsp.models.prompted_lm import continue_text, length_of
 from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
 from fedsp.training.answers import WEIGHTS, Answering, mean_of, proxy_tuned
 from fedsp.training.evaluation import LogProbabilities
+from fedsp.training.loop import Optimisation
+from fedsp.training.server_adaptation import Adaptation
 
 
 def as_config(
@@ -335,6 +338,36 @@ def generate(
         stop=tokenizer.eos_token_id,
     )
     return decode_behind(tokenizer, ids, new)
+
+
+def adapt(
+    folder: str | Path,
+    questions: str | Path,
+    to: str | Path,
+    *,
+    answers: Answering = "mean",
+    weight: float = 1.0,
+    steps: int = 300,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    temperature: float = 1.0,
+    callbacks: Callbacks | None = None,
+) -> Figures:
+    """Bring more of what a run's auxiliary model has learned into the global model, at the server,
+    without labels: `fedsp.experiments.adaptation.adapt_run`.
+
+    `steps` AdamW steps of `batch_size` questions, the learning rate falling linearly to zero;
+    `temperature` softens the teacher's and the student's probabilities.
+    """
+    settings = Adaptation(
+        steps=steps,
+        batch_size=batch_size,
+        optimisation=Optimisation(learning_rate=learning_rate, weight_decay=0.0, total_steps=steps),
+        temperature=temperature,
+    )
+    return adapt_run(
+        folder, questions, to, settings, answers=answers, weight=weight, callbacks=callbacks
+    )
 
 
 def export(folder: str | Path, to: str | Path) -> Figures:

@@ -405,6 +405,54 @@ def generate(
 
 
 @app.command()
+def adapt(
+    folder: RunFolder,
+    questions: Annotated[
+        Path, typer.Argument(help="Questions in the form of the run's task; no label is read.")
+    ],
+    output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")],
+    answers: Annotated[
+        str, typer.Option(help="The teacher: mean, proxy or auxiliary, as in `fedsp generate`.")
+    ] = "mean",
+    weight: Annotated[float, typer.Option(help="Weight of proxy answers.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers per step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the teacher's and the student's probabilities.")
+    ] = 1.0,
+    json_file: Json = None,
+) -> None:
+    """Bring more of what the auxiliary model has learned into the global model, at the server and
+    without labels: adapters in all of its layers, which learn to answer as both models do together.
+    They are written as a PEFT adapter where validation says that they are better."""
+    from fedsp import api as commands
+    from fedsp.report.console import Display, figures_table
+
+    with Display() as display:
+        figures = commands.adapt(
+            folder,
+            questions,
+            output,
+            answers=cast(Any, answers),
+            weight=weight,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            temperature=temperature,
+            callbacks=display.callbacks(),
+        )
+        display.print(figures_table("Adaptation", figures))
+    better = f"{figures['measure']} {figures['before']:.4g} -> {figures['after']:.4g}"
+    typer.echo(
+        f"{output} is a PEFT adapter (LORA): {better}"
+        if figures["kept"]
+        else f"not better, so nothing was written: {better}"
+    )
+    _write(json_file, figures)
+
+
+@app.command()
 def export(
     folder: RunFolder,
     output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")],

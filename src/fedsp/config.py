@@ -401,6 +401,18 @@ class ValidationSection(Section):
     """most validation examples that the server uses"""
     every: Positive = 1
     """the server validates every so many rounds"""
+    patience: Positive | None = None
+    """the run stops after so many validations in a row without a lower loss; none: it has all
+    rounds. Needs by = server"""
+
+    @model_validator(mode="after")
+    def _patient_by_the_server(self) -> ValidationSection:
+        if self.patience and self.by != "server":
+            raise ValueError(
+                f"validation.patience: it counts the server's validations, and validation.by ="
+                f" {self.by!r}; set it to 'server'"
+            )
+        return self
 
 
 class FederationSection(Section):

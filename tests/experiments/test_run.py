@@ -999,3 +999,34 @@ def test_one_client_alone_is_asked_and_nobody_else(tmp_path: Path) -> None:
     assert [record["asked"] for record in run.records()] == [["client-1"]] * 2
     partition = run.partition()
     assert partition and len(partition["clients"]) == 3, "the others hold what they held"
+
+
+def test_a_run_stops_when_validation_has_not_fallen_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in validations, and from the best of them also after a kill."""
+    losses = iter([4.0, 3.0, 3.5, 2.5, 2.6, 2.7, 1.0])
+    monkeypatch.setattr("fedsp.experiments.run.validation_loss", lambda *_: next(losses))
+    values = settings(
+        tmp_path,
+        data={**settings(tmp_path)["data"], "test": ""},
+        round={"rounds": 40},
+        client={"prompt_steps": 1, "batch_size": 2},
+        validation={"every": 3, "patience": 2},
+    )
+    keep = RunDirectory.save_round
+
+    def kill(self: RunDirectory, state: Any, *arguments: Any) -> None:
+        keep(self, state, *arguments)
+        if state.round == 13:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDirectory, "save_round", kill)
+    with pytest.raises(KeyboardInterrupt):
+        commands.run(values)
+    monkeypatch.setattr(RunDirectory, "save_round", keep)
+    result = commands.resume(values["output"])
+    rounds = RunDirectory.open(Path(values["output"])).records()
+    assert len(rounds) == 15 and result["best_round"] == 9 and result["validation_loss"] == 2.5
+    with pytest.raises(ConfigurationError, match=r"validation\.patience: it counts the server's"):
+        make_config({**values, "validation": {"by": "clients", "patience": 2}})

@@ -482,6 +482,44 @@ def test_a_task_without_choices_is_reported_by_its_exact_match(tmp_path: Path) -
     assert "exact match" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_the_benefit_is_over_the_best_client_alone_or_the_server_alone(tmp_path: Path) -> None:
+    names = ["client-0", "client-1", "client-2"]
+    methods = {
+        "together": {"client": {"learning_rate": 0.1}},
+        "one client alone": {"choose": {"round.only": names}},
+        "server alone": {
+            "round": {"clients": 0},
+            "server": {"steps": 4, "batch_size": 4},
+            "choose": {"server.learning_rate": [1e-3, 0.3]},
+        },
+        "all text in one place": {
+            "partition": {"clients": 0},
+            "server": {"steps": 1, "batch_size": 4},
+        },
+    }
+    grids = [{"title": "Who joins", "methods": list(methods)}]
+    path = study_file(tmp_path, methods=methods, reference="together", grids=grids, seeds=[0])
+    folder = Path(study.run_study(path)["folder"])
+    write_report([folder], tmp_path / "report")
+    with open(tmp_path / "report" / "csv" / "1-benefit.csv") as file:
+        (row,) = csv.DictReader(file)
+    scores = {}
+    for name in ("together", *names, "server-alone-learning-rate-0.001", "rate-0.3"):
+        found = figures_of(folder, f"*{name}-seed*")
+        scores[name] = 100 * statistics.fmean(figures["test"]["accuracy"] for figures in found)
+    together, *alone, careful, bold = scores.values()
+    rival = max(*alone, careful, bold)
+    shown = [float(value) for name, value in row.items() if name.endswith("%, number")]
+    assert float(row["federation benefit, points, number"]) == pytest.approx(together - rival)
+    assert shown == pytest.approx(
+        [together, max(alone), statistics.fmean(alone), min(alone), max(careful, bold)]
+    )
+    assert len(row["runs"].split()) == 1 + 3 + 1, "all clients alone, and the better server"
+    assert (tmp_path / "report" / "report.md").read_text().index("Federation benefit") < (
+        tmp_path / "report" / "report.md"
+    ).read_text().index("Accuracy, %")
+
+
 def test_what_diverged_stays_in_the_table_of_stability(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

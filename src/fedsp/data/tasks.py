@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedsp.data.files import Row, hub_rows, read_rows, whole_number
 from fedsp.errors import ConfigurationError, DataError, did_you_mean
@@ -55,6 +55,7 @@ class Task:
     name: value of the key `data.task`.
     plain: renders the rows of a user's file; `schema` says in words what such a row needs.
     metric: accuracy of the likeliest choice, or exact match of the greedy continuation.
+    placeholder: stands for the label in a row of a user's file, where only its question counts.
     hub, splits: the data set on the Hugging Face hub and its splits, if there is one; `render`
         renders its rows.
     """
@@ -63,9 +64,18 @@ class Task:
     plain: Render
     schema: str = SCHEMA
     metric: Literal["accuracy", "exact_match"] = "accuracy"
+    placeholder: Mapping[str, Any] = field(default_factory=lambda: {"answer": 0})
     hub: tuple[str, str | None] | None = None
     splits: Mapping[str, str] = field(default_factory=dict)
     render: Render | None = None
+
+    def question(self, row: Row, number: int) -> Example:
+        """The question in a row, whose label, if it has one, is not read; `gold` is no answer.
+
+        Raises:
+            DataError: as `example`.
+        """
+        return self.example({**row, **self.placeholder}, number)
 
     def example(self, row: Row, number: int) -> Example:
         """The example in a row.
@@ -332,7 +342,15 @@ _hub_task("webqs", _webqs_hub, "train - test", _webqs, _question, "exact_match")
 register_task(Task(name="multiple_choice", plain=_question))
 register_task(Task(name="continuation", plain=_continuation))
 _COMPLETION = "needs prompt and completion (strings)"
-register_task(Task(name="completion", plain=_completion, schema=_COMPLETION, metric="exact_match"))
+register_task(
+    Task(
+        name="completion",
+        plain=_completion,
+        schema=_COMPLETION,
+        metric="exact_match",
+        placeholder={"completion": "?"},
+    )
+)
 
 
 def find_task(name: str) -> Task:

@@ -294,6 +294,8 @@ def round_config(config: RunConfig, run: RunDirectory, clients: int) -> RoundCon
         max_change=section.max_change,
         validate_by=config.validation.by,
         validate_every=config.validation.every,
+        patience=config.validation.patience
+        and config.validation.patience * config.validation.every,
         optimizer=ServerOptimizer(section.optimizer, section.learning_rate, section.momentum),
         **_combining(config, run, clients),
         max_loss_rise=config.aggregation.max_loss_rise,

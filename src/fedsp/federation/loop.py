@@ -59,6 +59,7 @@ class RoundConfig:
     weighting: whether the mean weighs clients by their examples, or all alike.
     max_change: largest root mean square difference of an update from the broadcast, per number.
     validate_by, validate_every: who computes the validation loss, and every how many rounds.
+    patience: rounds without a lower validation loss after which no other one follows.
     optimizer, aggregator: how updates become one payload, and how the server applies it.
     max_loss_rise: bound of the acceptance check, as a share of the lowest validation loss so far.
     up, down: codecs of updates and of broadcasts.
@@ -73,6 +74,7 @@ class RoundConfig:
     max_change: float
     validate_by: Literal["server", "clients", "none"]
     validate_every: int = 1
+    patience: int | None = None
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     aggregator: Aggregator = field(default_factory=Aggregator)
     sampling_rate: float | None = None
@@ -124,7 +126,8 @@ def federate(
     validate: Validate,
     save: Save,
 ) -> RunState:
-    """Run the rounds that are left after `state` (None: all of them), and return the last state.
+    """Run the rounds that are left after `state` (None: all of them), until the settings' patience
+    is at its end, and return the last state.
 
     `save` is called after each round, before anything of the next one is sent. If clients validate,
     they report the loss of the payload that they received, so each payload is judged one round
@@ -143,6 +146,8 @@ def federate(
         loss = validate(payload) if settings.validate_by == "server" else None
         state = RunState(round=0, payload=payload, best=payload, best_round=0, best_loss=loss)
     for round in range(state.round + 1, settings.rounds + 1):
+        if settings.patience and round - 1 - state.best_round >= settings.patience:
+            break
         started = time.perf_counter()
         timer.seconds = 0.0
         sampled = _sample(register, settings, round)

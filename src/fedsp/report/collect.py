@@ -54,12 +54,14 @@ class Line:
 
 @dataclass(kw_only=True)
 class Section:
-    """A grid of a study, ready to be shown."""
+    """A grid of a study, ready to be shown; `runs` are all that are finished, those of choices that
+    validation does not prefer too."""
 
     title: str
     text: str
     tasks: list[str]
     lines: list[Line]
+    runs: list[Run]
     reference: str | None
     missing: list[str]
 
@@ -131,6 +133,7 @@ def _read_study(folder: Path, results: Results) -> None:
                     text=grid["text"],
                     tasks=tasks,
                     lines=lines,
+                    runs=present,
                     reference=reference,
                     missing=missing,
                 )
@@ -165,6 +168,7 @@ def _read_runs(folder: Path, results: Results) -> None:
                 text="",
                 tasks=list(dict.fromkeys(run.task for run in runs)),
                 lines=lines,
+                runs=runs,
                 reference=lines[0].method,
                 missing=[],
             )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedsp.audit.findings import read_found
 from fedsp.config import RunConfig
@@ -63,6 +63,16 @@ class Run:
             return "gathered at the server"
         alone = self.config.partition.clients == 1
         return "gathered at one owner" if alone else "stays with its owners"
+
+    @property
+    def role(self) -> Literal["federated", "client alone", "server alone", "other"]:
+        """Who trains: all clients; one of them; the server on its own examples while clients exist;
+        or nobody, or one party with all text."""
+        config = self.config
+        if config.asks_clients and self.entry.federated:
+            return "client alone" if config.round.only else "federated"
+        trains = self.entry.rounds and config.server.steps > 0
+        return "server alone" if config.partition.clients > 0 and trains else "other"
 
     def cost(self, side: str, name: str) -> float:
         """A figure that was measured of the "server" or a "client"; 0 where it was not. The

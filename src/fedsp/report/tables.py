@@ -42,6 +42,7 @@ class Table:
 def section_tables(section: Section) -> list[Table]:
     """All tables of a section, in the order in which they are read."""
     tables = [
+        benefit_table(section),
         score_table(section, "accuracy"),
         score_table(section, "answer_loss"),
         comparison_table(section),
@@ -115,6 +116,90 @@ def score_table(section: Section, figure: str) -> Table:
         note += " Where a task has no choices it is the exact match."
     title = "Accuracy, %" if accuracy else "Answer loss, nats per token"
     return _table(figure, title, [*section.tasks, *(["mean"] if several else [])], rows, note)
+
+
+def benefit_table(section: Section) -> Table | None:
+    """What federating is worth: each federated line against the better of the best client alone
+    and the best server alone; None where nobody was alone."""
+    rows = []
+    for line in section.lines:
+        if any(run.role != "federated" for run in line.all) or not line.all:
+            continue
+        figures = [_benefit(section, line, task) for task in line.runs]
+        if known := [figure for figure in figures if figure]:
+            rows.append((line, _benefit_entries(line, known)))
+    if not rows:
+        return None
+    note = (
+        "Benefit: accuracy less that of the best client alone or the server alone, whichever is"
+        " better; 95 % interval of a bootstrap over questions and seeds. The best client is the one"
+        " with the highest score on the test questions, which favours it. Means over tasks and"
+        " seeds."
+    )
+    columns = [
+        "federation benefit, points",
+        "accuracy, %",
+        "best client alone, %",
+        "clients alone, mean, %",
+        "worst client alone, %",
+        "server alone, %",
+    ]
+    return _table("benefit", "Federation benefit", columns, rows, note)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Benefit:
+    """One task's runs of a federated line, of each client alone, best first, of the server alone
+    (those of its best method), and the scores of the first and of the best rival."""
+
+    line: list[Run]
+    clients: list[list[Run]]
+    server: list[Run]
+    scores: tuple[Scores, Scores]
+
+
+def _benefit(section: Section, line: Line, task: str) -> _Benefit | None:
+    alone: dict[str, dict[tuple[str, ...], list[Run]]] = {"client alone": {}, "server alone": {}}
+    for run in section.runs:
+        here = (run.task, run.model, run.partition) == (task, line.model, line.partition)
+        if here and run.role in alone:
+            alone[run.role].setdefault(run.cell, []).append(run)
+    clients, servers = (sorted(some.values(), key=_score, reverse=True) for some in alone.values())
+    rivals = sorted([*clients[:1], *servers[:1]], key=_score, reverse=True)
+    scores = paired_scores(line.runs[task], rivals[0], Run.right) if rivals else None
+    if scores is None:
+        return None
+    server = servers[0] if servers else []
+    return _Benefit(line=line.runs[task], clients=clients, server=server, scores=scores)
+
+
+def _score(runs: Sequence[Run]) -> float:
+    return statistics.fmean(run.score for run in runs)
+
+
+def _benefit_entries(line: Line, tasks: Sequence[_Benefit]) -> list[Entry]:
+    found = paired_difference([task.scores for task in tasks])
+    mean, low, high = (f"{100 * value:+.1f}" for value in (found.mean, found.low, found.high))
+    keys = {run.key for task in tasks for runs in task.clients for run in runs}
+    keys |= {run.key for task in tasks for run in task.server}
+    own = Entry(f"{mean} [{low}, {high}]", 100 * found.mean, (*line.keys, *sorted(keys)))
+
+    def over_tasks(groups: Sequence[list[list[Run]]]) -> Entry:
+        if not all(groups):
+            return Entry("-")
+        mean = statistics.fmean(statistics.fmean(map(_score, runs)) for runs in groups)
+        keys = tuple(run.key for group in groups for runs in group for run in runs)
+        return Entry(f"{100 * mean:.1f}", 100 * mean, keys)
+
+    return [
+        Entry(line.label),
+        own,
+        over_tasks([[task.line] for task in tasks]),
+        over_tasks([task.clients[:1] for task in tasks]),
+        over_tasks([task.clients for task in tasks]),
+        over_tasks([task.clients[-1:] for task in tasks]),
+        over_tasks([[task.server] if task.server else [] for task in tasks]),
+    ]
 
 
 def paired_scores(

@@ -1,0 +1,136 @@
+"""Adaptation of a finished run's global model to what its auxiliary model has learned, without
+labels (`fedsp.training.server_adaptation`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsp.data.encoding import Encoded, encode_pairs, encode_texts
+from fedsp.data.files import read_rows
+from fedsp.data.tasks import Example
+from fedsp.errors import ConfigurationError, DataError
+from fedsp.experiments.server_setup import score_test
+from fedsp.experiments.start import OpenRun, answers_of, open_run, require_new
+from fedsp.federation.callbacks import Callbacks
+from fedsp.models.adapter import Adapter, AdapterSettings, export_lora
+from fedsp.training.answers import Answering, Answers, Side
+from fedsp.training.server_adaptation import Adaptation, adapt, divergence, lessons, write
+
+FEWEST = 10
+"""Questions that an adaptation needs; a tenth of them is held out."""
+LONGEST_ANSWER = 8
+"""Tokens of an answer that the teacher writes, where a question has no choices."""
+
+
+def adapt_run(
+    folder: str | Path,
+    questions: str | Path,
+    to: str | Path,
+    settings: Adaptation,
+    *,
+    answers: Answering = "mean",
+    weight: float = 1.0,
+    callbacks: Callbacks | None = None,
+) -> dict[str, Any]:
+    """Train low-rank adapters in all layers of a run's global model to answer `questions`, a file
+    in the form of the run's task whose labels are not read, as the run's models answer them
+    together; write them to `to` as a PEFT LoRA adapter if they are better than what the run tuned.
+    Better means a lower loss on the run's validation questions or, where it has none, answers
+    closer to the teacher's on a tenth of the questions, held out.
+
+    Returns whether they were `kept`, that `measure` `before` and `after`, and the figures of the
+    test questions, if the run has any: with what it tuned, by the teacher, and after.
+
+    Raises:
+        RunError: there is no run, it has no auxiliary model, or `to` is in use.
+        ConfigurationError: the teacher would be the global model alone.
+        DataError: there are too few questions, or one cannot be used.
+        TrainingDiverged: a loss is not finite.
+    """
+    require_new(Path(to))
+    if answers == "global":
+        raise ConfigurationError(
+            "answers = 'global': the global model is its own teacher; choose mean, proxy or"
+            " auxiliary"
+        )
+    callbacks = callbacks or Callbacks()
+    run = open_run(folder)
+    dataset, seed = run.server.dataset, run.directory.config.seed
+    teacher, tuned = answers_of(run, answers, weight), run.side()
+    asked = [dataset.task.question(row, n) for n, row in enumerate(read_rows(Path(questions)))]
+    if len(asked) < FEWEST:
+        raise DataError(f"{questions} has {len(asked)} questions: give at least {FEWEST}")
+    taught = lessons(teacher, _answered(run, asked, teacher), settings.temperature)
+    callbacks.info(f"the teacher has answered {len(asked)} questions")
+    held_out, taught = taught[: len(taught) // 10], taught[len(taught) // 10 :]
+    validation = dataset.validation[: run.directory.config.validation.examples]
+
+    def measure(answering: Side) -> float:
+        if validation:
+            return _figures(run, answering, validation)["answer_loss"]
+        with torch.no_grad():
+            return float(divergence(answering, held_out, settings.temperature))
+
+    def test(answering: Answers) -> dict[str, float]:
+        return _figures(run, answering, dataset.test) if dataset.test else {}
+
+    before, test_before, test_teacher = measure(tuned), test(tuned), test(teacher)
+    student = _student(run)
+    adapt(run.model, student, taught, settings, seed=seed)
+    adapted = Side(run.model, lambda: None)
+    after = measure(adapted)
+    if after < before:
+        export_lora(student, run.model, Path(to))
+    return {
+        "kept": after < before,
+        "measure": "validation loss" if validation else "divergence from the teacher",
+        "before": before,
+        "after": after,
+        "test_before": test_before,
+        "test_teacher": test_teacher,
+        "test_after": test(adapted),
+        "questions": len(asked),
+    }
+
+
+def _figures(run: OpenRun, answers: Answers, examples: list[Example]) -> dict[str, float]:
+    server = run.server
+    return score_test(
+        run.model,
+        None,
+        examples,
+        server.dataset.task,
+        server.tokenizer,
+        server.max_tokens,
+        answers,
+    )[0]
+
+
+def _answered(run: OpenRun, asked: Sequence[Example], teacher: Answers) -> list[Encoded]:
+    """Every choice of the questions or, where they have none, what the teacher writes behind
+    them."""
+    server = run.server
+    if server.dataset.task.metric == "accuracy":
+        pairs = [(example.context, choice) for example in asked for choice in example.choices]
+        return encode_pairs(server.tokenizer, pairs, server.max_tokens)
+    room = min(teacher.room(), server.max_tokens) - LONGEST_ANSWER
+    contexts = encode_texts(server.tokenizer, [example.context for example in asked])
+    texts = [tuple(ids[-room:]) for ids in contexts if ids]
+    written = write(teacher, texts, LONGEST_ANSWER, server.tokenizer.eos_token_id)
+    return [row for row in written if len(row.ids) > row.start]
+
+
+def _student(run: OpenRun) -> Adapter:
+    """Adapters in all layers of the global model, which is as it was before the run; where the run
+    tuned adapters, they begin with those numbers."""
+    run.prefix(zero_shot=True)
+    section, layers = run.directory.config.messenger, range(run.model.shape.layers)
+    settings = AdapterSettings(rank=section.rank, alpha=section.alpha, train_first=True)
+    student = Adapter(run.model, layers, layers, settings, seed=run.directory.config.seed)
+    start = student.payload()
+    student.load(start | {name: run.best[name] for name in start if name in run.best})
+    return student
