@@ -24,9 +24,8 @@ from fedsp.errors import PrivacyError, StorageError
 from fedsp.experiments.build import Federation, build_federation
 from fedsp.experiments.costs import measure
 from fedsp.experiments.privacy_statement import STATEMENT, privacy_statement
-from fedsp.experiments.redistillation import redistilling
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import Server, open_server, score_test
+from fedsp.experiments.server_setup import Server, open_server, redistilling, score_test
 from fedsp.federation.aggregation.mean import ServerOptimizer
 from fedsp.federation.aggregation.private import DPAggregator
 from fedsp.federation.aggregation.robust import Robust

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example, Task
 from fedsp.errors import AuxiliaryError, DataError, PromptError
 from fedsp.experiments.plan import model_name
+from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import prompt_spec
+from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import (
     MANIFEST,
@@ -252,6 +255,52 @@ def fit_auxiliary(
         progress=progress,
         around=around,
     )
+
+
+def redistilling(
+    transport: Transport,
+    server: Server,
+    auxiliary: AuxiliaryModel,
+    run: RunDirectory,
+    info: Callable[[str], None],
+) -> Transport:
+    """A transport that, in round `distill.again_every` + 1 and every so many rounds after it, first
+    distils again, with the current prompt in front of both models; a package that a client does not
+    have yet counts as bytes sent down to it. It always starts from the first auxiliary model, so a
+    resumed run is bit-identical."""
+    every = server.config.distill.again_every
+    package = auxiliary.weights()
+    fitted_in = 1
+    has = {
+        client: made_for(line["round"], every) for line in run.records() for client in line["asked"]
+    }  # which package each client had when it was last asked
+
+    def asking(requests: list[Request]) -> Iterable[Update | Failure]:
+        nonlocal fitted_in
+        round = requests[0].round
+        due = made_for(round, every)
+        if due > fitted_in:
+            auxiliary.load_weights(package)
+            around = read_prompt(run.path / "prompts" / f"round-{due - 1:05d}.safetensors")
+            fit_auxiliary(server, auxiliary, around=around.to(server.model.device))
+            fitted_in = due
+            info(
+                f"round {round}: the package was distilled again around the prompt of round"
+                f" {due - 1}"
+            )
+        new = {request.client for request in requests if has.get(request.client, 1) < due}
+        has.update({request.client: due for request in requests})
+        for reply in transport(requests):
+            yield replace(
+                reply, bytes_down=reply.bytes_down + (auxiliary.bytes if reply.client in new else 0)
+            )
+
+    return asking
+
+
+def made_for(round: int, every: int) -> int:
+    """The round for which the package of a round was made."""
+    return round - (round - 1) % every
 
 
 def initial_prompt(server: Server) -> SoftPrompt:
