@@ -345,7 +345,7 @@ def adapt(
     questions: str | Path,
     to: str | Path,
     *,
-    answers: Answering = "mean",
+    answers: Answering | None = None,
     weight: float = 1.0,
     steps: int = 300,
     batch_size: int = 16,

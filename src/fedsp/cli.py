@@ -412,8 +412,12 @@ def adapt(
     ],
     output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")],
     answers: Annotated[
-        str, typer.Option(help="The teacher: mean, proxy or auxiliary, as in `fedsp generate`.")
-    ] = "mean",
+        Optional[str],
+        typer.Option(
+            help="The teacher: mean, proxy or auxiliary, as in `fedsp generate`; none: the one that"
+            " validation prefers."
+        ),
+    ] = None,
     weight: Annotated[float, typer.Option(help="Weight of proxy answers.")] = 1.0,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers per step.")] = 16,
@@ -424,8 +428,8 @@ def adapt(
     json_file: Json = None,
 ) -> None:
     """Bring more of what the auxiliary model has learned into the global model, at the server and
-    without labels: adapters in all of its layers, which learn to answer as both models do together.
-    They are written as a PEFT adapter where validation says that they are better."""
+    without labels: adapters in all of its layers learn to answer as a teacher does, such as both
+    models together. They are written as a PEFT adapter if validation says that they are better."""
     from fedsp import api as commands
     from fedsp.report.console import Display, figures_table
 
@@ -443,7 +447,10 @@ def adapt(
             callbacks=display.callbacks(),
         )
         display.print(figures_table("Adaptation", figures))
-    better = f"{figures['measure']} {figures['before']:.4g} -> {figures['after']:.4g}"
+    better = (
+        f"{figures['measure']} {figures['before']:.4g} -> {figures['after']:.4g}, taught by"
+        f" {figures['teacher']}"
+    )
     typer.echo(
         f"{output} is a PEFT adapter (LORA): {better}"
         if figures["kept"]

@@ -13,12 +13,13 @@ import torch
 from fedsp import api as commands
 from fedsp.data.encoding import Encoded
 from fedsp.errors import ConfigurationError, DataError, RunError
+from fedsp.experiments.adaptation import TEACHERS
 from fedsp.experiments.server_setup import score_test
-from fedsp.experiments.start import answers_of, open_run
+from fedsp.experiments.start import OpenRun, answers_of, open_run
 from fedsp.models.adapter import Adapter, AdapterSettings
 from fedsp.models.prompted_lm import PromptedLM, continue_text
 from fedsp.training import server_adaptation
-from fedsp.training.answers import Side
+from fedsp.training.answers import Answers, Side
 from fedsp.training.loop import Optimisation
 from fedsp.training.server_adaptation import Adaptation, adapt, divergence, lessons, write
 from support.small_runs import ROWS, settings
@@ -114,6 +115,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(commands.run(values)["folder"])
 
 
+def validation_of(opened: OpenRun, answers: Answers) -> float:
+    server, dataset = opened.server, opened.server.dataset
+    examples, task = dataset.validation, dataset.task
+    figures, _ = score_test(
+        opened.model, None, examples, task, server.tokenizer, server.max_tokens, answers
+    )
+    return figures["answer_loss"]
+
+
 def asked(folder: Path, count: int = 40, **label: Any) -> Path:
     path = folder / "asked.jsonl"
     keep = [{key: row[key] for key in ("question", "choices")} | label for row in ROWS[:count]]
@@ -132,22 +142,17 @@ def test_an_adaptation_is_kept_where_validation_falls_and_reads_no_label(
     assert figures["before"] == pytest.approx(
         commands.evaluate(run, split="validation")[1]["answer_loss"], abs=1e-5
     )
+    opened = open_run(run)
+    losses = {who: validation_of(opened, answers_of(opened, who, 1.0)) for who in TEACHERS}
+    assert losses[figures["teacher"]] == min(losses.values())
     labelled = commands.adapt(run, asked(tmp_path, answer=3), tmp_path / "other", **how)
     assert labelled == figures, "a label, right or wrong, changes nothing"
     peft = pytest.importorskip("peft", reason="PEFT comes with the study extra")
-    opened = open_run(run)
-    server, dataset = opened.server, opened.server.dataset
     peft.PeftModel.from_pretrained(opened.model.model, tmp_path / "lora")  # in place
     opened.prefix(zero_shot=True)
-    read, _ = score_test(
-        opened.model,
-        None,
-        dataset.validation,
-        dataset.task,
-        server.tokenizer,
-        server.max_tokens,
+    assert validation_of(opened, Side(opened.model, lambda: None)) == pytest.approx(
+        figures["after"], abs=1e-5
     )
-    assert read["answer_loss"] == pytest.approx(figures["after"], abs=1e-5)
 
 
 def test_what_is_not_better_is_not_written(run: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fedsp.models.adapter import Adapter, AdapterSettings, export_lora
 from fedsp.training.answers import Answering, Answers, Side
 from fedsp.training.server_adaptation import Adaptation, adapt, divergence, lessons, write
 
+TEACHERS: tuple[Answering, ...] = ("mean", "proxy", "auxiliary")
 FEWEST = 10
 """Questions that an adaptation needs; a tenth of them is held out."""
 LONGEST_ANSWER = 8
@@ -32,18 +33,20 @@ def adapt_run(
     to: str | Path,
     settings: Adaptation,
     *,
-    answers: Answering = "mean",
+    answers: Answering | None = None,
     weight: float = 1.0,
     callbacks: Callbacks | None = None,
 ) -> dict[str, Any]:
     """Train low-rank adapters in all layers of a run's global model to answer `questions`, a file
-    in the form of the run's task whose labels are not read, as the run's models answer them
-    together; write them to `to` as a PEFT LoRA adapter if they are better than what the run tuned.
-    Better means a lower loss on the run's validation questions or, where it has none, answers
-    closer to the teacher's on a tenth of the questions, held out.
+    in the form of the run's task whose labels are not read, as a teacher answers them; write them
+    to `to` as a PEFT LoRA adapter if they are better than what the run tuned. Better means a lower
+    loss on the run's validation questions or, where it has none, answers closer to the teacher's on
+    a tenth of the questions, held out.
 
-    Returns whether they were `kept`, that `measure` `before` and `after`, and the figures of the
-    test questions, if the run has any: with what it tuned, by the teacher, and after.
+    `answers` is the teacher; None: the one with the lowest loss on those validation questions or,
+    where there are none, the mean of both models. Returns who it was, whether the adapters were
+    `kept`, that `measure` `before` and `after`, and the figures of the test questions, if the run
+    has any: with what it tuned, by the teacher, and after.
 
     Raises:
         RunError: there is no run, it has no auxiliary model, or `to` is in use.
@@ -60,14 +63,14 @@ def adapt_run(
     callbacks = callbacks or Callbacks()
     run = open_run(folder)
     dataset, seed = run.server.dataset, run.directory.config.seed
-    teacher, tuned = answers_of(run, answers, weight), run.side()
+    validation = dataset.validation[: run.directory.config.validation.examples]
+    tuned, (taught_by, teacher) = run.side(), _teacher(run, answers, weight, validation)
     asked = [dataset.task.question(row, n) for n, row in enumerate(read_rows(Path(questions)))]
     if len(asked) < FEWEST:
         raise DataError(f"{questions} has {len(asked)} questions: give at least {FEWEST}")
     taught = lessons(teacher, _answered(run, asked, teacher), settings.temperature)
     callbacks.info(f"the teacher has answered {len(asked)} questions")
     held_out, taught = taught[: len(taught) // 10], taught[len(taught) // 10 :]
-    validation = dataset.validation[: run.directory.config.validation.examples]
 
     def measure(answering: Side) -> float:
         if validation:
@@ -86,6 +89,7 @@ def adapt_run(
     if after < before:
         export_lora(student, run.model, Path(to))
     return {
+        "teacher": taught_by,
         "kept": after < before,
         "measure": "validation loss" if validation else "divergence from the teacher",
         "before": before,
@@ -95,6 +99,20 @@ def adapt_run(
         "test_after": test(adapted),
         "questions": len(asked),
     }
+
+
+def _teacher(
+    run: OpenRun, answers: Answering | None, weight: float, validation: list[Example]
+) -> tuple[Answering, Answers]:
+    """The teacher, and what it is called."""
+    if answers or not validation:
+        named = answers or "mean"
+        return named, answers_of(run, named, weight)
+    teachers = {named: answers_of(run, named, weight) for named in TEACHERS}
+    best = min(
+        TEACHERS, key=lambda named: _figures(run, teachers[named], validation)["answer_loss"]
+    )
+    return best, teachers[best]
 
 
 def _figures(run: OpenRun, answers: Answers, examples: list[Example]) -> dict[str, float]:
