@@ -63,6 +63,7 @@ def settings(folder: Path, length: int, clients: int, rounds: int) -> dict[str, 
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
     return {
+        "preset": "prompt",
         "output": str(folder / "run"),
         "model": {"name": str(folder.parent / "model"), "device": "cpu"},
         "data": {"task": "continuation", "train": str(folder / "train.jsonl"), "max_tokens": 32},

@@ -41,6 +41,7 @@ def settings(reference: Path, folder: Path, seed: int, server: str, clients: str
     data = reference / "data" / "qa" / "arc_easy"
     books = ("openstax-physics", "openstax-chemistry-bundle", "openstax-microbiology")
     return {
+        "preset": "prompt",
         "seed": seed,
         "output": str(folder / f"{server}-{clients}-{seed}"),
         "model": {

@@ -84,6 +84,7 @@ def settings(reference: Path, folder: str, seed: int, partition: str) -> dict[st
     data = reference / "data" / "qa" / "arc_easy"
     books = ("openstax-physics", "openstax-chemistry-bundle", "openstax-microbiology")
     return {
+        "preset": "prompt",
         "seed": seed,
         "output": folder,
         "model": {"name": str(reference / "models" / "tiny-science"), "device": "cpu"},

@@ -40,6 +40,7 @@ def settings(folder: Path, clients: int, asked: int, rounds: int, **changes: Any
     questions = [{**rows[index % len(rows)], "id": str(index)} for index in range(4 * clients)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     return {
+        "preset": "prompt",
         "output": str(folder / "run"),
         "model": {"name": "embedded", "device": "cpu"},
         "data": {

@@ -26,6 +26,7 @@ def stop(*_): raise Done
 rows = {split: str(EMBEDDED / f"{split}.jsonl") for split in ("train", "validation")}
 try:
     commands.run({
+        "preset": "prompt",
         "output": sys.argv[1],
         "model": {"name": "embedded"},
         "data": {"task": "continuation", **rows},

@@ -28,7 +28,7 @@ QUICK = [
     "client.prompt_steps=1",
     "distill.steps=2",
     "distill.sequence_length=32",
-    "prompt.length=4",
+    "messenger.rank=4",
     f"data.train={EMBEDDED / 'validation.jsonl'}",
     f"data.test={EMBEDDED / 'validation.jsonl'}",
     f'distill.text=["{EMBEDDED / "public.txt"}"]',
@@ -60,7 +60,7 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
     assert fedsp("init", config)[0] == 0
     code, out, _ = fedsp("plan", config, *QUICK, "--json", tmp_path / "plan.json")
     assert code == 0 and "global / auxiliary" in out
-    assert json.loads((tmp_path / "plan.json").read_text())["layers"] == [0, 1, 4, 4, 4, 4, 6, 7]
+    assert json.loads((tmp_path / "plan.json").read_text())["layers"] == [0, 2, 4, 6, 7]
     code, out, error = fedsp(
         "run", config, *QUICK, f"output={run}", "--json", tmp_path / "run.json"
     )
@@ -76,7 +76,7 @@ def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: igno
     assert figures["test"]["examples"] == 200 and figures["bytes_up"] == figures["bytes_down"] > 0
     code, out, _ = fedsp("evaluate", run, "--json", tmp_path / "e.json")
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
-    assert code == 0 and [row["prompt"] for row in rows] == ["zero-shot", "tuned prompt"]
+    assert code == 0 and [row["prompt"] for row in rows] == ["zero-shot", "tuned weights"]
     assert rows[1]["accuracy"] == figures["test"]["accuracy"] and "zero-shot" in out
     code, out, _ = fedsp("generate", run, "Question: The town of", "--tokens", "3")
     assert code == 0 and out.startswith("Question: The town of")
@@ -205,7 +205,7 @@ def test_figures_go_through_links_and_into_pipes(fedsp, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["prompt.init_text=" + "A long text. " * 40], "File name too long"),
+        (["preset=prompt", "prompt.init_text=" + "A long text. " * 40], "File name too long"),
         (["data.train=" + "x" * 400], "File name too long"),
         (["output=" + "x" * 400], "File name too long"),
         (['data.train="a\\u0000b"'], "data.train: it contains a NUL character"),
@@ -260,7 +260,7 @@ def test_words_that_are_no_text_are_a_sentence(fedsp, tmp_path: Path) -> None:  
         (["evaluate", "nowhere"], "nowhere holds no run"),
         (["list", "nowhere"], "there is no folder nowhere"),
         (["init", "x.toml", "--preset", "papr"], "unknown preset 'papr'; did you mean 'paper'?"),
-        (["init", "x.toml", "--preset", "zzz"], "known: paper, messenger"),
+        (["init", "x.toml", "--preset", "zzz"], "known: paper, prompt, messenger"),
     ],
 )
 def test_bad_input_is_a_sentence_and_exit_code_2(  # type: ignore[no-untyped-def]
@@ -334,6 +334,6 @@ def test_a_plan_of_a_known_shape_answers_without_torch_and_with_the_same_figures
     assert json.loads((tmp_path / "plan.json").read_text()) == counted
     kept.write_text("{")
     assert commands.plan(values) == counted, "a damaged count is made again"
-    other = commands.plan(values, overrides=["auxiliary.plan=ends(1)", "prompt.length=32"])
+    other = commands.plan(values, overrides=["auxiliary.plan=ends(1)", "messenger.rank=32"])
     assert other["layers"] != counted["layers"]
     assert len(list(kept.parent.iterdir())) == 2, "another shape"

@@ -34,11 +34,18 @@ def test_presets_fill_in_and_what_is_written_wins() -> None:
         and paper.distill.text == ["server"]
         and paper.server_share == pytest.approx(1 / 11)
     )
-    messenger = make_config(SMALL)
-    assert (messenger.prompt.space, messenger.auxiliary.plan, messenger.client.auxiliary_steps) == (
+    prompt = make_config({**SMALL, "preset": "prompt"})
+    assert (prompt.prompt.space, prompt.auxiliary.plan, prompt.client.auxiliary_steps) == (
         "residual",
         "ends(2)",
         0,
+    )
+    assert prompt.messenger.kind == "prompt" and prompt.client.learning_rate == 3e-2
+    messenger = make_config(SMALL)
+    assert (messenger.messenger.kind, messenger.auxiliary.plan, messenger.client.learning_rate) == (
+        "adapter",
+        "emulator(1, 3)",
+        5e-3,
     )
     assert messenger.server.steps == 0 and messenger.server_share == 0
 
@@ -88,6 +95,10 @@ def test_all_faults_at_once_with_suggestions() -> None:
             "prompt.init_text: prompt.init = 'text' needs a text",
         ),
         ({**SMALL, "preset": "papre"}, "preset: Input should be"),
+        (
+            {**SMALL, "round": {"optimizer": "line_search"}, "validation": {"by": "none"}},
+            "round.optimizer: a line search compares validation losses at the server",
+        ),
         ({**SMALL, "round": 3}, "round: Input should be a valid dictionary"),
     ],
 )
@@ -95,6 +106,25 @@ def test_what_no_key_can_say_alone(values: dict[str, object], sentence: str) -> 
     with pytest.raises(ConfigurationError) as caught:
         make_config(values)
     assert sentence in str(caught.value)
+
+
+def test_defaults_suit_what_is_tuned() -> None:
+    rates = {
+        kind: make_config({**SMALL, "messenger": {"kind": kind}}).client.learning_rate
+        for kind in ("prompt", "adapter", "layers", "prompt+adapter")
+    }
+    assert rates == {"prompt": 3e-2, "adapter": 5e-3, "layers": 1e-3, "prompt+adapter": 5e-3}
+    own = make_config({**SMALL, "messenger": {"kind": "layers"}, "client": {"learning_rate": 0.5}})
+    assert (own.client.learning_rate, own.server.learning_rate) == (0.5, 1e-3)
+    baseline = make_config({**SMALL, "method": "fedprompt", "prompt": {"length": 5}})
+    assert (baseline.messenger.kind, baseline.client.learning_rate) == ("prompt", 3e-2)
+    with pytest.raises(
+        ConfigurationError, match=r"prompt\.length: by default adapters travel and no soft prompt"
+    ):
+        make_config({**SMALL, "prompt": {"length": 5}})
+    described = make_config({**SMALL, "messenger": {"kind": "prompt"}, "prompt": {"length": 5}})
+    assert described.prompt.length == 5
+    assert make_config(make_config(SMALL).model_dump(exclude_none=True)) == make_config(SMALL)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -154,12 +184,12 @@ def test_overrides_are_toml_and_paths_follow_the_file(tmp_path: Path) -> None:
         '[model]\nname = "embedded"\n[data]\ntrain = "train.jsonl"\n[distill]\ntext = ["a.txt"]\n'
     )
     read = read_config(
-        path, ["round.rounds=5", "auxiliary.plan=[0, 0, 3]", "prompt.init=normal", "seed=7"]
+        path, ["round.rounds=5", "auxiliary.plan=[0, 0, 3]", "distill.steps=9", "seed=7"]
     )
-    assert (read.round.rounds, read.auxiliary.plan, read.prompt.init, read.seed) == (
+    assert (read.round.rounds, read.auxiliary.plan, read.distill.steps, read.seed) == (
         5,
         [0, 0, 3],
-        "normal",
+        9,
         7,
     )
     assert read.data.train == str(tmp_path / "train.jsonl")

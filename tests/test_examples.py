@@ -37,7 +37,7 @@ def test_a_method_needs_no_language_model() -> None:
 @pytest.mark.recipe
 def test_a_whole_federation(tmp_path: Path) -> None:
     accuracy = example("federation").main(tmp_path)
-    assert accuracy["tuned prompt"] > accuracy["zero-shot"]
+    assert accuracy["tuned weights"] > accuracy["zero-shot"] + 0.05
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 

@@ -393,6 +393,25 @@ def test_an_aggregate_that_is_thrown_away_leaves_no_momentum() -> None:
     )
 
 
+def test_a_line_search_validates_each_length_once_and_its_choice_is_broadcast() -> None:
+    asked: list[float] = []
+
+    def loss(payload: Payload) -> float:
+        asked.append(float(payload[PROMPT][0]))
+        return abs(asked[-1] - 0.21)
+
+    transport: Any = lambda requests: [
+        reply("a", {PROMPT: requests[0].payload[PROMPT] + 0.1}, requests[0].round)
+    ]
+    settings = replace(
+        RULES, rounds=1, validate_by="server", optimizer=ServerOptimizer("line_search")
+    )
+    (state,) = rounds_of(settings, transport, {"a": 1}, loss)
+    assert asked == pytest.approx([0.0, 0.1, 0.15, 0.2, 0.3])
+    assert torch.allclose(state.payload[PROMPT], torch.full((400,), 0.2))
+    assert state.best_loss == pytest.approx(0.01, abs=1e-6) and state.best is state.payload
+
+
 def test_a_file_is_replaced_in_one_step_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

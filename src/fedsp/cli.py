@@ -77,7 +77,10 @@ def demo(
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("run.toml"),
     preset: Annotated[
-        str, typer.Option(help="messenger, or paper for FedSP exactly as published.")
+        str,
+        typer.Option(
+            help="messenger; prompt, for a soft prompt; or paper, FedSP exactly as published."
+        ),
     ] = "messenger",
 ) -> None:
     """Write a commented run.toml with every key of a run and its default."""

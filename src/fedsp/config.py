@@ -236,8 +236,9 @@ class RoundSection(Section):
     max_change: Rate = 1.0
     """largest accepted difference of an update from the broadcast prompt, root mean square over its
     numbers"""
-    optimizer: Literal["none", "momentum"] = "none"
-    """server optimizer; none: the aggregate is the new prompt; momentum: FedAvgM"""
+    optimizer: Literal["none", "momentum", "line_search"] = "none"
+    """server optimizer; none: the aggregate is what is broadcast next; momentum: FedAvgM;
+    line_search: the mean update 1, 1.5, 2 or 3 times, whichever has the lowest validation loss"""
     learning_rate: LearningRate = 1.0
     """server learning rate of FedAvgM"""
     momentum: Share = 0.9
@@ -257,7 +258,8 @@ class ClientSection(Section):
     prompt_steps: Count
     """stage 2 of a round: steps on the prompt with the auxiliary model frozen"""
     learning_rate: LearningRate
-    """learning rate of AdamW on the prompt"""
+    """learning rate of AdamW on what is tuned: about 3e-2 for a prompt, 5e-3 for adapters, 1e-3 for
+    whole layers"""
     auxiliary_learning_rate: LearningRate = 5e-4
     """learning rate of AdamW on the auxiliary model"""
     weight_decay: Decay
@@ -438,9 +440,10 @@ class FederationSection(Section):
 class RunConfig(Section):
     """A whole run: `run.toml`."""
 
-    preset: Literal["messenger", "paper"] = "messenger"
-    """defaults of all other keys; messenger: what fedsp recommends; paper: the settings of the
-    FedSP paper and its authors' code"""
+    preset: Literal["messenger", "prompt", "paper"] = "messenger"
+    """defaults of all other keys; messenger: what fedsp recommends, adapters; prompt: what it
+    recommends where a soft prompt travels; paper: the settings of the FedSP paper and its authors'
+    code"""
     profile: Literal["plain", "robust", "dp-example", "dp-client"] = "plain"
     """a set of protections; plain: none; robust: against malicious clients; dp-example, dp-client:
     differential privacy (docs/explanation/security.md)"""
@@ -504,6 +507,11 @@ class RunConfig(Section):
             raise ValueError(
                 "attack.kind: attacks are simulated, and the clients of a [federation] are real;"
                 " set it to 'none'"
+            )
+        if round.optimizer == "line_search" and self.validation.by != "server":
+            raise ValueError(
+                "round.optimizer: a line search compares validation losses at the server; set"
+                " validation.by to 'server', or round.optimizer to 'none' or 'momentum'"
             )
         if self.aggregation.max_loss_rise is not None and self.validation.by != "server":
             raise ValueError(

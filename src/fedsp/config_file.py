@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from fedsp.config import PartyConfig, RunConfig, Section
 from fedsp.errors import ConfigurationError, did_you_mean, first_line
-from fedsp.federation.methods.registry import find_method
+from fedsp.federation.methods.registry import find_method, methods
 
 REGISTER = "register.toml"
 
@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "server": {"steps": 10, "learning_rate": 5e-4, "weight_decay": 0.01},
     },
-    "messenger": {
+    "prompt": {
         "auxiliary": {"plan": "ends(2)"},
         "distill": {"steps": 500, "text": [], "learning_rate": 1e-3},
         "prompt": {"space": "residual", "length": 16, "init": "text"},
@@ -55,6 +55,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "server": {"steps": 0, "learning_rate": 3e-2, "weight_decay": 0.0},
     },
 }
+"""Defaults of keys, as a set; `docs/explanation/presets.md` compares them. `paper` holds the
+paper's settings, `prompt` those that we found for a soft prompt, and `messenger`, below, what we
+found to carry most to the global model."""
+PRESETS["messenger"] = {
+    **PRESETS["prompt"],
+    "auxiliary": {"plan": "emulator(1, 3)"},
+    "messenger": {"kind": "adapter", "rank": 64, "alpha": 128.0, "train_first": True},
+    "client": {**PRESETS["prompt"]["client"], "prompt_steps": 10, "learning_rate": 5e-3},
+    "server": {**PRESETS["prompt"]["server"], "learning_rate": 5e-3},
+}
+RATES = {"prompt": 3e-2, "adapter": 5e-3, "prompt+adapter": 5e-3, "layers": 1e-3}
+"""Default learning rate of the preset `messenger`, by what is tuned."""
 
 
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {
@@ -84,13 +96,14 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 
 def make_config(values: Mapping[str, Any], source: str = "the configuration") -> RunConfig:
     """A checked configuration from nested values, the profile filled in underneath, and the preset
-    below that.
+    below that. A baseline has no messenger of its own choice: under the preset `messenger` it has
+    the defaults of `prompt`.
 
     Raises:
         ConfigurationError: every fault at once, one line each, with a suggestion for each unknown
             key.
     """
-    preset = PRESETS.get(str(values.get("preset", "messenger")), {})
+    preset = _preset(values)
     profile = PROFILES.get(str(values.get("profile", "plain")), {})
     filled: dict[str, Any] = {
         **{name: {} for name, field in RunConfig.model_fields.items() if field.is_required()},
@@ -104,10 +117,40 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
                 filled[section].pop("epsilon", None)
     config = validated(RunConfig, filled, source)
     try:
+        _check_prompt(config, values)
         _check_method(config)
     except ValueError as error:
         raise ConfigurationError(f"{source} has 1 fault:\n  {error}") from error
     return config
+
+
+def _preset(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The defaults that the preset of a configuration gives it."""
+    name = str(values.get("preset", "messenger"))
+    if name != "messenger":
+        return PRESETS.get(name, {})
+    entry = next(
+        (entry for entry in methods() if entry.name == values.get("method", "fedsp")), None
+    )
+    if entry and not entry.deployable:
+        return PRESETS["prompt"]
+    own, given = PRESETS["messenger"], values.get("messenger", {})
+    kind = given.get("kind") if isinstance(given, Mapping) else None
+    if not isinstance(kind, str) or kind not in RATES:
+        return own
+    rate = {"learning_rate": RATES[kind]}
+    return {**own, "client": own["client"] | rate, "server": own["server"] | rate}
+
+
+def _check_prompt(config: RunConfig, values: Mapping[str, Any]) -> None:
+    """Raises ValueError where a soft prompt is described, and only the preset says that none
+    travels."""
+    chosen = "kind" in values.get("messenger", {})
+    if values.get("prompt") and not chosen and config.messenger.kind == "adapter":
+        raise ValueError(
+            f"prompt.{next(iter(values['prompt']))}: by default adapters travel and no soft prompt;"
+            " set preset = 'prompt', or messenger.kind, or leave [prompt] out"
+        )
 
 
 def _check_method(config: RunConfig) -> None:

@@ -140,7 +140,7 @@ def test_a_server_optimizer_is_its_paper_s(kind: str) -> None:
     state: Payload = {}
     value, momentum = [1.0, -2.0], [0.0, 0.0]
     for mean in ([3.0, -2.5], [0.0, 1.0], [2.0, 2.0]):
-        stepped, state = optimizer.step(sent, {"a": torch.tensor(mean)}, state)
+        stepped, state = optimizer.step(sent, {"a": torch.tensor(mean)}, state, lambda _: 0.0)
         for place in range(2):
             momentum[place] = 0.8 * momentum[place] + mean[place] - value[place]
             value[place] = (
@@ -154,6 +154,22 @@ def test_a_server_optimizer_is_its_paper_s(kind: str) -> None:
             tensor.dtype == torch.float32 for tensor in state.values()
         )
         sent = stepped
+
+
+@pytest.mark.parametrize(
+    ("target", "length"), [(0.4, 1.0), (1.4, 1.5), (1.9, 2.0), (9.0, 3.0), (math.nan, 1.0)]
+)
+def test_a_line_search_goes_as_far_as_validation_falls(target: float, length: float) -> None:
+    """In both tensors alike; where every loss is not finite, no further than the mean."""
+    sent: Payload = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[5.0]])}
+    mean: Payload = {"a": torch.tensor([2.0, -2.5]), "b": torch.tensor([[3.0]])}
+
+    def loss(payload: Payload) -> float:
+        return abs(float(payload["a"][0]) - 1.0 - target)
+
+    stepped, state = ServerOptimizer("line_search").step(sent, mean, {}, loss)
+    assert not state and stepped["a"].tolist() == [1.0 + length, -2.0 - length / 2]
+    assert stepped["b"].tolist() == [[5.0 - 2 * length]] and (length > 1 or stepped is mean)
 
 
 def test_the_private_mean_goes_where_its_clients_go_divided_by_those_expected() -> None:

@@ -458,6 +458,7 @@ def test_padding_does_not_count_in_distillation() -> None:
 def config(plan: str, model: str, **sections: Any) -> Any:
     return make_config(
         {
+            "preset": "prompt",
             "model": {"name": model},
             "data": {},
             "auxiliary": {"plan": plan},

@@ -21,9 +21,10 @@ def questions(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A run of seconds: three clients, three rounds."""
+    """A run of seconds of a soft prompt: three clients, three rounds."""
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {
+        "preset": "prompt",
         "output": str(folder / "run"),
         "model": {"name": "embedded", "device": "cpu"},
         "data": {

@@ -19,6 +19,7 @@ import torch
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import TooFewClients, TrainingDiverged
 from fedsp.federation.aggregation.mean import (
+    STEPS,
     Aggregator,
     ServerOptimizer,
     update_cosine,
@@ -174,7 +175,9 @@ def federate(
                 by_examples = settings.weighting == "examples"
                 weights = {one: float(register[one]) if by_examples else 1.0 for one in updates}
                 mean = aggregator(broadcast, payloads, weights, len(sampled), reference)
-                aggregated, optimizer = settings.optimizer.step(broadcast, mean, state.optimizer)
+                aggregated, optimizer = settings.optimizer.step(
+                    broadcast, mean, state.optimizer, validate
+                )
             aggregated = _plus(aggregated, state.residual)
             acceptance_loss, accepted = _accept(state, aggregated, validate, settings.max_loss_rise)
             if not accepted:
@@ -342,12 +345,12 @@ class _Timer(ContextDecorator):
 
 
 class _Cached:
-    """Validation losses of the last three payloads: what was broadcast, aggregated and tuned is
+    """Validation losses of the last payloads: what was broadcast, tried, aggregated and tuned is
     often the same object, and is then validated once."""
 
     def __init__(self, validate: Validate) -> None:
         self.validate = validate
-        self.cache: deque[tuple[Payload, float]] = deque(maxlen=3)
+        self.cache: deque[tuple[Payload, float]] = deque(maxlen=3 + len(STEPS))
 
     def __call__(self, payload: Payload) -> float:
         loss = next((known for one, known in self.cache if one is payload), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -129,20 +129,46 @@ def update_cosine(payloads: Mapping[str, Payload], sent: Payload) -> float | Non
     )
 
 
+STEPS = (1.0, 1.5, 2.0, 3.0)
+"""Lengths of the server's step, as multiples of the aggregated update, that a line search tries."""
+
+
+def _or_infinite(loss: Callable[[Payload], float]) -> Callable[[Payload], float]:
+    """A loss, infinite where it is not finite."""
+
+    def finite(payload: Payload) -> float:
+        value = loss(payload)
+        return value if math.isfinite(value) else math.inf
+
+    return finite
+
+
 @dataclass(frozen=True)
 class ServerOptimizer:
-    """How the server applies the aggregated update: as it is (`none`), or with momentum (FedAvgM;
-    Hsu, Qi and Brown, https://arxiv.org/abs/1909.06335)."""
+    """How the server applies the aggregated update: as it is (`none`), with momentum (FedAvgM; Hsu,
+    Qi and Brown, https://arxiv.org/abs/1909.06335), or as many times as the server's validation
+    loss is lowest (`line_search`, one of `STEPS`): where clients differ, the mean of their updates
+    is shorter than each."""
 
-    kind: Literal["none", "momentum"] = "none"
+    kind: Literal["none", "momentum", "line_search"] = "none"
     learning_rate: float = 1.0
     momentum: float = 0.9
 
-    def step(self, sent: Payload, mean: Payload, state: Payload) -> tuple[Payload, Payload]:
+    def step(
+        self, sent: Payload, mean: Payload, state: Payload, loss: Callable[[Payload], float]
+    ) -> tuple[Payload, Payload]:
         """The payload after the step, and the optimizer's state (the momentum of each tensor),
-        which the next round's step is given."""
+        which the next round's step is given. `loss` is the validation loss of a payload."""
         if self.kind == "none":
             return mean, {}
+        if self.kind == "line_search":
+            tried = [
+                mean
+                if times == 1.0
+                else {name: start.lerp(mean[name], times) for name, start in sent.items()}
+                for times in STEPS
+            ]
+            return min(tried, key=_or_infinite(loss)), {}
         payload, momenta = {}, {}
         for name, start in sent.items():
             momentum = (
