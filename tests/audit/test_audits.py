@@ -595,9 +595,48 @@ def test_members_are_told_by_adapters_too_where_they_are_learned_by_heart(
     attacks = {(row["observer"], row["attack"]): row["auc"][0] for row in found["rows"]}
     assert found["power"]["auc"][0] > 0.85 and max(attacks.values()) > 0.6, attacks
     assert {observer for observer, _ in attacks} == {"outsider", "client", "server", "server, sums"}
-    for name in ("inversion", "trap", "depths"):
+    for name in ("trap", "depths", *(["inversion"] if kind == "prompt+adapter" else [])):
         with pytest.raises(RunError, match="soft prompts"):
             audited(folder, name)
+
+
+def test_an_adapter_in_the_first_layer_gives_a_text_away_and_noise_hides_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inverting, "ITERATIONS", 3)
+    monkeypatch.setattr(matching, "EXCHANGED", 2)
+    values = settings(
+        tmp_path,
+        auxiliary={"plan": "emulator(1, 1)"},
+        messenger={"kind": "adapter", "rank": 16, "train_first": True},
+    )
+    folder = Path(commands.run(values)["folder"])
+    figures = audited(folder, "inversion", texts=3)["inversion"]
+    told = {(row["level"], row["attack"]): row["tokens"][0] for row in figures["rows"]}
+    seen = "one example of at most 8 tokens, one step of SGD, B of the first layer"
+    assert told[seen, "span test"] == told[f"{seen}, sent in float16", "span test"] == 1.0
+    assert told[f"{seen}, with the noise of epsilon = 1", "span test"] < 0.5
+    assert [level for level, attack in told if attack == "gradient matching"] == [
+        f"one example of 4 tokens, one step of SGD, B of {where}"
+        for where in (
+            "layer 0 alone",
+            "layer 7 alone",
+            "all layers",
+            "all layers, with the noise of epsilon = 8",
+            "all layers, with the noise of epsilon = 1",
+        )
+    ]
+    assert sum(row["observed"] for row in figures["rows"]) == 2
+    assert "Read back by span test from the run's first round" in str(account(folder).rows)
+    later = settings(
+        tmp_path / "later",
+        auxiliary={"plan": "tail(1, 1)"},
+        messenger={"kind": "adapter", "rank": 16},
+    )
+    rows = audited(Path(commands.run(later)["folder"]), "inversion", texts=2)["inversion"]["rows"]
+    assert {row["attack"] for row in rows} == {"gradient matching"}, (
+        "no first layer, so no dictionary of tokens"
+    )
 
 
 def test_the_promise_of_a_private_adapter_is_not_refuted(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from fedsp.audit.inversion.adapters import adapter_gradient, input_dictionary
 from fedsp.audit.inversion.gradient_matching import (
+    AdapterTarget,
     LocalSteps,
-    Target,
+    PromptTarget,
     best_distances,
     local_change,
     match_embeddings,
@@ -18,6 +21,7 @@ from fedsp.audit.inversion.gradient_matching import (
 )
 from fedsp.audit.inversion.scenarios import cut, noised, recovery_of
 from fedsp.data.encoding import Encoded, collate
+from fedsp.models.adapter import Adapter, AdapterSettings
 from fedsp.training.loop import Optimisation, answer_loss, fit
 from fedsp.training.per_example_gradients import example_gradients
 from support.attacked import TEXT, prompt_for
@@ -77,16 +81,11 @@ def test_a_residual_prompt_gives_its_text_away_too(steps: LocalSteps) -> None:
     model = tiny_model("gpt2")
     prompt = prompt_for(model, "residual", 5)
     change = local_change(model, prompt, embedded(model, ROW), ANSWER, steps)[0].detach()
-    read = match_text(
-        model, prompt, Target(change=change, answers=ANSWER, tokens=3, steps=steps), iterations=150
+    target = PromptTarget(
+        model=model, prompt=prompt, change=change, answers=ANSWER, tokens=3, steps=steps
     )
-    assert recovery_of(read, ROW).exact
-    hidden = match_text(
-        model,
-        prompt,
-        Target(change=noised(change, 1.0), answers=ANSWER, tokens=3, steps=steps),
-        iterations=20,
-    )
+    assert recovery_of(match_text(target, iterations=150), ROW).exact
+    hidden = match_text(replace(target, change=noised(change, 1.0)), iterations=20)
     assert recovery_of(hidden, ROW).tokens < 0.5
 
 
@@ -96,20 +95,59 @@ def test_texts_of_a_lot_are_found_together() -> None:
     rows = [Encoded(TEXT[:3], 2), Encoded(TEXT[5:8], 2)]
     change = -example_gradients(model, prompt, collate(rows))[1].mean(dim=0)
     answers = torch.tensor([row.ids[-1] for row in rows])
-    found = match_embeddings(
-        model,
-        prompt,
-        Target(change=change, answers=answers, tokens=2, steps=LocalSteps()),
-        iterations=150,
-        restarts=2,
-        seed=0,
+    target = PromptTarget(
+        model=model, prompt=prompt, change=change, answers=answers, tokens=2, steps=LocalSteps()
     )
+    found = match_embeddings(target, iterations=150, restarts=2, seed=0)
     nearest = best_distances(model, found).topk(2, largest=False).indices
     there = [{row.ids[position] for row in rows} for position in range(2)]
     assert (
         sum(len(set(some.tolist()) & tokens) for some, tokens in zip(nearest, there, strict=True))
         >= 3
     )
+
+
+def adapted(model: Any, depths: list[int], rank: int) -> Adapter:
+    settings = AdapterSettings(rank=rank, alpha=float(rank), train_first=True)
+    return Adapter(model, depths, depths, settings, seed=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_neox"])
+def test_one_step_of_an_adapter_gives_its_text_away(family: str) -> None:
+    """By the span of B's gradient in the first layer, up to as many tokens as it has ranks."""
+    model = tiny_model(family)
+    adapter = adapted(model, [0, 3], 8)
+    row = Encoded(TEXT[:6], 5)
+    dictionary = input_dictionary(model, adapter, 5)
+    gradient = adapter_gradient(model, adapter, [row])
+    assert dictionary.recovery(gradient, row).tokens == 1.0
+    assert dictionary.placed == (family in ("gpt2", "opt")), "rotary embeddings come later"
+    noise = {name: noised(tensor, 1.0) for name, tensor in gradient.items()}
+    assert dictionary.recovery(noise, row).tokens < 0.5
+    short = Encoded(TEXT[:2], 1)
+    assert dictionary.recovery(adapter_gradient(model, adapter, [short]), short).tokens == 1.0, (
+        "a first token is in the gradient of values"
+    )
+
+
+@pytest.mark.parametrize("depths", [[0], [3]])
+def test_matching_the_gradient_of_an_adapter_finds_its_text(depths: list[int]) -> None:
+    """In a later layer too, where there is no span test. The gradient is that of training."""
+    model = tiny_model("gpt2")
+    adapter = adapted(model, depths, 8)
+    gradient = {
+        name: tensor
+        for name, tensor in adapter_gradient(model, adapter, [ROW]).items()
+        if name.endswith(".B")
+    }
+    target = AdapterTarget(
+        model=model, adapter=adapter, gradient=gradient, answers=ANSWER, tokens=3
+    )
+    assert float(target.how_far(embedded(model, ROW))) == pytest.approx(0.0, abs=1e-5)
+    assert recovery_of(match_text(target, iterations=150), ROW).exact
+    quiet = {name: noised(tensor, 1.0) for name, tensor in gradient.items()}
+    read = match_text(replace(target, gradient=quiet), iterations=20)
+    assert recovery_of(read, ROW).tokens < 0.5
 
 
 def test_mismatch_looks_at_each_depth_alike() -> None:

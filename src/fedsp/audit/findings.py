@@ -169,7 +169,7 @@ def inversion_tables(figures: Figures) -> list[Finding]:
         "a guess has": f"{candidates['guess']:.0%}",
     }
     return [
-        Finding("tokens read back out of a prompt's change", rows, note),
+        Finding("tokens read back out of a change", rows, note),
         Finding(
             "ten plausible texts, one of them trained on, and a client's update: which was it?",
             [picked],

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsp.audit.inversion.adapters import as_deployed, by_matching, by_spans
 from fedsp.audit.inversion.gradient_matching import (
     LocalSteps,
-    Target,
+    PromptTarget,
     best_distances,
     local_change,
     match_embeddings,
@@ -46,6 +47,7 @@ from fedsp.audit.shadows import (
     Shadow,
     alignment,
     changes_of,
+    check_audited,
     check_prompt,
     open_audited,
     train_shadow,
@@ -57,6 +59,7 @@ from fedsp.errors import RunError, require_installed
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import first_tokens
 from fedsp.federation.agreement import stages_of
+from fedsp.models.adapter import Adapter
 from fedsp.models.payload import as_row
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, initial_values
 from fedsp.training.per_example_gradients import example_gradients
@@ -77,7 +80,8 @@ a key/value prompt by a factor of the number of heads."""
 
 
 def audit_inversion(folder: Path, options: Options) -> dict[str, Any]:
-    """For each observation of a finished run and each attack the share of tokens reconstructed.
+    """For each observation of a finished run and each attack the share of tokens reconstructed from
+    changes of its soft prompt or adapters.
     `options.texts` texts are attacked one at a time; with 0, only what the run's server sees is
     attacked.
 
@@ -86,8 +90,6 @@ def audit_inversion(folder: Path, options: Options) -> dict[str, Any]:
     """
     opened = open_audited(folder, options.callbacks)
     rng = random.Random(derive_seed(opened.run.config.seed, "inversion"))
-    prompts = {space: _prompt(opened, space) for space in ("key_value", "residual")}
-    context = AttackContext(opened, prompts)
     shadows = (train_shadow(opened, index, rounds=1) for index in range(TRIED))
     shadow = next((one for one in shadows if one.answered), None)
     if shadow is None:
@@ -97,24 +99,69 @@ def audit_inversion(folder: Path, options: Options) -> dict[str, Any]:
         )
     bodies = [body for body in without_template(opened.encoded) if len(body.ids) > POSITIONS]
     drawn = rng.sample(bodies, min(options.texts, len(bodies)))
-    levels = [_deployed(context, shadow)]
-    if drawn:
-        few = drawn[: max(2, options.texts // 2)]
-        levels = [_spans(context, drawn, bodies), _matches(context, few, bodies), *levels]
+    few = drawn[: max(2, options.texts // 2)]
+    levels: list[Iterator[Row]]
+    if isinstance(opened.messenger, Adapter):
+        levels = list(_of_adapters(opened, opened.messenger, shadow, drawn, few, bodies))
+    else:
+        prompts = {space: _prompt(opened, space) for space in ("key_value", "residual")}
+        context = AttackContext(opened, prompts)
+        levels = [_deployed(context, shadow)]
+        if drawn:
+            levels = [_spans(context, drawn, bodies), _matches(context, few, bodies), *levels]
     table = []
     for row in itertools.chain(*levels):
         table.append(row)
         options.callbacks.info(
             f"{row['level']}, {row['attack']}: {row['tokens'][0]:.0%} of the tokens"
         )
-    return {"rows": table, "candidates": _candidates(context, shadow, rng)}
+    return {"rows": table, "candidates": _candidates(opened, shadow, rng)}
 
 
 def check_inversion(run: RunDirectory) -> None:
     """Refuse a run that cannot be audited (RunError), and to begin without rouge-score
     (ConfigurationError)."""
-    check_prompt(run)
+    if run.config.messenger.kind == "adapter":
+        check_audited(run)
+    else:
+        check_prompt(run)
     require_installed("study", "the inversion audit needs", "rouge_score")
+
+
+def _of_adapters(
+    opened: Opened,
+    adapter: Adapter,
+    shadow: Shadow,
+    drawn: list[Encoded],
+    few: list[Encoded],
+    like: list[Encoded],
+) -> Iterator[Iterator[Row]]:
+    """The levels for adapters, at the broadcast of the first round."""
+    adapter.load(shadow.broadcasts[0])
+    first = min(int(name.split(".")[1]) for name in adapter.updates) == 0
+    if drawn and first:
+        yield by_spans(opened, adapter, drawn, like, EPSILONS)
+    if drawn:
+        yield by_matching(
+            opened,
+            adapter,
+            few,
+            like,
+            tokens=POSITIONS,
+            iterations=ITERATIONS,
+            epsilons=EPSILONS,
+        )
+    if first:
+        yield as_deployed(opened, adapter, shadow, _first_round(opened))
+
+
+def _first_round(opened: Opened) -> str:
+    """What the run's server sees, in words."""
+    privacy = opened.run.config.privacy
+    promise = (
+        f", epsilon = {privacy.epsilon:g}" if privacy.unit == "example" and privacy.epsilon else ""
+    )
+    return f"the run's first round, again on half of the text{promise}"
 
 
 def _spans(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Row]:
@@ -192,15 +239,15 @@ def _sought(
     is over the first POSITIONS tokens of all `texts`."""
     model = context.opened.auxiliary
     answers = torch.tensor([text.ids[text.start] for text in texts[:SOUGHT]], device=model.device)
-    target = Target(
+    target = PromptTarget(
+        model=model,
+        prompt=prompt,
         change=change.float().view(prompt.spec.shape).to(model.device),
         answers=answers,
         tokens=POSITIONS,
         steps=_local_steps(context.opened),
     )
     sought = match_embeddings(
-        model,
-        prompt,
         target,
         iterations=ITERATIONS,
         restarts=1,
@@ -223,13 +270,15 @@ def _matched(
     ids = torch.tensor(row.ids, device=model.device)
     embedded = model.model.get_input_embeddings()(ids[:-1]).detach()[None, None]
     change = local_change(model, prompt, embedded, ids[-1:], steps)[0].detach()
-    target = Target(
+    target = PromptTarget(
+        model=model,
+        prompt=prompt,
         change=noised(change, epsilon).to(model.device),
         answers=ids[-1:],
         tokens=len(row.ids) - 1,
         steps=steps,
     )
-    return recovery_of(match_text(model, prompt, target, iterations=ITERATIONS), row)
+    return recovery_of(match_text(target, iterations=ITERATIONS), row)
 
 
 def _local_steps(opened: Opened) -> LocalSteps:
@@ -313,9 +362,7 @@ def _deployed(context: AttackContext, shadow: Shadow) -> Iterator[Row]:
         if client in shadow.updates[0]
     }
     changes = changes_of(shadow, 0, list(mine))
-    kind = "the run's first round, again on half of the text"
-    if config.privacy.unit == "example" and config.privacy.epsilon:
-        kind += f", epsilon = {config.privacy.epsilon:g}"
+    kind = _first_round(opened)
     yield spanned(f"{kind}, one client", changes, mine.values())
     everyone = [row for lot in mine.values() for row in lot]
     total = as_row(shadow.broadcasts[1]) - as_row(shadow.broadcasts[0])
@@ -334,11 +381,10 @@ def _deployed(context: AttackContext, shadow: Shadow) -> Iterator[Row]:
 
 
 def _candidates(
-    context: AttackContext, shadow: Shadow, rng: random.Random, count: int = 200
+    opened: Opened, shadow: Shadow, rng: random.Random, count: int = 200
 ) -> dict[str, Any]:
     """How often the cosine with a client's update picks the text that was trained on out of ten: a
     list of plausible texts is all that an attacker needs."""
-    opened = context.opened
     clients = sorted(shadow.updates[0])
     included = shadow.included.tolist()
     inside = [

@@ -1,5 +1,5 @@
-"""Gradient matching: search for text whose simulated local steps change the prompt as the observed
-update did.
+"""Gradient matching: search for text whose simulated local steps change the prompt, or whose
+gradient changes the adapter, as the observed update did.
 
 L. Zhu, Z. Liu, S. Han. *Deep Leakage from Gradients*. NeurIPS 2019.
 https://arxiv.org/abs/1906.08935; for text, as in LAMP (M. Balunović et al., NeurIPS 2022,
@@ -10,13 +10,16 @@ identify tokens best. The attacker is given the lengths and the answers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
+from fedsp.models.adapter import Adapter
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
 
@@ -38,15 +41,69 @@ class LocalSteps:
     weight_decay: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What is seen, a change of the prompt (P, L, ...), and what is known of the texts: the answer
-    of each (N,), and how many tokens are before it."""
+class Target(Protocol):
+    """What is seen of a client's texts, and what is known of them: the answer of each (N,), and how
+    many tokens are before it."""
 
+    @property
+    def model(self) -> PromptedLM: ...
+
+    @property
+    def answers(self) -> Tensor: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    def how_far(self, embedded: Tensor, *, differentiable: bool = False) -> Tensor:
+        """One minus the cosine with what is seen (R,), from 0 to 2, of what the client would send
+        with embedded texts (R, N, T, D): R separate guesses, N texts, T tokens, hidden size D."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTarget:
+    """What is seen is a change (P, L, ...) of a prompt, made by local steps."""
+
+    model: PromptedLM
+    prompt: SoftPrompt
     change: Tensor
     answers: Tensor
     tokens: int
     steps: LocalSteps
+
+    def how_far(self, embedded: Tensor, *, differentiable: bool = False) -> Tensor:
+        change = local_change(
+            self.model,
+            self.prompt,
+            embedded,
+            self.answers,
+            self.steps,
+            differentiable=differentiable,
+        )
+        return mismatch(change, self.change)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTarget:
+    """What is seen is the gradient of one text's loss with respect to some tensors of an adapter,
+    each of its own shape, by name."""
+
+    model: PromptedLM
+    adapter: Adapter
+    gradient: Mapping[str, Tensor]
+    answers: Tensor
+    tokens: int
+
+    def how_far(self, embedded: Tensor, *, differentiable: bool = False) -> Tensor:
+        with self.adapter.apart(len(embedded)) as copies:
+            sought = [copies[name] for name in self.gradient]
+            losses = _embedded_losses(self.model, None, embedded[:, 0], self.answers)
+            found = torch.autograd.grad(losses.sum(), sought, create_graph=differentiable)
+        seen = (tensor.to(self.model.device).flatten() for tensor in self.gradient.values())
+        apart = [
+            1 - cosine_similarity(part.flatten(start_dim=1), whole[None], dim=-1)
+            for part, whole in zip(found, seen, strict=True)
+        ]
+        return torch.stack(apart).mean(dim=0)
 
 
 def local_change(
@@ -91,17 +148,9 @@ def mismatch(change: Tensor, seen: Tensor) -> Tensor:
     ).mean(dim=1)
 
 
-def match_embeddings(
-    model: PromptedLM,
-    prompt: SoftPrompt,
-    target: Target,
-    *,
-    iterations: int,
-    restarts: int,
-    seed: int,
-) -> Tensor:
+def match_embeddings(target: Target, *, iterations: int, restarts: int, seed: int) -> Tensor:
     """The embedded texts (N, T, D) that match best, of `restarts` that start from random tokens."""
-    table = _table(model)
+    table = _table(target.model)
     generator = torch.Generator().manual_seed(seed)
     shape = (restarts, len(target.answers), target.tokens)
     drawn = torch.randint(len(table), shape, generator=generator)
@@ -111,27 +160,23 @@ def match_embeddings(
     found = torch.zeros(restarts)
     for number in range(iterations):
         optimizer.param_groups[0]["lr"] = rate * (1 - number / iterations)
-        found, slope = _sloping(model, prompt, target, embedded)
+        found, slope = _sloping(target, embedded)
         embedded.grad = normalize(slope.flatten(start_dim=1), eps=1e-30).view_as(slope)
         optimizer.step()
     return embedded.detach()[int(found.argmin())]
 
 
-def match_text(
-    model: PromptedLM, prompt: SoftPrompt, target: Target, *, iterations: int
-) -> list[int]:
+def match_text(target: Target, *, iterations: int) -> list[int]:
     """The tokens (T,) of one text: embeddings are matched, then tokens exchanged, one at a time or
     two with each other, for as long as the match gets better."""
-    table = _table(model)
-    matched = match_embeddings(model, prompt, target, iterations=iterations, restarts=2, seed=0)
-    near = token_closeness(model, matched[0])
+    table = _table(target.model)
+    matched = match_embeddings(target, iterations=iterations, restarts=2, seed=0)
+    near = token_closeness(target.model, matched[0])
 
     def how_far(texts: Tensor) -> Tensor:
-        parts = [
-            local_change(model, prompt, table[some][:, None], target.answers, target.steps).detach()
-            for some in torch.split(texts, 32)
-        ]
-        return mismatch(torch.cat(parts), target.change)
+        return torch.cat(
+            [target.how_far(table[some][:, None]).detach() for some in torch.split(texts, 32)]
+        )
 
     tokens = near.argmax(dim=1)
     best, improved = float(how_far(tokens[None])), True
@@ -142,7 +187,7 @@ def match_text(
                 candidates = _swapped(tokens)
             else:
                 embedded = table[tokens][None, None].requires_grad_(True)
-                slope = _sloping(model, prompt, target, embedded)[1][0, 0]
+                slope = _sloping(target, embedded)[1][0, 0]
                 candidates = _exchanged(tokens, position, near, slope @ table.T)
             distances = how_far(candidates)
             if float(distances.min()) < best - 1e-6:
@@ -151,14 +196,9 @@ def match_text(
     return [int(token) for token in tokens]
 
 
-def _sloping(
-    model: PromptedLM, prompt: SoftPrompt, target: Target, embedded: Tensor
-) -> tuple[Tensor, Tensor]:
+def _sloping(target: Target, embedded: Tensor) -> tuple[Tensor, Tensor]:
     """The mismatch of each guess (R,), and how it rises with the embedded texts (R, N, T, D)."""
-    change = local_change(
-        model, prompt, embedded, target.answers, target.steps, differentiable=True
-    )
-    found = mismatch(change, target.change)
+    found = target.how_far(embedded, differentiable=True)
     return found, torch.autograd.grad(found.sum(), embedded)[0]
 
 
@@ -197,19 +237,28 @@ def _losses(
     model: PromptedLM, prompt: SoftPrompt, own: Tensor, embedded: Tensor, answers: Tensor
 ) -> Tensor:
     """The mean loss of each guess's texts (R,), nats per answer token."""
-    guesses, texts, tokens, _ = embedded.shape
+    guesses, texts, _, _ = embedded.shape
     prefix = prompt.read(own, model).repeat_interleave(texts, dim=0)
-    ids = torch.zeros(guesses * texts, tokens, dtype=torch.long, device=model.device)
+    losses = _embedded_losses(model, prefix, embedded.flatten(end_dim=1), answers)
+    return losses.view(guesses, texts).mean(dim=1)
+
+
+def _embedded_losses(
+    model: PromptedLM, prefix: Tensor | None, embedded: Tensor, answers: Tensor
+) -> Tensor:
+    """The loss of each embedded text (B, T, D), nats per answer token (B,), whose answers (N,) come
+    again and again."""
+    ids = torch.zeros(embedded.shape[:2], dtype=torch.long, device=model.device)
     handle = model.model.get_input_embeddings().register_forward_hook(
-        lambda _module, _arguments, _output: embedded.flatten(end_dim=1).to(model.dtype)
+        lambda _module, _arguments, _output: embedded.to(model.dtype)
     )
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the one kernel whose backward pass has a backward pass
             hidden = model(ids, torch.ones_like(ids), prefix)
     finally:
         handle.remove()
-    losses = cross_entropy(model.logits(hidden[:, -1]), answers.repeat(guesses), reduction="none")
-    return losses.view(guesses, texts).mean(dim=1)
+    again = answers.repeat(len(embedded) // len(answers))
+    return cross_entropy(model.logits(hidden[:, -1]), again, reduction="none")
 
 
 def best_distances(model: PromptedLM, embedded: Tensor) -> Tensor:
