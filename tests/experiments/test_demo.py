@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedsp.errors import ConfigurationError
 from fedsp.experiments.demo import DEMO_ROWS, demo, demo_config, write_forms
 from fedsp.experiments.embedded import EMBEDDED
 
@@ -28,6 +30,22 @@ def test_what_is_embedded_is_small_and_whole() -> None:
         for split in ("train", "validation", "test")
         for row in rows(split)
     )
+
+
+def test_the_demo_asks_for_its_libraries_before_it_works_and_its_setup_installs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).resolve().parents[2]
+    setup = (root / "Makefile").read_text().partition("\n.venv/ready:")[2].partition("\n\n")[0]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert "-e '.[study]'" in setup
+    assert any(name.startswith("peft") for name in extras["optional-dependencies"]["study"])
+    monkeypatch.setattr("fedsp.errors.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigurationError, match=r"peft is not installed: the demo compares .*study"
+    ):
+        demo(folder=tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
 
 
 def test_nobody_who_is_asked_about_in_the_test_is_anybody_s_data() -> None:

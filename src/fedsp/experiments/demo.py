@@ -24,6 +24,7 @@ from fedsp.config import RunConfig
 from fedsp.config_file import make_config
 from fedsp.data.dataset import load_dataset
 from fedsp.data.files import Row
+from fedsp.errors import require_installed
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import make_auxiliary, open_server, score_test
@@ -141,7 +142,9 @@ def demo(
 
     Raises:
         RunError: the folder is in use.
+        ConfigurationError: PEFT, which the row of one party with all text needs, is not installed.
     """
+    require_installed("study", "the demo compares with LoRA, which needs", "peft")
     torch.set_num_threads(1)  # the model is so small that a second thread costs more than it gives
     callbacks = callbacks or Callbacks()
     if folder is None:
