@@ -1,0 +1,158 @@
+"""How much of the gain of LoRA in the whole model a messenger brings to the global one, against
+what of that model clients hold. The table and the picture of docs/results/messengers.md.
+
+    fedsp study configs/studies/messengers.toml --root REFERENCE    # REFERENCE holds models/, data/
+    python benchmarks/gain.py studies/messengers [--adapt QUESTIONS] [--figure gain.svg]
+
+The gain is the fall in answer loss from zero-shot, as a share of that of LoRA in all linear modules
+of the whole model at the clients, seed by seed. `--adapt` runs `fedsp adapt` on the runs of
+`ADAPTED`, with questions in the form of the task, and leaves its figures in their folders, where
+they are found again; loss and exact match after an adaptation that was not kept are those before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from spread import mean
+
+from fedsp import api as commands
+from fedsp.report.collect import read_results
+from fedsp.report.finished_run import Run
+from fedsp.storage import write_json
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+CEILING, NOTHING = "LoRA in the whole model, all modules", "zero-shot"
+ADAPTED = ("adapter, rank 64", "adapter, rank 64, embeddings of rank 128")
+FIGURES = "adaptation.json"
+
+Runs = dict[str, dict[int, Run]]
+"""Runs by method and seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A messenger, by seed: the share of correct answers, the answer loss and the gain."""
+
+    name: str
+    disclosed: float
+    scores: list[float]
+    losses: list[float]
+    gains: list[float]
+
+    @property
+    def adapted(self) -> bool:
+        return self.name.endswith("adapted")
+
+
+def adapt(runs: Runs, questions: Path) -> None:
+    """Adapt what is not adapted yet."""
+    torch.set_num_threads(1)
+    for run in (run for method in ADAPTED for run in runs.get(method, {}).values()):
+        if not (run.folder / FIGURES).exists():
+            figures = commands.adapt(run.folder, questions, run.folder / "adapted")
+            write_json(run.folder / FIGURES, figures)
+            before, after = figures["before"], figures["after"]
+            print(f"{run.name}: taught by {figures['teacher']}, {before:.3f} -> {after:.3f}")
+
+
+def measured(runs: Runs) -> Iterator[Measured]:
+    for name, seeds in runs.items():
+        disclosed = statistics.fmean(run.figures["disclosed_share"] for run in seeds.values())
+        tests = {seed: run.figures["test"] for seed, run in seeds.items()}
+        yield _row(name, disclosed, tests, runs)
+        files = {seed: run.folder / FIGURES for seed, run in seeds.items()}
+        if all(file.exists() for file in files.values()):
+            figures = {seed: json.loads(file.read_text()) for seed, file in files.items()}
+            adapted = {
+                seed: one["test_after" if one["kept"] else "test_before"]
+                for seed, one in figures.items()
+            }
+            yield _row(f"{name}, then adapted", disclosed, adapted, runs)
+
+
+def _row(name: str, disclosed: float, tests: dict[int, dict[str, float]], runs: Runs) -> Measured:
+    def gain(seed: int, loss: float) -> float:
+        nothing = runs[NOTHING][seed].loss
+        return (nothing - loss) / (nothing - runs[CEILING][seed].loss)
+
+    return Measured(
+        name=name,
+        disclosed=disclosed,
+        scores=[100 * test["exact_match"] for test in tests.values()],
+        losses=[test["answer_loss"] for test in tests.values()],
+        gains=[100 * gain(seed, test["answer_loss"]) for seed, test in tests.items()],
+    )
+
+
+def draw(rows: list[Measured], path: Path) -> None:
+    """Gain against disclosure; a curve through the best of each kind of messenger."""
+    matplotlib.rcParams.update({"svg.hashsalt": "fedsp", "svg.fonttype": "none"})
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    kinds = {
+        "soft prompt": [row for row in rows if row.name == "soft prompt"],
+        "adapters": [row for row in rows if row.name.startswith("adapter") and not row.adapted],
+        "adapters, then adapted": [row for row in rows if row.adapted],
+        "whole layers": [row for row in rows if row.name.startswith("all weights")],
+    }
+    for number, (label, some) in enumerate(kinds.items()):
+        best: dict[float, float] = {}
+        for row in some:
+            share, gain = 100 * row.disclosed, statistics.fmean(row.gains)
+            best[share] = max(best.get(share, 0.0), gain)
+            axes.plot(share, gain, "o", color=f"C{number}")
+            axes.annotate(
+                row.name.removeprefix("adapter, "),
+                (share, gain),
+                xytext=(6, -3),
+                textcoords="offset points",
+                fontsize=7,
+            )
+        axes.plot(*zip(*sorted(best.items()), strict=True), color=f"C{number}", label=label)
+    axes.axvline(35, linestyle=":", color="grey")
+    axes.axhline(90, linestyle=":", color="grey")
+    axes.set(
+        xlabel="of the global model disclosed bit for bit, %",
+        ylabel="gain, % of LoRA in the whole model",
+        xlim=(0, 65),
+        ylim=(0, 105),
+    )
+    axes.legend(loc="upper left")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--adapt", type=Path)
+    parser.add_argument("--figure", type=Path)
+    given = parser.parse_args()
+    runs: Runs = {}
+    for run in read_results([given.study]).sections[0].runs:
+        if not run.config.round.only:
+            runs.setdefault(run.method, {})[run.seed] = run
+    known = runs[CEILING].keys() & runs[NOTHING].keys()
+    runs = {name: {seed: some[seed] for seed in known & some.keys()} for name, some in runs.items()}
+    if given.adapt:
+        adapt(runs, given.adapt)
+    rows = list(measured(runs))
+    print("| what travels | disclosed bit for bit | exact match | answer loss | gain |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        figures = f"{mean(row.scores, '.1f')} % | {mean(row.losses, '.3f')}"
+        print(f"| {row.name} | {row.disclosed:.1%} | {figures} | {mean(row.gains, '.0f')} % |")
+    if given.figure:
+        draw([row for row in rows if not row.name.startswith("LoRA")], given.figure)
+
+
+if __name__ == "__main__":
+    main()
