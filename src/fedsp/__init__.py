@@ -1,5 +1,5 @@
 """fedsp: tune a private language model on private text. The model stays on the server, the text
-with its owners; only soft prompts travel.
+with its owners; only a small messenger travels.
 
 import fedsp
 result = fedsp.run("run.toml")

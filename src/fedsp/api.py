@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import plan_run
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
-from fedsp.experiments.server_setup import LEAST_ROOM, score_test
+from fedsp.experiments.server_setup import LEAST_ROOM, score_test, validation_sample
 from fedsp.experiments.start import (
     Engine,
     Figures,
@@ -44,8 +45,7 @@ from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import choose_device, load_model
 from fedsp.models.prompted_lm import continue_text, length_of
 from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
-from fedsp.training.answers import WEIGHTS, Answering, mean_of, proxy_tuned
-from fedsp.training.evaluation import LogProbabilities
+from fedsp.training.answers import WEIGHTS, Answering, Answers, mean_of, proxy_tuned
 from fedsp.training.loop import Optimisation
 from fedsp.training.server_adaptation import Adaptation
 
@@ -256,10 +256,11 @@ def evaluate(
             f" {server.model.max_positions} positions for text: use a shorter one"
         )
 
-    def figures(answers: LogProbabilities, examples: list[Example], room: int = room) -> Figures:
-        return score_test(run.model, None, examples, dataset.task, server.tokenizer, room, answers)[
-            0
-        ]
+    def figures(answers: Answers, examples: list[Example], room: int = room) -> Figures:
+        found, _ = score_test(
+            run.model, None, examples, dataset.task, server.tokenizer, room, answers.scorer()
+        )
+        return found
 
     bare, tuned = run.side(zero_shot=True), run.side()
     what = "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights"
@@ -274,10 +275,10 @@ def evaluate(
     by_proxy = {weight: proxy_tuned(bare, own, untuned, weight) for weight in WEIGHTS}
     weight = 1.0
     if dataset.validation:
-        few = dataset.validation[: run.directory.config.validation.examples]
+        few = validation_sample(server)
         losses = {one: figures(by_proxy[one], few)["answer_loss"] for one in WEIGHTS}
         weight = min(WEIGHTS, key=lambda one: losses[one])
-    others: dict[str, LogProbabilities] = {
+    others: dict[str, Answers] = {
         "auxiliary model, untuned": untuned,
         "auxiliary model, tuned": own,
         f"proxy-tuned, weight {weight:g}": by_proxy[weight],
@@ -311,11 +312,6 @@ def generate(
         raise DataError("there is no text to complete: give at least one word")
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise DataError("the text to complete is not UTF-8: set the terminal to UTF-8")
-    if zero_shot and answers != "global":
-        raise ConfigurationError(
-            f"answers = {answers!r}: without what was tuned only the global model answers; leave"
-            " one of the two out"
-        )
     run = open_run(folder)
     server, tokenizer = run.server, run.server.tokenizer
     (ids,) = encode_texts(tokenizer, [text])
@@ -323,7 +319,7 @@ def generate(
         raise DataError(
             "the model's tokenizer makes no token of the text to complete: give other words"
         )
-    answering = run.side(zero_shot=True) if zero_shot else answers_of(run, answers, weight)
+    answering = answers_of(run, answers, weight, zero_shot=zero_shot)
     room = answering.room()
     if len(ids) + most > room:
         raise DataError(
@@ -356,9 +352,22 @@ def adapt(
     """Bring more of what a run's auxiliary model has learned into the global model, at the server,
     without labels: `fedsp.experiments.adaptation.adapt_run`.
 
-    `steps` AdamW steps of `batch_size` questions, the learning rate falling linearly to zero;
-    `temperature` softens the teacher's and the student's probabilities.
+    `steps` AdamW steps of `batch_size` answers, the learning rate rising for a tenth of them and
+    then falling linearly to zero; `temperature` softens the teacher's and the student's
+    probabilities.
+
+    Raises:
+        ConfigurationError: one of these is not above zero, or a teacher is wanted that is none.
+        RunError, DataError, TrainingDiverged: as `adapt_run`.
     """
+    for name, value in (
+        ("steps", steps),
+        ("batch_size", batch_size),
+        ("learning_rate", learning_rate),
+        ("temperature", temperature),
+    ):
+        if not 0 < value < math.inf:
+            raise ConfigurationError(f"{name} = {value}: it must be a number above zero")
     settings = Adaptation(
         steps=steps,
         batch_size=batch_size,

@@ -37,7 +37,7 @@ QUIET = {
 app = typer.Typer(
     name="fedsp",
     help="Tune a private language model on private text: the model stays on the server, the text"
-    " with its owners, and only soft prompts travel.",
+    " with its owners, and only a small messenger travels: adapters, or a soft prompt.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

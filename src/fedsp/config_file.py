@@ -1,8 +1,8 @@
 """Reading and writing a configuration: one TOML file, checked all at once; that of a run has a
 preset underneath.
 
-A preset fills in what the file leaves out: `paper` is the paper and its authors' settings,
-`messenger` is our default. Both are the same program with other numbers.
+A preset fills in what the file leaves out: `messenger` is our default, `prompt` our settings of a
+soft prompt, `paper` those of the paper and its authors. All are one program with other numbers.
 """
 
 from __future__ import annotations

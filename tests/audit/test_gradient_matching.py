@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedsp.audit.inversion.adapters import adapter_gradient, input_dictionary
+from fedsp.audit.inversion.adapters import (
+    adapter_gradient,
+    input_dictionary,
+    reads_tokens_alone,
+)
 from fedsp.audit.inversion.gradient_matching import (
     AdapterTarget,
     LocalSteps,
@@ -19,7 +23,7 @@ from fedsp.audit.inversion.gradient_matching import (
     match_text,
     mismatch,
 )
-from fedsp.audit.inversion.scenarios import cut, noised, recovery_of
+from fedsp.audit.inversion.scenarios import cut, guess_without_places, noised, recovery_of
 from fedsp.data.encoding import Encoded, collate
 from fedsp.models.adapter import Adapter, AdapterSettings
 from fedsp.training.loop import Optimisation, answer_loss, fit
@@ -128,6 +132,22 @@ def test_one_step_of_an_adapter_gives_its_text_away(family: str) -> None:
     assert dictionary.recovery(adapter_gradient(model, adapter, [short]), short).tokens == 1.0, (
         "a first token is in the gradient of values"
     )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_only_what_reads_a_token_alone_has_a_dictionary(family: str) -> None:
+    model = tiny_model(family)
+    assert reads_tokens_alone(model, adapted(model, [0, 3], 4))
+    assert not reads_tokens_alone(model, adapted(model, [3], 4))
+    behind = {"gpt2": "c_fc", "llama": "down_proj"}[family]
+    settings = AdapterSettings(rank=4, alpha=4.0, targets=[behind])
+    assert not reads_tokens_alone(model, Adapter(model, [0], [0], settings, seed=0))
+    assert guess_without_places([[ROW]], [ROW]) == 1.0
+
+
+def test_a_guess_without_places_takes_the_commonest_tokens() -> None:
+    like = [Encoded((1, 1, 2, 9), 3), Encoded((1, 3, 3, 9), 3), Encoded((1, 3, 4, 9), 3)]
+    assert guess_without_places([[like[0]], [like[2]]], like) == pytest.approx((0.5 + 2 / 3) / 2)
 
 
 @pytest.mark.parametrize("depths", [[0], [3]])

@@ -14,14 +14,14 @@ from fedsp import api as commands
 from fedsp.data.encoding import Encoded
 from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.experiments.adaptation import TEACHERS
-from fedsp.experiments.server_setup import score_test
+from fedsp.experiments.server_setup import score_test, validation_sample
 from fedsp.experiments.start import OpenRun, answers_of, open_run
 from fedsp.models.adapter import Adapter, AdapterSettings
 from fedsp.models.prompted_lm import PromptedLM, continue_text
 from fedsp.training import server_adaptation
 from fedsp.training.answers import Answers, Side
 from fedsp.training.loop import Optimisation
-from fedsp.training.server_adaptation import Adaptation, adapt, divergence, lessons, write
+from fedsp.training.server_adaptation import Adaptation, adapt, distance, lessons, write
 from support.small_runs import ROWS, settings
 from support.tiny_models import tiny_model
 
@@ -70,8 +70,8 @@ def test_the_divergence_is_that_of_all_tokens_but_those_that_count_as_one(
             p = torch.cat([theirs[place][named], theirs[place][rest].sum()[None]])
             q = torch.cat([ours[place][named], ours[place][rest].sum()[None]])
             terms.append(float((p * (p / q).log()).sum()))
-    assert float(divergence(student, said, 2.0)) == pytest.approx(sum(terms) / 6, rel=1e-3)
-    assert float(divergence(teacher, said, 2.0)) == pytest.approx(0.0, abs=1e-5)
+    assert float(distance(student, said, 2.0)) == pytest.approx(sum(terms) / 6, rel=1e-3)
+    assert float(distance(teacher, said, 2.0)) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_the_student_comes_to_answer_as_its_teacher_does() -> None:
@@ -81,13 +81,13 @@ def test_the_student_comes_to_answer_as_its_teacher_does() -> None:
     )
     said = lessons(teacher, TEXTS, 1.0)
     answers = Side(model, lambda: None)
-    before = float(divergence(answers, said, 1.0))
+    before = float(distance(answers, said, 1.0))
     how = Adaptation(
         steps=60, batch_size=2, optimisation=Optimisation(learning_rate=1e-2), temperature=1.0
     )
     weights = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     adapt(model, student, said, how, seed=0)
-    assert float(divergence(answers, said, 1.0)) < before / 4
+    assert float(distance(answers, said, 1.0)) < before / 4
     assert all(tensor.equal(weights[name]) for name, tensor in model.model.state_dict().items())
 
 
@@ -117,9 +117,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def validation_of(opened: OpenRun, answers: Answers) -> float:
     server, dataset = opened.server, opened.server.dataset
-    examples, task = dataset.validation, dataset.task
+    examples, task = validation_sample(server), dataset.task
     figures, _ = score_test(
-        opened.model, None, examples, task, server.tokenizer, server.max_tokens, answers
+        opened.model, None, examples, task, server.tokenizer, server.max_tokens, answers.scorer()
     )
     return figures["answer_loss"]
 
@@ -163,6 +163,14 @@ def test_what_is_not_better_is_not_written(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
 
 
+def test_a_teacher_that_says_nothing_teaches_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsp.experiments.adaptation._answered", lambda *_: [])
+    with pytest.raises(DataError, match="the teacher answers 0 times: give at least 10"):
+        commands.adapt(run, asked(tmp_path), tmp_path / "lora")
+
+
 def test_without_validation_questions_the_teacher_itself_is_the_measure(tmp_path: Path) -> None:
     """Completions: the teacher writes them."""
     values = settings(
@@ -190,8 +198,17 @@ def test_without_validation_questions_the_teacher_itself_is_the_measure(tmp_path
 
 
 def test_what_cannot_be_adapted_is_said(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"asked.jsonl has 9 questions: give at least 10"):
+    with pytest.raises(DataError, match=r"has 9 questions that the run is not validated by, and"):
         commands.adapt(run, asked(tmp_path, 9), tmp_path / "lora")
+    known = tmp_path / "known.jsonl"
+    known.write_text("".join(json.dumps(row) + "\n" for row in ROWS[100:112]))
+    with pytest.raises(DataError, match=r"known.jsonl has 0 questions that the run is not"):
+        commands.adapt(run, known, tmp_path / "lora")
+    wrong: list[dict[str, Any]] = [{"learning_rate": -1.0}, {"temperature": 0.0}, {"steps": 0}]
+    for settings_ in wrong:
+        ((setting, _),) = settings_.items()
+        with pytest.raises(ConfigurationError, match=f"{setting} = .*: it must be a number above"):
+            commands.adapt(run, asked(tmp_path), tmp_path / "lora", **settings_)
     with pytest.raises(RunError, match="is in use: give a new folder"):
         commands.adapt(run, asked(tmp_path), tmp_path)
     with pytest.raises(ConfigurationError, match="the global model is its own teacher"):

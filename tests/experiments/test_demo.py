@@ -41,9 +41,7 @@ def test_the_demo_asks_for_its_libraries_before_it_works_and_its_setup_installs_
     assert "-e '.[study]'" in setup
     assert any(name.startswith("peft") for name in extras["optional-dependencies"]["study"])
     monkeypatch.setattr("fedsp.errors.find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigurationError, match=r"peft is not installed: .*\[study\]"
-    ):
+    with pytest.raises(ConfigurationError, match=r"peft is not installed: .*\[study\]"):
         demo(folder=tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
 

@@ -945,7 +945,9 @@ def test_evaluation_tells_what_was_learned_from_what_was_transferred(
     learned, not_learned = auxiliary_sides(run)
     rows: Any = ([(1, 2, 3)], [[(4, 5), (6, 7)]], [[0, 0]])
     by_proxy = proxy_tuned(run.side(zero_shot=True), learned, not_learned, 1.0)
-    torch.testing.assert_close(by_proxy(*rows), run.side()(*rows), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        by_proxy.scorer()(*rows), run.side().scorer()(*rows), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_both_models_write_a_text_together(tmp_path: Path) -> None:
@@ -967,7 +969,7 @@ def test_both_models_write_a_text_together(tmp_path: Path) -> None:
         together = answers_of(run, answers, 1.5)
         ids = list(asked)
         for _ in range(5):
-            scores = together([tuple(ids[:-1])], [[(ids[-1],)]], [[0]])
+            scores = together.scorer()([tuple(ids[:-1])], [[(ids[-1],)]], [[0]])
             ids.append(int(scores.argmax()))
         written[answers] = commands.generate(folder, text, most=5, answers=answers, weight=1.5)
         assert written[answers] == decode_behind(run.server.tokenizer, asked, ids[len(asked) :])

@@ -255,7 +255,7 @@ def test_a_prompt_is_tried_once() -> None:
         tried.append(float(payload["p"]))
         return tried[-1]
 
-    validate = _Cached(measure)
+    validate = _Cached(measure, 3)
     one, other = {"p": torch.tensor([1.0])}, {"p": torch.tensor([2.0])}
     assert [validate(some) for some in (one, other, one, one, other)] == [
         1.0,

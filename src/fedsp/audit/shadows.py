@@ -182,8 +182,9 @@ def open_audited(folder: Path, callbacks: Callbacks) -> Opened:
 
 def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shadow:
     """Train one shadow: each row is included with probability 1/2, drawn from the run's seed and
-    `index`; all other settings are the run's own. `rounds` limits the number of rounds. Every
-    shadow starts from the run's initial prompt."""
+    `index`; all other settings are the run's own, but for validation and what needs it (the
+    acceptance check, a line search). `rounds` limits the number of rounds. Every shadow starts from
+    the run's initial prompt."""
     config, server = opened.run.config, opened.server
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "shadow", index))
     included = torch.rand(len(opened.rows), generator=generator) < 0.5
@@ -200,6 +201,9 @@ def train_shadow(opened: Opened, index: int, rounds: int | None = None) -> Shado
             "output": temporary,
             "validation": config.validation.model_copy(update={"by": "none"}),
             "aggregation": config.aggregation.model_copy(update={"max_loss_rise": None}),
+            "round": config.round.model_copy(
+                update={"optimizer": "none"} if config.round.optimizer == "line_search" else {}
+            ),
         }
         seeded = config.model_copy(update=changes)
         run = RunDirectory.create(seeded)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,12 +70,15 @@ class Task:
     render: Render | None = None
 
     def question(self, row: Row, number: int) -> Example:
-        """The question in a row, whose label, if it has one, is not read; `gold` is no answer.
+        """The question in a row, whose label is replaced: `gold` is no answer. A row in the hub's
+        own form must have one all the same.
 
         Raises:
             DataError: as `example`.
         """
-        return self.example({**row, **self.placeholder}, number)
+        plain = self.render is None or isinstance(row.get("choices"), list)
+        found = self.example({**row, **self.placeholder} if plain else row, number)
+        return replace(found, gold=(0,))
 
     def example(self, row: Row, number: int) -> Example:
         """The example in a row.

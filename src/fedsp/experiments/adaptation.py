@@ -3,22 +3,22 @@ labels (`fedsp.training.server_adaptation`)."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedsp.data.encoding import Encoded, encode_pairs, encode_texts
 from fedsp.data.files import read_rows
+from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, DataError
-from fedsp.experiments.server_setup import score_test
+from fedsp.experiments.server_setup import score_test, validation_sample
 from fedsp.experiments.start import OpenRun, answers_of, open_run, require_new
 from fedsp.federation.callbacks import Callbacks
 from fedsp.models.adapter import Adapter, AdapterSettings, export_lora
 from fedsp.training.answers import Answering, Answers, Side
-from fedsp.training.server_adaptation import Adaptation, adapt, divergence, lessons, write
+from fedsp.training.server_adaptation import Adaptation, adapt, distance, lessons, write
 
 TEACHERS: tuple[Answering, ...] = ("mean", "proxy", "auxiliary")
 FEWEST = 10
@@ -38,10 +38,10 @@ def adapt_run(
     callbacks: Callbacks | None = None,
 ) -> dict[str, Any]:
     """Train low-rank adapters in all layers of a run's global model to answer `questions`, a file
-    in the form of the run's task whose labels are not read, as a teacher answers them; write them
+    in the form of the run's task whose labels are not used, as a teacher answers them; write them
     to `to` as a PEFT LoRA adapter if they are better than what the run tuned. Better means a lower
-    loss on the run's validation questions or, where it has none, answers closer to the teacher's on
-    a tenth of the questions, held out.
+    loss on the run's validation questions, which are left out of `questions`, or, where it has
+    none, answers closer to the teacher's on a tenth of the questions, held out.
 
     `answers` is the teacher; None: the one with the lowest loss on those validation questions or,
     where there are none, the mean of both models. Returns who it was, whether the adapters were
@@ -61,22 +61,32 @@ def adapt_run(
             " auxiliary"
         )
     callbacks = callbacks or Callbacks()
+    rows = read_rows(Path(questions))
     run = open_run(folder)
     dataset, seed = run.server.dataset, run.directory.config.seed
-    validation = dataset.validation[: run.directory.config.validation.examples]
+    validation = validation_sample(run.server)
+    known = {example.context for example in validation}
+    asked = [dataset.task.question(row, number) for number, row in enumerate(rows)]
+    asked = [example for example in asked if example.context not in known]
     tuned, (taught_by, teacher) = run.side(), _teacher(run, answers, weight, validation)
-    asked = [dataset.task.question(row, n) for n, row in enumerate(read_rows(Path(questions)))]
-    if len(asked) < FEWEST:
-        raise DataError(f"{questions} has {len(asked)} questions: give at least {FEWEST}")
-    taught = lessons(teacher, _answered(run, asked, teacher), settings.temperature)
+    random.Random(derive_seed(seed, "adaptation, held out")).shuffle(asked)
+    apart = 0 if validation else len(asked) // 10
+    held_out, taught = (
+        lessons(teacher, _answered(run, some, teacher), settings.temperature)
+        for some in (asked[:apart], asked[apart:])
+    )
+    if len(asked) < FEWEST or not taught or not (validation or held_out):
+        raise DataError(
+            f"{questions} has {len(asked)} questions that the run is not validated by, and the"
+            f" teacher answers {len(held_out) + len(taught)} times: give at least {FEWEST} that it"
+            " answers"
+        )
     callbacks.info(f"the teacher has answered {len(asked)} questions")
-    held_out, taught = taught[: len(taught) // 10], taught[len(taught) // 10 :]
 
     def measure(answering: Side) -> float:
         if validation:
             return _figures(run, answering, validation)["answer_loss"]
-        with torch.no_grad():
-            return float(divergence(answering, held_out, settings.temperature))
+        return distance(answering, held_out, settings.temperature)
 
     def test(answering: Answers) -> dict[str, float]:
         return _figures(run, answering, dataset.test) if dataset.test else {}
@@ -108,11 +118,12 @@ def _teacher(
     if answers or not validation:
         named = answers or "mean"
         return named, answers_of(run, named, weight)
-    teachers = {named: answers_of(run, named, weight) for named in TEACHERS}
-    best = min(
-        TEACHERS, key=lambda named: _figures(run, teachers[named], validation)["answer_loss"]
-    )
-    return best, teachers[best]
+
+    def loss(named: Answering) -> float:
+        return _figures(run, answers_of(run, named, weight), validation)["answer_loss"]
+
+    best = min(TEACHERS, key=loss)
+    return best, answers_of(run, best, weight)
 
 
 def _figures(run: OpenRun, answers: Answers, examples: list[Example]) -> dict[str, float]:
@@ -124,7 +135,7 @@ def _figures(run: OpenRun, answers: Answers, examples: list[Example]) -> dict[st
         server.dataset.task,
         server.tokenizer,
         server.max_tokens,
-        answers,
+        answers.scorer(),
     )[0]
 
 

@@ -191,7 +191,7 @@ def demo(
     adapter["benefit"] = _difference(adapter["folder"], best["folder"])
     tuned, _ = auxiliary_sides(open_run(adapter["folder"]))
     own, _ = score_test(
-        tuned.model, None, test, task, server.tokenizer, server.max_tokens, answers=tuned
+        tuned.model, None, test, task, server.tokenizer, server.max_tokens, answers=tuned.scorer()
     )
     rows.insert(-1, {"method": "its auxiliary model", **own, "bytes": 0, "seconds": 0.0})
     return rows

@@ -1,4 +1,4 @@
-"""A run's tuned prompt as a model of lm-evaluation-harness
+"""What a run tuned as a model of lm-evaluation-harness
 (https://github.com/EleutherAI/lm-evaluation-harness), for any of its tasks:
 
     python -m fedsp.experiments.lm_eval_model --model fedsp --model_args run=DIR --tasks sciq
@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from fedsp.data.encoding import encode_texts, first_token
 from fedsp.data.tasks import Example
-from fedsp.errors import RunError
+from fedsp.errors import ConfigurationError, RunError
 from fedsp.experiments.start import answers_of, open_run
 from fedsp.models.prompted_lm import continue_text
 from fedsp.training.answers import Answering
@@ -41,6 +41,8 @@ class TunedPrompt(LM):  # type: ignore[misc]
 
     Raises:
         RunError: there is no run, or it has no auxiliary model to answer with.
+        ConfigurationError: nobody is called what `answers` says, it goes with `zero_shot`, or the
+            weight is no number.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class TunedPrompt(LM):  # type: ignore[misc]
         self._model, self._tokenizer = opened.model, opened.server.tokenizer
         self._max_tokens = opened.server.max_tokens
         bare = str(zero_shot).lower() == "true"
-        self._answers = (
-            opened.side(zero_shot=True) if bare else answers_of(opened, answers, float(weight))
-        )
+        try:
+            number = float(weight)
+        except ValueError as error:
+            raise ConfigurationError(f"weight={weight}: it must be a number, such as 1") from error
+        self._answers = answers_of(opened, answers, number, zero_shot=bare)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each (context, continuation): its log-likelihood, nats, and whether greedy decoding
@@ -79,7 +83,7 @@ class TunedPrompt(LM):  # type: ignore[misc]
             examples,
             self._tokenizer,
             max_tokens=self._max_tokens,
-            answers=self._answers,
+            answers=self._answers.scorer(),
         )
         return [
             pair for row in scored for pair in zip(row.log_likelihoods, row.greedy, strict=True)

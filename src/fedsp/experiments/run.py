@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import resource
 import sys
 import time
@@ -25,7 +24,13 @@ from fedsp.experiments.build import Federation, build_federation
 from fedsp.experiments.costs import measure
 from fedsp.experiments.privacy_statement import STATEMENT, privacy_statement
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import Server, open_server, redistilling, score_test
+from fedsp.experiments.server_setup import (
+    Server,
+    open_server,
+    redistilling,
+    score_test,
+    validation_sample,
+)
 from fedsp.federation.aggregation.mean import ServerOptimizer
 from fedsp.federation.aggregation.private import DPAggregator
 from fedsp.federation.aggregation.robust import Robust
@@ -86,9 +91,7 @@ def run_experiment(
     own = dataset.held(dataset.partition.server)
     examples = encode_targets(server.tokenizer, own, server.max_tokens)
     party = federation.server(examples, run)
-    draw, count = random.Random(derive_seed(config.seed, "validation")), config.validation.examples
-    some = draw.sample(dataset.validation, min(len(dataset.validation), count))
-    validation = encode_targets(server.tokenizer, some, server.max_tokens)
+    validation = encode_targets(server.tokenizer, validation_sample(server), server.max_tokens)
     # what cannot be scored at the end is found out now
     encode_choices(server.tokenizer, dataset.test, server.max_tokens)
     spec = (

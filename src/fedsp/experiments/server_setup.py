@@ -4,6 +4,7 @@ the first prompt."""
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -81,6 +82,14 @@ def open_server(config: RunConfig, dataset: FederatedDataset) -> Server:
         dataset=dataset,
         max_tokens=token_limit(config, model),
     )
+
+
+def validation_sample(server: Server) -> list[Example]:
+    """The validation questions that a run is judged by: at most `validation.examples`, drawn from
+    its seed."""
+    draw = random.Random(derive_seed(server.config.seed, "validation"))
+    known = server.dataset.validation
+    return draw.sample(known, min(len(known), server.config.validation.examples))
 
 
 def token_limit(config: RunConfig, model: PromptedLM) -> int:

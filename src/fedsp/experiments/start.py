@@ -3,6 +3,7 @@ clients get."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -201,11 +202,15 @@ def auxiliary_sides(run: OpenRun) -> tuple[Side, Side]:
     return Side(auxiliary, partial(load, True)), Side(auxiliary, partial(load, False))
 
 
-def answers_of(run: OpenRun, answering: Answering, weight: float) -> Answers:
-    """Who answers for a run, alone or together; `weight` is that of proxy-tuned answers.
+def answers_of(
+    run: OpenRun, answering: Answering, weight: float, *, zero_shot: bool = False
+) -> Answers:
+    """Who answers for a run, alone or together, or with `zero_shot` the global model without what
+    was tuned; `weight` is that of proxy-tuned answers.
 
     Raises:
-        ConfigurationError: nobody is called that.
+        ConfigurationError: nobody is called that, the weight is no number, or others than the
+            global model are to answer without what was tuned.
         RunError: its clients have no auxiliary model, and that is to answer.
     """
     if answering not in get_args(Answering):
@@ -213,8 +218,15 @@ def answers_of(run: OpenRun, answering: Answering, weight: float) -> Answers:
             f"answers = {answering!r}: choose {', '.join(get_args(Answering))}"
             + did_you_mean(answering, get_args(Answering))
         )
+    if not math.isfinite(weight):
+        raise ConfigurationError(f"weight = {weight}: it must be a number, such as 1")
+    if zero_shot and answering != "global":
+        raise ConfigurationError(
+            f"answers = {answering!r}: without what was tuned only the global model answers; leave"
+            " one of the two out"
+        )
     if answering == "global":
-        return run.side()
+        return run.side(zero_shot=zero_shot)
     tuned, untuned = auxiliary_sides(run)
     if answering == "auxiliary":
         return tuned

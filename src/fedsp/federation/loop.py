@@ -140,7 +140,8 @@ def federate(
         TrainingDiverged: a loss was not finite; the message names the round and the party.
     """
     timer = _Timer()
-    validate = _Cached(timer(validate))
+    tried = len(STEPS) if settings.optimizer.kind == "line_search" else 0
+    validate = _Cached(timer(validate), 3 + tried)
     server_update = timer(method.server_update)
     if state is None:
         payload = method.init(server)
@@ -345,12 +346,12 @@ class _Timer(ContextDecorator):
 
 
 class _Cached:
-    """Validation losses of the last payloads: what was broadcast, tried, aggregated and tuned is
-    often the same object, and is then validated once."""
+    """Validation losses of the last `most` payloads: what was broadcast, tried, aggregated and
+    tuned is often the same object, and is then validated once."""
 
-    def __init__(self, validate: Validate) -> None:
+    def __init__(self, validate: Validate, most: int) -> None:
         self.validate = validate
-        self.cache: deque[tuple[Payload, float]] = deque(maxlen=3 + len(STEPS))
+        self.cache: deque[tuple[Payload, float]] = deque(maxlen=most)
 
     def __call__(self, payload: Payload) -> float:
         loss = next((known for one, known in self.cache if one is payload), None)

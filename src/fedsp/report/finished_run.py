@@ -69,7 +69,7 @@ class Run:
         """Who trains: all clients; one of them; the server on its own examples while clients exist;
         or nobody, or one party with all text."""
         config = self.config
-        if config.asks_clients and self.entry.federated:
+        if config.asks_clients and self.entry.federated and config.partition.clients != 1:
             return "client alone" if config.round.only else "federated"
         trains = self.entry.rounds and config.server.steps > 0
         return "server alone" if config.partition.clients > 0 and trains else "other"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -132,9 +132,9 @@ def benefit_table(section: Section) -> Table | None:
         return None
     note = (
         "Benefit: accuracy less that of the best client alone or the server alone, whichever is"
-        " better; 95 % interval of a bootstrap over questions and seeds. The best client is the one"
-        " with the highest score on the test questions, which favours it. Means over tasks and"
-        " seeds."
+        " better; 95 % interval of a bootstrap over questions and seeds. The best client, and of"
+        " several methods the server's best, is the one with the highest score on the test"
+        " questions, which favours it. Means over tasks and seeds."
     )
     columns = [
         "federation benefit, points",
@@ -150,7 +150,8 @@ def benefit_table(section: Section) -> Table | None:
 @dataclass(frozen=True, kw_only=True)
 class _Benefit:
     """One task's runs of a federated line, of each client alone, best first, of the server alone
-    (those of its best method), and the scores of the first and of the best rival."""
+    (by its best method, at the choice of validation), all of the seeds that the line has; and the
+    scores of the line and of the better of the two."""
 
     line: list[Run]
     clients: list[list[Run]]
@@ -159,18 +160,32 @@ class _Benefit:
 
 
 def _benefit(section: Section, line: Line, task: str) -> _Benefit | None:
-    alone: dict[str, dict[tuple[str, ...], list[Run]]] = {"client alone": {}, "server alone": {}}
-    for run in section.runs:
-        here = (run.task, run.model, run.partition) == (task, line.model, line.partition)
-        if here and run.role in alone:
-            alone[run.role].setdefault(run.cell, []).append(run)
-    clients, servers = (sorted(some.values(), key=_score, reverse=True) for some in alone.values())
+    seeds = {run.seed for run in line.runs[task]}
+    shared = [
+        run
+        for run in section.runs
+        if (run.task, run.model, run.partition) == (task, line.model, line.partition)
+        and run.seed in seeds
+    ]
+    chosen = {run.key for other in section.lines for run in other.runs.get(task, [])}
+    clients, servers = (
+        _best_first(run for run in shared if run.role == role and (run.key in chosen or every))
+        for role, every in (("client alone", True), ("server alone", False))
+    )
     rivals = sorted([*clients[:1], *servers[:1]], key=_score, reverse=True)
     scores = paired_scores(line.runs[task], rivals[0], Run.right) if rivals else None
     if scores is None:
         return None
     server = servers[0] if servers else []
     return _Benefit(line=line.runs[task], clients=clients, server=server, scores=scores)
+
+
+def _best_first(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs by cell, those with most seeds first, and of these the best."""
+    cells: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        cells.setdefault(run.cell, []).append(run)
+    return sorted(cells.values(), key=lambda some: (len(some), _score(some)), reverse=True)
 
 
 def _score(runs: Sequence[Run]) -> float:

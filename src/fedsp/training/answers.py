@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fedsp.models.prompted_lm import NextToken, PromptedLM, length_of
-from fedsp.training.evaluation import log_probabilities
+from fedsp.training.evaluation import LogProbabilities, log_probabilities
 
 WEIGHTS = (0.5, 1.0, 1.5, 2.0)
 """Weights of proxy-tuned answers, of which validation chooses one."""
@@ -31,11 +31,12 @@ or the mean of the two tuned models."""
 class Answers(Protocol):
     """One or several models as they answer."""
 
-    def __call__(self, *rows: Any) -> Tensor:
-        """Log-probabilities of answer tokens (`fedsp.training.evaluation.LogProbabilities`)."""
+    def scorer(self) -> LogProbabilities:
+        """Log-probabilities of answer tokens, for as long as no other numbers are loaded into the
+        models."""
 
     def reader(self) -> NextToken:
-        """Reads a text that grows, to log-probabilities (V,) of its next token."""
+        """Reads a text that grows, to log-probabilities (V,) of its next token; as long."""
 
     def room(self) -> int:
         """The longest text, tokens, that all of its models read."""
@@ -49,17 +50,12 @@ class Side:
     model: PromptedLM
     load: Callable[[], Tensor | None]
 
-    def __call__(self, *rows: Any) -> Tensor:
-        return log_probabilities(self.model, self.load())(*rows)
+    def scorer(self) -> LogProbabilities:
+        return log_probabilities(self.model, self.load())
 
     def reader(self) -> NextToken:
         read = self.model.reader(self.load())
-
-        def scores(ids: Tensor) -> Tensor:
-            self.load()  # the same model may answer with other numbers in between
-            return torch.log_softmax(read(ids.to(self.model.device)), dim=-1)
-
-        return scores
+        return lambda ids: torch.log_softmax(read(ids.to(self.model.device)), dim=-1)
 
     def room(self) -> int:
         return self.model.room_behind(length_of(self.load()))
@@ -67,17 +63,26 @@ class Side:
 
 @dataclass(frozen=True)
 class Together:
-    """Several models whose log-probabilities, each (..., V), `combine` makes into one."""
+    """Several models whose log-probabilities, each (..., V), `combine` makes into one. Two of them
+    may be one model with different numbers, so each loads its own before it reads."""
 
     sides: Sequence[Side]
     combine: Callable[..., Tensor]
 
-    def __call__(self, *rows: Any) -> Tensor:
-        return self.combine(*(side(*rows) for side in self.sides))
+    def scorer(self) -> LogProbabilities:
+        return lambda *rows: self.combine(*(side.scorer()(*rows) for side in self.sides))
 
     def reader(self) -> NextToken:
-        readers = [side.reader() for side in self.sides]
-        return lambda ids: self.combine(*(read(ids) for read in readers))
+        readers = [(side, side.reader()) for side in self.sides]
+
+        def scores(ids: Tensor) -> Tensor:
+            found = []
+            for side, read in readers:
+                side.load()
+                found.append(read(ids))
+            return self.combine(*found)
+
+        return scores
 
     def room(self) -> int:
         return min(side.room() for side in self.sides)

@@ -23,7 +23,8 @@ from fedsp.data.encoding import Encoded
 from fedsp.data.seeding import derive_seed
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.weights import Weights
-from fedsp.training.answers import Answers, Side
+from fedsp.training.answers import Answers
+from fedsp.training.evaluation import LogProbabilities, log_probabilities
 from fedsp.training.loop import Optimisation, TrainResult, fit
 
 LIKELIEST = 64
@@ -59,15 +60,15 @@ def write(
 ) -> list[Encoded]:
     """Texts, each of one token at least, with what the teacher writes behind them: the likeliest
     token each time, at most so many, ending before `stop`."""
+    read = teacher.scorer()
     whole, open_ones = list(texts), list(range(len(texts)))
     for _ in range(most):
         going: list[int] = []
         for start in range(0, len(open_ones), AT_ONCE):
             some = open_ones[start : start + AT_ONCE]
-            read = [Encoded((*whole[one], 0), len(whole[one])) for one in some]
-            for one, token in zip(
-                some, teacher(*_asked(read)).argmax(dim=-1).tolist(), strict=True
-            ):
+            rows = [Encoded((*whole[one], 0), len(whole[one])) for one in some]
+            found = read(*_asked(rows)).argmax(dim=-1).tolist()
+            for one, token in zip(some, found, strict=True):
                 if token != stop:
                     whole[one] = (*whole[one], token)
                     going.append(one)
@@ -78,10 +79,11 @@ def write(
 def lessons(teacher: Answers, texts: Sequence[Encoded], temperature: float) -> list[Lesson]:
     """What a teacher says to each text."""
     found: list[Lesson] = []
+    read = teacher.scorer()
     with torch.no_grad():
         for start in range(0, len(texts), AT_ONCE):
             some = texts[start : start + AT_ONCE]
-            said = torch.log_softmax(teacher(*_asked(some)) / temperature, dim=-1)
+            said = torch.log_softmax(read(*_asked(some)) / temperature, dim=-1)
             likely, tokens = said.topk(min(LIKELIEST, said.shape[-1] - 1), dim=-1)
             counts = [len(text.ids) - text.start for text in some]
             parts = zip(some, torch.split(tokens, counts), torch.split(likely, counts), strict=True)
@@ -101,7 +103,7 @@ def _asked(
     return contexts, tails, [[0] for _ in texts]
 
 
-def divergence(answers: Answers, some: Sequence[Lesson], temperature: float) -> Tensor:
+def divergence(answers: LogProbabilities, some: Sequence[Lesson], temperature: float) -> Tensor:
     """Mean Kullback-Leibler divergence, nats per answer token, from the teacher's distributions to
     other `answers`. The tokens that are not among the likeliest count as one token."""
     read = answers(*_asked([lesson.text for lesson in some]))
@@ -119,6 +121,18 @@ def _left(likely: Tensor) -> Tensor:
     return torch.log1p(-likely.exp().sum(dim=-1).clamp(max=1 - 1e-6))
 
 
+@torch.no_grad()
+def distance(answers: Answers, taught: Sequence[Lesson], temperature: float) -> float:
+    """The same of any number of texts, each of its tokens counted alike."""
+    read, total, count = answers.scorer(), 0.0, 0
+    for start in range(0, len(taught), AT_ONCE):
+        some = taught[start : start + AT_ONCE]
+        tokens = sum(len(lesson.tokens) for lesson in some)
+        total += tokens * float(divergence(read, some, temperature))
+        count += tokens
+    return total / count
+
+
 def adapt(
     model: PromptedLM,
     student: Weights,
@@ -133,7 +147,7 @@ def adapt(
         TrainingDiverged: a loss is not finite.
     """
 
-    answers = Side(model, lambda: None)
+    answers = log_probabilities(model, None)
 
     def loss(batch: list[Lesson]) -> Tensor:
         return settings.temperature**2 * divergence(answers, batch, settings.temperature)

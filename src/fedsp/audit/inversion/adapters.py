@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fedsp.audit.inversion.gradient_matching import AdapterTarget, match_text
-from fedsp.audit.inversion.scenarios import Recovery, cut, guess, level, noised, recovery_of
+from fedsp.audit.inversion.scenarios import (
+    Recovery,
+    cut,
+    guess,
+    guess_without_places,
+    level,
+    noised,
+    recovery_of,
+)
 from fedsp.audit.inversion.span_test import recall, span_test
 from fedsp.audit.shadows import Opened, Shadow, changes_of
 from fedsp.data.encoding import Encoded, collate
@@ -66,6 +74,15 @@ def first_inputs(model: PromptedLM, adapter: Adapter, ids: Tensor) -> tuple[list
     return names, read[0].view(*ids.shape, -1).float()
 
 
+def reads_tokens_alone(model: PromptedLM, adapter: Adapter) -> bool:
+    """Whether what the first adapted module reads depends on a token and its position alone: not
+    where it stands behind an attention, or in a later layer."""
+    tokens = model.model.get_input_embeddings().num_embeddings
+    ids = torch.tensor([[1, 2, 3], [4, 5, 3]], device=model.device) % tokens
+    _, inputs = first_inputs(model, adapter, ids)
+    return torch.allclose(inputs[0, -1], inputs[1, -1], rtol=1e-3, atol=1e-4)
+
+
 @dataclass(frozen=True)
 class InputDictionary:
     """What each token of the vocabulary is behind A, in the modules that read the first layer's
@@ -86,6 +103,15 @@ class InputDictionary:
                 for name, some in self.vectors.items()
             ]
         ).amin(dim=0)
+
+    @property
+    def seen(self) -> str:
+        """What the attack finds of a token, in words."""
+        return "" if self.placed else ", tokens without their places"
+
+    def guess(self, lots: list[list[Encoded]], like: list[Encoded]) -> float:
+        """What a guess would find of the same."""
+        return guess(lots, like) if self.placed else guess_without_places(lots, like)
 
     def recovery(self, gradient: Mapping[str, Tensor], row: Encoded) -> Recovery:
         """What it reads of one text, whose last token is the answer."""
@@ -150,6 +176,8 @@ def by_spans(
     dictionary = input_dictionary(model, adapter, count)
     texts = [cut(row, count + 1) for row in drawn]
     seen = f"one example of at most {count} tokens, one step of SGD, B of the first layer"
+    seen += dictionary.seen
+    guessed = dictionary.guess([[row] for row in texts], like)
 
     def read(row: Encoded, bits: torch.dtype, epsilon: float | None) -> Recovery:
         gradient = noised(as_row(adapter_gradient(model, adapter, [row])), epsilon)
@@ -161,7 +189,7 @@ def by_spans(
         *((f", with the noise of epsilon = {one:g}", torch.float32, one) for one in epsilons),
     ):
         found = [read(row, bits, epsilon) for row in texts]
-        yield level(f"{seen}{how}", "span test", found, guess([[row] for row in texts], like))
+        yield level(f"{seen}{how}", "span test", found, guessed)
 
 
 def by_matching(
@@ -225,7 +253,8 @@ def as_deployed(opened: Opened, adapter: Adapter, shadow: Shadow, kind: str) -> 
             Recovery(dictionary.recall(dictionary.distances(change, 10_000), lot))
             for change, lot in zip(changes, lots, strict=True)
         ]
-        return level(seen, "span test", read, guess(lots, opened.encoded), observed)
+        guessed = dictionary.guess(lots, opened.encoded)
+        return level(f"{seen}{dictionary.seen}", "span test", read, guessed, observed)
 
     lots = [lot[:size] for lot in opened.by_client(rows).values()]
     gradients: list[Mapping[str, Tensor]] = [adapter_gradient(model, adapter, lot) for lot in lots]

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsp.audit.inversion.adapters import as_deployed, by_matching, by_spans
+from fedsp.audit.inversion.adapters import (
+    as_deployed,
+    by_matching,
+    by_spans,
+    reads_tokens_alone,
+)
 from fedsp.audit.inversion.gradient_matching import (
     LocalSteps,
     PromptTarget,
@@ -138,7 +143,7 @@ def _of_adapters(
 ) -> Iterator[Iterator[Row]]:
     """The levels for adapters, at the broadcast of the first round."""
     adapter.load(shadow.broadcasts[0])
-    first = min(int(name.split(".")[1]) for name in adapter.updates) == 0
+    first = reads_tokens_alone(opened.auxiliary, adapter)
     if drawn and first:
         yield by_spans(opened, adapter, drawn, like, EPSILONS)
     if drawn:

@@ -49,6 +49,19 @@ def without_template(rows: Sequence[Encoded]) -> list[Encoded]:
     ]
 
 
+def guess_without_places(lots: Sequence[Sequence[Encoded]], like: Sequence[Encoded]) -> float:
+    """Baseline of an attack that finds tokens and not where they stand: recall, averaged over lots,
+    of guessing the most frequent tokens of `like`."""
+    counts = Counter(token for text in like for token in text.ids[:-1])
+    common = [token for token, _ in counts.most_common()]
+
+    def recalled(lot: Sequence[Encoded]) -> float:
+        there = {token for text in lot for token in text.ids[:-1]}
+        return len(there & set(common[: len(there)])) / len(there)
+
+    return mean([recalled(lot) for lot in lots])
+
+
 def guess(lots: Sequence[Sequence[Encoded]], like: Sequence[Encoded]) -> float:
     """Baseline without observation: recall, averaged over lots, of guessing the most frequent
     tokens of `like` at each position. (`like` includes the attacked texts, which favours the
