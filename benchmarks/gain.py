@@ -113,7 +113,8 @@ def draw(rows: list[Measured], path: Path) -> None:
             axes.annotate(
                 row.name.removeprefix("adapter, "),
                 (share, gain),
-                xytext=(6, -3),
+                xytext=(-6 if row.adapted else 6, -3),
+                horizontalalignment="right" if row.adapted else "left",
                 textcoords="offset points",
                 fontsize=7,
             )
