@@ -383,7 +383,7 @@ def test_configurations_differ_in_keys_and_sections_but_not_in_their_place(tmp_p
     other = configuration(
         tmp_path / "elsewhere",
         seed=3,
-        prompt={"length": 9},
+        messenger={"rank": 9},
         federation={"folder": "."},
         auxiliary={"folder": "p"},
     )
@@ -394,7 +394,7 @@ def test_configurations_differ_in_keys_and_sections_but_not_in_their_place(tmp_p
     assert sorted(differing_keys(one, other)) == [
         "auxiliary.folder",
         "federation",
-        "prompt.length",
+        "messenger.rank",
         "seed",
     ]
     assert set(differing_keys(other, one)) == set(differing_keys(one, other))

@@ -86,6 +86,7 @@ def test_a_global_model_in_fewer_bits_gives_nearly_the_same_gradients(
         {
             "model": {"name": MODEL, "device": "cpu", "precision": precision},
             "data": {},
+            "preset": "prompt",
             "prompt": {"init": "normal"},
             "auxiliary": {"folder": "package"},
         }
