@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +34,24 @@ def test_files_that_the_front_door_names_are_there(name: str) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     links += re.findall(r"\bdocs/[\w./-]+\.(?:md|html)", text)
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_what_the_documentation_imports_is_there() -> None:
+    """Every import of fedsp in a command or an example of a page."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    found = {
+        (module, name.strip())
+        for page in pages
+        for module, names in re.findall(
+            r"\bfrom (fedsp[\w.]*) import (\w+(?:, \w+)*)", page.read_text()
+        )
+        for name in names.split(",")
+    }
+    assert found and not [
+        f"from {module} import {name}"
+        for module, name in sorted(found)
+        if not hasattr(import_module(module), name)
+    ]
 
 
 def test_the_readme_is_short() -> None:

@@ -459,7 +459,7 @@ def test_plain_runs_make_a_report_too(tmp_path: Path) -> None:
     figures = write_report([tmp_path], tmp_path / "report")
     assert (
         figures["runs"] == 1
-        and "FedSP, messenger (run)" in (tmp_path / "report" / "report.md").read_text()
+        and "FedSP, prompt (run)" in (tmp_path / "report" / "report.md").read_text()
     )
     with pytest.raises(RunError, match="there is no finished run with test questions in"):
         write_report([tmp_path / "nothing"], tmp_path / "other")
