@@ -23,12 +23,11 @@ from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import plan_run
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
-from fedsp.experiments.server_setup import LEAST_ROOM, score_test, validation_sample
+from fedsp.experiments.server_setup import LEAST_ROOM, validation_sample
 from fedsp.experiments.start import (
     Engine,
     Figures,
     answers_of,
-    auxiliary_sides,
     in_this_process,
     make_package,
     open_run,
@@ -257,10 +256,7 @@ def evaluate(
         )
 
     def figures(answers: Answers, examples: list[Example], room: int = room) -> Figures:
-        found, _ = score_test(
-            run.model, None, examples, dataset.task, server.tokenizer, room, answers.scorer()
-        )
-        return found
+        return run.score(answers, examples, room)
 
     bare, tuned = run.side(zero_shot=True), run.side()
     what = "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights"
@@ -271,7 +267,7 @@ def evaluate(
     rows.append({"prompt": what, **figures(tuned, splits[split])})
     if not auxiliary:
         return rows
-    own, untuned = auxiliary_sides(run)
+    own, untuned = run.auxiliary_sides
     by_proxy = {weight: proxy_tuned(bare, own, untuned, weight) for weight in WEIGHTS}
     weight = 1.0
     if dataset.validation:

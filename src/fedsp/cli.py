@@ -411,7 +411,7 @@ def generate(
 def adapt(
     folder: RunFolder,
     questions: Annotated[
-        Path, typer.Argument(help="Questions in the form of the run's task; no label is read.")
+        Path, typer.Argument(help="Questions in the form of the run's task; no label is used.")
     ],
     output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")],
     answers: Annotated[

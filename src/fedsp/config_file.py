@@ -58,15 +58,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """Defaults of keys, as a set; `docs/explanation/presets.md` compares them. `paper` holds the
 paper's settings, `prompt` those that we found for a soft prompt, and `messenger`, below, what we
 found to carry most to the global model."""
+RATES = {"prompt": 3e-2, "adapter": 5e-3, "prompt+adapter": 5e-3, "layers": 1e-3}
+"""Default learning rate of the preset `messenger`, by what is tuned."""
 PRESETS["messenger"] = {
     **PRESETS["prompt"],
     "auxiliary": {"plan": "emulator(1, 3)"},
     "messenger": {"kind": "adapter", "rank": 64, "alpha": 128.0, "train_first": True},
-    "client": {**PRESETS["prompt"]["client"], "prompt_steps": 10, "learning_rate": 5e-3},
-    "server": {**PRESETS["prompt"]["server"], "learning_rate": 5e-3},
+    "client": PRESETS["prompt"]["client"] | {"prompt_steps": 10, "learning_rate": RATES["adapter"]},
+    "server": PRESETS["prompt"]["server"] | {"learning_rate": RATES["adapter"]},
 }
-RATES = {"prompt": 3e-2, "adapter": 5e-3, "prompt+adapter": 5e-3, "layers": 1e-3}
-"""Default learning rate of the preset `messenger`, by what is tuned."""
 
 
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {

@@ -39,7 +39,7 @@ from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory, list_runs
 from fedsp.experiments.server_setup import Server
-from fedsp.experiments.start import answers_of, auxiliary_sides, open_run
+from fedsp.experiments.start import answers_of, open_run
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients, client_messenger, make_method, make_party
@@ -942,7 +942,7 @@ def test_evaluation_tells_what_was_learned_from_what_was_transferred(
         {name: own[name] for name in result["auxiliary_test"]}, abs=1e-4
     )
     run = open_run(folder)
-    learned, not_learned = auxiliary_sides(run)
+    learned, not_learned = run.auxiliary_sides
     rows: Any = ([(1, 2, 3)], [[(4, 5), (6, 7)]], [[0, 0]])
     by_proxy = proxy_tuned(run.side(zero_shot=True), learned, not_learned, 1.0)
     torch.testing.assert_close(

@@ -13,7 +13,7 @@ from fedsp.data.files import read_rows
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, DataError
-from fedsp.experiments.server_setup import score_test, validation_sample
+from fedsp.experiments.server_setup import validation_sample
 from fedsp.experiments.start import OpenRun, answers_of, open_run, require_new
 from fedsp.federation.callbacks import Callbacks
 from fedsp.models.adapter import Adapter, AdapterSettings, export_lora
@@ -85,11 +85,11 @@ def adapt_run(
 
     def measure(answering: Side) -> float:
         if validation:
-            return _figures(run, answering, validation)["answer_loss"]
+            return float(run.score(answering, validation)["answer_loss"])
         return distance(answering, held_out, settings.temperature)
 
     def test(answering: Answers) -> dict[str, float]:
-        return _figures(run, answering, dataset.test) if dataset.test else {}
+        return run.score(answering, dataset.test) if dataset.test else {}
 
     before, test_before, test_teacher = measure(tuned), test(tuned), test(teacher)
     student = _student(run)
@@ -120,23 +120,10 @@ def _teacher(
         return named, answers_of(run, named, weight)
 
     def loss(named: Answering) -> float:
-        return _figures(run, answers_of(run, named, weight), validation)["answer_loss"]
+        return float(run.score(answers_of(run, named, weight), validation)["answer_loss"])
 
     best = min(TEACHERS, key=loss)
     return best, answers_of(run, best, weight)
-
-
-def _figures(run: OpenRun, answers: Answers, examples: list[Example]) -> dict[str, float]:
-    server = run.server
-    return score_test(
-        run.model,
-        None,
-        examples,
-        server.dataset.task,
-        server.tokenizer,
-        server.max_tokens,
-        answers.scorer(),
-    )[0]
 
 
 def _answered(run: OpenRun, asked: Sequence[Example], teacher: Answers) -> list[Encoded]:

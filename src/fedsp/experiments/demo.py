@@ -30,7 +30,6 @@ from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import make_auxiliary, open_server, score_test
 from fedsp.experiments.start import (
     Figures,
-    auxiliary_sides,
     open_run,
     require_new,
     start_run,
@@ -189,10 +188,8 @@ def demo(
     rows += [run(method) for method in ("prompt", "adapter", "central")]
     adapter = rows[-2]
     adapter["benefit"] = _difference(adapter["folder"], best["folder"])
-    tuned, _ = auxiliary_sides(open_run(adapter["folder"]))
-    own, _ = score_test(
-        tuned.model, None, test, task, server.tokenizer, server.max_tokens, answers=tuned.scorer()
-    )
+    opened = open_run(adapter["folder"])
+    own = opened.score(opened.auxiliary_sides[0], test)
     rows.insert(-1, {"method": "its auxiliary model", **own, "bytes": 0, "seconds": 0.0})
     return rows
 

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,11 +16,12 @@ import torch
 
 from fedsp.config import RunConfig
 from fedsp.data.dataset import load_dataset
+from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, RunError, did_you_mean
 from fedsp.experiments.build import method_setup
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import LOCK, RunDirectory
-from fedsp.experiments.server_setup import Server, make_auxiliary, open_server
+from fedsp.experiments.server_setup import Server, make_auxiliary, open_server, score_test
 from fedsp.experiments.tracking import tracked
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
@@ -176,30 +177,41 @@ class OpenRun:
         """The global model as it answers with what was tuned, or without it."""
         return Side(self.model, partial(self.prefix, zero_shot=zero_shot))
 
+    @cached_property
+    def auxiliary_sides(self) -> tuple[Side, Side]:
+        """The run's auxiliary model, loaded once, as it answers with the best that was tuned, and
+        without it.
 
-def auxiliary_sides(run: OpenRun) -> tuple[Side, Side]:
-    """A run's auxiliary model as it answers with the best that was tuned, and without it.
-
-    Raises:
-        RunError: its clients have no auxiliary model.
-    """
-    config = run.directory.config
-    if not (find_method(config.method).deployable and config.asks_clients):
-        raise RunError(
-            f"{run.directory.path} has no auxiliary model to answer with: take a run of FedSP with"
-            " clients"
+        Raises:
+            RunError: its clients have no auxiliary model.
+        """
+        config = self.directory.config
+        if not (find_method(config.method).deployable and config.asks_clients):
+            raise RunError(
+                f"{self.directory.path} has no auxiliary model to answer with: take a run of FedSP"
+                " with clients"
+            )
+        auxiliary = load_auxiliary(
+            self.directory.package, device=self.model.device, positions=config.model.positions
         )
-    auxiliary = load_auxiliary(
-        run.directory.package, device=run.model.device, positions=config.model.positions
-    )
-    messenger = client_messenger(agreement_of(config, run.server.max_tokens), auxiliary)()
+        messenger = client_messenger(agreement_of(config, self.server.max_tokens), auxiliary)()
 
-    def load(tuned: bool) -> torch.Tensor | None:
-        messenger.load(run.best if tuned else run.start)
-        with torch.no_grad():
-            return messenger.prefix(auxiliary) if tuned else None
+        def load(tuned: bool) -> torch.Tensor | None:
+            messenger.load(self.best if tuned else self.start)
+            with torch.no_grad():
+                return messenger.prefix(auxiliary) if tuned else None
 
-    return Side(auxiliary, partial(load, True)), Side(auxiliary, partial(load, False))
+        return Side(auxiliary, partial(load, True)), Side(auxiliary, partial(load, False))
+
+    def score(
+        self, answers: Answers, examples: list[Example], max_tokens: int | None = None
+    ) -> Figures:
+        """The figures of questions by these answers; `max_tokens`: of an example, None: the
+        run's."""
+        server = self.server
+        room = server.max_tokens if max_tokens is None else max_tokens
+        task, tokenizer = server.dataset.task, server.tokenizer
+        return score_test(self.model, None, examples, task, tokenizer, room, answers.scorer())[0]
 
 
 def answers_of(
@@ -227,7 +239,7 @@ def answers_of(
         )
     if answering == "global":
         return run.side(zero_shot=zero_shot)
-    tuned, untuned = auxiliary_sides(run)
+    tuned, untuned = run.auxiliary_sides
     if answering == "auxiliary":
         return tuned
     if answering == "mean":
