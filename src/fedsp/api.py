@@ -390,6 +390,11 @@ def export(folder: str | Path, to: str | Path) -> Figures:
         kind = "PROMPT_TUNING" if run.messenger.spec.space == "input" else "PREFIX_TUNING"
         what = {"peft_type": kind, "virtual_tokens": run.messenger.spec.length}
     elif isinstance(run.messenger, Adapter):
+        if not run.messenger.updates:
+            raise RunError(
+                f"{folder} tuned adapters in distilled layers alone, and the global model has none:"
+                " `fedsp adapt` writes an adapter of it"
+            )
         run.messenger.load(run.best)
         export_lora(run.messenger, run.model, to)
         what = {"peft_type": "LORA", "rank": run.messenger.settings.rank}

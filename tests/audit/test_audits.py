@@ -245,12 +245,13 @@ def test_every_audit_of_a_private_run_and_its_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inverting, "ITERATIONS", 3)
-    monkeypatch.setattr(matching, "EXCHANGED", 2)
+    monkeypatch.setattr(matching, "EXCHANGED", 1)
+    monkeypatch.setattr("fedsp.audit.package_leakage.STEPS", (0, 4))
     folder = Path(
         commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"]
     )
     found = audited(
-        folder, "disclosure, depths, model, membership, inversion", shadows=4, records=20, texts=3
+        folder, "disclosure, depths, model, membership, inversion", shadows=4, records=20, texts=2
     )
     assert list(found) == ["disclosure", "depths", "model", "membership", "inversion"]
     assert (
@@ -588,7 +589,7 @@ def test_members_are_told_by_adapters_too_where_they_are_learned_by_heart(
         "messenger": {"kind": kind, "rank": 4},
         "partition": {"clients": 2, "server_share": 0.0},
         "round": {"rounds": 1},
-        "client": {"prompt_steps": 30, "batch_size": 8, "learning_rate": 0.03},
+        "client": {"prompt_steps": 16, "batch_size": 8, "learning_rate": 0.03},
     }
     folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
     found = audited(folder, "disclosure, membership", shadows=4)["membership"]
@@ -628,15 +629,24 @@ def test_an_adapter_in_the_first_layer_gives_a_text_away_and_noise_hides_it(
     ]
     assert sum(row["observed"] for row in figures["rows"]) == 2
     assert "Read back by span test from the run's first round" in str(account(folder).rows)
-    later = settings(
-        tmp_path / "later",
+
+
+@pytest.mark.parametrize("layers", ["verbatim", "all"])
+def test_behind_distilled_layers_an_adapter_tells_no_tokens_unless_they_have_adapters_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str
+) -> None:
+    monkeypatch.setattr(inverting, "ITERATIONS", 3)
+    monkeypatch.setattr(matching, "EXCHANGED", 2)
+    values = settings(
+        tmp_path,
         auxiliary={"plan": "tail(1, 1)"},
-        messenger={"kind": "adapter", "rank": 16},
+        messenger={"kind": "adapter", "rank": 16, "layers": layers},
     )
-    rows = audited(Path(commands.run(later)["folder"]), "inversion", texts=2)["inversion"]["rows"]
-    assert {row["attack"] for row in rows} == {"gradient matching"}, (
-        "no first layer, so no dictionary of tokens"
-    )
+    rows = audited(Path(commands.run(values)["folder"]), "inversion", texts=2)["inversion"]["rows"]
+    dictionary = {"span test"} if layers == "all" else set()
+    assert {row["attack"] for row in rows} == {"gradient matching"} | dictionary
+    alone = "one step of SGD, B of distilled layer 0 alone"
+    assert any(alone in row["level"] for row in rows) == (layers == "all")
 
 
 def test_the_promise_of_a_private_adapter_is_not_refuted(

@@ -16,7 +16,7 @@ from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.experiments.adaptation import TEACHERS
 from fedsp.experiments.server_setup import score_test, validation_sample
 from fedsp.experiments.start import OpenRun, answers_of, open_run
-from fedsp.models.adapter import Adapter, AdapterSettings
+from fedsp.models.adapter import Adapter, AdapterSettings, global_layers
 from fedsp.models.prompted_lm import PromptedLM, continue_text
 from fedsp.training import server_adaptation
 from fedsp.training.answers import Answers, Side
@@ -31,7 +31,10 @@ TEXTS = [Encoded((5, 6, 7, 8, 9, 10), 3), Encoded((11, 12, 13), 1), Encoded((20,
 def changed(model: PromptedLM, scale: float) -> Adapter:
     """An adapter in the first layer that changes what the model says."""
     adapter = Adapter(
-        model, [0], [0], AdapterSettings(rank=2, alpha=2.0, train_first=True), seed=scale != 0
+        model,
+        global_layers([0]),
+        AdapterSettings(rank=2, alpha=2.0, train_first=True),
+        seed=scale != 0,
     )
     generator = torch.Generator().manual_seed(3)
     adapter.load(
@@ -77,7 +80,10 @@ def test_the_divergence_is_that_of_all_tokens_but_those_that_count_as_one(
 def test_the_student_comes_to_answer_as_its_teacher_does() -> None:
     teacher, model = other(), tiny_model("gpt2")
     student = Adapter(
-        model, range(4), range(4), AdapterSettings(rank=4, alpha=4.0, train_first=True), seed=0
+        model,
+        global_layers(range(4)),
+        AdapterSettings(rank=4, alpha=4.0, train_first=True),
+        seed=0,
     )
     said = lessons(teacher, TEXTS, 1.0)
     answers = Side(model, lambda: None)
@@ -153,6 +159,31 @@ def test_an_adaptation_is_kept_where_validation_falls_and_reads_no_label(
     assert validation_of(opened, Side(opened.model, lambda: None)) == pytest.approx(
         figures["after"], abs=1e-5
     )
+
+
+def test_what_no_layer_of_the_global_model_holds_is_brought_into_it(tmp_path: Path) -> None:
+    """No layer is verbatim: the run is judged by its auxiliary model, the global one is as it was,
+    and adaptation makes it better."""
+    values = settings(
+        tmp_path,
+        auxiliary={"plan": [0, 4, 7]},
+        messenger={"kind": "adapter", "rank": 8, "train_first": True, "layers": "all"},
+        round={"rounds": 3},
+        client={"prompt_steps": 8, "batch_size": 8, "learning_rate": 5e-3},
+    )
+    folder = Path(commands.run(values)["folder"])
+    run = open_run(folder)
+    zero, tuned = (
+        run.score(run.side(zero_shot=empty), run.server.dataset.test) for empty in (True, False)
+    )
+    assert zero == tuned
+    losses = [record["validation"] for record in run.directory.records()]
+    assert validation_of(run, run.auxiliary_sides[0]) == pytest.approx(min(losses), abs=1e-5)
+    with pytest.raises(RunError, match="in distilled layers alone, and .* `fedsp adapt` writes"):
+        commands.export(folder, tmp_path / "none")
+    how: dict[str, Any] = {"steps": 20, "batch_size": 8, "learning_rate": 2e-3}
+    figures = commands.adapt(folder, asked(tmp_path), tmp_path / "lora", **how)
+    assert figures["kept"] and figures["after"] < figures["before"]
 
 
 def test_what_is_not_better_is_not_written(run: Path, tmp_path: Path) -> None:

@@ -89,6 +89,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "aggregation": {"rule": "median", "malicious": 0.34},
         "round": {"rounds": 3, "weighting": "uniform"},
     },
+    "adapter in distilled layers too": {
+        "messenger": {"kind": "adapter", "rank": 2, "layers": "all"},
+        "compression": {"up": "int8", "down": "sign"},
+        "round": {"rounds": 3, "optimizer": "line_search"},
+    },
     "layers": {
         "messenger": {"kind": "layers"},
         "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-4},

@@ -3,8 +3,11 @@ about bad input."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -66,6 +69,7 @@ from fedsp.storage import tensors_digest
 from fedsp.training import loop as fitting
 from fedsp.training import stage
 from fedsp.training.answers import proxy_tuned
+from support.killed import end_of
 from support.small_runs import PAPER, ROWS, prompt_bits, questions, settings
 
 
@@ -685,42 +689,25 @@ def test_too_long_examples_are_counted(tmp_path: Path) -> None:
     assert figures["shortened_client_examples"] > 0 and figures["test"]["shortened_examples"] > 0
 
 
-KILLED_AT_A_WRITE = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from fedsp import api as commands
-
-torch.set_num_threads(1)  # as in the tests: the number of threads decides the last bits
-original, writes = os.fsync, 0
-
-def fsync(descriptor):
-    global writes
-    writes += 1
-    if writes == int(sys.argv[2]):
-        os.ftruncate(descriptor, 100)
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(descriptor)
-
-os.fsync = fsync
-commands.run(sys.argv[1])
-"""
-
-
-@pytest.mark.recipe
+@pytest.mark.study
 @pytest.mark.parametrize("write", [7, 16, 19])
 def test_kill_9_in_the_middle_of_a_write(tmp_path: Path, write: int) -> None:
-    """A real process, killed while a file is half written: package, prompt or checkpoint."""
-    import tomli_w
-
+    """A process of its own, killed while a file is half written: package, prompt or checkpoint."""
     whole = Path(commands.run(settings(tmp_path / "whole", **PAPER))["folder"])
     values = settings(tmp_path / "killed", **PAPER)
-    (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_A_WRITE, str(tmp_path / "run.toml"), str(write)],
-        capture_output=True,
-    )
-    assert killed.returncode == -9, killed.stderr.decode()
+    original, writes = os.fsync, itertools.count(1)
+
+    def fsync(fd: Any) -> None:
+        if next(writes) == write:
+            os.ftruncate(fd, 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(fd)
+
+    def run() -> None:
+        os.fsync = fsync
+        commands.run(values)
+
+    assert end_of(run) == -signal.SIGKILL
     commands.resume(values["output"])
     assert prompt_bits(Path(values["output"])) == prompt_bits(whole)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -40,6 +41,8 @@ from fedsp.federation.transport.wire import (
 )
 from fedsp.models.payload import PROMPT, Payload, pack
 from support.clock import Clock
+from support.killed import end_of
+from support.serve_driver import BOUNDARIES, arm
 from support.small_runs import experiment_tensors, prompt_bits, settings
 
 Respond = Callable[[int, Message], "Message | str | None"]
@@ -337,6 +340,32 @@ def test_over_a_wire_a_run_has_the_bits_of_a_run_in_one_place(tmp_path: Path, ki
     for mine, theirs in zip(one, other, strict=True):
         assert sorted(mine) == sorted(theirs)
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.study
+def test_a_server_killed_at_every_boundary_ends_with_the_bits_of_an_undisturbed_run(
+    tmp_path: Path,
+) -> None:
+    """kill -9 of a process of its own at each boundary in turn, resumed after each. Changes travel
+    in codes: a resumed server does not know what its clients hold, and sends whole prompts."""
+    changes = {"compression": {"up": "sign", "down": "int8"}, "round": {"rounds": 3}}
+    whole = RunDirectory.create(make_config(settings(tmp_path / "whole", **changes)))
+    run_experiment(whole, engine_over(answering, numbered), Callbacks())
+    killed = RunDirectory.create(make_config(settings(tmp_path / "killed", **changes)))
+
+    def go_on() -> None:
+        run_experiment(killed, engine_over(answering, numbered), Callbacks())
+
+    for boundary, round in zip(BOUNDARIES, (1, 1, 2, 2, 2), strict=True):
+
+        def until_the_boundary(boundary: str = boundary, round: int = round) -> None:
+            arm(boundary, round, ListLink)
+            go_on()
+
+        assert end_of(until_the_boundary) == -signal.SIGKILL, boundary
+    go_on()
+    assert prompt_bits(killed.path) == prompt_bits(whole.path)
+    assert [record["round"] for record in killed.records()] == [1, 2, 3]
 
 
 @pytest.mark.study

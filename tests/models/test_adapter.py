@@ -15,9 +15,15 @@ from fedsp import api as commands
 from fedsp.data.encoding import Batch, Encoded, collate
 from fedsp.errors import ConfigurationError, ModelError, PayloadError, PrivacyError
 from fedsp.experiments.plan import make_plan
-from fedsp.models.adapter import Adapter, AdapterSettings, export_lora
+from fedsp.models.adapter import Adapter, AdapterSettings, export_lora, global_layers
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
-from fedsp.models.messengers import Place, PromptAndAdapter, client_messenger, make_messenger
+from fedsp.models.messengers import (
+    Place,
+    PromptAndAdapter,
+    client_messenger,
+    layers_of,
+    make_messenger,
+)
 from fedsp.models.payload import PROMPT, pack
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, export_peft, import_peft
@@ -41,7 +47,7 @@ def own(family: str) -> PromptedLM:
 
 def adapter(model: PromptedLM, *, seed: int = 3, **changes: Any) -> Adapter:
     given: dict[str, Any] = {"rank": 2, "alpha": 8.0, "train_first": False, **changes}
-    return Adapter(model, DEPTHS, DEPTHS, AdapterSettings(**given), seed=seed)
+    return Adapter(model, global_layers(DEPTHS), AdapterSettings(**given), seed=seed)
 
 
 def moved(messenger: Messenger) -> None:
@@ -136,13 +142,18 @@ def test_what_is_tuned_in_the_auxiliary_model_is_the_same_in_the_global_one() ->
     """A package that is the whole model: its loss behind the clients' adapter is the server's."""
     model = own("llama")
     auxiliary = build_auxiliary(model, parse_plan("ends(1, 2)", 4), None)
-    kinds: dict[str, Any] = {"kind": "adapter", "rank": 2, "alpha": 4.0, "targets": []}
+    kinds: dict[str, Any] = {
+        "kind": "adapter",
+        "layers": "verbatim",
+        "rank": 2,
+        "alpha": 4.0,
+        "targets": [],
+    }
     spec = PromptSpec(space="residual", length=2, model=model.shape)
     client = client_messenger(auxiliary, spec, {**kinds, "train_first": False}, 7)()
     place = Place(
         model=model,
-        depths=[0, 3],
-        sources=[0, 3],
+        layers=global_layers([0, 3]),
         prompt=lambda: SoftPrompt(spec),
         settings={**kinds, "train_first": False},
         seed=7,
@@ -156,13 +167,53 @@ def test_what_is_tuned_in_the_auxiliary_model_is_the_same_in_the_global_one() ->
         server.load({PROMPT: torch.zeros(2, 4, 32)})
 
 
+def test_distilled_layers_have_adapters_that_the_server_hands_on_and_never_reads() -> None:
+    """Names by plan; a block at several depths has one adapter; the global model answers by those
+    of its own layers, trains no other, and gives all of them back as they came."""
+    plan = parse_plan("ends(1, 3)", 4)
+    named = ["layers.000", "auxiliary.001", "layers.003"]
+    assert [layer.name for layer in layers_of(plan, "all", in_auxiliary=True)] == named
+    assert [layer.depth for layer in layers_of(plan, "all", in_auxiliary=True)] == [0, 1, 4]
+    assert [layer.name for layer in layers_of(plan, "verbatim", in_auxiliary=True)] == named[::2]
+    there = layers_of(plan, "all", in_auxiliary=False)
+    assert [(layer.name, layer.read) for layer in there] == [
+        (name, name.startswith("layers")) for name in named
+    ]
+    model = own("gpt2")
+    auxiliary = build_auxiliary(model, plan, None)
+    settings = AdapterSettings(rank=2, alpha=8.0, train_first=True)
+    client = Adapter(auxiliary, layers_of(plan, "all", in_auxiliary=True), settings, seed=7)
+    server = Adapter(model, there, settings, seed=7)
+    start, given = client.payload(), server.payload()
+    assert all(torch.equal(start[name], given[name]) for name in start) and len(start) == 24
+    moved(client)
+    bare = own("gpt2")
+    only = Adapter(bare, global_layers([0, 3]), settings, seed=7)
+    only.load({name: one for name, one in client.payload().items() if name in only.payload()})
+    server.load(client.payload())
+    some = batch()
+    assert torch.equal(model(some.input_ids), bare(some.input_ids))
+    assert list(server.trained()) == list(only.trained()) and len(client.trained()) == 24
+    back, sent = server.payload(), client.payload()
+    assert sorted(back) == sorted(sent) and all(torch.equal(back[key], sent[key]) for key in sent)
+    before = auxiliary(some.input_ids)
+    moved_one = dict(client.trained())["auxiliary.001.mlp.c_fc.B"]
+    with torch.no_grad():
+        moved_one.add_(0.1)
+    assert not torch.equal(auxiliary(some.input_ids), before)
+    losses_are_told_apart(auxiliary, client, some)
+
+
 @pytest.mark.parametrize("train_first", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_examples_are_those_of_a_loop(family: str, train_first: bool) -> None:
     model = own(family)
     mine = adapter(model, train_first=train_first)
     moved(mine)
-    some = batch()
+    losses_are_told_apart(model, mine, batch())
+
+
+def losses_are_told_apart(model: PromptedLM, mine: Adapter, some: Batch) -> None:
     losses, rows = example_gradients(model, mine, some)
     assert rows.shape == (4, sum(one.numel() for one in mine.trained().values()))
     for index in range(4):
@@ -245,6 +296,7 @@ def test_what_reads_examples_in_another_form_is_refused() -> None:
     from fedsp.models.adapter import LowRank
 
     update = LowRank(linear, first, 1.0)
+    linear.register_forward_hook(update)
     update.copies = {"B": torch.zeros(3, 4, 2)}
     with pytest.raises(PrivacyError, match=r"name other modules in messenger\.targets"):
         linear(torch.zeros(7, 4))
@@ -261,22 +313,38 @@ def test_what_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         ({"auxiliary": {"plan": "shared(0)"}}, r"messenger\.kind: 'adapter' lives in layers"),
         ({"client": {"auxiliary_steps": 1, "prompt_steps": 1}}, r"client\.auxiliary_steps: alt"),
         ({"method": "fedprompt"}, r"messenger\.kind: needs method = 'fedsp'"),
+        (
+            {"server": {"steps": 1}, "messenger": {"kind": "adapter", "layers": "all"}},
+            r"server\.steps: .* has no distilled layer, so it cannot tune with messenger\.layers",
+        ),
+        (
+            {"messenger": {"kind": "layers", "layers": "all"}},
+            r"messenger\.layers: 'all' is for adapters, and messenger\.kind = 'layers' has none",
+        ),
     ):
         with pytest.raises(ConfigurationError, match=match):
-            commands.run(settings(tmp_path, messenger={"kind": "adapter"}, **changes))
+            commands.run(settings(tmp_path, **{"messenger": {"kind": "adapter"}, **changes}))
     private = {"unit": "example", "epsilon": 8.0}
     with pytest.raises(ConfigurationError, match="whole layers do not give"):
         commands.run(settings(tmp_path, messenger={"kind": "layers"}, privacy=private))
 
 
-@pytest.mark.parametrize("kind", ["adapter", "layers", "prompt+adapter"])
-def test_the_plan_says_what_travels(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "which"),
+    [
+        ("adapter", "verbatim"),
+        ("adapter", "all"),
+        ("layers", "verbatim"),
+        ("prompt+adapter", "all"),
+    ],
+)
+def test_the_plan_says_what_travels(kind: str, which: Any) -> None:
     values: dict[str, Any] = {
         "model": {"name": "embedded"},
         "data": {},
         "auxiliary": {"plan": "ends(1)"},
         "prompt": {"length": 4, "init": "normal"},
-        "messenger": {"kind": kind, "rank": 3, "train_first": kind == "adapter"},
+        "messenger": {"kind": kind, "layers": which, "rank": 3, "train_first": kind == "adapter"},
         "distill": {"text": ["x"]},
     }
     from fedsp.config_file import make_config
@@ -289,8 +357,7 @@ def test_the_plan_says_what_travels(kind: str) -> None:
     messenger = make_messenger(
         Place(
             model=model,
-            depths=[0, 7],
-            sources=[0, 7],
+            layers=layers_of(parse_plan("ends(1)", 8), which, in_auxiliary=False),
             prompt=lambda: SoftPrompt(spec),
             settings=config.messenger.model_dump(),
             seed=0,

@@ -28,22 +28,22 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(boundary: str, round: int) -> None:
-    """Make this process kill itself, as `kill -9` would, at a boundary of a round."""
-    from fedsp.deployment.ipc import SocketLink
+def arm(boundary: str, round: int, link: Any) -> None:
+    """Make this process kill itself, as `kill -9` would, at a boundary of a round whose messages
+    pass a link of this class."""
     from fedsp.experiments import run_directory as runs
     from fedsp.federation.aggregation import mean as aggregation
     from fedsp.federation.transport import remote
 
     if boundary == "before-broadcast":
-        push = SocketLink.push
+        push = link.push
 
-        def dying_push(self: SocketLink, sends: Any, group: str, seconds: float) -> list[str]:
+        def dying_push(self: Any, sends: Any, group: str, seconds: float) -> list[str]:
             if group == str(round):
                 die()
-            return push(self, sends, group, seconds)
+            return list(push(self, sends, group, seconds))
 
-        setattr(SocketLink, "push", dying_push)
+        link.push = dying_push
     elif boundary == "after-one-reply":
         read, counted = getattr(remote, "read_reply"), [0]
 
@@ -114,7 +114,9 @@ if __name__ == "__main__":
         sys.exit(0)
     kill, copy, *command = sys.argv[1:]
     if kill != "nothing":
-        arm(kill.split(":")[0], int(kill.split(":")[1]))
+        from fedsp.deployment.ipc import SocketLink
+
+        arm(kill.split(":")[0], int(kill.split(":")[1]), SocketLink)
     if copy != "nothing":
         record(copy)
     if os.environ.get("HOSTILE"):

@@ -16,7 +16,7 @@ from fedsp.errors import ConfigurationError, DataError
 from fedsp.experiments.server_setup import validation_sample
 from fedsp.experiments.start import OpenRun, answers_of, open_run, require_new
 from fedsp.federation.callbacks import Callbacks
-from fedsp.models.adapter import Adapter, AdapterSettings, export_lora
+from fedsp.models.adapter import Adapter, AdapterSettings, export_lora, global_layers
 from fedsp.training.answers import Answering, Answers, Side
 from fedsp.training.server_adaptation import Adaptation, adapt, distance, lessons, write
 
@@ -144,9 +144,10 @@ def _student(run: OpenRun) -> Adapter:
     """Adapters in all layers of the global model, which is as it was before the run; where the run
     tuned adapters, they begin with those numbers."""
     run.prefix(zero_shot=True)
-    section, layers = run.directory.config.messenger, range(run.model.shape.layers)
+    section = run.directory.config.messenger
+    layers = global_layers(range(run.model.shape.layers))
     settings = AdapterSettings(rank=section.rank, alpha=section.alpha, train_first=True)
-    student = Adapter(run.model, layers, layers, settings, seed=run.directory.config.seed)
+    student = Adapter(run.model, layers, settings, seed=run.directory.config.seed)
     start = student.payload()
     student.load(start | {name: run.best[name] for name in start if name in run.best})
     return student

@@ -40,7 +40,8 @@ class Federation:
     """A method and its parties.
 
     model, messenger: what the server reads through, and what it broadcasts.
-    package: the auxiliary model that clients hold, if they hold one.
+    package: the auxiliary model that clients hold, if they hold one; client_messenger makes their
+    messenger in it.
     disclosed_share: the share of the global model's parameters that clients hold bit for bit.
     attack: what malicious clients do, in a simulation of them.
     """
@@ -50,6 +51,7 @@ class Federation:
     messenger: Messenger
     clients: Clients
     package: AuxiliaryModel | None = None
+    client_messenger: Callable[[], Messenger] | None = None
     disclosed_share: float = 0.0
     attack: Attack | None = None
 
@@ -124,6 +126,7 @@ def build_federation(
         messenger=messenger,
         clients=clients,
         package=side.package,
+        client_messenger=side.messenger,
         disclosed_share=share,
         attack=attack,
     )

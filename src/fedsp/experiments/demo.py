@@ -56,7 +56,7 @@ DEMO: Figures = {
     "prompt": {"length": 16},
     "round": {"rounds": 20},
     "client": {"prompt_steps": 10},
-    "validation": {"examples": 100, "every": 5},
+    "validation": {"examples": 100, "every": 5, "patience": 1},
 }
 """The configuration of the demo, less what its rows vary."""
 

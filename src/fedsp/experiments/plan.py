@@ -186,12 +186,14 @@ def _travelling(config: RunConfig, counts: Any) -> dict[str, list[int]]:
     if "prompt" in section.kind:
         space = counts["prompts"][config.prompt.space]
         shapes["prompt.values"] = [config.prompt.length, *space]
-    if section.kind != "prompt" and not counts["shared"]:
+    layers = counts["layers"][section.layers]
+    if section.kind != "prompt" and not layers:
         raise ConfigurationError(
             f"messenger.kind: {section.kind!r} lives in layers that both sides hold, and"
-            " auxiliary.plan keeps none verbatim; take tail(2, 2), ends(1) or emulator(1, 2)"
+            " auxiliary.plan keeps none verbatim; take tail(2, 2), ends(1) or emulator(1, 2), or"
+            " adapters with messenger.layers = 'all'"
         )
-    for layer, about in counts["shared"].items():
+    for layer, about in layers.items():
         if section.kind == "layers":
             shapes |= {f"{layer}.{name}": shape for name, shape in about["parameters"].items()}
         if "adapter" in section.kind:

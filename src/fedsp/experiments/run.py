@@ -37,14 +37,16 @@ from fedsp.federation.aggregation.robust import Robust
 from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.federation.attacks import triggered
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.clients import Clients, client_messenger
+from fedsp.federation.clients import Clients
 from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
 from fedsp.models.loading import in_few_bits
 from fedsp.models.payload import Payload
+from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
+from fedsp.models.trainable import Messenger
 from fedsp.privacy import LEDGER, Ledger, noise_for
 from fedsp.storage import write_json
 from fedsp.training.evaluation import by_client, encode_choices
@@ -106,9 +108,14 @@ def run_experiment(
             f" than {server.max_tokens} tokens and lose their oldest context"
         )
 
+    judged: tuple[PromptedLM, Messenger] = (party.model, party.messenger)
+    if config.messenger.layers == "all" and auxiliary and federation.client_messenger:
+        judged = (auxiliary, federation.client_messenger())
+
     def validate(payload: Payload) -> float:
-        party.messenger.load(payload)
-        loss = validation_loss(party.model, party.messenger, validation)
+        model, messenger = judged
+        messenger.load(payload)
+        loss = validation_loss(model, messenger, validation)
         assert loss is not None
         return loss
 
@@ -165,7 +172,12 @@ def run_experiment(
         party.messenger.load(final.best)
         figures |= _test(run, server, party, federation)
         if entry.deployable and auxiliary:
-            figures["auxiliary_test"] = _test_auxiliary(config, server, federation, final.best)
+            figures["auxiliary_test"] = _test_auxiliary(server, federation, final.best)
+    if config.messenger.layers == "all":
+        callbacks.info(
+            "what the distilled layers' adapters learned is in the auxiliary model: bring it into"
+            f" the global one with `fedsp adapt {run.path} QUESTIONS FOLDER`"
+        )
     if statement := write_statement():
         figures["epsilon"] = statement["epsilon"]
         callbacks.info(statement["sentence"])
@@ -206,18 +218,12 @@ def _test(
     return {"test": figures, "clients": by_client(scored, dataset.task, groups[1], own)}
 
 
-def _test_auxiliary(
-    config: RunConfig, server: Server, federation: Federation, best: Payload
-) -> dict[str, float]:
+def _test_auxiliary(server: Server, federation: Federation, best: Payload) -> dict[str, float]:
     """Figures of the same questions through the package, which say what was learned, where those of
     the global model say what of it was transferred."""
-    auxiliary, clients, dataset = federation.package, federation.clients, server.dataset
-    assert auxiliary is not None
-    messenger = (
-        clients.party(min(clients.register)).messenger
-        if clients.here
-        else client_messenger(agreement_of(config, server.max_tokens), auxiliary)()
-    )
+    auxiliary, dataset = federation.package, server.dataset
+    assert auxiliary is not None and federation.client_messenger is not None
+    messenger = federation.client_messenger()
     messenger.load(best)
     with torch.no_grad():
         prefix = messenger.prefix(auxiliary)

@@ -5,12 +5,16 @@ rank) (E. J. Hu et al. *LoRA*. ICLR 2022. https://arxiv.org/abs/2106.09685). Wha
 of the auxiliary model that are the global model's own means the same there. A is drawn from the
 run's seed on both sides and never sent, so that the mean over clients is exact (Y. Sun et al. *FFA-
 LoRA*. ICLR 2024. https://arxiv.org/abs/2403.12313), or trained and sent too.
+
+Distilled layers of the auxiliary model can have adapters too. The global model has no such layers:
+the server hands their numbers on, and what they say is brought into the global model afterwards
+(`fedsp.training.server_adaptation`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +45,26 @@ class AdapterSettings:
     train_first: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A layer with adapters, as one side has it.
+
+    name: what both sides call it. depth: the block of the model that it is or, where the model does
+    not have it, one whose linear modules are as large. read: whether the model has it.
+    """
+
+    name: str
+    depth: int
+    read: bool = True
+
+
+def global_layers(numbers: Iterable[int]) -> list[Layer]:
+    """These layers of the global model, in that model."""
+    return [Layer(name=f"layers.{number:03d}", depth=number) for number in numbers]
+
+
 class LowRank:
-    """One linear module's update, added to its output by a forward hook.
+    """One linear module's update; as a forward hook of it, it adds to the output.
 
     first: A (rank, in). second: B (out, rank), zero at first. copies: while gradients are taken
     apart, A and B of each example (B, ...) in their place.
@@ -54,7 +76,6 @@ class LowRank:
         self.second = nn.Parameter(second, requires_grad=False)
         self.scale = scale
         self.copies: dict[str, Tensor] = {}
-        linear.register_forward_hook(self)
 
     def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         hidden = arguments[0]
@@ -79,11 +100,12 @@ class LowRank:
 
 
 class Adapter(Weights):
-    """Adapters of the linear modules in some blocks of a model, as one messenger.
+    """Adapters of the linear modules in some layers, as one messenger.
 
-    `sources` are the global layers that stand at `depths`: tensors are named after them, so that
-    both sides name them alike. The model keeps the adapters for as long as it lives; it is as if
-    untouched while B is zero. Parties that share a model in one process share its adapter.
+    Tensors are named after their layers, so that both sides name them alike. The model keeps the
+    adapters of the layers that it has for as long as it lives; it is as if untouched while B is
+    zero. Those of the other layers are held, sent and never trained here. Parties that share a
+    model in one process share its adapter.
 
     Raises:
         ModelError: no linear module there is named by the settings' `targets`.
@@ -92,27 +114,30 @@ class Adapter(Weights):
     def __init__(
         self,
         model: PromptedLM,
-        depths: Sequence[int],
-        sources: Sequence[int],
+        layers: Sequence[Layer],
         settings: AdapterSettings,
         *,
         seed: int,
     ) -> None:
         self.settings = settings
+        every: dict[str, LowRank] = {}
         self.updates: dict[str, LowRank] = {}
         self.paths: dict[str, str] = {}
         inside = f"{model.path_of_backbone}.".lstrip(".") + model.path_of_blocks
-        for depth, source in zip(depths, sources, strict=True):
-            for path, module in linears(model.blocks[depth]):
+        for layer in layers:
+            for path, module in linears(model.blocks[layer.depth]):
                 if settings.targets and path.rpartition(".")[2] not in settings.targets:
                     continue
-                name = f"layers.{source:03d}.{path}"
+                name = f"{layer.name}.{path}"
                 where = runs_on(module, module.weight)
                 first = _drawn(module, settings.rank, derive_seed(seed, "adapter", name))
                 scale = settings.alpha / settings.rank
-                self.updates[name] = LowRank(module, first.to(where), scale)
-                self.paths[name] = f"{inside}.{depth}.{path}"
-        if not self.updates:
+                every[name] = LowRank(module, first.to(where), scale)
+                if layer.read:
+                    module.register_forward_hook(every[name])
+                    self.updates[name] = every[name]
+                    self.paths[name] = f"{inside}.{layer.depth}.{path}"
+        if not every:
             known = {path.rpartition(".")[2] for path, _ in linears(model.blocks[0])}
             raise ModelError(
                 f"messenger.targets: {model.name} has no linear module named"
@@ -122,10 +147,18 @@ class Adapter(Weights):
         super().__init__(
             {
                 f"{name}.{part}": getattr(update, attribute)
-                for name, update in self.updates.items()
+                for name, update in every.items()
                 for part, attribute in self._parts()
             }
         )
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters of the layers that the model has."""
+        return {
+            name: parameter
+            for name, parameter in super().trained().items()
+            if name.rpartition(".")[0] in self.updates
+        }
 
     def _parts(self) -> list[tuple[str, str]]:
         return [*([(FIRST, "first")] if self.settings.train_first else []), (SECOND, "second")]

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError
-from fedsp.models.adapter import Adapter, AdapterSettings
+from fedsp.models.adapter import Adapter, AdapterSettings, Layer
 from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan
 from fedsp.models.payload import PROMPT, Payload, check, shapes_of
 from fedsp.models.prompted_lm import PromptedLM
@@ -21,15 +21,18 @@ from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.models.trainable import Messenger, Tensors
 from fedsp.models.weights import Weights
 
+Which = Literal["verbatim", "all"]
+"""The layers of an auxiliary model that adapters are in: those that are the global model's own, or
+the distilled ones too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a messenger is made: the model that reads it, the depths there and the global layers of
-    what the plan keeps verbatim, how its soft prompt is made, and the run's seed."""
+    """Where a messenger is made: the model that reads it, the layers that it lives in, how its soft
+    prompt is made, and the run's seed."""
 
     model: PromptedLM
-    depths: Sequence[int]
-    sources: Sequence[int]
+    layers: Sequence[Layer]
     prompt: Callable[[], SoftPrompt]
     settings: Mapping[str, Any]
     seed: int
@@ -78,19 +81,18 @@ class PromptAndAdapter:
 
 def _adapter(place: Place) -> Adapter:
     settings = AdapterSettings(
-        **{key: value for key, value in place.settings.items() if key != "kind"}
+        **{key: value for key, value in place.settings.items() if key not in ("kind", "layers")}
     )
-    return Adapter(place.model, place.depths, place.sources, settings, seed=place.seed)
+    return Adapter(place.model, place.layers, settings, seed=place.seed)
 
 
-def layer_weights(model: PromptedLM, depths: Sequence[int], sources: Sequence[int]) -> Weights:
-    """All weights of the blocks at these depths, named by the global layers that they are, so that
-    both sides name them alike."""
+def layer_weights(model: PromptedLM, layers: Sequence[Layer]) -> Weights:
+    """All weights of these layers."""
     return Weights(
         {
-            f"layers.{source:03d}.{name}": parameter
-            for depth, source in zip(depths, sources, strict=True)
-            for name, parameter in model.blocks[depth].named_parameters()
+            f"{layer.name}.{name}": parameter
+            for layer in layers
+            for name, parameter in model.blocks[layer.depth].named_parameters()
         }
     )
 
@@ -98,16 +100,26 @@ def layer_weights(model: PromptedLM, depths: Sequence[int], sources: Sequence[in
 MESSENGERS: dict[str, Callable[[Place], Messenger]] = {
     "prompt": lambda place: place.prompt(),
     "adapter": _adapter,
-    "layers": lambda place: layer_weights(place.model, place.depths, place.sources),
+    "layers": lambda place: layer_weights(place.model, place.layers),
     "prompt+adapter": lambda place: PromptAndAdapter(place.prompt(), _adapter(place)),
 }
 """How a messenger of each kind is made."""
 
 
-def shared_places(plan: LayerPlan) -> tuple[list[int], list[int]]:
-    """The depths of the auxiliary model that a plan keeps verbatim, and the global layers there."""
-    depths = [depth for depth, frozen in enumerate(plan.frozen) if frozen]
-    return depths, [plan.sources[depth] for depth in depths]
+def layers_of(plan: LayerPlan, which: Which, *, in_auxiliary: bool) -> list[Layer]:
+    """The layers of a plan that a messenger lives in: those kept verbatim, named by the global
+    layers that they are, or all of the auxiliary model's, where the others are named by their
+    depth; layers that share one block are one."""
+    found = []
+    for depth, (source, group, verbatim) in enumerate(
+        zip(plan.sources, plan.groups, plan.frozen, strict=True)
+    ):
+        where = depth if in_auxiliary else source
+        if verbatim:
+            found.append(Layer(name=f"layers.{source:03d}", depth=where))
+        elif which == "all" and depth == plan.groups.index(group):
+            found.append(Layer(name=f"auxiliary.{depth:03d}", depth=where, read=in_auxiliary))
+    return found
 
 
 def make_messenger(place: Place) -> Messenger:
@@ -117,10 +129,11 @@ def make_messenger(place: Place) -> Messenger:
         ConfigurationError: it lives in layers that both sides hold, and the plan keeps none.
     """
     kind = place.settings["kind"]
-    if kind != "prompt" and not place.depths:
+    if kind != "prompt" and not place.layers:
         raise ConfigurationError(
             f"messenger.kind: {kind!r} lives in layers that both sides hold, and auxiliary.plan"
-            " keeps none verbatim; take tail(2, 2), ends(1) or emulator(1, 2)"
+            " keeps none verbatim; take tail(2, 2), ends(1) or emulator(1, 2), or adapters with"
+            " messenger.layers = 'all'"
         )
     return MESSENGERS[kind](place)
 
@@ -130,14 +143,17 @@ def client_messenger(
 ) -> Callable[[], Messenger]:
     """Makes the messenger into which a client loads what it receives: a soft prompt of its own for
     each, or the one that lives in the auxiliary model, made at the first call."""
-    depths, sources = shared_places(auxiliary.plan)
     spec = replace(prompt, model=auxiliary.prompt_shape)
 
     def own() -> SoftPrompt:
         return SoftPrompt(spec, seed=derive_seed(seed, "prompt")).to(auxiliary.device)
 
     place = Place(
-        model=auxiliary, depths=depths, sources=sources, prompt=own, settings=settings, seed=seed
+        model=auxiliary,
+        layers=layers_of(auxiliary.plan, settings["layers"], in_auxiliary=True),
+        prompt=own,
+        settings=settings,
+        seed=seed,
     )
     make = partial(make_messenger, place)
     return make if settings["kind"] == "prompt" else cache(make)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from fedsp.errors import ModelError
 from fedsp.models.adapter import linear_sizes
@@ -19,6 +20,7 @@ from fedsp.models.auxiliary import (
 )
 from fedsp.models.blocks import find_blocks
 from fedsp.models.loading import NF4_BLOCK, empty_model, read_model_config
+from fedsp.models.messengers import Which, layers_of
 from fedsp.models.prompted_lm import ModelShape
 from fedsp.models.soft_prompt import PromptSpec, Space
 from fedsp.models.trainable import trainable
@@ -30,9 +32,9 @@ def count_shapes(name: str, plan: str | list[int], prompt_layers: list[int] | No
     `global` and `auxiliary`: all `parameters`, those in `matrices` of blocks, and those that a
     token is `multiplied` by, where a shared layer counts at each depth. `distilled`: parameters of
     the auxiliary model's depths that are not frozen. `prompts`: the shape of one virtual token in
-    each space. `shared`: of each layer that is kept verbatim, the shapes of its parameters and the
-    inputs and outputs of its linear modules, by name. `few_bits`: bytes of a matrix's number in
-    quantized precisions.
+    each space. `layers`: of each value of messenger.layers, the layers it stands for by name, with
+    the shapes of their parameters and the inputs and outputs of their linear modules. `few_bits`:
+    bytes of a matrix's number in quantized precisions.
 
     Raises:
         ModelError: the configuration cannot be had, or is not that of a transformer.
@@ -68,13 +70,12 @@ def count_shapes(name: str, plan: str | list[int], prompt_layers: list[int] | No
         "global": _counts(model, whole),
         "auxiliary": _counts(auxiliary, blocks),
         "distilled": sum(free.values()),
-        "shared": {
-            f"layers.{source:03d}": {
-                "parameters": {name: list(one.shape) for name, one in block.named_parameters()},
-                "linears": linear_sizes(block),
+        "layers": {
+            which: {
+                layer.name: _sizes(blocks[layer.depth])
+                for layer in layers_of(layers, which, in_auxiliary=True)
             }
-            for block, frozen, source in zip(blocks, layers.frozen, layers.sources, strict=True)
-            if frozen
+            for which in get_args(Which)
         },
         "embeddings": sum(one.numel() for one in embedding_parameters(auxiliary).values()),
         "few_bits": {"8bit": 1.0, "4bit": 0.5 + 4 / NF4_BLOCK},
@@ -95,6 +96,13 @@ def shape_of(config: Any) -> ModelShape:
         head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
         hidden=text.hidden_size,
     )
+
+
+def _sizes(block: nn.Module) -> dict[str, Any]:
+    return {
+        "parameters": {name: list(one.shape) for name, one in block.named_parameters()},
+        "linears": linear_sizes(block),
+    }
 
 
 def _counts(model: Any, blocks: Any) -> dict[str, int]:

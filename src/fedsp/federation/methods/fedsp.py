@@ -38,15 +38,16 @@ def algorithm(stages: Stages, start: Tensors) -> Method:
 
 def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
     """The global model, and the messenger of `[messenger]` in it."""
-    from fedsp.models.messengers import Place, make_messenger, shared_places
+    from fedsp.models.messengers import Place, layers_of, make_messenger
 
-    sources = [] if setup.messenger["kind"] == "prompt" else shared_places(setup.plan())[1]
+    settings = setup.messenger
     place = Place(
         model=setup.model,
-        depths=sources,
-        sources=sources,
+        layers=[]
+        if settings["kind"] == "prompt"
+        else layers_of(setup.plan(), settings["layers"], in_auxiliary=False),
         prompt=setup.initial_prompt,
-        settings=setup.messenger,
+        settings=settings,
         seed=setup.seed,
     )
     return setup.model, make_messenger(place)

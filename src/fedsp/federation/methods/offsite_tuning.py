@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
     """The global model, and the parameters of its first and last layers, which are trained."""
-    from fedsp.models.messengers import layer_weights, shared_places
+    from fedsp.models.messengers import layer_weights, layers_of
 
-    _, sources = shared_places(setup.plan())
-    return setup.model, layer_weights(setup.model, sources, sources)
+    outer = layers_of(setup.plan(), "verbatim", in_auxiliary=False)
+    return setup.model, layer_weights(setup.model, outer)
 
 
 def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> ClientSide:
     """Clients that hold the auxiliary model, whose outer layers are the global model's."""
-    from fedsp.models.messengers import layer_weights, shared_places
+    from fedsp.models.messengers import layer_weights, layers_of
 
     auxiliary = setup.package()
-    outer = layer_weights(auxiliary, *shared_places(auxiliary.plan))
+    outer = layer_weights(auxiliary, layers_of(auxiliary.plan, "verbatim", in_auxiliary=True))
     return ClientSide(model=auxiliary, messenger=lambda: outer, package=auxiliary)
 
 
