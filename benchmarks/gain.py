@@ -32,7 +32,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 CEILING, NOTHING = "LoRA in the whole model, all modules", "zero-shot"
-ADAPTED = ("adapter, rank 64", "adapter, rank 64, embeddings of rank 128")
+ALL = "adapter in all layers"
+ADAPTED = (
+    "adapter, rank 64",
+    f"{ALL}, embeddings of rank 128",
+    f"{ALL}, four of them, none verbatim, embeddings of rank 128",
+)
 FIGURES = "adaptation.json"
 
 Runs = dict[str, dict[int, Run]]
@@ -41,13 +46,15 @@ Runs = dict[str, dict[int, Run]]
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A messenger, by seed: the share of correct answers, the answer loss and the gain."""
+    """A messenger, by seed: the share of correct answers, the answer loss and the gain, and the
+    answer loss of the auxiliary model, if there is one."""
 
     name: str
     disclosed: float
     scores: list[float]
     losses: list[float]
     gains: list[float]
+    auxiliary: list[float]
 
     @property
     def adapted(self) -> bool:
@@ -69,7 +76,9 @@ def measured(runs: Runs) -> Iterator[Measured]:
     for name, seeds in runs.items():
         disclosed = statistics.fmean(run.figures["disclosed_share"] for run in seeds.values())
         tests = {seed: run.figures["test"] for seed, run in seeds.items()}
-        yield _row(name, disclosed, tests, runs)
+        found = [run.figures.get("auxiliary_test") for run in seeds.values()]
+        own = [figures["answer_loss"] for figures in found if figures]
+        yield _row(name, disclosed, tests, own, runs)
         files = {seed: run.folder / FIGURES for seed, run in seeds.items()}
         if all(file.exists() for file in files.values()):
             figures = {seed: json.loads(file.read_text()) for seed, file in files.items()}
@@ -77,10 +86,16 @@ def measured(runs: Runs) -> Iterator[Measured]:
                 seed: one["test_after" if one["kept"] else "test_before"]
                 for seed, one in figures.items()
             }
-            yield _row(f"{name}, then adapted", disclosed, adapted, runs)
+            yield _row(f"{name}, then adapted", disclosed, adapted, own, runs)
 
 
-def _row(name: str, disclosed: float, tests: dict[int, dict[str, float]], runs: Runs) -> Measured:
+def _row(
+    name: str,
+    disclosed: float,
+    tests: dict[int, dict[str, float]],
+    auxiliary: list[float],
+    runs: Runs,
+) -> Measured:
     def gain(seed: int, loss: float) -> float:
         nothing = runs[NOTHING][seed].loss
         return (nothing - loss) / (nothing - runs[CEILING][seed].loss)
@@ -91,6 +106,7 @@ def _row(name: str, disclosed: float, tests: dict[int, dict[str, float]], runs: 
         scores=[100 * test["exact_match"] for test in tests.values()],
         losses=[test["answer_loss"] for test in tests.values()],
         gains=[100 * gain(seed, test["answer_loss"]) for seed, test in tests.items()],
+        auxiliary=auxiliary,
     )
 
 
@@ -100,8 +116,13 @@ def draw(rows: list[Measured], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     kinds = {
         "soft prompt": [row for row in rows if row.name == "soft prompt"],
-        "adapters": [row for row in rows if row.name.startswith("adapter") and not row.adapted],
-        "adapters, then adapted": [row for row in rows if row.adapted],
+        "adapters": [row for row in rows if row.name.startswith("adapter,") and not row.adapted],
+        "adapters, then adapted": [
+            row for row in rows if row.name.startswith("adapter,") and row.adapted
+        ],
+        "adapters in all layers, then adapted": [
+            row for row in rows if row.name.startswith(ALL) and row.adapted
+        ],
         "whole layers": [row for row in rows if row.name.startswith("all weights")],
     }
     for number, (label, some) in enumerate(kinds.items()):
@@ -111,7 +132,7 @@ def draw(rows: list[Measured], path: Path) -> None:
             best[share] = max(best.get(share, 0.0), gain)
             axes.plot(share, gain, "o", color=f"C{number}")
             axes.annotate(
-                row.name.removeprefix("adapter, "),
+                row.name.removeprefix("adapter, ").removeprefix(f"{ALL}, "),
                 (share, gain),
                 xytext=(-6 if row.adapted else 6, -3),
                 horizontalalignment="right" if row.adapted else "left",
@@ -146,11 +167,13 @@ def main() -> None:
     if given.adapt:
         adapt(runs, given.adapt)
     rows = list(measured(runs))
-    print("| what travels | disclosed bit for bit | exact match | answer loss | gain |")
-    print("|---|---|---|---|---|")
+    print("| what travels | disclosed bit for bit | exact match | answer loss | gain | learned |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         figures = f"{mean(row.scores, '.1f')} % | {mean(row.losses, '.3f')}"
-        print(f"| {row.name} | {row.disclosed:.1%} | {figures} | {mean(row.gains, '.0f')} % |")
+        learned = mean(row.auxiliary, ".3f") if row.auxiliary else "-"
+        gain = f"{mean(row.gains, '.0f')} %"
+        print(f"| {row.name} | {row.disclosed:.1%} | {figures} | {gain} | {learned} |")
     if given.figure:
         draw([row for row in rows if not row.name.startswith("LoRA")], given.figure)
 

@@ -339,7 +339,7 @@ def adapt(
     *,
     answers: Answering | None = None,
     weight: float = 1.0,
-    steps: int = 300,
+    steps: int = 600,
     batch_size: int = 16,
     learning_rate: float = 1e-3,
     temperature: float = 1.0,
@@ -390,11 +390,6 @@ def export(folder: str | Path, to: str | Path) -> Figures:
         kind = "PROMPT_TUNING" if run.messenger.spec.space == "input" else "PREFIX_TUNING"
         what = {"peft_type": kind, "virtual_tokens": run.messenger.spec.length}
     elif isinstance(run.messenger, Adapter):
-        if not run.messenger.updates:
-            raise RunError(
-                f"{folder} tuned adapters in distilled layers alone, and the global model has none:"
-                " `fedsp adapt` writes an adapter of it"
-            )
         run.messenger.load(run.best)
         export_lora(run.messenger, run.model, to)
         what = {"peft_type": "LORA", "rank": run.messenger.settings.rank}

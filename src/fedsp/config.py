@@ -213,9 +213,9 @@ class MessengerSection(Section):
     alpha: Rate = 16.0
     """adapters are scaled by alpha / rank"""
     layers: Literal["verbatim", "all"] = "verbatim"
-    """layers of the auxiliary model that get adapters; verbatim: those that auxiliary.plan keeps,
-    so that all that is tuned counts in the global model at once; all: the distilled ones too, whose
-    part `fedsp adapt` brings into the global model after the run"""
+    """layers of the auxiliary model that get adapters; verbatim: those that auxiliary.plan keeps;
+    all: the distilled ones too, whose adapters the global model reads in the layers that they were
+    distilled of"""
     targets: list[str] = []
     """names of the linear modules that get an adapter, such as c_attn; none: all"""
     train_first: bool = False
@@ -401,9 +401,8 @@ class ValidationSection(Section):
     """How the best round is chosen; test examples are never used for it."""
 
     by: Literal["server", "clients", "none"] = "server"
-    """server: lowest loss at the server, through the global model, or through the auxiliary one if
-    messenger.layers is all; clients: lowest loss through their auxiliary models on a tenth of their
-    examples; none: the last round"""
+    """server: lowest loss through the global model; clients: lowest loss through their auxiliary
+    models on a tenth of their examples; none: the last round"""
     examples: Positive = 300
     """most validation examples that the server uses"""
     every: Positive = 1
@@ -566,11 +565,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"messenger.layers: 'all' is for adapters, and messenger.kind ="
                 f" {self.messenger.kind!r} has none; set it to 'verbatim'"
-            )
-        if self.messenger.layers == "all" and self.server.steps:
-            raise ValueError(
-                "server.steps: the server tunes through the global model, which has no distilled"
-                " layer, so it cannot tune with messenger.layers = 'all'; set it to 0"
             )
         if self.messenger.kind != "prompt" and client.auxiliary_steps:
             raise ValueError(

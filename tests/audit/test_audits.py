@@ -645,7 +645,7 @@ def test_behind_distilled_layers_an_adapter_tells_no_tokens_unless_they_have_ada
     rows = audited(Path(commands.run(values)["folder"]), "inversion", texts=2)["inversion"]["rows"]
     dictionary = {"span test"} if layers == "all" else set()
     assert {row["attack"] for row in rows} == {"gradient matching"} | dictionary
-    alone = "one step of SGD, B of distilled layer 0 alone"
+    alone = "one step of SGD, B of layer 3 alone"
     assert any(alone in row["level"] for row in rows) == (layers == "all")
 
 

@@ -25,7 +25,7 @@ from fedsp.audit.inversion.gradient_matching import (
 )
 from fedsp.audit.inversion.scenarios import cut, guess_without_places, noised, recovery_of
 from fedsp.data.encoding import Encoded, collate
-from fedsp.models.adapter import Adapter, AdapterSettings, global_layers
+from fedsp.models.adapter import Adapter, AdapterSettings, global_blocks
 from fedsp.training.loop import Optimisation, answer_loss, fit
 from fedsp.training.per_example_gradients import example_gradients
 from support.attacked import TEXT, prompt_for
@@ -113,7 +113,7 @@ def test_texts_of_a_lot_are_found_together() -> None:
 
 def adapted(model: Any, depths: list[int], rank: int) -> Adapter:
     settings = AdapterSettings(rank=rank, alpha=float(rank), train_first=True)
-    return Adapter(model, global_layers(depths), settings, seed=0)
+    return Adapter(model, global_blocks(depths), settings, seed=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_neox"])
@@ -141,7 +141,7 @@ def test_only_what_reads_a_token_alone_has_a_dictionary(family: str) -> None:
     assert not reads_tokens_alone(model, adapted(model, [3], 4))
     behind = {"gpt2": "c_fc", "llama": "down_proj"}[family]
     settings = AdapterSettings(rank=4, alpha=4.0, targets=[behind])
-    assert not reads_tokens_alone(model, Adapter(model, global_layers([0]), settings, seed=0))
+    assert not reads_tokens_alone(model, Adapter(model, global_blocks([0]), settings, seed=0))
     assert guess_without_places([[ROW]], [ROW]) == 1.0
 
 

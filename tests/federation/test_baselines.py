@@ -22,9 +22,9 @@ from fedsp.federation.methods.fedprompt_single import reading_one_layer
 from fedsp.federation.methods.lora import low_rank_adapters
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
-from fedsp.models.adapter import global_layers
+from fedsp.models.adapter import global_blocks
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
-from fedsp.models.messengers import layer_weights, layers_of
+from fedsp.models.messengers import blocks_of, layer_weights
 from fedsp.models.payload import PROMPT, Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
@@ -387,8 +387,7 @@ def test_offsite_tuning_tunes_the_outer_layers_through_an_emulator_and_plugs_the
                 for name, tensor in stepped.items()
             }
         )
-    places = layers_of(emulator.plan, "verbatim", in_auxiliary=True)
-    tuned = layer_weights(emulator, places)
+    tuned = layer_weights(emulator, blocks_of(emulator.plan, "verbatim"))
     mean, answers = one_round(
         Averaging(client_stage=ONE_STEP, server_stage=NOTHING), emulator, tuned, tmp_path
     )
@@ -406,11 +405,11 @@ def test_offsite_tuning_tunes_the_outer_layers_through_an_emulator_and_plugs_the
             },
         }
     )
-    layer_weights(whole, global_layers([0, 3])).load(mean)
+    layer_weights(whole, global_blocks([0, 3])).load(mean)
     server = Party(
         id="server",
         model=whole,
-        messenger=layer_weights(whole, global_layers([0, 3])),
+        messenger=layer_weights(whole, global_blocks([0, 3])),
         examples=rows(9),
         store=StateStore(tmp_path),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from fedsp import api as commands
 from fedsp.data.encoding import Batch, Encoded, collate
 from fedsp.errors import ConfigurationError, ModelError, PayloadError, PrivacyError
 from fedsp.experiments.plan import make_plan
-from fedsp.models.adapter import Adapter, AdapterSettings, export_lora, global_layers
+from fedsp.models.adapter import Adapter, AdapterSettings, export_lora, global_blocks
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.messengers import (
     Place,
     PromptAndAdapter,
+    blocks_of,
     client_messenger,
-    layers_of,
     make_messenger,
 )
 from fedsp.models.payload import PROMPT, pack
@@ -47,7 +48,7 @@ def own(family: str) -> PromptedLM:
 
 def adapter(model: PromptedLM, *, seed: int = 3, **changes: Any) -> Adapter:
     given: dict[str, Any] = {"rank": 2, "alpha": 8.0, "train_first": False, **changes}
-    return Adapter(model, global_layers(DEPTHS), AdapterSettings(**given), seed=seed)
+    return Adapter(model, global_blocks(DEPTHS), AdapterSettings(**given), seed=seed)
 
 
 def moved(messenger: Messenger) -> None:
@@ -153,7 +154,7 @@ def test_what_is_tuned_in_the_auxiliary_model_is_the_same_in_the_global_one() ->
     client = client_messenger(auxiliary, spec, {**kinds, "train_first": False}, 7)()
     place = Place(
         model=model,
-        layers=global_layers([0, 3]),
+        blocks=global_blocks([0, 3]),
         prompt=lambda: SoftPrompt(spec),
         settings={**kinds, "train_first": False},
         seed=7,
@@ -167,41 +168,48 @@ def test_what_is_tuned_in_the_auxiliary_model_is_the_same_in_the_global_one() ->
         server.load({PROMPT: torch.zeros(2, 4, 32)})
 
 
-def test_distilled_layers_have_adapters_that_the_server_hands_on_and_never_reads() -> None:
-    """Names by plan; a block at several depths has one adapter; the global model answers by those
-    of its own layers, trains no other, and gives all of them back as they came."""
-    plan = parse_plan("ends(1, 3)", 4)
-    named = ["layers.000", "auxiliary.001", "layers.003"]
-    assert [layer.name for layer in layers_of(plan, "all", in_auxiliary=True)] == named
-    assert [layer.depth for layer in layers_of(plan, "all", in_auxiliary=True)] == [0, 1, 4]
-    assert [layer.name for layer in layers_of(plan, "verbatim", in_auxiliary=True)] == named[::2]
-    there = layers_of(plan, "all", in_auxiliary=False)
-    assert [(layer.name, layer.read) for layer in there] == [
-        (name, name.startswith("layers")) for name in named
-    ]
+@pytest.mark.parametrize(
+    ("plan", "verbatim", "every"),
+    [
+        ("ends(1, 3)", {0: [0], 3: [4]}, {0: [0], 2: [1], 3: [4]}),
+        ("tail(1, 2)", {3: [2]}, {0: [0], 2: [1], 3: [2]}),
+        ("copies(1)", {}, {1: [0, 1, 2, 3]}),
+        ("[0, 0, 3]", {}, {0: [0], 3: [2]}),
+    ],
+)
+def test_adapters_are_in_the_layers_that_a_plan_keeps_or_in_all(
+    plan: str, verbatim: dict[int, list[int]], every: dict[int, list[int]]
+) -> None:
+    """By the global layer that a block stands for; blocks that share their weights are one."""
+    parsed = parse_plan(json.loads(plan) if plan.startswith("[") else plan, 4)
+    assert blocks_of(parsed, "verbatim") == verbatim and blocks_of(parsed, "all") == every
+
+
+@pytest.mark.parametrize("plan", ["ends(1, 3)", "copies(1)"])
+def test_an_adapter_of_a_distilled_layer_is_read_in_the_layer_that_it_is_distilled_of(
+    plan: str,
+) -> None:
+    """In the auxiliary model at every depth of it; examples are told apart there as anywhere."""
     model = own("gpt2")
-    auxiliary = build_auxiliary(model, plan, None)
+    auxiliary = build_auxiliary(model, parse_plan(plan, 4), None)
     settings = AdapterSettings(rank=2, alpha=8.0, train_first=True)
-    client = Adapter(auxiliary, layers_of(plan, "all", in_auxiliary=True), settings, seed=7)
-    server = Adapter(model, there, settings, seed=7)
-    start, given = client.payload(), server.payload()
-    assert all(torch.equal(start[name], given[name]) for name in start) and len(start) == 24
+    blocks = blocks_of(auxiliary.plan, "all")
+    client = Adapter(auxiliary, blocks, settings, seed=7)
+    server = Adapter(model, global_blocks(blocks), settings, seed=7)
+    first, same = client.payload(), server.payload()
+    assert all(torch.equal(first[name], same[name]) for name in first)
     moved(client)
-    bare = own("gpt2")
-    only = Adapter(bare, global_layers([0, 3]), settings, seed=7)
-    only.load({name: one for name, one in client.payload().items() if name in only.payload()})
     server.load(client.payload())
-    some = batch()
-    assert torch.equal(model(some.input_ids), bare(some.input_ids))
-    assert list(server.trained()) == list(only.trained()) and len(client.trained()) == 24
-    back, sent = server.payload(), client.payload()
-    assert sorted(back) == sorted(sent) and all(torch.equal(back[key], sent[key]) for key in sent)
-    before = auxiliary(some.input_ids)
-    moved_one = dict(client.trained())["auxiliary.001.mlp.c_fc.B"]
-    with torch.no_grad():
-        moved_one.add_(0.1)
-    assert not torch.equal(auxiliary(some.input_ids), before)
-    losses_are_told_apart(auxiliary, client, some)
+    linear = "attn.c_attn"
+    text = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    for number, depths in blocks.items():
+        here = model.blocks[number].get_submodule(linear)(text)
+        for depth in depths:
+            there = auxiliary.blocks[depth].get_submodule(linear)(text)
+            torch.testing.assert_close(there, here)
+    bare = own("gpt2").blocks[1].get_submodule(linear)(text)
+    assert torch.equal(model.blocks[1].get_submodule(linear)(text), bare) == (1 not in blocks)
+    examples_are_told_apart(auxiliary, client, batch())
 
 
 @pytest.mark.parametrize("train_first", [False, True])
@@ -210,10 +218,10 @@ def test_gradients_of_examples_are_those_of_a_loop(family: str, train_first: boo
     model = own(family)
     mine = adapter(model, train_first=train_first)
     moved(mine)
-    losses_are_told_apart(model, mine, batch())
+    examples_are_told_apart(model, mine, batch())
 
 
-def losses_are_told_apart(model: PromptedLM, mine: Adapter, some: Batch) -> None:
+def examples_are_told_apart(model: PromptedLM, mine: Adapter, some: Batch) -> None:
     losses, rows = example_gradients(model, mine, some)
     assert rows.shape == (4, sum(one.numel() for one in mine.trained().values()))
     for index in range(4):
@@ -314,10 +322,6 @@ def test_what_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         ({"client": {"auxiliary_steps": 1, "prompt_steps": 1}}, r"client\.auxiliary_steps: alt"),
         ({"method": "fedprompt"}, r"messenger\.kind: needs method = 'fedsp'"),
         (
-            {"server": {"steps": 1}, "messenger": {"kind": "adapter", "layers": "all"}},
-            r"server\.steps: .* has no distilled layer, so it cannot tune with messenger\.layers",
-        ),
-        (
             {"messenger": {"kind": "layers", "layers": "all"}},
             r"messenger\.layers: 'all' is for adapters, and messenger\.kind = 'layers' has none",
         ),
@@ -357,7 +361,7 @@ def test_the_plan_says_what_travels(kind: str, which: Any) -> None:
     messenger = make_messenger(
         Place(
             model=model,
-            layers=layers_of(parse_plan("ends(1)", 8), which, in_auxiliary=False),
+            blocks=global_blocks(blocks_of(parse_plan("ends(1)", 8), which)),
             prompt=lambda: SoftPrompt(spec),
             settings=config.messenger.model_dump(),
             seed=0,

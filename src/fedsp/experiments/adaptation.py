@@ -16,7 +16,7 @@ from fedsp.errors import ConfigurationError, DataError
 from fedsp.experiments.server_setup import validation_sample
 from fedsp.experiments.start import OpenRun, answers_of, open_run, require_new
 from fedsp.federation.callbacks import Callbacks
-from fedsp.models.adapter import Adapter, AdapterSettings, export_lora, global_layers
+from fedsp.models.adapter import Adapter, AdapterSettings, export_lora, global_blocks
 from fedsp.training.answers import Answering, Answers, Side
 from fedsp.training.server_adaptation import Adaptation, adapt, distance, lessons, write
 
@@ -145,9 +145,9 @@ def _student(run: OpenRun) -> Adapter:
     tuned adapters, they begin with those numbers."""
     run.prefix(zero_shot=True)
     section = run.directory.config.messenger
-    layers = global_layers(range(run.model.shape.layers))
+    blocks = global_blocks(range(run.model.shape.layers))
     settings = AdapterSettings(rank=section.rank, alpha=section.alpha, train_first=True)
-    student = Adapter(run.model, layers, settings, seed=run.directory.config.seed)
+    student = Adapter(run.model, blocks, settings, seed=run.directory.config.seed)
     start = student.payload()
     student.load(start | {name: run.best[name] for name in start if name in run.best})
     return student

@@ -44,9 +44,7 @@ from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
 from fedsp.models.loading import in_few_bits
 from fedsp.models.payload import Payload
-from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
-from fedsp.models.trainable import Messenger
 from fedsp.privacy import LEDGER, Ledger, noise_for
 from fedsp.storage import write_json
 from fedsp.training.evaluation import by_client, encode_choices
@@ -108,14 +106,9 @@ def run_experiment(
             f" than {server.max_tokens} tokens and lose their oldest context"
         )
 
-    judged: tuple[PromptedLM, Messenger] = (party.model, party.messenger)
-    if config.messenger.layers == "all" and auxiliary and federation.client_messenger:
-        judged = (auxiliary, federation.client_messenger())
-
     def validate(payload: Payload) -> float:
-        model, messenger = judged
-        messenger.load(payload)
-        loss = validation_loss(model, messenger, validation)
+        party.messenger.load(payload)
+        loss = validation_loss(party.model, party.messenger, validation)
         assert loss is not None
         return loss
 
@@ -173,11 +166,6 @@ def run_experiment(
         figures |= _test(run, server, party, federation)
         if entry.deployable and auxiliary:
             figures["auxiliary_test"] = _test_auxiliary(server, federation, final.best)
-    if config.messenger.layers == "all":
-        callbacks.info(
-            "what the distilled layers' adapters learned is in the auxiliary model: bring it into"
-            f" the global one with `fedsp adapt {run.path} QUESTIONS FOLDER`"
-        )
     if statement := write_statement():
         figures["epsilon"] = statement["epsilon"]
         callbacks.info(statement["sentence"])

@@ -1,4 +1,5 @@
-"""Low-rank adapters: messengers that live in layers that both sides hold.
+"""Low-rank adapters: messengers that live in layers that both sides hold, or in those that are
+distilled of them too.
 
 The output of a linear module becomes W x + (alpha / rank) B (A x), with A (rank, in) and B (out,
 rank) (E. J. Hu et al. *LoRA*. ICLR 2022. https://arxiv.org/abs/2106.09685). What is tuned in layers
@@ -6,9 +7,8 @@ of the auxiliary model that are the global model's own means the same there. A i
 run's seed on both sides and never sent, so that the mean over clients is exact (Y. Sun et al. *FFA-
 LoRA*. ICLR 2024. https://arxiv.org/abs/2403.12313), or trained and sent too.
 
-Distilled layers of the auxiliary model can have adapters too. The global model has no such layers:
-the server hands their numbers on, and what they say is brought into the global model afterwards
-(`fedsp.training.server_adaptation`).
+A distilled layer begins as a copy of a global layer and stays near it, so an adapter that was tuned
+in it is read by that global layer: not the same thing, but much of it.
 """
 
 from __future__ import annotations
@@ -45,26 +45,18 @@ class AdapterSettings:
     train_first: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A layer with adapters, as one side has it.
-
-    name: what both sides call it. depth: the block of the model that it is or, where the model does
-    not have it, one whose linear modules are as large. read: whether the model has it.
-    """
-
-    name: str
-    depth: int
-    read: bool = True
+Blocks = Mapping[int, Sequence[int]]
+"""Layers of the global model by number, each with the blocks of a model that stand for it; blocks
+that share their weights are one."""
 
 
-def global_layers(numbers: Iterable[int]) -> list[Layer]:
-    """These layers of the global model, in that model."""
-    return [Layer(name=f"layers.{number:03d}", depth=number) for number in numbers]
+def global_blocks(numbers: Iterable[int]) -> Blocks:
+    """These layers in the global model itself."""
+    return {number: [number] for number in numbers}
 
 
 class LowRank:
-    """One linear module's update; as a forward hook of it, it adds to the output.
+    """One linear module's update; as a forward hook of modules it adds to their output.
 
     first: A (rank, in). second: B (out, rank), zero at first. copies: while gradients are taken
     apart, A and B of each example (B, ...) in their place.
@@ -100,12 +92,12 @@ class LowRank:
 
 
 class Adapter(Weights):
-    """Adapters of the linear modules in some layers, as one messenger.
+    """Adapters of the linear modules in some blocks of a model, as one messenger.
 
-    Tensors are named after their layers, so that both sides name them alike. The model keeps the
-    adapters of the layers that it has for as long as it lives; it is as if untouched while B is
-    zero. Those of the other layers are held, sent and never trained here. Parties that share a
-    model in one process share its adapter.
+    Tensors are named after the global layers that the blocks stand for, so that both sides name
+    them alike; blocks of one layer have one adapter. The model keeps the adapters for as long as it
+    lives; it is as if untouched while B is zero. Parties that share a model in one process share
+    its adapter. `paths`: the module of each update in the model, the first if it has several.
 
     Raises:
         ModelError: no linear module there is named by the settings' `targets`.
@@ -114,30 +106,29 @@ class Adapter(Weights):
     def __init__(
         self,
         model: PromptedLM,
-        layers: Sequence[Layer],
+        blocks: Blocks,
         settings: AdapterSettings,
         *,
         seed: int,
     ) -> None:
         self.settings = settings
-        every: dict[str, LowRank] = {}
         self.updates: dict[str, LowRank] = {}
         self.paths: dict[str, str] = {}
         inside = f"{model.path_of_backbone}.".lstrip(".") + model.path_of_blocks
-        for layer in layers:
-            for path, module in linears(model.blocks[layer.depth]):
+        for number, (first_depth, *others) in blocks.items():
+            for path, module in linears(model.blocks[first_depth]):
                 if settings.targets and path.rpartition(".")[2] not in settings.targets:
                     continue
-                name = f"{layer.name}.{path}"
+                name = f"layers.{number:03d}.{path}"
                 where = runs_on(module, module.weight)
                 first = _drawn(module, settings.rank, derive_seed(seed, "adapter", name))
                 scale = settings.alpha / settings.rank
-                every[name] = LowRank(module, first.to(where), scale)
-                if layer.read:
-                    module.register_forward_hook(every[name])
-                    self.updates[name] = every[name]
-                    self.paths[name] = f"{inside}.{layer.depth}.{path}"
-        if not every:
+                update = self.updates[name] = LowRank(module, first.to(where), scale)
+                self.paths[name] = f"{inside}.{first_depth}.{path}"
+                module.register_forward_hook(update)
+                for depth in others:
+                    model.blocks[depth].get_submodule(path).register_forward_hook(update)
+        if not self.updates:
             known = {path.rpartition(".")[2] for path, _ in linears(model.blocks[0])}
             raise ModelError(
                 f"messenger.targets: {model.name} has no linear module named"
@@ -147,18 +138,10 @@ class Adapter(Weights):
         super().__init__(
             {
                 f"{name}.{part}": getattr(update, attribute)
-                for name, update in every.items()
+                for name, update in self.updates.items()
                 for part, attribute in self._parts()
             }
         )
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters of the layers that the model has."""
-        return {
-            name: parameter
-            for name, parameter in super().trained().items()
-            if name.rpartition(".")[0] in self.updates
-        }
 
     def _parts(self) -> list[tuple[str, str]]:
         return [*([(FIRST, "first")] if self.settings.train_first else []), (SECOND, "second")]

@@ -3,7 +3,7 @@ in its own model, and may send exactly its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError
-from fedsp.models.adapter import Adapter, AdapterSettings, Layer
+from fedsp.models.adapter import Adapter, AdapterSettings, Blocks
 from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan
 from fedsp.models.payload import PROMPT, Payload, check, shapes_of
 from fedsp.models.prompted_lm import PromptedLM
@@ -22,17 +22,17 @@ from fedsp.models.trainable import Messenger, Tensors
 from fedsp.models.weights import Weights
 
 Which = Literal["verbatim", "all"]
-"""The layers of an auxiliary model that adapters are in: those that are the global model's own, or
-the distilled ones too."""
+"""The layers of an auxiliary model that a messenger lives in: those that are the global model's
+own, or the distilled ones too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a messenger is made: the model that reads it, the layers that it lives in, how its soft
+    """Where a messenger is made: the model that reads it, the blocks that it lives in, how its soft
     prompt is made, and the run's seed."""
 
     model: PromptedLM
-    layers: Sequence[Layer]
+    blocks: Blocks
     prompt: Callable[[], SoftPrompt]
     settings: Mapping[str, Any]
     seed: int
@@ -83,16 +83,17 @@ def _adapter(place: Place) -> Adapter:
     settings = AdapterSettings(
         **{key: value for key, value in place.settings.items() if key not in ("kind", "layers")}
     )
-    return Adapter(place.model, place.layers, settings, seed=place.seed)
+    return Adapter(place.model, place.blocks, settings, seed=place.seed)
 
 
-def layer_weights(model: PromptedLM, layers: Sequence[Layer]) -> Weights:
-    """All weights of these layers."""
+def layer_weights(model: PromptedLM, blocks: Blocks) -> Weights:
+    """All weights of blocks, each the only one of its layer, named by the global layers that they
+    are, so that both sides name them alike."""
     return Weights(
         {
-            f"{layer.name}.{name}": parameter
-            for layer in layers
-            for name, parameter in model.blocks[layer.depth].named_parameters()
+            f"layers.{number:03d}.{name}": parameter
+            for number, (depth,) in blocks.items()
+            for name, parameter in model.blocks[depth].named_parameters()
         }
     )
 
@@ -100,25 +101,21 @@ def layer_weights(model: PromptedLM, layers: Sequence[Layer]) -> Weights:
 MESSENGERS: dict[str, Callable[[Place], Messenger]] = {
     "prompt": lambda place: place.prompt(),
     "adapter": _adapter,
-    "layers": lambda place: layer_weights(place.model, place.layers),
+    "layers": lambda place: layer_weights(place.model, place.blocks),
     "prompt+adapter": lambda place: PromptAndAdapter(place.prompt(), _adapter(place)),
 }
 """How a messenger of each kind is made."""
 
 
-def layers_of(plan: LayerPlan, which: Which, *, in_auxiliary: bool) -> list[Layer]:
-    """The layers of a plan that a messenger lives in: those kept verbatim, named by the global
-    layers that they are, or all of the auxiliary model's, where the others are named by their
-    depth; layers that share one block are one."""
-    found = []
+def blocks_of(plan: LayerPlan, which: Which) -> dict[int, list[int]]:
+    """The layers that a messenger lives in, and the depths of an auxiliary model that stand for
+    them: those that its plan keeps verbatim, or all."""
+    found: dict[int, list[int]] = {}
     for depth, (source, group, verbatim) in enumerate(
         zip(plan.sources, plan.groups, plan.frozen, strict=True)
     ):
-        where = depth if in_auxiliary else source
-        if verbatim:
-            found.append(Layer(name=f"layers.{source:03d}", depth=where))
-        elif which == "all" and depth == plan.groups.index(group):
-            found.append(Layer(name=f"auxiliary.{depth:03d}", depth=where, read=in_auxiliary))
+        if verbatim or (which == "all" and depth == plan.groups.index(group)):
+            found.setdefault(source, []).append(depth)
     return found
 
 
@@ -129,7 +126,7 @@ def make_messenger(place: Place) -> Messenger:
         ConfigurationError: it lives in layers that both sides hold, and the plan keeps none.
     """
     kind = place.settings["kind"]
-    if kind != "prompt" and not place.layers:
+    if kind != "prompt" and not place.blocks:
         raise ConfigurationError(
             f"messenger.kind: {kind!r} lives in layers that both sides hold, and auxiliary.plan"
             " keeps none verbatim; take tail(2, 2), ends(1) or emulator(1, 2), or adapters with"
@@ -150,7 +147,7 @@ def client_messenger(
 
     place = Place(
         model=auxiliary,
-        layers=layers_of(auxiliary.plan, settings["layers"], in_auxiliary=True),
+        blocks=blocks_of(auxiliary.plan, settings["layers"]),
         prompt=own,
         settings=settings,
         seed=seed,

@@ -20,7 +20,7 @@ from fedsp.models.auxiliary import (
 )
 from fedsp.models.blocks import find_blocks
 from fedsp.models.loading import NF4_BLOCK, empty_model, read_model_config
-from fedsp.models.messengers import Which, layers_of
+from fedsp.models.messengers import Which, blocks_of
 from fedsp.models.prompted_lm import ModelShape
 from fedsp.models.soft_prompt import PromptSpec, Space
 from fedsp.models.trainable import trainable
@@ -72,8 +72,8 @@ def count_shapes(name: str, plan: str | list[int], prompt_layers: list[int] | No
         "distilled": sum(free.values()),
         "layers": {
             which: {
-                layer.name: _sizes(blocks[layer.depth])
-                for layer in layers_of(layers, which, in_auxiliary=True)
+                f"layers.{number:03d}": _sizes(blocks[depth])
+                for number, (depth, *_) in blocks_of(layers, which).items()
             }
             for which in get_args(Which)
         },

@@ -206,7 +206,7 @@ def by_matching(
     from all."""
     model = opened.auxiliary
     texts = [cut(row, tokens + 1) for row in drawn]
-    layers = list(dict.fromkeys(_layer(name) for name in adapter.updates))
+    layers = sorted({name.split(".")[1] for name in adapter.updates})
     seen = f"one example of {tokens} tokens, one step of SGD, B of"
 
     def read(row: Encoded, layer: str | None, epsilon: float | None) -> Recovery:
@@ -215,7 +215,7 @@ def by_matching(
         wanted = {
             name: tensor
             for name, tensor in gradient.items()
-            if name.endswith(f".{SECOND}") and layer in (None, _layer(name))
+            if name.endswith(f".{SECOND}") and layer in (None, name.split(".")[1])
         }
         target = AdapterTarget(
             model=model,
@@ -228,7 +228,7 @@ def by_matching(
 
     ways: list[tuple[str | None, float | None]] = [(layer, None) for layer in layers]
     for layer, epsilon in (*ways, (None, None), *((None, one) for one in epsilons)):
-        where = "all layers" if layer is None else f"{layer} alone"
+        where = "all layers" if layer is None else f"layer {int(layer)} alone"
         promise = "" if epsilon is None else f", with the noise of epsilon = {epsilon:g}"
         found = [read(row, layer, epsilon) for row in texts]
         yield level(
@@ -237,12 +237,6 @@ def by_matching(
             found,
             guess([[row] for row in texts], like),
         )
-
-
-def _layer(name: str) -> str:
-    """The layer of a tensor, in words."""
-    kind, number, *_ = name.split(".")
-    return f"{'layer' if kind == 'layers' else 'distilled layer'} {int(number)}"
 
 
 def as_deployed(opened: Opened, adapter: Adapter, shadow: Shadow, kind: str) -> Iterator[Row]:

@@ -38,16 +38,16 @@ def algorithm(stages: Stages, start: Tensors) -> Method:
 
 def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
     """The global model, and the messenger of `[messenger]` in it."""
-    from fedsp.models.messengers import Place, layers_of, make_messenger
+    from fedsp.models.adapter import global_blocks
+    from fedsp.models.messengers import Place, blocks_of, make_messenger
 
-    settings = setup.messenger
+    prompt = setup.messenger["kind"] == "prompt"
+    layers = [] if prompt else blocks_of(setup.plan(), setup.messenger["layers"])
     place = Place(
         model=setup.model,
-        layers=[]
-        if settings["kind"] == "prompt"
-        else layers_of(setup.plan(), settings["layers"], in_auxiliary=False),
+        blocks=global_blocks(layers),
         prompt=setup.initial_prompt,
-        settings=settings,
+        settings=setup.messenger,
         seed=setup.seed,
     )
     return setup.model, make_messenger(place)

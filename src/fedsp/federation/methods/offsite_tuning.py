@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 
 def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
     """The global model, and the parameters of its first and last layers, which are trained."""
-    from fedsp.models.messengers import layer_weights, layers_of
+    from fedsp.models.adapter import global_blocks
+    from fedsp.models.messengers import blocks_of, layer_weights
 
-    outer = layers_of(setup.plan(), "verbatim", in_auxiliary=False)
+    outer = global_blocks(blocks_of(setup.plan(), "verbatim"))
     return setup.model, layer_weights(setup.model, outer)
 
 
 def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> ClientSide:
     """Clients that hold the auxiliary model, whose outer layers are the global model's."""
-    from fedsp.models.messengers import layer_weights, layers_of
+    from fedsp.models.messengers import blocks_of, layer_weights
 
     auxiliary = setup.package()
-    outer = layer_weights(auxiliary, layers_of(auxiliary.plan, "verbatim", in_auxiliary=True))
+    outer = layer_weights(auxiliary, blocks_of(auxiliary.plan, "verbatim"))
     return ClientSide(model=auxiliary, messenger=lambda: outer, package=auxiliary)
 
 
