@@ -35,6 +35,7 @@ CEILING, NOTHING = "LoRA in the whole model, all modules", "zero-shot"
 ALL = "adapter in all layers"
 ADAPTED = (
     "adapter, rank 64",
+    ALL,
     f"{ALL}, embeddings of rank 128",
     f"{ALL}, four of them, none verbatim, embeddings of rank 128",
 )
@@ -119,6 +120,9 @@ def draw(rows: list[Measured], path: Path) -> None:
         "adapters": [row for row in rows if row.name.startswith("adapter,") and not row.adapted],
         "adapters, then adapted": [
             row for row in rows if row.name.startswith("adapter,") and row.adapted
+        ],
+        "adapters in all layers": [
+            row for row in rows if row.name.startswith(ALL) and not row.adapted
         ],
         "adapters in all layers, then adapted": [
             row for row in rows if row.name.startswith(ALL) and row.adapted

@@ -339,7 +339,7 @@ def adapt(
     *,
     answers: Answering | None = None,
     weight: float = 1.0,
-    steps: int = 600,
+    steps: int = 300,
     batch_size: int = 16,
     learning_rate: float = 1e-3,
     temperature: float = 1.0,

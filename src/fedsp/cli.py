@@ -422,7 +422,7 @@ def adapt(
         ),
     ] = None,
     weight: Annotated[float, typer.Option(help="Weight of proxy answers.")] = 1.0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
     temperature: Annotated[

@@ -205,9 +205,9 @@ class MessengerSection(Section):
     """What is tuned and sent by method = "fedsp"."""
 
     kind: Literal["prompt", "adapter", "layers", "prompt+adapter"] = "prompt"
-    """prompt: the soft prompt of [prompt]; adapter: low-rank updates of the linear modules in the
-    layers that auxiliary.plan keeps verbatim; layers: all weights of those layers;
-    prompt+adapter: both"""
+    """prompt: the soft prompt of [prompt]; adapter: low-rank updates of the linear modules in
+    layers of the auxiliary model; layers: all weights of the layers that auxiliary.plan keeps
+    verbatim; prompt+adapter: both"""
     rank: Width = 8
     """rank of each adapter"""
     alpha: Rate = 16.0
@@ -221,6 +221,15 @@ class MessengerSection(Section):
     train_first: bool = False
     """whether the first factor of an adapter (A) is trained and sent too; false: it is drawn from
     the seed on both sides and never sent, so that the mean over clients is exact (FFA-LoRA)"""
+
+    @model_validator(mode="after")
+    def _all_layers_of_adapters(self) -> MessengerSection:
+        if self.layers == "all" and "adapter" not in self.kind:
+            raise ValueError(
+                f"messenger.layers: 'all' is for adapters, and messenger.kind = {self.kind!r} has"
+                " none; set it to 'verbatim'"
+            )
+        return self
 
 
 class RoundSection(Section):
@@ -560,11 +569,6 @@ class RunConfig(Section):
                 "auxiliary.precision: only simulated clients that leave the auxiliary model as it "
                 f"is can hold it in {self.auxiliary.precision}: set it to float32, or set "
                 "client.auxiliary_steps and distill.again_every to 0 without a [federation]"
-            )
-        if self.messenger.layers == "all" and "adapter" not in self.messenger.kind:
-            raise ValueError(
-                f"messenger.layers: 'all' is for adapters, and messenger.kind ="
-                f" {self.messenger.kind!r} has none; set it to 'verbatim'"
             )
         if self.messenger.kind != "prompt" and client.auxiliary_steps:
             raise ValueError(

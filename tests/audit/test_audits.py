@@ -620,8 +620,8 @@ def test_an_adapter_in_the_first_layer_gives_a_text_away_and_noise_hides_it(
     assert [level for level, attack in told if attack == "gradient matching"] == [
         f"one example of 4 tokens, one step of SGD, B of {where}"
         for where in (
-            "layer 0 alone",
-            "layer 7 alone",
+            "global layer 0 alone",
+            "global layer 7 alone",
             "all layers",
             "all layers, with the noise of epsilon = 8",
             "all layers, with the noise of epsilon = 1",
@@ -645,7 +645,7 @@ def test_behind_distilled_layers_an_adapter_tells_no_tokens_unless_they_have_ada
     rows = audited(Path(commands.run(values)["folder"]), "inversion", texts=2)["inversion"]["rows"]
     dictionary = {"span test"} if layers == "all" else set()
     assert {row["attack"] for row in rows} == {"gradient matching"} | dictionary
-    alone = "one step of SGD, B of layer 3 alone"
+    alone = "one step of SGD, B of global layer 3 alone"
     assert any(alone in row["level"] for row in rows) == (layers == "all")
 
 

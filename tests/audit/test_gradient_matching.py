@@ -26,6 +26,8 @@ from fedsp.audit.inversion.gradient_matching import (
 from fedsp.audit.inversion.scenarios import cut, guess_without_places, noised, recovery_of
 from fedsp.data.encoding import Encoded, collate
 from fedsp.models.adapter import Adapter, AdapterSettings, global_blocks
+from fedsp.models.auxiliary import build_auxiliary, parse_plan
+from fedsp.models.messengers import blocks_of
 from fedsp.training.loop import Optimisation, answer_loss, fit
 from fedsp.training.per_example_gradients import example_gradients
 from support.attacked import TEXT, prompt_for
@@ -132,6 +134,17 @@ def test_one_step_of_an_adapter_gives_its_text_away(family: str) -> None:
     assert dictionary.recovery(adapter_gradient(model, adapter, [short]), short).tokens == 1.0, (
         "a first token is in the gradient of values"
     )
+
+
+@pytest.mark.parametrize("plan", ["copies(1)", "shared(0)"])
+def test_an_adapter_that_every_block_reads_gives_its_text_away_too(plan: str) -> None:
+    """Each block adds its own vectors to the gradient of B, so the span is that much larger."""
+    auxiliary = build_auxiliary(tiny_model("gpt2"), parse_plan(plan, 4), None)
+    settings = AdapterSettings(rank=32, alpha=32.0, train_first=True)
+    adapter = Adapter(auxiliary, blocks_of(auxiliary.plan, "all"), settings, seed=0)
+    row = Encoded(TEXT[:5], 4)
+    gradient = adapter_gradient(auxiliary, adapter, [row])
+    assert input_dictionary(auxiliary, adapter, 4).recovery(gradient, row).tokens == 1.0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

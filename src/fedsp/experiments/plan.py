@@ -17,7 +17,6 @@ import os
 import shutil
 from contextlib import suppress
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,14 @@ from fedsp.errors import (
     ModelError,
     StorageError,
     first_line,
+    keeps_no_layer,
 )
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.methods.registry import find_method
 from fedsp.storage import write_json
 
+COUNTED_BY = ("adapter", "auxiliary", "messengers", "shape_counts")
+"""The modules of `fedsp.models` whose code decides the counts of a plan."""
 BYTES_PER_NUMBER = 4
 TEXT_TOKENS = 64
 ANSWER_TOKENS = 8
@@ -154,11 +156,12 @@ def _known_counts(config: RunConfig, name: str) -> Any:
     """The counts of a model and plan: from the cache, if they were made there by the same code from
     the same configuration file."""
     asked = (config.auxiliary.plan, config.auxiliary.prompt_layers)
-    code = find_spec("fedsp.models.shape_counts")
+    models = Path(__file__).parents[1] / "models"
     shape = Path(name) / "config.json"
-    if code is None or code.origin is None or not shape.is_file():
+    if not shape.is_file():
         return _count(name, *asked)
-    versions = [version("fedsp"), version("transformers"), Path(code.origin).read_text()]
+    code = [(models / f"{module}.py").read_text(encoding="utf-8") for module in COUNTED_BY]
+    versions = [version("fedsp"), version("transformers"), *code]
     key = json.dumps([shape.read_text(encoding="utf-8"), asked, versions])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsp"
     kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
@@ -188,11 +191,7 @@ def _travelling(config: RunConfig, counts: Any) -> dict[str, list[int]]:
         shapes["prompt.values"] = [config.prompt.length, *space]
     layers = counts["layers"][section.layers]
     if section.kind != "prompt" and not layers:
-        raise ConfigurationError(
-            f"messenger.kind: {section.kind!r} lives in layers that both sides hold, and"
-            " auxiliary.plan keeps none verbatim; take tail(2, 2), ends(1) or emulator(1, 2), or"
-            " adapters with messenger.layers = 'all'"
-        )
+        raise keeps_no_layer(section.kind)
     for layer, about in layers.items():
         if section.kind == "layers":
             shapes |= {f"{layer}.{name}": shape for name, shape in about["parameters"].items()}

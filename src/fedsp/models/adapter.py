@@ -46,8 +46,7 @@ class AdapterSettings:
 
 
 Blocks = Mapping[int, Sequence[int]]
-"""Layers of the global model by number, each with the blocks of a model that stand for it; blocks
-that share their weights are one."""
+"""Layers of the global model by number, each with the blocks of a model that stand for it."""
 
 
 def global_blocks(numbers: Iterable[int]) -> Blocks:
@@ -97,7 +96,8 @@ class Adapter(Weights):
     Tensors are named after the global layers that the blocks stand for, so that both sides name
     them alike; blocks of one layer have one adapter. The model keeps the adapters for as long as it
     lives; it is as if untouched while B is zero. Parties that share a model in one process share
-    its adapter. `paths`: the module of each update in the model, the first if it has several.
+    its adapter. `paths`: the module of each update in the model, the first if it has several;
+    `readings`: how many blocks the layer of the first of them is.
 
     Raises:
         ModelError: no linear module there is named by the settings' `targets`.
@@ -114,6 +114,7 @@ class Adapter(Weights):
         self.settings = settings
         self.updates: dict[str, LowRank] = {}
         self.paths: dict[str, str] = {}
+        self.readings = len(next(iter(blocks.values()), ()))
         inside = f"{model.path_of_backbone}.".lstrip(".") + model.path_of_blocks
         for number, (first_depth, *others) in blocks.items():
             for path, module in linears(model.blocks[first_depth]):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import ConfigurationError
+from fedsp.errors import keeps_no_layer
 from fedsp.models.adapter import Adapter, AdapterSettings, Blocks
 from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan
 from fedsp.models.payload import PROMPT, Payload, check, shapes_of
@@ -111,10 +111,8 @@ def blocks_of(plan: LayerPlan, which: Which) -> dict[int, list[int]]:
     """The layers that a messenger lives in, and the depths of an auxiliary model that stand for
     them: those that its plan keeps verbatim, or all."""
     found: dict[int, list[int]] = {}
-    for depth, (source, group, verbatim) in enumerate(
-        zip(plan.sources, plan.groups, plan.frozen, strict=True)
-    ):
-        if verbatim or (which == "all" and depth == plan.groups.index(group)):
+    for depth, (source, verbatim) in enumerate(zip(plan.sources, plan.frozen, strict=True)):
+        if verbatim or which == "all":
             found.setdefault(source, []).append(depth)
     return found
 
@@ -123,15 +121,11 @@ def make_messenger(place: Place) -> Messenger:
     """The messenger of a kind.
 
     Raises:
-        ConfigurationError: it lives in layers that both sides hold, and the plan keeps none.
+        ConfigurationError: it lives in layers that the plan keeps verbatim, and it keeps none.
     """
     kind = place.settings["kind"]
     if kind != "prompt" and not place.blocks:
-        raise ConfigurationError(
-            f"messenger.kind: {kind!r} lives in layers that both sides hold, and auxiliary.plan"
-            " keeps none verbatim; take tail(2, 2), ends(1) or emulator(1, 2), or adapters with"
-            " messenger.layers = 'all'"
-        )
+        raise keeps_no_layer(kind)
     return MESSENGERS[kind](place)
 
 

@@ -87,10 +87,12 @@ def reads_tokens_alone(model: PromptedLM, adapter: Adapter) -> bool:
 class InputDictionary:
     """What each token of the vocabulary is behind A, in the modules that read the first layer's
     input: by the name of their B, unit vectors (T, V, 1, 1, R) of T positions, V tokens, rank R.
-    `placed`: whether it depends on the position; with rotary embeddings it does not, and a token is
-    found without its place."""
+    `readings`: in how many blocks those modules stand, each of which adds its own vectors to a
+    gradient of B. `placed`: whether a vector depends on the position; with rotary embeddings it
+    does not, and a token is found without its place."""
 
     vectors: dict[str, Tensor]
+    readings: int
     placed: bool
 
     def distances(self, gradient: Mapping[str, Tensor], tokens: int) -> Tensor:
@@ -99,7 +101,7 @@ class InputDictionary:
         gradient of queries and keys."""
         return torch.stack(
             [
-                span_test(gradient[name][None].float(), some, tokens)
+                span_test(gradient[name][None].float(), some, tokens * self.readings)
                 for name, some in self.vectors.items()
             ]
         ).amin(dim=0)
@@ -148,7 +150,8 @@ def input_dictionary(
         for name, low in parts.items()
     }
     first = next(iter(vectors.values()))
-    return InputDictionary(vectors, not torch.allclose(first[0], first[-1], atol=1e-4))
+    placed = not torch.allclose(first[0], first[-1], atol=1e-4)
+    return InputDictionary(vectors, adapter.readings, placed)
 
 
 def tensors_of(adapter: Adapter, row: Tensor) -> dict[str, Tensor]:
@@ -172,7 +175,8 @@ def by_spans(
     epsilons: tuple[float, ...],
 ) -> Iterator[Row]:
     """One example and one step of SGD, read by the span test from the first layer's B."""
-    model, count = opened.auxiliary, min(LONGEST, max(1, adapter.settings.rank // 2))
+    most = adapter.settings.rank // (2 * adapter.readings)
+    model, count = opened.auxiliary, min(LONGEST, max(1, most))
     dictionary = input_dictionary(model, adapter, count)
     texts = [cut(row, count + 1) for row in drawn]
     seen = f"one example of at most {count} tokens, one step of SGD, B of the first layer"
@@ -228,7 +232,7 @@ def by_matching(
 
     ways: list[tuple[str | None, float | None]] = [(layer, None) for layer in layers]
     for layer, epsilon in (*ways, (None, None), *((None, one) for one in epsilons)):
-        where = "all layers" if layer is None else f"layer {int(layer)} alone"
+        where = "all layers" if layer is None else f"global layer {int(layer)} alone"
         promise = "" if epsilon is None else f", with the noise of epsilon = {epsilon:g}"
         found = [read(row, layer, epsilon) for row in texts]
         yield level(
