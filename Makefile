@@ -46,7 +46,7 @@ recipe:
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "recipe or harness or study"
 
 deployment:
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m deployment
+	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m deployment
 
 lint:
 	$(BIN)/ruff check src tests scripts benchmarks examples

@@ -111,6 +111,55 @@ def seen_in(data: bytes, pieces: dict[bytes, str]) -> set[str]:
     }
 
 
+def test_clients_that_die_are_done_without_and_too_few_stop_the_run_with_code_2(
+    deployment: Deployment,
+) -> None:
+    """Two of three are killed in round 3: with two needed the run stops. One of them comes back,
+    and the resumed run ends without the other."""
+    limits = ("federation.connect_seconds=20", "round.min_clients=2")
+    server = deployment.serve("run.toml", *limits)
+    clients = {client: deployment.join(client) for client in CLIENTS}
+    until(lambda: (deployment.run / "checkpoint" / "round-00002.safetensors").exists(), 300)
+    for client in ("client-1", "client-2"):
+        clients[client].kill()
+    assert exited(server) == 2
+    said = deployment.said("server")
+    assert "round.min_clients is 2 (client-1:" in said and "can be resumed" in said
+    deployment.join("client-1")
+    assert exited(deployment.serve("--resume", str(deployment.run))) == 0
+    records = RunDirectory.open(deployment.run).records()
+    assert [len(record["answered"]) for record in records] == [3, 3, 2]
+    assert sorted(records[-1]["failed"]) == ["client-2"]
+
+
+def test_a_server_that_is_killed_ends_with_the_bits_of_an_undisturbed_run(
+    coded_deployment: Deployment, coded: Any
+) -> None:
+    """kill -9 between two replies and before a checkpoint, resumed after each; the clients stay,
+    lose the server twice, and find it again. A resumed server does not know what its clients hold,
+    and sends whole prompts. Nothing that a killed server started outlives it. Every boundary is
+    tried in `test_remote`."""
+    deployment, made = coded_deployment, coded
+    clients = [deployment.join(client) for client in CLIENTS]
+    start: tuple[str, ...] = ("run.toml",)
+    for boundary, round in (("after-one-reply", 1), ("before-checkpoint", 2)):
+        killed = deployment.serve(*start, kill=f"{boundary}:{round}")
+        if round == 1:
+            until(lambda: "listening on" in deployment.said("server"))
+            children = psutil.Process(killed.pid).children(recursive=True)
+        assert exited(killed) == -signal.SIGKILL, f"{boundary}: {deployment.said('server')}"
+        if round == 1:
+            assert len(children) >= 4 and not psutil.wait_procs(children, 30)[1]
+        start = ("--resume", str(deployment.run))
+    assert exited(deployment.serve(*start)) == 0, deployment.said("server")
+    assert [exited(client, 90) for client in clients] == [0, 0, 0], deployment.said("client-0")
+    assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
+    assert [record["round"] for record in RunDirectory.open(deployment.run).records()] == [1, 2, 3]
+    assert "does not answer" in deployment.said("client-0") and "answers again" in deployment.said(
+        "client-0"
+    )
+
+
 def test_three_clients_over_tls_give_the_bits_of_a_run_in_one_place_and_send_nothing_else(
     deployment: Deployment, made: Any, tmp_path: Path
 ) -> None:
@@ -181,6 +230,27 @@ def test_three_clients_over_tls_give_the_bits_of_a_run_in_one_place_and_send_not
     assert seen_in(planted, both) == {"transformer.h.3.mlp.c_fc.weight"}, (
         "the scan would have seen it"
     )
+
+
+def test_a_client_killed_and_started_again_keeps_its_place(
+    coded_deployment: Deployment, coded: Any
+) -> None:
+    """kill -9 of a client as soon as it has answered round 1; started again, it is asked for the
+    rest, and the bits are the same. It has lost the broadcast that the next one is a change of,
+    says so, and gets the whole."""
+    deployment, made = coded_deployment, coded
+    server = deployment.serve()
+    clients = {client: deployment.join(client) for client in CLIENTS}
+    until(lambda: "round 1: received" in deployment.said("client-2"))
+    clients["client-2"].kill()
+    exited(clients["client-2"])
+    clients["client-2"] = deployment.join("client-2")
+    assert exited(server) == 0, deployment.said("server")
+    assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
+    records = RunDirectory.open(deployment.run).records()
+    assert [len(record["answered"]) for record in records] == [3, 3, 3]
+    assert records[2]["bytes_down"] < records[0]["bytes_down"] / 2
+    assert records[2]["bytes_up"] < records[0]["bytes_down"] / 5
 
 
 def test_the_package_holds_of_the_global_model_what_its_plan_declares(made: Any) -> None:
@@ -289,76 +359,6 @@ def call_unsigned(deployment: Deployment, trusted: ssl.SSLContext) -> int:
         headers=headers,
         verify=trusted,
     ).status_code
-
-
-def test_a_server_that_is_killed_ends_with_the_bits_of_an_undisturbed_run(
-    coded_deployment: Deployment, coded: Any
-) -> None:
-    """kill -9 between two replies and before a checkpoint, resumed after each; the clients stay,
-    lose the server twice, and find it again. A resumed server does not know what its clients hold,
-    and sends whole prompts. Nothing that a killed server started outlives it. Every boundary is
-    tried in `test_remote`."""
-    deployment, made = coded_deployment, coded
-    clients = [deployment.join(client) for client in CLIENTS]
-    start: tuple[str, ...] = ("run.toml",)
-    for boundary, round in (("after-one-reply", 1), ("before-checkpoint", 2)):
-        killed = deployment.serve(*start, kill=f"{boundary}:{round}")
-        if round == 1:
-            until(lambda: "listening on" in deployment.said("server"))
-            children = psutil.Process(killed.pid).children(recursive=True)
-        assert exited(killed) == -signal.SIGKILL, f"{boundary}: {deployment.said('server')}"
-        if round == 1:
-            assert len(children) >= 4 and not psutil.wait_procs(children, 30)[1]
-        start = ("--resume", str(deployment.run))
-    assert exited(deployment.serve(*start)) == 0, deployment.said("server")
-    assert [exited(client, 90) for client in clients] == [0, 0, 0], deployment.said("client-0")
-    assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
-    assert [record["round"] for record in RunDirectory.open(deployment.run).records()] == [1, 2, 3]
-    assert "does not answer" in deployment.said("client-0") and "answers again" in deployment.said(
-        "client-0"
-    )
-
-
-def test_a_client_killed_and_started_again_keeps_its_place(
-    coded_deployment: Deployment, coded: Any
-) -> None:
-    """kill -9 of a client as soon as it has answered round 1; started again, it is asked for the
-    rest, and the bits are the same. It has lost the broadcast that the next one is a change of,
-    says so, and gets the whole."""
-    deployment, made = coded_deployment, coded
-    server = deployment.serve()
-    clients = {client: deployment.join(client) for client in CLIENTS}
-    until(lambda: "round 1: received" in deployment.said("client-2"))
-    clients["client-2"].kill()
-    exited(clients["client-2"])
-    clients["client-2"] = deployment.join("client-2")
-    assert exited(server) == 0, deployment.said("server")
-    assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
-    records = RunDirectory.open(deployment.run).records()
-    assert [len(record["answered"]) for record in records] == [3, 3, 3]
-    assert records[2]["bytes_down"] < records[0]["bytes_down"] / 2
-    assert records[2]["bytes_up"] < records[0]["bytes_down"] / 5
-
-
-def test_clients_that_die_are_done_without_and_too_few_stop_the_run_with_code_2(
-    deployment: Deployment,
-) -> None:
-    """Two of three are killed in round 3: with two needed the run stops. One of them comes back,
-    and the resumed run ends without the other."""
-    limits = ("federation.connect_seconds=20", "round.min_clients=2")
-    server = deployment.serve("run.toml", *limits)
-    clients = {client: deployment.join(client) for client in CLIENTS}
-    until(lambda: (deployment.run / "checkpoint" / "round-00002.safetensors").exists(), 300)
-    for client in ("client-1", "client-2"):
-        clients[client].kill()
-    assert exited(server) == 2
-    said = deployment.said("server")
-    assert "round.min_clients is 2 (client-1:" in said and "can be resumed" in said
-    deployment.join("client-1")
-    assert exited(deployment.serve("--resume", str(deployment.run))) == 0
-    records = RunDirectory.open(deployment.run).records()
-    assert [len(record["answered"]) for record in records] == [3, 3, 2]
-    assert sorted(records[-1]["failed"]) == ["client-2"]
 
 
 def test_a_simulation_refuses_a_federation(made: Any) -> None:

@@ -220,7 +220,7 @@ def real_model(science: Path) -> tuple[Any, Tokenizer]:
 
 @pytest.mark.harness
 @pytest.mark.parametrize("name", ["arc_easy", "piqa", "sciq"])
-def test_figures_equal_the_harness_on_200_real_documents(
+def test_figures_equal_the_harness_on_100_real_documents(
     name: str, real_model: tuple[Any, Tokenizer], tmp_path: Path
 ) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with the eval extra")
@@ -228,7 +228,7 @@ def test_figures_equal_the_harness_on_200_real_documents(
     from lm_eval.models.huggingface import HFLM
 
     model, tokenizer = real_model
-    rows = [hub_schema(name, row) for row in real_rows(name, 200)]
+    rows = [hub_schema(name, row) for row in real_rows(name, 100)]
     harness = HFLM(
         pretrained=model.model,
         tokenizer=tokenizer,
@@ -245,7 +245,7 @@ def test_figures_equal_the_harness_on_200_real_documents(
         model, None, examples_of(task, rows), tokenizer, max_tokens=model.max_positions
     )
     samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
-    assert len(samples) == len(scored) == 200
+    assert len(samples) == len(scored) == 100
     for sample, row in zip(samples, scored, strict=True):
         likelihoods = [float(response[0][0]) for response in sample["resps"]]
         assert row.log_likelihoods == pytest.approx(likelihoods, abs=1e-3)
