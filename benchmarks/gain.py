@@ -136,10 +136,11 @@ def draw(rows: list[Measured], path: Path) -> None:
             best[share] = max(best.get(share, 0.0), gain)
             axes.plot(share, gain, "o", color=f"C{number}")
             axes.annotate(
-                row.name.removeprefix("adapter, ").removeprefix(f"{ALL}, "),
+                row.name.removeprefix("adapter, ")
+                .removeprefix(f"{ALL}, ")
+                .removesuffix(", then adapted"),
                 (share, gain),
-                xytext=(-6 if row.adapted else 6, -3),
-                horizontalalignment="right" if row.adapted else "left",
+                xytext=(6, 3 if row.adapted else -4),
                 textcoords="offset points",
                 fontsize=7,
             )
@@ -149,10 +150,10 @@ def draw(rows: list[Measured], path: Path) -> None:
     axes.set(
         xlabel="of the global model disclosed bit for bit, %",
         ylabel="gain, % of LoRA in the whole model",
-        xlim=(0, 65),
+        xlim=(-2, 65),
         ylim=(0, 105),
     )
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower left")
     figure.savefig(path, metadata={"Date": None})
 
 
