@@ -108,6 +108,24 @@ def test_what_no_key_can_say_alone(values: dict[str, object], sentence: str) -> 
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"messenger": {"kind": "layers", "layers": "all"}}, "messenger.layers: 'all' is for"),
+        ({"validation": {"by": "none", "patience": 2}}, "validation.patience: it counts the"),
+    ],
+)
+def test_what_two_keys_of_a_section_cannot_say_together_is_said_of_the_key(
+    values: dict[str, Any], sentence: str
+) -> None:
+    """Without the section's whole text."""
+    with pytest.raises(ConfigurationError) as refused:
+        make_config({**SMALL, **values}, "run.toml")
+    first, fault = str(refused.value).splitlines()
+    assert first == "run.toml has 1 fault:" and fault.startswith(f"  {sentence}")
+    assert "{" not in fault
+
+
 def test_defaults_suit_what_is_tuned() -> None:
     rates = {
         kind: make_config({**SMALL, "messenger": {"kind": kind}}).client.learning_rate

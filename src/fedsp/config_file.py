@@ -399,7 +399,8 @@ def _fault(root: type[Section], fault: dict[str, Any]) -> str:
     meant = ""
     if fault["type"] == "literal_error":
         meant = did_you_mean(str(fault["input"]), re.findall("'([^']+)'", fault["ctx"]["expected"]))
-    return f"{key}: {message}, not {fault['input']!r}{meant}" if key else message
+    of_section = fault["type"] == "value_error" and isinstance(fault["input"], Mapping)
+    return message if of_section else f"{key}: {message}, not {fault['input']!r}{meant}"
 
 
 def _section(root: type[Section], path: list[Any]) -> type[Section]:
