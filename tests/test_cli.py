@@ -54,6 +54,7 @@ def fedsp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return call
 
 
+@pytest.mark.study
 @pytest.mark.costs
 def test_a_run_from_init_to_export(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     config, run = tmp_path / "run.toml", tmp_path / "run"

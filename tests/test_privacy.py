@@ -493,6 +493,7 @@ def test_a_private_run_pays_first_and_tells_nothing_else(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.study
 def test_two_private_runs_of_one_seed_differ(tmp_path: Path) -> None:
     one, other = (
         commands.run(settings(tmp_path / name, **EXAMPLE))["folder"] for name in ("one", "other")
@@ -843,6 +844,7 @@ def test_where_clients_are_elsewhere_their_own_ledgers_are_what_is_stated(tmp_pa
         ) in statement["sentence"]
 
 
+@pytest.mark.study
 def test_a_statement_is_never_behind_what_was_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,6 +138,7 @@ def asked(folder: Path, count: int = 40, **label: Any) -> Path:
     return path
 
 
+@pytest.mark.study
 def test_an_adaptation_is_kept_where_validation_falls_and_reads_no_label(
     run: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +163,7 @@ def test_an_adaptation_is_kept_where_validation_falls_and_reads_no_label(
     )
 
 
+@pytest.mark.study
 def test_adapters_of_distilled_layers_carry_where_no_layer_is_verbatim(tmp_path: Path) -> None:
     """The global model reads them in the layers that they were distilled of, and learns there what
     it does not read."""
@@ -184,6 +186,7 @@ def test_adapters_of_distilled_layers_carry_where_no_layer_is_verbatim(tmp_path:
     assert figures["kept"] and figures["after"] < figures["before"]
 
 
+@pytest.mark.study
 def test_what_is_not_better_is_not_written(run: Path, tmp_path: Path) -> None:
     figures = commands.adapt(
         run, asked(tmp_path), tmp_path / "lora", steps=3, batch_size=4, learning_rate=1.0
@@ -192,6 +195,7 @@ def test_what_is_not_better_is_not_written(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
 
 
+@pytest.mark.study
 def test_a_teacher_that_says_nothing_teaches_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +204,7 @@ def test_a_teacher_that_says_nothing_teaches_nothing(
         commands.adapt(run, asked(tmp_path), tmp_path / "lora")
 
 
+@pytest.mark.study
 def test_without_validation_questions_the_teacher_itself_is_the_measure(tmp_path: Path) -> None:
     """Completions: the teacher writes them."""
     values = settings(
@@ -226,6 +231,7 @@ def test_without_validation_questions_the_teacher_itself_is_the_measure(tmp_path
     assert (tmp_path / "lora" / "adapter_config.json").exists()
 
 
+@pytest.mark.study
 def test_what_cannot_be_adapted_is_said(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has 9 questions that the run is not validated by, and"):
         commands.adapt(run, asked(tmp_path, 9), tmp_path / "lora")

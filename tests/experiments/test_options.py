@@ -145,6 +145,7 @@ def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_o
     assert zero["answer_loss"] == pytest.approx(bare["test"]["answer_loss"], abs=1e-5)
 
 
+@pytest.mark.study
 def test_a_package_that_is_made_again_is_counted_as_sent(tmp_path: Path) -> None:
     plain = commands.run(settings(tmp_path / "plain"))
     again = commands.run(settings(tmp_path / "again", **OPTIONS["again"]))
@@ -312,6 +313,7 @@ def test_options_that_do_not_go_together_are_refused(
         make_config(merged)
 
 
+@pytest.mark.study
 def test_baselines_run_in_one_process_alone(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError,
@@ -415,6 +417,7 @@ def test_spikes_are_steps_far_above_the_median() -> None:
     )
 
 
+@pytest.mark.study
 def test_what_is_nearly_disclosed_is_found(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     auxiliary = build_auxiliary(model, parse_plan("every(2)", 4), None)
@@ -440,6 +443,7 @@ def test_what_is_nearly_disclosed_is_found(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.study
 def test_depths_of_a_shared_auxiliary_model(tmp_path: Path) -> None:
     commands.run(settings(tmp_path, **PAPER))
     rows = measure_depths(tmp_path / "run")

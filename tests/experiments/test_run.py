@@ -498,6 +498,7 @@ def test_a_loss_that_is_not_a_number_stops_with_round_and_client(
     assert commands.resume(tmp_path / "run")["best_round"] == 3
 
 
+@pytest.mark.study
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
     import os
@@ -780,6 +781,7 @@ def test_a_finished_run_is_said_to_be_finished_and_nothing_is_trained_again(
     assert prompt_bits(tmp_path / "run") == bits
 
 
+@pytest.mark.study
 def test_a_test_file_that_changed_since_is_not_evaluated_in_silence(tmp_path: Path) -> None:
     commands.run(settings(tmp_path))
     path = tmp_path / "test.jsonl"
@@ -937,6 +939,7 @@ def test_evaluation_tells_what_was_learned_from_what_was_transferred(
     )
 
 
+@pytest.mark.study
 def test_both_models_write_a_text_together(tmp_path: Path) -> None:
     """Token by token with their caches, as they would without: the likeliest next token by the
     probabilities of answers to questions."""

@@ -42,6 +42,7 @@ def test_a_family_is_right_in_everything(family: str) -> None:
     assert not (found.refused or found.not_made or found.refusals or found.wrong), found
 
 
+@pytest.mark.study
 def test_llama_4_reads_text_and_its_layers_of_two_kinds_are_kept_apart() -> None:
     found = outcome("llama4_text")
     assert not (found.refused or found.not_made or found.wrong) and list(found.refusals) == [
