@@ -39,6 +39,13 @@ ADAPTED = (
     f"{ALL}, embeddings of rank 128",
     f"{ALL}, four of them, none verbatim, embeddings of rank 128",
 )
+KINDS = {
+    "soft prompt": "soft prompt",
+    "adapters": "adapter,",
+    "adapters in all layers": ALL,
+    "whole layers": "all weights",
+}
+"""Each curve of the picture, and how the names of its messengers begin."""
 FIGURES = "adaptation.json"
 
 Runs = dict[str, dict[int, Run]]
@@ -116,19 +123,13 @@ def draw(rows: list[Measured], path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "fedsp", "svg.fonttype": "none"})
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     kinds = {
-        "soft prompt": [row for row in rows if row.name == "soft prompt"],
-        "adapters": [row for row in rows if row.name.startswith("adapter,") and not row.adapted],
-        "adapters, then adapted": [
-            row for row in rows if row.name.startswith("adapter,") and row.adapted
-        ],
-        "adapters in all layers": [
-            row for row in rows if row.name.startswith(ALL) and not row.adapted
-        ],
-        "adapters in all layers, then adapted": [
-            row for row in rows if row.name.startswith(ALL) and row.adapted
-        ],
-        "whole layers": [row for row in rows if row.name.startswith("all weights")],
+        f"{label}{', then adapted' if adapted else ''}": [
+            row for row in rows if row.name.startswith(start) and row.adapted == adapted
+        ]
+        for label, start in KINDS.items()
+        for adapted in (False, True)
     }
+    kinds = {label: some for label, some in kinds.items() if some}
     for number, (label, some) in enumerate(kinds.items()):
         best: dict[float, float] = {}
         for row in some:

@@ -501,7 +501,6 @@ def test_a_loss_that_is_not_a_number_stops_with_round_and_client(
 @pytest.mark.study
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
-    import os
 
     original, files = os.fsync, 0
 
