@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-quick bench families mutants docs unit recipe deployment lint clean
+.PHONY: demo test test-quick bench bench-gpu families mutants docs unit recipe deployment lint clean
 
 demo: .venv/ready
 	$(BIN)/fedsp demo
@@ -19,6 +19,10 @@ bench: .venv/ready-dev
 	for name in startup together evaluation step; do $(BIN)/python benchmarks/$$name.py $$(test $$name = startup || echo "$(if $(REFERENCE),--reference $(REFERENCE))") || exit 1; done
 	$(BIN)/python benchmarks/distillation.py
 	rm -rf bench && $(BIN)/python benchmarks/scale.py bench
+
+# Steps, evaluation and distillation on one GPU against named rivals, eight minutes: writes bench-gpu/gpu.json and gpu.md. PYTHON is one whose torch knows the GPU, with transformers, PEFT, accelerate and what fedsp needs.
+bench-gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py bench-gpu
 
 # Every family of models that the installed transformers knows, against a slow reference, two minutes: writes docs/results/families.md and fails where something is wrong.
 families: .venv/ready-dev

@@ -10,12 +10,12 @@ auxiliary model `ends(2)` of it, as deep as it is; questions of real tasks. Each
 real text per second (padding and prompt do not count) over the same examples, and the peak memory
 of a process of its own once the model is there. Weights that are trained (auxiliary) are float32.
 
-- prompt and auxiliary: fedsp's two stages at a client, by the functions of a run
-  (`fedsp.federation.party.LocalRound`).
+- prompt, adapter (rank 64 in all layers) and auxiliary (all weights): what a client tunes, by the
+  functions of a run (`fedsp.federation.party.LocalRound`).
 - plain: every example padded to the data set's longest, logits at all positions, batches as they
   are drawn.
-- peft: prefix-tuning by PEFT and Trainer, batches padded to their own longest; for the auxiliary
-  model, all weights by Trainer.
+- peft: prefix-tuning or LoRA by PEFT and Trainer, batches padded to their own longest; for the
+  auxiliary model, all weights by Trainer.
 
 The rivals' model is as transformers makes it, with its own GELU in GPT-2. `--compile` is for all,
 `--recompute` for fedsp alone.
@@ -23,14 +23,16 @@ The rivals' model is as transformers makes it, with its own GELU in GPT-2. `--co
 The floor is the larger of two times, here always the first; a call is held against the rate of
 products just before and after it. The fewest operations that the examples need (2 for each weight
 and token forward, as many again to the inputs, as many again to the weights where they are trained;
-attention; logits at answer tokens alone) over the rate of a product of matrices measured here, in
-the same run. And the fewest bytes (each weight once forward and once back; where it is trained its
-gradient, and what AdamW reads and writes) over the rate of copying memory.
+attention; logits at answer tokens alone; those of adapters themselves are not counted) over the
+rate of a product of matrices measured here, in the same run. And the fewest bytes (each weight once
+forward and once back; where it is trained its gradient, and what AdamW reads and writes) over the
+rate of copying memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -55,19 +57,22 @@ from fedsp.data.seeding import derive_seed
 from fedsp.experiments.run import forget_peak_memory, peak_memory
 from fedsp.federation.party import LocalRound, Party
 from fedsp.federation.state_store import StateStore
+from fedsp.models.adapter import Adapter, AdapterSettings
 from fedsp.models.auxiliary import AuxiliaryModel, build_auxiliary, parse_plan
 from fedsp.models.blocks import find_blocks
 from fedsp.models.loading import load_tokenizer
+from fedsp.models.messengers import blocks_of
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.shape_counts import shape_of
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
-from fedsp.models.trainable import trainable
+from fedsp.models.trainable import Messenger, trainable
 from fedsp.training.loop import Optimisation
 from fedsp.training.stage import Stage
 
-LENGTH, SEED = 20, 0
+LENGTH, RANK, SEED = 20, 64, 0
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 MODELS: dict[str, PretrainedConfig] = {
+    "tiny": GPT2Config(n_embd=32, n_layer=6, n_head=2, **NO_DROPOUT),
     "gpt2": GPT2Config(**NO_DROPOUT),
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25, **NO_DROPOUT),
     "opt-1.3b": OPTConfig(
@@ -81,6 +86,7 @@ MODELS: dict[str, PretrainedConfig] = {
 }
 WAYS = {
     "prompt": ("fedsp key_value", "fedsp residual", "plain", "peft"),
+    "adapter": ("fedsp", "plain", "peft"),
     "auxiliary": ("fedsp", "plain", "trainer"),
 }
 
@@ -95,20 +101,22 @@ def rows_of(reference: Path | None, task: str, count: int) -> tuple[list[Encoded
 
 def open_model(given: argparse.Namespace, stage: str, *, rival: bool) -> AuxiliaryModel:
     torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_config(
-        MODELS[given.model], dtype=torch.float32
-    ).requires_grad_(False)
-    whole = PromptedLM(model, given.model)
-    tokenizer = load_tokenizer(model_name(given.reference))
-    auxiliary = build_auxiliary(whole, parse_plan("ends(2)", whole.shape.layers), tokenizer)
+    with torch.device(given.device):
+        model = AutoModelForCausalLM.from_config(MODELS[given.model], dtype=torch.float32)
+    whole = PromptedLM(model.requires_grad_(False), given.model)
+    tokenizer = load_tokenizer(given.tokenizer)
+    auxiliary = build_auxiliary(whole, parse_plan(given.plan, whole.shape.layers), tokenizer)
     auxiliary.model.to(given.device, dtype_of(given, stage))
     auxiliary.recompute = given.recompute
     if rival and given.model.startswith("gpt2"):
         for block in auxiliary.blocks:
             setattr(block.mlp, "act", NewGELUActivation())
     if given.compile:
+        setattr(torch._dynamo.config, "recompile_limit", 2 * len(auxiliary.blocks))  # by layer
         for block in auxiliary.blocks:
             block.compile(dynamic=True)
+    del model, whole
+    gc.collect()
     forget_peak_memory()
     if given.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -116,8 +124,21 @@ def open_model(given: argparse.Namespace, stage: str, *, rival: bool) -> Auxilia
 
 
 def dtype_of(given: argparse.Namespace, stage: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, given.dtype) if stage == "prompt" else torch.float32
+    dtype: torch.dtype = torch.float32 if stage == "auxiliary" else getattr(torch, given.dtype)
     return dtype
+
+
+def messenger_of(
+    given: argparse.Namespace, stage: str, way: str, model: AuxiliaryModel
+) -> Messenger:
+    """The adapters of all layers, or a prompt, which the stage of the auxiliary model has too."""
+    if stage == "adapter":
+        settings = AdapterSettings(rank=RANK, alpha=2.0 * RANK, train_first=True)
+        return Adapter(model, blocks_of(model.plan, "all"), settings, seed=SEED)
+    ours = way.startswith("fedsp")
+    space: Any = way.removeprefix("fedsp").strip() or "residual" if ours else "key_value"
+    spec = PromptSpec(space=space, length=LENGTH, model=model.prompt_shape)
+    return SoftPrompt(spec, torch.randn(spec.shape) * 0.02).to(given.device)
 
 
 def wait(given: argparse.Namespace) -> None:
@@ -131,12 +152,10 @@ def fedsp(
     """(tokens, seconds) of each call after the first, which warms up: a call is all steps of a
     round."""
     model = open_model(given, stage, rival=False)
-    space: Any = way.removeprefix("fedsp").strip() or "residual"
-    spec = PromptSpec(space=space, length=LENGTH, model=model.prompt_shape)
-    prompt = SoftPrompt(spec, torch.randn(spec.shape) * 0.02).to(given.device)
+    messenger = messenger_of(given, stage, way, model)
     with tempfile.TemporaryDirectory() as folder:
         party = Party(
-            id="a", model=model, messenger=prompt, examples=rows, store=StateStore(Path(folder))
+            id="a", model=model, messenger=messenger, examples=rows, store=StateStore(Path(folder))
         )
         settings = Stage(
             name=stage,
@@ -154,9 +173,9 @@ def fedsp(
         for _ in range(given.repeats + 1):
             wait(given)
             started = time.perf_counter()
-            LocalRound(party=party, round=1, seed=1, received=prompt.payload(), earlier={}).train(
-                prompt if stage == "prompt" else model, settings
-            )
+            LocalRound(
+                party=party, round=1, seed=1, received=messenger.payload(), earlier={}
+            ).train(model if stage == "auxiliary" else messenger, settings)
             wait(given)
             yield tokens, time.perf_counter() - started
 
@@ -166,10 +185,8 @@ def plain(
 ) -> Iterator[tuple[int, float]]:
     """Padded to the data set's longest, the library's own loss over all positions."""
     model = open_model(given, stage, rival=True)
-    spec = PromptSpec(space="key_value", length=LENGTH, model=model.prompt_shape)
-    prompt = SoftPrompt(spec, torch.randn(spec.shape) * 0.02).to(given.device)
-    prompt.requires_grad_(stage == "prompt")
-    train = list(prompt.parameters() if stage == "prompt" else model.model.parameters())
+    messenger = messenger_of(given, stage, way, model)
+    train = list((model if stage == "auxiliary" else messenger).trained().values())
     for parameter in train:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(train, lr=1e-4)
@@ -182,8 +199,10 @@ def plain(
             wait(given)
             started = time.perf_counter()
             ids, mask, labels = batch.input_ids[:-1], batch.attention_mask[:-1], batch.labels[:-1]
-            mask = torch.cat([mask.new_ones(len(mask), LENGTH), mask], dim=1)
-            cache = model.cache(prompt.prefix(model), len(ids))
+            prefix = messenger.prefix(model)
+            cache = None if prefix is None else model.cache(prefix, len(ids))
+            if cache is not None:
+                mask = torch.cat([mask.new_ones(len(mask), LENGTH), mask], dim=1)
             loss: Tensor = model.model(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, labels=labels
             ).loss
@@ -199,14 +218,21 @@ def plain(
 def peft(
     given: argparse.Namespace, stage: str, way: str, rows: list[Encoded], longest: int
 ) -> Iterator[tuple[int, float]]:
-    """Trainer, and PEFT's prefix-tuning for the prompt."""
-    from peft import PrefixTuningConfig, get_peft_model
+    """Trainer, and PEFT's prefix-tuning for the prompt, its LoRA for adapters."""
+    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model: Any = open_model(given, stage, rival=True).model
     if stage == "prompt":
         model = get_peft_model(
             model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH)
+        )
+    elif stage == "adapter":
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"
+            ),
         )
     else:
         model.requires_grad_(True)
@@ -271,13 +297,13 @@ def floor_operations(given: argparse.Namespace, stage: str, rows: list[Encoded])
     blocks = find_blocks(model, shape.layers, given.model)[1]
     block = sum(parameter.numel() for parameter in blocks[0].parameters() if parameter.dim() > 1)
     below = 2 * shape.hidden * shape.heads * shape.head_size  # what makes keys and values
-    passes = 2 if stage == "prompt" else 3
+    passes, prompt = 3 if stage == "auxiliary" else 2, 0 if stage == "adapter" else LENGTH
     total = 0.0
     for row in rows:
         tokens, asked = len(row.ids), len(row.ids) - row.start
         matrices = (shape.layers - 1) * block * tokens + below * tokens + (block - below) * asked
-        first = (below + shape.hidden**2) * tokens if stage == "prompt" else 0
-        pairs = tokens * LENGTH + tokens * (tokens + 1) / 2
+        first = 0 if stage == "auxiliary" else (below + shape.hidden**2) * tokens
+        pairs = tokens * prompt + tokens * (tokens + 1) / 2
         # going back twice as many as forth; at the first block next to none
         attention = 4.0 * shape.hidden * pairs * (3 * shape.layers - 2)
         total += (
@@ -291,7 +317,9 @@ def floor_bytes(given: argparse.Namespace, stage: str) -> float:
     a gradient written, then four numbers read and three written."""
     model = open_model(given, stage, rival=False).model
     weights = sum(parameter.numel() for parameter in trainable(model).values())
-    return float(weights * (2 * dtype_of(given, stage).itemsize if stage == "prompt" else 10 * 4))
+    return float(
+        weights * (10 * 4 if stage == "auxiliary" else 2 * dtype_of(given, stage).itemsize)
+    )
 
 
 def rate_of_products(given: argparse.Namespace, dtype: torch.dtype) -> float:
@@ -325,14 +353,13 @@ def best(given: argparse.Namespace, work: Callable[[], object]) -> float:
     return min(times)
 
 
-def one(given: argparse.Namespace) -> dict[str, float]:
+def one(given: argparse.Namespace, rows: list[Encoded], longest: int) -> dict[str, float]:
     """One way in this process: tokens per second (median of the calls after the first), the time
     over the floor and peak memory, MiB.
 
     A machine that others share changes its speed, so each call is held against the rate of products
     measured just before and just after it.
     """
-    rows, longest = rows_of(given.reference, given.tasks, given.steps * given.batch)
     way = {"fedsp": fedsp, "plain": plain, "peft": peft, "trainer": peft}[given.way.split()[0]]
     operations, dtype = floor_operations(given, given.stage, rows), dtype_of(given, given.stage)
     rates, over, before = [], [], rate_of_products(given, dtype)
@@ -377,8 +404,10 @@ def main() -> None:
     given = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(given.threads)
+    given.tokenizer, given.plan = model_name(given.reference), "ends(2)"
     if given.way:
-        print(json.dumps(one(given)))
+        rows, longest = rows_of(given.reference, given.tasks, given.steps * given.batch)
+        print(json.dumps(one(given, rows, longest)))
         return
     options = "".join(f", {name}" for name in ("compile", "recompute") if getattr(given, name))
     print(
