@@ -344,24 +344,26 @@ def main() -> None:
     clock, rows = Clock(given.minutes), []
     for row in measure(given, clock):
         rows.append(row)
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-        machine = (
-            torch.cuda.get_device_name() if given.device.startswith("cuda") else platform.machine()
-        )
-        about = {
-            "machine": machine,
-            "torch": torch.__version__,
-            "settings": {key: str(value) for key, value in vars(given).items()},
-            "left out": clock.left_out,
-        }
-        write_json(given.folder / "gpu.json", {**about, "rows": rows})
-        left = f"\nLeft out, as the time was over: {'; '.join(clock.left_out)}.\n"
-        (given.folder / "gpu.md").write_text(
-            f"{machine}, torch {torch.__version__}, {given.dtype}, batches of {given.batch}.\n\n"
-            + table(rows)
-            + (left if clock.left_out else ""),
-            encoding="utf-8",
-        )
+        print(table([row]).splitlines()[-1], flush=True)
+        write(given, rows, clock.left_out)  # after each row, in case the machine is taken back
+    write(given, rows, clock.left_out)
+
+
+def write(given: argparse.Namespace, rows: list[Row], left_out: list[str]) -> None:
+    cuda = given.device.startswith("cuda")
+    about = {
+        "machine": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "torch": torch.__version__,
+        "settings": {key: str(value) for key, value in vars(given).items()},
+        "left out": left_out,
+    }
+    write_json(given.folder / "gpu.json", about | {"rows": rows})
+    left = f"\nLeft out, as the time was over: {'; '.join(left_out)}.\n" if left_out else ""
+    text = (
+        f"{about['machine']}, torch {about['torch']}, {given.dtype}, batches of"
+        f" {given.batch}.\n\n{table(rows)}{left}"
+    )
+    (given.folder / "gpu.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

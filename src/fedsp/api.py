@@ -29,6 +29,7 @@ from fedsp.experiments.start import (
     Figures,
     answers_of,
     in_this_process,
+    in_workers,
     make_package,
     open_run,
     require_local,
@@ -93,10 +94,33 @@ def run(
     overrides: Sequence[str] = (),
     callbacks: Callbacks | None = None,
     engine: str = "local",
+    workers: int | None = None,
 ) -> Figures:
     """Run the configuration's federation; returns the figures of `result.json` and the folder.
-    Every engine gives the same bits."""
-    return start_run(_suited(as_config(config, overrides), engine), callbacks, ENGINES[engine])
+    Every engine gives the same bits.
+
+    `workers`: processes in which the clients of a round train, one thread each, where the engine is
+    local; the server has one thread then, and the bits do not depend on how many there are. None:
+    everything is in this process, with torch's threads.
+    """
+    way = _engine(engine, workers)
+    suited = _suited(as_config(config, overrides), engine)
+    if workers:
+        torch.set_num_threads(1)
+    return start_run(suited, callbacks, way)
+
+
+def _engine(name: str, workers: int | None) -> Engine:
+    if workers is None:
+        return ENGINES[name]
+    if name != "local":
+        raise ConfigurationError(
+            f"workers: engine {name} has processes of its own; leave workers out, or use engine"
+            " local"
+        )
+    if workers < 1:
+        raise ConfigurationError(f"workers = {workers}: expected at least 1")
+    return in_workers(workers)
 
 
 def _suited(config: RunConfig, engine: str) -> RunConfig:
@@ -117,9 +141,11 @@ def resume(
     *,
     callbacks: Callbacks | None = None,
     engine: str = "local",
+    workers: int | None = None,
 ) -> Figures:
     """Resume an unfinished run; the result is bit-identical to that of an uninterrupted run. For a
     finished run, send what MLflow and remote clients have not received yet. Returns its figures.
+    `workers`: as `run`, if the run was begun with them or with one thread.
 
     Raises:
         RunError: there is no run, another process has it, or it has another configuration than the
@@ -133,7 +159,7 @@ def resume(
             " or start a new run with output=..."
         )
     _suited(directory.config, engine)
-    return resume_run(directory, callbacks, ENGINES[engine])
+    return resume_run(directory, callbacks, _engine(engine, workers))
 
 
 def join(path: str | Path, *, callbacks: Callbacks | None = None) -> int:

@@ -50,6 +50,14 @@ Overrides = Annotated[
 Json = Annotated[
     Optional[Path], typer.Option("--json", help="Also write the figures to this file, as JSON.")
 ]
+Workers = Annotated[
+    Optional[int],
+    typer.Option(
+        min=1,
+        help="Processes that share the work, one thread each, all on this machine; figures do not"
+        " depend on how many.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 
@@ -149,6 +157,7 @@ def run(
             " processes. Results are bit-identical."
         ),
     ] = "local",
+    workers: Workers = None,
     json_file: Json = None,
 ) -> None:
     """Run the federation with simulated clients."""
@@ -157,7 +166,7 @@ def run(
             f"unknown engine {engine!r}: local or flower; `fedsp serve` is for clients on machines"
             " of their own"
         )
-    _run(config, overrides, resume, engine, json_file)
+    _run(config, overrides, resume, engine, json_file, workers)
 
 
 def _run(
@@ -166,6 +175,7 @@ def _run(
     resume: Path | None,
     engine: str,
     json_file: Path | None,
+    workers: int | None = None,
 ) -> None:
     if config is None and resume is None:
         raise ConfigurationError("nothing to run: give a TOML file, or --resume and a run's folder")
@@ -180,10 +190,14 @@ def _run(
 
     with Display() as display:
         if resume:
-            figures = commands.resume(resume, read, callbacks=display.callbacks(), engine=engine)
+            figures = commands.resume(
+                resume, read, callbacks=display.callbacks(), engine=engine, workers=workers
+            )
         else:
             assert read is not None
-            figures = commands.run(read, callbacks=display.callbacks(), engine=engine)
+            figures = commands.run(
+                read, callbacks=display.callbacks(), engine=engine, workers=workers
+            )
         display.print(figures_table("Run", figures))
     _write(json_file, figures)
 
@@ -498,6 +512,7 @@ def study(
             min=1, help="Threads of torch; 1 is best where several processes share the study."
         ),
     ] = None,
+    workers: Workers = None,
     json_file: Json = None,
 ) -> None:
     """Run a grid of methods x tasks x models x partitions x seeds. Run it again to resume, or in
@@ -506,7 +521,9 @@ def study(
     from fedsp.report.console import Display, figures_table
 
     with Display() as display:
-        figures = run_study(file, root=root, threads=threads, callbacks=display.study_callbacks())
+        figures = run_study(
+            file, root=root, threads=threads, workers=workers, callbacks=display.study_callbacks()
+        )
         display.print(figures_table("Study", figures))
     _write(json_file, figures)
     if figures["failed"]:

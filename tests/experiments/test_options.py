@@ -115,6 +115,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_own_figures(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Begun in one process, and resumed in two workers where that is possible."""
     whole = commands.run(settings(tmp_path / "whole", **OPTIONS[name]))
     original = runs.RunDirectory.save_round
 
@@ -127,7 +128,8 @@ def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_o
     with pytest.raises(KeyboardInterrupt):
         commands.run(settings(tmp_path / "killed", **OPTIONS[name]))
     monkeypatch.setattr(runs.RunDirectory, "save_round", original)
-    resumed = commands.resume(tmp_path / "killed" / "run")
+    workers = None if name == "again" else 2  # as many see what changes here while they run
+    resumed = commands.resume(tmp_path / "killed" / "run", workers=workers)
     assert (resumed["test"], resumed["validation_loss"]) == (
         whole["test"],
         whole["validation_loss"],

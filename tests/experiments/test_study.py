@@ -192,6 +192,20 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     )  # each by one of them, once
 
 
+def test_workers_share_a_study_to_the_same_figures(tmp_path: Path, finished: Path) -> None:
+    figures = study.run_study(study_file(tmp_path), workers=2)
+    assert (figures["cells"], figures["finished"]) == (4, 4)
+    for method in ("zero-shot", "FedSP"):
+        found, expected = (
+            [json.loads(path.read_text())["test"] for path in sorted(folder.glob(pattern))]
+            for folder in (tmp_path / "studies" / "small", finished)
+            for pattern in [f"*-even-{method}-seed-*/result.json"]
+        )
+        assert found == expected and len(found) == 2
+    with pytest.raises(ConfigurationError, match="threads: each of the workers has one"):
+        study.run_study(study_file(tmp_path), workers=2, threads=1)
+
+
 def test_a_cell_that_another_process_has_is_left_to_it(tmp_path: Path) -> None:
     path = study_file(tmp_path, grids=[{"title": "One", "methods": ["zero-shot"]}])
     _, cells = study.read_study(path)

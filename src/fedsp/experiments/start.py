@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +29,9 @@ from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import client_messenger
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.transport.local import local
+from fedsp.federation.transport.workers import workers
 from fedsp.models.auxiliary import MANIFEST, AuxiliaryModel, disclosed_share, load_auxiliary
+from fedsp.models.loading import choose_device
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt, read_prompt
@@ -44,6 +47,43 @@ Engine = Callable[[RunDirectory, Callbacks], Figures]
 def in_this_process(directory: RunDirectory, callbacks: Callbacks) -> Figures:
     """The engine whose clients are in this process."""
     return run_experiment(directory, local, callbacks)
+
+
+def in_workers(count: int) -> Engine:
+    """The engine whose clients train in so many processes, one thread each: the same bits as in one
+    process that has one thread.
+
+    Raises (when it is run):
+        ConfigurationError: the model is not on the CPU, or the auxiliary model changes between
+            rounds, which forked processes would not see.
+        RunError: the run was begun with several threads, which decide its last bits.
+    """
+
+    def engine(directory: RunDirectory, callbacks: Callbacks) -> Figures:
+        config = directory.config
+        if choose_device(config.model.device).type != "cpu":
+            raise ConfigurationError(
+                'workers: they share a CPU\'s memory; set model.device to "cpu", or leave workers'
+                " out"
+            )
+        if config.distill.again_every:
+            raise ConfigurationError(
+                "workers: with distill.again_every the auxiliary model changes while they run;"
+                " leave workers out"
+            )
+        if directory.threads != 1:
+            raise RunError(
+                f"{directory.path} was begun with {directory.threads} threads, which decide its"
+                " last bits: resume it without workers"
+            )
+        with ExitStack() as stack:
+            return run_experiment(
+                directory,
+                lambda clients: stack.enter_context(workers(clients, count)),
+                callbacks,
+            )
+
+    return engine
 
 
 def require_local(config: RunConfig) -> None:

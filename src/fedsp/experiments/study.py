@@ -36,6 +36,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,17 +244,23 @@ def run_study(
     *,
     root: str | Path | None = None,
     threads: int | None = None,
+    workers: int | None = None,
     callbacks: Callbacks | None = None,
 ) -> dict[str, Any]:
     """Run what is not finished of a study; several processes may do so at once, and each cell is
-    run by one of them. `threads` are torch's.
+    run by one of them. `threads` are torch's. `workers`: processes on this machine that share the
+    cells, one thread each; None: one after another in this one.
 
     Returns the folder, and how many cells are finished, failed, and left to other processes. A cell
     that cannot be done is written down with the reason, and the rest goes on.
 
     Raises:
-        ConfigurationError: the study file is at fault; then nothing has been run.
+        ConfigurationError: the study file is at fault, or both threads and workers are given; then
+            nothing has been run.
+        RunError: a worker was ended from outside.
     """
+    if workers and threads:
+        raise ConfigurationError("threads: each of the workers has one; leave threads out")
     callbacks = callbacks or Callbacks()
     study, cells = read_study(Path(path), root=Path(root) if root else None)
     import torch
@@ -263,14 +270,37 @@ def run_study(
     folder = Path(study.output) / study.name
     write_json(folder / INDEX, _index(study, cells))
     counts = {"finished": 0, "failed": 0, "elsewhere": 0}
-    for number, cell in enumerate(cells, start=1):
-        started = time.perf_counter()
-        state, why = _run_cell(cell, folder, callbacks)
+    done = _in_turn(cells, folder, callbacks) if not workers else _shared(cells, folder, workers)
+    for number, (cell, state, why, seconds) in enumerate(done, start=1):
         counts[state] += 1
-        callbacks.part_done(
-            number, len(cells), f"{cell.name}: {state}{why}", time.perf_counter() - started
-        )
+        callbacks.part_done(number, len(cells), f"{cell.name}: {state}{why}", seconds)
     return {"folder": str(folder), "cells": len(cells), **counts}
+
+
+Done = tuple[Cell, str, str, float]
+"""A cell, its state, a note for the log, and seconds."""
+
+
+def _in_turn(cells: list[Cell], folder: Path, callbacks: Callbacks) -> Iterator[Done]:
+    for cell in cells:
+        yield _timed(cell, folder, callbacks)
+
+
+def _shared(cells: list[Cell], folder: Path, count: int) -> Iterator[Done]:
+    """In so many processes, in the order in which they end."""
+    import fedsp.experiments.start  # noqa: F401  (read once, for all that are forked)
+    from fedsp.federation.transport.workers import forked, result_of
+
+    with forked(count) as pool:
+        futures = [pool.submit(_timed, cell, folder) for cell in cells]
+        for future in as_completed(futures):
+            yield result_of(future)
+
+
+def _timed(cell: Cell, folder: Path, callbacks: Callbacks | None = None) -> Done:
+    started = time.perf_counter()
+    state, why = _run_cell(cell, folder, callbacks or Callbacks())
+    return cell, state, why, time.perf_counter() - started
 
 
 def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:

@@ -1,10 +1,12 @@
-"""The embedded default: every client in this process, one after another. Payloads are serialized
-and read as over a network."""
+"""The embedded default: every client on this machine, one after another in this process, or in
+several processes (`workers`). Payloads are serialized and read as over a network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 from fedsp.errors import PayloadError, PolicyError, TrainingDiverged
 from fedsp.federation.clients import Clients
@@ -13,6 +15,9 @@ from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.transport.request_handler import answer_bytes
 from fedsp.models.payload import Payload, pack, unpack
 
+Answer = Callable[[], tuple[Update, bytes]]
+"""Gives a client's reply and the bytes of its payload, or raises what went wrong."""
+
 
 def local(clients: Clients) -> Transport:
     """A transport that asks each client in turn.
@@ -20,6 +25,19 @@ def local(clients: Clients) -> Transport:
     Raises (when iterated):
         TrainingDiverged: a client's loss is not finite, with the round and the client.
     """
+    return on_this_machine(lambda request: partial(answer_here, clients, request))
+
+
+def answer_here(clients: Clients, request: Request) -> tuple[Update, bytes]:
+    """The reply of a client whose text is in this process, and the bytes of its payload."""
+    party = clients.party(request.client)
+    update = clients.method.client_update(party, request)
+    return update, answer_bytes(update, request, party)
+
+
+def on_this_machine(begin: Callable[[Request], Answer], ahead: int = 0) -> Transport:
+    """A transport that hands each request, as the client receives it, to `begin`; so many may begin
+    `ahead` of the one whose answer is waited for. Replies come in the order of the requests."""
     before: tuple[int, Payload, set[str]] = (0, {}, set())
     """The last round, its broadcast, and who has answered it."""
 
@@ -29,24 +47,31 @@ def local(clients: Clients) -> Transport:
         answered: set[str] = set()
         whole = pack(requests[0].payload)
         before = (requests[0].round, requests[0].payload, answered)
-        for request in requests:
-            follows = bool(request.change) and last == request.round - 1 and request.client in have
-            down = request.change if follows else whole
-            received = read_values(down, known, request.sent_in) if follows else unpack(down)
+        begun: deque[tuple[Request, int, Answer]] = deque()
+
+        def finish() -> Update | Failure:
+            request, bytes_down, answer = begun.popleft()
             try:
-                party = clients.party(request.client)
-                update = clients.method.client_update(party, replace(request, payload=received))
-                up = answer_bytes(update, request, party)
+                update, up = answer()
             except TrainingDiverged as error:
                 raise TrainingDiverged(
                     f"round {request.round}, client {request.client!r}: {error}; the prompt of"
                     f" round {request.round - 1} is kept"
                 ) from error
             except (PolicyError, PayloadError) as error:
-                yield Failure.of(request, str(error), bytes_down=len(down))
-                continue
+                return Failure.of(request, str(error), bytes_down=bytes_down)
             answered.add(request.client)
             payload = read_values(up, request.payload, request.answer_in) if up else request.payload
-            yield replace(update, payload=payload, bytes_down=len(down), bytes_up=len(up))
+            return replace(update, payload=payload, bytes_down=bytes_down, bytes_up=len(up))
+
+        for request in requests:
+            follows = bool(request.change) and last == request.round - 1 and request.client in have
+            down = request.change if follows else whole
+            received = read_values(down, known, request.sent_in) if follows else unpack(down)
+            begun.append((request, len(down), begin(replace(request, payload=received))))
+            if len(begun) > ahead:
+                yield finish()
+        while begun:
+            yield finish()
 
     return transport
