@@ -3,6 +3,7 @@ one of them, or the process that forked them, is killed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -80,6 +81,7 @@ def test_workers_end_when_the_process_that_forked_them_is_killed() -> None:
     alive, held = os.pipe()
     parent = os.fork()
     if parent == 0:
+        os.setsid()
         os.close(alive)
         with transport.forked(2) as pool:
             for _ in range(2):
@@ -88,11 +90,13 @@ def test_workers_end_when_the_process_that_forked_them_is_killed() -> None:
     os.close(held)
     try:
         assert os.read(alive, 1) == b"." and os.read(alive, 1) == b"."
-    finally:
         os.kill(parent, signal.SIGKILL)
         os.waitpid(parent, 0)
-    assert select.select([alive], [], [], 60)[0] and os.read(alive, 1) == b""
-    os.close(alive)
+        assert select.select([alive], [], [], 60)[0] and os.read(alive, 1) == b""
+    finally:
+        os.close(alive)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent, signal.SIGKILL)
 
 
 def _says_so_and_waits(pipe: int) -> None:

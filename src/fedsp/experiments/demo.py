@@ -30,12 +30,15 @@ from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import make_auxiliary, open_server, score_test
 from fedsp.experiments.start import (
     Figures,
+    in_this_process,
+    in_workers,
     open_run,
     require_new,
     start_run,
 )
 from fedsp.experiments.study import merge
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.transport.workers import FORKS, in_parallel
 from fedsp.storage import write_bytes
 
 FORMS: dict[str, tuple[str, str]] = {
@@ -144,13 +147,17 @@ def demo(
         ConfigurationError: PEFT, which the row of one party with all text needs, is not installed.
     """
     require_installed("study", "the demo compares with LoRA, which needs", "peft")
-    torch.set_num_threads(1)  # the model is so small that a second thread costs more than it gives
-    callbacks = callbacks or Callbacks()
+    callbacks, workers = callbacks or Callbacks(), torch.get_num_threads() if FORKS else 1
+    torch.set_num_threads(1)  # the model is so small that a second one costs more than it gives
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="fedsp-demo-") as temporary:
-            return demo(seed=seed, folder=temporary, callbacks=callbacks)
-    folder = Path(folder)
-    require_new(folder)
+            return _rows(seed, Path(temporary), workers, callbacks)
+    require_new(Path(folder))
+    return _rows(seed, Path(folder), workers, callbacks)
+
+
+def _rows(seed: int, folder: Path, workers: int, callbacks: Callbacks) -> list[Figures]:
+    """The table; `workers` processes share the offices alone, and the clients of each round."""
     offices = write_forms(folder)
     auxiliary = folder / "auxiliary"
     config = demo_config("prompt", seed=seed, folder=folder, auxiliary=None)
@@ -159,30 +166,34 @@ def demo(
     make_auxiliary(server, auxiliary, callbacks)
     callbacks.info(f"distilled in {time.perf_counter() - started:.0f} s")
 
-    def run(method: str, only: str | None = None) -> Figures:
-        config = demo_config(method, seed=seed, folder=folder, auxiliary=auxiliary, only=only)
-        if not only:
-            callbacks.info(f"{method}:")
-        result = start_run(config, Callbacks() if only else callbacks)
-        if only:
-            callbacks.info(f"{method}, {only}: {result['test']['accuracy']:.1%} of the questions")
-        traffic = result["bytes_up"] + result["bytes_down"]
-        about = {"bytes": traffic, "seconds": result["seconds"], "folder": result["folder"]}
-        return {"method": method, **result["test"], **about}
+    def run(method: str) -> Figures:
+        callbacks.info(f"{method}:")
+        engine = in_workers(workers) if workers > 1 and method != "central" else in_this_process
+        config = demo_config(method, seed=seed, folder=folder, auxiliary=auxiliary)
+        return _row(method, start_run(config, callbacks, engine))
 
     started = time.perf_counter()
     test, task = server.dataset.test, server.dataset.task
     figures, _ = score_test(server.model, None, test, task, server.tokenizer, server.max_tokens)
     seconds = time.perf_counter() - started
     rows: list[Figures] = [{"method": "zero-shot", **figures, "bytes": 0, "seconds": seconds}]
-    alone = [run("one office alone", office) for office in offices]
+    started, alone = time.perf_counter(), []
+    configs = [
+        demo_config("one office alone", seed=seed, folder=folder, auxiliary=auxiliary, only=office)
+        for office in offices
+    ]
+    runs = in_parallel(workers, start_run, configs) if workers > 1 else map(start_run, configs)
+    for office, figures in zip(offices, runs, strict=True):
+        alone.append(_row("one office alone", figures))
+        callbacks.info(f"one office alone, {office}: {alone[-1]['accuracy']:.1%} of the questions")
+    seconds = time.perf_counter() - started
     best = max(alone, key=lambda row: float(row["accuracy"]))
     rows.append(
         {
             **best,
             "method": "best office alone",
             "mean_accuracy": statistics.fmean(row["accuracy"] for row in alone),
-            "seconds": sum(row["seconds"] for row in alone),
+            "seconds": seconds,
         }
     )
     rows += [run(method) for method in ("prompt", "adapter", "central")]
@@ -192,6 +203,16 @@ def demo(
     own = opened.score(opened.auxiliary_sides[0], test)
     rows.insert(-1, {"method": "its auxiliary model", **own, "bytes": 0, "seconds": 0.0})
     return rows
+
+
+def _row(method: str, figures: Figures) -> Figures:
+    return {
+        "method": method,
+        **figures["test"],
+        "bytes": figures["bytes_up"] + figures["bytes_down"],
+        "seconds": figures["seconds"],
+        "folder": figures["folder"],
+    }
 
 
 def _difference(one: str, other: str) -> tuple[float, float, float]:

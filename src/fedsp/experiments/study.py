@@ -36,8 +36,8 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,21 +283,18 @@ Done = tuple[Cell, str, str, float]
 
 def _in_turn(cells: list[Cell], folder: Path, callbacks: Callbacks) -> Iterator[Done]:
     for cell in cells:
-        yield _timed(cell, folder, callbacks)
+        yield _timed(folder, cell, callbacks)
 
 
 def _shared(cells: list[Cell], folder: Path, count: int) -> Iterator[Done]:
-    """In so many processes, in the order in which they end."""
+    """In so many processes."""
     import fedsp.experiments.start  # noqa: F401  (read once, for all that are forked)
-    from fedsp.federation.transport.workers import forked, result_of
+    from fedsp.federation.transport.workers import in_parallel
 
-    with forked(count) as pool:
-        futures = [pool.submit(_timed, cell, folder) for cell in cells]
-        for future in as_completed(futures):
-            yield result_of(future)
+    return in_parallel(count, partial(_timed, folder), cells)
 
 
-def _timed(cell: Cell, folder: Path, callbacks: Callbacks | None = None) -> Done:
+def _timed(folder: Path, cell: Cell, callbacks: Callbacks | None = None) -> Done:
     started = time.perf_counter()
     state, why = _run_cell(cell, folder, callbacks or Callbacks())
     return cell, state, why, time.perf_counter() - started

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -25,7 +25,10 @@ from fedsp.federation.messages import Request, Transport, Update
 from fedsp.federation.transport.local import Answer, answer_here, on_this_machine
 from fedsp.models.payload import pack, unpack
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+FORKS = "fork" in multiprocessing.get_all_start_methods()
+"""Whether this system forks processes; Windows does not."""
 _clients: list[Clients] = []
 """In a worker: the clients that it was forked with."""
 
@@ -56,7 +59,7 @@ def forked(count: int, *clients: Clients) -> Iterator[Executor]:
     Raises:
         ConfigurationError: this system does not fork processes.
     """
-    if "fork" not in multiprocessing.get_all_start_methods():
+    if not FORKS:
         raise ConfigurationError(
             "workers: this system does not fork processes; leave workers out, and one process does"
             " all the work"
@@ -68,6 +71,19 @@ def forked(count: int, *clients: Clients) -> Iterator[Executor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_parallel(
+    count: int, work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    """What `work` returns for each item, in order, by so many processes.
+
+    Raises:
+        ConfigurationError, RunError: as `forked` and `result_of`, or whatever the work raises;
+            what was not begun then is left undone.
+    """
+    with forked(count) as pool:
+        yield from map(result_of, [pool.submit(work, item) for item in items])
 
 
 def result_of(future: Future[Result]) -> Result:
