@@ -114,12 +114,14 @@ def init(
 def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None) -> None:
     """Print what a run will cost and disclose, before anything is trained."""
     read = _read(config, overrides)
-    from fedsp.experiments.plan import plan_run
+    from fedsp.experiments.plan import how_it_reads, plan_run
     from fedsp.report.console import Display, plan_table
 
     figures = plan_run(read)
     with Display() as display:
         display.print(plan_table(figures))
+        if "loss_rise" in figures:
+            display.print(how_it_reads(figures["loss_rise"]))
     _write(json_file, figures)
 
 

@@ -20,6 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from fedsp.errors import StorageError
 
+MANIFEST = "auxiliary.json"
+"""The file that says what the auxiliary model beside it is."""
+
 if TYPE_CHECKING:
     from torch import Tensor
 

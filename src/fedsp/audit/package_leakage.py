@@ -36,7 +36,7 @@ from fedsp.models.auxiliary import (
 from fedsp.models.loading import choose_device, load_model
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.trainable import trainable
-from fedsp.training.loop import Optimisation, answer_loss, fit
+from fedsp.training.loop import Optimisation, answer_loss, fit, next_token_loss, text_loss
 
 STEPS = (0, 30, 120)
 """Steps of an attacker who trains the package on with public text."""
@@ -196,12 +196,12 @@ def _extraction(
             rng = random.Random(derive_seed(seed, "attacker", done))
             fit(
                 trainable(auxiliary.model),
-                partial(_next_token_loss, auxiliary),
+                partial(next_token_loss, auxiliary),
                 [rng.sample(public, 8) for _ in range(number - done)],
                 Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
             )
             done = number
-            found[start].append(_perplexity(auxiliary, held))
+            found[start].append(float(torch.tensor(text_loss(auxiliary, held)).exp()))
     auxiliary.load_weights(package)
     return [
         {
@@ -213,22 +213,6 @@ def _extraction(
         }
         for number, mine, theirs in zip(STEPS, *found.values(), strict=True)
     ]
-
-
-def _next_token_loss(model: PromptedLM, texts: Sequence[Sequence[int]]) -> Tensor:
-    batch = pad(texts, model.device)
-    real = batch.mask[:, 1:].bool()
-    hidden = model(batch.ids, batch.mask)[:, :-1][real]
-    return torch.nn.functional.cross_entropy(model.logits(hidden), batch.ids[:, 1:][real])
-
-
-@torch.no_grad()
-def _perplexity(model: PromptedLM, texts: Sequence[Sequence[int]]) -> float:
-    losses = [
-        float(_next_token_loss(model, texts[start : start + 8]))
-        for start in range(0, len(texts), 8)
-    ]
-    return float(torch.tensor(sum(losses) / len(losses)).exp())
 
 
 def measure_disclosure(folder: Path) -> dict[str, float]:

@@ -24,6 +24,7 @@ from fedsp.config import CodecName, RunConfig
 from fedsp.config_file import read_register
 from fedsp.data.dataset import load_dataset
 from fedsp.errors import (
+    AuxiliaryError,
     ConfigurationError,
     FedspError,
     ModelError,
@@ -33,11 +34,14 @@ from fedsp.errors import (
 )
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.methods.registry import find_method
-from fedsp.storage import write_json
+from fedsp.storage import MANIFEST, parse_json, write_json
 
 COUNTED_BY = ("adapter", "auxiliary", "messengers", "shape_counts")
 """The modules of `fedsp.models` whose code decides the counts of a plan."""
 BYTES_PER_NUMBER = 4
+MUCH_WORSE = 1.0
+"""Nats per token of public text that a package may be worse than the global model: beyond, what is
+tuned through it hardly carries (docs/results/messengers.md)."""
 TEXT_TOKENS = 64
 ANSWER_TOKENS = 8
 
@@ -144,7 +148,42 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
         "disclosed_share": verbatim / whole,
         "handed_out_share": handed / whole,
         "tokens_per_example": tokens,
+        **_loss_rise(config),
     }
+
+
+def how_it_reads(loss_rise: float) -> str:
+    """What the loss of a package on public text, above that of the global model, means for what is
+    tuned through it."""
+    sentence = (
+        f"on public text that it was not distilled on, the auxiliary model is {loss_rise:.2f} nats"
+        " a token worse than the global model"
+    )
+    if loss_rise <= MUCH_WORSE:
+        return sentence
+    return (
+        f"warning: {sentence}; beyond {MUCH_WORSE:g} little of what clients tune through it"
+        " carries: distil longer (distill.steps), or keep more layers (auxiliary.plan)"
+    )
+
+
+def _loss_rise(config: RunConfig) -> dict[str, float]:
+    """What the package that the configuration names says of itself, if there is one.
+
+    Raises:
+        AuxiliaryError: the folder holds none.
+    """
+    folder = config.auxiliary.folder
+    if not folder:
+        return {}
+    try:
+        manifest = parse_json((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        return {"loss_rise": float(manifest["loss_rise"])} if "loss_rise" in manifest else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise AuxiliaryError(
+            f"auxiliary.folder: {folder} holds no auxiliary model ({error}); `fedsp distill` writes"
+            " one"
+        ) from error
 
 
 def model_name(config: RunConfig) -> str:

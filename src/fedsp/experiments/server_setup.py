@@ -19,14 +19,13 @@ from fedsp.data.files import read_passages
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example, Task
 from fedsp.errors import AuxiliaryError, DataError, PromptError
-from fedsp.experiments.plan import model_name
+from fedsp.experiments.plan import how_it_reads, model_name
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import prompt_spec
 from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import (
-    MANIFEST,
     AuxiliaryModel,
     build_auxiliary,
     disclosed_share,
@@ -41,10 +40,14 @@ from fedsp.models.soft_prompt import (
     initial_values,
     read_prompt,
 )
+from fedsp.storage import MANIFEST
 from fedsp.training.distillation import Distillation, Progress, distill, packed
 from fedsp.training.evaluation import LogProbabilities, Scored, score, summarise
-from fedsp.training.loop import Optimisation
+from fedsp.training.loop import Optimisation, text_loss
 
+HELD_OUT = 16
+"""Sequences of public text, at most, that tell how much worse than the global model a package
+reads."""
 LEAST_ROOM = 8
 """Tokens of text that a prompt must leave room for."""
 
@@ -205,6 +208,7 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
                 f" {auxiliary.prompt_shape}, but {server.model.name} has {server.model.shape}: make"
                 " it again with `fedsp distill`"
             )
+        _say_how_it_reads(auxiliary, callbacks)
         return auxiliary
     section = config.auxiliary
     auxiliary = build_auxiliary(
@@ -222,12 +226,21 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         )
         server.seconds["distillation"] = time.perf_counter() - started
     auxiliary.discloses = disclosed_share(auxiliary, server.model)
+    if unread := unread_sequences(server, HELD_OUT):
+        auxiliary.loss_rise = text_loss(auxiliary, unread) - text_loss(server.model, unread)
     auxiliary.save(folder)
     callbacks.info(
         f"the auxiliary model discloses {auxiliary.discloses:.1%} of the global model's parameters"
         " bit for bit"
     )
+    _say_how_it_reads(auxiliary, callbacks)
     return auxiliary
+
+
+def _say_how_it_reads(auxiliary: AuxiliaryModel, callbacks: Callbacks) -> None:
+    """Before anything is tuned through it."""
+    if auxiliary.loss_rise is not None:
+        callbacks.info(how_it_reads(auxiliary.loss_rise))
 
 
 def fit_auxiliary(

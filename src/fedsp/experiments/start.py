@@ -30,13 +30,13 @@ from fedsp.federation.clients import client_messenger
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.transport.local import local
 from fedsp.federation.transport.workers import workers
-from fedsp.models.auxiliary import MANIFEST, AuxiliaryModel, disclosed_share, load_auxiliary
+from fedsp.models.auxiliary import AuxiliaryModel, disclosed_share, load_auxiliary
 from fedsp.models.loading import choose_device
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt, read_prompt
 from fedsp.models.trainable import Messenger
-from fedsp.storage import locked, move_into_place, read_tensors, unfinished_beside
+from fedsp.storage import MANIFEST, locked, move_into_place, read_tensors, unfinished_beside
 from fedsp.training.answers import Answering, Answers, Side, mean_of, proxy_tuned
 
 Figures = dict[str, Any]

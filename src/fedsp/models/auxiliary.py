@@ -27,9 +27,15 @@ from fedsp.models.loading import empty_model, known_keys, load_tokenizer, tokeni
 from fedsp.models.payload import shapes_of
 from fedsp.models.prompted_lm import ModelShape, Positions, PromptedLM
 from fedsp.models.trainable import Tensors, trainable
-from fedsp.storage import parse_json, read_tensors, tensors_digest, write_json, write_tensors
+from fedsp.storage import (
+    MANIFEST,
+    parse_json,
+    read_tensors,
+    tensors_digest,
+    write_json,
+    write_tensors,
+)
 
-MANIFEST = "auxiliary.json"
 Embeddings = Literal["verbatim", "low_rank", "fresh"]
 WEIGHTS = "model.safetensors"
 OF_NO_LAYER = re.compile("architectures|_ids?$|only_layers|indices")
@@ -229,6 +235,9 @@ class AuxiliaryModel(PromptedLM):
         self.discloses: float | None = None
         """Share (0 to 1) of the global model's parameters that it contains bit for bit; None if it
         was not measured when the model was built."""
+        self.loss_rise: float | None = None
+        """How much more loss than the global model it has on public text that it was not distilled
+        on, nats per token; None if there was none."""
 
     def weights(self) -> Tensors:
         """Every parameter once, and every buffer that belongs to the model (a mixture's routing
@@ -288,6 +297,7 @@ class AuxiliaryModel(PromptedLM):
                 "sha256": digest,
                 "tokenizer_sha256": tokenizer_digest(self.tokenizer),
                 **({} if self.discloses is None else {"discloses": self.discloses}),
+                **({} if self.loss_rise is None else {"loss_rise": self.loss_rise}),
             },
         )
         return digest
@@ -434,7 +444,10 @@ def load_auxiliary(
             str(manifest["tokenizer_sha256"]),
             cast(Embeddings, str(manifest.get("embeddings", "verbatim"))),
         )
-        discloses = None if manifest.get("discloses") is None else float(manifest["discloses"])
+        discloses, loss_rise = (
+            None if manifest.get(key) is None else float(manifest[key])
+            for key in ("discloses", "loss_rise")
+        )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = load_tokenizer(str(folder))
     except FileNotFoundError as error:
@@ -467,7 +480,7 @@ def load_auxiliary(
         prompt_shape=shape,
         embeddings=kept,
     )
-    auxiliary.discloses = discloses
+    auxiliary.discloses, auxiliary.loss_rise = discloses, loss_rise
     own = replace(auxiliary.shape, layers=shape.layers)
     if shape != own or not max(plan.prompt_layers) < shape.layers <= MOST_LAYERS:
         raise AuxiliaryError(

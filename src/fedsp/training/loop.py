@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedsp.data.batching import pad
 from fedsp.data.encoding import IGNORED, Batch
 from fedsp.errors import TrainingDiverged
 from fedsp.models.prompted_lm import PromptedLM
@@ -59,6 +60,24 @@ def states_loss(model: PromptedLM, hidden: Tensor, batch: Batch) -> Tensor:
     """`answer_loss` from last hidden states (batch, tokens, hidden)."""
     asked = batch.labels[:, 1:] != IGNORED  # (B, T - 1)
     return cross_entropy(model.logits(hidden[:, :-1][asked]), batch.labels[:, 1:][asked])
+
+
+def next_token_loss(model: PromptedLM, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Mean cross-entropy of every token but the first of each text, nats per token."""
+    batch = pad(texts, model.device)
+    real = batch.mask[:, 1:].bool()
+    hidden = model(batch.ids, batch.mask)[:, :-1][real]
+    return cross_entropy(model.logits(hidden), batch.ids[:, 1:][real])
+
+
+@torch.no_grad()
+def text_loss(model: PromptedLM, texts: Sequence[Sequence[int]], batch_size: int = 8) -> float:
+    """The mean of `next_token_loss` over batches."""
+    losses = [
+        float(next_token_loss(model, texts[start : start + batch_size]))
+        for start in range(0, len(texts), batch_size)
+    ]
+    return sum(losses) / len(losses)
 
 
 @dataclass(frozen=True)
