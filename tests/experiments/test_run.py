@@ -22,7 +22,9 @@ import torch
 from fedsp import api as commands
 from fedsp.algorithm import FedSP
 from fedsp.config_file import make_config
+from fedsp.data.dataset import load_dataset
 from fedsp.data.encoding import Encoded, decode_behind, encode_texts
+from fedsp.data.files import read_passages
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import (
     AuxiliaryError,
@@ -39,9 +41,10 @@ from fedsp.experiments import build
 from fedsp.experiments import run as experiment
 from fedsp.experiments import server_setup as server
 from fedsp.experiments.embedded import EMBEDDED
+from fedsp.experiments.plan import how_it_reads, plan_run
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory, list_runs
-from fedsp.experiments.server_setup import Server
+from fedsp.experiments.server_setup import Server, open_server
 from fedsp.experiments.start import answers_of, open_run
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
@@ -69,6 +72,7 @@ from fedsp.storage import tensors_digest
 from fedsp.training import loop as fitting
 from fedsp.training import stage
 from fedsp.training.answers import proxy_tuned
+from fedsp.training.distillation import packed
 from support.killed import end_of
 from support.small_runs import PAPER, ROWS, prompt_bits, questions, settings
 
@@ -750,6 +754,52 @@ def test_a_changed_package_is_refused(tmp_path: Path) -> None:
     tokenizer.write_text(json.dumps(content))
     with pytest.raises(AuxiliaryError, match="tokenizer"):
         commands.resume(values["output"])
+
+
+def test_a_package_says_how_much_worse_than_the_global_model_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against both models' own forward on the first text that the distillation leaves; who plans or
+    starts a run on a package that reads much worse is warned, before anything is tuned."""
+    public = str(EMBEDDED / "public.txt")
+    distill = {"steps": 2, "batch_size": 2, "sequence_length": 32, "sequences": 4}
+    config = make_config(settings(tmp_path, distill={**distill, "text": [public]}))
+    package = tmp_path / "package"
+    commands.distill(config, package)
+    manifest = json.loads((package / "auxiliary.json").read_text())
+    server = open_server(config, load_dataset(config))
+    count = config.distill.sequences + 16
+    unread = packed(
+        server.tokenizer, read_passages([public]), length=32, count=count, seed=config.seed
+    )[config.distill.sequences :]
+    auxiliary = load_auxiliary(package, device=torch.device("cpu"), positions="hugging_face")
+    ids = torch.tensor(unread)
+    with torch.no_grad():
+        own, expected = (
+            float(model.model(input_ids=ids, labels=ids).loss)
+            for model in (auxiliary, server.model)
+        )
+    assert manifest["loss_rise"] == pytest.approx(own - expected, abs=1e-4)
+    values = settings(tmp_path, auxiliary={"folder": str(package)})
+    assert plan_run(make_config(values))["loss_rise"] == manifest["loss_rise"]
+    said: list[str] = []
+    monkeypatch.setattr("fedsp.experiments.plan.MUCH_WORSE", manifest["loss_rise"] - 0.01)
+    commands.run(values, callbacks=Callbacks(info=said.append))
+    told = [text for text in said if "nats a token worse" in text]
+    assert len(told) == 1 and told[0].startswith("warning: on public text")
+    assert "distil longer" in told[0]
+    monkeypatch.setattr("fedsp.experiments.plan.MUCH_WORSE", manifest["loss_rise"] + 0.01)
+    assert how_it_reads(manifest["loss_rise"]).startswith("on public text")
+
+
+def test_a_package_that_is_damaged_cannot_be_planned_for(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    values = make_config(settings(tmp_path, auxiliary={"folder": str(package)}))
+    assert "loss_rise" not in plan_run(values)  # not there yet
+    package.mkdir()
+    (package / "auxiliary.json").write_text("{")
+    with pytest.raises(AuxiliaryError, match="the auxiliary model in .* cannot be used"):
+        plan_run(values)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

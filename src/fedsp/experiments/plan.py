@@ -168,10 +168,10 @@ def how_it_reads(loss_rise: float) -> str:
 
 
 def _loss_rise(config: RunConfig) -> dict[str, float]:
-    """What the package that the configuration names says of itself, if there is one.
+    """What the package that the configuration names says of itself, if it is there already.
 
     Raises:
-        AuxiliaryError: the folder holds none.
+        AuxiliaryError: what is there cannot be read.
     """
     folder = config.auxiliary.folder
     if not folder:
@@ -179,10 +179,12 @@ def _loss_rise(config: RunConfig) -> dict[str, float]:
     try:
         manifest = parse_json((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
         return {"loss_rise": float(manifest["loss_rise"])} if "loss_rise" in manifest else {}
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, TypeError) as error:
         raise AuxiliaryError(
-            f"auxiliary.folder: {folder} holds no auxiliary model ({error}); `fedsp distill` writes"
-            " one"
+            f"auxiliary.folder: the auxiliary model in {folder} cannot be used: {error}; make it"
+            " again with `fedsp distill`"
         ) from error
 
 
