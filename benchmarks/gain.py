@@ -1,5 +1,5 @@
 """How much of the gain of LoRA in the whole model a messenger brings to the global one, against
-what of that model clients hold. The table and the picture of docs/results/messengers.md.
+what of that model clients hold. The tables and the picture of docs/results/messengers.md.
 
     fedsp study configs/studies/messengers.toml --root REFERENCE    # REFERENCE holds models/, data/
     python benchmarks/gain.py studies/messengers [--adapt QUESTIONS] [--figure gain.svg]
@@ -7,7 +7,8 @@ what of that model clients hold. The table and the picture of docs/results/messe
 The gain is the fall in answer loss from zero-shot, as a share of that of LoRA in all linear modules
 of the whole model at the clients, seed by seed. `--adapt` runs `fedsp adapt` on the runs of
 `ADAPTED`, with questions in the form of the task, and leaves its figures in their folders, where
-they are found again; loss and exact match after an adaptation that was not kept are those before.
+they are found again; loss and score after an adaptation that was not kept are those before. A grid
+without zero-shot or that LoRA is told without gains. The picture is of the first grid.
 """
 
 from __future__ import annotations
@@ -108,14 +109,19 @@ def _row(
         nothing = runs[NOTHING][seed].loss
         return (nothing - loss) / (nothing - runs[CEILING][seed].loss)
 
+    ends = {NOTHING, CEILING} <= runs.keys()
     return Measured(
         name=name,
         disclosed=disclosed,
-        scores=[100 * test["exact_match"] for test in tests.values()],
+        scores=[100 * test[_score(test)] for test in tests.values()],
         losses=[test["answer_loss"] for test in tests.values()],
-        gains=[100 * gain(seed, test["answer_loss"]) for seed, test in tests.items()],
+        gains=[100 * gain(seed, test["answer_loss"]) for seed, test in tests.items() if ends],
         auxiliary=auxiliary,
     )
+
+
+def _score(test: dict[str, float]) -> str:
+    return "exact_match" if "exact_match" in test else "accuracy"
 
 
 def draw(rows: list[Measured], path: Path) -> None:
@@ -164,24 +170,30 @@ def main() -> None:
     parser.add_argument("--adapt", type=Path)
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
-    runs: Runs = {}
-    for run in read_results([given.study]).sections[0].runs:
-        if not run.config.round.only:
-            runs.setdefault(run.method, {})[run.seed] = run
-    known = runs[CEILING].keys() & runs[NOTHING].keys()
-    runs = {name: {seed: some[seed] for seed in known & some.keys()} for name, some in runs.items()}
-    if given.adapt:
-        adapt(runs, given.adapt)
-    rows = list(measured(runs))
-    print("| what travels | disclosed bit for bit | exact match | answer loss | gain | learned |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        figures = f"{mean(row.scores, '.1f')} % | {mean(row.losses, '.3f')}"
-        learned = mean(row.auxiliary, ".3f") if row.auxiliary else "-"
-        gain = f"{mean(row.gains, '.0f')} %"
-        print(f"| {row.name} | {row.disclosed:.1%} | {figures} | {gain} | {learned} |")
-    if given.figure:
-        draw([row for row in rows if not row.name.startswith("LoRA")], given.figure)
+    for number, section in enumerate(read_results([given.study]).sections):
+        runs: Runs = {}
+        for run in section.runs:
+            if not run.config.round.only:
+                runs.setdefault(run.method, {})[run.seed] = run
+        if {NOTHING, CEILING} <= runs.keys():
+            known = runs[CEILING].keys() & runs[NOTHING].keys()
+            runs = {
+                name: {seed: some[seed] for seed in known & some.keys()}
+                for name, some in runs.items()
+            }
+        if given.adapt and number == 0:
+            adapt(runs, given.adapt)
+        rows = list(measured(runs))
+        print(f"\n{section.title}\n")
+        print("| what travels | disclosed bit for bit | score | answer loss | gain | learned |")
+        print("|---|---|---|---|---|---|")
+        for row in rows:
+            figures = f"{mean(row.scores, '.1f')} % | {mean(row.losses, '.3f')}"
+            learned = mean(row.auxiliary, ".3f") if row.auxiliary else "-"
+            gain = f"{mean(row.gains, '.0f')} %" if row.gains else "-"
+            print(f"| {row.name} | {row.disclosed:.1%} | {figures} | {gain} | {learned} |")
+        if given.figure and number == 0:
+            draw([row for row in rows if not row.name.startswith("LoRA")], given.figure)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ weights: `make bench-gpu`.
 
 Nothing is fetched: texts are random tokens, about as long as the questions of ARC-Easy (a mean of
 38 tokens, the answer has 5; the plain way pads to 130), for evaluation about as HellaSwag's
-(contexts of 36 to 158 tokens, four endings of 17 to 46), for distillation 128 tokens. Everything is in bfloat16, but trained weights of
-models in float32.
+(contexts of 36 to 158 tokens, four endings of 17 to 46), for distillation 128 tokens. Everything is
+in bfloat16, but trained weights of models in float32.
 
 - steps: as in step.py, whose ways and floor these are: the plain way (a), PEFT or Trainer (b), and
   fedsp with `torch.compile`, which is measured last.
