@@ -23,7 +23,7 @@ from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import plan_run
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
-from fedsp.experiments.server_setup import LEAST_ROOM, validation_sample
+from fedsp.experiments.server_setup import LEAST_ROOM, validation_sample, with_layers_chosen
 from fedsp.experiments.start import (
     Engine,
     Figures,
@@ -152,6 +152,7 @@ def resume(
             one given.
     """
     directory = RunDirectory.open(Path(folder))
+    config = config and with_layers_chosen(config)
     if config is not None and (differing := differing_keys(config, directory.config)):
         raise RunError(
             f"{folder} holds a run of another configuration ({', '.join(differing)}"

@@ -134,7 +134,10 @@ class AuxiliarySection(Section):
 
     plan: str | list[int]
     """the global layer at each depth of the auxiliary model: shared(0), copies(0), every(k),
-    first(n), cells(0-1), ends(n, m), emulator(n, m), tail(n, m), or a list such as [0, 0, 5, 5]"""
+    first(n), cells(0-1), ends(n, m), emulator(n, m), emulator(n, [2, 5]), tail(n, m), or a list
+    such as [0, 0, 5, 5]; chosen(n), or chosen(n, ends) with so many verbatim at both ends: the
+    layers without which the global model reads distill.text worst, chosen at the start of the run
+    or by `fedsp plan`, which print them"""
     prompt_layers: list[int] | None = None
     """the prompt layer that each depth reads; none: as the plan says (`fedsp plan` prints it)"""
     embeddings: Literal["verbatim", "low_rank", "fresh"] = "verbatim"

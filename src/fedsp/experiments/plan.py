@@ -58,6 +58,10 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
             f"method = {config.method!r}: `fedsp plan` covers FedSP only; a baseline's cost is"
             " measured in its run and shown by `fedsp report`"
         )
+    if str(config.auxiliary.plan).startswith("chosen"):
+        from fedsp.experiments.server_setup import with_layers_chosen
+
+        config = with_layers_chosen(config)
     clients = config.partition.clients
     if config.federation:
         clients = len(read_register(Path(config.federation.folder)))

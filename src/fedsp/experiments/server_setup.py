@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedsp.config import RunConfig
-from fedsp.data.dataset import FederatedDataset
+from fedsp.data.dataset import FederatedDataset, load_dataset
 from fedsp.data.encoding import Tokenizer, encode_targets
 from fedsp.data.files import read_passages
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example, Task
-from fedsp.errors import AuxiliaryError, DataError, PromptError
+from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, PromptError
 from fedsp.experiments.plan import how_it_reads, model_name
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
@@ -26,6 +27,7 @@ from fedsp.federation.clients import prompt_spec
 from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import (
+    CHOSEN,
     AuxiliaryModel,
     build_auxiliary,
     disclosed_share,
@@ -43,8 +45,11 @@ from fedsp.models.soft_prompt import (
 from fedsp.storage import MANIFEST
 from fedsp.training.distillation import Distillation, Progress, distill, packed
 from fedsp.training.evaluation import LogProbabilities, Scored, score, summarise
+from fedsp.training.layer_choice import drop_layers
 from fedsp.training.loop import Optimisation, text_loss
 
+TO_CHOOSE_BY = 16
+"""Sequences of public text by which layers are chosen."""
 HELD_OUT = 16
 """Sequences of public text, at most, that tell how much worse than the global model a package
 reads."""
@@ -165,6 +170,65 @@ def unread_sequences(server: Server, count: int) -> list[list[int]]:
         for sequence in found[section.sequences :]
         if len(sequence) == section.sequence_length
     ]
+
+
+def with_layers_chosen(config: RunConfig, callbacks: Callbacks | None = None) -> RunConfig:
+    """The configuration with the layers themselves where its plan is `chosen(n)` or `chosen(n,
+    ends)`: those of its package, if it names one, or chosen by the loss on public text.
+
+    Raises:
+        ConfigurationError: so many layers do not fit the model, or another number is in the
+            package.
+        DataError: there is no public text.
+    """
+    chosen = CHOSEN.fullmatch(str(config.auxiliary.plan).strip())
+    if not chosen:
+        return config
+    count, ends = int(chosen[1]), int(chosen[2] or 0)
+    if config.auxiliary.folder:
+        cpu = torch.device("cpu")
+        made = load_auxiliary(Path(config.auxiliary.folder), device=cpu, positions="hugging_face")
+        layers = list(made.plan.sources)
+        verbatim = [*range(ends), *range(len(layers) - ends, len(layers))] if ends else []
+        if len(layers) != count + 2 * ends or verbatim != [
+            depth for depth, frozen in enumerate(made.plan.frozen) if frozen
+        ]:
+            raise ConfigurationError(
+                f"auxiliary.plan: the package in {config.auxiliary.folder} has the layers {layers},"
+                f" which are not those of {chosen[0]}: set auxiliary.plan to match or make it again"
+            )
+    else:
+        layers = _choose(config, count, ends, callbacks or Callbacks())
+    between = layers[ends : len(layers) - ends]
+    plan: Any = f"emulator({ends}, {between})" if ends else layers
+    return config.model_copy(
+        update={"auxiliary": config.auxiliary.model_copy(update={"plan": plan})}
+    )
+
+
+def _choose(config: RunConfig, count: int, ends: int, callbacks: Callbacks) -> list[int]:
+    server = open_server(config, load_dataset(config))
+    layers = server.model.shape.layers
+    if not 1 <= count <= layers - 2 * ends:
+        raise ConfigurationError(
+            f"auxiliary.plan: {config.auxiliary.plan} does not fit a model of {layers} layers:"
+            f" expected 1 to {layers - 2 * ends} layers{' between its ends' if ends else ''}"
+        )
+    if config.distill.text == ["server"]:
+        raise DataError(
+            f"auxiliary.plan: {config.auxiliary.plan} reads public text: name files of it in"
+            " distill.text"
+        )
+    length = config.distill.sequence_length
+    texts = [text for text in public_sequences(server, TO_CHOOSE_BY) if len(text) == length]
+    keep = {*range(ends), *range(layers - ends, layers)}
+    dropped = drop_layers(server.model, texts, layers - count - 2 * ends, keep=keep)
+    if dropped:
+        callbacks.info(
+            "layers that are dropped, and the loss on public text without them, nats a token: "
+            + ", ".join(f"{one.layer} ({one.loss:.2f})" for one in dropped)
+        )
+    return sorted(set(range(layers)) - {one.layer for one in dropped})
 
 
 def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> AuxiliaryModel:

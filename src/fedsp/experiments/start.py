@@ -22,7 +22,13 @@ from fedsp.errors import ConfigurationError, RunError, did_you_mean
 from fedsp.experiments.build import method_setup
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import LOCK, RunDirectory
-from fedsp.experiments.server_setup import Server, make_auxiliary, open_server, score_test
+from fedsp.experiments.server_setup import (
+    Server,
+    make_auxiliary,
+    open_server,
+    score_test,
+    with_layers_chosen,
+)
 from fedsp.experiments.tracking import tracked
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
@@ -105,6 +111,7 @@ def start_run(
     """Run the configuration's federation; returns the figures of `result.json` and the folder."""
     if engine is in_this_process:
         require_local(config)
+    config = with_layers_chosen(config, callbacks)
     return resume_run(RunDirectory.create(config), callbacks, engine)
 
 
@@ -157,7 +164,7 @@ def make_package(
         "auxiliary": config.auxiliary.model_copy(update={"folder": None}),
         "model": config.model.model_copy(update=whole),
     }
-    config = config.model_copy(update=sections)
+    config = with_layers_chosen(config.model_copy(update=sections), callbacks)
     server = open_server(config, load_dataset(config))
     started = time.perf_counter()
     unfinished = unfinished_beside(folder)

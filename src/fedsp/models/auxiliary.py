@@ -43,6 +43,8 @@ OF_NO_LAYER = re.compile("architectures|_ids?$|only_layers|indices")
 layers."""
 
 PLAN = re.compile(r"\w+\(\s*\d+\s*(?:[,-]\s*\d+\s*)?\)")
+NAMED = re.compile(r"emulator\(\s*(\d+)\s*,\s*\[([\d\s,]+)\]\s*\)")
+CHOSEN = re.compile(r"chosen\(\s*(\d+)\s*(?:,\s*(\d+)\s*)?\)")
 
 MOST_LAYERS = 4096
 MOST_BUFFERS = 1 << 30
@@ -87,9 +89,10 @@ def parse_plan(
     - 1. `cells(a-b)`: layers a to b over and over. `ends(n, m)`: the first and last n verbatim and
     frozen, one shared layer m times between (all the depths between, if m is left out).
     `emulator(n, m)`: the same with m layers between, each its own, spread evenly over those
-    dropped. `tail(n, m)`: the last n verbatim and frozen, behind m others, each its own, spread
-    evenly over those before (FedBiOT, https://arxiv.org/abs/2406.17706). `copies(i)`: layer i at
-    every depth, each a copy of its own. A list gives the layer at each depth; equal numbers share.
+    dropped, and `emulator(n, [i, j])` with those layers between. `tail(n, m)`: the last n verbatim
+    and frozen, behind m others, each its own, spread evenly over those before (FedBiOT,
+    https://arxiv.org/abs/2406.17706). `copies(i)`: layer i at every depth, each a copy of its own.
+    A list gives the layer at each depth; equal numbers share.
 
     When depths are as many as layers, each depth reads its own prompt layer; otherwise it reads
     that of its source, and the shared middle of `ends` reads layers spread evenly over those it
@@ -98,6 +101,14 @@ def parse_plan(
     Raises:
         ConfigurationError: the plan cannot be read, or does not fit the model.
     """
+    if named := NAMED.fullmatch(str(text).strip()):
+        between = [int(number) for number in re.findall(r"\d+", named[2])]
+        return _ends(layers, int(named[1]), between=between, prompt_layers=prompt_layers)
+    if CHOSEN.fullmatch(str(text).strip()):
+        raise ConfigurationError(
+            f"auxiliary.plan: the layers of {text} are not chosen yet: `fedsp plan` and the start"
+            " of a run do so, and print them"
+        )
     words = re.findall(r"\w+", str(text)) if PLAN.fullmatch(str(text).strip()) else [""]
     name, numbers = words[0], [int(word) for word in words[1:]]
     if not isinstance(text, str):
@@ -125,8 +136,8 @@ def parse_plan(
     else:
         raise ConfigurationError(
             f"auxiliary.plan: {text!r} is not a valid layer plan: write shared(0), copies(0),"
-            " every(2), first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), tail(2, 2), or a"
-            " list such as [0, 0, 5, 5]"
+            " every(2), first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), tail(2, 2),"
+            " chosen(4), chosen(4, 1), or a list such as [0, 0, 5, 5]"
         )
     groups = range(layers) if name == "copies" else sources
     own = range(layers) if len(sources) == layers else sources
@@ -146,18 +157,27 @@ def _ends(
     *,
     prompt_layers: Sequence[int] | None,
     shared: bool = True,
+    between: Sequence[int] | None = None,
 ) -> LayerPlan:
-    name = "ends" if shared else "emulator"
-    between = layers - 2 * ends
-    repeats = between if middle is None else middle
-    if ends < 1 or between < 1 or repeats < 1 or (repeats > between and not shared):
+    """`between` are the layers in the middle, each its own; None: they are spread evenly."""
+    shared = shared and between is None
+    name, room = "ends" if shared else "emulator", layers - 2 * ends
+    middle = len(between) if between is not None else middle
+    repeats = room if middle is None else middle
+    if ends < 1 or room < 1 or repeats < 1 or (repeats > room and not shared):
         raise ConfigurationError(
             f"auxiliary.plan: {name}({ends}{'' if middle is None else f', {middle}'}) leaves no"
             f" middle in a model of {layers} layers: keep fewer verbatim"
         )
     first, last = list(range(ends)), list(range(layers - ends, layers))
-    spread = [ends + (2 * index + 1) * between // (2 * repeats) for index in range(repeats)]
-    source = ends + between // 2
+    if not set(between or []) <= set(range(ends, layers - ends)):
+        raise ConfigurationError(
+            f"auxiliary.plan: emulator({ends}, {list(between or [])}) names layers that are not"
+            f" between its ends: those are {ends} to {layers - ends - 1}"
+        )
+    spread = [ends + (2 * index + 1) * room // (2 * repeats) for index in range(repeats)]
+    spread = spread if between is None else list(between)
+    source = ends + room // 2
     stand, groups = ([source] * repeats, [layers] * repeats) if shared else (spread, spread)
     reads = list(prompt_layers) if prompt_layers is not None else [*first, *spread, *last]
     frozen = [True] * ends + [False] * repeats + [True] * ends
