@@ -172,7 +172,7 @@ def main() -> None:
     given = parser.parse_args()
     for number, section in enumerate(read_results([given.study]).sections):
         runs: Runs = {}
-        for run in section.runs:
+        for run in (run for line in section.lines for run in line.all):
             if not run.config.round.only:
                 runs.setdefault(run.method, {})[run.seed] = run
         if {NOTHING, CEILING} <= runs.keys():
