@@ -211,16 +211,15 @@ def evaluations(given: argparse.Namespace, clock: Clock) -> Iterator[Row]:
         scored, _ = evaluation.score(model, None, some, tokenizer, max_tokens=1024)
         return [likelihood for row in scored for likelihood in row.log_likelihoods]
 
-    def fastest(ways: dict[str, Callable[[], list[float]]]) -> tuple[list[float], str]:
-        """The times of the way that is fastest in its best call, and its name."""
-        for way in ways.values():
+    def fastest(ways: dict[str, Callable[[], list[float]]]) -> Row:
+        """Of the way that is fastest in its best call: its name, its times and its memory."""
+        found = []
+        for name, way in ways.items():
+            forget(given)
             way()
-        times = {
-            name: [seconds_of(given, way)[0] for _ in range(given.repeats)]
-            for name, way in ways.items()
-        }
-        name = min(times, key=lambda name: min(times[name]))
-        return times[name], name
+            times = [seconds_of(given, way)[0] for _ in range(given.repeats)]
+            found.append({"batch": name, "times": times, "memory": held(given)})
+        return min(found, key=lambda one: min(one["times"]))
 
     model = random_model(given, torch.float32)
     few = examples[: max(2, given.documents // 16)]
@@ -238,17 +237,18 @@ def evaluations(given: argparse.Namespace, clock: Clock) -> Iterator[Row]:
         }
     for name, some in ways.items():
         if clock.allows(f"{given.model}, evaluation, {name}"):
-            times, batch = fastest(some)
+            best = fastest(some)
+            times, batch = best["times"], best["batch"]
             yield {
                 "stage": "evaluation",
                 "way": f"{name}, batches of {batch}" if batch else name,
                 "rate": len(examples) / statistics.median(times),
                 "low": len(examples) / max(times),
                 "high": len(examples) / min(times),
-                "memory": held(given),
+                "memory": best["memory"],
                 "largest difference": off,
             }
-            forget(given)
+    forget(given)
 
 
 def distillations(given: argparse.Namespace, clock: Clock) -> Iterator[Row]:
@@ -293,11 +293,19 @@ def measure(given: argparse.Namespace, clock: Clock) -> Iterator[Row]:
             chosen = argparse.Namespace(**vars(given) | {"model": name})
             rate = step.rate_of_products(chosen, torch.bfloat16)
             for part in parts:
-                for row in part(chosen, clock):
+                for row in as_far_as_it_fits(part(chosen, clock), part.__name__):
                     if row["stage"] in step.WAYS and "emulator" not in row["way"] and "rate" in row:
                         needed = step.floor_operations(chosen, row["stage"], examples_of(chosen))
                         row["share of bfloat16"] = row["rate"] * needed / rate
                     yield {"model": name, "bfloat16 products, Tflop/s": rate / 1e12, **row}
+
+
+def as_far_as_it_fits(rows: Iterator[Row], part: str) -> Iterator[Row]:
+    """The rows of a part, up to where the GPU's memory is too small."""
+    try:
+        yield from rows
+    except torch.OutOfMemoryError:
+        yield {"stage": part, "way": "the rest", "failed": "out of memory"}
 
 
 def table(rows: list[Row]) -> str:
@@ -314,7 +322,9 @@ def table(rows: list[Row]) -> str:
                 f"| {row['model']} | {row['stage']} | {row['way']} | {row['failed']} | | | |"
             )
             continue
-        ours = first.setdefault((row["model"], row["stage"]), row["rate"])
+        if row["way"].startswith("fedsp"):
+            first.setdefault((row["model"], row["stage"]), row["rate"])
+        ours = first.get((row["model"], row["stage"]), math.nan)
         share = row.get("share of bfloat16")
         lines.append(
             f"| {row['model']} | {row['stage']} | {row['way']} | {row['rate']:.0f}"
@@ -344,7 +354,7 @@ def main() -> None:
     clock, rows = Clock(given.minutes), []
     for row in measure(given, clock):
         rows.append(row)
-        print(table([row]).splitlines()[-1], flush=True)
+        print(table(rows).splitlines()[-1], flush=True)
         write(given, rows, clock.left_out)  # after each row, in case the machine is taken back
     write(given, rows, clock.left_out)
 

@@ -23,7 +23,7 @@ from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import plan_run
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
-from fedsp.experiments.server_setup import LEAST_ROOM, validation_sample, with_layers_chosen
+from fedsp.experiments.server_setup import LEAST_ROOM, validation_sample
 from fedsp.experiments.start import (
     Engine,
     Figures,
@@ -41,7 +41,7 @@ from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.adapter import Adapter, export_lora
-from fedsp.models.auxiliary import load_auxiliary
+from fedsp.models.auxiliary import chosen_counts, load_auxiliary, named_counts
 from fedsp.models.loading import choose_device, load_model
 from fedsp.models.prompted_lm import continue_text, length_of
 from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
@@ -103,11 +103,13 @@ def run(
     local; the server has one thread then, and the bits do not depend on how many there are. None:
     everything is in this process, with torch's threads.
     """
-    way = _engine(engine, workers)
+    way, threads = _engine(engine, workers), torch.get_num_threads()
     suited = _suited(as_config(config, overrides), engine)
-    if workers:
-        torch.set_num_threads(1)
-    return start_run(suited, callbacks, way)
+    try:
+        torch.set_num_threads(1 if workers else threads)
+        return start_run(suited, callbacks, way)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _engine(name: str, workers: int | None) -> Engine:
@@ -152,7 +154,7 @@ def resume(
             one given.
     """
     directory = RunDirectory.open(Path(folder))
-    config = config and with_layers_chosen(config)
+    config = config and _as_chosen(config, directory.config)
     if config is not None and (differing := differing_keys(config, directory.config)):
         raise RunError(
             f"{folder} holds a run of another configuration ({', '.join(differing)}"
@@ -161,6 +163,16 @@ def resume(
         )
     _suited(directory.config, engine)
     return resume_run(directory, callbacks, _engine(engine, workers))
+
+
+def _as_chosen(config: RunConfig, begun: RunConfig) -> RunConfig:
+    """A configuration whose layers are to be chosen, with those of the run that was begun, if they
+    are as many."""
+    counts, plan = chosen_counts(config.auxiliary.plan), begun.auxiliary.plan
+    if counts is None or counts != named_counts(plan):
+        return config
+    section = config.auxiliary.model_copy(update={"plan": plan})
+    return config.model_copy(update={"auxiliary": section})
 
 
 def join(path: str | Path, *, callbacks: Callbacks | None = None) -> int:

@@ -120,8 +120,8 @@ def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None
     figures = plan_run(read)
     with Display() as display:
         display.print(plan_table(figures))
-        if "loss_rise" in figures:
-            display.print(how_it_reads(figures["loss_rise"]))
+        if "excess_text_loss" in figures:
+            display.print(how_it_reads(figures["excess_text_loss"]))
     _write(json_file, figures)
 
 

@@ -730,8 +730,8 @@ class PolicySection(Section):
     from an update"""
     methods: list[str] = ["fedsp"]
     """methods that are accepted"""
-    plans: list[str] = []
-    """layer plans that are accepted, such as ["ends(2)"]; none: any"""
+    plans: list[str | list[int]] = []
+    """layer plans that are accepted, such as ["ends(2)", [0, 3, 7]]; none: any"""
     require_differential_privacy: bool = False
     """take part only in runs with example-level differential privacy"""
     max_epsilon: Rate | None = None

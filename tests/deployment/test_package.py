@@ -576,7 +576,8 @@ def test_a_request_about_another_package_is_refused(place: Path) -> None:
         ({"max_rounds": 2}, "the run has 3 rounds, policy.max_rounds allows 2"),
         ({"min_examples": 500}, "policy.min_examples asks for 500"),
         ({"methods": ["other"]}, "the run's method is 'fedsp', policy.methods allows"),
-        ({"plans": ["shared(0)", "every(2)"]}, "policy.plans allows"),
+        ({"plans": ["shared(0)", [0, 3, 5]]}, "policy.plans allows"),
+        ({"plans": ["chosen(3)"]}, "name the layers that were chosen"),
         ({"require_differential_privacy": True}, "no differential privacy"),
     ],
 )

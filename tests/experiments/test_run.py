@@ -779,23 +779,23 @@ def test_a_package_says_how_much_worse_than_the_global_model_it_reads(
             float(model.model(input_ids=ids, labels=ids).loss)
             for model in (auxiliary, server.model)
         )
-    assert manifest["loss_rise"] == pytest.approx(own - expected, abs=1e-4)
+    assert manifest["excess_text_loss"] == pytest.approx(own - expected, abs=1e-4)
     values = settings(tmp_path, auxiliary={"folder": str(package)})
-    assert plan_run(make_config(values))["loss_rise"] == manifest["loss_rise"]
+    assert plan_run(make_config(values))["excess_text_loss"] == manifest["excess_text_loss"]
     said: list[str] = []
-    monkeypatch.setattr("fedsp.experiments.plan.MUCH_WORSE", manifest["loss_rise"] - 0.01)
+    monkeypatch.setattr("fedsp.experiments.plan.MUCH_WORSE", manifest["excess_text_loss"] - 0.01)
     commands.run(values, callbacks=Callbacks(info=said.append))
     told = [text for text in said if "nats a token worse" in text]
     assert len(told) == 1 and told[0].startswith("warning: on public text")
     assert "distil longer" in told[0]
-    monkeypatch.setattr("fedsp.experiments.plan.MUCH_WORSE", manifest["loss_rise"] + 0.01)
-    assert how_it_reads(manifest["loss_rise"]).startswith("on public text")
+    monkeypatch.setattr("fedsp.experiments.plan.MUCH_WORSE", manifest["excess_text_loss"] + 0.01)
+    assert how_it_reads(manifest["excess_text_loss"]).startswith("on public text")
 
 
 def test_a_package_that_is_damaged_cannot_be_planned_for(tmp_path: Path) -> None:
     package = tmp_path / "package"
     values = make_config(settings(tmp_path, auxiliary={"folder": str(package)}))
-    assert "loss_rise" not in plan_run(values)  # not there yet
+    assert "excess_text_loss" not in plan_run(values)  # not there yet
     package.mkdir()
     (package / "auxiliary.json").write_text("{")
     with pytest.raises(AuxiliaryError, match="the auxiliary model in .* cannot be used"):

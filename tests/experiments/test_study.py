@@ -202,6 +202,12 @@ def test_workers_share_a_study_to_the_same_figures(tmp_path: Path, finished: Pat
             for pattern in [f"*-even-{method}-seed-*/result.json"]
         )
         assert found == expected and len(found) == 2
+    for path in (tmp_path / "studies" / "small").glob("*-FedSP-*"):
+        (path / "result.json").unlink()
+        about = json.loads((path / "run.json").read_text())
+        (path / "run.json").write_text(json.dumps(about | {"threads": 3}))
+    assert study.run_study(study_file(tmp_path), workers=2)["failed"] == 2  # and none is lost
+    assert not list((tmp_path / "studies" / "small").glob("*/failure.json"))
     with pytest.raises(ConfigurationError, match="threads: each of the workers has one"):
         study.run_study(study_file(tmp_path), workers=2, threads=1)
 

@@ -21,7 +21,7 @@ from fedsp.errors import (
     did_you_mean,
     first_line,
 )
-from fedsp.models.auxiliary import AuxiliaryModel, load_auxiliary, parse_plan
+from fedsp.models.auxiliary import AuxiliaryModel, chosen_counts, load_auxiliary, parse_plan
 from fedsp.models.loading import require_vocabulary
 from fedsp.storage import parse_json, write_bytes, write_json
 
@@ -169,6 +169,11 @@ def hold_against_policy(
         raise PolicyError(
             f"the run promises its epsilon at delta = {privacy.delta:g}, policy.max_delta allows"
             f" {policy.max_delta:g}"
+        )
+    if any(chosen_counts(plan) for plan in policy.plans):
+        raise PolicyError(
+            f"policy.plans = {policy.plans}: name the layers that were chosen, as the package's"
+            f" {list(auxiliary.plan.sources)}, or emulator(1, [2, 5]) with verbatim ends"
         )
     if policy.plans and auxiliary.plan not in [
         parse_plan(plan, auxiliary.prompt_shape.layers) for plan in policy.plans

@@ -22,6 +22,7 @@ from fedsp.errors import DeploymentError
 from fedsp.experiments.build import open_clients
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.server_setup import with_layers_chosen
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients
 from fedsp.federation.messages import Transport
@@ -105,7 +106,11 @@ def server_main(grid: Grid, context: Context) -> None:
     goes on."""
     settings = read_config(Path(str(context.run_config["config"])))
     started = (Path(settings.output) / "config.toml").exists()
-    run = RunDirectory.open(Path(settings.output)) if started else RunDirectory.create(settings)
+    run = (
+        RunDirectory.open(Path(settings.output))
+        if started
+        else RunDirectory.create(with_layers_chosen(settings))
+    )
     torch.set_num_threads(run.threads)
     run_experiment(
         run, partial(over_grid, grid, run), Callbacks(info=logging.getLogger("flwr").info)

@@ -168,7 +168,7 @@ def _rows(seed: int, folder: Path, workers: int, callbacks: Callbacks) -> list[F
 
     def run(method: str) -> Figures:
         callbacks.info(f"{method}:")
-        engine = in_workers(workers) if workers > 1 and method != "central" else in_this_process
+        engine = in_workers(workers) if workers > 1 else in_this_process
         config = demo_config(method, seed=seed, folder=folder, auxiliary=auxiliary)
         return _row(method, start_run(config, callbacks, engine))
 

@@ -1,4 +1,5 @@
-"""What a run will cost and disclose, counted before anything is trained and without any weights.
+"""What a run will cost and disclose, counted before anything is trained and without any weights,
+but those by which the layers of a plan `chosen(n)` are chosen.
 
 Floating-point operations are those of matrix products: two per weight and token in a forward pass,
 4 H_q K per token and key in attention. A step on the prompt needs a forward pass and a backward
@@ -58,10 +59,13 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
             f"method = {config.method!r}: `fedsp plan` covers FedSP only; a baseline's cost is"
             " measured in its run and shown by `fedsp report`"
         )
-    if str(config.auxiliary.plan).startswith("chosen"):
+    if str(config.auxiliary.plan).strip().startswith("chosen"):
         from fedsp.experiments.server_setup import with_layers_chosen
 
-        config = with_layers_chosen(config)
+        folder = config.auxiliary.folder
+        made = folder if folder and (Path(folder) / MANIFEST).exists() else None
+        section = config.auxiliary.model_copy(update={"folder": made})
+        config = with_layers_chosen(config.model_copy(update={"auxiliary": section}))
     clients = config.partition.clients
     if config.federation:
         clients = len(read_register(Path(config.federation.folder)))
@@ -152,18 +156,18 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
         "disclosed_share": verbatim / whole,
         "handed_out_share": handed / whole,
         "tokens_per_example": tokens,
-        **_loss_rise(config),
+        **_excess_text_loss(config),
     }
 
 
-def how_it_reads(loss_rise: float) -> str:
+def how_it_reads(excess_text_loss: float) -> str:
     """What the loss of a package on public text, above that of the global model, means for what is
     tuned through it."""
     sentence = (
-        f"on public text that it was not distilled on, the auxiliary model is {loss_rise:.2f} nats"
-        " a token worse than the global model"
+        "on public text that it was not distilled on, the auxiliary model is"
+        f" {excess_text_loss:.2f} nats a token worse than the global model"
     )
-    if loss_rise <= MUCH_WORSE:
+    if excess_text_loss <= MUCH_WORSE:
         return sentence
     return (
         f"warning: {sentence}; beyond {MUCH_WORSE:g} little of what clients tune through it"
@@ -171,7 +175,7 @@ def how_it_reads(loss_rise: float) -> str:
     )
 
 
-def _loss_rise(config: RunConfig) -> dict[str, float]:
+def _excess_text_loss(config: RunConfig) -> dict[str, float]:
     """What the package that the configuration names says of itself, if it is there already.
 
     Raises:
@@ -182,10 +186,11 @@ def _loss_rise(config: RunConfig) -> dict[str, float]:
         return {}
     try:
         manifest = parse_json((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-        return {"loss_rise": float(manifest["loss_rise"])} if "loss_rise" in manifest else {}
+        excess = manifest.get("excess_text_loss")
+        return {} if excess is None else {"excess_text_loss": float(excess)}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise AuxiliaryError(
             f"auxiliary.folder: the auxiliary model in {folder} cannot be used: {error}; make it"
             " again with `fedsp distill`"

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,12 +26,14 @@ from fedsp.federation.clients import prompt_spec
 from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import (
-    CHOSEN,
     AuxiliaryModel,
     build_auxiliary,
+    chosen_counts,
+    chosen_plan,
     disclosed_share,
     load_auxiliary,
     parse_plan,
+    plan_of_package,
 )
 from fedsp.models.loading import load_model, load_tokenizer, require_vocabulary, tokenizer_digest
 from fedsp.models.prompted_lm import PromptedLM
@@ -174,53 +175,49 @@ def unread_sequences(server: Server, count: int) -> list[list[int]]:
 
 def with_layers_chosen(config: RunConfig, callbacks: Callbacks | None = None) -> RunConfig:
     """The configuration with the layers themselves where its plan is `chosen(n)` or `chosen(n,
-    ends)`: those of its package, if it names one, or chosen by the loss on public text.
+    ends)` and its method has a package: those of the package that it names, or those that are
+    chosen by the loss on public text.
 
     Raises:
-        ConfigurationError: so many layers do not fit the model, or another number is in the
-            package.
+        AuxiliaryError: it names a package that is not there.
+        ConfigurationError: so many layers do not fit the model, or others are in the package.
         DataError: there is no public text.
     """
-    chosen = CHOSEN.fullmatch(str(config.auxiliary.plan).strip())
-    if not chosen:
+    section, counts = config.auxiliary, chosen_counts(config.auxiliary.plan)
+    if counts is None or not find_method(config.method).package:
         return config
-    count, ends = int(chosen[1]), int(chosen[2] or 0)
-    if config.auxiliary.folder:
-        cpu = torch.device("cpu")
-        made = load_auxiliary(Path(config.auxiliary.folder), device=cpu, positions="hugging_face")
-        layers = list(made.plan.sources)
-        verbatim = [*range(ends), *range(len(layers) - ends, len(layers))] if ends else []
-        if len(layers) != count + 2 * ends or verbatim != [
-            depth for depth, frozen in enumerate(made.plan.frozen) if frozen
-        ]:
+    count, ends = counts
+    if section.folder:
+        made, of = plan_of_package(Path(section.folder))
+        plan = chosen_plan(made.sources, ends)
+        if len(made.sources) != count + 2 * ends or parse_plan(plan, of) != made:
             raise ConfigurationError(
-                f"auxiliary.plan: the package in {config.auxiliary.folder} has the layers {layers},"
-                f" which are not those of {chosen[0]}: set auxiliary.plan to match or make it again"
+                f"auxiliary.plan: the package in {section.folder} has the layers"
+                f" {list(made.sources)}, which are not those of {section.plan}: set auxiliary.plan"
+                " to match or make it again"
             )
     else:
-        layers = _choose(config, count, ends, callbacks or Callbacks())
-    between = layers[ends : len(layers) - ends]
-    plan: Any = f"emulator({ends}, {between})" if ends else layers
-    return config.model_copy(
-        update={"auxiliary": config.auxiliary.model_copy(update={"plan": plan})}
-    )
+        plan = chosen_plan(_choose(config, count, ends, callbacks or Callbacks()), ends)
+    return config.model_copy(update={"auxiliary": section.model_copy(update={"plan": plan})})
 
 
 def _choose(config: RunConfig, count: int, ends: int, callbacks: Callbacks) -> list[int]:
+    asked, length = f"auxiliary.plan: {config.auxiliary.plan}", config.distill.sequence_length
+    if config.distill.text == ["server"]:
+        raise DataError(f"{asked} reads public text: name files of it in distill.text")
     server = open_server(config, load_dataset(config))
     layers = server.model.shape.layers
     if not 1 <= count <= layers - 2 * ends:
         raise ConfigurationError(
-            f"auxiliary.plan: {config.auxiliary.plan} does not fit a model of {layers} layers:"
-            f" expected 1 to {layers - 2 * ends} layers{' between its ends' if ends else ''}"
+            f"{asked} does not fit a model of {layers} layers: expected 1 to {layers - 2 * ends}"
+            f" layers{' between its ends' if ends else ''}"
         )
-    if config.distill.text == ["server"]:
-        raise DataError(
-            f"auxiliary.plan: {config.auxiliary.plan} reads public text: name files of it in"
-            " distill.text"
-        )
-    length = config.distill.sequence_length
     texts = [text for text in public_sequences(server, TO_CHOOSE_BY) if len(text) == length]
+    if not texts:
+        raise DataError(
+            f"{asked} reads public text, and that of distill.text has not the {length} tokens of"
+            " one sequence: add text, or lower distill.sequence_length"
+        )
     keep = {*range(ends), *range(layers - ends, layers)}
     dropped = drop_layers(server.model, texts, layers - count - 2 * ends, keep=keep)
     if dropped:
@@ -291,7 +288,8 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         server.seconds["distillation"] = time.perf_counter() - started
     auxiliary.discloses = disclosed_share(auxiliary, server.model)
     if unread := unread_sequences(server, HELD_OUT):
-        auxiliary.loss_rise = text_loss(auxiliary, unread) - text_loss(server.model, unread)
+        own, others = (text_loss(model, unread) for model in (auxiliary, server.model))
+        auxiliary.excess_text_loss = own - others
     auxiliary.save(folder)
     callbacks.info(
         f"the auxiliary model discloses {auxiliary.discloses:.1%} of the global model's parameters"
@@ -303,8 +301,12 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
 
 def _say_how_it_reads(auxiliary: AuxiliaryModel, callbacks: Callbacks) -> None:
     """Before anything is tuned through it."""
-    if auxiliary.loss_rise is not None:
-        callbacks.info(how_it_reads(auxiliary.loss_rise))
+    callbacks.info(
+        "how much worse than the global model the auxiliary model reads is not known: there was no"
+        " public text that it was not distilled on"
+        if auxiliary.excess_text_loss is None
+        else how_it_reads(auxiliary.excess_text_loss)
+    )
 
 
 def fit_auxiliary(

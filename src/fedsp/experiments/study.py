@@ -36,8 +36,8 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +259,10 @@ def run_study(
             nothing has been run.
         RunError: a worker was ended from outside.
     """
-    if workers and threads:
+    if workers is not None and threads:
         raise ConfigurationError("threads: each of the workers has one; leave threads out")
+    if workers is not None and workers < 1:
+        raise ConfigurationError(f"workers = {workers}: expected at least 1")
     callbacks = callbacks or Callbacks()
     study, cells = read_study(Path(path), root=Path(root) if root else None)
     import torch
@@ -271,41 +273,52 @@ def run_study(
     write_json(folder / INDEX, _index(study, cells))
     counts = {"finished": 0, "failed": 0, "elsewhere": 0}
     done = _in_turn(cells, folder, callbacks) if not workers else _shared(cells, folder, workers)
-    for number, (cell, state, why, seconds) in enumerate(done, start=1):
+    for number, (index, state, why, seconds, said) in enumerate(done, start=1):
         counts[state] += 1
-        callbacks.part_done(number, len(cells), f"{cell.name}: {state}{why}", seconds)
+        for text in said:
+            callbacks.info(text)
+        callbacks.part_done(number, len(cells), f"{cells[index].name}: {state}{why}", seconds)
     return {"folder": str(folder), "cells": len(cells), **counts}
 
 
-Done = tuple[Cell, str, str, float]
-"""A cell, its state, a note for the log, and seconds."""
+Done = tuple[int, str, str, float, list[str]]
+"""Of a cell: its index, its state, a note for the log, seconds, and what its run said."""
 
 
 def _in_turn(cells: list[Cell], folder: Path, callbacks: Callbacks) -> Iterator[Done]:
-    for cell in cells:
-        yield _timed(folder, cell, callbacks)
+    for index, cell in enumerate(cells):
+        started = time.perf_counter()
+        state, why = _run_cell(cell, folder, callbacks)
+        yield index, state, why, time.perf_counter() - started, []
 
 
 def _shared(cells: list[Cell], folder: Path, count: int) -> Iterator[Done]:
-    """In so many processes."""
+    """In so many processes at most, in the order in which they end."""
     import fedsp.experiments.start  # noqa: F401  (read once, for all that are forked)
-    from fedsp.federation.transport.workers import in_parallel
+    from fedsp.federation.transport.workers import forked, result_of
 
-    return in_parallel(count, partial(_timed, folder), cells)
+    with forked(min(count, len(cells))) as pool:
+        futures = [pool.submit(_by_worker, index, cell, folder) for index, cell in enumerate(cells)]
+        for future in as_completed(futures):
+            yield result_of(future)
 
 
-def _timed(folder: Path, cell: Cell, callbacks: Callbacks | None = None) -> Done:
+def _by_worker(index: int, cell: Cell, folder: Path) -> Done:
+    said: list[str] = []
     started = time.perf_counter()
-    state, why = _run_cell(cell, folder, callbacks or Callbacks())
-    return cell, state, why, time.perf_counter() - started
+    state, why = _run_cell(cell, folder, Callbacks(info=said.append), threads=1)
+    return index, state, why, time.perf_counter() - started, said
 
 
-def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:
+def _run_cell(
+    cell: Cell, study: Path, callbacks: Callbacks, threads: int | None = None
+) -> tuple[str, str]:
     """Run or resume a cell. Returns its state ("finished", "failed", or "elsewhere" if another
     process runs it) and a note for the log.
 
     A cell whose training diverged is not tried again; one that failed for another reason is, when
-    the study is started again.
+    the study is started again, as is one that was begun with other than so many `threads`, which
+    decide its last bits.
     """
     with locked(study / ".locks" / cell.folder.name, wait=False) as mine:
         if not mine:
@@ -319,10 +332,13 @@ def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:
 
         from fedsp.experiments.start import resume_run, start_run
 
-        threads = torch.get_num_threads()
+        before = torch.get_num_threads()
         try:
             if (cell.folder / CONFIG).exists():
-                resume_run(RunDirectory.open(cell.folder), callbacks)
+                begun = RunDirectory.open(cell.folder)
+                if threads and begun.threads != threads:
+                    return "failed", f", begun with {begun.threads} threads: leave workers out"
+                resume_run(begun, callbacks)
             else:
                 start_run(_with_package(cell.config, study, callbacks), callbacks)
         except StorageError:
@@ -336,7 +352,7 @@ def _run_cell(cell: Cell, study: Path, callbacks: Callbacks) -> tuple[str, str]:
             write_json(failure, {"diverged": isinstance(error, TrainingDiverged), "reason": reason})
             return "failed", f", {reason}"
         finally:
-            torch.set_num_threads(threads)  # a resumed run takes those that it was begun with
+            torch.set_num_threads(before)  # a resumed run takes those that it was begun with
         failure.unlink(missing_ok=True)
     return "finished", ""
 

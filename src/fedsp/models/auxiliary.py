@@ -103,6 +103,11 @@ def parse_plan(
     """
     if named := NAMED.fullmatch(str(text).strip()):
         between = [int(number) for number in re.findall(r"\d+", named[2])]
+        if between != sorted(set(between)):
+            raise ConfigurationError(
+                f"auxiliary.plan: {text} names layers twice or out of order: each stands once, from"
+                " the first to the last"
+            )
         return _ends(layers, int(named[1]), between=between, prompt_layers=prompt_layers)
     if CHOSEN.fullmatch(str(text).strip()):
         raise ConfigurationError(
@@ -136,8 +141,9 @@ def parse_plan(
     else:
         raise ConfigurationError(
             f"auxiliary.plan: {text!r} is not a valid layer plan: write shared(0), copies(0),"
-            " every(2), first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2), tail(2, 2),"
-            " chosen(4), chosen(4, 1), or a list such as [0, 0, 5, 5]"
+            " every(2), first(4), cells(0-1), ends(2), ends(2, 3), emulator(2, 2),"
+            " emulator(1, [2, 5]), tail(2, 2), chosen(4), chosen(4, 1), or a list such as"
+            " [0, 0, 5, 5]"
         )
     groups = range(layers) if name == "copies" else sources
     own = range(layers) if len(sources) == layers else sources
@@ -148,6 +154,43 @@ def parse_plan(
         prompt_layers=tuple(own if prompt_layers is None else prompt_layers),
     )
     return _checked(plan, layers, text)
+
+
+def chosen_counts(plan: str | Sequence[int]) -> tuple[int, int] | None:
+    """How many layers `chosen(n, ends)` chooses, and how many it keeps verbatim at each end; None
+    for other plans."""
+    found = CHOSEN.fullmatch(str(plan).strip())
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def named_counts(plan: str | Sequence[int]) -> tuple[int, int] | None:
+    """The same of a plan that names its layers; None for others."""
+    if not isinstance(plan, str):
+        return len(plan), 0
+    found = NAMED.fullmatch(plan.strip())
+    return (len(re.findall(r"\d+", found[2])), int(found[1])) if found else None
+
+
+def chosen_plan(layers: Sequence[int], ends: int) -> str | list[int]:
+    """The plan that names these layers, so many of them verbatim at each end."""
+    between = list(layers[ends : len(layers) - ends])
+    return f"emulator({ends}, {between})" if ends else between
+
+
+def plan_of_package(folder: Path) -> tuple[LayerPlan, int]:
+    """The plan in the manifest of a package, and the number of the global model's layers.
+
+    Raises:
+        AuxiliaryError: the folder holds no manifest that can be read.
+    """
+    try:
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+        plan = LayerPlan(**{key: tuple(value) for key, value in manifest["plan"].items()})
+        return plan, int(manifest["prompt_shape"]["layers"])
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AuxiliaryError(
+            f"the auxiliary model in {folder} cannot be used: {error}; `fedsp distill` makes one"
+        ) from error
 
 
 def _ends(
@@ -255,7 +298,7 @@ class AuxiliaryModel(PromptedLM):
         self.discloses: float | None = None
         """Share (0 to 1) of the global model's parameters that it contains bit for bit; None if it
         was not measured when the model was built."""
-        self.loss_rise: float | None = None
+        self.excess_text_loss: float | None = None
         """How much more loss than the global model it has on public text that it was not distilled
         on, nats per token; None if there was none."""
 
@@ -308,6 +351,7 @@ class AuxiliaryModel(PromptedLM):
                 f"cannot write the auxiliary model to {folder}: {error.strerror or error}; free"
                 " some space or choose another folder"
             ) from error
+        measured = {"discloses": self.discloses, "excess_text_loss": self.excess_text_loss}
         write_json(
             folder / MANIFEST,
             {
@@ -316,8 +360,7 @@ class AuxiliaryModel(PromptedLM):
                 "prompt_shape": asdict(self.prompt_shape),
                 "sha256": digest,
                 "tokenizer_sha256": tokenizer_digest(self.tokenizer),
-                **({} if self.discloses is None else {"discloses": self.discloses}),
-                **({} if self.loss_rise is None else {"loss_rise": self.loss_rise}),
+                **{name: number for name, number in measured.items() if number is not None},
             },
         )
         return digest
@@ -464,9 +507,9 @@ def load_auxiliary(
             str(manifest["tokenizer_sha256"]),
             cast(Embeddings, str(manifest.get("embeddings", "verbatim"))),
         )
-        discloses, loss_rise = (
+        discloses, excess_text_loss = (
             None if manifest.get(key) is None else float(manifest[key])
-            for key in ("discloses", "loss_rise")
+            for key in ("discloses", "excess_text_loss")
         )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = load_tokenizer(str(folder))
@@ -500,7 +543,7 @@ def load_auxiliary(
         prompt_shape=shape,
         embeddings=kept,
     )
-    auxiliary.discloses, auxiliary.loss_rise = discloses, loss_rise
+    auxiliary.discloses, auxiliary.excess_text_loss = discloses, excess_text_loss
     own = replace(auxiliary.shape, layers=shape.layers)
     if shape != own or not max(plan.prompt_layers) < shape.layers <= MOST_LAYERS:
         raise AuxiliaryError(

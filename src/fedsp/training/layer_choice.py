@@ -75,7 +75,11 @@ def _loss(
         for number in skipped:
             stack.enter_context(forwarding([model.blocks[number]], passing(number)))
         hidden = model.read_padded(ids)[:, :-1]
-    return float(cross_entropy(model.logits(hidden).flatten(0, 1), ids[:, 1:].flatten()))
+    each = [
+        float(cross_entropy(model.logits(row), wanted))
+        for row, wanted in zip(hidden, ids[:, 1:], strict=True)
+    ]
+    return sum(each) / len(each)
 
 
 def _rest_of_outputs(model: PromptedLM, ids: Tensor) -> list[tuple[Any, ...] | None]:

@@ -71,12 +71,10 @@ def next_token_loss(model: PromptedLM, texts: Sequence[Sequence[int]]) -> Tensor
 
 
 @torch.no_grad()
-def text_loss(model: PromptedLM, texts: Sequence[Sequence[int]], batch_size: int = 8) -> float:
-    """The mean of `next_token_loss` over batches."""
-    losses = [
-        float(next_token_loss(model, texts[start : start + batch_size]))
-        for start in range(0, len(texts), batch_size)
-    ]
+def text_loss(model: PromptedLM, texts: Sequence[Sequence[int]]) -> float:
+    """The mean of `next_token_loss` over texts, read one by one, since logits of all their tokens
+    at once may be larger than the model."""
+    losses = [float(next_token_loss(model, [text])) for text in texts]
     return sum(losses) / len(losses)
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -27,8 +28,9 @@ from fedsp.models.payload import pack, unpack
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-FORKS = "fork" in multiprocessing.get_all_start_methods()
-"""Whether this system forks processes; Windows does not."""
+FORKS = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+"""Whether this system forks processes that have computed: Windows does not, and on macOS they end
+badly."""
 _clients: list[Clients] = []
 """In a worker: the clients that it was forked with."""
 
@@ -42,6 +44,7 @@ def workers(clients: Clients, count: int) -> Iterator[Transport]:
         TrainingDiverged: as `local`.
         RunError: a process was ended from outside.
     """
+    count = min(count, len(clients.register))
     with forked(count, clients) as pool:
 
         def begin(request: Request) -> Answer:
@@ -74,15 +77,15 @@ def forked(count: int, *clients: Clients) -> Iterator[Executor]:
 
 
 def in_parallel(
-    count: int, work: Callable[[Item], Result], items: Iterable[Item]
+    count: int, work: Callable[[Item], Result], items: Sequence[Item]
 ) -> Iterator[Result]:
-    """What `work` returns for each item, in order, by so many processes.
+    """What `work` returns for each item, in order, by so many processes at most.
 
     Raises:
         ConfigurationError, RunError: as `forked` and `result_of`, or whatever the work raises;
             what was not begun then is left undone.
     """
-    with forked(count) as pool:
+    with forked(min(count, len(items))) as pool:
         yield from map(result_of, [pool.submit(work, item) for item in items])
 
 
@@ -96,8 +99,8 @@ def result_of(future: Future[Result]) -> Result:
         return future.result()
     except BrokenProcessPool as error:
         raise RunError(
-            "one of the worker processes was ended from outside, perhaps because memory ran out:"
-            " resume with fewer workers; finished rounds are kept"
+            f"one of the worker processes was ended from outside ({error}), perhaps because memory"
+            " ran out: resume with fewer workers; finished rounds are kept"
         ) from error
 
 
