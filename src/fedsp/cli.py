@@ -54,8 +54,8 @@ Workers = Annotated[
     Optional[int],
     typer.Option(
         min=1,
-        help="Processes that share the work, one thread each, all on this machine; figures do not"
-        " depend on how many.",
+        help="Processes on this machine that share the work, one thread each; no score, loss or"
+        " byte depends on how many.",
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
