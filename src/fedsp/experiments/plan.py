@@ -40,9 +40,9 @@ from fedsp.storage import MANIFEST, parse_json, write_json
 COUNTED_BY = ("adapter", "auxiliary", "messengers", "shape_counts")
 """The modules of `fedsp.models` whose code decides the counts of a plan."""
 BYTES_PER_NUMBER = 4
-MUCH_WORSE = 1.0
-"""Nats per token of public text that a package may be worse than the global model: beyond, what is
-tuned through it hardly carries (docs/results/messengers.md)."""
+MUCH_WORSE = 1.5
+"""Nats per token of public text that a package may be worse than the global model: beyond, less
+than half of the gain carried in what was measured (docs/results/messengers.md)."""
 TEXT_TOKENS = 64
 ANSWER_TOKENS = 8
 
@@ -170,8 +170,9 @@ def how_it_reads(excess_text_loss: float) -> str:
     if excess_text_loss <= MUCH_WORSE:
         return sentence
     return (
-        f"warning: {sentence}; beyond {MUCH_WORSE:g} little of what clients tune through it"
-        " carries: distil longer (distill.steps), or keep more layers (auxiliary.plan)"
+        f"warning: {sentence}; beyond {MUCH_WORSE:g} less than half of what clients might gain"
+        " carried in measurements: distil longer (distill.steps), or keep more layers"
+        " (auxiliary.plan)"
     )
 
 
