@@ -756,6 +756,7 @@ def test_a_changed_package_is_refused(tmp_path: Path) -> None:
         commands.resume(values["output"])
 
 
+@pytest.mark.study
 def test_a_package_says_how_much_worse_than_the_global_model_it_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def figures_of(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.study
 def test_any_number_of_workers_gives_the_bits_of_one_process(tmp_path: Path) -> None:
     """The authors' method, whose clients keep auxiliary weights and a projection of their own."""
     commands.run(settings(tmp_path / "here", **PAPER))
@@ -57,6 +58,7 @@ def test_a_loss_that_is_no_number_is_told_with_its_round_and_client(
         commands.run(settings(tmp_path, validation={"by": "none"}), workers=2)
 
 
+@pytest.mark.study
 def test_a_worker_that_is_killed_costs_no_finished_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +125,7 @@ def test_what_workers_cannot_do_is_refused_by_name(
         commands.run(settings(tmp_path, **changes), **{"workers": 2, **options})
 
 
+@pytest.mark.study
 def test_a_run_that_was_begun_with_several_threads_is_not_resumed_with_one(tmp_path: Path) -> None:
     commands.run(settings(tmp_path))
     folder = tmp_path / "run"

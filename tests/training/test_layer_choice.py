@@ -56,6 +56,7 @@ def chosen(folder: Path, plan: str, **changes: Any) -> dict[str, Any]:
     return settings(folder, auxiliary={"plan": plan}, messenger=messenger, **changes)
 
 
+@pytest.mark.study
 def test_a_plan_that_is_chosen_becomes_a_list_of_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_plan_that_is_chosen_becomes_a_list_of_layers(
     assert commands.resume(tmp_path / "run", same)["best_round"] >= 0
 
 
+@pytest.mark.study
 def test_a_package_that_is_there_says_what_was_chosen(tmp_path: Path) -> None:
     package = tmp_path / "package"
     values = chosen(tmp_path, "chosen(3)")
@@ -116,6 +118,7 @@ def test_what_flower_starts_chooses_too(tmp_path: Path, monkeypatch: pytest.Monk
     assert isinstance(begun[0].config.auxiliary.plan, list)
 
 
+@pytest.mark.study
 def test_a_method_without_a_package_chooses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
