@@ -106,6 +106,14 @@ def _says_so_and_waits(pipe: int) -> None:
     signal.pause()
 
 
+def test_a_run_without_clients_needs_no_worker(tmp_path: Path) -> None:
+    central = {"clients": 0, "server_share": 1.0}
+    values = settings(tmp_path, method="zero_shot", partition=central)
+    assert "test" in commands.run(values, workers=2)
+    assert list(transport.in_parallel(2, len, [])) == []
+    assert list(transport.in_parallel(2, len, ["a", "bc", ""])) == [1, 2, 0]
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "says"),
     [

@@ -44,7 +44,7 @@ def workers(clients: Clients, count: int) -> Iterator[Transport]:
         TrainingDiverged: as `local`.
         RunError: a process was ended from outside.
     """
-    count = min(count, len(clients.register))
+    count = min(count, len(clients.register) or 1)
     with forked(count, clients) as pool:
 
         def begin(request: Request) -> Answer:
@@ -85,7 +85,7 @@ def in_parallel(
         ConfigurationError, RunError: as `forked` and `result_of`, or whatever the work raises;
             what was not begun then is left undone.
     """
-    with forked(min(count, len(items))) as pool:
+    with forked(min(count, len(items) or 1)) as pool:
         yield from map(result_of, [pool.submit(work, item) for item in items])
 
 
