@@ -18,6 +18,7 @@ test: .venv/ready-dev
 bench: .venv/ready-dev
 	for name in startup together evaluation step; do $(BIN)/python benchmarks/$$name.py $$(test $$name = startup || echo "$(if $(REFERENCE),--reference $(REFERENCE))") || exit 1; done
 	$(BIN)/python benchmarks/distillation.py
+	$(BIN)/python benchmarks/workers.py
 	rm -rf bench && $(BIN)/python benchmarks/scale.py bench
 
 # Steps, evaluation and distillation on one GPU against named rivals, eight minutes: writes bench-gpu/gpu.json and gpu.md. PYTHON is one whose torch knows the GPU, with transformers, PEFT, accelerate and what fedsp needs.
