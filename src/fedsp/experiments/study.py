@@ -287,9 +287,7 @@ Done = tuple[int, str, str, float, list[str]]
 
 def _in_turn(cells: list[Cell], folder: Path, callbacks: Callbacks) -> Iterator[Done]:
     for index, cell in enumerate(cells):
-        started = time.perf_counter()
-        state, why = _run_cell(cell, folder, callbacks)
-        yield index, state, why, time.perf_counter() - started, []
+        yield _done(index, cell, folder, callbacks)
 
 
 def _shared(cells: list[Cell], folder: Path, count: int) -> Iterator[Done]:
@@ -298,15 +296,21 @@ def _shared(cells: list[Cell], folder: Path, count: int) -> Iterator[Done]:
     from fedsp.federation.transport.workers import forked, result_of
 
     with forked(min(count, len(cells))) as pool:
-        futures = [pool.submit(_by_worker, index, cell, folder) for index, cell in enumerate(cells)]
+        futures = [pool.submit(_done, index, cell, folder) for index, cell in enumerate(cells)]
         for future in as_completed(futures):
             yield result_of(future)
 
 
-def _by_worker(index: int, cell: Cell, folder: Path) -> Done:
+def _done(index: int, cell: Cell, folder: Path, callbacks: Callbacks | None = None) -> Done:
+    """Run a cell; without callbacks it is a worker that does, whose run has one thread."""
     said: list[str] = []
     started = time.perf_counter()
-    state, why = _run_cell(cell, folder, Callbacks(info=said.append), threads=1)
+    state, why = _run_cell(
+        cell,
+        folder,
+        callbacks or Callbacks(info=said.append),
+        threads=None if callbacks else 1,
+    )
     return index, state, why, time.perf_counter() - started, said
 
 
