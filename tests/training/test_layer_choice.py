@@ -135,6 +135,7 @@ def test_a_method_without_a_package_chooses_nothing(
     [
         ("chosen(9)", "does not fit a model of 8 layers: expected 1 to 8 layers"),
         ("chosen(0, 1)", "expected 1 to 6 layers between its ends"),
+        ("chosen(3, 9)", "at most 3 can stay at each end"),
         ("emulator(1, [0, 3])", "not between its ends: those are 1 to 6"),
         ("emulator(1, [3, 2])", "names layers twice or out of order"),
         ("emulator(1, [2, 2])", "names layers twice or out of order"),

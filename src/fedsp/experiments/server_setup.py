@@ -207,10 +207,15 @@ def _choose(config: RunConfig, count: int, ends: int, callbacks: Callbacks) -> l
         raise DataError(f"{asked} reads public text: name files of it in distill.text")
     server = open_server(config, load_dataset(config))
     layers = server.model.shape.layers
-    if not 1 <= count <= layers - 2 * ends:
+    room = layers - 2 * ends
+    if not 1 <= count <= room:
         raise ConfigurationError(
-            f"{asked} does not fit a model of {layers} layers: expected 1 to {layers - 2 * ends}"
-            f" layers{' between its ends' if ends else ''}"
+            f"{asked} does not fit a model of {layers} layers: "
+            + (
+                f"at most {(layers - 1) // 2} can stay at each end"
+                if room < 1
+                else f"expected 1 to {room} layers{' between its ends' if ends else ''}"
+            )
         )
     texts = [text for text in public_sequences(server, TO_CHOOSE_BY) if len(text) == length]
     if not texts:
@@ -219,7 +224,7 @@ def _choose(config: RunConfig, count: int, ends: int, callbacks: Callbacks) -> l
             " one sequence: add text, or lower distill.sequence_length"
         )
     keep = {*range(ends), *range(layers - ends, layers)}
-    dropped = drop_layers(server.model, texts, layers - count - 2 * ends, keep=keep)
+    dropped = drop_layers(server.model, texts, room - count, keep=keep)
     if dropped:
         callbacks.info(
             "layers that are dropped, and the loss on public text without them, nats a token: "
