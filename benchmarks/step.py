@@ -72,7 +72,7 @@ from fedsp.training.stage import Stage
 LENGTH, RANK, SEED = 20, 64, 0
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 MODELS: dict[str, PretrainedConfig] = {
-    "tiny": GPT2Config(n_embd=32, n_layer=6, n_head=2, **NO_DROPOUT),
+    "tiny": GPT2Config(vocab_size=2048, n_embd=32, n_layer=6, n_head=2, **NO_DROPOUT),
     "gpt2": GPT2Config(**NO_DROPOUT),
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25, **NO_DROPOUT),
     "opt-1.3b": OPTConfig(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -285,14 +285,23 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         rank=section.embedding_rank,
         seed=derive_seed(config.seed, "embeddings"),
     )
+    unread = unread_sequences(server, HELD_OUT)
     if steps := config.distill.steps:
         started = time.perf_counter()
-        fit_auxiliary(
-            server, auxiliary, progress=lambda step, loss: callbacks.distilled(step, steps, loss)
+        made = fit_auxiliary(
+            server,
+            auxiliary,
+            progress=lambda step, loss: callbacks.distilled(step, steps, loss),
+            held_out=unread,
         )
         server.seconds["distillation"] = time.perf_counter() - started
+        if made < steps:
+            callbacks.info(
+                f"distillation ended after {made} of {steps} steps: the loss on text that it does"
+                " not read had stopped falling"
+            )
     auxiliary.discloses = disclosed_share(auxiliary, server.model)
-    if unread := unread_sequences(server, HELD_OUT):
+    if unread:
         own, others = (text_loss(model, unread) for model in (auxiliary, server.model))
         auxiliary.excess_text_loss = own - others
     auxiliary.save(folder)
@@ -320,8 +329,10 @@ def fit_auxiliary(
     *,
     progress: Progress = lambda step, loss: None,
     around: SoftPrompt | None = None,
-) -> None:
-    """Distil the global model into the auxiliary one as the configuration says, in place.
+    held_out: Sequence[Sequence[int]] = (),
+) -> int:
+    """Distil the global model into the auxiliary one as the configuration says, in place; returns
+    the steps made. Texts of `held_out` tell when to stop.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -339,7 +350,7 @@ def fit_auxiliary(
         match_depths=section.match_depths,
         match_logits=section.match_logits,
     )
-    distill(
+    losses = distill(
         auxiliary,
         server.model,
         public_sequences(server),
@@ -347,7 +358,9 @@ def fit_auxiliary(
         seed=server.config.seed,
         progress=progress,
         around=around,
+        held_out=held_out,
     )
+    return len(losses)
 
 
 def redistilling(

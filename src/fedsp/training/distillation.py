@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.prompted_lm import PromptedLM, hidden_at_depths
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.storage import room_for_large_files
-from fedsp.training.loop import Optimisation, fit
+from fedsp.training.loop import Optimisation, fit, text_loss
 
 Sequences = Sequence[Sequence[int]]
 Progress = Callable[[int, float], None]
@@ -38,11 +38,23 @@ Progress = Callable[[int, float], None]
 
 IN_MEMORY = 1 << 30
 """Largest size, in bytes, of teacher states that are cached in memory instead of on disk."""
+CHECKS = 20
+"""How often the loss on held-out text is measured in a whole distillation."""
+PATIENCE, LEAST_FALL = 3, 0.005
+"""The held-out loss has stopped falling when so many measurements have not lowered the least by so
+many nats per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """Settings of distillation; `match_depths` and `match_logits` weigh extra losses (0: off)."""
+    """Settings of distillation. Weights of losses that are added (0: off): `match_depths`, the mean
+    squared error of states at all depths; `match_logits`, the KL divergence of next-token
+    distributions.
+
+    Where text is held out, the learning rate stays at its peak until the loss on it has stopped
+    falling, at most for three quarters of `steps`, and then falls to zero within a third of the
+    steps made; else it falls as `optimisation` says.
+    """
 
     steps: int
     batch_size: int
@@ -66,9 +78,11 @@ def distill(
     seed: int,
     progress: Progress = lambda step, loss: None,
     around: SoftPrompt | None = None,
+    held_out: Sequences = (),
 ) -> list[float]:
     """Train the auxiliary model's distillable weights in place; returns the loss of each step.
-    `around` is a soft prompt that both models read in front of every text.
+    `around` is a soft prompt that both models read in front of every text; texts of `held_out` tell
+    when to stop.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -122,7 +136,49 @@ def distill(
         progress(steps, float(value.detach()))
         return value
 
-    return fit(auxiliary.distillable(), loss, order, how.optimisation).losses
+    schedule = _UntilFlat(how.optimisation.learning_rate, how.steps)
+    every = max(1, how.steps // CHECKS)
+
+    def batches() -> Iterator[list[int]]:
+        for step, indices in enumerate(order):
+            if held_out and step and step % every == 0:
+                schedule.measured(step, text_loss(auxiliary, held_out))
+            if step == schedule.end:
+                return
+            yield indices
+
+    rate = schedule.rate if held_out else None
+    return fit(auxiliary.distillable(), loss, batches(), how.optimisation, rate=rate).losses
+
+
+class _UntilFlat:
+    """A learning rate that rises over a tenth of the steps, stays until the loss on held-out text
+    has stopped falling or three quarters of the steps are made, and falls to zero within a third of
+    the steps made (warm-up, stable, decay: S. Hu et al. *MiniCPM*. COLM 2024.
+    https://arxiv.org/abs/2404.06395)."""
+
+    def __init__(self, peak: float, steps: int) -> None:
+        self._peak, self._rising = peak, math.ceil(0.1 * steps)
+        self._losses: list[float] = []
+        self._fall_from(steps * 3 // 4)
+        self.end = steps
+
+    def _fall_from(self, step: int) -> None:
+        self._falls, self.end = step, step + math.ceil(step / 3)
+
+    def rate(self, step: int) -> float:
+        """The rate of a step, counted from 0."""
+        if step < self._rising:
+            return self._peak * (step + 1) / self._rising
+        return self._peak * min(1.0, (self.end - step) / (self.end - self._falls))
+
+    def measured(self, step: int, loss: float) -> None:
+        """Tell the held-out loss, nats per token, before a step."""
+        self._losses.append(loss)
+        if self._rising <= step < self._falls and len(self._losses) > PATIENCE:
+            earlier, latest = self._losses[:-PATIENCE], self._losses[-PATIENCE:]
+            if min(latest) > min(earlier) - LEAST_FALL:
+                self._fall_from(step)
 
 
 class TeacherStates:

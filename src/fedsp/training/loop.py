@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedsp.data.batching import pad
+from fedsp.data.batching import Padded, pad
 from fedsp.data.encoding import IGNORED, Batch
 from fedsp.errors import TrainingDiverged
 from fedsp.models.prompted_lm import PromptedLM
@@ -65,9 +65,13 @@ def states_loss(model: PromptedLM, hidden: Tensor, batch: Batch) -> Tensor:
 def next_token_loss(model: PromptedLM, texts: Sequence[Sequence[int]]) -> Tensor:
     """Mean cross-entropy of every token but the first of each text, nats per token."""
     batch = pad(texts, model.device)
+    return predicted_loss(model, model(batch.ids, batch.mask), batch)
+
+
+def predicted_loss(model: PromptedLM, hidden: Tensor, batch: Padded) -> Tensor:
+    """`next_token_loss` from last hidden states (batch, tokens, hidden)."""
     real = batch.mask[:, 1:].bool()
-    hidden = model(batch.ids, batch.mask)[:, :-1][real]
-    return cross_entropy(model.logits(hidden), batch.ids[:, 1:][real])
+    return cross_entropy(model.logits(hidden[:, :-1][real]), batch.ids[:, 1:][real])
 
 
 @torch.no_grad()
@@ -104,12 +108,13 @@ def fit(
     *,
     first_step: int = 0,
     moments: Tensors | None = None,
+    rate: Callable[[int], float] | None = None,
 ) -> TrainResult:
     """One AdamW step on the parameters in `train` for each batch (whatever `loss` reads), and on
     nothing else.
 
     `first_step` is where this fit stands in the schedule of the run; `moments` continue an earlier
-    fit's optimizer.
+    fit's optimizer; `rate` gives the learning rate of a step in place of `optimisation`.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -121,7 +126,7 @@ def fit(
         return value.detach()
 
     fitted = optimize(
-        train, gradients, batches, optimisation, first_step=first_step, moments=moments
+        train, gradients, batches, optimisation, first_step=first_step, moments=moments, rate=rate
     )
     bad = next(
         (index for index, value in enumerate(fitted.losses) if not math.isfinite(value)), None
@@ -142,13 +147,14 @@ def optimize(
     *,
     first_step: int = 0,
     moments: Tensors | None = None,
+    rate: Callable[[int], float] | None = None,
 ) -> TrainResult:
     """`fit` with gradients from any source: `gradients` sets `.grad` of the parameters and returns
     the loss, or None if the loss is private."""
-    names = list(train)
+    names, rate = list(train), rate or optimisation.rate
     optimizer = torch.optim.AdamW(
         [train[name] for name in names],
-        lr=optimisation.rate(first_step),
+        lr=rate(first_step),
         weight_decay=optimisation.weight_decay,
     )
     if moments:
@@ -157,7 +163,7 @@ def optimize(
     with gradients_set(train.values(), True):
         for step, batch in enumerate(batches, start=first_step):
             for group in optimizer.param_groups:
-                group["lr"] = optimisation.rate(step)
+                group["lr"] = rate(step)
             optimizer.zero_grad(set_to_none=True)
             value = gradients(batch)
             optimizer.step()
