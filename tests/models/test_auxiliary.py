@@ -21,7 +21,7 @@ from fedsp.errors import AuxiliaryError, ConfigurationError, StorageError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import make_plan
 from fedsp.models.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
-from fedsp.models.loading import load_model, load_tokenizer
+from fedsp.models.loading import load_model, load_tokenizer, reduce_precision
 from fedsp.models.payload import PROMPT, pack
 from fedsp.models.prompted_lm import PromptedLM, hidden_at_depths
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
@@ -258,6 +258,22 @@ def test_a_layer_whose_kind_hangs_on_its_place_is_refused_with_both_kinds(
         torch.testing.assert_close(
             kept.logits(kept(TOKENS)), model.logits(model(TOKENS)), rtol=1e-4, atol=1e-5
         )
+
+
+def test_rotations_that_a_large_model_holds_rounded_are_no_difference_of_its_layers() -> None:
+    """As in SmolLM2 in bfloat16: its attention is sharp enough that a rounded rotation shows."""
+    made = tiny_causal_lm("llama")
+    with torch.no_grad():
+        for layer in made.model.layers:
+            layer.self_attn.q_proj.weight *= 4
+            layer.self_attn.k_proj.weight *= 4
+    model = PromptedLM(made, "a model")
+    reduce_precision(model, "bfloat16", "model.precision")
+    package = build_auxiliary(model, parse_plan([0, 3], 4), TOKENIZER)
+    exact, rounded = package.block_output(1), package.block_output(1, torch.bfloat16)
+    assert float((exact - rounded).abs().max()) > 2e-3 * float(exact.abs().max()), (
+        "what would be taken for another computation"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

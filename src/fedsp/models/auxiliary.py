@@ -397,9 +397,9 @@ def build_auxiliary(
         prompt_shape=model.shape,
         embeddings=embeddings,
     )
-    outputs = {layer: model.block_output(layer) for layer in set(plan.sources)}
+    outputs = {layer: model.block_output(layer, model.dtype) for layer in set(plan.sources)}
     for depth, layer in enumerate(plan.sources):
-        own, expected = built.block_output(depth), outputs[layer]
+        own, expected = built.block_output(depth, model.dtype), outputs[layer]
         if float((own - expected).abs().max()) > 1e-3 * float(expected.abs().max()):
             raise AuxiliaryError(
                 f"auxiliary.plan: layer {layer} of {model.name} gives other outputs at depth"

@@ -473,29 +473,29 @@ class PromptedLM(nn.Module):
         return inputs.float(), pairs.permute(3, 0, 1, 2, 4).float()
 
     @torch.no_grad()
-    def block_output(self, depth: int) -> Tensor:
+    def block_output(self, depth: int, like: torch.dtype = torch.float32) -> Tensor:
         """What the block at a depth adds to hidden states (1, T, D), the same random ones for every
-        model of a hidden size, when it is called as its model calls it; float32, on the CPU, where
-        equal blocks give equal bits."""
-        block, device = self.blocks[depth], self.device
-        spread = any(hasattr(part, "_hf_hook") for part in block.modules())  # accelerate's
-        if self.dtype != torch.float32 or (device.type == "cuda" and not spread):
-            block, device = copy.deepcopy(block).float().cpu(), torch.device("cpu")
+        model of a hidden size, when it is called as its model calls it, with rotations and the like
+        rounded as a model of the data type `like` has them; float32, on the CPU."""
         tokens = self._some_tokens()
         hidden = torch.randn(
             *tokens.shape, self.shape.hidden, generator=torch.Generator().manual_seed(0)
-        ).to(device)
+        ).to(self.device)
         if not self._plain_calls:
             self._plain_calls = self._calls(torch.zeros_like(tokens), None)
         _, arguments, named = _map_tensors(
             self._plain_calls[depth],
-            lambda tensor: (tensor.float() if tensor.is_floating_point() else tensor).to(device),
+            lambda tensor: tensor.to(like).float() if tensor.is_floating_point() else tensor,
+        )
+        block = (
+            self.blocks[depth]
+            if self.dtype == torch.float32
+            else copy.deepcopy(self.blocks[depth]).float()
         )
         output = block(hidden, *arguments, **named)
         made: Tensor = output[0] if isinstance(output, tuple) else output
         return (made - hidden).cpu()
 
-    @torch.no_grad()
     def _calls(self, tokens: Tensor, cache: Cache | None) -> list[BlockCall]:
         """How the model calls its blocks when it reads tokens (1, T), into a cache or none."""
         with recorded(self.blocks) as calls:
