@@ -5,7 +5,7 @@
     [--recipes "NAME;NAME"]
 
 How well a package reads is told by its *excess*, the loss that it has more than the global model,
-nats per token, on 32 sequences of the text that it is distilled on but does not read, and on 32 of
+nats per token, on sequences of the text that it is distilled on but does not read, and on some of
 another text; and by its *divergence*, the KL divergence of its next tokens from the global model's.
 
 - layers: packages that are not distilled, by how many layers they have: spread evenly; both ends
@@ -50,7 +50,7 @@ from fedsp.training.distillation import masked_mse, packed
 from fedsp.training.layer_choice import drop_layers
 from fedsp.training.loop import Optimisation, fit, predicted_loss, text_loss
 
-UNREAD, READ, TO_CHOOSE_BY = 32, 512, 16
+READ, TO_CHOOSE_BY = 512, 16
 Texts = Sequence[Sequence[int]]
 Row = dict[str, Any]
 
@@ -211,8 +211,9 @@ def material(given: argparse.Namespace, seed: int) -> Material:
         found = packed(tokenizer, read_passages(files), length=given.length, count=count, seed=seed)
         return [row for row in found if len(row) == given.length]
 
-    own = rows(given.text, READ + UNREAD)
-    return Material(teacher, tokenizer, own[:-UNREAD], own[-UNREAD:], rows([given.other], UNREAD))
+    own = rows(given.text, READ + given.judge)
+    other = rows([given.other], given.judge)
+    return Material(teacher, tokenizer, own[: -given.judge], own[-given.judge :], other)
 
 
 def layer_rows(given: argparse.Namespace, made: Material) -> Iterator[Row]:
@@ -334,30 +335,58 @@ def distilled(
     rate = Held(recipe.rate, steps)
     falling = Optimisation(learning_rate=recipe.rate, total_steps=steps)
     known: set[int] = set()
+    kept: dict[int, dict[int, Tensor]] = {}
+
+    def read(texts: Texts) -> list[Tensor]:
+        batch = pad(texts, teacher.device)
+        with (
+            torch.no_grad(),
+            torch.autocast(
+                teacher.device.type, recipe.teacher, enabled=recipe.teacher != torch.float32
+            ),
+        ):
+            return hidden_at_depths(teacher, batch.ids, batch.mask)
+
+    def states_of(indices: list[int]) -> list[Tensor]:
+        """The teacher's at all depths that the recipe asks for; empty tensors at others."""
+        for index in indices:
+            if index not in kept:
+                found = read([made.read[index]])
+                wanted = {layers} | (
+                    {*plan.sources} if {"depths", "cut"} & {*recipe.losses} else set()
+                )
+                kept[index] = {depth: found[depth] for depth in wanted}
+        return [
+            torch.cat([kept[index][depth] for index in indices])
+            if depth in kept[indices[0]]
+            else torch.empty(0)
+            for depth in range(layers + 1)
+        ]
+
     for part in range(parts):
         if part:
             package = one_fewer(package, made, ends)
         first, end = part * steps // parts, (part + 1) * steps // parts
         counts: dict[str, float] = {}
 
-        def states_of(batch: Padded) -> list[Tensor]:
-            with (
-                torch.no_grad(),
-                torch.autocast(
-                    teacher.device.type, recipe.teacher, enabled=recipe.teacher != torch.float32
-                ),
-            ):
-                return hidden_at_depths(teacher, batch.ids, batch.mask)
-
         def loss(
             indices: list[int],
             package: AuxiliaryModel = package,
             counts: dict[str, float] = counts,
         ) -> Tensor:
-            batch = pad([made.read[index] for index in indices], teacher.device)
+            texts = [made.read[index] for index in indices]
+            batch, states = pad(texts, teacher.device), states_of(indices)
             if not counts:
-                counts.update(operations_of(recipe, package, teacher, batch, states_of))
-            return loss_of(recipe, package, teacher, states_of(batch), batch)
+                with FlopCounterMode(display=False) as teachers:
+                    read(texts)
+                with FlopCounterMode(display=False) as students:
+                    torch.autograd.backward(loss_of(recipe, package, teacher, states, batch))
+                for parameter in package.distillable().values():
+                    parameter.grad = None
+                counts["student"] = float(students.get_total_flops())
+                asked = bool(set(recipe.losses) - {"text"})
+                counts["teacher"] = float(teachers.get_total_flops()) * asked
+            return loss_of(recipe, package, teacher, states, batch)
 
         fit(
             package.distillable(),
@@ -371,27 +400,6 @@ def distilled(
         known |= new
         total += (end - first) * counts["student"] + len(new) / recipe.batch * counts["teacher"]
     return package, total
-
-
-def operations_of(
-    recipe: Recipe,
-    package: AuxiliaryModel,
-    teacher: PromptedLM,
-    batch: Padded,
-    states_of: Callable[[Padded], list[Tensor]],
-) -> dict[str, float]:
-    """Of one step: the student's, forth and back, and the teacher's."""
-    with FlopCounterMode(display=False) as teachers:
-        states = states_of(batch)
-    with FlopCounterMode(display=False) as students:
-        torch.autograd.backward(loss_of(recipe, package, teacher, states, batch))
-    for parameter in package.distillable().values():
-        parameter.grad = None
-    needed = bool(set(recipe.losses) - {"text"})
-    return {
-        "student": float(students.get_total_flops()),
-        "teacher": float(teachers.get_total_flops()) if needed else 0.0,
-    }
 
 
 def one_fewer(package: AuxiliaryModel, made: Material, ends: int) -> AuxiliaryModel:
@@ -450,6 +458,7 @@ def main() -> None:
     parser.add_argument("--draws", default="240,800", help="texts that are read, again or not")
     parser.add_argument("--before", default="480,2400", help="the same for the recipe of before")
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--judge", type=int, default=32, help="texts of each kind to judge by")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     quiet_libraries()

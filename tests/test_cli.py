@@ -299,6 +299,14 @@ def test_unknown_models_and_full_folders(fedsp, tmp_path: Path) -> None:  # type
         ["distill", "wrong.toml", "package"],
         ["study", "missing.toml"],
         ["join", "missing.toml"],
+        ["run", "--resume", "missing"],
+        ["evaluate", "missing"],
+        ["generate", "missing", "x"],
+        ["export", "missing", "out"],
+        ["adapt", "missing", "x.jsonl", "out"],
+        ["audit", "missing"],
+        ["report", "."],
+        ["federation", "init", "new", "--clients", "a"],
     ],
     ids=" ".join,
 )
@@ -315,6 +323,18 @@ def test_what_needs_no_tensor_answers_without_torch(arguments: list[str], tmp_pa
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_help_shows_what_brackets_and_arguments_say() -> None:
+    """Behind click 8.5 the typer that Flower allows loses the help of arguments; as rich's markup a
+    section's name in brackets would be a tag."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fedsp", "serve", "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "120"},
+    )
+    assert "The run's TOML file, with a [federation] section." in done.stdout, done.stdout
 
 
 def test_a_plan_of_a_known_shape_answers_without_torch_and_with_the_same_figures(

@@ -187,7 +187,7 @@ def join(path: str | Path, *, callbacks: Callbacks | None = None) -> int:
 def init_federation(folder: str | Path, clients: Sequence[str], address: str) -> None:
     """Write a folder of keys and configuration for each party of a deployment."""
     _require_flower()
-    from fedsp.deployment.serve import init_federation as init
+    from fedsp.deployment.new_federation import init_federation as init
 
     init(Path(folder), list(clients), address)
 

@@ -40,6 +40,7 @@ app = typer.Typer(
     " with its owners, and only a small messenger travels: adapters, or a soft prompt.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
@@ -58,7 +59,22 @@ Workers = Annotated[
         " byte depends on how many.",
     ),
 ]
-RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+def _with_runs(given: Any) -> Any:
+    """A folder, or several, refused where there is no run before seconds go into imports."""
+    from fedsp.experiments.run_directory import RunDirectory
+
+    for folder in given if isinstance(given, list) else [given] if given else []:
+        RunDirectory.open(folder)
+    return given
+
+
+RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", callback=_with_runs)]
+Resume = Annotated[
+    Optional[Path],
+    typer.Option(help="Go on with the unfinished run in this folder.", callback=_with_runs),
+]
 
 
 @app.command()
@@ -149,9 +165,7 @@ def distill(
 def run(
     config: Annotated[Optional[Path], typer.Argument(help="The run's TOML file.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[
-        Optional[Path], typer.Option(help="Go on with the unfinished run in this folder.")
-    ] = None,
+    resume: Resume = None,
     engine: Annotated[
         str,
         typer.Option(
@@ -210,9 +224,7 @@ def serve(
         Optional[Path], typer.Argument(help="The run's TOML file, with a [federation] section.")
     ] = None,
     overrides: Overrides = None,
-    resume: Annotated[
-        Optional[Path], typer.Option(help="Go on with the unfinished run in this folder.")
-    ] = None,
+    resume: Resume = None,
     json_file: Json = None,
 ) -> None:
     """Run the federation with clients on machines of their own, over TLS. Exit code 0: the run is
@@ -293,7 +305,12 @@ def inspect(
     )
 
 
-federation = typer.Typer(name="federation", help="Prepare a deployment.", no_args_is_help=True)
+federation = typer.Typer(
+    name="federation",
+    help="Prepare a deployment.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
 app.add_typer(federation)
 
 
@@ -309,9 +326,10 @@ def federation_init(
 ) -> None:
     """Write keys, certificates, the register of clients and a commented configuration for each
     party."""
-    from fedsp import api as commands
+    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    from fedsp.deployment.new_federation import init_federation
 
-    commands.init_federation(folder, [name.strip() for name in clients.split(",")], address)
+    init_federation(folder, [name.strip() for name in clients.split(",")], address)
     typer.echo(
         f"keep {folder}/server on the server, send each {folder}/NAME to the client of that name"
         f" over a confidential channel, and keep {folder}/ca.key offline"
@@ -320,7 +338,9 @@ def federation_init(
 
 @app.command()
 def audit(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of finished runs.", callback=_with_runs)
+    ],
     only: Annotated[
         Optional[str],
         typer.Option(

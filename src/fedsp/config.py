@@ -6,6 +6,7 @@ meaning and unit. `fedsp.config_file` reads files and fills in presets.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -347,6 +348,11 @@ class AggregationSection(Section):
     def robust(self) -> bool:
         """Whether anything but the plain mean is configured."""
         return self.rule != "mean" or self.mixing or self.norm_bound > 0
+
+
+def malicious_of(share: float, clients: int) -> int:
+    """How many of so many clients a share of malicious ones is, rounded down."""
+    return math.floor(share * clients + 1e-9)
 
 
 class AttackSection(Section):

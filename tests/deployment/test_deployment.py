@@ -26,8 +26,9 @@ from fedsp import api as commands
 from fedsp.audit.traffic import traffic
 from fedsp.config_file import make_config
 from fedsp.deployment.credentials import CA, make_client_credentials
+from fedsp.deployment.new_federation import init_federation
 from fedsp.deployment.processes import free_port
-from fedsp.deployment.serve import APP, init_federation
+from fedsp.deployment.serve import APP
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.models.auxiliary import load_auxiliary

@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedsp.deployment import fleet_proxy as proxy
 from fedsp.deployment.credentials import CA, CERTIFICATE, CLIENT_KEY, KEY
+from fedsp.deployment.new_federation import init_federation
 from fedsp.deployment.processes import free_port
-from fedsp.deployment.serve import init_federation
 
 
 def signed(key: Any, time: str = "2026-01-01T00:00:00+00:00") -> dict[str, str]:

@@ -41,6 +41,7 @@ from fedsp.deployment.credentials import (
     verify,
 )
 from fedsp.deployment.join import Client, Node, ServerProbe, supernode_command
+from fedsp.deployment.new_federation import init_federation
 from fedsp.deployment.package import (
     hold_against_policy,
     package_digest,
@@ -49,7 +50,7 @@ from fedsp.deployment.package import (
 )
 from fedsp.deployment.package_check import require_harmless
 from fedsp.deployment.processes import host_and_port, written
-from fedsp.deployment.serve import init_federation, proxy_command, superlink_command
+from fedsp.deployment.serve import proxy_command, superlink_command
 from fedsp.errors import (
     AuxiliaryError,
     ConfigurationError,

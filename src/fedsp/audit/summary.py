@@ -6,10 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedsp.audit.findings import Finding, holds, interval, read_found
+from fedsp.config import malicious_of
 from fedsp.errors import RunError
-from fedsp.experiments.privacy_statement import STATEMENT
-from fedsp.experiments.run_directory import RunDirectory, read_json
-from fedsp.federation.aggregation.robust import RULES, malicious_of
+from fedsp.experiments.run_directory import STATEMENT, RunDirectory, read_json
 from fedsp.federation.methods.registry import find_method
 
 
@@ -160,7 +159,8 @@ def _malice(run: RunDirectory, asked: int) -> list[str]:
     config, section = run.config, run.config.aggregation
     if not asked:
         return ["No client was asked, so none could lie."]
-    borne = malicious_of(section.malicious, asked) if section.rule in RULES or section.mixing else 0
+    robust = section.rule not in ("mean", "trust")
+    borne = malicious_of(section.malicious, asked) if robust or section.mixing else 0
     rule = section.rule.replace("_", " ") + (" after mixing" if section.mixing else "")
     if config.privacy.unit == "client":
         sentences = [
@@ -174,7 +174,7 @@ def _malice(run: RunDirectory, asked: int) -> list[str]:
         sentences = [
             f"{borne} of the {asked} asked in a round may be malicious (aggregation: {rule})."
         ]
-    elif section.rule in RULES:
+    elif robust:
         sentences = [
             f"The rule ({rule}) is set for no malicious client: aggregation.malicious ="
             f" {section.malicious:g}."

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -16,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedsp.config import NAME, FederationSection, PartyConfig, RunConfig
-from fedsp.config_file import PRESETS, REGISTER, Member, read_register, template_of
+from fedsp.config import FederationSection, RunConfig
+from fedsp.config_file import Member, read_register
 from fedsp.deployment import credentials
 from fedsp.deployment.ipc import SOCKET, Socket, SocketLink
 from fedsp.deployment.package import package_digest, read_agreement
@@ -29,7 +28,6 @@ from fedsp.deployment.processes import (
     options,
     require_free,
     wait_for_port,
-    written,
 )
 from fedsp.errors import AuxiliaryError, ConfigurationError, DeploymentError
 from fedsp.experiments.run import run_experiment
@@ -223,63 +221,3 @@ def _say_goodbye(link: SocketLink, node_of: Mapping[str, int]) -> None:
         answered = {found.message_id for found in link.pull(left)}
         left = [message_id for message_id in left if message_id not in answered]
         time.sleep(0.2)
-
-
-def init_federation(folder: Path, clients: list[str], address: str) -> None:
-    """Write a folder for each party: keys, certificates, register, and a commented configuration
-    each. See `fedsp.deployment.credentials`.
-
-    Raises:
-        ConfigurationError: the folder is in use, or a name or the address cannot be used.
-        StorageError: the disk did not take it.
-    """
-    host, port = host_and_port(address, "--address")
-    if host in ("0.0.0.0", "::"):
-        raise ConfigurationError(
-            f"--address: {address!r} is an address to listen on, not one that clients can reach:"
-            " give the server's host name"
-        )
-    if not host.isascii():
-        raise ConfigurationError(
-            f"--address: {host!r} has letters that a certificate cannot: write the name in its"
-            " ASCII form, xn--..."
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(
-            f"{folder} is in use: give a new folder; keys are never written over"
-        )
-    for name in clients:
-        if not re.fullmatch(NAME, name) or name in ("server", "ca.key"):
-            raise ConfigurationError(
-                f"--clients: {name!r} is not a valid name: use up to 64 letters, digits, dots,"
-                " dashes and underscores, and not 'server' or 'ca.key'"
-            )
-    if len(set(clients)) != len(clients) or not clients:
-        raise ConfigurationError("--clients: give each client once, separated by commas")
-    server = folder / "server"
-    credentials.make_server_credentials(server, host)
-    register = (
-        "# The clients of this federation. examples: how much a client's prompt weighs in the"
-        " mean.\n"
-    )
-    for name in clients:
-        register += f'\n[clients."{name}"]\npublic_key = "clients/{name}.pub"\nexamples = 1\n'
-        credentials.make_client_credentials(folder / name, server, name)
-        settings = {
-            "name": name,
-            "server": address,
-            "data": {"train": "questions.jsonl"},
-            "package": {"sha256": "the digest that the owner of the model tells you"},
-        }
-        title = f"The configuration of {name}. File names are taken from this folder."
-        party = template_of(PartyConfig, settings, title)
-        write_bytes(folder / name / "party.toml", party.encode())
-    write_bytes(server / REGISTER, register.encode())
-    values = {
-        "preset": "messenger",
-        "auxiliary": {"folder": "package"},
-        "federation": {"folder": ".", "listen": written("::" if ":" in host else "0.0.0.0", port)},
-    }
-    title = "The run of a federation. File names are taken from this folder, but for output."
-    run = template_of(RunConfig, values, title, PRESETS["messenger"])
-    write_bytes(server / "run.toml", run.encode())

@@ -17,7 +17,6 @@ from fedsp.models.prompted_lm import PromptedLM
 from fedsp.privacy import LEDGER, Ledger, epsilon, merged
 from fedsp.training.dp_sgd import ALONE
 
-STATEMENT = "privacy_statement.json"
 NOT_COVERED = [
     "other runs over the same text: their epsilons add to this one, and only a client's own"
     " ledger, one for each folder of state, knows of all",

@@ -22,8 +22,8 @@ from fedsp.data.seeding import derive_seed
 from fedsp.errors import PrivacyError, StorageError
 from fedsp.experiments.build import Federation, build_federation
 from fedsp.experiments.costs import measure
-from fedsp.experiments.privacy_statement import STATEMENT, privacy_statement
-from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.privacy_statement import privacy_statement
+from fedsp.experiments.run_directory import STATEMENT, RunDirectory
 from fedsp.experiments.server_setup import (
     Server,
     open_server,

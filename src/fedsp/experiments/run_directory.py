@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 CONFIG, RUN, LOCK = "config.toml", "run.json", "lock"
 RESULT, BEST = "result.json", "best.safetensors"
+STATEMENT = "privacy_statement.json"
 PARTITION, INPUTS = "partition.json", "inputs.json"
 ROUNDS, TRAFFIC, SCORES = "rounds.jsonl", "traffic.jsonl", "scores.jsonl"
 PROXY_COUNTS = "proxy.jsonl"

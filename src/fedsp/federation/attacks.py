@@ -16,12 +16,11 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from fedsp.config import RunConfig
+from fedsp.config import RunConfig, malicious_of
 from fedsp.data.dataset import FederatedDataset
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError
-from fedsp.federation.aggregation.robust import malicious_of
 from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.models.payload import as_row, from_row
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from fedsp.audit.findings import found_tables
 from fedsp.audit.summary import account
 from fedsp.errors import RunError
-from fedsp.experiments.privacy_statement import STATEMENT
+from fedsp.experiments.run_directory import STATEMENT
 from fedsp.report.collect import Line, Results, Section, read_results
 from fedsp.report.figures import against, bars, clients, depths, learning_curves
 from fedsp.report.finished_run import Run

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedsp.config import malicious_of
 from fedsp.errors import TooFewClients
 from fedsp.federation.aggregation.mean import Aggregator, Replies, Weights
 from fedsp.models.payload import Payload, as_row, from_row
@@ -122,11 +123,6 @@ RULES: dict[str, Rule] = {
     "geometric_median": geometric_median,
     "centred_clipping": centred_clipping,
 }
-
-
-def malicious_of(share: float, clients: int) -> int:
-    """How many clients a share of malicious ones is, rounded down."""
-    return math.floor(share * clients + 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
