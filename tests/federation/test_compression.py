@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from fedsp import api as commands
-from fedsp import privacy
+from fedsp import privacy, storage
 from fedsp.config import CodecName
 from fedsp.errors import ConfigurationError, PayloadError
 from fedsp.experiments.run_directory import RunDirectory
@@ -378,6 +378,33 @@ def test_a_private_answer_asked_for_again_has_the_same_bytes(tmp_path: Path) -> 
         answer_bytes(method.client_update(party, request), request, party) for _ in range(2)
     )
     assert first == again
+
+
+def test_what_a_client_keeps_of_a_round_is_one_file_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of an answer that fails, nothing; what is saved again of a round leaves the rest."""
+    written: list[str] = []
+    write = storage.write_tensors
+
+    def counted(path: Path, tensors: Any) -> str:
+        written.append(path.name)
+        return write(path, tensors)
+
+    monkeypatch.setattr("fedsp.federation.state_store.write_tensors", counted)
+    store = StateStore(tmp_path)
+    with store.together():
+        store.save(1, {"prompt/exp_avg.a": torch.ones(2)})
+        store.save(1, {"residual/a": torch.zeros(2)})
+        assert not store.rounds()
+    assert written == ["round-00001.safetensors"]
+    assert sorted(store.load(before=2)) == ["prompt/exp_avg.a", "residual/a"]
+    with pytest.raises(PayloadError), store.together():
+        store.save(2, {"residual/a": torch.ones(2)})
+        raise PayloadError("a value is not finite")
+    assert store.rounds() == [1]
+    store.save(1, {"residual/a": torch.ones(2)})
+    assert torch.equal(store.load(before=2)["prompt/exp_avg.a"], torch.ones(2))
 
 
 @hypothesis_settings(max_examples=60, deadline=None)

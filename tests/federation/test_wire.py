@@ -11,6 +11,8 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from fedsp.errors import PayloadError, TrainingDiverged
 from fedsp.federation.aggregation.mean import validate_update
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.messages import Failure, Request, Update
+from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.wire import (
     LONGEST_HEADER,
@@ -273,7 +276,7 @@ def test_a_refusal_is_a_code_and_the_servers_own_sentence(code: str) -> None:
     assert isinstance(reply, Failure) and reply.reason == REFUSALS[code]
 
 
-def test_no_text_of_a_client_s_error_leaves() -> None:
+def test_no_text_of_a_client_s_error_leaves(tmp_path: Path) -> None:
     from fedsp.federation.transport.request_handler import answer
 
     class Broken:
@@ -284,7 +287,7 @@ def test_no_text_of_a_client_s_error_leaves() -> None:
         def client_update(self, client: object, request: Request) -> Update:
             raise TrainingDiverged("the loss of Jane Doe is nan")
 
-    nobody: Any = lambda client: None
+    nobody: Any = lambda client: SimpleNamespace(store=StateStore(tmp_path))
     methods: list[tuple[Any, str]] = [(Broken(), "failed"), (Diverged(), "diverged")]
     for method, code in methods:
         logged: list[str] = []
@@ -478,6 +481,7 @@ import hashlib, json, sys
 import torch
 from safetensors.torch import save
 from fedsp.federation.aggregation.mean import validate_update
+from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
 from fedsp.models.payload import PROMPT, pack
 from fedsp.federation.messages import Request

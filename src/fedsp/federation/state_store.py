@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsp.models.trainable import Tensors
 from fedsp.storage import read_tensors, write_tensors
 
 
-@dataclass(frozen=True)
+@dataclass
 class StateStore:
     """One file of tensors per round in a folder.
 
@@ -18,6 +20,31 @@ class StateStore:
     """
 
     folder: Path
+    _waiting: dict[int, Tensors] | None = field(default=None, init=False, repr=False)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is saved within the context is written at its end, as one file for each round; of
+        what fails, nothing.
+
+        Raises (on exit):
+            StorageError: the disk did not take it.
+        """
+        self._waiting = {}
+        try:
+            yield
+            self.flush()
+        finally:
+            self._waiting = None
+
+    def flush(self) -> None:
+        """Write what is waiting now; what is saved later in the context is written with it again.
+
+        Raises:
+            StorageError: the disk did not take it.
+        """
+        for round, state in (self._waiting or {}).items():
+            self._write(round, state)
 
     def load(self, before: int) -> Tensors:
         """The newest state saved in a round earlier than `before`; empty if there is none.
@@ -37,12 +64,19 @@ class StateStore:
         return read_tensors(self._file(round))[0] if round in self.rounds() else {}
 
     def save(self, round: int, state: Tensors) -> None:
-        """Save the state after a round, and remove states that are no longer needed.
+        """Save the state after a round, beside what is saved of that round already, and remove
+        states that are no longer needed.
 
         Raises:
-            StorageError: the disk did not take it.
+            StorageError: the disk did not take it, or what is there is damaged.
         """
-        write_tensors(self._file(round), state)
+        if self._waiting is None:
+            self._write(round, state)
+        else:
+            self._waiting[round] = {**self._waiting.get(round, {}), **state}
+
+    def _write(self, round: int, state: Tensors) -> None:
+        write_tensors(self._file(round), {**self.at(round), **state})
         for number in [number for number in self.rounds() if number < round][:-2]:
             self._file(number).unlink()
 

@@ -31,8 +31,9 @@ def local(clients: Clients) -> Transport:
 def answer_here(clients: Clients, request: Request) -> tuple[Update, bytes]:
     """The reply of a client whose text is in this process, and the bytes of its payload."""
     party = clients.party(request.client)
-    update = clients.method.client_update(party, request)
-    return update, answer_bytes(update, request, party)
+    with party.store.together():
+        update = clients.method.client_update(party, request)
+        return update, answer_bytes(update, request, party)
 
 
 def on_this_machine(begin: Callable[[Request], Answer], ahead: int = 0) -> Transport:

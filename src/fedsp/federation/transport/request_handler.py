@@ -11,10 +11,10 @@ from fedsp.federation.compression import difference, encode_with_residual
 from fedsp.federation.messages import Request, Update
 from fedsp.federation.methods.base import Method
 from fedsp.federation.party import Party
-from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.wire import CannotRead, read_request, write_refusal, write_update
 from fedsp.models.payload import Payload, pack
+from fedsp.models.trainable import entries_below
 
 
 def answer(
@@ -41,12 +41,14 @@ def answer(
     try:
         allow(request)
         own = party(request.client)
-        update = method.client_update(own, request)
-        try:
-            return write_update(update, answer_bytes(update, request, own), request.answer_in)
-        except PayloadError as error:
-            log(request, error)
-            return write_refusal(request, "answer")
+        with own.store.together():
+            update = method.client_update(own, request)
+            try:
+                reply = write_update(update, answer_bytes(update, request, own), request.answer_in)
+            except PayloadError as error:
+                log(request, error)
+                reply = write_refusal(request, "answer")
+        return reply
     except Exception as error:
         # whatever it is: its text may hold the client's text, so only a code leaves
         log(request, error)
@@ -65,13 +67,14 @@ def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
         return b""
     if request.answer_in == FLOAT32:
         return pack(update.payload)
-    memory = StateStore(party.store.folder / "residual")
     data, _, residual = encode_with_residual(
         difference(update.payload, request.payload),
-        memory.load(before=request.round),
+        entries_below(party.store.load(before=request.round), "residual"),
         request.answer_in,
     )
-    memory.save(request.round, residual)
+    party.store.save(
+        request.round, {f"residual/{name}": tensor for name, tensor in residual.items()}
+    )
     return data
 
 
