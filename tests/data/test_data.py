@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from fedsp.config import PartitionSection
+from fedsp.data.batching import pack_trees, tree_size
 from fedsp.data.dataset import rows_digest
 from fedsp.data.encoding import (
     IGNORED,
@@ -754,3 +755,30 @@ def test_the_server_may_own_a_domain_that_no_client_has() -> None:
             holdout=0.0,
             seed=0,
         )
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=4),
+    st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=8),
+)
+def test_a_tree_holds_every_branch_once_and_shows_each_token_what_stands_before_it(
+    context: list[int], branches: list[list[int]]
+) -> None:
+    packed, places = pack_trees([context, []], [branches, branches], torch.device("cpu"))
+    seen = packed.seen()
+    for row, front in enumerate((context, [])):
+        nodes = {tuple(tail[:end]) for tail in branches for end in range(1, len(tail) + 1)}
+        assert {place for tail in places[row] for place in tail} == set(
+            range(len(front), len(front) + len(nodes))
+        )
+        assert tree_size(branches) == len(nodes)
+        for tail, found in zip(branches, places[row], strict=True):
+            assert packed.ids[row, found].tolist() == tail
+            for depth, place in enumerate(found):
+                assert int(packed.positions[row, place]) == len(front) + depth
+                assert seen[row, place].nonzero()[:, 0].tolist() == [
+                    *range(len(front)),
+                    *found[: depth + 1],
+                ]
+        for place in range(len(front)):
+            assert seen[row, place].nonzero()[:, 0].tolist() == list(range(place + 1))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedsp.data.batching import PackedBatch
 from fedsp.data.encoding import Tokenizer, encode_pairs
 from fedsp.data.tasks import Example, examples_of, find_task
 from fedsp.experiments.embedded import EMBEDDED
@@ -76,6 +78,40 @@ def test_scores_equal_a_plain_forward_of_each_choice(
             before = logits[pair.start - 1 : len(pair.ids) - 1]
             assert found == pytest.approx(float(before.gather(1, wanted[:, None]).sum()), abs=2e-4)
             assert greedy == bool((before.argmax(dim=-1) == wanted).all())
+
+
+def test_labels_are_read_as_one_tree_and_score_what_they_score_alone() -> None:
+    """150 candidates behind one question: what labels begin with alike is read once, and the last
+    token of the question once, not before each of them."""
+    model = tiny_model("gpt2")
+    labels = tuple(
+        f" {one}{other}{end}" for one in "abcde" for other in "abcde" for end in "uvwxyz"
+    )
+    example = Example(id="a", context="My card is", choices=labels, gold=(3,))
+    assert model.packs_branches
+    read: list[int] = []
+    read_branches = model.read_branches
+
+    def counted(packed: PackedBatch, prefix: Any) -> Any:
+        read.append(packed.ids.numel())
+        return read_branches(packed, prefix)
+
+    model.__dict__["read_branches"] = counted
+    (scored,), _ = score(model, None, [example], LETTERS, max_tokens=4096)
+    encoded = encode_pairs(LETTERS, [(example.context, label) for label in labels], 4096)
+    rows = [tuple(row.ids[:-1]) for row in encoded]
+    nodes = {row[:end] for row in rows for end in range(1, len(row) + 1)}
+    assert read == [len(nodes)] and 10 * len(nodes) < sum(map(len, rows))
+    for label in (0, 77, 149):
+        alone = score(
+            model,
+            None,
+            [replace(example, choices=labels[label : label + 1], gold=(0,))],
+            LETTERS,
+            max_tokens=4096,
+        )[0][0]
+        assert scored.log_likelihoods[label] == pytest.approx(alone.log_likelihoods[0], abs=1e-4)
+        assert scored.greedy[label] == alone.greedy[0]
 
 
 def test_a_model_takes_packed_branches_up_to_its_window() -> None:

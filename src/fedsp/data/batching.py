@@ -1,11 +1,12 @@
 """Batches of token ids: rows padded on the right, several rows packed into one, or contexts packed
-with their branches (alternative continuations)."""
+with their branches (alternative continuations), side by side or as a tree."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from heapq import heapreplace
+from itertools import pairwise, starmap
 from typing import NamedTuple
 
 import torch
@@ -21,11 +22,39 @@ class Padded(NamedTuple):
 
 class PackedBatch(NamedTuple):
     """A context and its branches per row: token ids (B, T), each token's position in context plus
-    branch (B, T), and its branch (B, T): 0 context, n the n-th branch, -1 padding."""
+    branch (B, T), and the place in the row behind the last token that may see it (B, T): that of
+    the row's end for a context, of its branch's end for a branch, and of its subtree's for a node
+    of a tree."""
 
     ids: Tensor
     positions: Tensor
-    branches: Tensor
+    ends: Tensor
+
+    def seen(self) -> Tensor:
+        """Which tokens each token attends to (B, T, T): those before it, and itself, up to their
+        ends."""
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (places[None, None, :] <= places[None, :, None]) & (
+            places[None, :, None] < self.ends[:, None, :]
+        )
+
+
+class _Row(NamedTuple):
+    ids: list[int]
+    positions: list[int]
+    ends: list[int]
+
+
+def _packed(rows: Sequence[_Row], device: torch.device) -> PackedBatch:
+    """Rows padded to the longest; padding sees itself alone."""
+    width = max(len(row.ids) for row in rows)
+    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long).unbind()
+    ends = torch.arange(1, width + 1).repeat(len(rows), 1)
+    for index, row in enumerate(rows):
+        length = len(row.ids)
+        for made, given in zip((ids, positions, ends), row, strict=True):
+            made[index, :length] = torch.tensor(given, dtype=torch.long)
+    return PackedBatch(ids.to(device), positions.to(device), ends.to(device))
 
 
 def pack_branches(
@@ -34,20 +63,64 @@ def pack_branches(
     device: torch.device,
 ) -> PackedBatch:
     """Each context and its branches, one behind the other, as one row, padded to the longest."""
-    width = max(
-        len(context) + sum(map(len, rows)) for context, rows in zip(contexts, branches, strict=True)
+    rows = []
+    for context, tails in zip(contexts, branches, strict=True):
+        row = _Row(list(context), list(range(len(context))), [0] * len(context))
+        for tail in tails:
+            end = len(row.ids) + len(tail)
+            row.ids.extend(tail)
+            row.positions.extend(range(len(context), len(context) + len(tail)))
+            row.ends.extend([end] * len(tail))
+        row.ends[: len(context)] = [len(row.ids)] * len(context)
+        rows.append(row)
+    return _packed(rows, device)
+
+
+def pack_trees(
+    contexts: Sequence[Sequence[int]],
+    branches: Sequence[Sequence[Sequence[int]]],
+    device: torch.device,
+) -> tuple[PackedBatch, list[list[list[int]]]]:
+    """Each context and its branches as one row, padded to the longest, in which tokens that
+    branches begin with alike stand once; and where in its row each token of each branch stands."""
+    rows, places = [], []
+    for context, tails in zip(contexts, branches, strict=True):
+        row = _Row(list(context), list(range(len(context))), [0] * len(context))
+        found: list[list[int]] = [[] for _ in tails]
+        path: list[int] = []  # where the tokens of the branch before stand
+        before: Sequence[int] = ()
+        for number in sorted(range(len(tails)), key=lambda number: tuple(tails[number])):
+            tail = tails[number]
+            alike = _alike(before, tail)
+            for place in path[alike:]:
+                row.ends[place] = len(row.ids)
+            del path[alike:]
+            for depth in range(alike, len(tail)):
+                path.append(len(row.ids))
+                row.ids.append(tail[depth])
+                row.positions.append(len(context) + depth)
+                row.ends.append(0)
+            found[number], before = list(path), tail
+        for place in [*range(len(context)), *path]:
+            row.ends[place] = len(row.ids)
+        rows.append(row)
+        places.append(found)
+    return _packed(rows, device), places
+
+
+def tree_size(branches: Sequence[Sequence[int]]) -> int:
+    """The tokens of branches as `pack_trees` packs them."""
+    ordered = sorted(map(tuple, branches))
+    return sum(map(len, ordered)) - sum(starmap(_alike, pairwise(ordered)))
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next(
+        (place for place, (left, right) in enumerate(pairs) if left != right),
+        min(len(one), len(other)),
     )
-    ids, positions, which = torch.zeros(3, len(contexts), width, dtype=torch.long).unbind()
-    which.fill_(-1)
-    for row, (context, tails) in enumerate(zip(contexts, branches, strict=True)):
-        start = 0
-        for number, part in enumerate([context, *tails]):
-            there = slice(start, start + len(part))
-            ids[row, there] = torch.tensor(part, dtype=torch.long)
-            positions[row, there] = torch.arange(len(part)) + (len(context) if number else 0)
-            which[row, there] = number
-            start += len(part)
-    return PackedBatch(ids.to(device), positions.to(device), which.to(device))
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Padded:

@@ -291,11 +291,8 @@ class PromptedLM(nn.Module):
         causally, to its row's context and its own branch."""
         length = length_of(prefix)
         batch, width = packed.ids.shape
-        before = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-        own = (packed.branches[:, None, :] == 0) | (
-            packed.branches[:, None, :] == packed.branches[:, :, None]
-        )  # (B, T, T)
-        seen = torch.cat([before.new_ones(batch, width, length), before & own], dim=2)[:, None]
+        among = packed.seen()  # (B, T, T)
+        seen = torch.cat([among.new_ones(batch, width, length), among], dim=2)[:, None]
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill(~seen, torch.finfo(self.dtype).min)
         cache = None if prefix is None else self.cache(prefix, batch, FixedLayer)

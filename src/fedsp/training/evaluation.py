@@ -21,7 +21,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from fedsp.data.batching import pack_branches, pad
+from fedsp.data.batching import pack_trees, pad, tree_size
 from fedsp.data.encoding import Encoded, Tokenizer, encode_pairs
 from fedsp.data.tasks import Example, Task
 from fedsp.models.prompted_lm import PromptedLM, length_of
@@ -75,7 +75,8 @@ def score(
     """Score every choice of every example; also how many examples lost old context.
 
     The context (without its last token) is encoded once per example, in one call with all choices
-    as branches of a tree (tree attention mask); for models that do not accept a custom mask, the
+    as branches of a tree, in which what choices begin with alike is read once too (tree attention
+    mask); for models that do not accept a custom mask, the
     choices continue from the context's KV cache. Examples of similar length share a batch of
     `tokens_per_batch` tokens: by default 512 on a CPU, for its cache, and 4096 elsewhere. Results
     are in the order of `examples`. `answers` gives the probabilities instead of the model's own.
@@ -84,7 +85,7 @@ def score(
     pairs = encode_choices(tokenizer, examples, max_tokens)
     shared = [_shared(row) for row in pairs]
     lengths = [
-        length + sum(len(pair.ids) - 1 - length for pair in row)
+        length + tree_size([pair.ids[length:-1] for pair in row])
         for row, length in zip(pairs, shared, strict=True)
     ]
     order = sorted(range(len(examples)), key=lambda index: -lengths[index])
@@ -139,7 +140,14 @@ to log-probabilities (N, V) of the tokens that follow all others, in order."""
 
 def log_probabilities(model: PromptedLM, prefix: Tensor | None) -> LogProbabilities:
     """Those of a model behind a prefix."""
-    return lambda *rows: torch.log_softmax(model.logits(_states(model, prefix, *rows)), dim=-1)
+
+    def found(
+        contexts: list[tuple[int, ...]], tails: list[list[tuple[int, ...]]], skip: list[list[int]]
+    ) -> Tensor:
+        states, which = _states(model, prefix, contexts, tails, skip)
+        return torch.log_softmax(model.logits(states), dim=-1)[which]
+
+    return found
 
 
 def _score_group(
@@ -172,18 +180,21 @@ def _states(
     contexts: list[tuple[int, ...]],
     tails: list[list[tuple[int, ...]]],
     skipped: list[list[int]],
-) -> Tensor:
-    """The last hidden states (N, D) of every tail but its first `skipped` tokens, in order."""
-    packed = pack_branches(contexts, tails, model.device)
-    length = length_of(prefix)
-    if length + packed.ids.shape[1] <= model.packs_branches:
-        wanted = torch.zeros(packed.ids.shape, dtype=torch.bool)
-        for row, (context, some, firsts) in enumerate(zip(contexts, tails, skipped, strict=True)):
-            start = len(context)
-            for tail, first in zip(some, firsts, strict=True):
-                wanted[row, start + first : start + len(tail)] = True
-                start += len(tail)
-        return model.read_branches(packed, prefix)[wanted.to(model.device)]
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states (S, D), and which of them (N) belong to every tail but its first `skipped`
+    tokens, in order: what tails begin with alike has one state."""
+    packed, places = pack_trees(contexts, tails, model.device)
+    length, width = length_of(prefix), packed.ids.shape[1]
+    if length + width <= model.packs_branches:
+        cells = [
+            row * width + place
+            for row, (found_at, firsts) in enumerate(zip(places, skipped, strict=True))
+            for tail, first in zip(found_at, firsts, strict=True)
+            for place in tail[first:]
+        ]
+        asked = {cell: state for state, cell in enumerate(dict.fromkeys(cells))}
+        which = torch.tensor([asked[cell] for cell in cells], device=model.device)
+        return model.read_branches(packed, prefix).flatten(0, 1)[list(asked)], which
     # some models count padding between context and tail as distance: one context length per call
     groups: dict[int, list[int]] = {}
     for row, (context, some) in enumerate(zip(contexts, tails, strict=True)):
@@ -215,7 +226,8 @@ def _states(
                 state[len(front) + first : len(tail)]
                 for first, (state, tail) in zip(skipped[row], read, strict=False)
             ]
-    return torch.cat([state for states in found for state in states])
+    states = torch.cat([state for states in found for state in states])
+    return states, torch.arange(len(states), device=states.device)
 
 
 def _shared(pairs: list[Encoded]) -> int:
