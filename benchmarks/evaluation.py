@@ -1,12 +1,14 @@
 """Scoring against lm-evaluation-harness's own HFLM: a table of docs/results/performance.md.
 
-    python benchmarks/evaluation.py [--reference FOLDER] [--tasks hellaswag,sciq] [--documents 100]
-    [--batches 1,4,8,16,32,64] [--repeats 3] [--threads 2]
+    python benchmarks/evaluation.py [--reference FOLDER] [--tasks hellaswag,sciq,clinc150]
+    [--documents 100] [--batches 1,4,8,16,32,64] [--repeats 3] [--threads 2]
 
 The reference's small model, and on a fifth of the documents random weights in the shape of GPT-2,
 on the first validation questions of each task, no prompt in front, as HFLM has none; HFLM at each
 of several batch sizes, with everything it does to a list of requests, fedsp just before each time,
-since a shared machine changes its speed; the same log-likelihoods to 1e-3.
+since a shared machine changes its speed; the same log-likelihoods to 1e-3. With a reference also
+`clinc150`: which of its 150 intents a request has, every intent a choice, on a tenth of the
+documents.
 """
 
 from __future__ import annotations
@@ -24,9 +26,26 @@ from material import add_reference, model_name, questions, random_gpt2
 from spread import median
 
 from fedsp.cli import quiet_libraries
+from fedsp.data.files import read_rows
 from fedsp.data.tasks import Example
 from fedsp.models.loading import load_model, load_tokenizer
 from fedsp.training.evaluation import score
+
+
+def intents(reference: Path) -> list[Example]:
+    """Requests, each with the names of all intents as choices."""
+    folder = reference / "data" / "intents" / "clinc150"
+    rows = {split: read_rows(folder / f"{split}.jsonl.gz") for split in ("train", "test")}
+    labels = sorted({row["completion"] for row in rows["train"]})
+    return [
+        Example(
+            id=row["id"],
+            context=row["prompt"],
+            choices=tuple(f" {label}" for label in labels),
+            gold=(labels.index(row["completion"]),),
+        )
+        for row in rows["test"]
+    ]
 
 
 def seconds_of(work: Callable[[], list[float]]) -> tuple[float, list[float]]:
@@ -79,7 +98,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_reference(parser)
-    parser.add_argument("--tasks", default="hellaswag,sciq")
+    parser.add_argument("--tasks", default="hellaswag,sciq,clinc150")
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--batches", default="1,4,8,16,32,64")
     parser.add_argument("--repeats", type=int, default=3)
@@ -96,6 +115,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         large = random_gpt2(folder, load_tokenizer(small))
         for task in given.tasks.split(","):
+            if task == "clinc150":
+                if given.reference:
+                    some = intents(given.reference)[: max(1, given.documents // 10)]
+                    compare(Path(small).name, small, task, some, given)
+                continue
             examples = questions(given.reference, task, "validation")[: given.documents]
             compare(Path(small).name, small, task, examples, given)
             compare("GPT-2, random", large, task, examples[: given.documents // 5], given)

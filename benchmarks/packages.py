@@ -50,7 +50,7 @@ from fedsp.training.distillation import masked_mse, packed
 from fedsp.training.layer_choice import drop_layers
 from fedsp.training.loop import Optimisation, fit, predicted_loss, text_loss
 
-READ, TO_CHOOSE_BY = 512, 16
+READ, TO_CHOOSE_BY = 512, 4
 Texts = Sequence[Sequence[int]]
 Row = dict[str, Any]
 

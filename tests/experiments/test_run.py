@@ -769,7 +769,7 @@ def test_a_package_says_how_much_worse_than_the_global_model_it_reads(
     commands.distill(config, package)
     manifest = json.loads((package / "auxiliary.json").read_text())
     server = open_server(config, load_dataset(config))
-    count = config.distill.sequences + 16
+    count = config.distill.sequences + 32
     unread = packed(
         server.tokenizer, read_passages([public]), length=32, count=count, seed=config.seed
     )[config.distill.sequences :]

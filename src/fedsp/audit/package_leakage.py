@@ -21,11 +21,7 @@ from fedsp.data.seeding import derive_seed
 from fedsp.errors import RunError
 from fedsp.experiments.plan import model_name
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.server_setup import (
-    public_sequences,
-    score_test,
-    unread_sequences,
-)
+from fedsp.experiments.server_setup import HELD_OUT, distillation_text, score_test
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import (
     AuxiliaryModel,
@@ -40,9 +36,6 @@ from fedsp.training.loop import Optimisation, answer_loss, fit, next_token_loss,
 
 STEPS = (0, 30, 120)
 """Steps of an attacker who trains the package on with public text."""
-HELD_BACK = 32
-"""Sequences of public text that neither the distillation nor an attacker has read: figures on what
-the package was fitted to would flatter it."""
 
 
 def audit_model(folder: Path, options: Options) -> dict[str, Any]:
@@ -60,11 +53,12 @@ def audit_model(folder: Path, options: Options) -> dict[str, Any]:
             " name data.test"
         )
     auxiliary, model = opened.auxiliary, opened.server.model
-    held, public = unread_sequences(opened.server, HELD_BACK), public_sequences(opened.server)
-    if len(held) < HELD_BACK:
+    text = distillation_text(opened.server)
+    # figures on what the package was fitted to would flatter it
+    if len(text.unread) < HELD_OUT:
         raise RunError(
-            f"{folder}: the distillation has read all public text but {len(held)} sequences, the"
-            f" audit needs {HELD_BACK} that it has not: lower distill.sequences, or add text"
+            f"{folder}: the distillation has read all public text but {len(text.unread)} sequences,"
+            f" the audit needs {HELD_OUT} that it has not: lower distill.sequences, or add text"
         )
     figures: dict[str, Any] = {
         "embeddings": auxiliary.embeddings,
@@ -72,13 +66,13 @@ def audit_model(folder: Path, options: Options) -> dict[str, Any]:
         "disclosed_share": disclosed_share(auxiliary, model),
         "nearly_disclosed_share": disclosed_share(auxiliary, model, NEAR),
         **_embeddings(auxiliary, model),
-        **_capability(auxiliary, model, held),
+        **_capability(auxiliary, model, text.unread),
     }
     callbacks.info("what is in the package and what it can do is measured")
     figures |= _gap(opened)
     callbacks.info("a client's own fine-tuned package is measured")
     best, seed = figures["global_perplexity"], opened.run.config.seed
-    return figures | {"extraction": _extraction(auxiliary, public, held, best, seed)}
+    return figures | {"extraction": _extraction(auxiliary, text.read, text.unread, best, seed)}
 
 
 def _embeddings(auxiliary: PromptedLM, model: PromptedLM) -> dict[str, float]:

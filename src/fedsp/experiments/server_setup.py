@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,11 +49,11 @@ from fedsp.training.evaluation import LogProbabilities, Scored, score, summarise
 from fedsp.training.layer_choice import drop_layers
 from fedsp.training.loop import Optimisation, text_loss
 
-TO_CHOOSE_BY = 16
+TO_CHOOSE_BY = 4
 """Sequences of public text by which layers are chosen."""
-HELD_OUT = 16
-"""Sequences of public text, at most, that tell how much worse than the global model a package
-reads."""
+HELD_OUT, WATCHED = 32, 8
+"""Sequences of public text, at most, that are not distilled on and tell how much worse than the
+global model a package reads; and how many of them tell when to stop."""
 LEAST_ROOM = 8
 """Tokens of text that a prompt must leave room for."""
 
@@ -117,60 +117,53 @@ def token_limit(config: RunConfig, model: PromptedLM) -> int:
     return min(room, config.data.max_tokens or room)
 
 
-def public_sequences(server: Server, count: int | None = None) -> list[list[int]]:
+@dataclass(frozen=True)
+class DistillationText:
+    """Token sequences that the distillation reads, and some of the same text that it does not, by
+    which it is judged."""
+
+    read: list[list[int]]
+    unread: list[list[int]]
+
+
+def distillation_text(server: Server, count: int | None = None) -> DistillationText:
     """The texts of the distillation as token sequences: packed passages, or the server's own
-    examples one by one; with `count`, only the first so many passages.
+    examples one by one, of which none is held out; with `count`, only the first so many passages.
+    What is not read are `HELD_OUT` sequences behind those that are, or, where there are not so
+    many, the last tenth at most.
 
     Raises:
         DataError: there are none, or they are longer than the model can read.
     """
     section, dataset = server.config.distill, server.dataset
-    room = server.model.max_positions - server.config.prompt.length
-    if section.sequence_length > room:
+    length, room = section.sequence_length, server.model.max_positions - server.config.prompt.length
+    if length > room:
         raise DataError(
-            f"distill.sequence_length = {section.sequence_length} is more than the {room} tokens"
-            f" that {server.model.name} reads behind a prompt"
+            f"distill.sequence_length = {length} is more than the {room} tokens that"
+            f" {server.model.name} reads behind a prompt"
         )
+    unread: list[list[int]] = []
     if section.text == ["server"]:
         own = dataset.held(dataset.partition.server)
-        sequences = [
-            list(row.ids) for row in encode_targets(server.tokenizer, own, section.sequence_length)
-        ]
+        read = [list(row.ids) for row in encode_targets(server.tokenizer, own, length)]
     else:
-        count = section.sequences if count is None else min(count, section.sequences)
-        sequences = packed(
+        most = section.sequences
+        read = packed(
             server.tokenizer,
             read_passages(section.text),
-            length=section.sequence_length,
-            count=count,
+            length=length,
+            count=most + HELD_OUT if count is None else min(count, most),
             seed=server.config.seed,
         )
-    if not sequences:
+        if count is None:
+            held = max(len(read) - most, min(HELD_OUT, len(read) // 10))
+            read, unread = read[: len(read) - held], read[len(read) - held :]
+    if not read:
         raise DataError(
             "there is no text to distil on: the server holds no example (partition.server_share),"
             " or distill.text is empty"
         )
-    return sequences
-
-
-def unread_sequences(server: Server, count: int) -> list[list[int]]:
-    """At most so many sequences of public text that the distillation has not read: what comes
-    behind those that it takes."""
-    section = server.config.distill
-    if section.text in ([], ["server"]):
-        return []
-    found = packed(
-        server.tokenizer,
-        read_passages(section.text),
-        length=section.sequence_length,
-        count=section.sequences + count,
-        seed=server.config.seed,
-    )
-    return [
-        sequence
-        for sequence in found[section.sequences :]
-        if len(sequence) == section.sequence_length
-    ]
+    return DistillationText(read, [text for text in unread if len(text) == length])
 
 
 def with_layers_chosen(config: RunConfig, callbacks: Callbacks | None = None) -> RunConfig:
@@ -217,7 +210,7 @@ def _choose(config: RunConfig, count: int, ends: int, callbacks: Callbacks) -> l
                 else f"expected 1 to {room} layers{' between its ends' if ends else ''}"
             )
         )
-    texts = [text for text in public_sequences(server, TO_CHOOSE_BY) if len(text) == length]
+    texts = [text for text in distillation_text(server, TO_CHOOSE_BY).read if len(text) == length]
     if not texts:
         raise DataError(
             f"{asked} reads public text, and that of distill.text has not the {length} tokens of"
@@ -285,14 +278,15 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         rank=section.embedding_rank,
         seed=derive_seed(config.seed, "embeddings"),
     )
-    unread = unread_sequences(server, HELD_OUT)
+    given = config.distill.steps > 0 or config.distill.text not in ([], ["server"])
+    text = distillation_text(server) if given else DistillationText([], [])
     if steps := config.distill.steps:
         started = time.perf_counter()
         made = fit_auxiliary(
             server,
             auxiliary,
+            text,
             progress=lambda step, loss: callbacks.distilled(step, steps, loss),
-            held_out=unread,
         )
         server.seconds["distillation"] = time.perf_counter() - started
         if made < steps:
@@ -301,8 +295,8 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
                 " not read had stopped falling"
             )
     auxiliary.discloses = disclosed_share(auxiliary, server.model)
-    if unread:
-        own, others = (text_loss(model, unread) for model in (auxiliary, server.model))
+    if text.unread:
+        own, others = (text_loss(model, text.unread) for model in (auxiliary, server.model))
         auxiliary.excess_text_loss = own - others
     auxiliary.save(folder)
     callbacks.info(
@@ -326,13 +320,13 @@ def _say_how_it_reads(auxiliary: AuxiliaryModel, callbacks: Callbacks) -> None:
 def fit_auxiliary(
     server: Server,
     auxiliary: AuxiliaryModel,
+    text: DistillationText,
     *,
     progress: Progress = lambda step, loss: None,
     around: SoftPrompt | None = None,
-    held_out: Sequence[Sequence[int]] = (),
 ) -> int:
     """Distil the global model into the auxiliary one as the configuration says, in place; returns
-    the steps made. Texts of `held_out` tell when to stop.
+    the steps made. Text that is not read tells when to stop, but behind a prompt.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -353,12 +347,12 @@ def fit_auxiliary(
     losses = distill(
         auxiliary,
         server.model,
-        public_sequences(server),
+        text.read,
         how,
         seed=server.config.seed,
         progress=progress,
         around=around,
-        held_out=held_out,
+        held_out=() if around else text.unread[:WATCHED],
     )
     return len(losses)
 
@@ -374,7 +368,7 @@ def redistilling(
     distils again, with the current prompt in front of both models; a package that a client does not
     have yet counts as bytes sent down to it. It always starts from the first auxiliary model, so a
     resumed run is bit-identical."""
-    every = server.config.distill.again_every
+    every, text = server.config.distill.again_every, distillation_text(server)
     package = auxiliary.weights()
     fitted_in = 1
     has = {
@@ -388,7 +382,7 @@ def redistilling(
         if due > fitted_in:
             auxiliary.load_weights(package)
             around = read_prompt(run.path / "prompts" / f"round-{due - 1:05d}.safetensors")
-            fit_auxiliary(server, auxiliary, around=around.to(server.model.device))
+            fit_auxiliary(server, auxiliary, text, around=around.to(server.model.device))
             fitted_in = due
             info(
                 f"round {round}: the package was distilled again around the prompt of round"
@@ -448,7 +442,7 @@ def first_tokens(server: Server) -> torch.Tensor | None:
         )
     needed = math.ceil(section.length / server.config.distill.sequence_length)
     return torch.tensor(
-        [token for sequence in public_sequences(server, needed) for token in sequence][
+        [token for sequence in distillation_text(server, needed).read for token in sequence][
             : section.length
         ]
     )

@@ -136,7 +136,7 @@ def distill(
         progress(steps, float(value.detach()))
         return value
 
-    schedule = _UntilFlat(how.optimisation.learning_rate, how.steps)
+    schedule = UntilFlat(how.optimisation.learning_rate, how.steps)
     every = max(1, how.steps // CHECKS)
 
     def batches() -> Iterator[list[int]]:
@@ -151,7 +151,7 @@ def distill(
     return fit(auxiliary.distillable(), loss, batches(), how.optimisation, rate=rate).losses
 
 
-class _UntilFlat:
+class UntilFlat:
     """A learning rate that rises over a tenth of the steps, stays until the loss on held-out text
     has stopped falling or three quarters of the steps are made, and falls to zero within a third of
     the steps made (warm-up, stable, decay: S. Hu et al. *MiniCPM*. COLM 2024.
