@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
@@ -205,6 +206,8 @@ def _run(
     from fedsp.report.console import Display, figures_table
 
     with Display() as display:
+        if engine == "local" and not (resume or workers):
+            _measure_threads(display.callbacks().info)
         if resume:
             figures = commands.resume(
                 resume, read, callbacks=display.callbacks(), engine=engine, workers=workers
@@ -632,6 +635,22 @@ def main() -> None:
         )
     typer.echo(f"fedsp: {message}".encode(errors="backslashreplace").decode(), err=True)
     sys.exit(2)
+
+
+def _measure_threads(info: Callable[[str], None]) -> None:
+    """Give torch the threads that are worth having on this machine now."""
+    import torch
+
+    from fedsp.training.threads import measured_threads
+
+    most = torch.get_num_threads()
+    threads, faster = measured_threads()
+    if threads < most:
+        info(
+            f"one thread, since {most} are {faster:.1f} times as fast on this machine as busy as it"
+            " is now; OMP_NUM_THREADS sets another number"
+        )
+    torch.set_num_threads(threads)
 
 
 def _read(config: Path, overrides: list[str] | None) -> RunConfig:

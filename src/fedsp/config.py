@@ -158,8 +158,8 @@ class DistillSection(Section):
     """Knowledge distillation from the global to the auxiliary model, before the first round."""
 
     steps: Count
-    """optimizer steps at most; 0: the layers are handed out as they are in the global model. Some of
-    distill.text is held out, and distillation ends once the loss on it has stopped falling"""
+    """optimizer steps at most; 0: the layers are handed out as they are in the global model. Some
+    of distill.text is held out, and distillation ends once the loss on it has stopped falling"""
     text: list[str]
     """text files (may be .gz), passages separated by blank lines; ['server']: the server's own
     examples"""
