@@ -163,15 +163,13 @@ def last_verbatim(plan: LayerPlan) -> int:
     return depth
 
 
-class Held:
+class Held(Optimisation):
     """Warm-up, a constant rate, and a fall to zero in the last quarter."""
 
-    def __init__(self, peak: float, steps: int) -> None:
-        self.peak, self.steps = peak, steps
-
-    def __call__(self, step: int) -> float:
-        rising, falling = math.ceil(0.1 * self.steps), math.ceil(0.25 * self.steps)
-        return self.peak * min(1.0, (step + 1) / rising, (self.steps - step) / falling)
+    def rate(self, step: int) -> float:
+        rising, falling = math.ceil(0.1 * self.total_steps), math.ceil(0.25 * self.total_steps)
+        left = self.total_steps - step
+        return self.learning_rate * min(1.0, (step + 1) / rising, left / falling)
 
 
 @dataclass
@@ -332,8 +330,8 @@ def distilled(
     order = drawn(min(recipe.texts, len(made.read)), steps, recipe.batch, seed)
     total = 0.0
     parts = 1 if recipe.start != "progressive" else 1 + extra
-    rate = Held(recipe.rate, steps)
-    falling = Optimisation(learning_rate=recipe.rate, total_steps=steps)
+    schedule = Held if recipe.holds else Optimisation
+    optimisation = schedule(learning_rate=recipe.rate, total_steps=steps)
     known: set[int] = set()
     kept: dict[int, dict[int, Tensor]] = {}
 
@@ -392,9 +390,8 @@ def distilled(
             package.distillable(),
             loss,
             order[first:end],
-            falling,
+            optimisation,
             first_step=first,
-            rate=rate if recipe.holds else None,
         )
         new = {index for indices in order[first:end] for index in indices} - known
         known |= new

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "prompt": {
         "auxiliary": {"plan": "ends(2)"},
-        "distill": {"steps": 500, "batch_size": 4, "text": [], "learning_rate": 3e-3},
+        "distill": {"steps": 500, "text": [], "learning_rate": 1e-3},
         "prompt": {"space": "residual", "length": 16, "init": "text"},
         "round": {"rounds": 20},
         "client": {

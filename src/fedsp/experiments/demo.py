@@ -54,7 +54,7 @@ DEMO: Figures = {
     "model": {"name": "embedded", "device": "cpu"},
     "data": {"task": "continuation"},
     "partition": {"kind": "natural", "column": "owner", "server_share": 0.0},
-    "distill": {"steps": 400, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 64},
+    "distill": {"steps": 300, "text": [str(EMBEDDED / "public.txt")], "sequence_length": 64},
     "auxiliary": {"plan": "emulator(1, 3)"},
     "prompt": {"length": 16},
     "round": {"rounds": 20},

@@ -38,11 +38,9 @@ Progress = Callable[[int, float], None]
 
 IN_MEMORY = 1 << 30
 """Largest size, in bytes, of teacher states that are cached in memory instead of on disk."""
-CHECKS = 20
-"""How often the loss on held-out text is measured in a whole distillation."""
-PATIENCE, LEAST_FALL = 3, 0.005
-"""The held-out loss has stopped falling when so many measurements have not lowered the least by so
-many nats per token."""
+CHECKS, PATIENCE = 20, 5
+"""How often the loss on held-out text is measured in a whole distillation, and after how many
+measurements that are no lower than one before them it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +48,6 @@ class Distillation:
     """Settings of distillation. Weights of losses that are added (0: off): `match_depths`, the mean
     squared error of states at all depths; `match_logits`, the KL divergence of next-token
     distributions.
-
-    Where text is held out, the learning rate stays at its peak until the loss on it has stopped
-    falling, at most for three quarters of `steps`, and then falls to zero within a third of the
-    steps made; else it falls as `optimisation` says.
     """
 
     steps: int
@@ -136,49 +130,19 @@ def distill(
         progress(steps, float(value.detach()))
         return value
 
-    schedule = UntilFlat(how.optimisation.learning_rate, how.steps)
     every = max(1, how.steps // CHECKS)
 
     def batches() -> Iterator[list[int]]:
+        least, since = math.inf, 0
         for step, indices in enumerate(order):
             if held_out and step and step % every == 0:
-                schedule.measured(step, text_loss(auxiliary, held_out))
-            if step == schedule.end:
-                return
+                found = text_loss(auxiliary, held_out)
+                least, since = (found, 0) if found < least else (least, since + 1)
+                if since == PATIENCE:
+                    return
             yield indices
 
-    rate = schedule.rate if held_out else None
-    return fit(auxiliary.distillable(), loss, batches(), how.optimisation, rate=rate).losses
-
-
-class UntilFlat:
-    """A learning rate that rises over a tenth of the steps, stays until the loss on held-out text
-    has stopped falling or three quarters of the steps are made, and falls to zero within a third of
-    the steps made (warm-up, stable, decay: S. Hu et al. *MiniCPM*. COLM 2024.
-    https://arxiv.org/abs/2404.06395)."""
-
-    def __init__(self, peak: float, steps: int) -> None:
-        self._peak, self._rising = peak, math.ceil(0.1 * steps)
-        self._losses: list[float] = []
-        self._fall_from(steps * 3 // 4)
-        self.end = steps
-
-    def _fall_from(self, step: int) -> None:
-        self._falls, self.end = step, step + math.ceil(step / 3)
-
-    def rate(self, step: int) -> float:
-        """The rate of a step, counted from 0."""
-        if step < self._rising:
-            return self._peak * (step + 1) / self._rising
-        return self._peak * min(1.0, (self.end - step) / (self.end - self._falls))
-
-    def measured(self, step: int, loss: float) -> None:
-        """Tell the held-out loss, nats per token, before a step."""
-        self._losses.append(loss)
-        if self._rising <= step < self._falls and len(self._losses) > PATIENCE:
-            earlier, latest = self._losses[:-PATIENCE], self._losses[-PATIENCE:]
-            if min(latest) > min(earlier) - LEAST_FALL:
-                self._fall_from(step)
+    return fit(auxiliary.distillable(), loss, batches(), how.optimisation).losses
 
 
 class TeacherStates:

@@ -108,13 +108,12 @@ def fit(
     *,
     first_step: int = 0,
     moments: Tensors | None = None,
-    rate: Callable[[int], float] | None = None,
 ) -> TrainResult:
     """One AdamW step on the parameters in `train` for each batch (whatever `loss` reads), and on
     nothing else.
 
     `first_step` is where this fit stands in the schedule of the run; `moments` continue an earlier
-    fit's optimizer; `rate` gives the learning rate of a step in place of `optimisation`.
+    fit's optimizer.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -126,7 +125,7 @@ def fit(
         return value.detach()
 
     fitted = optimize(
-        train, gradients, batches, optimisation, first_step=first_step, moments=moments, rate=rate
+        train, gradients, batches, optimisation, first_step=first_step, moments=moments
     )
     bad = next(
         (index for index, value in enumerate(fitted.losses) if not math.isfinite(value)), None
@@ -147,14 +146,13 @@ def optimize(
     *,
     first_step: int = 0,
     moments: Tensors | None = None,
-    rate: Callable[[int], float] | None = None,
 ) -> TrainResult:
     """`fit` with gradients from any source: `gradients` sets `.grad` of the parameters and returns
     the loss, or None if the loss is private."""
-    names, rate = list(train), rate or optimisation.rate
+    names = list(train)
     optimizer = torch.optim.AdamW(
         [train[name] for name in names],
-        lr=rate(first_step),
+        lr=optimisation.rate(first_step),
         weight_decay=optimisation.weight_decay,
     )
     if moments:
@@ -163,7 +161,7 @@ def optimize(
     with gradients_set(train.values(), True):
         for step, batch in enumerate(batches, start=first_step):
             for group in optimizer.param_groups:
-                group["lr"] = rate(step)
+                group["lr"] = optimisation.rate(step)
             optimizer.zero_grad(set_to_none=True)
             value = gradients(batch)
             optimizer.step()
