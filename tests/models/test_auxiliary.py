@@ -576,25 +576,27 @@ def test_a_tail_is_distilled_to_the_states_at_its_cut() -> None:
     assert changed and all(".h.0." in name or ".h.1." in name for name in changed)
 
 
-def test_distillation_ends_where_text_is_read_no_better_and_not_before() -> None:
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [
+        ([3.0] * 20, 12),  # measured every 2 steps: a first time, and five that are no lower
+        ([9.0, 3.0, *[4.0] * 4, 2.9, *[3.0] * 20], 24),
+        ([3.0 - 0.01 * place for place in range(20)], 40),
+    ],
+)
+def test_distillation_ends_where_held_out_text_is_read_no_better_and_not_before(
+    losses: list[float], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter(losses)
+    held_out = [[5, 6, 7]]
+
+    def text_loss(_: Any, texts: Any) -> float:
+        assert texts is held_out
+        return next(measured)
+
+    monkeypatch.setattr(distillation, "text_loss", text_loss)
     teacher = load_model(str(EMBEDDED / "model"), device="cpu")
-    texts = packed(
-        TOKENIZER, (EMBEDDED / "public.txt").read_text().split("\n\n"), length=16, count=24, seed=0
-    )
-    steps = []
-    for learning_rate in (1.0, 1e-3):
-        losses = distill(
-            build_auxiliary(teacher, parse_plan("ends(1, 1)", 8), TOKENIZER),
-            teacher,
-            texts[:16],
-            Distillation(
-                steps=20,
-                batch_size=2,
-                optimisation=Optimisation(learning_rate=learning_rate, total_steps=20),
-            ),
-            seed=0,
-            held_out=texts[16:],
-        )
-        steps.append(len(losses))
-    assert steps[0] < 20, "too high a rate makes it worse from the start"
-    assert steps[1] == 20
+    how = Distillation(steps=40, batch_size=1, optimisation=Optimisation(learning_rate=1e-3))
+    auxiliary = build_auxiliary(teacher, parse_plan("ends(1, 1)", 8), TOKENIZER)
+    made = distill(auxiliary, teacher, [[8, 9, 10]], how, seed=0, held_out=held_out)
+    assert len(made) == steps
