@@ -125,9 +125,16 @@ def main() -> None:
         "client": {"prompt_steps": 5, "batch_size": 4, "keep_optimizer": True},
         "compression": {"up": "sign", "down": "int8"},
     }
+    adapters = {
+        "preset": "messenger",
+        "messenger": {"kind": "adapter", "rank": 64, "alpha": 128.0},
+        "prompt": {},
+    }
     runs: dict[str, tuple[int, int, int, dict[str, Any]]] = {
         "whole": (given.clients, 100, given.rounds, {}),
         "resting": (given.clients, 100, given.rounds, kept),
+        "adapters": (given.clients, 100, given.rounds, adapters),
+        "adapters, resting": (given.clients, 100, given.rounds, adapters | kept),
         **{f"asked-{asked}": (given.clients, asked, 4, {}) for asked in ASKED},
         "few": (200, 100, 4, {}),
     }

@@ -44,7 +44,7 @@ from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import how_it_reads, plan_run
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory, list_runs
-from fedsp.experiments.server_setup import Server, open_server
+from fedsp.experiments.server_setup import Server, distillation_text, open_server
 from fedsp.experiments.start import answers_of, open_run
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
@@ -791,6 +791,28 @@ def test_a_package_says_how_much_worse_than_the_global_model_it_reads(
     assert "distil longer" in told[0]
     monkeypatch.setattr("fedsp.experiments.plan.MUCH_WORSE", manifest["excess_text_loss"] + 0.01)
     assert how_it_reads(manifest["excess_text_loss"]).startswith("on public text")
+
+
+@pytest.mark.parametrize(
+    ("length", "sequences", "read", "unread"),
+    [(16, 100, 100, 32), (16, 5000, None, 32), (64, 512, None, 0)],
+)
+def test_text_that_a_package_is_judged_by_is_not_distilled_on(
+    length: int, sequences: int, read: int | None, unread: int, tmp_path: Path
+) -> None:
+    """What stands behind the text that is read, or its end; none where that would be more than a
+    sixteenth of it."""
+    public = EMBEDDED / "public.txt"
+    section = {"text": [str(public)], "sequence_length": length, "sequences": sequences}
+    config = make_config(settings(tmp_path, distill={"steps": 1, **section}))
+    server = open_server(config, load_dataset(config))
+    whole = packed(
+        server.tokenizer, read_passages([public]), length=length, count=10**6, seed=config.seed
+    )
+    text = distillation_text(server)
+    assert text.read + text.unread == whole[: len(text.read) + unread]
+    assert len(text.unread) == unread
+    assert len(text.read) == (len(whole) - unread if read is None else read)
 
 
 def test_a_package_that_is_damaged_cannot_be_planned_for(tmp_path: Path) -> None:

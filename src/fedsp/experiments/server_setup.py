@@ -130,7 +130,7 @@ def distillation_text(server: Server, count: int | None = None) -> DistillationT
     """The texts of the distillation as token sequences: packed passages, or the server's own
     examples one by one, of which none is held out; with `count`, only the first so many passages.
     What is not read are `HELD_OUT` sequences behind those that are, or, where there are not so
-    many, the last tenth at most.
+    many, the last ones, if they are a sixteenth of all at most.
 
     Raises:
         DataError: there are none, or they are longer than the model can read.
@@ -156,7 +156,7 @@ def distillation_text(server: Server, count: int | None = None) -> DistillationT
             seed=server.config.seed,
         )
         if count is None:
-            held = max(len(read) - most, min(HELD_OUT, len(read) // 10))
+            held = max(len(read) - most, HELD_OUT if len(read) >= 16 * HELD_OUT else 0)
             read, unread = read[: len(read) - held], read[len(read) - held :]
     if not read:
         raise DataError(
