@@ -393,8 +393,10 @@ def test_what_a_client_keeps_of_a_round_is_one_file_written_once(
 
     monkeypatch.setattr("fedsp.federation.state_store.write_tensors", counted)
     store = StateStore(tmp_path)
+    moments = torch.ones(2)
     with store.together():
-        store.save(1, {"prompt/exp_avg.a": torch.ones(2)})
+        store.save(1, {"prompt/exp_avg.a": moments})
+        moments.zero_()  # another client's are in its place before it is written
         store.save(1, {"residual/a": torch.zeros(2)})
         assert not store.rounds()
     assert written == ["round-00001.safetensors"]

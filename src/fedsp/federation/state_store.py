@@ -73,7 +73,9 @@ class StateStore:
         if self._waiting is None:
             self._write(round, state)
         else:
-            self._waiting[round] = {**self._waiting.get(round, {}), **state}
+            # as they are now: the clients of a process share one model, whose weights change
+            copies = {name: tensor.detach().clone() for name, tensor in state.items()}
+            self._waiting[round] = {**self._waiting.get(round, {}), **copies}
 
     def _write(self, round: int, state: Tensors) -> None:
         write_tensors(self._file(round), {**self.at(round), **state})
