@@ -73,7 +73,7 @@ class Recipe:
 
 STATES = Recipe({"states": 1.0})
 RECIPES = {
-    "before: states, rate 1e-3, batches of 8, rate falls": Recipe(
+    "default: states, rate 1e-3, batches of 8, rate falls": Recipe(
         {"raw": 1.0}, rate=1e-3, batch=8, holds=False
     ),
     "states": STATES,
@@ -293,7 +293,7 @@ def recipe_rows(
     }
     for name in names:
         recipe = RECIPES[name]
-        counts = given.before if name.startswith("before") else given.draws
+        counts = given.default if name.startswith("default") else given.draws
         for count in map(int, counts.split(",")):
             started = time.perf_counter()
             try:
@@ -453,7 +453,9 @@ def main() -> None:
     parser.add_argument("--plan", default="emulator(1, 3)")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--draws", default="240,800", help="texts that are read, again or not")
-    parser.add_argument("--before", default="480,2400", help="the same for the recipe of before")
+    parser.add_argument(
+        "--default", default="480,2400", help="the same for the recipe that is the default"
+    )
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--judge", type=int, default=32, help="texts of each kind to judge by")
     parser.add_argument("--device", default="cpu")
