@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedsp.audit.package_leakage import linear_cka
 from fedsp.cli import quiet_libraries
 from fedsp.data.batching import Padded, pad
 from fedsp.data.encoding import Tokenizer
@@ -256,17 +257,8 @@ def similarities(model: PromptedLM, texts: Texts) -> Tensor:
     ids = torch.tensor(texts, device=model.device)
     outputs = hidden_at_depths(model, ids, torch.ones_like(ids))[1:]
     flat = [state.flatten(0, 1).double() for state in outputs]
-    flat = [state - state.mean(dim=0) for state in flat]
-    products = [state.T @ state for state in flat]
-    return torch.tensor(
-        [
-            [
-                float((one.T @ other).square().sum() / (left.norm() * right.norm()))
-                for other, right in zip(flat, products, strict=True)
-            ]
-            for one, left in zip(flat, products, strict=True)
-        ]
-    )
+    centred = [state - state.mean(dim=0) for state in flat]
+    return torch.tensor([[linear_cka(one, other) for other in centred] for one in centred])
 
 
 def clusters(alike: Tensor, count: int) -> list[list[int]]:
@@ -322,14 +314,13 @@ def distilled(
         gone = drop_layers(teacher, made.read[:TO_CHOOSE_BY], layers - depth, keep=keep)
         middle = sorted({*range(layers)} - keep - {one.layer for one in gone})
         plan = parse_plan(f"emulator({ends}, {middle})", layers)
-    stages = [plan]
-    if recipe.start == "progressive":
-        extra = min(2, layers - depth)
-        stages = [parse_plan(f"emulator({ends}, {depth - 2 * ends + extra})", layers)]
-    package = build_auxiliary(teacher, stages[0], made.tokenizer)
+    extra = min(2, layers - depth) if recipe.start == "progressive" else 0
+    if extra:
+        plan = parse_plan(f"emulator({ends}, {depth - 2 * ends + extra})", layers)
+    package = build_auxiliary(teacher, plan, made.tokenizer)
     order = drawn(min(recipe.texts, len(made.read)), steps, recipe.batch, seed)
     total = 0.0
-    parts = 1 if recipe.start != "progressive" else 1 + extra
+    parts = 1 + extra
     schedule = Held if recipe.holds else Optimisation
     optimisation = schedule(learning_rate=recipe.rate, total_steps=steps)
     known: set[int] = set()

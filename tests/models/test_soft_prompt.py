@@ -101,6 +101,10 @@ def test_rows_side_by_side_are_rows_by_themselves(family: str, positions: str, s
     assert read[-1] == 28
 
 
+def triangle(length: int) -> int:
+    return length * (length + 1) // 2
+
+
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5000), st.integers(0, 60)
 )
@@ -111,6 +115,8 @@ def test_packed_rows_hold_every_token_once(lengths: list[int], weight: int, more
     real = padded.mask.bool()
     assert torch.equal(packed.ids.flatten()[cells][real], padded.ids[real])
     assert len(set(cells[real].tolist())) == sum(lengths)
+    padding = packed.ids.numel() - sum(lengths)  # sees itself alone, and each token its own row
+    assert int(packed.seen().sum()) == sum(map(triangle, lengths)) + padding
     assert torch.equal(packed.positions.flatten()[cells][real], padded.ids[real] % 100)
     count, width = packed.ids.shape
     assert width <= max(lengths) + more
