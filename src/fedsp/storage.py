@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ MANIFEST = "auxiliary.json"
 """The file that says what the auxiliary model beside it is."""
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DIGEST = "sha256"
@@ -34,6 +36,31 @@ def room_for_large_files() -> str:
     unlike /tmp is a disk everywhere (file-hierarchy(7))."""
     choices = (os.environ.get("TMPDIR", ""), "/var/tmp", tempfile.gettempdir())
     return next(folder for folder in choices if os.access(folder, os.W_OK))
+
+
+def tensor_on_disk(count: int, dtype: torch.dtype, *, what: str, instead: str) -> Tensor:
+    """A tensor (count,) mapped to a temporary file that is already unlinked, and ends with the
+    process. `what` it holds, and what to do `instead` of freeing space, are for the message.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    import torch
+
+    size, folder = count * dtype.itemsize, room_for_large_files()
+    with tempfile.NamedTemporaryFile(prefix="fedsp-states-", dir=folder) as file:
+        try:
+            if sys.platform == "linux":
+                # reserve it: a full disk would later kill the process with SIGBUS
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        except OSError as error:
+            raise StorageError(
+                f"{what} need {size / 2**30:.1f} GiB in {folder} ({error.strerror}): set TMPDIR to"
+                f" a folder with more room, or {instead}"
+            ) from error
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

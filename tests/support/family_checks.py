@@ -148,6 +148,20 @@ def padded_is_single(family: Family, _: Path) -> None:
             close(found[: len(row)], family.behind(row, prefix))
 
 
+@torch.no_grad()
+def states_at_a_depth(family: Family, _: Path) -> None:
+    """From what enters the last blocks, where fedsp uses that, the model goes on as it does by
+    itself."""
+    depth = len(family.model.blocks) - 2
+    front, texts = family.model.front(depth), [tuple(row) for row in ROWS]
+    if not front.works:
+        return
+    entry = front.entry(texts, front.groups(texts), range(len(texts)))
+    logits = family.model.logits(family.model(*padded(ROWS), None, entry))
+    for found, row in zip(logits, ROWS, strict=True):
+        close(found[: len(row)], family.alone(row))
+
+
 QUESTIONS = [
     Example(
         id="a",
@@ -375,6 +389,7 @@ CHECKS: dict[str, Callable[[Family, Path], None]] = {
         key_value_prompt,
         residual_prompt,
         padded_is_single,
+        states_at_a_depth,
         scores,
         greedy,
         gradient,

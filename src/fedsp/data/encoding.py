@@ -194,8 +194,16 @@ def collate(rows: Sequence[Encoded]) -> Batch:
 def training_batches(
     rows: Sequence[Encoded], *, steps: int, batch_size: int, seed: int
 ) -> Iterator[Batch]:
-    """`steps` batches drawn without replacement until the rows run out, then afresh; within each
-    pass rows of like length go together.
+    """The batches of `drawn_batches`, padded."""
+    for group in drawn_batches(rows, steps=steps, batch_size=batch_size, seed=seed):
+        yield collate([rows[index] for index in group])
+
+
+def drawn_batches(
+    rows: Sequence[Encoded], *, steps: int, batch_size: int, seed: int
+) -> Iterator[list[int]]:
+    """`steps` batches of row numbers, drawn without replacement until the rows run out, then
+    afresh; within each pass rows of like length go together.
 
     Which rows are read depends on the seed alone; the order of the batches is drawn too, so short
     and long ones mix.
@@ -213,5 +221,4 @@ def training_batches(
             key=lambda index: len(rows[index].ids),
         )
         groups = [pool[first : first + batch_size] for first in range(0, len(pool), batch_size)]
-        for group in rng.sample(groups, len(groups)):
-            yield collate([rows[index] for index in group])
+        yield from rng.sample(groups, len(groups))

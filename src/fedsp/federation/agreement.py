@@ -61,7 +61,12 @@ def stages_of(
         auxiliary=stage(
             "auxiliary", "align", client, client.auxiliary_steps, client.auxiliary_learning_rate
         ),
-        messenger=replace(messenger, proximal=client.proximal, privacy=privacy),
+        messenger=replace(
+            messenger,
+            proximal=client.proximal,
+            privacy=privacy,
+            reads=0 if client.auxiliary_steps else rounds * messenger.steps * messenger.batch_size,
+        ),
         server=stage("server", "server", server or client, steps, rate),
     )
 

@@ -141,7 +141,8 @@ class Adapter(Weights):
                 f"{name}.{part}": getattr(update, attribute)
                 for name, update in self.updates.items()
                 for part, attribute in self._parts()
-            }
+            },
+            first_depth=min(depth for depths in blocks.values() for depth in depths),
         )
 
     def _parts(self) -> list[tuple[str, str]]:

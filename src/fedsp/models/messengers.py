@@ -41,6 +41,8 @@ class Place:
 class PromptAndAdapter:
     """A soft prompt and an adapter as one messenger; its tensors are those of both."""
 
+    first_depth = 0
+
     def __init__(self, prompt: SoftPrompt, adapter: Adapter) -> None:
         self.prompt, self.adapter = prompt, adapter
 
@@ -94,7 +96,8 @@ def layer_weights(model: PromptedLM, blocks: Blocks) -> Weights:
             f"layers.{number:03d}.{name}": parameter
             for number, (depth,) in blocks.items()
             for name, parameter in model.blocks[depth].named_parameters()
-        }
+        },
+        first_depth=min(depth for (depth,) in blocks.values()),
     )
 
 

@@ -40,6 +40,7 @@ from fedsp.models.blocks import (
     rotation_switch,
     runs_on,
 )
+from fedsp.models.frozen_front import Entry, FrozenFront, entered
 from fedsp.models.trainable import trainable
 
 LONGEST_TREE = 2048
@@ -116,6 +117,7 @@ class PromptedLM(nn.Module):
         """The largest change of an example's gradient by its neighbours in a batch, relative to its
         norm, as measured there; None until then."""
         self._output: Any = None
+        self._fronts: dict[int, FrozenFront] = {}
         self._block_calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._plain_calls: list[BlockCall] = []
         self.switch = rotation_switch(model.config)
@@ -161,11 +163,20 @@ class PromptedLM(nn.Module):
             return min(longest, self.switch.positions)
         return longest
 
+    def front(self, depth: int) -> FrozenFront:
+        """What the blocks before `depth` make of texts, kept from call to call."""
+        return self._fronts.setdefault(depth, FrozenFront(self, depth))
+
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prefix: Tensor | None = None,
+        entry: Entry | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, D), after the final norm, of right-padded tokens (B, T) behind
-        a prefix (P, L, 2, H, K) or one prefix per example (B, P, L, 2, H, K).
+        a prefix (P, L, 2, H, K) or one prefix per example (B, P, L, 2, H, K). With an `entry` only
+        the blocks from its depth on are computed.
 
         Rows with a shared prefix are packed where that saves padding and `packs_branches` allows;
         the hidden states at padding are undefined.
@@ -180,8 +191,12 @@ class PromptedLM(nn.Module):
                 packed, cells = pack(
                     Padded(input_ids, attention_mask), weight=6 * self.shape.hidden, room=room
                 )
-                return self.read_branches(packed, prefix).flatten(0, 1)[cells]
-        return self.read_padded(input_ids, attention_mask, prefix)
+                if entry is not None:
+                    entry = entry.arranged(cells, attention_mask, tuple(packed.ids.shape))
+                with entered(self.blocks, entry):
+                    return self.read_branches(packed, prefix).flatten(0, 1)[cells]
+        with entered(self.blocks, entry):
+            return self.read_padded(input_ids, attention_mask, prefix)
 
     def read_padded(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prefix: Tensor | None = None
@@ -474,7 +489,7 @@ class PromptedLM(nn.Module):
         """What the block at a depth adds to hidden states (1, T, D), the same random ones for every
         model of a hidden size, when it is called as its model calls it, with rotations and the like
         rounded as a model of the data type `like` has them; float32, on the CPU."""
-        tokens = self._some_tokens()
+        tokens = self.some_tokens()
         hidden = torch.randn(
             *tokens.shape, self.shape.hidden, generator=torch.Generator().manual_seed(0)
         ).to(self.device)
@@ -535,7 +550,7 @@ class PromptedLM(nn.Module):
 
     def _shape_by_reading(self) -> ModelShape:
         kind = self.model.config.model_type
-        tokens = self._some_tokens()
+        tokens = self.some_tokens()
         made: list[Any] = []
         handle = self.backbone.register_forward_hook(
             lambda _module, _arguments, output: made.append(output)
@@ -611,7 +626,7 @@ class PromptedLM(nn.Module):
         """A prompt made of what a text's first tokens leave in the model must act as that text; and
         positions counted from zero must make a difference."""
         kind, length = self.model.config.model_type, 3
-        tokens = self._some_tokens()
+        tokens = self.some_tokens()
         self.shape = shape
         inputs, pairs = self.activations(tokens[0, :length])
         positions, self.positions = self.positions, "hugging_face"
@@ -639,7 +654,8 @@ class PromptedLM(nn.Module):
                 " position ids and always counts the prompt (as with ALiBi); use 'hugging_face'"
             )
 
-    def _some_tokens(self) -> Tensor:
+    def some_tokens(self) -> Tensor:
+        """A text (1, T) to try the model out on."""
         vocabulary: int = self.model.config.get_text_config().vocab_size
         return torch.arange(3, 11, device=self.device)[None] % vocabulary
 

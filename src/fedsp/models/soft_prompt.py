@@ -62,6 +62,7 @@ class SoftPrompt(nn.Module):
     amount to."""
 
     origin: Tensor
+    first_depth: int = 0
 
     def __init__(self, spec: PromptSpec, values: Tensor | None = None, *, seed: int = 0) -> None:
         super().__init__()

@@ -30,6 +30,9 @@ class Messenger(Trainable, Protocol):
     (`fedsp.models.adapter`) or weights (`fedsp.models.weights`) of the model, or two together
     (`fedsp.models.messengers`)."""
 
+    first_depth: int = 0
+    """The first block of its model whose output depends on it."""
+
     def payload(self) -> Payload:
         """The tensors that travel: float32, on the CPU."""
 

@@ -18,7 +18,8 @@ class Weights(Messenger):
     Parties that share one model in one process must each load their payload before any other call.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, first_depth: int = 0) -> None:
+        self.first_depth = first_depth
         self._parameters = dict(sorted(parameters.items()))
 
     def trained(self) -> dict[str, nn.Parameter]:

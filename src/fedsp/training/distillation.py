@@ -10,10 +10,7 @@ file.
 from __future__ import annotations
 
 import math
-import os
 import random
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,11 +22,10 @@ from torch.nn.functional import kl_div
 from fedsp.data.batching import pad
 from fedsp.data.encoding import Tokenizer
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import StorageError
 from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.prompted_lm import PromptedLM, hidden_at_depths
 from fedsp.models.soft_prompt import SoftPrompt
-from fedsp.storage import room_for_large_files
+from fedsp.storage import tensor_on_disk
 from fedsp.training.loop import Optimisation, fit, text_loss
 
 Sequences = Sequence[Sequence[int]]
@@ -170,7 +166,14 @@ class TeacherStates:
                 shapes = [(len(self._rows), self._longest, state.shape[-1]) for state in states]
                 large = 4 * sum(math.prod(shape) for shape in shapes) > IN_MEMORY
                 self._states = [
-                    _on_disk(math.prod(shape)).view(shape) if large else torch.zeros(shape)
+                    tensor_on_disk(
+                        math.prod(shape),
+                        torch.float32,
+                        what="the teacher's states",
+                        instead="make distill.sequences smaller",
+                    ).view(shape)
+                    if large
+                    else torch.zeros(shape)
                     for shape in shapes
                 ]
             for cached, state in zip(self._states, states, strict=True):
@@ -180,24 +183,6 @@ class TeacherStates:
 
     def _at(self, indices: list[int]) -> Tensor:
         return torch.tensor([self._rows[index] for index in indices])
-
-
-def _on_disk(count: int) -> Tensor:
-    """A float32 tensor (count,) mapped to a temporary file that is already unlinked."""
-    size, folder = 4 * count, room_for_large_files()
-    with tempfile.NamedTemporaryFile(prefix="fedsp-teacher-states-", dir=folder) as file:
-        try:
-            if sys.platform == "linux":
-                # reserve it: a full disk would later kill the process with SIGBUS
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-        except OSError as error:
-            raise StorageError(
-                f"the teacher's states need {size / 2**30:.1f} GiB in {folder} ({error.strerror}):"
-                " set TMPDIR to a folder with more room, or make distill.sequences smaller"
-            ) from error
-        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32)
 
 
 def _order(count: int, how: Distillation, seed: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from fedsp.data.batching import Padded, pad
 from fedsp.data.encoding import IGNORED, Batch
 from fedsp.errors import TrainingDiverged
+from fedsp.models.frozen_front import Entry
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.trainable import Tensors
 
@@ -47,13 +48,17 @@ class Optimisation:
         )
 
 
-def answer_loss(model: PromptedLM, prefix: Tensor | None, batch: Batch) -> Tensor:
+def answer_loss(
+    model: PromptedLM, prefix: Tensor | None, batch: Batch, entry: Entry | None = None
+) -> Tensor:
     """Mean cross-entropy, nats per token, over the answer tokens of a batch; logits are computed
     only there.
 
     `prefix`: keys and values (prompt length, layers, 2, heads, head size), or one per example.
+    `entry`: hidden states of the batch at a depth, from which on the model is computed.
     """
-    return states_loss(model, model(batch.input_ids, batch.attention_mask, prefix), batch)
+    hidden = model(batch.input_ids, batch.attention_mask, prefix, entry)
+    return states_loss(model, hidden, batch)
 
 
 def states_loss(model: PromptedLM, hidden: Tensor, batch: Batch) -> Tensor:

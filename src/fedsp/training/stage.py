@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsp.data.encoding import Batch, Encoded, collate, training_batches
+from fedsp.data.encoding import Encoded, collate, drawn_batches
 from fedsp.data.seeding import derive_seed
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
@@ -30,6 +30,9 @@ class Stage:
         the squared distance from the received payload is added to the loss.
     privacy: if set, gradients are clipped per example and noised, batches are Poisson samples of
         expected size `batch_size`, and no loss is reported.
+    reads: how many examples the stage reads in all rounds, if nothing trains the model's own
+        weights; else 0. Where that is each example twice or more, what blocks that the messenger
+        does not touch make of it is kept (`fedsp.models.frozen_front`).
     keep_optimizer: whether the party keeps AdamW's moments between rounds; else they start at zero.
     """
 
@@ -40,6 +43,7 @@ class Stage:
     optimisation: Optimisation
     proximal: float = 0.0
     privacy: ExamplePrivacy | None = None
+    reads: int = 0
     keep_optimizer: bool = False
 
 
@@ -76,13 +80,21 @@ def train_stage(
             moments=moments,
         )
 
-    def loss(batch: Batch) -> Tensor:
-        value = answer_loss(model, messenger.prefix(model), batch.to(model.device))
+    texts = [row.ids for row in examples]
+    front = model.front(messenger.first_depth) if messenger.first_depth else None
+    if front and (stage.reads < 2 * len(examples) or not front.works):
+        front = None
+    groups = front.groups(texts) if front else {}
+
+    def loss(drawn: list[int]) -> Tensor:
+        batch = collate([examples[number] for number in drawn]).to(model.device)
+        entry = front.entry(texts, groups, drawn) if front else None
+        value = answer_loss(model, messenger.prefix(model), batch, entry)
         return (
             value + stage.proximal / 2 * messenger.distance(received) if stage.proximal else value
         )
 
-    batches = training_batches(
+    batches = drawn_batches(
         examples,
         steps=stage.steps,
         batch_size=stage.batch_size,
