@@ -17,6 +17,7 @@ test: .venv/ready-dev
 # Costs against named rivals, an hour: docs/results/performance.md. REFERENCE is a folder with models/tiny-science and data/qa; without it gpt2 and the tasks come from the hub.
 bench: .venv/ready-dev
 	for name in startup together evaluation step; do $(BIN)/python benchmarks/$$name.py $$(test $$name = startup || echo "$(if $(REFERENCE),--reference $(REFERENCE))") || exit 1; done
+	$(BIN)/python benchmarks/client_step.py
 	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/workers.py
 	rm -rf bench && $(BIN)/python benchmarks/scale.py bench
