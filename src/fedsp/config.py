@@ -65,8 +65,9 @@ class ModelSection(Section):
     """The global model. It stays on the server."""
 
     name: str
-    """Hugging Face hub name or folder of a causal language model; 'embedded' is a small one that
-    comes with fedsp"""
+    """Hugging Face hub name or folder of a causal language model, or a .gguf file, which is read
+    once and kept as safetensors in the user's cache folder; 'embedded' is a small one that comes
+    with fedsp"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps; split: layers are spread over all GPUs, then memory, then disk,
     for a model that fits on no GPU"""

@@ -38,6 +38,12 @@ def room_for_large_files() -> str:
     return next(folder for folder in choices if os.access(folder, os.W_OK))
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `fedsp` in the user's cache folder (XDG Base Directory
+    Specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsp"
+
+
 def tensor_on_disk(count: int, dtype: torch.dtype, *, what: str, instead: str) -> Tensor:
     """A tensor (count,) mapped to a temporary file that is already unlinked, and ends with the
     process. `what` it holds, and what to do `instead` of freeing space, are for the message.

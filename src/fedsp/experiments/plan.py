@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from contextlib import suppress
 from importlib.metadata import version
@@ -35,7 +34,8 @@ from fedsp.errors import (
 )
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.methods.registry import find_method
-from fedsp.storage import MANIFEST, parse_json, write_json
+from fedsp.models.gguf import ENDING, folder_of_gguf
+from fedsp.storage import MANIFEST, cache_folder, parse_json, write_json
 
 COUNTED_BY = ("adapter", "auxiliary", "messengers", "shape_counts")
 """The modules of `fedsp.models` whose code decides the counts of a plan."""
@@ -131,7 +131,7 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
     whole_at_first = round(asked * follows * (message - change))
     trained = 3 * small if client.auxiliary_steps else 0
     return {
-        "model": name,
+        "model": name if config.model.name == "embedded" else config.model.name,
         "layers": plan["sources"],
         "prompt_layers": plan["prompt_layers"],
         "global_parameters": whole,
@@ -199,8 +199,15 @@ def _excess_text_loss(config: RunConfig) -> dict[str, float]:
 
 
 def model_name(config: RunConfig) -> str:
-    """The folder or hub name of the global model."""
-    return str(EMBEDDED / "model") if config.model.name == "embedded" else config.model.name
+    """The folder or hub name of the global model; that of a GGUF file is made at first.
+
+    Raises:
+        ModelError: it is a GGUF file that cannot be read.
+    """
+    name = config.model.name
+    if name == "embedded":
+        return str(EMBEDDED / "model")
+    return str(folder_of_gguf(Path(name))) if name.lower().endswith(ENDING) else name
 
 
 def _known_counts(config: RunConfig, name: str) -> Any:
@@ -214,8 +221,7 @@ def _known_counts(config: RunConfig, name: str) -> Any:
     code = [(models / f"{module}.py").read_text(encoding="utf-8") for module in COUNTED_BY]
     versions = [version("fedsp"), version("transformers"), *code]
     key = json.dumps([shape.read_text(encoding="utf-8"), asked, versions])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsp"
-    kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    kept = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     with suppress(OSError, ValueError):
         return json.loads(kept.read_bytes())
     counts = _count(name, *asked)
