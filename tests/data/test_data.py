@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
@@ -579,6 +580,58 @@ def test_a_text_is_begun_as_its_tokenizer_begins_it_and_never_ended(
     ]
     (pair,) = encode_pairs(tokenizer, [("", " a")], 20)
     assert pair.ids[:1] == (0,) and pair.start == 1
+
+
+def test_rows_as_datasets_and_parquet_users_have_them(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"q{number}", "choices": ["a", "b"], "answer": number % 2}
+        for number in range(5)
+    ]
+    saved = Dataset.from_list(rows)
+    saved.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "shards").mkdir()
+    for shard in (0, 1):
+        name = f"train-0000{shard}-of-00002.parquet"
+        saved.shard(2, shard, contiguous=True).to_parquet(tmp_path / "shards" / name)
+    saved.save_to_disk(tmp_path / "saved")
+    saved.select([4, 3, 2, 1, 0]).select([4, 3, 2, 1, 0]).save_to_disk(tmp_path / "picked")
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with gzip.open(tmp_path / "list.json.gz", "wt") as file:
+        json.dump(rows, file)
+    names = "rows.parquet shards saved picked list.json lines.json list.json.gz"
+    for name in names.split():
+        found = read_rows(tmp_path / name)
+        assert rows_digest(found) == rows_digest(rows), name
+        assert examples_of(TASKS["multiple_choice"], found)[4].gold == (0,)
+
+
+def test_what_is_wrong_with_such_files_is_a_sentence(tmp_path: Path) -> None:
+    def refused(name: str, sentence: str) -> None:
+        with pytest.raises(DataError, match=sentence):
+            read_rows(tmp_path / name)
+
+    refused("none.parquet", r"there is no file .*none\.parquet")
+    (tmp_path / "text.parquet").write_text("no parquet")
+    refused("text.parquet", r"cannot read .*text\.parquet as Parquet")
+    (tmp_path / "empty").mkdir()
+    refused("empty", "a folder without Parquet files and without a saved data set")
+    DatasetDict(train=Dataset.from_list([{"question": "q"}])).save_to_disk(tmp_path / "splits")
+    refused("splits", r"holds several splits of a data set: name one of them, such as .*train")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    refused("saved", "cannot read the data set in .*saved")
+    (tmp_path / "open.json").write_text('[{"question": "q"},')
+    refused("open.json", "begins as a JSON list but is not one")
+    (tmp_path / "odd.json").write_text('[{"question": "q"}, 3]')
+    refused("odd.json", "row 1 is not an object")
+    (tmp_path / "nul.json").write_text('[{"question": "q\\u0000"}]')
+    refused("nul.json", "row 0 holds a NUL character")
+    Dataset.from_list([{"question": "q", "choices": ["a"], "answer": 3}]).to_parquet(
+        tmp_path / "out.parquet"
+    )
+    with pytest.raises(DataError, match=r"out\.parquet, row 0 has answer 3 but 1 choices"):
+        examples_of(TASKS["multiple_choice"], read_rows(tmp_path / "out.parquet"))
 
 
 def test_what_is_generated_keeps_its_space_and_shows_no_special_token() -> None:

@@ -16,6 +16,7 @@ from fedsp.errors import DataError, first_line
 from fedsp.storage import parse_json
 
 Row = dict[str, Any]
+TABLES = (".csv", ".tsv")
 
 
 @contextmanager
@@ -48,24 +49,85 @@ def _what_it_is(data: bytes) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file: a table where its name ends in .csv or .tsv, else one JSON object per
-    line; gzipped where .gz stands behind that. The columns of a table are divided by commas,
-    semicolons or tabs, as its first line is; in it, `choices` is a JSON list.
+    """The rows of a file, by its name: a table (.csv, .tsv), a Parquet file (.parquet), or JSON,
+    one object per line or a list of them; .gz may stand behind that, but for Parquet. Of a folder,
+    the rows of its Parquet files in the order of their names, or of a data set that `datasets` has
+    saved there. The columns of a table are divided by commas, semicolons or tabs, as its first line
+    is; in it, `choices` is a JSON list.
 
     Raises:
-        DataError: the file is missing, not text, or a line cannot be used; the message gives the
-            line number.
+        DataError: the file is missing, not text, or a row cannot be used; the message says where it
+            stands.
     """
-    is_table = Path(path.name.lower().removesuffix(".gz")).suffix in (".csv", ".tsv")
-    with _open(path, "file") as file:
-        rows = list(_table_rows(path, file) if is_table else _json_rows(path, file))
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    if path.is_dir():
+        rows = list(_folder_rows(path))
+    elif kind == ".parquet":
+        rows = list(_parquet_rows(path))
+    else:
+        with _open(path, "file") as file:
+            rows = list(_table_rows(path, file) if kind in TABLES else _json_rows(path, file))
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows
 
 
-def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
-    for number, line in enumerate(lines, start=1):
+def _folder_rows(folder: Path) -> Iterable[Row]:
+    if (folder / "dataset_dict.json").is_file():
+        inside = sorted(part.name for part in folder.iterdir() if part.is_dir())
+        raise DataError(
+            f"{folder} holds several splits of a data set: name one of them, such as"
+            f" {folder / inside[0] if inside else folder}"
+        )
+    if (folder / "state.json").is_file():
+        from datasets import load_from_disk
+
+        try:
+            saved = load_from_disk(str(folder)).to_list()
+        except Exception as error:  # of as many kinds as there are ways to be damaged
+            raise DataError(f"cannot read the data set in {folder}: {first_line(error)}") from error
+        yield from _numbered(folder, saved)
+        return
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise DataError(
+            f"{folder} is a folder without Parquet files and without a saved data set: name a file"
+        )
+    for file in files:
+        yield from _parquet_rows(file)
+
+
+def _parquet_rows(path: Path) -> Iterable[Row]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            yield from _numbered(
+                path, (row for part in file.iter_batches() for row in part.to_pylist())
+            )
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {path} as Parquet: {first_line(error)}") from error
+
+
+def _numbered(path: Path, rows: Iterable[Any]) -> Iterable[Row]:
+    """Rows that stand on no line, with their numbers, from 0."""
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where} is not an object: expected a list of objects")
+        if _holds_nul(row):
+            raise DataError(f"{where} holds a NUL character, which no text has")
+        yield row | {"__where__": where}
+
+
+def _json_rows(path: Path, file: IO[str]) -> Iterable[Row]:
+    for number, line in enumerate(file, start=1):
+        if number == 1 and line.lstrip().startswith("["):
+            yield from _json_list(path, line + file.read())
+            return
         if not line.strip():
             continue
         try:
@@ -82,6 +144,17 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
             )
             raise DataError(f"{path}, line {number} is {what}: expected one JSON object per line")
         yield row | {"__where__": f"{path}, line {number}"}
+
+
+def _json_list(path: Path, text: str) -> Iterable[Row]:
+    try:
+        rows = parse_json(text)
+    except ValueError as error:
+        raise DataError(
+            f"{path} begins as a JSON list but is not one ({error}): expected a list of objects, or"
+            " one JSON object per line"
+        ) from error
+    yield from _numbered(path, rows)
 
 
 def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
