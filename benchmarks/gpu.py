@@ -42,7 +42,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedsp.cli import quiet_libraries
-from fedsp.data.encoding import Encoded
+from fedsp.data.encoding import Encoded, encode_choices
 from fedsp.data.tasks import Example
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run import peak_memory
@@ -204,7 +204,7 @@ def evaluations(given: argparse.Namespace, clock: Clock) -> Iterator[Row]:
         )
         for number in range(given.documents)
     ]
-    rows = [row for pairs in evaluation.encode_choices(tokenizer, examples, 1024) for row in pairs]
+    rows = [row for pairs in encode_choices(tokenizer, examples, 1024) for row in pairs]
     longest = max(len(row.ids) for row in rows)
 
     def ours(model: PromptedLM, some: list[Example]) -> list[float]:

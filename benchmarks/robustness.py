@@ -196,7 +196,6 @@ class World:
             party.model,
             prefix,
             self.dataset.test[:100],
-            self.dataset.task,
             self.server.tokenizer,
             self.server.max_tokens,
         )
@@ -207,7 +206,6 @@ class World:
                 party.model,
                 prefix,
                 waited,
-                self.dataset.task,
                 self.server.tokenizer,
                 self.server.max_tokens,
             )[0]["accuracy"]

@@ -14,10 +14,10 @@ import torch
 from fedsp.audit.inspection import inspect_auxiliary
 from fedsp.config import RunConfig
 from fedsp.config_file import apply_override, make_config, read_config, read_party
+from fedsp.data.chat import end_of_turn, question_ids
 from fedsp.data.dataset import examples_digest
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages
-from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, DataError, PromptError, RunError, require_installed
 from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
@@ -46,6 +46,7 @@ from fedsp.models.loading import choose_device, load_model
 from fedsp.models.prompted_lm import continue_text, length_of
 from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
 from fedsp.training.answers import WEIGHTS, Answering, Answers, mean_of, proxy_tuned
+from fedsp.training.generation import sampler, written_figures
 from fedsp.training.loop import Optimisation
 from fedsp.training.server_adaptation import Adaptation
 
@@ -263,11 +264,13 @@ def evaluate(
     prompt: str | Path | None = None,
     zero_shot: bool = True,
     auxiliary: bool = False,
+    write: int | None = None,
 ) -> list[Figures]:
     """Evaluate the global model with a run's best prompt or weights, or the prompt in a file, and
     untuned for comparison (`zero_shot`). With `auxiliary` also what the auxiliary model has learned
     itself, and both models together (`fedsp.training.answers`), with the weight of proxy-tuned
-    answers that validation chooses.
+    answers that validation chooses. With `write` each also writes an answer of at most so many
+    tokens to every question, which is measured (`fedsp.training.generation`).
 
     Raises:
         DataError: the run has no questions of that split.
@@ -294,16 +297,24 @@ def evaluate(
             f" {server.model.max_positions} positions for text: use a shorter one"
         )
 
-    def figures(answers: Answers, examples: list[Example], room: int = room) -> Figures:
-        return run.score(answers, examples, room)
-
     bare, tuned = run.side(zero_shot=True), run.side()
     what = "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights"
     rows: list[Figures] = []
+    accepted = [[row.choices[one].strip() for one in row.gold] for row in splits[split]]
+
+    def add(name: str, answers: Answers, room: int = room) -> None:
+        figures, parts = run.score_in_parts(answers, splits[split], room)
+        labels = {"labels": parts["labels"]} if "labels" in parts else {}
+        rows.append({"prompt": name, **figures, **labels})
+        if write:
+            written = run.write(answers, splits[split], write)
+            rows[-1] |= {**written_figures(written, accepted), "written": written}
+        for task, own in parts.get("tasks", {}).items():
+            rows.append({"prompt": f"{name}, {task}", **own})
+
     if zero_shot:
-        whole = min(server.max_tokens, server.model.room_behind(0))
-        rows.append({"prompt": "zero-shot", **figures(bare, splits[split], whole)})
-    rows.append({"prompt": what, **figures(tuned, splits[split])})
+        add("zero-shot", bare, min(server.max_tokens, server.model.room_behind(0)))
+    add(what, tuned)
     if not auxiliary:
         return rows
     own, untuned = run.auxiliary_sides
@@ -311,7 +322,7 @@ def evaluate(
     weight = 1.0
     if dataset.validation:
         few = validation_sample(server)
-        losses = {one: figures(by_proxy[one], few)["answer_loss"] for one in WEIGHTS}
+        losses = {one: run.score(by_proxy[one], few, room)["answer_loss"] for one in WEIGHTS}
         weight = min(WEIGHTS, key=lambda one: losses[one])
     others: dict[str, Answers] = {
         "auxiliary model, untuned": untuned,
@@ -319,9 +330,9 @@ def evaluate(
         f"proxy-tuned, weight {weight:g}": by_proxy[weight],
         "mean of global and auxiliary": mean_of(tuned, own),
     }
-    return rows + [
-        {"prompt": name, **figures(answers, splits[split])} for name, answers in others.items()
-    ]
+    for name, answers in others.items():
+        add(name, answers)
+    return rows
 
 
 def generate(
@@ -332,24 +343,47 @@ def generate(
     zero_shot: bool = False,
     answers: Answering = "global",
     weight: float = 1.0,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> str:
-    """A greedy completion of `text`, at most `most` tokens, by the global model with a run's best
-    prompt or weights (or without, `zero_shot`). `answers`: who answers, the global model, the
-    auxiliary model, or both together (`fedsp.training.answers`); `weight` is that of proxy-tuned
-    answers.
+    """A completion of `text`, at most `most` tokens, by the global model with a run's best prompt
+    or weights (or without, `zero_shot`); where the run's task is chat, the answer to it as a user's
+    message, behind a `system` message if there is one. `answers`: who answers, the global model,
+    the auxiliary model, or both together (`fedsp.training.answers`); `weight` is that of
+    proxy-tuned answers. `temperature`, `top_p`, `seed`: of `fedsp.training.generation.sampler`; at
+    temperature 0 the likeliest token is taken each time.
 
     Raises:
         DataError: there is nothing to complete, or no room for it.
-        ConfigurationError: nobody is called what `answers` says, or it goes with `zero_shot`.
+        ConfigurationError: nobody is called what `answers` says, or it goes with `zero_shot`; a
+            number is out of range, or `system` is given and the task is not chat.
         RunError: there is no run, or it has no auxiliary model to answer with.
     """
     if not text.strip():
         raise DataError("there is no text to complete: give at least one word")
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise DataError("the text to complete is not UTF-8: set the terminal to UTF-8")
+    if not 0 <= temperature < math.inf:
+        raise ConfigurationError(
+            f"temperature = {temperature}: it must be 0 (the likeliest token) or above"
+        )
+    if not 0 < top_p <= 1:
+        raise ConfigurationError(f"top_p = {top_p}: it must be above 0 and at most 1")
     run = open_run(folder)
     server, tokenizer = run.server, run.server.tokenizer
-    (ids,) = encode_texts(tokenizer, [text])
+    chat = run.directory.config.data.task == "chat"
+    if system and not chat:
+        raise ConfigurationError(
+            f"system: the run in {folder} is of the task {run.directory.config.data.task!r}, which"
+            " has no system message; write it into the text"
+        )
+    if chat:
+        turns = [*([("system", system)] if system else []), ("user", text)]
+        ids = question_ids(tokenizer, turns)
+    else:
+        (ids,) = encode_texts(tokenizer, [text])
     if not ids:
         raise DataError(
             "the model's tokenizer makes no token of the text to complete: give other words"
@@ -366,7 +400,8 @@ def generate(
         torch.tensor(ids, device=server.model.device),
         most=most,
         room=room,
-        stop=tokenizer.eos_token_id,
+        stop=end_of_turn(tokenizer),
+        choose=sampler(temperature, top_p, seed),
     )
     return decode_behind(tokenizer, ids, new)
 

@@ -217,7 +217,9 @@ def _run(
             figures = commands.run(
                 read, callbacks=display.callbacks(), engine=engine, workers=workers
             )
-        display.print(figures_table("Run", figures))
+        labels = figures.get("labels")
+        shown = {**figures, "labels": f"{len(labels)}, in result.json"} if labels else figures
+        display.print(figures_table("Run", shown))
     _write(json_file, figures)
 
 
@@ -406,15 +408,30 @@ def evaluate(
             help="Also the auxiliary model itself, tuned and not, and both models together.",
         ),
     ] = False,
+    write: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1,
+            help="Also let each write an answer of at most so many tokens to every question:"
+            " exact match after normalisation, token F1, ROUGE-L.",
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Evaluate the global model with what a run tuned best, and zero-shot for comparison."""
     from fedsp import api as commands
     from fedsp.report.console import Display, rows_table
 
+    if write:
+        require_installed("study", "--write needs", "rouge_score")
     with Display() as display:
         rows = commands.evaluate(
-            folder, split=split, prompt=prompt, zero_shot=zero_shot, auxiliary=auxiliary
+            folder,
+            split=split,
+            prompt=prompt,
+            zero_shot=zero_shot,
+            auxiliary=auxiliary,
+            write=write,
         )
         display.print(rows_table(f"{folder}, {split}", rows))
     _write(json_file, {"rows": rows})
@@ -436,14 +453,35 @@ def generate(
     weight: Annotated[
         float, typer.Option(help="Weight of proxy answers; `evaluate --auxiliary` chooses one.")
     ] = 1.0,
+    system: Annotated[
+        Optional[str], typer.Option(help="System message, where the run's task is chat.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0: the likeliest token each time; above: tokens are drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the likeliest tokens that add up to this share.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
 ) -> None:
-    """A greedy completion by the global model with what a run tuned best."""
+    """A completion by the global model with what a run tuned best, or its answer in a chat."""
     from fedsp import api as commands
+    from fedsp.experiments.run_directory import RunDirectory
 
     written = commands.generate(
-        folder, text, most=tokens, zero_shot=zero_shot, answers=cast(Any, answers), weight=weight
+        folder,
+        text,
+        most=tokens,
+        zero_shot=zero_shot,
+        answers=cast(Any, answers),
+        weight=weight,
+        system=system,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
     )
-    typer.echo(text + written)
+    chat = RunDirectory.open(folder).config.data.task == "chat"
+    typer.echo(written.strip() if chat else text + written)
 
 
 @app.command()

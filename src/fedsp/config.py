@@ -81,16 +81,33 @@ class ModelSection(Section):
     generate; from_zero: 0, as in the authors' code"""
 
 
-class DataSection(Section):
-    """The task and its examples."""
+class TaskSection(Section):
+    """What the rows of the data are, for all parties alike."""
 
     task: str = "multiple_choice"
     """arc_easy, arc_challenge, openbookqa, hellaswag, piqa, sciq, race, webqs; for your own files
-    multiple_choice (formatted as 'Question: ... Answer:'), continuation (questions as they are) or
-    completion (prompt and completion)"""
+    multiple_choice (formatted as 'Question: ... Answer:'), continuation (questions as they are),
+    completion (prompt and completion), classification (a text and its label) or chat (messages,
+    in the model's own chat template)"""
+    task_column: str | None = None
+    """column that names the task of each row, where a federation has several; rows without a value
+    are of the task above; none: all are"""
+    template: str = "{text}\nLabel:"
+    """of the task classification: what stands in front of the label, with the names of columns in
+    braces"""
+    label: str = "label"
+    """of the task classification: the column of the label"""
+    labels: list[str] = []
+    """of the task classification: the labels to choose from; none: those of the training
+    examples"""
+
+
+class DataSection(TaskSection):
+    """The task and its examples."""
+
     train: str | None = None
-    """training examples, a JSONL or CSV file (may be .gz); none: the task's data set on the Hugging
-    Face hub"""
+    """training examples, a JSONL, CSV or Parquet file, or a folder (docs/how-to/data.md); none: the
+    task's data set on the Hugging Face hub"""
     validation: str | None = None
     """file of the server's validation examples; none: the fraction `holdout` of `train`"""
     test: str | None = None
@@ -692,6 +709,8 @@ class Agreement(Section):
     """longest example in tokens; longer ones are truncated at the start"""
     positions: Literal["hugging_face", "from_zero"]
     """position of the first text token behind the prompt"""
+    data: TaskSection
+    """the task, and how its rows are read"""
     prompt: PromptSection
     messenger: MessengerSection = MessengerSection()
     client: ClientSection
@@ -721,11 +740,11 @@ class PackageSection(Section):
 class PartyDataSection(Section):
     """Your text. It is read on this machine and never leaves it."""
 
-    task: str = "multiple_choice"
-    """the task that the owner of the model names: multiple_choice, continuation, completion,
-    arc_easy, ..."""
     train: str
-    """your examples, a JSONL or CSV file (may be .gz)"""
+    """your examples, a JSONL, CSV or Parquet file, or a folder, in the form that the task of the
+    signed package asks for"""
+    task: str | None = None
+    """the task that you expect: another one in the signed package is refused; none: any"""
 
 
 class PolicySection(Section):

@@ -21,8 +21,9 @@ from fedsp.models.adapter import Adapter, AdapterSettings, global_blocks
 from fedsp.models.prompted_lm import PromptedLM, continue_text
 from fedsp.training import server_adaptation
 from fedsp.training.answers import Answers, Side
+from fedsp.training.generation import write
 from fedsp.training.loop import Optimisation
-from fedsp.training.server_adaptation import Adaptation, adapt, distance, lessons, write
+from fedsp.training.server_adaptation import Adaptation, adapt, distance, lessons
 from support.small_runs import ROWS, settings
 from support.tiny_models import tiny_model
 
@@ -101,11 +102,11 @@ def test_the_student_comes_to_answer_as_its_teacher_does() -> None:
 def test_what_the_teacher_writes_is_what_it_would_say_token_by_token() -> None:
     teacher = other()
     texts = [(5, 6, 7), (11,), (20, 21, 22, 23)]
-    stop = continue_text(teacher.reader(), torch.tensor(texts[0]), most=3, room=99, stop=None)[2]
-    for row, text in zip(write(teacher, texts, 6, stop), texts, strict=True):
+    stop = continue_text(teacher.reader(), torch.tensor(texts[0]), most=3, room=99)[2]
+    for row, text in zip(write(teacher, texts, 6, {stop}), texts, strict=True):
         assert row.ids[: row.start] == text
         assert list(row.ids[row.start :]) == continue_text(
-            teacher.reader(), torch.tensor(text), most=6, room=99, stop=stop
+            teacher.reader(), torch.tensor(text), most=6, room=99, stop={stop}
         )
 
 
@@ -123,10 +124,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def validation_of(opened: OpenRun, answers: Answers) -> float:
-    server, dataset = opened.server, opened.server.dataset
-    examples, task = validation_sample(server), dataset.task
+    server = opened.server
+    examples = validation_sample(server)
     figures, _ = score_test(
-        opened.model, None, examples, task, server.tokenizer, server.max_tokens, answers.scorer()
+        opened.model, None, examples, server.tokenizer, server.max_tokens, answers.scorer()
     )
     return figures["answer_loss"]
 

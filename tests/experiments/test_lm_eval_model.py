@@ -56,7 +56,6 @@ def test_the_harness_gives_the_figures_of_our_own_evaluation(
         opened.model,
         opened.prefix(),
         examples_of(task, rows),
-        task,
         server.tokenizer,
         server.max_tokens,
     )

@@ -18,7 +18,6 @@ from fedsp.config import PartitionSection
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded
 from fedsp.data.partition import make_partition
-from fedsp.data.tasks import find_task
 from fedsp.data.topics import find_topics
 from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.experiments import run_directory as runs
@@ -236,7 +235,6 @@ def test_figures_per_client_weight_each_kind_by_the_clients_own_share() -> None:
     rows = [scored(True), scored(True), scored(False), scored(True), scored(False)]
     figures = by_client(
         rows,
-        find_task("arc_easy"),
         ["a", "a", "a", "b", "b"],
         {"one": ["a", "a", "a", "b"], "two": ["b"], "none": ["c"]},
     )

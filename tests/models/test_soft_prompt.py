@@ -161,7 +161,7 @@ def test_export_gives_the_same_logits_in_peft(family: str, tmp_path: Path) -> No
             pad_token_id=0,
         )
         assert generated[0, TOKENS.shape[1] :].tolist() == model.generate(
-            TOKENS[0], prompt.prefix(model), most=5, stop=None
+            TOKENS[0], prompt.prefix(model), most=5
         )
     back = import_peft(tmp_path / "adapter", model)
     with torch.no_grad():
@@ -207,10 +207,7 @@ def test_a_long_rope_generates_as_hugging_face_does_and_reads_each_row_by_itself
     theirs = reference.generate(
         torch.tensor([row]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert (
-        model.generate(torch.tensor(row), None, most=12, stop=None)
-        == theirs[0, len(row) :].tolist()
-    )
+    assert model.generate(torch.tensor(row), None, most=12) == theirs[0, len(row) :].tolist()
     rows = [list(range(5, 25)), [7, 8, 9], list(range(40, 57)), list(range(60, 76))]
     padded = pad(rows, model.device)
     depths = hidden_at_depths(model, *padded)
@@ -269,7 +266,7 @@ def test_a_model_is_read_as_far_as_it_was_made_for_under_whatever_name(
     model = PromptedLM(tiny_causal_lm(family, **changes), family)
     assert model.max_positions == room
     tokens = [3 + place % 90 for place in range(room - 4)]
-    assert len(model.generate(torch.tensor(tokens), None, most=50, stop=None)) == 5, (
+    assert len(model.generate(torch.tensor(tokens), None, most=50)) == 5, (
         "the last one is read from the last position"
     )
 

@@ -212,7 +212,7 @@ def scores(family: Family, _: Path) -> None:
 def greedy(family: Family, _: Path) -> None:
     for prefix in (None, family.prompt("key_value").prefix(family.model)):
         row = list(ROWS[1])
-        for token in family.model.generate(torch.tensor(row), prefix, most=5, stop=None):
+        for token in family.model.generate(torch.tensor(row), prefix, most=5):
             logits = (family.alone(row) if prefix is None else family.behind(row, prefix))[-1]
             assert float(logits.max() - logits[token]) <= 1e-4 * float(logits.abs().max())
             row.append(token)

@@ -217,7 +217,7 @@ def test_a_choice_that_a_merge_swallows_is_scored_by_the_token_that_it_changed()
     assert together[0].log_likelihoods[0] == pytest.approx(
         float(said[0, tokenizer.convert_tokens_to_ids("b x")]), abs=1e-4
     )
-    assert summarise(together[:1], find_task("completion"))["answer_loss"] > 0
+    assert summarise(together[:1])["answer_loss"] > 0
 
 
 @pytest.mark.parametrize("switched", [False, True])
@@ -285,6 +285,6 @@ def test_figures_equal_the_harness_on_100_real_documents(
     for sample, row in zip(samples, scored, strict=True):
         likelihoods = [float(response[0][0]) for response in sample["resps"]]
         assert row.log_likelihoods == pytest.approx(likelihoods, abs=1e-3)
-    ours, figures = summarise(scored, task), theirs["results"][name]
+    ours, figures = summarise(scored), theirs["results"][name]
     assert ours["accuracy"] == pytest.approx(figures["acc,none"])
     assert ours["accuracy_norm"] == pytest.approx(figures["acc_norm,none"])

@@ -155,9 +155,7 @@ def _gap(opened: Opened) -> dict[str, float]:
         batches,
         Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1, total_steps=steps),
     )
-    alone, _ = score_test(
-        auxiliary, None, dataset.test, dataset.task, server.tokenizer, server.max_tokens
-    )
+    alone, _ = score_test(auxiliary, None, dataset.test, server.tokenizer, server.max_tokens)
     auxiliary.load_weights(package)
     federated = opened.run.result()["test"]
     return {

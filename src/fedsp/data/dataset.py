@@ -12,8 +12,9 @@ from typing import Any
 from fedsp.config import RunConfig
 from fedsp.data.files import Row
 from fedsp.data.partition import Partition, group_of, make_partition, read_partition
+from fedsp.data.rendering import Rendering
 from fedsp.data.seeding import derive_seed
-from fedsp.data.tasks import Example, Task, examples_of, find_task, load_rows
+from fedsp.data.tasks import LABELLED, Example, find_task, load_rows
 from fedsp.data.topics import find_topics
 from fedsp.errors import DataError
 
@@ -27,8 +28,9 @@ EvaluationGroups = tuple[list[str], list[str]]
 
 @dataclass(kw_only=True)
 class FederatedDataset:
-    """The examples of a task.
+    """The examples of a run.
 
+    rendering: how rows become examples.
     train: all training examples; `partition` holds the indices that each party has.
     train_digest: SHA-256 of the training rows, which a resumed run must find again.
     validation, test: the server's validation examples, and the test examples.
@@ -36,7 +38,7 @@ class FederatedDataset:
         are weighted; None without either.
     """
 
-    task: Task
+    rendering: Rendering
     train: list[Example]
     train_digest: str
     partition: Partition
@@ -68,19 +70,24 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
     Raises:
         DataError: a file or row is invalid, or the rows cannot be divided as configured.
     """
-    data, task = config.data, find_task(config.data.task)
+    data, task, rendering = config.data, find_task(config.data.task), Rendering.of(config.data)
     absent = config.federation is not None and data.train is None  # a server without examples
     rows = [] if absent else load_rows(task, data.train, "train")
-    train = examples_of(task, rows)
+    train = rendering.examples(rows)
+    rendering = rendering.with_labels_of(train)
     from_hub = data.train is None and not absent
     validation: list[Example] = []
     if data.validation or from_hub:
-        validation = examples_of(task, load_rows(task, data.validation, "validation"))
+        validation = rendering.examples(load_rows(task, data.validation, "validation"))
     test_rows = load_rows(task, data.test, "test") if data.test or from_hub else []
     if data.test_examples and data.test_examples < len(test_rows):
         # the same for every seed, so that runs can be paired
         test_rows = random.Random(derive_seed(0, "test")).sample(test_rows, data.test_examples)
-    test = examples_of(task, test_rows)
+    test = rendering.examples(test_rows)
+    if not rendering.labels and any(row.task == LABELLED for row in [*validation, *test]):
+        raise DataError(
+            "data.labels: the server holds no training examples to take the labels from: list them"
+        )
     groups = _groups(config, (rows, test_rows), (train, test))
     if written:
         partition = read_partition(written, len(train))
@@ -97,7 +104,7 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
             "server.steps is above 0, but the server holds no example: raise partition.server_share"
         )
     return FederatedDataset(
-        task=task,
+        rendering=rendering,
         train=train,
         train_digest=rows_digest(rows),
         partition=partition,

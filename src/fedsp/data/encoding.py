@@ -10,30 +10,40 @@ How a pair is cut (as lm-evaluation-harness does it; the space belongs to the ch
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import islice
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedsp.data.batching import pad
+from fedsp.data.chat import Conversation, question_ids, read_conversation
 from fedsp.data.tasks import Example
 from fedsp.errors import DataError
 
 IGNORED = -100
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of a context, `ids[:start]`, and a continuation, `ids[start:]`; `dropped` tokens
-    were removed from the beginning to fit."""
+    were removed from the beginning to fit. `silent` are the places behind `start` that are not
+    asked for: what others say between two answers."""
 
     ids: tuple[int, ...]
     start: int
     dropped: int = 0
+    silent: tuple[int, ...] = ()
+
+    @property
+    def asked(self) -> int:
+        """How many tokens are asked for."""
+        return len(self.ids) - self.start - len(self.silent)
 
 
 @dataclass(frozen=True)
@@ -174,13 +184,73 @@ def _at_the_space(context: str, continuation: str) -> tuple[str, str]:
 def encode_targets(
     tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int
 ) -> list[Encoded]:
-    """The context and the right answer of each example: what training reads."""
-    return encode_pairs(
-        tokenizer,
-        ((example.context, example.target) for example in examples),
-        max_tokens,
-        (f"example {example.id}" for example in examples),
+    """The context and the right answer of each example, of a conversation every message of the
+    assistant: what training reads."""
+    return _in_order(
+        examples,
+        lambda some: encode_pairs(
+            tokenizer,
+            ((example.context, example.target) for example in some),
+            max_tokens,
+            (f"example {example.id}" for example in some),
+        ),
+        lambda example: _conversation(read_conversation(tokenizer, example), max_tokens),
     )
+
+
+def encode_choices(
+    tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int
+) -> list[list[Encoded]]:
+    """Every choice of every example, behind its context; of a conversation the last answer.
+
+    Raises:
+        DataError: the tokenizer makes no token of a choice.
+    """
+
+    def choices(some: Sequence[Example]) -> list[list[Encoded]]:
+        asked = [(example.context, choice) for example in some for choice in example.choices]
+        names = (f"example {example.id}" for example in some for _ in example.choices)
+        encoded = iter(encode_pairs(tokenizer, asked, max_tokens, names))
+        return [list(islice(encoded, len(example.choices))) for example in some]
+
+    def last(example: Example) -> list[Encoded]:
+        found = read_conversation(tokenizer, example)
+        return [_conversation(found._replace(answers=found.answers[-1:]), max_tokens)]
+
+    return _in_order(examples, choices, last)
+
+
+def encode_contexts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[list[int]]:
+    """The tokens of each example up to where the answer begins."""
+    return _in_order(
+        examples,
+        lambda some: encode_texts(tokenizer, [example.context for example in some]),
+        lambda example: question_ids(tokenizer, example.turns[:-1], example.where),
+    )
+
+
+def _in_order(
+    examples: Sequence[Example],
+    plain: Callable[[Sequence[Example]], list[Made]],
+    conversation: Callable[[Example], Made],
+) -> list[Made]:
+    """What is made of plain examples, all at once, and of conversations, in their order."""
+    made = iter(plain([example for example in examples if not example.turns]))
+    return [conversation(example) if example.turns else next(made) for example in examples]
+
+
+def _conversation(found: Conversation, max_tokens: int) -> Encoded:
+    """A conversation, without its first tokens where it is longer than `max_tokens`."""
+    dropped = max(0, len(found.ids) - max_tokens)
+    asked = {
+        place - dropped
+        for first, behind in found.answers
+        for place in range(first, behind)
+        if place > dropped
+    }
+    ids, start = tuple(found.ids[dropped:]), min(asked)
+    silent = tuple(place for place in range(start, len(ids)) if place not in asked)
+    return Encoded(ids, start, dropped, silent)
 
 
 def collate(rows: Sequence[Encoded]) -> Batch:
@@ -188,6 +258,8 @@ def collate(rows: Sequence[Encoded]) -> Batch:
     input_ids, attention_mask = pad([row.ids for row in rows], torch.device("cpu"))
     starts = torch.tensor([row.start for row in rows])[:, None]
     asked = attention_mask.bool() & (torch.arange(input_ids.shape[1]) >= starts)
+    for number, row in enumerate(rows):
+        asked[number, list(row.silent)] = False
     return Batch(input_ids, attention_mask, input_ids.where(asked, IGNORED))
 
 

@@ -10,24 +10,41 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 from fedsp.data.files import Row, hub_rows, read_rows, whole_number
 from fedsp.errors import ConfigurationError, DataError, did_you_mean
 
+LABELLED = "classification"
+"""The task that chooses among labels that all of its examples have in common."""
+Metric = Literal["accuracy", "exact_match"]
+Turn = tuple[str, str]
+"""A message of a conversation: who writes, and what."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """A context, the choices that may follow it (each with its leading space), and the indices of
-    those that are right."""
+    those that are right.
+
+    turns: of a conversation, its messages, which the model's chat template renders; `context` then
+        is all but the last answer, in plain words, and the answer the only choice.
+    task, metric: the name of its task, and what that measures.
+    where: the file and line that it comes from, for messages.
+    """
 
     id: str
     context: str
     choices: tuple[str, ...]
     gold: tuple[int, ...]
+    turns: tuple[Turn, ...] = ()
+    task: str = ""
+    metric: Metric = "accuracy"
+    where: str = field(default="", compare=False)
 
     @property
     def target(self) -> str:
@@ -56,6 +73,7 @@ class Task:
     plain: renders the rows of a user's file; `schema` says in words what such a row needs.
     metric: accuracy of the likeliest choice, or exact match of the greedy continuation.
     placeholder: stands for the label in a row of a user's file, where only its question counts.
+    turns: reads a row as a conversation, if the task is one.
     hub, splits: the data set on the Hugging Face hub and its splits, if there is one; `render`
         renders its rows.
     """
@@ -63,11 +81,12 @@ class Task:
     name: str
     plain: Render
     schema: str = SCHEMA
-    metric: Literal["accuracy", "exact_match"] = "accuracy"
+    metric: Metric = "accuracy"
     placeholder: Mapping[str, Any] = field(default_factory=lambda: {"answer": 0})
     hub: tuple[str, str | None] | None = None
     splits: Mapping[str, str] = field(default_factory=dict)
     render: Render | None = None
+    turns: Callable[[Row], list[Turn]] | None = None
 
     def question(self, row: Row, number: int) -> Example:
         """The question in a row, whose label is replaced: `gold` is no answer. A row in the hub's
@@ -76,6 +95,9 @@ class Task:
         Raises:
             DataError: as `example`.
         """
+        messages = row.get("messages")
+        if self.turns and isinstance(messages, list) and not _answered(messages):
+            row = {**row, "messages": [*messages, {"role": "assistant", "content": "?"}]}
         plain = self.render is None or isinstance(row.get("choices"), list)
         found = self.example({**row, **self.placeholder} if plain else row, number)
         return replace(found, gold=(0,))
@@ -89,6 +111,7 @@ class Task:
         where = row.get("__where__", f"row {number}")
         render = None if isinstance(row.get("choices"), list) else self.render
         try:
+            turns = self.turns(row) if self.turns else []
             context, choices, gold = (render or self.plain)(row)
         except KeyError as error:
             raise DataError(
@@ -126,6 +149,10 @@ class Task:
             context=context,
             choices=tuple(f" {choice if self.hub else choice.lstrip()}" for choice in choices),
             gold=tuple(gold),
+            turns=tuple(turns),
+            task=self.name,
+            metric=self.metric,
+            where=where,
         )
 
 
@@ -316,7 +343,7 @@ def _hub_task(
     splits: str,
     render: Render,
     plain: Render,
-    metric: Literal["accuracy", "exact_match"] = "accuracy",
+    metric: Metric = "accuracy",
 ) -> None:
     """Register a task of the hub; `splits` are train, validation and test there, - for none."""
     found = zip(("train", "validation", "test"), splits.split(), strict=True)
@@ -354,6 +381,113 @@ register_task(
         placeholder={"completion": "?"},
     )
 )
+
+
+def _answered(messages: list[Any]) -> bool:
+    last = messages[-1] if messages else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
+
+
+def _conversation(row: Row) -> list[Turn]:
+    """`messages`, or one question and its answer."""
+    if "messages" in row:
+        return [_message(message) for message in _list(row, "messages")]
+    before = [("system", _text(row, "system"))] if row.get("system") else []
+    if "instruction" in row:
+        asked, more = _text(row, "instruction"), row.get("input")
+        asked = f"{asked}\n\n{_text(row, 'input')}" if more else asked
+        return [*before, ("user", asked), ("assistant", _text(row, "output"))]
+    if isinstance(row["prompt"], list):
+        both = [*_list(row, "prompt"), *_list(row, "completion")]
+        return [_message(message) for message in both]
+    return [*before, ("user", _text(row, "prompt")), ("assistant", _text(row, "completion"))]
+
+
+def _list(row: Row, key: str) -> list[Any]:
+    values = row[key]
+    if not isinstance(values, list):
+        raise WrongType(f"{key} is {_kind(values)}, not a list")
+    return values
+
+
+def _message(message: object) -> Turn:
+    if not isinstance(message, dict):
+        raise WrongType(f"one of messages is {_kind(message)}, not an object")
+    return _text(message, "role"), _text(message, "content")
+
+
+def _last_answer(row: Row) -> tuple[str, list[str], list[int]]:
+    *before, (role, answer) = _conversation(row)
+    if role != "assistant":
+        raise WrongType("the last message is not the assistant's")
+    if not before or before[0][0] == "assistant":
+        raise WrongType("nothing stands before the assistant's first message")
+    return "\n".join(f"{who}: {what}" for who, what in before), [answer], [0]
+
+
+register_task(
+    Task(
+        name="chat",
+        plain=_last_answer,
+        schema=(
+            "needs messages (a list of {role, content}, the last one the assistant's), or"
+            " instruction and output (input is optional), or prompt and completion"
+        ),
+        metric="exact_match",
+        placeholder={"output": "?", "completion": "?"},
+        turns=_conversation,
+    )
+)
+
+
+def classification(template: str, label: str, labels: Sequence[str] = ()) -> Task:
+    """The task of choosing a label for what `template` makes of a row's columns. Without `labels`
+    a row's own one is its only choice, which is all that training needs.
+
+    Raises:
+        ConfigurationError: the template names no column, or cannot be read.
+    """
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigurationError(
+            f"data.template: {template!r} cannot be read ({error}): write the names of columns in"
+            " braces, such as {text}, and braces of the text itself twice"
+        ) from error
+    columns = [name for _, name, _, _ in parts if name is not None]
+    if not columns or any(form or turned for _, _, form, turned in parts):
+        raise ConfigurationError(
+            f"data.template: {template!r} must name a column in braces, such as {{text}}, and"
+            " nothing else there"
+        )
+    known = {name: index for index, name in enumerate(labels)}
+
+    def render(row: Row) -> tuple[str, list[str], list[int]]:
+        context = "".join(
+            before + (_text(row, name) if name is not None else "") for before, name, _, _ in parts
+        )
+        value = row[label]
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise WrongType(f"{label} is {_kind(value)}, not a text or a number")
+        own = str(value).strip()
+        if not labels:
+            return context.rstrip(), [own], [0]
+        if own not in known and isinstance(value, int) and 0 <= value < len(labels):
+            return context.rstrip(), list(labels), [value]
+        if own not in known:
+            raise WrongType(f"its label is not one of the {len(labels)} to choose from")
+        return context.rstrip(), list(labels), [known[own]]
+
+    needed = ", ".join(dict.fromkeys(columns))
+    return Task(
+        name=LABELLED,
+        plain=render,
+        schema=f"needs {needed} (strings) and {label} (a string, or a whole number)",
+        placeholder={label: labels[0] if labels else "?"},
+    )
+
+
+register_task(classification("{text}\nLabel:", "label"))
 
 
 def find_task(name: str) -> Task:

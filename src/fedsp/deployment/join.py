@@ -20,7 +20,7 @@ from pathlib import Path
 from fedsp.config import PartyConfig
 from fedsp.data.encoding import encode_targets
 from fedsp.data.files import read_rows
-from fedsp.data.tasks import examples_of, find_task
+from fedsp.data.rendering import Rendering
 from fedsp.deployment.credentials import CA, CLIENT_KEY, SERVER_PUBLIC, client_signer
 from fedsp.deployment.ipc import SOCKET, Socket
 from fedsp.deployment.package import hold_against_policy, open_package
@@ -74,11 +74,17 @@ class Client:
         self.party = party
         self._info = callbacks.info
         self._sign = client_signer(Path(party.keys) / CLIENT_KEY)
-        examples = examples_of(find_task(party.data.task), read_rows(Path(party.data.train)))
+        rows = read_rows(Path(party.data.train))
         device = choose_device(party.device)
         self.auxiliary, self.agreement = open_package(
             party.package, Path(party.keys) / SERVER_PUBLIC, device
         )
+        if party.data.task not in (None, self.agreement.data.task):
+            raise PolicyError(
+                f"data.task: you expect {party.data.task!r}, but the signed package is for the task"
+                f" {self.agreement.data.task!r}: ask the owner of the model which it is"
+            )
+        examples = Rendering.of(self.agreement.data).examples(rows)
         hold_against_policy(party.policy, self.agreement, self.auxiliary, len(examples))
         self.rows = encode_targets(self.auxiliary.tokenizer, examples, self.agreement.max_tokens)
         if self.agreement.client.auxiliary_steps and party.precision != "float32":

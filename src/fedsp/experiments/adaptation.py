@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsp.data.encoding import Encoded, encode_pairs, encode_texts
+from fedsp.data.chat import end_of_turn
+from fedsp.data.encoding import Encoded, encode_contexts, encode_pairs
 from fedsp.data.files import read_rows
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example
@@ -18,7 +19,8 @@ from fedsp.experiments.start import OpenRun, answers_of, open_run, require_new
 from fedsp.federation.callbacks import Callbacks
 from fedsp.models.adapter import Adapter, AdapterSettings, export_lora, global_blocks
 from fedsp.training.answers import Answering, Answers, Side
-from fedsp.training.server_adaptation import Adaptation, adapt, distance, lessons, write
+from fedsp.training.generation import write
+from fedsp.training.server_adaptation import Adaptation, adapt, distance, lessons
 
 TEACHERS: tuple[Answering, ...] = ("mean", "proxy", "auxiliary")
 FEWEST = 10
@@ -66,7 +68,7 @@ def adapt_run(
     dataset, seed = run.server.dataset, run.directory.config.seed
     validation = validation_sample(run.server)
     known = {example.context for example in validation}
-    asked = [dataset.task.question(row, number) for number, row in enumerate(rows)]
+    asked = dataset.rendering.questions(rows)
     asked = [example for example in asked if example.context not in known]
     tuned, (taught_by, teacher) = run.side(), _teacher(run, answers, weight, validation)
     random.Random(derive_seed(seed, "adaptation, held out")).shuffle(asked)
@@ -130,14 +132,16 @@ def _answered(run: OpenRun, asked: Sequence[Example], teacher: Answers) -> list[
     """Every choice of the questions or, where they have none, what the teacher writes behind
     them."""
     server = run.server
-    if server.dataset.task.metric == "accuracy":
-        pairs = [(example.context, choice) for example in asked for choice in example.choices]
-        return encode_pairs(server.tokenizer, pairs, server.max_tokens)
+    chosen = [example for example in asked if example.metric == "accuracy"]
+    pairs = [(example.context, choice) for example in chosen for choice in example.choices]
     room = min(teacher.room(), server.max_tokens) - LONGEST_ANSWER
-    contexts = encode_texts(server.tokenizer, [example.context for example in asked])
-    texts = [tuple(ids[-room:]) for ids in contexts if ids]
-    written = write(teacher, texts, LONGEST_ANSWER, server.tokenizer.eos_token_id)
-    return [row for row in written if len(row.ids) > row.start]
+    written = [example for example in asked if example.metric != "accuracy"]
+    texts = [tuple(ids[-room:]) for ids in encode_contexts(server.tokenizer, written) if ids]
+    answered = write(teacher, texts, LONGEST_ANSWER, end_of_turn(server.tokenizer))
+    return [
+        *encode_pairs(server.tokenizer, pairs, server.max_tokens),
+        *(row for row in answered if len(row.ids) > row.start),
+    ]
 
 
 def _student(run: OpenRun) -> Adapter:

@@ -173,8 +173,8 @@ def _rows(seed: int, folder: Path, workers: int, callbacks: Callbacks) -> list[F
         return _row(method, start_run(config, callbacks, engine))
 
     started = time.perf_counter()
-    test, task = server.dataset.test, server.dataset.task
-    figures, _ = score_test(server.model, None, test, task, server.tokenizer, server.max_tokens)
+    test = server.dataset.test
+    figures, _ = score_test(server.model, None, test, server.tokenizer, server.max_tokens)
     seconds = time.perf_counter() - started
     rows: list[Figures] = [{"method": "zero-shot", **figures, "bytes": 0, "seconds": seconds}]
     started, alone = time.perf_counter(), []

@@ -20,6 +20,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from fedsp.data.chat import end_of_turn
 from fedsp.data.encoding import encode_texts, first_token
 from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, RunError
@@ -150,7 +151,7 @@ class TunedPrompt(LM):  # type: ignore[misc]
             shown,
             most=most,
             room=room,
-            stop=self._tokenizer.eos_token_id,
+            stop=end_of_turn(self._tokenizer),
             **({"choose": draw} if sampled else {}),
         )
         text = str(self._tokenizer.decode(new, skip_special_tokens=True))

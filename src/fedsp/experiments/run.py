@@ -17,7 +17,7 @@ import torch
 
 from fedsp.config import RunConfig
 from fedsp.data.dataset import examples_digest, load_dataset
-from fedsp.data.encoding import Encoded, encode_targets
+from fedsp.data.encoding import Encoded, encode_choices, encode_targets
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import PrivacyError, StorageError
 from fedsp.experiments.build import Federation, build_federation
@@ -47,7 +47,7 @@ from fedsp.models.payload import Payload
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.privacy import LEDGER, Ledger, noise_for
 from fedsp.storage import write_json
-from fedsp.training.evaluation import by_client, encode_choices
+from fedsp.training.evaluation import by_client, in_parts
 from fedsp.training.stage import validation_loss
 
 
@@ -183,27 +183,27 @@ def _test(
     with torch.no_grad():
         prefix = party.messenger.prefix(party.model)
     figures, scored = score_test(
-        party.model, prefix, dataset.test, dataset.task, server.tokenizer, server.max_tokens
+        party.model, prefix, dataset.test, server.tokenizer, server.max_tokens
     )
     run.write_scores(
         asdict(row)
         | {
-            "right": row.right(dataset.task),
+            "right": row.right,
             "log_likelihoods": [round(value, 5) for value in row.log_likelihoods],
         }
         for row in scored
     )
-    groups, held = dataset.groups, dataset.partition.clients
+    groups, held, parts = dataset.groups, dataset.partition.clients, in_parts(scored, dataset.test)
     if federation.attack and federation.attack.kind == "backdoor":
         poisoned = [triggered(example) for example in dataset.test]
         figures["attack_success"] = score_test(
-            party.model, prefix, poisoned, dataset.task, server.tokenizer, server.max_tokens
+            party.model, prefix, poisoned, server.tokenizer, server.max_tokens
         )[0]["accuracy"]
     # what kinds of questions a client holds is its own
     if groups is None or not held or run.config.privacy.unit != "none":
-        return {"test": figures}
+        return {"test": figures, **parts}
     own = {client: [groups[0][index] for index in rows] for client, rows in held.items()}
-    return {"test": figures, "clients": by_client(scored, dataset.task, groups[1], own)}
+    return {"test": figures, **parts, "clients": by_client(scored, groups[1], own)}
 
 
 def _test_auxiliary(server: Server, federation: Federation, best: Payload) -> dict[str, float]:
@@ -215,9 +215,7 @@ def _test_auxiliary(server: Server, federation: Federation, best: Payload) -> di
     messenger.load(best)
     with torch.no_grad():
         prefix = messenger.prefix(auxiliary)
-    return score_test(
-        auxiliary, prefix, dataset.test, dataset.task, server.tokenizer, server.max_tokens
-    )[0]
+    return score_test(auxiliary, prefix, dataset.test, server.tokenizer, server.max_tokens)[0]
 
 
 def _with_statement(

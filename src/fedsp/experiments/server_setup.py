@@ -17,7 +17,7 @@ from fedsp.data.dataset import FederatedDataset, load_dataset
 from fedsp.data.encoding import Tokenizer, encode_targets
 from fedsp.data.files import read_passages
 from fedsp.data.seeding import derive_seed
-from fedsp.data.tasks import Example, Task
+from fedsp.data.tasks import LABELLED, Example
 from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, PromptError
 from fedsp.experiments.plan import how_it_reads, model_name
 from fedsp.experiments.run_directory import RunDirectory
@@ -45,7 +45,7 @@ from fedsp.models.soft_prompt import (
 )
 from fedsp.storage import MANIFEST
 from fedsp.training.distillation import Distillation, Progress, distill, packed
-from fedsp.training.evaluation import LogProbabilities, Scored, score, summarise
+from fedsp.training.evaluation import LogProbabilities, Scored, by_label, score, summarise
 from fedsp.training.layer_choice import drop_layers
 from fedsp.training.loop import Optimisation, text_loss
 
@@ -452,7 +452,6 @@ def score_test(
     model: PromptedLM,
     prefix: torch.Tensor | None,
     examples: list[Example],
-    task: Task,
     tokenizer: Tokenizer,
     max_tokens: int,
     answers: LogProbabilities | None = None,
@@ -463,4 +462,7 @@ def score_test(
     scored, dropped = score(
         model, prefix, examples, tokenizer, max_tokens=max_tokens, answers=answers
     )
-    return summarise(scored, task) | {"shortened_examples": float(dropped)}, scored
+    figures = summarise(scored)
+    if all(example.task == LABELLED for example in examples):
+        figures |= by_label(scored, examples)[0]
+    return figures | {"shortened_examples": float(dropped)}, scored

@@ -16,7 +16,9 @@ from typing import Any, get_args
 import torch
 
 from fedsp.config import RunConfig
+from fedsp.data.chat import end_of_turn
 from fedsp.data.dataset import load_dataset
+from fedsp.data.encoding import decode_behind, encode_contexts
 from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, RunError, did_you_mean
 from fedsp.experiments.build import method_setup
@@ -44,6 +46,8 @@ from fedsp.models.soft_prompt import SoftPrompt, read_prompt
 from fedsp.models.trainable import Messenger
 from fedsp.storage import MANIFEST, locked, move_into_place, read_tensors, unfinished_beside
 from fedsp.training.answers import Answering, Answers, Side, mean_of, proxy_tuned
+from fedsp.training.evaluation import Parts, in_parts
+from fedsp.training.generation import write
 
 Figures = dict[str, Any]
 Engine = Callable[[RunDirectory, Callbacks], Figures]
@@ -255,10 +259,29 @@ class OpenRun:
     ) -> Figures:
         """The figures of questions by these answers; `max_tokens`: of an example, None: the
         run's."""
+        return self.score_in_parts(answers, examples, max_tokens)[0]
+
+    def score_in_parts(
+        self, answers: Answers, examples: list[Example], max_tokens: int | None = None
+    ) -> tuple[Figures, Parts]:
+        """The same, and figures of parts of the questions, by task and by label."""
         server = self.server
         room = server.max_tokens if max_tokens is None else max_tokens
-        task, tokenizer = server.dataset.task, server.tokenizer
-        return score_test(self.model, None, examples, task, tokenizer, room, answers.scorer())[0]
+        figures, scored = score_test(
+            self.model, None, examples, server.tokenizer, room, answers.scorer()
+        )
+        return figures, in_parts(scored, examples)
+
+    def write(self, answers: Answers, examples: list[Example], most: int) -> list[str]:
+        """What is written behind questions, at most so many tokens, the likeliest each time."""
+        tokenizer = self.server.tokenizer
+        room = max(1, min(answers.room(), self.server.max_tokens + most) - most)
+        asked = [tuple(ids[-room:]) for ids in encode_contexts(tokenizer, examples)]
+        written = write(answers, asked, most, end_of_turn(tokenizer))
+        return [
+            decode_behind(tokenizer, row.ids[: row.start], row.ids[row.start :]).strip()
+            for row in written
+        ]
 
 
 def answers_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from fedsp.config import Agreement, ClientSection, RunConfig, ServerSection
+from fedsp.config import Agreement, ClientSection, RunConfig, ServerSection, TaskSection
 from fedsp.federation.methods.registry import Stages
 from fedsp.training.dp_sgd import ExamplePrivacy
 from fedsp.training.loop import Optimisation
@@ -19,6 +19,7 @@ def agreement_of(config: RunConfig, max_tokens: int) -> Agreement:
         rounds=config.round.rounds,
         max_tokens=max_tokens,
         positions=config.model.positions,
+        data=TaskSection(**config.data.model_dump(include=set(TaskSection.model_fields))),
         prompt=config.prompt.model_copy(update={"init": "broadcast", "init_text": None}),
         messenger=config.messenger,
         client=config.client,

@@ -204,12 +204,13 @@ def make_attack(config: RunConfig, dataset: FederatedDataset) -> Attack | None:
     Raises:
         ConfigurationError: it changes which choice is right, and the task has no choices.
     """
-    section, task = config.attack, dataset.task
+    section = config.attack
     if section.kind == "none":
         return None
-    if section.kind in ON_DATA and task.metric != "accuracy":
+    written = next((row.task for row in dataset.train if len(row.choices) < 2), None)
+    if section.kind in ON_DATA and written:
         raise ConfigurationError(
-            f"attack.kind: {section.kind!r} changes which choice is right, and {task.name} has no"
+            f"attack.kind: {section.kind!r} changes which choice is right, and {written} has no"
             " choices; take another attack or another task"
         )
     return Attack(

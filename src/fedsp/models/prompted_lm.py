@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -383,10 +383,10 @@ class PromptedLM(nn.Module):
         return logits
 
     def generate(
-        self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: int | None
+        self, input_ids: Tensor, prefix: Tensor | None, *, most: int, stop: Collection[int] = ()
     ) -> list[int]:
         """Continuation of tokens (T,): at most `most` new ones, each the most likely one, ending
-        before `stop`."""
+        before a token of `stop`."""
         room = self.room_behind(length_of(prefix))
         return continue_text(self.reader(prefix), input_ids, most=most, room=room, stop=stop)
 
@@ -643,7 +643,7 @@ class PromptedLM(nn.Module):
                 f"{self.name} ({kind}) computes other hidden states after cached keys and values"
                 " than for the whole text, so it cannot carry a soft prompt: use another model"
             )
-        self.generate(tokens[0], pairs, most=2, stop=None)
+        self.generate(tokens[0], pairs, most=2)
         if (
             positions == "from_zero"
             and not self._reads_another_s_prompt
@@ -678,16 +678,16 @@ def continue_text(
     *,
     most: int,
     room: int,
-    stop: int | None,
+    stop: Collection[int] = (),
     choose: Callable[[Tensor], int] = lambda scores: int(scores.argmax()),
 ) -> list[int]:
-    """Continuation of tokens (T,): at most `most` new ones, ending before `stop`, as long as what
-    is read has `room`. `choose` takes each from its scores (V,)."""
+    """Continuation of tokens (T,): at most `most` new ones, ending before a token of `stop`, as
+    long as what is read has `room`. `choose` takes each from its scores (V,)."""
     new: list[int] = []
     ids = input_ids
     while len(new) < most and len(ids) <= room:
         token = choose(read(ids))
-        if token == stop:
+        if token in stop:
             break
         new.append(token)
         ids = torch.cat([ids, ids.new_tensor([token])])

@@ -188,16 +188,18 @@ def demo_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Rows that share their keys."""
+    """One line for each row; nested figures are left out."""
     if not rows:
         return f"{title}: none"
     table = Table(title=title, title_justify="left")
-    for name in rows[0]:
+    pairs = (pair for row in rows for pair in row.items())
+    columns = {name: value for name, value in pairs if not isinstance(value, dict | list)}
+    for name, value in columns.items():
         table.add_column(
-            name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right"
+            name.replace("_", " "), justify="left" if isinstance(value, str) else "right"
         )
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(_text(row.get(name)) for name in columns))
     return table
 
 

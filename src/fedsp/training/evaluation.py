@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ import torch
 from torch import Tensor
 
 from fedsp.data.batching import pack_trees, pad, tree_size
-from fedsp.data.encoding import Encoded, Tokenizer, encode_pairs
-from fedsp.data.tasks import Example, Task
+from fedsp.data.encoding import Encoded, Tokenizer, encode_choices
+from fedsp.data.tasks import LABELLED, Example, Metric
 from fedsp.models.prompted_lm import PromptedLM, length_of
+
+Parts = dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +43,15 @@ class Scored:
     characters: list[int]
     gold: tuple[int, ...]
     question: str = ""
+    task: str = ""
+    metric: Metric = "accuracy"
 
-    def right(self, task: Task) -> bool:
-        """Whether it counts, by what is measured in the task."""
+    @property
+    def right(self) -> bool:
+        """Whether it counts, by what is measured in its task."""
         return (
             any(self.greedy[index] for index in self.gold)
-            if task.metric == "exact_match"
+            if self.metric == "exact_match"
             else self.choice in self.gold
         )
 
@@ -111,24 +117,12 @@ def score(
                 question=hashlib.sha256(
                     "\0".join([example.context, *example.choices]).encode()
                 ).hexdigest()[:16],
+                task=example.task,
+                metric=example.metric,
             )
     return [row for row in scored if row is not None], sum(
         any(pair.dropped for pair in row) for row in pairs
     )
-
-
-def encode_choices(
-    tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int
-) -> list[list[Encoded]]:
-    """Every choice of every example, behind its context.
-
-    Raises:
-        DataError: the tokenizer makes no token of a choice.
-    """
-    asked = [(example.context, choice) for example in examples for choice in example.choices]
-    names = (f"example {example.id}" for example in examples for _ in example.choices)
-    encoded = iter(encode_pairs(tokenizer, asked, max_tokens, names))
-    return [list(islice(encoded, len(example.choices))) for example in examples]
 
 
 LogProbabilities = Callable[
@@ -238,8 +232,9 @@ def _shared(pairs: list[Encoded]) -> int:
     return next((place for place, ids in enumerate(columns) if len(set(ids)) > 1), most)
 
 
-def summarise(scored: Sequence[Scored], task: Task) -> dict[str, float]:
-    """The figures of a set of scored examples, and their number."""
+def summarise(scored: Sequence[Scored]) -> dict[str, float]:
+    """The figures of a set of scored examples, and their number. Of several tasks, `accuracy` is
+    the mean over tasks of the share of examples that count by what each task measures."""
     count = len(scored)
     right_tokens = sum(row.tokens[row.gold[0]] for row in scored)
     loss = -sum(row.log_likelihoods[row.gold[0]] for row in scored) / right_tokens
@@ -248,16 +243,74 @@ def summarise(scored: Sequence[Scored], task: Task) -> dict[str, float]:
         "answer_loss": loss,
         "answer_perplexity": math.exp(min(loss, 700.0)),
     }
-    if task.metric == "exact_match":
-        return figures | {"exact_match": sum(row.right(task) for row in scored) / count}
+    if len(tasks := by_task(scored)) > 1:
+        return figures | {"accuracy": statistics.fmean(map(share_right, tasks.values()))}
+    if scored[0].metric == "exact_match":
+        return figures | {"exact_match": share_right(scored)}
     return figures | {
-        "accuracy": sum(row.right(task) for row in scored) / count,
+        "accuracy": share_right(scored),
         "accuracy_norm": sum(row.choice_norm in row.gold for row in scored) / count,
     }
 
 
+def share_right(scored: Sequence[Scored]) -> float:
+    """The share of examples that count, by what is measured in their tasks."""
+    return sum(row.right for row in scored) / len(scored)
+
+
+def by_task(scored: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """Scored examples by their tasks, in the order of names."""
+    found: dict[str, list[Scored]] = {}
+    for row in scored:
+        found.setdefault(row.task, []).append(row)
+    return dict(sorted(found.items()))
+
+
+def by_label(
+    scored: Sequence[Scored], examples: Sequence[Example]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Of examples that have the same labels to choose from: the unweighted mean of F1 over labels
+    and the share that greedy decoding gets right; and, for each label that an example has or is
+    given, precision, recall and F1 (0 where none is given or had), and its examples."""
+    pairs = list(zip(scored, examples, strict=True))
+    given = Counter(example.choices[row.choice] for row, example in pairs)
+    had = Counter(example.target for _, example in pairs)
+    hits = Counter(example.target for row, example in pairs if row.right)
+    found = {}
+    for label in sorted(had | given):
+        precision = hits[label] / given[label] if given[label] else 0.0
+        recall = hits[label] / had[label] if had[label] else 0.0
+        both = precision + recall
+        found[label.strip()] = {
+            "examples": float(had[label]),
+            "precision": precision,
+            "recall": recall,
+            "f1": 2 * precision * recall / both if both else 0.0,
+        }
+    greedy = sum(any(row.greedy[index] for index in row.gold) for row in scored)
+    return {
+        "macro_f1": statistics.fmean(one["f1"] for one in found.values()),
+        "exact_match": greedy / len(scored),
+    }, found
+
+
+def in_parts(scored: Sequence[Scored], examples: Sequence[Example]) -> Parts:
+    """Figures of parts of the examples: by `tasks`, if there are several, and by `labels`, if there
+    are some to choose from."""
+    parts: Parts = {}
+    if len(tasks := by_task(scored)) > 1:
+        parts["tasks"] = {name: summarise(rows) for name, rows in tasks.items()}
+    labelled = [pair for pair in zip(scored, examples, strict=True) if pair[1].task == LABELLED]
+    if labelled:
+        rows, own = zip(*labelled, strict=True)
+        figures, parts["labels"] = by_label(rows, own)
+        if "tasks" in parts:
+            parts["tasks"][LABELLED] |= figures
+    return parts
+
+
 def by_client(
-    scored: Sequence[Scored], task: Task, kinds: Sequence[str], held: Mapping[str, Sequence[str]]
+    scored: Sequence[Scored], kinds: Sequence[str], held: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, float]]:
     """Scores by client on the client's own mix of question kinds: accuracy (or exact match) and
     answer loss per kind of test question, weighted by the kinds of its training questions (`held`).
@@ -268,7 +321,7 @@ def by_client(
         groups.setdefault(kind, []).append(row)
     right, loss = {}, {}
     for kind, rows in groups.items():
-        right[kind] = sum(row.right(task) for row in rows) / len(rows)
+        right[kind] = share_right(rows)
         losses = (row.log_likelihoods[row.gold[0]] / row.tokens[row.gold[0]] for row in rows)
         loss[kind] = -sum(losses) / len(rows)
     figures = {}

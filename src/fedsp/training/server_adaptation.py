@@ -54,28 +54,6 @@ class Lesson:
     likely: Tensor
 
 
-@torch.no_grad()
-def write(
-    teacher: Answers, texts: Sequence[tuple[int, ...]], most: int, stop: int | None
-) -> list[Encoded]:
-    """Texts, each of one token at least, with what the teacher writes behind them: the likeliest
-    token each time, at most so many, ending before `stop`."""
-    read = teacher.scorer()
-    whole, open_ones = list(texts), list(range(len(texts)))
-    for _ in range(most):
-        going: list[int] = []
-        for start in range(0, len(open_ones), AT_ONCE):
-            some = open_ones[start : start + AT_ONCE]
-            rows = [Encoded((*whole[one], 0), len(whole[one])) for one in some]
-            found = read(*_asked(rows)).argmax(dim=-1).tolist()
-            for one, token in zip(some, found, strict=True):
-                if token != stop:
-                    whole[one] = (*whole[one], token)
-                    going.append(one)
-        open_ones = going
-    return [Encoded(ids, len(text)) for ids, text in zip(whole, texts, strict=True)]
-
-
 def lessons(teacher: Answers, texts: Sequence[Encoded], temperature: float) -> list[Lesson]:
     """What a teacher says to each text."""
     found: list[Lesson] = []

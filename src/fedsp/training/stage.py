@@ -117,7 +117,7 @@ def validation_loss(
     ordered = sorted(examples, key=lambda row: len(row.ids))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
-        tokens = sum(len(row.ids) - row.start for row in batch)
+        tokens = sum(row.asked for row in batch)
         total += tokens * float(answer_loss(model, prefix, collate(batch).to(model.device)))
         count += tokens
     return total / count

@@ -1,0 +1,185 @@
+"""Runs whose rows carry labels, name their tasks, or are conversations: what is measured, and what
+is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import f1_score, precision_recall_fscore_support
+
+from fedsp import api as commands
+from fedsp.errors import ConfigurationError, DataError
+from fedsp.storage import parse_json
+from fedsp.training.generation import normalised, sampler, token_f1, written_figures
+from support.gguf_made import tiny_llama, write_gguf
+from support.small_runs import ROWS, questions, settings
+
+KINDS = ["where", "who", "when"]
+TEXTS = [
+    {"text": f"{row['question']} ({number})", "label": KINDS[number % 3], "office": number % 2}
+    for number, row in enumerate(ROWS[:90])
+]
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["choices"][row["answer"]]},
+        ]
+    }
+    for row in ROWS[:70]
+]
+
+
+def run_of(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    data = {
+        "train": questions(folder, "own", rows[:-30]),
+        "validation": questions(folder, "checked", rows[-30:-20]),
+        "test": questions(folder, "asked", rows[-20:]),
+    }
+    changes["data"] = data | changes.get("data", {})
+    return settings(folder, round={"rounds": 1}, **changes)
+
+
+def test_labels_are_measured_by_class_and_client_as_scikit_learn_does(tmp_path: Path) -> None:
+    figures = commands.run(
+        run_of(
+            tmp_path,
+            TEXTS,
+            data={"task": "classification", "template": "{text}\nKind:"},
+            partition={"kind": "natural", "column": "office", "clients": 2, "server_share": 0.0},
+        )
+    )
+    scores = (Path(figures["folder"]) / "scores.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in scores]
+    own = [row["gold"][0] for row in rows]
+    given = [max(range(3), key=row["log_likelihoods"].__getitem__) for row in rows]
+    labels = sorted(KINDS)
+    assert figures["test"]["macro_f1"] == pytest.approx(
+        f1_score(own, given, average="macro", zero_division=0)
+    )
+    theirs = precision_recall_fscore_support(own, given, labels=[0, 1, 2], zero_division=0)
+    for number, label in enumerate(labels):
+        if label in figures["labels"]:
+            ours = figures["labels"][label]
+            assert [ours[key] for key in ("precision", "recall", "f1", "examples")] == (
+                pytest.approx([float(column[number]) for column in theirs])
+            )
+    assert 0 <= figures["test"]["exact_match"] <= 1 and set(figures["clients"]) == {"0", "1"}
+    (zero, tuned) = commands.evaluate(figures["folder"])
+    assert tuned["accuracy"] == figures["test"]["accuracy"] and "labels" in zero
+
+
+def test_a_server_without_training_examples_must_list_the_labels(tmp_path: Path) -> None:
+    given = run_of(tmp_path, TEXTS, data={"task": "classification"})
+    given["data"]["train"] = questions(tmp_path, "none", [TEXTS[0] | {"label": "else"}])
+    with pytest.raises(DataError, match=r"checked\.jsonl, line 1 .*not one of the 1 to choose"):
+        commands.run(given)
+
+
+def test_several_tasks_in_one_federation_are_measured_each(tmp_path: Path) -> None:
+    rows = [
+        dict(ROWS[number], kind="arc_easy", silo="a")
+        if number % 2
+        else {"kind": "completion", "prompt": "Say", "completion": "yes", "silo": "b"}
+        for number in range(80)
+    ]
+    figures = commands.run(
+        run_of(
+            tmp_path,
+            rows,
+            data={"task_column": "kind"},
+            partition={"kind": "natural", "column": "silo", "server_share": 0.0},
+        )
+    )
+    tasks = figures["tasks"]
+    assert set(tasks) == {"arc_easy", "completion"}
+    assert sum(one["examples"] for one in tasks.values()) == figures["test"]["examples"] == 20
+    mean = (tasks["arc_easy"]["accuracy"] + tasks["completion"]["exact_match"]) / 2
+    assert figures["test"]["accuracy"] == pytest.approx(mean)
+    names = [row["prompt"] for row in commands.evaluate(figures["folder"], zero_shot=False)]
+    assert names == ["tuned prompt", "tuned prompt, arc_easy", "tuned prompt, completion"]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of conversations with a model in a GGUF file."""
+    folder = tmp_path_factory.mktemp("chat")
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        figures = commands.run(
+            run_of(
+                folder,
+                CHATS,
+                model={"name": str(write_gguf(folder / "tiny.gguf", tiny_llama()))},
+                auxiliary={"plan": "ends(1)"},
+                data={"task": "chat"},
+            )
+        )
+    assert figures["test"]["exact_match"] == 0.0 and figures["test"]["answer_loss"] > 0
+    return Path(figures["folder"])
+
+
+def test_a_chat_is_answered_in_its_template(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(chat.parent / "cache"))
+    greedy = commands.generate(chat, "Who is it?", most=6)
+    assert greedy == commands.generate(chat, "Who is it?", most=6, temperature=0.0, seed=3)
+    drawn = [
+        commands.generate(chat, "Who is it?", most=6, temperature=2.0, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert commands.generate(chat, "Who?", most=6, system="Be odd.") != commands.generate(
+        chat, "Who?", most=6
+    )
+    for wrong, sentence in (
+        ({"temperature": -1.0}, "temperature = -1.0: it must be 0"),
+        ({"top_p": 0.0}, r"top_p = 0\.0: it must be above 0 and at most 1"),
+    ):
+        with pytest.raises(ConfigurationError, match=sentence):
+            commands.generate(chat, "Who?", **wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_written_is_measured(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(chat.parent / "cache"))
+    (row,) = commands.evaluate(chat, zero_shot=False, write=5)
+    lines = (chat.parent / "asked.jsonl").read_text().splitlines()
+    asked = [parse_json(line)["messages"] for line in lines]
+    expected = [[messages[-1]["content"]] for messages in asked]
+    assert row["written"][0] == commands.generate(chat, asked[0][0]["content"], most=5).strip()
+    measured = written_figures(row["written"], expected)
+    assert {name: row[name] for name in measured} == measured
+
+
+def test_written_answers_are_compared_as_squad_and_rouge_score_do() -> None:
+    assert normalised("  The quick, brown   FOX! ") == "quick brown fox"
+    assert token_f1("the cat sat", "a cat") == pytest.approx(2 / 3)
+    assert token_f1("", "") == 1.0 and token_f1("a", "x") == 0.0
+    written, expected = ["The cat sat.", "no"], [["a dog", "cat sat"], ["yes"]]
+    figures = written_figures(written, expected)
+    best = RougeScorer(["rougeL"]).score("cat sat", "The cat sat.")["rougeL"].fmeasure
+    assert figures == {
+        "written_exact_match": 0.5,
+        "written_token_f1": 0.5,
+        "written_rouge_l": pytest.approx(best / 2),
+    }
+
+
+def test_what_is_drawn_is_among_the_likeliest_and_by_their_shares() -> None:
+    scores = torch.tensor([2.0, 1.0, 0.0, -9.0]).log_softmax(dim=0)
+    assert sampler(0.0, 1.0, 5)(scores) == 0
+    draw = sampler(1.0, 0.9, 5)
+    counts = torch.bincount(torch.tensor([draw(scores) for _ in range(3000)]), minlength=4)
+    assert counts[2:].tolist() == [0, 0]  # the first two add up to 0.9
+    share = float(scores[:2].softmax(dim=0)[0])
+    assert float(counts[0]) / 3000 == pytest.approx(share, abs=0.03)
+
+
+def test_a_system_message_is_for_chats(tmp_path: Path) -> None:
+    folder = commands.run(settings(tmp_path, round={"rounds": 1}))["folder"]
+    with pytest.raises(ConfigurationError, match="is of the task 'multiple_choice', which has no"):
+        commands.generate(folder, "Who?", system="Be odd.")
