@@ -81,7 +81,7 @@ def test_braces_of_the_text_itself_are_written_twice() -> None:
 
 def test_a_column_names_the_task_of_each_row() -> None:
     how = rendering(task="multiple_choice", task_column="kind")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"question": "q", "choices": ["a", "b"], "answer": 1},
         {"kind": "completion", "prompt": "p", "completion": "c"},
         {"kind": "", "question": "q", "choices": ["a", "b"], "answer": 0},
@@ -180,7 +180,7 @@ def test_a_conversation_that_is_too_long_loses_its_beginning() -> None:
 
 def test_other_rows_are_conversations_too() -> None:
     how = rendering(task="chat")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"instruction": "Translate.", "input": "ja", "output": "yes"},
         {"instruction": "Say yes.", "input": "", "output": "yes"},
         {"prompt": "Say yes.", "completion": "yes", "system": "Be brief."},

@@ -13,6 +13,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from fedsp import api as commands
+from fedsp.config_file import make_config
+from fedsp.data.dataset import load_dataset
 from fedsp.errors import ConfigurationError, DataError
 from fedsp.storage import parse_json
 from fedsp.training.generation import normalised, sampler, token_f1, written_figures
@@ -74,11 +76,18 @@ def test_labels_are_measured_by_class_and_client_as_scikit_learn_does(tmp_path: 
     assert tuned["accuracy"] == figures["test"]["accuracy"] and "labels" in zero
 
 
-def test_a_server_without_training_examples_must_list_the_labels(tmp_path: Path) -> None:
+def test_labels_that_are_not_known_are_refused(tmp_path: Path) -> None:
     given = run_of(tmp_path, TEXTS, data={"task": "classification"})
     given["data"]["train"] = questions(tmp_path, "none", [TEXTS[0] | {"label": "else"}])
     with pytest.raises(DataError, match=r"checked\.jsonl, line 1 .*not one of the 1 to choose"):
         commands.run(given)
+    del given["data"]["train"]  # a server whose clients hold all examples
+    given["partition"] = {}
+    config = make_config(given | {"federation": {"folder": str(tmp_path)}})
+    with pytest.raises(DataError, match=r"data\.labels: the server holds no training examples"):
+        load_dataset(config)
+    listed = config.model_copy(update={"data": config.data.model_copy(update={"labels": KINDS})})
+    assert load_dataset(listed).test[0].choices == tuple(f" {kind}" for kind in KINDS)
 
 
 def test_several_tasks_in_one_federation_are_measured_each(tmp_path: Path) -> None:
