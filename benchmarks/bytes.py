@@ -4,10 +4,14 @@ docs/results/performance.md.
     fedsp study configs/studies/compression.toml --root REFERENCE        # REFERENCE holds models/
                                   and data/
     python benchmarks/bytes.py studies/compression [--figure bytes.svg]
+    fedsp study configs/studies/adapter-bytes.toml --root REFERENCE
+    python benchmarks/bytes.py studies/adapter-bytes --against float16
 
-Bytes are of payloads, per client and round, up and down together, from the second round on: in the
-first every client gets the whole prompt. Perplexity is that of the best prompt on the test
-questions; its change is against float32 with the same seed and as many rounds.
+With `--against`, every method of a study against one of them, by the bytes of all rounds, the first
+whole broadcast included. Without, bytes are of payloads, per client and round, up and down together,
+from the second round on: in the first every client gets the whole prompt. Perplexity is that of the
+best prompt on the test questions; its change is against float32 with the same seed and as many
+rounds.
 """
 
 from __future__ import annotations
@@ -51,13 +55,49 @@ def perplexity(run: Run) -> float:
     return float(run.figures["test"]["answer_perplexity"])
 
 
+def whole_runs(study: Path, against: str) -> None:
+    by_method: Codings = defaultdict(dict)
+    for run in read_results([study]).runs.values():
+        if run.config.method == "fedsp":
+            by_method[run.method][run.seed] = run
+
+    def sent(run: Run) -> float:
+        return float(run.figures["bytes_up"] + run.figures["bytes_down"]) / 1e6
+
+    most = statistics.fmean(map(sent, by_method[against].values()))
+    print(
+        "| method | MB in all | fewer | exact match | answer perplexity | against"
+        f" {against}, same seed |\n|---|---|---|---|---|---|"
+    )
+    for name, runs in by_method.items():
+        bytes_sent = statistics.fmean(map(sent, runs.values()))
+        changes = [
+            100 * (perplexity(run) / perplexity(by_method[against][seed]) - 1)
+            for seed, run in runs.items()
+        ]
+        right = [100 * float(run.figures["test"]["exact_match"]) for run in runs.values()]
+        row = [
+            name,
+            f"{bytes_sent:.1f}",
+            f"{most / bytes_sent:.1f}",
+            f"{mean(right, '.1f')} %",
+            mean([perplexity(run) for run in runs.values()], ".2f"),
+            f"{statistics.fmean(changes):+.1f} % ({min(changes):+.1f} to {max(changes):+.1f})",
+        ]
+        print(f"| {' | '.join(row)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", type=Path)
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--against", help="a method of the study")
     given = parser.parse_args()
+    if given.against:
+        whole_runs(given.study, given.against)
+        return
     by_rounds: dict[int, Codings] = defaultdict(lambda: defaultdict(dict))
     for run in read_results([given.study]).runs.values():
         if run.config.method == "fedsp":
