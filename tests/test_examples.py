@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import fedsp
+from fedsp.federation.callbacks import Callbacks
+from support.gguf_made import tiny_llama, write_gguf
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -25,7 +27,7 @@ def example(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"algorithm", "federation", "new_method", "new_task"}
+    tested = {"algorithm", "federation", "new_method", "new_task", "smollm2", "tickets"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -74,3 +76,37 @@ def test_everything_public_can_be_imported() -> None:
 def test_an_unknown_method_is_a_sentence() -> None:
     with pytest.raises(fedsp.FedspError, match="there is no method 'fedpromt'.*did you mean"):
         fedsp.run({"method": "fedpromt", "model": {"name": "embedded"}, "distill": {"text": ["x"]}})
+
+
+def test_every_office_has_ten_tickets_of_each_of_four_kinds() -> None:
+    tickets = example("tickets").TICKETS
+    assert [len(kinds) for kinds in tickets.values()] == [4] * 5
+    sentences = [text for kinds in tickets.values() for some in kinds.values() for text in some]
+    assert len(set(sentences)) == len(sentences) == 200
+    labels = [label for kinds in tickets.values() for label in kinds]
+    assert len(set(labels)) == 20
+    for office, kinds in tickets.items():
+        assert {len(some) for some in kinds.values()} == {10}, office
+
+
+@pytest.mark.recipe
+def test_a_federation_of_a_model_in_a_gguf_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `make smollm2` does, with a tiny model and few steps."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    module = example("smollm2")
+    model = write_gguf(tmp_path / "tiny.gguf", tiny_llama())
+    settings = module.settings_of(model, tmp_path, "ends(1)", distill=2, rounds=1)
+    rows = list(module.rows_of(settings, tmp_path, None, Callbacks()))
+    names = [row["who trains"].partition(":")[0] for row in rows]
+    assert names == [
+        "nobody",
+        "the best office alone",
+        "all offices",
+        "  ... in the small model itself",
+        "one party with all tickets and the model",
+    ]
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert rows[2]["traffic, MB"] > rows[1]["traffic, MB"] > 0
