@@ -129,7 +129,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="the model's .gguf file, or a folder")
-    parser.add_argument("--plan", default="emulator(2, [8, 9, 11, 21, 22, 24, 25, 27])")
+    parser.add_argument("--plan", default="emulator(2, [2, 8, 10, 11, 21, 22, 24, 27])")
     parser.add_argument("--distill", type=int, default=200, help="steps of distillation")
     parser.add_argument("--rounds", type=int, default=8)
     given = parser.parse_args()

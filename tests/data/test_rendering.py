@@ -18,6 +18,9 @@ from fedsp.data.rendering import Rendering
 from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, DataError
 from fedsp.experiments.embedded import EMBEDDED
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.training.loop import answer_loss
+from support.gguf_made import tiny_llama
 from support.small_runs import questions
 
 TICKETS = [
@@ -150,6 +153,25 @@ def test_answers_are_the_assistant_masks_of_the_template() -> None:
         mask = (batch.labels[0] != IGNORED).int().tolist()
         assert mask == theirs["assistant_masks"][:length]
         assert encoded.asked == sum(mask)
+
+
+def test_the_loss_is_that_of_a_plain_loop_over_assistant_masks() -> None:
+    tokenizer, reference = chat_tokenizer(), tiny_llama()
+    model = PromptedLM(tiny_llama(), "tiny")
+    found = collate(encode_targets(tokenizer, rendering(task="chat").examples(CHATS), 256))
+    total, count = 0.0, 0
+    for row in CHATS:
+        theirs = tokenizer.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids = torch.tensor([theirs["input_ids"]])
+        labels = ids.masked_fill(torch.tensor([theirs["assistant_masks"]]) == 0, IGNORED)
+        asked = int((labels != IGNORED).sum())
+        with torch.no_grad():
+            total += asked * float(reference(input_ids=ids, labels=labels).loss)
+        count += asked
+    with torch.no_grad():
+        assert float(answer_loss(model, None, found)) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_the_question_ends_where_the_last_answer_begins() -> None:

