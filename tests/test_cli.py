@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,18 @@ def test_values_of_a_size_that_nothing_can_use_are_a_sentence(  # type: ignore[n
     assert (
         code == 2 and sentence in error and error.startswith("fedsp: ") and "Traceback" not in error
     )
+
+
+def test_a_run_that_is_refused_at_its_data_leaves_no_folder(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config, run = tmp_path / "run.toml", tmp_path / "run"
+    fedsp("init", config)
+    code, _, error = fedsp("run", config, *QUICK, f"output={run}", "data.train=none.jsonl")
+    assert code == 2 and "there is no file none.jsonl" in error
+    assert not run.exists()
+
+
+def test_it_says_its_version(fedsp) -> None:  # type: ignore[no-untyped-def]
+    assert fedsp("--version") == (0, f"fedsp {version('fedsp')}\n", "")
 
 
 def test_a_file_in_the_way_of_a_folder_is_a_sentence(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

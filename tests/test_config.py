@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from fedsp.config_file import PRESETS, PROFILES, make_config, read_config, template
+from fedsp.config_file import (
+    PRESETS,
+    PROFILES,
+    apply_override,
+    make_config,
+    read_config,
+    template,
+)
 from fedsp.errors import ConfigurationError
 
 SMALL = {"model": {"name": "embedded"}, "data": {}, "distill": {"text": ["x.txt"]}}
@@ -238,3 +245,34 @@ def test_what_the_server_owns_is_said_once(partition: dict[str, Any], why: str) 
     values = {"model": {"name": "x"}, "data": {}, "distill": {"text": ["x"]}}
     with pytest.raises(ConfigurationError, match=why):
         make_config({**values, "partition": partition})
+
+
+def test_a_preset_that_is_not_known_is_the_only_fault() -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        make_config({"model": {"name": "x"}, "preset": "mesenger", "distill": {"text": ["a"]}})
+    assert str(raised.value).count("\n") == 1 and "did you mean 'messenger'?" in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["round.rounds", "client.learning_rate", "seed", "model.name"])
+def test_true_is_no_number_and_no_text(key: str) -> None:
+    values: dict[str, Any] = {"model": {"name": "x"}, "distill": {"text": ["a"]}}
+    apply_override(values, f"{key}=true")
+    with pytest.raises(ConfigurationError, match=f"{key}: expected a number or a text, not True"):
+        make_config(values)
+
+
+def test_a_tilde_is_the_users_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = make_config(
+        {
+            "model": {"name": "~/model.gguf"},
+            "output": "~/run",
+            "distill": {"text": ["~/public.txt", "server"]},
+            "data": {"train": "~/own.jsonl"},
+        }
+    )
+    assert (
+        config.model.name == "/home/somebody/model.gguf" and config.output == "/home/somebody/run"
+    )
+    assert config.distill.text == ["/home/somebody/public.txt", "server"]
+    assert config.data.train == "/home/somebody/own.jsonl"

@@ -7,9 +7,27 @@ meaning and unit. `fedsp.config_file` reads files and fills in presets.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+import os
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+
+def _from_home(name: object) -> object:
+    """A file name, in which ~ is the user's folder."""
+    known = isinstance(name, str) and name.startswith("~")
+    return os.path.expanduser(str(name)) if known else name  # noqa: PTH111  ~nobody/x stays as it is
+
+
+FileName = Annotated[str, BeforeValidator(_from_home)]
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1, le=10**9)]
@@ -47,7 +65,8 @@ ClientPrecision = Literal["float32", "bfloat16", "8bit", "4bit"]
 
 
 class Section(BaseModel):
-    """A table of a configuration file. Unknown keys and numbers that are not finite are refused."""
+    """A table of a configuration file. Unknown keys and numbers that are not finite are refused,
+    and so is true or false in a number's place."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -55,16 +74,19 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_nul(cls, value: object) -> object:
+    def _no_other_kind(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str) and "\0" in value:
             raise ValueError("it contains a NUL character: remove it")
+        kind: Any = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("expected a number or a text")
         return value
 
 
 class ModelSection(Section):
     """The global model. It stays on the server."""
 
-    name: str
+    name: FileName
     """Hugging Face hub name or folder of a causal language model, or a .gguf file, which is read
     once and kept as safetensors in the user's cache folder; 'embedded' is a small one that comes
     with fedsp"""
@@ -92,6 +114,9 @@ class TaskSection(Section):
     task_column: str | None = None
     """column that names the task of each row, where a federation has several; rows without a value
     are of the task above; none: all are"""
+    ends: bool = True
+    """of the task completion: whether the tokenizer's end token is trained as the last token of a
+    completion, so that the model learns to stop; no figure of the test counts it"""
     template: str = "{text}\nLabel:"
     """of the task classification: what stands in front of the label, with the names of columns in
     braces"""
@@ -105,12 +130,12 @@ class TaskSection(Section):
 class DataSection(TaskSection):
     """The task and its examples."""
 
-    train: str | None = None
+    train: FileName | None = None
     """training examples, a JSONL, CSV or Parquet file, or a folder (docs/how-to/data.md); none: the
     task's data set on the Hugging Face hub"""
-    validation: str | None = None
+    validation: FileName | None = None
     """file of the server's validation examples; none: the fraction `holdout` of `train`"""
-    test: str | None = None
+    test: FileName | None = None
     """file of test examples, for the end of a run and `fedsp evaluate`"""
     test_examples: int | None = Field(None, ge=1)
     """most test examples to use, the same random subset for every seed; none: all"""
@@ -167,7 +192,7 @@ class AuxiliarySection(Section):
     precision: ClientPrecision = "float32"
     """data type of the frozen auxiliary model at simulated clients: float32, bfloat16, 8bit, 4bit;
     others than float32 only if client.auxiliary_steps is 0"""
-    folder: str | None = None
+    folder: FileName | None = None
     """folder of an auxiliary model that `fedsp distill` wrote; none: it is made at the start of the
     run"""
 
@@ -178,7 +203,7 @@ class DistillSection(Section):
     steps: Count
     """optimizer steps at most; 0: the layers are handed out as they are in the global model. Some
     of distill.text is held out, and distillation ends once the loss on it has stopped falling"""
-    text: list[str]
+    text: list[FileName]
     """text files (may be .gz), passages separated by blank lines; ['server']: the server's own
     examples"""
     learning_rate: LearningRate
@@ -215,7 +240,7 @@ class PromptSection(Section):
     init: str
     """text: activations of real text; normal: random; or a prompt file or PEFT prefix-tuning
     folder"""
-    init_text: str | None = None
+    init_text: FileName | None = None
     """file whose first tokens give the activations for init = text; none: the distillation text"""
     init_scale: Rate = 0.02
     """standard deviation for init = normal"""
@@ -461,7 +486,7 @@ class ValidationSection(Section):
 class FederationSection(Section):
     """A deployment. Without this section clients are simulated on the examples in data.train."""
 
-    folder: str
+    folder: FileName
     """folder with certificates, keys and the register of clients, written by `fedsp federation
     init`"""
     listen: str = "0.0.0.0:8000"
@@ -493,7 +518,7 @@ class RunConfig(Section):
     offsite_tuning; or one that you registered"""
     seed: Count = 0
     """seed of all random numbers of the run, except those of differential privacy"""
-    output: str = "runs/latest"
+    output: FileName = "runs/latest"
     """folder of the run"""
     model: ModelSection
     data: DataSection
@@ -730,7 +755,7 @@ class PackageSection(Section):
     """The package: the folder with the auxiliary model and the signed agreement that the owner of
     the model handed to you."""
 
-    folder: str = "package"
+    folder: FileName = "package"
     """folder that you received; it is only read; relative to party.toml"""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """SHA-256 digest of the package; the owner of the model tells it to you by another channel than
@@ -740,7 +765,7 @@ class PackageSection(Section):
 class PartyDataSection(Section):
     """Your text. It is read on this machine and never leaves it."""
 
-    train: str
+    train: FileName
     """your examples, a JSONL, CSV or Parquet file, or a folder, in the form that the task of the
     signed package asks for"""
     task: str | None = None
@@ -784,9 +809,9 @@ class PartyConfig(Section):
     """this client's name in the server's register"""
     server: str
     """host:port of the server"""
-    keys: str = "."
+    keys: FileName = "."
     """folder with ca.crt, server.pub and this client's client.key"""
-    state: str = "state"
+    state: FileName = "state"
     """folder for what this client keeps between rounds (its privacy ledger, its answers); nothing
     in it is sent. Do not delete it during a run"""
     device: str = "auto"

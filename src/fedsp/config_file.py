@@ -128,7 +128,7 @@ def _preset(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The defaults that the preset of a configuration gives it."""
     name = str(values.get("preset", "messenger"))
     if name != "messenger":
-        return PRESETS.get(name, {})
+        return PRESETS.get(name, PRESETS["messenger"])  # of a wrong name, so that it alone is said
     entry = next(
         (entry for entry in methods() if entry.name == values.get("method", "fedsp")), None
     )

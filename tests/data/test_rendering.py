@@ -276,3 +276,19 @@ def test_plain_examples_and_conversations_keep_their_order() -> None:
     assert whole == [encode_targets(tokenizer, [example], 512)[0] for example in mixed]
     labels = collate(whole).labels
     assert torch.equal((labels != IGNORED).sum(dim=1), torch.tensor([row.asked for row in whole]))
+
+
+def test_a_completion_ends_where_training_is_to_teach_it() -> None:
+    tokenizer = chat_tokenizer()
+    rows = [{"prompt": "The capital of France is", "completion": "Paris"}]
+    ends, open_ended = (
+        rendering(task="completion", **keys).examples(rows) for keys in ({}, {"ends": False})
+    )
+    (whole,) = encode_targets(tokenizer, ends, 64)
+    (bare,) = encode_targets(tokenizer, open_ended, 64)
+    assert whole.ids == (*bare.ids, tokenizer.eos_token_id) and whole.start == bare.start
+    assert encode_choices(tokenizer, ends, 64) == encode_choices(tokenizer, open_ended, 64)
+    (cut,) = encode_targets(tokenizer, ends, len(bare.ids))
+    assert cut.ids == whole.ids[1:] and (cut.start, cut.dropped) == (bare.start - 1, 1)
+    (question,) = rendering().examples([{"question": "q", "choices": ["a"], "answer": 0}])
+    assert not question.ends

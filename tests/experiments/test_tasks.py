@@ -38,6 +38,7 @@ CHATS = [
 
 
 def run_of(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
     data = {
         "train": questions(folder, "own", rows[:-30]),
         "validation": questions(folder, "checked", rows[-30:-20]),
@@ -192,3 +193,23 @@ def test_a_system_message_is_for_chats(tmp_path: Path) -> None:
     folder = commands.run(settings(tmp_path, round={"rounds": 1}))["folder"]
     with pytest.raises(ConfigurationError, match="is of the task 'multiple_choice', which has no"):
         commands.generate(folder, "Who?", system="Be odd.")
+
+
+def test_a_completion_that_was_learned_ends(tmp_path: Path) -> None:
+    row, answer = ROWS[0], ROWS[0]["choices"][ROWS[0]["answer"]]
+    rows = [{"prompt": row["question"], "completion": answer}] * 40
+
+    def written(ends: bool) -> str:
+        given = run_of(tmp_path / str(ends), rows, data={"task": "completion", "ends": ends})
+        given |= {
+            "preset": "messenger",
+            "method": "lora",
+            "lora": {"rank": 8, "alpha": 16.0, "targets": ["c_attn", "c_proj", "c_fc"]},
+            "client": {"prompt_steps": 40, "batch_size": 4, "learning_rate": 1e-2},
+        }
+        del given["prompt"]
+        return commands.generate(commands.run(given)["folder"], rows[0]["prompt"], most=12)
+
+    goes_on = written(False)
+    assert written(True) == f" {answer}"
+    assert goes_on.startswith(f" {answer}") and len(goes_on) > len(answer) + 1

@@ -186,16 +186,29 @@ def encode_targets(
 ) -> list[Encoded]:
     """The context and the right answer of each example, of a conversation every message of the
     assistant: what training reads."""
+    end = tokenizer.eos_token_id
+
+    def targets(some: Sequence[Example]) -> list[Encoded]:
+        pairs = ((example.context, example.target) for example in some)
+        names = (f"example {example.id}" for example in some)
+        rows = encode_pairs(tokenizer, pairs, max_tokens, names)
+        return [
+            _ended(row, end, max_tokens) if example.ends and end is not None else row
+            for row, example in zip(rows, some, strict=True)
+        ]
+
     return _in_order(
         examples,
-        lambda some: encode_pairs(
-            tokenizer,
-            ((example.context, example.target) for example in some),
-            max_tokens,
-            (f"example {example.id}" for example in some),
-        ),
+        targets,
         lambda example: _conversation(read_conversation(tokenizer, example), max_tokens),
     )
+
+
+def _ended(row: Encoded, end: int, max_tokens: int) -> Encoded:
+    """A row with the end token behind it, and one token less in front where it would be too
+    long."""
+    over = max(0, len(row.ids) + 1 - max_tokens)
+    return Encoded((*row.ids[over:], end), max(1, row.start - over), row.dropped + over)
 
 
 def encode_choices(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedsp.config import TaskSection
 from fedsp.data.files import Row
-from fedsp.data.tasks import LABELLED, Example, Task, classification, find_task
+from fedsp.data.tasks import COMPLETION, LABELLED, Example, Task, classification, find_task
 from fedsp.errors import DataError
 
 
@@ -65,7 +65,10 @@ class Rendering:
         Raises:
             DataError: a row cannot be used; the message says where it stands.
         """
-        return [self.task(row).example(row, number) for number, row in enumerate(rows)]
+        found = [self.task(row).example(row, number) for number, row in enumerate(rows)]
+        if not self.section.ends:
+            return found
+        return [replace(one, ends=True) if one.task == COMPLETION else one for one in found]
 
     def questions(self, rows: Iterable[Row]) -> list[Example]:
         """The questions in rows, whose labels are not read.

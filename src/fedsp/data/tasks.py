@@ -21,6 +21,7 @@ from fedsp.errors import ConfigurationError, DataError, did_you_mean
 
 LABELLED = "classification"
 """The task that chooses among labels that all of its examples have in common."""
+COMPLETION = "completion"
 Metric = Literal["accuracy", "exact_match"]
 Turn = tuple[str, str]
 """A message of a conversation: who writes, and what."""
@@ -33,6 +34,7 @@ class Example:
 
     turns: of a conversation, its messages, which the model's chat template renders; `context` then
         is all but the last answer, in plain words, and the answer the only choice.
+    ends: whether training asks for the tokenizer's end token behind the answer.
     task, metric: the name of its task, and what that measures.
     where: the file and line that it comes from, for messages.
     """
@@ -42,6 +44,7 @@ class Example:
     choices: tuple[str, ...]
     gold: tuple[int, ...]
     turns: tuple[Turn, ...] = ()
+    ends: bool = False
     task: str = ""
     metric: Metric = "accuracy"
     where: str = field(default="", compare=False)
@@ -374,7 +377,7 @@ register_task(Task(name="continuation", plain=_continuation))
 _COMPLETION = "needs prompt and completion (strings)"
 register_task(
     Task(
-        name="completion",
+        name=COMPLETION,
         plain=_completion,
         schema=_COMPLETION,
         metric="exact_match",

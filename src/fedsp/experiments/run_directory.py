@@ -29,6 +29,7 @@ import contextlib
 import json
 import platform
 import secrets
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterable
@@ -113,6 +114,11 @@ class RunDirectory:
         write_json(path / RUN, about)
         write_bytes(path / CONFIG, tomli_w.dumps(config.model_dump(exclude_none=True)).encode())
         return run
+
+    def remove_if_not_begun(self) -> None:
+        """Leave no folder of a run that was refused before it had made anything."""
+        if {entry.name for entry in self.path.iterdir()} <= {CONFIG, RUN, LOCK}:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
