@@ -428,7 +428,7 @@ def test_what_excel_puts_around_a_table_is_not_the_table(
         ("t.csv", b"prompt,completion\na,b,\n", "line 2 ends in more dividers"),
         ("t.csv", b"prompt,completion\na\0,b\n", "line 2 holds a NUL character"),
         ("t.csv", b"\n\nprompt,completion\na\n", "line 4 has 1 fields, but the first line names 2"),
-        ("t.csv", "prompt\ta".encode("utf-16"), "it is UTF-16 .*save it as CSV UTF-8"),
+        ("t.jsonl", "{}".encode("utf-16"), "it is UTF-16 .*save it as CSV UTF-8"),
         (
             "t.xlsx",
             b"PK\x03\x04\xff\xff",
@@ -444,6 +444,29 @@ def test_what_is_no_table_or_text_says_what_it_is(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=sentence):
         read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8-sig", "cp1251"])
+def test_a_table_is_read_in_the_encoding_that_excel_wrote(
+    encoding: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    german = "Der Drucker im dritten Stock f\u00fcr M\u00fcller ist kaputt, bitte pr\u00fcfen"
+    russian = bytes.fromhex("cff0e8edf2e5f020ede0203320fdf2e0e6e520ede520efe5f7e0f2e0e5f2")
+    text = russian.decode("cp1251") if encoding == "cp1251" else german
+    table = "".join(f"{text} ({number})\tHardware\r\n" for number in range(8))
+    for name in ("tickets.csv", "TICKETS.TSV"):
+        (tmp_path / name).write_bytes(("prompt\tcompletion\r\n" + table).encode(encoding))
+        rows = read_rows(tmp_path / name)
+        assert [row["prompt"] for row in rows] == [f"{text} ({number})" for number in range(8)]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (2 if encoding.startswith("cp") else 0)
+    assert all("it is read as cp125" in line for line in said)
+
+
+def test_a_missing_field_is_said_with_those_that_are_there() -> None:
+    row = {"betreff": "x", "kategorie": "y"}
+    with pytest.raises(DataError, match=r"has no field 'prompt': .*; it has betreff, kategorie$"):
+        examples_of(TASKS["completion"], [row])
 
 
 def test_a_text_without_letters_between_nul_characters_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import logging
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,19 +18,21 @@ from fedsp.storage import parse_json
 
 Row = dict[str, Any]
 TABLES = (".csv", ".tsv")
+ARCHIVE = b"PK\x03\x04"
+EXCEL = ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp932", "gb18030", "big5", "euc_kr"]
+"""The encodings in which Excel saves tables in different countries."""
 
 
 @contextmanager
-def _open(path: Path, what: str) -> Iterator[IO[str]]:
-    """A text file in UTF-8, gzipped or not, with or without a byte order mark, its line ends as
-    they are.
+def _open(path: Path, what: str, encoding: str = "utf-8-sig") -> Iterator[IO[str]]:
+    """A text file, gzipped or not, in UTF-8 with or without a byte order mark unless another
+    `encoding` is given, its line ends as they are.
 
     Raises:
         DataError: it is missing, or cannot be read as text.
     """
     try:
-        opener = gzip.open if path.suffix.lower() == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with _opener(path)(path, "rt", encoding=encoding, newline="") as file:
             yield file
     except FileNotFoundError as error:
         raise DataError(f"there is no {what} {path}") from error
@@ -39,9 +42,40 @@ def _open(path: Path, what: str) -> Iterator[IO[str]]:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
+def _opener(path: Path) -> Any:
+    return gzip.open if path.suffix.lower() == ".gz" else open
+
+
+def _encoding_of(path: Path) -> str:
+    """The encoding of a table: UTF-8, UTF-16 where a byte order mark says so, or, said in a line of
+    the log, the likeliest of those that Excel writes (charset-normalizer). UTF-8 too where nothing
+    fits, or the file cannot be read, which whoever opens it finds out."""
+    try:
+        with _opener(path)(path, "rb") as file:
+            data: bytes = file.read()
+    except (OSError, EOFError, zlib.error):
+        return "utf-8-sig"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        from charset_normalizer import from_bytes
+
+        found = None if data.startswith(ARCHIVE) else from_bytes(data, cp_isolation=EXCEL).best()
+        if found is not None:
+            logging.getLogger("fedsp").warning(
+                "%s is no UTF-8: it is read as %s; if letters look wrong, save it as CSV UTF-8",
+                path,
+                found.encoding,
+            )
+            return str(found.encoding)
+    return "utf-8-sig"
+
+
 def _what_it_is(data: bytes) -> str:
     """What a file is that is not UTF-8 text, and what to do."""
-    if data.startswith(b"PK\x03\x04"):
+    if data.startswith(ARCHIVE):
         return "it is a spreadsheet or an archive; export the sheet as CSV (UTF-8)"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "it is UTF-16 (Excel's 'Unicode text'); save it as CSV UTF-8"
@@ -65,7 +99,8 @@ def read_rows(path: Path) -> list[Row]:
     elif kind == ".parquet":
         rows = list(_parquet_rows(path))
     else:
-        with _open(path, "file") as file:
+        encoding = _encoding_of(path) if kind in TABLES else "utf-8-sig"
+        with _open(path, "file", encoding) as file:
             rows = list(_table_rows(path, file) if kind in TABLES else _json_rows(path, file))
     if not rows:
         raise DataError(f"{path} holds no rows")

@@ -117,8 +117,11 @@ class Task:
             turns = self.turns(row) if self.turns else []
             context, choices, gold = (render or self.plain)(row)
         except KeyError as error:
+            names = [name for name in row if name != "__where__"]
+            few = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise DataError(
-                f"{where} has no field {error}: a {self.name} row {self.schema}"
+                f"{where} has no field {error}: a {self.name} row {self.schema}; it has"
+                f" {few or 'none'}"
             ) from error
         except (
             TypeError,
