@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from fedsp import cli
 from fedsp.config_file import read_config
 from fedsp.errors import StorageError
 from fedsp.experiments.embedded import EMBEDDED
+from fedsp.experiments.run_directory import RunDirectory
 from fedsp.models import auxiliary
 
 QUICK = [
@@ -238,6 +240,27 @@ def test_a_run_that_is_refused_at_its_data_leaves_no_folder(fedsp, tmp_path: Pat
     code, _, error = fedsp("run", config, *QUICK, f"output={run}", "data.train=none.jsonl")
     assert code == 2 and "there is no file none.jsonl" in error
     assert not run.exists()
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_a_run_that_is_ended_says_how_to_go_on(number: int, workers: int, tmp_path: Path) -> None:
+    config, run = tmp_path / "run.toml", tmp_path / "run"
+    command = [sys.executable, "-m", "fedsp"]
+    subprocess.run([*command, "init", config], check=True)
+    words = [*QUICK, "round.rounds=500", f"output={run}", "--workers", str(workers)]
+    started = subprocess.Popen(
+        [*command, "run", config, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None
+    next(line for line in started.stdout if line.startswith("round 2/"))
+    started.send_signal(number)
+    _, error = started.communicate(timeout=60)
+    assert started.returncode == 128 + number
+    assert error.strip() == (
+        "fedsp: ended from outside; finished rounds are kept: go on with `fedsp run --resume"
+        f" {run}`"
+    )
+    assert len(RunDirectory.open(run).records()) >= 2
 
 
 def test_it_says_its_version(fedsp) -> None:  # type: ignore[no-untyped-def]

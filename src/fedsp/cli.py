@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, cast
 
 import typer
 
@@ -225,7 +227,8 @@ def _run(
     from fedsp import api as commands
     from fedsp.report.console import Display, figures_table
 
-    with Display() as display:
+    folder = resume or Path(read.output if read else "")
+    with _says_how_to_go_on(folder, "run"), Display() as display:
         if engine == "local" and not (resume or workers):
             _measure_threads(display.callbacks().info)
         if resume:
@@ -693,6 +696,29 @@ def main() -> None:
         )
     typer.echo(f"fedsp: {message}".encode(errors="backslashreplace").decode(), err=True)
     sys.exit(2)
+
+
+@contextmanager
+def _says_how_to_go_on(folder: Path, command: str) -> Iterator[None]:
+    """Where a run is ended from outside, by Ctrl-C or SIGTERM, leave the terminal as it was, and
+    say that the run can go on."""
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit as ended:
+        if (folder / "rounds.jsonl").exists():
+            told = f"finished rounds are kept: go on with `fedsp {command} --resume {folder}`"
+        else:
+            told = "no round was finished"
+        typer.echo(f"fedsp: ended from outside; {told}", err=True)
+        raise ended from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _measure_threads(info: Callable[[str], None]) -> None:

@@ -107,7 +107,8 @@ def result_of(future: Future[Result]) -> Result:
 def _begin(*clients: Clients) -> None:
     """Of a worker: one thread, and an end when its parent ends, by whatever signal."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     _clients.extend(clients)
     parent = multiprocessing.parent_process()
     assert parent is not None
