@@ -17,7 +17,7 @@ from fedsp.config_file import apply_override, make_config, read_config, read_par
 from fedsp.data.chat import end_of_turn, question_ids
 from fedsp.data.dataset import examples_digest
 from fedsp.data.encoding import decode_behind, encode_texts
-from fedsp.data.files import read_passages
+from fedsp.data.files import read_passages, read_rows
 from fedsp.errors import ConfigurationError, DataError, PromptError, RunError, require_installed
 from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
@@ -261,16 +261,18 @@ def evaluate(
     folder: str | Path,
     *,
     split: str = "test",
+    data: str | Path | None = None,
     prompt: str | Path | None = None,
     zero_shot: bool = True,
     auxiliary: bool = False,
     write: int | None = None,
 ) -> list[Figures]:
     """Evaluate the global model with a run's best prompt or weights, or the prompt in a file, and
-    untuned for comparison (`zero_shot`). With `auxiliary` also what the auxiliary model has learned
-    itself, and both models together (`fedsp.training.answers`), with the weight of proxy-tuned
-    answers that validation chooses. With `write` each also writes an answer of at most so many
-    tokens to every question, which is measured (`fedsp.training.generation`).
+    untuned for comparison (`zero_shot`), on the run's `split` or on the rows of a file, `data`.
+    With `auxiliary` also what the auxiliary model has learned itself, and both models together
+    (`fedsp.training.answers`), with the weight of proxy-tuned answers that validation chooses. With
+    `write` each also writes an answer of at most so many tokens to every question, which is
+    measured (`fedsp.training.generation`).
 
     Raises:
         DataError: the run has no questions of that split.
@@ -281,14 +283,18 @@ def evaluate(
         other = read_prompt(Path(prompt)).to(run.server.model.device)
         run = replace(run, messenger=other, best=other.payload())
     server, dataset = run.server, run.server.dataset
-    splits = {"test": dataset.test, "validation": dataset.validation}
-    if split not in splits:
-        raise DataError(f"unknown split {split!r}: choose test or validation")
-    if not splits[split]:
-        raise DataError(
-            f"the run in {folder} has no {split} questions: name a file in data.{split}"
-        )
-    run.directory.hold_known({f"data.{split}": examples_digest(splits[split])})
+    if data:
+        asked = dataset.rendering.examples(read_rows(Path(data)))
+    else:
+        splits = {"test": dataset.test, "validation": dataset.validation}
+        if split not in splits:
+            raise DataError(f"unknown split {split!r}: choose test or validation")
+        asked = splits[split]
+        if not asked:
+            raise DataError(
+                f"the run in {folder} has no {split} questions: give a file of them with --data"
+            )
+        run.directory.hold_known({f"data.{split}": examples_digest(asked)})
     length = length_of(run.prefix())
     room = min(server.max_tokens, server.model.room_behind(length))
     if room < LEAST_ROOM:
@@ -300,14 +306,14 @@ def evaluate(
     bare, tuned = run.side(zero_shot=True), run.side()
     what = "tuned prompt" if isinstance(run.messenger, SoftPrompt) else "tuned weights"
     rows: list[Figures] = []
-    accepted = [[row.choices[one].strip() for one in row.gold] for row in splits[split]]
+    accepted = [[row.choices[one].strip() for one in row.gold] for row in asked]
 
     def add(name: str, answers: Answers, room: int = room) -> None:
-        figures, parts = run.score_in_parts(answers, splits[split], room)
+        figures, parts = run.score_in_parts(answers, asked, room)
         labels = {"labels": parts["labels"]} if "labels" in parts else {}
         rows.append({"prompt": name, **figures, **labels})
         if write:
-            written = run.write(answers, splits[split], write)
+            written = run.write(answers, asked, write)
             rows[-1] |= {**written_figures(written, accepted), "written": written}
         for task, own in parts.get("tasks", {}).items():
             rows.append({"prompt": f"{name}, {task}", **own})

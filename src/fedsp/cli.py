@@ -420,6 +420,10 @@ def audit(
 def evaluate(
     folder: RunFolder,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    data: Annotated[
+        Optional[Path],
+        typer.Option(help="A file of examples in the form of the run's task, instead of a split."),
+    ] = None,
     prompt: Annotated[
         Optional[Path], typer.Option(help="A prompt file to use instead of the run's best.")
     ] = None,
@@ -451,12 +455,13 @@ def evaluate(
         rows = commands.evaluate(
             folder,
             split=split,
+            data=data,
             prompt=prompt,
             zero_shot=zero_shot,
             auxiliary=auxiliary,
             write=write,
         )
-        display.print(rows_table(f"{folder}, {split}", rows))
+        display.print(rows_table(f"{folder}, {data or split}", rows))
     _write(json_file, {"rows": rows})
 
 

@@ -75,6 +75,10 @@ def test_labels_are_measured_by_class_and_client_as_scikit_learn_does(tmp_path: 
     assert 0 <= figures["test"]["exact_match"] <= 1 and set(figures["clients"]) == {"0", "1"}
     (zero, tuned) = commands.evaluate(figures["folder"])
     assert tuned["accuracy"] == figures["test"]["accuracy"] and "labels" in zero
+    other = questions(tmp_path, "later", TEXTS[-20:])
+    assert commands.evaluate(figures["folder"], data=other) == [zero, tuned]
+    with pytest.raises(DataError, match="there is no file .*never.jsonl"):
+        commands.evaluate(figures["folder"], data=tmp_path / "never.jsonl")
 
 
 def test_labels_that_are_not_known_are_refused(tmp_path: Path) -> None:
