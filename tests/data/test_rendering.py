@@ -183,6 +183,8 @@ def test_the_question_ends_where_the_last_answer_begins() -> None:
     assert tokenizer.decode(choice.ids[choice.start :]) == "\nBadiba<|endoftext|>"
     assert choice.silent == ()
     assert end_of_turn(tokenizer) == {tokenizer.eos_token_id}
+    refuses = chat_tokenizer("{{ raise_exception('only images') }}")
+    assert end_of_turn(refuses) == {refuses.eos_token_id}
 
 
 def test_a_conversation_that_is_too_long_loses_its_beginning() -> None:

@@ -95,6 +95,18 @@ def test_labels_that_are_not_known_are_refused(tmp_path: Path) -> None:
     assert load_dataset(listed).test[0].choices == tuple(f" {kind}" for kind in KINDS)
 
 
+def test_examples_held_out_for_validation_have_all_labels_to_choose_from(tmp_path: Path) -> None:
+    given = run_of(tmp_path, TEXTS, data={"task": "classification", "holdout": 0.2})
+    del given["data"]["validation"]
+    found = load_dataset(make_config(given))
+    assert len(found.validation) == 12
+    assert {row.choices for row in found.validation} == {(" when", " where", " who")}
+    own = [found.train[index] for index in found.partition.validation]
+    assert [(row.id, row.context, row.target) for row in found.validation] == [
+        (row.id, row.context, row.target) for row in own
+    ]
+
+
 def test_several_tasks_in_one_federation_are_measured_each(tmp_path: Path) -> None:
     rows = [
         dict(ROWS[number], kind="arc_easy", silo="a")

@@ -106,9 +106,9 @@ def end_of_turn(tokenizer: Tokenizer) -> set[int]:
     """The tokens at which an answer ends: the tokenizer's end token, and the special token with
     which its chat template ends a message."""
     ends = {tokenizer.eos_token_id} - {None}
-    if tokenizer.chat_template:
+    try:
         answered = render(tokenizer, [("user", "a"), ("assistant", "b")])
-        last = tokenizer(_ended(tokenizer, answered), add_special_tokens=False)["input_ids"][-1]
-        if last in tokenizer.all_special_ids:
-            ends.add(last)
-    return ends
+    except DataError:  # there is no template, or it wants other messages
+        return ends
+    last = tokenizer(_ended(tokenizer, answered), add_special_tokens=False)["input_ids"][-1]
+    return ends | ({last} & set(tokenizer.all_special_ids))

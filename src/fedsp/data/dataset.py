@@ -93,7 +93,8 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         partition = read_partition(written, len(train))
     else:
         partition = _divide(config, rows, groups, validated=bool(validation))
-    validation = validation or [train[index] for index in partition.validation]
+    # with all labels to choose from, which were not known at first
+    validation = validation or [rendering.example(rows[at], at) for at in partition.validation]
     if config.validation.by == "server" and not validation:
         raise DataError(
             "validation.by = 'server', but there are no validation questions: set data.validation"

@@ -65,10 +65,17 @@ class Rendering:
         Raises:
             DataError: a row cannot be used; the message says where it stands.
         """
-        found = [self.task(row).example(row, number) for number, row in enumerate(rows)]
-        if not self.section.ends:
-            return found
-        return [replace(one, ends=True) if one.task == COMPLETION else one for one in found]
+        return [self.example(row, number) for number, row in enumerate(rows)]
+
+    def example(self, row: Row, number: int) -> Example:
+        """The example in a row.
+
+        Raises:
+            DataError: as `examples`.
+        """
+        found = self.task(row).example(row, number)
+        ends = self.section.ends and found.task == COMPLETION
+        return replace(found, ends=True) if ends else found
 
     def questions(self, rows: Iterable[Row]) -> list[Example]:
         """The questions in rows, whose labels are not read.
