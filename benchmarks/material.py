@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from fedsp.data.encoding import Tokenizer
+from fedsp.data.files import Row
 from fedsp.data.tasks import Example, examples_of, find_task, load_rows
 
 
@@ -25,16 +26,13 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def question_rows(reference: Path | None, task: str, split: str) -> list[Row]:
+    path = reference / "data" / "qa" / task / f"{split}.jsonl.gz" if reference else None
+    return load_rows(find_task(task), str(path) if path else None, split)
+
+
 def questions(reference: Path | None, task: str, split: str) -> list[Example]:
-    found = find_task(task)
-    return examples_of(
-        found,
-        load_rows(
-            found,
-            str(reference / "data" / "qa" / task / f"{split}.jsonl.gz") if reference else None,
-            split,
-        ),
-    )
+    return examples_of(find_task(task), question_rows(reference, task, split))
 
 
 def model_name(reference: Path | None) -> str:

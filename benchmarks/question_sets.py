@@ -1,5 +1,5 @@
-"""Five question sets as one task, for the study of configs/studies/question-sets.toml: rows of the
-task `continuation` that say which set they are of, as lm-evaluation-harness renders them.
+"""Five question sets in one file, each row with the task that it is of, for the studies of
+configs/studies/question-sets.toml.
 
     python benchmarks/question_sets.py FOLDER --reference FOLDER [--train 2000] [--validation 50]
     [--test 100]
@@ -16,21 +16,21 @@ import json
 import random
 from pathlib import Path
 
-from material import add_reference, questions
+from material import add_reference, question_rows
 
-from fedsp.data.tasks import Example
+from fedsp.data.files import Row
 
 SETS = ("arc_easy", "arc_challenge", "sciq", "piqa", "hellaswag")
 
 
-def splits_of(reference: Path | None, name: str, held_out: int) -> dict[str, list[Example]]:
-    train = questions(reference, name, "train")
+def splits_of(reference: Path | None, name: str, held_out: int) -> dict[str, list[Row]]:
+    train = question_rows(reference, name, "train")
     if name == "piqa":
-        test = questions(reference, name, "validation")
+        test = question_rows(reference, name, "validation")
         random.Random(0).shuffle(train)
         return {"train": train[held_out:], "validation": train[:held_out], "test": test}
     return {"train": train} | {
-        split: questions(reference, name, split) for split in ("validation", "test")
+        split: question_rows(reference, name, split) for split in ("validation", "test")
     }
 
 
@@ -47,19 +47,11 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for name in SETS:
-        for split, examples in splits_of(given.reference, name, given.validation).items():
-            drawn = random.Random(0).sample(examples, min(getattr(given, split), len(examples)))
-            rows[split] += [
-                json.dumps(
-                    {
-                        "set": name,
-                        "question": example.context,
-                        "choices": list(example.choices),
-                        "answer": example.gold[0],
-                    }
-                )
-                for example in drawn
-            ]
+        for split, found in splits_of(given.reference, name, given.validation).items():
+            drawn = random.Random(0).sample(found, min(getattr(given, split), len(found)))
+            for row in drawn:
+                own = {key: value for key, value in row.items() if key != "__where__"}
+                rows[split].append(json.dumps(own | {"task": name}))
     for split, lines in rows.items():
         (given.folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{split}: {len(lines)} questions")
