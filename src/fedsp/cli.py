@@ -228,7 +228,13 @@ def _run(
     from fedsp.report.console import Display, figures_table
 
     folder = resume or Path(read.output if read else "")
-    with _says_how_to_go_on(folder, "run"), Display() as display:
+
+    def how() -> str:
+        if not (folder / "rounds.jsonl").exists():
+            return "no round was finished"
+        return f"finished rounds are kept: go on with `fedsp run --resume {folder}`"
+
+    with _says_how_to_go_on(how), Display() as display:
         if engine == "local" and not (resume or workers):
             _measure_threads(display.callbacks().info)
         if resume:
@@ -611,7 +617,8 @@ def study(
     from fedsp.experiments.study import run_study
     from fedsp.report.console import Display, figures_table
 
-    with Display() as display:
+    told = "finished cells and rounds are kept: give the same command again to go on"
+    with _says_how_to_go_on(lambda: told), Display() as display:
         figures = run_study(
             file, root=root, threads=threads, workers=workers, callbacks=display.study_callbacks()
         )
@@ -704,9 +711,9 @@ def main() -> None:
 
 
 @contextmanager
-def _says_how_to_go_on(folder: Path, command: str) -> Iterator[None]:
-    """Where a run is ended from outside, by Ctrl-C or SIGTERM, leave the terminal as it was, and
-    say that the run can go on."""
+def _says_how_to_go_on(how: Callable[[], str]) -> Iterator[None]:
+    """Where the work is ended from outside, by Ctrl-C or SIGTERM, leave the terminal as it was, and
+    say what is kept and how to go on."""
 
     def end(number: int, _: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -715,11 +722,7 @@ def _says_how_to_go_on(folder: Path, command: str) -> Iterator[None]:
     try:
         yield
     except SystemExit as ended:
-        if (folder / "rounds.jsonl").exists():
-            told = f"finished rounds are kept: go on with `fedsp {command} --resume {folder}`"
-        else:
-            told = "no round was finished"
-        typer.echo(f"fedsp: ended from outside; {told}", err=True)
+        typer.echo(f"fedsp: ended from outside; {how()}", err=True)
         raise ended from None
     finally:
         for number, handler in before.items():
