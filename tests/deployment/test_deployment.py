@@ -250,8 +250,9 @@ def test_a_client_killed_and_started_again_keeps_its_place(
     assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
     records = RunDirectory.open(deployment.run).records()
     assert [len(record["answered"]) for record in records] == [3, 3, 3]
-    assert records[2]["bytes_down"] < records[0]["bytes_down"] / 2
-    assert records[2]["bytes_up"] < records[0]["bytes_down"] / 5
+    first, whole, third = (record["bytes_down"] for record in records)
+    assert first < third < whole / 2, "the second has one whole broadcast"
+    assert records[2]["bytes_up"] < whole / 5
 
 
 def test_the_package_holds_of_the_global_model_what_its_plan_declares(made: Any) -> None:

@@ -383,6 +383,41 @@ def test_with_codings_too_and_a_client_that_has_lost_a_broadcast_gets_it_whole(
     assert second < first / 2 and third < first / 2, "two of three get a change, and the third both"
 
 
+@pytest.mark.study
+@pytest.mark.parametrize("knows", [True, False])
+def test_adapters_begin_alike_so_that_the_first_broadcast_is_no_more_than_that(
+    tmp_path: Path, knows: bool
+) -> None:
+    """A client that does not know what it begins with says so, and gets the whole."""
+    changes = {
+        "compression": {"up": "int8", "down": "sign"},
+        "messenger": {"kind": "adapter", "rank": 4, "layers": "all"},
+    }
+    commands.run(settings(tmp_path / "local", **changes))
+    here = RunDirectory.open(tmp_path / "local" / "run").records()
+    assert here[0]["bytes_down"] < here[1]["bytes_down"]
+    run = RunDirectory.create(make_config(settings(tmp_path / "wire", **changes)))
+    begins: dict[str, Payload] = {}
+
+    def clients_that(clients: Clients) -> ListLink:
+        def respond(_node: int, message: Message) -> Message | str | None:
+            client = json.loads(message.header)["client"]
+            if knows and not begins:
+                begins["all"] = clients.party(client).messenger.payload()
+            known = lambda run, round: None if round else begins.get("all")
+            return answer(message, clients.method, clients.party, known=known)
+
+        return ListLink(respond, lambda: set(numbered(clients).values()))
+
+    run_experiment(run, engine_over(clients_that, numbered), Callbacks())
+    assert prompt_bits(tmp_path / "local" / "run") == prompt_bits(run.path)
+    first, whole, _ = (record["bytes_down"] for record in run.records())
+    if knows:
+        assert first == here[0]["bytes_down"]
+    else:
+        assert first > whole / 2
+
+
 def test_two_copies_of_a_change_that_a_restarted_client_cannot_read_are_one_refusal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

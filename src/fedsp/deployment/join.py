@@ -37,6 +37,7 @@ from fedsp.errors import (
 from fedsp.federation.agreement import promised_epsilon
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import client_messenger, client_shapes, make_method, make_party
+from fedsp.federation.codecs import FLOAT32
 from fedsp.federation.messages import Request
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
@@ -108,6 +109,8 @@ class Client:
                 )
         self._state = Path(party.state) / party.package.sha256[:16]
         self._shapes = client_shapes(self.agreement, self.auxiliary, self._messenger)
+        lossy = self.agreement.compression.down != FLOAT32
+        self._start = self._messenger().payload() if lossy else None
         self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
         self.answered = 0
@@ -128,7 +131,7 @@ class Client:
                 partial(self._open, message),
                 allow=partial(self._allow, message),
                 log=self._log,
-                known=lambda *which: self._received.get(which),
+                known=self._known,
             )
         except PayloadError as error:
             self._info(f"received {_amount(message)} that are not a valid request: {error}")
@@ -143,6 +146,10 @@ class Client:
             f" {fields['kind']} {', '.join(losses) or fields.get('code', '')}"
         )
         return reply
+
+    def _known(self, run: str, round: int) -> Payload | None:
+        """The broadcast of a round, if it came here; of none, what the messenger begins with."""
+        return self._received.get((run, round)) if round else self._start
 
     def _open(self, message: Message, client: str) -> Party:
         store = StateStore(self._state / str(json.loads(message.header)["run"]))

@@ -128,7 +128,9 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
         config.model.device in ("auto", "split") and shutil.which("nvidia-smi") is not None
     )
     precision = "bfloat16" if config.model.precision == "auto" and cuda else config.model.precision
-    whole_at_first = round(asked * follows * (message - change))
+    # adapters and layers begin alike on both sides, so that the first broadcast is a change too
+    first = message if "prompt" in config.messenger.kind else change
+    whole_at_first = round(asked * follows * (first - change))
     trained = 3 * small if client.auxiliary_steps else 0
     return {
         "model": name if config.model.name == "embedded" else config.model.name,

@@ -38,6 +38,7 @@ from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.federation.attacks import triggered
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import Clients
+from fedsp.federation.codecs import FLOAT32
 from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
 from fedsp.federation.methods.registry import find_method
@@ -156,6 +157,7 @@ def run_experiment(
         state=state,
         validate=validate,
         save=save,
+        start=_start_of_clients(config, federation) if state is None else None,
     )
     figures = _figures(run, server, federation, final, time.perf_counter() - started)
     figures["cost"] = _cost(
@@ -172,6 +174,14 @@ def run_experiment(
     figures["peak_memory_bytes"] = peak_memory()
     run.finish(final.best, final.best_round, figures, spec)
     return figures
+
+
+def _start_of_clients(config: RunConfig, federation: Federation) -> Payload | None:
+    """What every client's messenger holds before the first round; None where nothing is sent as a
+    change, or clients share none that is made anew."""
+    if config.compression.down == FLOAT32 or federation.client_messenger is None:
+        return None
+    return federation.client_messenger().payload()
 
 
 def _test(

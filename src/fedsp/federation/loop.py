@@ -28,7 +28,7 @@ from fedsp.federation.aggregation.mean import (
 from fedsp.federation.codecs import FLOAT32, Codec
 from fedsp.federation.compression import difference, encode_with_residual
 from fedsp.federation.messages import Request, RoundRecord, Transport, Update, sample_clients
-from fedsp.models.payload import Payload
+from fedsp.models.payload import Payload, same
 from fedsp.privacy import poisson_sample
 
 ServerParty = TypeVar("ServerParty", contravariant=True)
@@ -126,10 +126,13 @@ def federate(
     state: RunState | None,
     validate: Validate,
     save: Save,
+    start: Payload | None = None,
 ) -> RunState:
     """Run the rounds that are left after `state` (None: all of them), until the settings' patience
     is at its end, and return the last state.
 
+    `start` is what every client's messenger holds before the first round, if that is known; where
+    it is the first broadcast, only that nothing changes is sent, in a lossy codec.
     `save` is called after each round, before anything of the next one is sent. If clients validate,
     they report the loss of the payload that they received, so each payload is judged one round
     later, and the last one in a round without training.
@@ -147,6 +150,9 @@ def federate(
         payload = method.init(server)
         loss = validate(payload) if settings.validate_by == "server" else None
         state = RunState(round=0, payload=payload, best=payload, best_round=0, best_loss=loss)
+        if start is not None and same(start, payload) and settings.down != FLOAT32:
+            change, _, _ = encode_with_residual(difference(payload, start), {}, settings.down)
+            state = replace(state, change=change)
     for round in range(state.round + 1, settings.rounds + 1):
         if settings.patience and round - 1 - state.best_round >= settings.patience:
             break

@@ -19,9 +19,9 @@ class Request:
     """The server's request to one client in one round: train on the broadcast `payload`, or, if
     `train` is False, only validate it.
 
-    `change`: the difference from the previous round's broadcast, encoded in `sent_in` (may be
-    empty); sent instead of the payload to clients that have that broadcast. `answer_in`: codec of
-    the reply.
+    `change`: the difference from the previous round's broadcast, or in the first round from what
+    every client's messenger holds at its start, encoded in `sent_in` (may be empty); sent instead
+    of the payload to clients that have that. `answer_in`: codec of the reply.
     """
 
     run: str

@@ -97,3 +97,8 @@ def from_row(row: Tensor, like: Payload) -> Payload:
     names = sorted(like)
     parts = torch.split(row, [like[name].numel() for name in names])
     return {name: part.view_as(like[name]).float() for name, part in zip(names, parts, strict=True)}
+
+
+def same(one: Payload, other: Payload) -> bool:
+    """Whether both have the same tensors, to the bit."""
+    return sorted(one) == sorted(other) and all(torch.equal(one[name], other[name]) for name in one)

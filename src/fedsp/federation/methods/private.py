@@ -6,14 +6,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from fedsp.errors import PolicyError, StorageError
 from fedsp.federation.messages import Request, Update
 from fedsp.federation.methods.base import Method, Side, Work
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
-from fedsp.models.payload import Payload
+from fedsp.models.payload import Payload, same
 from fedsp.models.trainable import entries_below
 from fedsp.training.dp_sgd import ExamplePrivacy
 
@@ -54,7 +52,7 @@ class PrivateAnswers:
                 " was answered: the epsilon spent is unknown; restore the ledger from a backup"
             )
         given = answers.at(request.round)
-        if given and _same(entries_below(given, "asked"), request.payload):
+        if given and same(entries_below(given, "asked"), request.payload):
             return Update(
                 round=request.round, client=client.id, payload=entries_below(given, "answer")
             )
@@ -106,7 +104,3 @@ class PrivateAnswers:
 
     def work(self, party: Party, side: Side) -> list[Work]:
         return self.method.work(party, side)
-
-
-def _same(one: Payload, other: Payload) -> bool:
-    return sorted(one) == sorted(other) and all(torch.equal(one[name], other[name]) for name in one)

@@ -66,9 +66,12 @@ def on_this_machine(begin: Callable[[Request], Answer], ahead: int = 0) -> Trans
             return replace(update, payload=payload, bytes_down=bytes_down, bytes_up=len(up))
 
         for request in requests:
-            follows = bool(request.change) and last == request.round - 1 and request.client in have
+            first = request.round == 1  # whoever begins has what it begins with
+            has = first or (last == request.round - 1 and request.client in have)
+            follows = bool(request.change) and has
             down = request.change if follows else whole
-            received = read_values(down, known, request.sent_in) if follows else unpack(down)
+            base = request.payload if first else known
+            received = read_values(down, base, request.sent_in) if follows else unpack(down)
             begun.append((request, len(down), begin(replace(request, payload=received))))
             if len(begun) > ahead:
                 yield finish()

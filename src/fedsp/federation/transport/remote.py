@@ -96,13 +96,15 @@ def remote(
     reports that it lost that broadcast is sent the whole payload.
     """
     has: dict[str, int] = {}
-    """The last round whose broadcast a client has answered."""
+    """The last round whose broadcast a client has answered; 0: it has what it begins with."""
 
     def transport(requests: list[Request]) -> Iterable[Update | Failure]:
         started = time.monotonic()
         open = {
             request.client: _Pending(
-                request=request, seen=started, follows=has.get(request.client) == request.round - 1
+                request=request,
+                seen=started,
+                follows=has.get(request.client, 0) == request.round - 1,
             )
             for request in requests
         }
