@@ -250,9 +250,9 @@ def test_a_client_killed_and_started_again_keeps_its_place(
     assert prompt_bits(deployment.run) == prompt_bits(made[0].path)
     records = RunDirectory.open(deployment.run).records()
     assert [len(record["answered"]) for record in records] == [3, 3, 3]
-    first, whole, third = (record["bytes_down"] for record in records)
-    assert first < third < whole / 2, "the second has one whole broadcast"
-    assert records[2]["bytes_up"] < whole / 5
+    first, _, third = records
+    assert first["bytes_down"] < third["bytes_down"] / 2, "adapters begin alike on both sides"
+    assert third["bytes_up"] < third["bytes_down"] / 2
 
 
 def test_the_package_holds_of_the_global_model_what_its_plan_declares(made: Any) -> None:
