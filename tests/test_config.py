@@ -98,7 +98,12 @@ def test_all_faults_at_once_with_suggestions() -> None:
             "partition.column: partition.kind = 'natural' needs the name of a column",
         ),
         (
-            {"model": {"name": "m"}, "data": {}, "distill": {"steps": 0}},
+            {
+                "preset": "prompt",
+                "model": {"name": "m"},
+                "data": {},
+                "distill": {"steps": 0},
+            },
             "prompt.init_text: prompt.init = 'text' needs a text",
         ),
         ({**SMALL, "preset": "papre"}, "preset: Input should be"),
@@ -276,3 +281,10 @@ def test_a_tilde_is_the_users_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert config.distill.text == ["/home/somebody/public.txt", "server"]
     assert config.data.train == "/home/somebody/own.jsonl"
+
+
+def test_adapters_through_layers_as_they_are_need_no_text() -> None:
+    values: dict[str, Any] = {"model": {"name": "x"}, "distill": {"steps": 0, "text": []}}
+    assert make_config(values).messenger.kind == "adapter"
+    with pytest.raises(ConfigurationError, match=r"prompt\.init_text: prompt\.init = 'text' needs"):
+        make_config(values | {"preset": "prompt"})

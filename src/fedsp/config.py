@@ -606,7 +606,8 @@ class RunConfig(Section):
                 "distill.text: distillation needs text; name public text files, or ['server'] for"
                 " the server's own examples"
             )
-        if self.prompt.init == "text" and not self.prompt.init_text and not self.distill.text:
+        from_text = "prompt" in self.messenger.kind and self.prompt.init == "text"
+        if from_text and not self.prompt.init_text and not self.distill.text:
             raise ValueError(
                 "prompt.init_text: prompt.init = 'text' needs a text; name a file, or set"
                 " distill.text, or prompt.init = 'normal'"
