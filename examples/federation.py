@@ -34,7 +34,8 @@ def main(folder: Path) -> dict[str, float]:
             "partition": {"clients": 3, "server_share": 0.2},
             "distill": {"steps": 20, "sequence_length": 64, "text": [str(EMBEDDED / "public.txt")]},
             "round": {"rounds": 10},
-            "server": {"steps": 10},
+            "client": {"learning_rate": 2e-3},
+            "server": {"steps": 10, "learning_rate": 2e-3},
         }
     )
     rows = fedsp.evaluate(result["folder"])

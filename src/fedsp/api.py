@@ -18,7 +18,14 @@ from fedsp.data.chat import end_of_turn, question_ids
 from fedsp.data.dataset import examples_digest
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages, read_rows
-from fedsp.errors import ConfigurationError, DataError, PromptError, RunError, require_installed
+from fedsp.errors import (
+    ConfigurationError,
+    DataError,
+    FedspError,
+    PromptError,
+    RunError,
+    require_installed,
+)
 from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import plan_run
@@ -109,6 +116,9 @@ def run(
     try:
         torch.set_num_threads(1 if workers else threads)
         return start_run(suited, callbacks, way)
+    except FedspError:
+        RunDirectory(Path(suited.output), suited).remove_if_not_begun()
+        raise
     finally:
         torch.set_num_threads(threads)
 

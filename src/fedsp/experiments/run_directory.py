@@ -117,7 +117,8 @@ class RunDirectory:
 
     def remove_if_not_begun(self) -> None:
         """Leave no folder of a run that was refused before it had made anything."""
-        if {entry.name for entry in self.path.iterdir()} <= {CONFIG, RUN, LOCK}:
+        there = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        if CONFIG in there and there <= {CONFIG, RUN, LOCK}:
             shutil.rmtree(self.path, ignore_errors=True)
 
     @classmethod

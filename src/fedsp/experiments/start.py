@@ -20,7 +20,7 @@ from fedsp.data.chat import end_of_turn
 from fedsp.data.dataset import load_dataset
 from fedsp.data.encoding import decode_behind, encode_contexts
 from fedsp.data.tasks import Example
-from fedsp.errors import ConfigurationError, FedspError, RunError, did_you_mean
+from fedsp.errors import ConfigurationError, RunError, did_you_mean
 from fedsp.experiments.build import method_setup
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import LOCK, RunDirectory
@@ -116,12 +116,7 @@ def start_run(
     if engine is in_this_process:
         require_local(config)
     config = with_layers_chosen(config, callbacks)
-    directory = RunDirectory.create(config)
-    try:
-        return resume_run(directory, callbacks, engine)
-    except FedspError:
-        directory.remove_if_not_begun()
-        raise
+    return resume_run(RunDirectory.create(config), callbacks, engine)
 
 
 def resume_run(
