@@ -225,12 +225,13 @@ def _run(
         )
     read = _read(config, overrides) if config else None
     from fedsp import api as commands
+    from fedsp.experiments.run_directory import ROUNDS
     from fedsp.report.console import Display, figures_table
 
     folder = resume or Path(read.output if read else "")
 
     def how() -> str:
-        if not (folder / "rounds.jsonl").exists():
+        if not (folder / ROUNDS).exists():
             return "no round was finished"
         return f"finished rounds are kept: go on with `fedsp run --resume {folder}`"
 

@@ -272,7 +272,8 @@ def collate(rows: Sequence[Encoded]) -> Batch:
     starts = torch.tensor([row.start for row in rows])[:, None]
     asked = attention_mask.bool() & (torch.arange(input_ids.shape[1]) >= starts)
     for number, row in enumerate(rows):
-        asked[number, list(row.silent)] = False
+        if row.silent:
+            asked[number, list(row.silent)] = False
     return Batch(input_ids, attention_mask, input_ids.where(asked, IGNORED))
 
 
