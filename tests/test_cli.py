@@ -313,7 +313,7 @@ def test_unknown_models_and_full_folders(fedsp, tmp_path: Path) -> None:  # type
     config = tmp_path / "run.toml"
     fedsp("init", config)
     code, _, error = fedsp("plan", config, "model.name=no/such-model")
-    assert code == 2 and "distill.text" in error
+    assert code == 2 and "cannot load the model 'no/such-model'" in error
     code, _, error = fedsp("plan", config, *QUICK, "model.name=no/such-model")
     assert code == 2 and "cannot load the model 'no/such-model'" in error
     code, _, error = fedsp("run", config, *QUICK, f"output={tmp_path}")

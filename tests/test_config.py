@@ -92,7 +92,10 @@ def test_all_faults_at_once_with_suggestions() -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"model": {"name": "m"}, "data": {}}, "distill.text: distillation needs text"),
+        (
+            {"model": {"name": "m"}, "data": {}, "distill": {"text": []}},
+            "distill.text: distillation needs text",
+        ),
         (
             {**SMALL, "partition": {"kind": "natural"}},
             "partition.column: partition.kind = 'natural' needs the name of a column",
@@ -102,7 +105,7 @@ def test_all_faults_at_once_with_suggestions() -> None:
                 "preset": "prompt",
                 "model": {"name": "m"},
                 "data": {},
-                "distill": {"steps": 0},
+                "distill": {"steps": 0, "text": []},
             },
             "prompt.init_text: prompt.init = 'text' needs a text",
         ),

@@ -142,10 +142,9 @@ def init(
     if path.exists():
         raise ConfigurationError(f"{path} exists: give another name or remove it")
     write_bytes(path, template(preset).encode())
-    public = "" if PRESETS[preset]["distill"]["text"] else ", distill.text"
     typer.echo(
-        f"{path} is written: set model.name, data.train{public} and data.test, then `fedsp plan"
-        f" {path}` and `fedsp run {path}`"
+        f"{path} is written: set model.name and data.train, and data.test if you have a file for"
+        f" it, then `fedsp plan {path}` and `fedsp run {path}`"
     )
 
 

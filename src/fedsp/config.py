@@ -136,11 +136,15 @@ class DataSection(TaskSection):
     validation: FileName | None = None
     """file of the server's validation examples; none: the fraction `holdout` of `train`"""
     test: FileName | None = None
-    """file of test examples, for the end of a run and `fedsp evaluate`"""
+    """file of test examples, for the end of a run and `fedsp evaluate`; none: the fraction
+    `test_holdout` of `train`"""
     test_examples: int | None = Field(None, ge=1)
     """most test examples to use, the same random subset for every seed; none: all"""
     holdout: Share = 0.1
     """fraction of train held out for validation if there is no validation file"""
+    test_holdout: Share = 0.1
+    """fraction of train held out for the test if there is no test file; in a deployment, of the
+    server's own examples"""
     max_tokens: int | None = Field(None, ge=8)
     """longest example in tokens; longer ones are truncated at the start of their context; none: the
     model's limit"""
@@ -204,8 +208,8 @@ class DistillSection(Section):
     """optimizer steps at most; 0: the layers are handed out as they are in the global model. Some
     of distill.text is held out, and distillation ends once the loss on it has stopped falling"""
     text: list[FileName]
-    """text files (may be .gz), passages separated by blank lines; ['server']: the server's own
-    examples"""
+    """text files (may be .gz), passages separated by blank lines; ['model']: texts that the global
+    model writes by itself; ['server']: the server's own examples"""
     learning_rate: LearningRate
     """learning rate of AdamW"""
     weight_decay: Decay = 0.01
@@ -603,8 +607,8 @@ class RunConfig(Section):
             )
         if self.distill.steps and not self.distill.text and not self.auxiliary.folder:
             raise ValueError(
-                "distill.text: distillation needs text; name public text files, or ['server'] for"
-                " the server's own examples"
+                "distill.text: distillation needs text; name public text files, or ['model'] for"
+                " texts that the global model writes, or ['server'] for the server's own examples"
             )
         from_text = "prompt" in self.messenger.kind and self.prompt.init == "text"
         if from_text and not self.prompt.init_text and not self.distill.text:

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "prompt": {
         "auxiliary": {"plan": "ends(2)"},
-        "distill": {"steps": 500, "text": [], "learning_rate": 1e-3},
+        "distill": {"steps": 500, "text": ["model"], "learning_rate": 1e-3},
         "prompt": {"space": "residual", "length": 16, "init": "text"},
         "round": {"rounds": 20},
         "client": {
@@ -356,7 +356,7 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
     from the configuration's folder."""
 
     def resolve(name: Any) -> Any:
-        special = name in ("embedded", "server", "text", "normal", "")
+        special = name in ("embedded", "server", "model", "text", "normal", "")
         # os.path.exists, unlike Path.exists, is False for a text that cannot be a file name
         there = isinstance(name, str) and not special and os.path.exists(folder / name)  # noqa: PTH110
         return str(folder / name) if there else name

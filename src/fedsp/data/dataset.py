@@ -92,9 +92,14 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
     if written:
         partition = read_partition(written, len(train))
     else:
-        partition = _divide(config, rows, groups, validated=bool(validation))
+        partition = _divide(
+            config, rows, groups, validated=bool(validation), tested=bool(test) or from_hub
+        )
     # with all labels to choose from, which were not known at first
     validation = validation or [rendering.example(rows[at], at) for at in partition.validation]
+    if held := partition.test[: config.data.test_examples]:
+        test = [rendering.example(rows[at], at) for at in held]
+        groups = groups and (groups[0], [groups[0][at] for at in held])
     if config.validation.by == "server" and not validation:
         raise DataError(
             "validation.by = 'server', but there are no validation questions: set data.validation"
@@ -116,9 +121,15 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
 
 
 def _divide(
-    config: RunConfig, rows: list[Row], groups: EvaluationGroups | None, *, validated: bool
+    config: RunConfig,
+    rows: list[Row],
+    groups: EvaluationGroups | None,
+    *,
+    validated: bool,
+    tested: bool,
 ) -> Partition:
-    """A partition from the seed; with `validated` no example is held out for validation."""
+    """A partition from the seed; with `validated` no example is held out for validation, with
+    `tested` none for the test."""
     changes: dict[str, Any] = {"clients": 0} if config.federation else {}
     if config.partition.topics:
         changes["column"] = TOPIC
@@ -130,6 +141,7 @@ def _divide(
         config.partition.model_copy(update=changes),
         server_share=config.server_share,
         holdout=0.0 if validated or config.validation.by != "server" else config.data.holdout,
+        test_holdout=0.0 if tested else config.data.test_holdout,
         seed=config.seed,
     )
 

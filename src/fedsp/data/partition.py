@@ -7,7 +7,8 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from fedsp.config import PartitionSection
@@ -25,6 +26,7 @@ class Partition:
     server: list[int]
     validation: list[int]
     clients: dict[str, list[int]]
+    test: list[int] = field(default_factory=list)
 
 
 def read_partition(written: dict[str, Any], rows: int) -> Partition:
@@ -38,10 +40,12 @@ def read_partition(written: dict[str, Any], rows: int) -> Partition:
             list(written["server"]),
             list(written["validation"]),
             {str(name): list(held) for name, held in written["clients"].items()},
+            list(written.get("test", [])),
         )
         held = [
             *partition.server,
             *partition.validation,
+            *partition.test,
             *(row for owned in partition.clients.values() for row in owned),
         ]
         if all(isinstance(row, int) and 0 <= row < rows for row in held):
@@ -62,9 +66,11 @@ def make_partition(
     *,
     server_share: float,
     holdout: float,
+    test_holdout: float = 0.0,
     seed: int,
 ) -> Partition:
-    """Hold out validation rows, give the server its share, and divide the rest among the clients.
+    """Hold out validation and test rows, give the server its share, and divide the rest among the
+    clients.
 
     Raises:
         DataError: there are more clients than rows, a client would be empty, or the column is not
@@ -72,14 +78,17 @@ def make_partition(
     """
     order = list(range(len(rows)))
     random.Random(derive_seed(seed, "partition")).shuffle(order)
-    held, owned = round(holdout * len(order)), round(server_share * len(order))
-    validation, server = sorted(order[:held]), sorted(order[held : held + owned])
-    remaining = order[held + owned :]
+    left = iter(order)
+    validation, test, server = (
+        sorted(islice(left, round(share * len(rows))))
+        for share in (holdout, test_holdout, server_share)
+    )
+    remaining = list(left)
     if section.server_values:
         own, remaining = _owned(rows, remaining, section)
         server += own
     if not section.clients:
-        return Partition(sorted(server + remaining), validation, {})
+        return Partition(sorted(server + remaining), validation, {}, test)
     if section.kind != "natural" and section.clients > len(remaining):
         raise DataError(
             f"partition.clients = {section.clients}, but only {len(remaining)} training examples"
@@ -92,7 +101,7 @@ def make_partition(
             f"client {empty[0]!r} would hold no example: use fewer clients, a larger"
             " partition.alpha, or another column"
         )
-    return Partition(server, validation, clients)
+    return Partition(server, validation, clients, test)
 
 
 def _owned(

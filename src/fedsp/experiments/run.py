@@ -100,6 +100,11 @@ def run_experiment(
         if isinstance(federation.messenger, SoftPrompt)
         else None
     )
+    if dataset.partition.test:
+        callbacks.info(
+            f"data.test names no file: {len(dataset.partition.test)} of the {len(dataset.train)}"
+            " examples in data.train are held out for the test"
+        )
     dropped = party.shortened + sum(row.dropped > 0 for row in validation)
     if dropped:
         callbacks.info(

@@ -14,7 +14,7 @@ import torch
 
 from fedsp.config import RunConfig
 from fedsp.data.dataset import FederatedDataset, load_dataset
-from fedsp.data.encoding import Tokenizer, encode_targets
+from fedsp.data.encoding import Tokenizer, encode_targets, first_token
 from fedsp.data.files import read_passages
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import LABELLED, Example
@@ -46,6 +46,7 @@ from fedsp.models.soft_prompt import (
 from fedsp.storage import MANIFEST
 from fedsp.training.distillation import Distillation, Progress, distill, packed
 from fedsp.training.evaluation import LogProbabilities, Scored, by_label, score, summarise
+from fedsp.training.generation import own_texts
 from fedsp.training.layer_choice import drop_layers
 from fedsp.training.loop import Optimisation, text_loss
 
@@ -127,9 +128,9 @@ class DistillationText:
 
 
 def distillation_text(server: Server, count: int | None = None) -> DistillationText:
-    """The texts of the distillation as token sequences: packed passages, or the server's own
-    examples one by one, of which none is held out; with `count`, only the first so many passages.
-    What is not read are `HELD_OUT` sequences behind those that are, or, where there are not so
+    """The texts of the distillation as token sequences: packed passages, as many texts of the
+    global model's own, or the server's own examples one by one, of which none is held out; with
+    `count`, only the first so many. What is not read are `HELD_OUT` sequences behind those that are, or, where there are not so
     many, the last ones, if they are a sixteenth of all at most.
 
     Raises:
@@ -148,13 +149,13 @@ def distillation_text(server: Server, count: int | None = None) -> DistillationT
         read = [list(row.ids) for row in encode_targets(server.tokenizer, own, length)]
     else:
         most = section.sequences
-        read = packed(
-            server.tokenizer,
-            read_passages(section.text),
-            length=length,
-            count=most + HELD_OUT if count is None else min(count, most),
-            seed=server.config.seed,
-        )
+        wanted = most + HELD_OUT if count is None else min(count, most)
+        if section.text == ["model"]:
+            read = _own_texts(server, wanted)
+        else:
+            passages = read_passages(section.text)
+            seed = server.config.seed
+            read = packed(server.tokenizer, passages, length=length, count=wanted, seed=seed)
         if count is None:
             held = max(len(read) - most, HELD_OUT if len(read) >= 16 * HELD_OUT else 0)
             read, unread = read[: len(read) - held], read[len(read) - held :]
@@ -164,6 +165,22 @@ def distillation_text(server: Server, count: int | None = None) -> DistillationT
             " or distill.text is empty"
         )
     return DistillationText(read, [text for text in unread if len(text) == length])
+
+
+def _own_texts(server: Server, count: int) -> list[list[int]]:
+    first = first_token(server.tokenizer)
+    if first is None:
+        raise DataError(
+            f"distill.text: {server.model.name} has no token that begins a text, so it writes none"
+            " by itself: name files of public text"
+        )
+    return own_texts(
+        server.model,
+        first=first,
+        length=server.config.distill.sequence_length,
+        count=count,
+        seed=derive_seed(server.config.seed, "own texts"),
+    )
 
 
 def with_layers_chosen(config: RunConfig, callbacks: Callbacks | None = None) -> RunConfig:
@@ -278,7 +295,12 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         rank=section.embedding_rank,
         seed=derive_seed(config.seed, "embeddings"),
     )
-    given = config.distill.steps > 0 or config.distill.text not in ([], ["server"])
+    given = config.distill.steps > 0 or config.distill.text not in ([], ["server"], ["model"])
+    if given and config.distill.text == ["model"]:
+        callbacks.info(
+            f"distill.text names no file: the global model writes {config.distill.sequences} texts"
+            " by itself to be distilled on"
+        )
     text = distillation_text(server) if given else DistillationText([], [])
     if steps := config.distill.steps:
         started = time.perf_counter()

@@ -74,7 +74,8 @@ class ModelShape:
 
 
 NextToken = Callable[[Tensor], Tensor]
-"""From all tokens of a text so far (T,) to scores (V,) of the next one."""
+"""From all tokens of a text so far (T,) to scores (V,) of the next one; of texts that grow together,
+from (B, T) to (B, V)."""
 
 
 class PromptedLM(nn.Module):
@@ -365,20 +366,23 @@ class PromptedLM(nn.Module):
 
     def reader(self, prefix: Tensor | None) -> NextToken:
         """Reads a text that grows: from all its tokens so far (T,) to the logits (V,) of the next
-        one. What it has read before stays in its cache."""
+        one; or several of one length, (B, T) to (B, V). What it has read before stays in its
+        cache."""
         start = self.positions_taken(length_of(prefix))
         cache: Cache | None = None
         read = 0
 
         def logits(ids: Tensor) -> Tensor:
             nonlocal cache, read
-            if cache is None or not self.rotated_alike(start + read, start + len(ids)):
-                cache, read = DynamicCache() if prefix is None else self.cache(prefix, 1), 0
-            positions = torch.arange(start + read, start + len(ids), device=self.device)[None]
-            mask = torch.ones(1, length_of(prefix) + len(ids), dtype=torch.long, device=self.device)
-            states = self._states(ids[None, read:], mask, positions, cache)
-            read = len(ids)
-            return self.logits(states[0, -1])
+            rows = ids if ids.dim() == 2 else ids[None]
+            count, length = rows.shape
+            if cache is None or not self.rotated_alike(start + read, start + length):
+                cache, read = DynamicCache() if prefix is None else self.cache(prefix, count), 0
+            positions = torch.arange(start + read, start + length, device=self.device)[None]
+            mask = rows.new_ones(count, length_of(prefix) + length)
+            states = self._states(rows[:, read:], mask, positions, cache)
+            read = length
+            return self.logits(states[:, -1]).view(*ids.shape[:-1], -1)
 
         return logits
 

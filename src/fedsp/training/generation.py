@@ -1,5 +1,5 @@
-"""Answers that a model writes: how its next token is chosen, and how what it wrote is measured
-against what was expected."""
+"""What a model writes: how its next token is chosen, how answers are measured against what was
+expected, and texts of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsp.data.encoding import Encoded
+from fedsp.models.prompted_lm import PromptedLM
 from fedsp.training.answers import Answers
 
 AT_ONCE = 32
@@ -57,6 +58,26 @@ def write(
                     going.append(one)
         open_ones = going
     return [Encoded(ids, len(text)) for ids, text in zip(whole, texts, strict=True)]
+
+
+@torch.no_grad()
+def own_texts(
+    model: PromptedLM, *, first: int, length: int, count: int, seed: int
+) -> list[list[int]]:
+    """So many texts of `length` tokens that a model writes by itself behind the token `first`, each
+    next token drawn from its whole distribution: what a model is distilled on where there is no
+    other text (Z. Liu et al. *LLM-QAT: Data-Free Quantization Aware Training for Large Language
+    Models*. Findings of ACL 2024. https://arxiv.org/abs/2305.17888)."""
+    generator = torch.Generator().manual_seed(seed)
+    texts: list[list[int]] = []
+    while len(texts) < count:
+        ids = torch.full((min(AT_ONCE, count - len(texts)), 1), first)
+        read = model.reader(None)
+        while ids.shape[1] < length:
+            likely = read(ids.to(model.device)).cpu().softmax(dim=-1)
+            ids = torch.cat([ids, torch.multinomial(likely, 1, generator=generator)], dim=1)
+        texts += ids.tolist()
+    return texts
 
 
 def normalised(text: str) -> str:
