@@ -378,7 +378,7 @@ def test_a_plan_of_a_known_shape_answers_without_torch_and_with_the_same_figures
 ) -> None:
     """Counted once for a configuration of a model and a layer plan; other settings may differ."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    values = {"model": {"name": "embedded"}, "data": {}, "distill": {"text": ["public.txt"]}}
+    values: dict[str, Any] = {"model": {"name": "embedded"}, "data": {}}
     (tmp_path / "run.toml").write_bytes(tomli_w.dumps(values).encode())
     counted = commands.plan(values)
     (kept,) = (tmp_path / "cache" / "fedsp").iterdir()

@@ -28,9 +28,9 @@ from fedsp.errors import (
 )
 from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
-from fedsp.experiments.plan import plan_run
+from fedsp.experiments.plan import LEAST_ROOM, plan_run
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
-from fedsp.experiments.server_setup import LEAST_ROOM, validation_sample
+from fedsp.experiments.server_setup import validation_sample
 from fedsp.experiments.start import (
     Engine,
     Figures,

@@ -200,6 +200,11 @@ class AuxiliarySection(Section):
     """folder of an auxiliary model that `fedsp distill` wrote; none: it is made at the start of the
     run"""
 
+    @property
+    def to_be_chosen(self) -> bool:
+        """Whether the layers are still to be chosen, by the loss on public text."""
+        return str(self.plan).strip().startswith("chosen")
+
 
 class DistillSection(Section):
     """Knowledge distillation from the global to the auxiliary model, before the first round."""

@@ -94,6 +94,14 @@ def keeps_no_layer(kind: str) -> ConfigurationError:
     )
 
 
+def leaves_no_room(length: int, room: int, positions: int) -> PromptError:
+    """What is said where a prompt of this length leaves too few of a model's positions for text."""
+    return PromptError(
+        f"prompt.length = {length} leaves {max(room, 0)} of the model's {positions} positions for"
+        " text: use a shorter prompt"
+    )
+
+
 def require_installed(
     extra: str, what: str, *libraries: str, error: type[FedspError] = ConfigurationError
 ) -> None:

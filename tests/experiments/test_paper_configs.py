@@ -29,10 +29,16 @@ def test_there_is_a_file_for_each_task(model: str) -> None:
 @pytest.mark.parametrize("model", COUNTS)
 def test_fedsp_plan_counts_what_the_paper_describes(model: str, task: str, tmp_path: Path) -> None:
     figures = tmp_path / "plan.json"
+    own = []
+    if task == "race":  # whose files one makes oneself
+        row = {"article": "It is.", "question": "Is it?", "options": ["Yes", "No"], "answer": "A"}
+        (tmp_path / "race.jsonl").write_text((json.dumps(row) + "\n") * 40)
+        own = [f"data.train={tmp_path / 'race.jsonl'}"]
     arguments = [
         "plan",
         str(CONFIGS / model / f"{task}.toml"),
         f"model.name={CONFIGS / model / 'model'}",
+        *own,
         "--json",
         str(figures),
     ]

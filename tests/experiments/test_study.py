@@ -289,6 +289,37 @@ def test_a_wrong_study_is_refused_before_anything_is_run(
     assert not (tmp_path / "studies").exists()
 
 
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"data": {"train": "nowhere.jsonl"}}, r"there is no file .*nowhere.jsonl"),
+        ({"distill": {"text": ["nowhere.txt"]}}, r"there is no text file .*nowhere.txt"),
+        ({"partition": {"clients": 70}}, r"partition.clients = 70, but only 48 training examples"),
+        ({"prompt": {"length": 250}}, r"prompt.length = 250 leaves 6 of the model's 256 positions"),
+        ({"auxiliary": {"plan": "first(9)"}}, r"auxiliary.plan: .*"),
+        ({"model": {"name": "nowhere"}}, r"cannot load the model 'nowhere'"),
+    ],
+)
+def test_every_cell_is_checked_before_one_is_run(
+    tmp_path: Path, sections: dict[str, Any], sentence: str
+) -> None:
+    """Also where the fault is the last cell's alone; each reason is said once."""
+    methods = {"zero-shot": {"method": "zero_shot"}, "FedSP": {}, "wrong": sections}
+    grids = [{"title": "All", "methods": list(methods)}]
+    path = study_file(tmp_path, methods=methods, grids=grids)
+    with pytest.raises(ConfigurationError, match=rf"2 of 6 cells cannot be run:\n  .*{sentence}"):
+        study.run_study(path)
+    assert not (tmp_path / "studies").exists()
+
+
+def test_a_finished_study_needs_its_files_no_more(tmp_path: Path) -> None:
+    grids = [{"title": "One", "methods": ["zero-shot"]}]
+    path = study_file(tmp_path, grids=grids, seeds=[0])
+    study.run_study(path)
+    (tmp_path / "questions" / "train.jsonl").unlink()
+    assert study.run_study(path)["finished"] == 1
+
+
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "studies"
 
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from fedsp.config import CodecName, RunConfig
 from fedsp.config_file import read_register
-from fedsp.data.dataset import load_dataset
+from fedsp.data.dataset import FederatedDataset, load_dataset
+from fedsp.data.files import read_passages
 from fedsp.errors import (
     AuxiliaryError,
     ConfigurationError,
@@ -31,6 +32,7 @@ from fedsp.errors import (
     StorageError,
     first_line,
     keeps_no_layer,
+    leaves_no_room,
 )
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.methods.registry import find_method
@@ -43,13 +45,16 @@ BYTES_PER_NUMBER = 4
 MUCH_WORSE = 1.5
 """Nats per token of public text that a package may be worse than the global model: beyond, less
 than half of the gain carried in what was measured (docs/results/messengers.md)."""
+LEAST_ROOM = 8
+"""Tokens of text that a prompt must leave room for."""
 TEXT_TOKENS = 64
 ANSWER_TOKENS = 8
 
 
 def plan_run(config: RunConfig) -> dict[str, Any]:
     """The figures of `make_plan` with the clients that the configuration has: those of its
-    federation's register, of the column that divides its text, or so many.
+    federation's register, of the column that divides its text, or so many. The files that the run
+    will read are read.
 
     Raises:
         FedspError: the run cannot be planned, as one sentence.
@@ -59,7 +64,8 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
             f"method = {config.method!r}: `fedsp plan` covers FedSP only; a baseline's cost is"
             " measured in its run and shown by `fedsp report`"
         )
-    if str(config.auxiliary.plan).strip().startswith("chosen"):
+    dataset = check_inputs(config)
+    if config.auxiliary.to_be_chosen:
         from fedsp.experiments.server_setup import with_layers_chosen
 
         folder = config.auxiliary.folder
@@ -70,12 +76,26 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     if config.federation:
         clients = len(read_register(Path(config.federation.folder)))
     elif config.partition.kind == "natural":
-        clients = len(load_dataset(config).partition.clients)
+        clients = len((dataset or load_dataset(config)).partition.clients)
     if config.aggregation.robust:
         from fedsp.experiments.run import robust_rule
 
         robust_rule(config, clients)
     return make_plan(config, clients)
+
+
+def check_inputs(config: RunConfig) -> FederatedDataset | None:
+    """Read what a run will read, where it is in files, so that nothing is missing when it is under
+    way: the examples, which are returned, and public text. Nothing is fetched from the hub.
+
+    Raises:
+        DataError: a file is missing or cannot be used, or the examples cannot be divided.
+    """
+    if config.distill.text not in (["model"], ["server"]) and not config.auxiliary.folder:
+        read_passages(config.distill.text)
+    if config.prompt.init == "text" and config.prompt.init_text:
+        read_passages([config.prompt.init_text])
+    return load_dataset(config) if config.data.train or config.federation else None
 
 
 def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
@@ -91,6 +111,7 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
     Raises:
         ModelError: the model's configuration cannot be had.
         ConfigurationError: the layer plan does not fit it.
+        PromptError: the prompt leaves no room for text.
     """
     name = model_name(config)
     try:
@@ -102,6 +123,9 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
             f"{name} cannot be planned for: its configuration does not say what is counted"
             f" ({first_line(error)})"
         ) from error
+    taken = config.prompt.length if config.model.positions == "hugging_face" else 0
+    if (room := counts["positions"] - taken) < LEAST_ROOM:
+        raise leaves_no_room(config.prompt.length, room, counts["positions"])
     client, server, section = config.client, config.server, config.auxiliary
     shapes, plan = _travelling(config, counts), counts["plan"]
     numbers = sum(math.prod(shape) for shape in shapes.values())

@@ -18,8 +18,14 @@ from fedsp.data.encoding import Tokenizer, encode_targets, first_token
 from fedsp.data.files import read_passages
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import LABELLED, Example
-from fedsp.errors import AuxiliaryError, ConfigurationError, DataError, PromptError
-from fedsp.experiments.plan import how_it_reads, model_name
+from fedsp.errors import (
+    AuxiliaryError,
+    ConfigurationError,
+    DataError,
+    PromptError,
+    leaves_no_room,
+)
+from fedsp.experiments.plan import LEAST_ROOM, how_it_reads, model_name
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import prompt_spec
@@ -55,8 +61,6 @@ TO_CHOOSE_BY = 4
 HELD_OUT, WATCHED = 32, 8
 """Sequences of public text, at most, that are not distilled on and tell how much worse than the
 global model a package reads; and how many of them tell when to stop."""
-LEAST_ROOM = 8
-"""Tokens of text that a prompt must leave room for."""
 
 
 @dataclass(kw_only=True)
@@ -111,10 +115,7 @@ def token_limit(config: RunConfig, model: PromptedLM) -> int:
     """
     room = model.room_behind(config.prompt.length)
     if room < LEAST_ROOM:
-        raise PromptError(
-            f"prompt.length = {config.prompt.length} leaves {room} of the model's"
-            f" {model.max_positions} positions for text: use a shorter prompt"
-        )
+        raise leaves_no_room(config.prompt.length, room, model.max_positions)
     return min(room, config.data.max_tokens or room)
 
 
@@ -130,8 +131,8 @@ class DistillationText:
 def distillation_text(server: Server, count: int | None = None) -> DistillationText:
     """The texts of the distillation as token sequences: packed passages, as many texts of the
     global model's own, or the server's own examples one by one, of which none is held out; with
-    `count`, only the first so many. What is not read are `HELD_OUT` sequences behind those that are, or, where there are not so
-    many, the last ones, if they are a sixteenth of all at most.
+    `count`, only the first so many. What is not read are `HELD_OUT` sequences behind those that
+    are, or, where there are not so many, the last ones, if they are a sixteenth of all at most.
 
     Raises:
         DataError: there are none, or they are longer than the model can read.

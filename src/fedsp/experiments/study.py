@@ -35,7 +35,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,8 +255,8 @@ def run_study(
     that cannot be done is written down with the reason, and the rest goes on.
 
     Raises:
-        ConfigurationError: the study file is at fault, or both threads and workers are given; then
-            nothing has been run.
+        ConfigurationError: the study file or what its cells would read is at fault, or both threads
+            and workers are given; then nothing has been run.
         RunError: a worker was ended from outside.
     """
     if workers is not None and threads:
@@ -265,6 +265,7 @@ def run_study(
         raise ConfigurationError(f"workers = {workers}: expected at least 1")
     callbacks = callbacks or Callbacks()
     study, cells = read_study(Path(path), root=Path(root) if root else None)
+    _check(cells, str(path))
     import torch
 
     if threads:
@@ -283,6 +284,48 @@ def run_study(
 
 Done = tuple[int, str, str, float, list[str]]
 """Of a cell: its index, its state, a note for the log, seconds, and what its run said."""
+
+
+def _check(cells: list[Cell], source: str) -> None:
+    """See, before any cell is run, that those to do find the files that they read, and that the
+    layer plan and the prompt fit the model.
+
+    Raises:
+        ConfigurationError: some cannot be run; each different reason once, with the first cell that
+            it holds for.
+    """
+    from fedsp.experiments.plan import check_inputs, make_plan
+
+    known: dict[str, str] = {}
+
+    def fault(config: RunConfig, sections: set[str], check: Callable[[RunConfig], object]) -> str:
+        """What a check that depends on these sections alone finds, or nothing."""
+        key = _digest(config.model_dump(include=sections))
+        if key not in known:
+            known[key] = ""
+            try:
+                check(config)
+            except FedspError as error:
+                known[key] = str(error)
+        return known[key]
+
+    reasons: dict[str, list[str]] = {}
+    for cell in cells:
+        if (cell.folder / RESULT).exists():
+            continue
+        config = cell.config
+        found = fault(config, {"data", "partition", "distill", "prompt"}, check_inputs)
+        if find_method(config.method).deployable and not config.auxiliary.to_be_chosen:
+            parts = {"model", "auxiliary", "messenger", "prompt"}
+            found = found or fault(config, parts, lambda config: make_plan(config, 1))
+        if found:
+            reasons.setdefault(found, []).append(cell.name)
+    if reasons:
+        count = sum(map(len, reasons.values()))
+        raise ConfigurationError(
+            f"{source}: {count} of {len(cells)} cells cannot be run:"
+            + "".join(f"\n  {names[0]}: {reason}" for reason, names in reasons.items())
+        )
 
 
 def _in_turn(cells: list[Cell], folder: Path, callbacks: Callbacks) -> Iterator[Done]:

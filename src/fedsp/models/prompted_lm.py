@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from fedsp.data.batching import PackedBatch, Padded, pack, pack_branches
@@ -74,8 +74,8 @@ class ModelShape:
 
 
 NextToken = Callable[[Tensor], Tensor]
-"""From all tokens of a text so far (T,) to scores (V,) of the next one; of texts that grow together,
-from (B, T) to (B, V)."""
+"""From all tokens of a text so far (T,) to scores (V,) of the next one; of texts that grow
+together, from (B, T) to (B, V)."""
 
 
 class PromptedLM(nn.Module):
@@ -157,12 +157,7 @@ class PromptedLM(nn.Module):
     def max_positions(self) -> int:
         """The longest sequence the model was made for, prompt included under the Hugging Face
         positions."""
-        text = self.model.config.get_text_config()
-        limits = [getattr(text, name, None) for name in LENGTH_LIMITS]
-        longest = next((one for one in limits if isinstance(one, int) and one > 0), 1_000_000)
-        if self.switch is not None and self.switch.every_length:
-            return min(longest, self.switch.positions)
-        return longest
+        return most_positions(self.model.config)
 
     def front(self, depth: int) -> FrozenFront:
         """What the blocks before `depth` make of texts, kept from call to call."""
@@ -696,6 +691,14 @@ def continue_text(
         new.append(token)
         ids = torch.cat([ids, ids.new_tensor([token])])
     return new
+
+
+def most_positions(config: PretrainedConfig) -> int:
+    """The longest sequence that a model of this configuration was made for."""
+    text, switch = config.get_text_config(), rotation_switch(config)
+    limits = [getattr(text, name, None) for name in LENGTH_LIMITS]
+    longest = next((one for one in limits if isinstance(one, int) and one > 0), 1_000_000)
+    return min(longest, switch.positions) if switch and switch.every_length else longest
 
 
 def length_of(prefix: Tensor | None) -> int:

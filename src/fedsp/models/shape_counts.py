@@ -21,7 +21,7 @@ from fedsp.models.auxiliary import (
 from fedsp.models.blocks import find_blocks
 from fedsp.models.loading import NF4_BLOCK, empty_model, read_model_config
 from fedsp.models.messengers import Which, blocks_of
-from fedsp.models.prompted_lm import ModelShape
+from fedsp.models.prompted_lm import ModelShape, most_positions
 from fedsp.models.soft_prompt import PromptSpec, Space
 from fedsp.models.trainable import trainable
 
@@ -29,12 +29,13 @@ from fedsp.models.trainable import trainable
 def count_shapes(name: str, plan: str | list[int], prompt_layers: list[int] | None) -> Any:
     """The counts of a model and of its auxiliary model, as JSON.
 
-    `global` and `auxiliary`: all `parameters`, those in `matrices` of blocks, and those that a
-    token is `multiplied` by, where a shared layer counts at each depth. `distilled`: parameters of
-    the auxiliary model's depths that are not frozen. `prompts`: the shape of one virtual token in
-    each space. `layers`: of each value of messenger.layers, the layers it stands for by name, with
-    the shapes of their parameters and the inputs and outputs of their linear modules. `few_bits`:
-    bytes of a matrix's number in quantized precisions.
+    `positions`: the longest sequence. `global` and `auxiliary`: all `parameters`, those in
+    `matrices` of blocks, and those that a token is `multiplied` by, where a shared layer counts at
+    each depth. `distilled`: parameters of the auxiliary model's depths that are not frozen.
+    `prompts`: the shape of one virtual token in each space. `layers`: of each value of
+    messenger.layers, the layers it stands for by name, with the shapes of their parameters and the
+    inputs and outputs of their linear modules. `few_bits`: bytes of a matrix's number in quantized
+    precisions.
 
     Raises:
         ModelError: the configuration cannot be had, or is not that of a transformer.
@@ -67,6 +68,7 @@ def count_shapes(name: str, plan: str | list[int], prompt_layers: list[int] | No
         "shape": asdict(shape),
         "attention_heads": text.num_attention_heads,
         "vocabulary": text.vocab_size,
+        "positions": most_positions(config),
         "global": _counts(model, whole),
         "auxiliary": _counts(auxiliary, blocks),
         "distilled": sum(free.values()),
