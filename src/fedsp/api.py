@@ -294,7 +294,7 @@ def evaluate(
         run = replace(run, messenger=other, best=other.payload())
     server, dataset = run.server, run.server.dataset
     if data:
-        asked = dataset.rendering.examples(read_rows(Path(data)))
+        asked = dataset.rendering.examples(read_rows(Path(data), run.directory.config.data.columns))
     else:
         splits = {"test": dataset.test, "validation": dataset.validation}
         if split not in splits:

@@ -131,13 +131,16 @@ class DataSection(TaskSection):
     """The task and its examples."""
 
     train: FileName | None = None
-    """training examples, a JSONL, CSV or Parquet file, or a folder (docs/how-to/data.md); none: the
-    task's data set on the Hugging Face hub"""
+    """training examples, a JSONL, CSV, Excel or Parquet file, or a folder (docs/how-to/data.md);
+    none: the task's data set on the Hugging Face hub"""
     validation: FileName | None = None
     """file of the server's validation examples; none: the fraction `holdout` of `train`"""
     test: FileName | None = None
     """file of test examples, for the end of a run and `fedsp evaluate`; none: the fraction
     `test_holdout` of `train`"""
+    columns: dict[str, str] = {}
+    """your files' own names of columns, by the field that the task reads, such as { prompt =
+    "Ticket text" }; others keep their names"""
     test_examples: int | None = Field(None, ge=1)
     """most test examples to use, the same random subset for every seed; none: all"""
     holdout: Share = 0.1
@@ -776,8 +779,11 @@ class PartyDataSection(Section):
     """Your text. It is read on this machine and never leaves it."""
 
     train: FileName
-    """your examples, a JSONL, CSV or Parquet file, or a folder, in the form that the task of the
-    signed package asks for"""
+    """your examples, a JSONL, CSV, Excel or Parquet file, or a folder, in the form that the task of
+    the signed package asks for"""
+    columns: dict[str, str] = {}
+    """your file's own names of columns, by the field that the task reads, such as { prompt =
+    "Ticket text" }; others keep their names"""
     task: str | None = None
     """the task that you expect: another one in the signed package is refused; none: any"""
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -461,6 +462,97 @@ def test_a_table_is_read_in_the_encoding_that_excel_wrote(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (2 if encoding.startswith("cp") else 0)
     assert all("it is read as cp125" in line for line in said)
+
+
+def workbook(path: Path, *sheets: list[list[Any]]) -> Path:
+    from openpyxl import Workbook
+
+    book = Workbook()
+    book.remove(book.active)
+    for number, lines in enumerate(sheets):
+        sheet = book.create_sheet(f"Sheet {number}")
+        for line in lines:
+            sheet.append(line)
+    book.save(path)
+    return path
+
+
+def test_a_workbook_holds_the_rows_of_the_table_that_excel_would_export(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names stand in the first row that is not empty; numbers and dates are texts; empty rows and
+    cells behind the last column are none. Other sheets are said to be left out."""
+    lines = [
+        [],
+        ["prompt", "completion", "on", "count"],
+        ["M\u00fcller, 3. Stock", "printer", date(2026, 1, 31), 5],
+        [],
+        ["two\nlines", "=1+1", None, 0.5],
+    ]
+    rows = read_rows(workbook(tmp_path / "tickets.XLSX", lines, [["other"], ["x"]]))
+    assert [{key: value for key, value in row.items() if key != "__where__"} for row in rows] == [
+        {
+            "prompt": "M\u00fcller, 3. Stock",
+            "completion": "printer",
+            "on": "2026-01-31T00:00:00",
+            "count": "5",
+        },
+        {"prompt": "two\nlines", "completion": "", "on": "", "count": "0.5"},
+    ]
+    assert [row["__where__"][-5:] for row in rows] == ["row 3", "row 5"]
+    assert "has 2 sheets: the first, 'Sheet 0', is read" in caplog.text
+    asked = [["question", "choices", "answer"], ["Why?", '["so", "no"]', 1]]
+    (row,) = read_rows(workbook(tmp_path / "asked.xlsx", asked))
+    (example,) = examples_of(TASKS["multiple_choice"], [row])
+    assert example.choices == (" so", " no") and example.gold == (1,)
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ([["a", "a"], ["1", "2"]], "row 1 has two columns named 'a'"),
+        ([["a", None, "b"], ["1", "2", "3"]], "row 1 has a column without a name"),
+        ([["a"], ["1", "2"]], "row 2 has 2 cells, but the first row names 1 columns"),
+        ([["a"]], "holds no rows"),
+        ([["choices", "answer"], ["yes", 1]], "row 2: in a table, choices is a JSON list"),
+    ],
+)
+def test_a_workbook_that_is_no_table_is_refused_by_its_row(
+    lines: list[list[Any]], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=sentence):
+        read_rows(workbook(tmp_path / "t.xlsx", lines))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 4000))
+def test_no_bytes_crash_the_reader_of_workbooks(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, place: int
+) -> None:
+    """Any bytes, and a workbook with some of its own written over."""
+    folder = tmp_path_factory.mktemp("bytes")
+    whole = workbook(folder / "whole.xlsx", [["prompt", "completion"], ["a", "b"]]).read_bytes()
+    for damaged in (content, whole[:place] + content + whole[place + len(content) :]):
+        (folder / "t.xlsx").write_bytes(damaged)
+        try:
+            read_rows(folder / "t.xlsx")
+        except DataError as error:
+            assert str(folder / "t.xlsx") in str(error)
+
+
+def test_own_names_of_columns(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Betreff,Queue,prompt\nKaputt,it,old\n")
+    columns = {"prompt": "Betreff", "completion": "Queue"}
+    (row,) = read_rows(tmp_path / "t.csv", columns)
+    assert {key: row[key] for key in row if key != "__where__"} == {
+        "prompt": "Kaputt",
+        "completion": "it",
+    }
+    with pytest.raises(
+        DataError,
+        match=r"line 2 has no column 'Qeue', which data.columns names; it has \['Betreff', 'Queue'",
+    ):
+        read_rows(tmp_path / "t.csv", columns | {"completion": "Qeue"})
 
 
 def test_a_missing_field_is_said_with_those_that_are_there() -> None:

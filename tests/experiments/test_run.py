@@ -825,6 +825,40 @@ def test_a_package_that_is_damaged_cannot_be_planned_for(tmp_path: Path) -> None
         plan_run(values)
 
 
+def test_a_run_reads_columns_by_their_own_names(tmp_path: Path) -> None:
+    """To the same bits, in files of every split."""
+    commands.run(settings(tmp_path / "plain"))
+    own = settings(tmp_path / "own")
+    for split in ("train", "validation", "test"):
+        file = Path(own["data"][split])
+        file.write_text(file.read_text().replace('"question":', '"Frage":'))
+    own["data"]["columns"] = {"question": "Frage"}
+    commands.run(own)
+    assert prompt_bits(tmp_path / "own" / "run") == prompt_bits(tmp_path / "plain" / "run")
+
+
+def test_a_share_is_held_out_for_the_test_where_no_file_is_named(tmp_path: Path) -> None:
+    """Nobody trains on it, it is the same when the run is resumed, and it is said."""
+    values = settings(tmp_path)
+    del values["data"]["test"]
+    said: list[str] = []
+    figures = commands.run(values, callbacks=Callbacks(info=said.append))
+    partition = json.loads((tmp_path / "run" / "partition.json").read_text())
+    held = {row for name in ("server", "validation") for row in partition[name]}
+    held |= {row for rows in partition["clients"].values() for row in rows}
+    assert len(partition["test"]) == 6 and not held & set(partition["test"])
+    assert len(held) == 54 and figures["test"]["examples"] == 6
+    assert any("6 of the 60 examples in data.train are held out for the test" in a for a in said)
+    (row,) = commands.evaluate(tmp_path / "run", zero_shot=False)
+    assert row["answer_loss"] == pytest.approx(figures["test"]["answer_loss"], abs=1e-6)
+    few = commands.run(
+        values | {"output": str(tmp_path / "few")}, overrides=["data.test_examples=2"]
+    )
+    assert few["test"]["examples"] == 2
+    values["data"]["test_holdout"] = 0.0
+    assert "test" not in commands.run(values | {"output": str(tmp_path / "none")})
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     commands.run(settings(tmp_path))
     with pytest.raises(RunError, match="this very run, finished"):

@@ -72,14 +72,16 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
     """
     data, task, rendering = config.data, find_task(config.data.task), Rendering.of(config.data)
     absent = config.federation is not None and data.train is None  # a server without examples
-    rows = [] if absent else load_rows(task, data.train, "train")
+    rows = [] if absent else load_rows(task, data.train, "train", data.columns)
     train = rendering.examples(rows)
     rendering = rendering.with_labels_of(train)
     from_hub = data.train is None and not absent
     validation: list[Example] = []
     if data.validation or from_hub:
-        validation = rendering.examples(load_rows(task, data.validation, "validation"))
-    test_rows = load_rows(task, data.test, "test") if data.test or from_hub else []
+        validation = rendering.examples(
+            load_rows(task, data.validation, "validation", data.columns)
+        )
+    test_rows = load_rows(task, data.test, "test", data.columns) if data.test or from_hub else []
     if data.test_examples and data.test_examples < len(test_rows):
         # the same for every seed, so that runs can be paired
         test_rows = random.Random(derive_seed(0, "test")).sample(test_rows, data.test_examples)

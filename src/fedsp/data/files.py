@@ -8,16 +8,18 @@ import io
 import logging
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from datetime import date, time
 from pathlib import Path
 from typing import IO, Any
 
-from fedsp.errors import DataError, first_line
+from fedsp.errors import DataError, first_line, require_installed
 from fedsp.storage import parse_json
 
 Row = dict[str, Any]
 TABLES = (".csv", ".tsv")
+WORKBOOKS = (".xlsx", ".xlsm")
 ARCHIVE = b"PK\x03\x04"
 EXCEL = ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp932", "gb18030", "big5", "euc_kr"]
 """The encodings in which Excel saves tables in different countries."""
@@ -82,12 +84,13 @@ def _what_it_is(data: bytes) -> str:
     return "it is not UTF-8 text; save it as UTF-8"
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, by its name: a table (.csv, .tsv), a Parquet file (.parquet), or JSON,
-    one object per line or a list of them; .gz may stand behind that, but for Parquet. Of a folder,
-    the rows of its Parquet files in the order of their names, or of a data set that `datasets` has
-    saved there. The columns of a table are divided by commas, semicolons or tabs, as its first line
-    is; in it, `choices` is a JSON list.
+def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of a file, by its name: a table (.csv, .tsv), the first sheet of an Excel workbook
+    (.xlsx), a Parquet file (.parquet), or JSON, one object per line or a list of them; .gz may
+    stand behind tables and JSON. Of a folder, the rows of its Parquet files in the order of their
+    names, or of a data set that `datasets` has saved there. The columns of a table are divided by
+    commas, semicolons or tabs, as its first line is; in tables and workbooks, `choices` is a JSON
+    list. `columns`: the file's own names of fields, by the names that they get.
 
     Raises:
         DataError: the file is missing, not text, or a row cannot be used; the message says where it
@@ -98,13 +101,25 @@ def read_rows(path: Path) -> list[Row]:
         rows = list(_folder_rows(path))
     elif kind == ".parquet":
         rows = list(_parquet_rows(path))
+    elif kind in WORKBOOKS:
+        rows = list(_workbook_rows(path))
     else:
         encoding = _encoding_of(path) if kind in TABLES else "utf-8-sig"
         with _open(path, "file", encoding) as file:
             rows = list(_table_rows(path, file) if kind in TABLES else _json_rows(path, file))
     if not rows:
         raise DataError(f"{path} holds no rows")
-    return rows
+    return [_renamed(row, columns) for row in rows] if columns else rows
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    if missing := [name for name in columns.values() if name not in row]:
+        raise DataError(
+            f"{row['__where__']} has no column {missing[0]!r}, which data.columns names; it has"
+            f" {sorted(key for key in row if key != '__where__')}"
+        )
+    others = {key: value for key, value in row.items() if key not in columns.values()}
+    return others | {field: row[name] for field, name in columns.items()}
 
 
 def _folder_rows(folder: Path) -> Iterable[Row]:
@@ -212,13 +227,7 @@ def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
             f"{path}, line {line - 1} divides its columns by '|': save the table with commas,"
             " semicolons or tabs"
         )
-    if len(set(names)) < len(names) or "" in names:
-        odd = next((name for name in names if names.count(name) > 1 or not name), "")
-        raise DataError(
-            f"{path}, line {line - 1} has"
-            f" {'a column without a name' if not odd else f'two columns named {odd!r}'}: every"
-            " column needs a name of its own"
-        )
+    _require_names(names, f"{path}, line {line - 1}")
     reader = csv.reader(file, delimiter=divider, strict=True)
     while True:
         where, before = f"{path}, line {line}", reader.line_num
@@ -248,19 +257,83 @@ def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
                 f"{where} has {len(fields)} fields, but the first line names {len(names)} columns:"
                 f" put a field that contains {divider!r} in quotation marks"
             )
-        values: Row = dict(zip(names, fields, strict=True))
-        if "choices" in values:
-            try:
-                values["choices"], values["answer"] = (
-                    parse_json(values["choices"]),
-                    whole_number(values["answer"]),
+        yield _table_row(names, fields, where)
+
+
+def _require_names(names: Sequence[str], where: str) -> None:
+    if len(set(names)) < len(names) or "" in names:
+        odd = next((name for name in names if names.count(name) > 1 or not name), "")
+        raise DataError(
+            f"{where} has"
+            f" {'a column without a name' if not odd else f'two columns named {odd!r}'}: every"
+            " column needs a name of its own"
+        )
+
+
+def _table_row(names: Sequence[str], fields: Sequence[str], where: str) -> Row:
+    values: Row = dict(zip(names, fields, strict=True))
+    if "choices" in values:
+        try:
+            values["choices"], values["answer"] = (
+                parse_json(values["choices"]),
+                whole_number(values["answer"]),
+            )
+        except (TypeError, ValueError, KeyError) as error:
+            raise DataError(
+                f'{where}: in a table, choices is a JSON list such as ["yes", "no"] and answer'
+                f" its index ({error})"
+            ) from error
+    return values | {"__where__": where}
+
+
+def _workbook_rows(path: Path) -> Iterable[Row]:
+    """The first sheet's, every cell as the text that it would be in a table: numbers and dates
+    (ISO 8601) written out, nothing where it is empty. The first row that is not empty has the
+    names."""
+    names: list[str] = []
+    for number, cells in enumerate(_cells(path), start=1):
+        fields = [
+            str(cell.isoformat() if isinstance(cell, date | time) else cell).strip()
+            if cell is not None
+            else ""
+            for cell in cells
+        ]
+        while fields and not fields[-1]:
+            fields.pop()
+        where = f"{path}, row {number}"
+        if not fields:
+            continue
+        if not names:
+            names = fields
+            _require_names(names, where)
+            continue
+        if len(fields) > len(names):
+            raise DataError(
+                f"{where} has {len(fields)} cells, but the first row names {len(names)} columns:"
+                " name every column there"
+            )
+        yield _table_row(names, fields + [""] * (len(names) - len(fields)), where)
+
+
+def _cells(path: Path) -> Iterable[Sequence[Any]]:
+    what = f"{path} is an Excel workbook: reading it needs"
+    require_installed("excel", what, "openpyxl", error=DataError)
+    from openpyxl import load_workbook
+
+    try:
+        with closing(load_workbook(path, read_only=True, data_only=True)) as book:
+            sheet = book.worksheets[0]
+            if others := len(book.worksheets) - 1:
+                logging.getLogger("fedsp").warning(
+                    "%s has %d sheets: the first, %r, is read", path, others + 1, sheet.title
                 )
-            except (TypeError, ValueError, KeyError) as error:
-                raise DataError(
-                    f'{where}: in a table, choices is a JSON list such as ["yes", "no"] and answer'
-                    f" its index ({error})"
-                ) from error
-        yield values | {"__where__": where}
+            yield from sheet.iter_rows(values_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}") from error
+    except DataError:
+        raise
+    except Exception as error:  # of as many kinds as there are ways to be damaged
+        raise DataError(f"cannot read {path} as an Excel workbook: {first_line(error)}") from error
 
 
 def _names(head: str, divider: str) -> list[str]:

@@ -509,15 +509,17 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def load_rows(task: Task, path: str | None, split: str) -> list[Row]:
+def load_rows(
+    task: Task, path: str | None, split: str, columns: Mapping[str, str] | None = None
+) -> list[Row]:
     """The rows of a split: from `path` if given, else from the hub; none where the task has no such
-    split there.
+    split there. `columns`: of files, as `read_rows`.
 
     Raises:
         DataError: the rows cannot be had, or the task is the user's own and no file is named.
     """
     if path:
-        return read_rows(Path(path))
+        return read_rows(Path(path), columns)
     if task.hub and split in task.splits:
         return hub_rows(*task.hub, task.splits[split])
     if split != "train":

@@ -75,7 +75,7 @@ class Client:
         self.party = party
         self._info = callbacks.info
         self._sign = client_signer(Path(party.keys) / CLIENT_KEY)
-        rows = read_rows(Path(party.data.train))
+        rows = read_rows(Path(party.data.train), party.data.columns)
         device = choose_device(party.device)
         self.auxiliary, self.agreement = open_package(
             party.package, Path(party.keys) / SERVER_PUBLIC, device
