@@ -41,6 +41,7 @@ _PUBLIC = {
     "Task": "fedsp.data.tasks",
     "Update": "fedsp.federation.messages",
     "adapt": "fedsp.api",
+    "check_data": "fedsp.api",
     "distill": "fedsp.api",
     "evaluate": "fedsp.api",
     "export": "fedsp.api",

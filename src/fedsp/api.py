@@ -12,12 +12,15 @@ from typing import Any
 import torch
 
 from fedsp.audit.inspection import inspect_auxiliary
-from fedsp.config import RunConfig
+from fedsp.config import RunConfig, TaskSection
 from fedsp.config_file import apply_override, make_config, read_config, read_party
 from fedsp.data.chat import end_of_turn, question_ids
+from fedsp.data.check import check_files, likely_task
 from fedsp.data.dataset import examples_digest
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages, read_rows
+from fedsp.data.rendering import Rendering
+from fedsp.data.tasks import find_task
 from fedsp.errors import (
     ConfigurationError,
     DataError,
@@ -28,7 +31,7 @@ from fedsp.errors import (
 )
 from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
-from fedsp.experiments.plan import LEAST_ROOM, plan_run
+from fedsp.experiments.plan import LEAST_ROOM, model_name, plan_run
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
 from fedsp.experiments.server_setup import validation_sample
 from fedsp.experiments.start import (
@@ -49,7 +52,7 @@ from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.adapter import Adapter, export_lora
 from fedsp.models.auxiliary import chosen_counts, load_auxiliary, named_counts
-from fedsp.models.loading import choose_device, load_model
+from fedsp.models.loading import choose_device, load_model, load_tokenizer
 from fedsp.models.prompted_lm import continue_text, length_of
 from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
 from fedsp.training.answers import WEIGHTS, Answering, Answers, mean_of, proxy_tuned
@@ -265,6 +268,49 @@ def inspect(
         "differential_privacy": private,
         **inspect_auxiliary(auxiliary, words, trusted),
     }
+
+
+def check_data(
+    files: Sequence[str | Path] = (),
+    *,
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    task: str | None = None,
+    model: str | None = None,
+    max_tokens: int | None = None,
+) -> Figures:
+    """What is in files of examples (`fedsp.data.check.check_files`): those given, or those that a
+    configuration names, whose task, columns, model and limit hold then. Without a configuration the
+    task is the one given or the one whose fields the first file has, and lengths in tokens need a
+    `model`, whose tokenizer alone is loaded.
+
+    Raises:
+        ConfigurationError: no file is given, or the configuration is at fault.
+        DataError: a file is missing or cannot be read at all.
+    """
+    columns: Mapping[str, str] = {}
+    if config is not None:
+        run_config = as_config(config)
+        data: TaskSection = run_config.data
+        columns = run_config.data.columns
+        named = (run_config.data.train, run_config.data.validation, run_config.data.test)
+        files = files or [name for name in named if name]
+        model = model or model_name(run_config)
+        max_tokens = max_tokens or run_config.data.max_tokens
+    if not files:
+        raise ConfigurationError("no file of examples is given: name some, or a run's file")
+    paths = [Path(name) for name in files]
+    if config is None:
+        data = TaskSection(task=task or likely_task(read_rows(paths[0])[0], paths[0]))
+    elif task:
+        data = data.model_copy(update={"task": task})
+    find_task(data.task)
+    return check_files(
+        paths,
+        Rendering.of(data),
+        columns=columns,
+        tokenizer=load_tokenizer(model) if model else None,
+        max_tokens=max_tokens,
+    )
 
 
 def evaluate(

@@ -339,6 +339,55 @@ def inspect(
     )
 
 
+data = typer.Typer(
+    name="data",
+    help="Look at examples before anybody trains on them.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(data)
+
+
+@data.command("check")
+def data_check(
+    files: Annotated[
+        Optional[list[Path]], typer.Argument(help="Files of examples, one for each split.")
+    ] = None,
+    config: Annotated[
+        Optional[Path],
+        typer.Option(help="A run's TOML file, whose files, task, columns and model are taken."),
+    ] = None,
+    task: Annotated[
+        Optional[str], typer.Option(help="The task of the rows; none: told by their fields.")
+    ] = None,
+    model: Annotated[
+        Optional[str],
+        typer.Option(help="A model by whose tokenizer lengths are counted, a hub name or folder."),
+    ] = None,
+    max_tokens: Annotated[
+        Optional[int], typer.Option(min=8, help="The longest example that a run would keep whole.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Say how files are read, what is in them, what is there twice, and what looks like a person's.
+
+    Nothing is changed, and nothing leaves this machine. What is found by patterns is a hint: names
+    and addresses are not found, and finding nothing proves nothing."""
+    from fedsp.api import check_data
+    from fedsp.report.console import Display, data_table
+
+    figures = check_data(files or [], config=config, task=task, model=model, max_tokens=max_tokens)
+    with Display() as display:
+        for one in figures["files"]:
+            display.print(data_table(one))
+        for one in figures["shared"]:
+            if one["examples"]:
+                display.print(
+                    f"{one['examples']:,} examples of {one['file']} are in a file before it, too"
+                )
+    _write(json_file, figures)
+
+
 federation = typer.Typer(
     name="federation",
     help="Prepare a deployment.",

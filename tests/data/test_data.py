@@ -482,7 +482,7 @@ def test_a_workbook_holds_the_rows_of_the_table_that_excel_would_export(
 ) -> None:
     """Names stand in the first row that is not empty; numbers and dates are texts; empty rows and
     cells behind the last column are none. Other sheets are said to be left out."""
-    lines = [
+    lines: list[list[Any]] = [
         [],
         ["prompt", "completion", "on", "count"],
         ["M\u00fcller, 3. Stock", "printer", date(2026, 1, 31), 5],
@@ -501,7 +501,7 @@ def test_a_workbook_holds_the_rows_of_the_table_that_excel_would_export(
     ]
     assert [row["__where__"][-5:] for row in rows] == ["row 3", "row 5"]
     assert "has 2 sheets: the first, 'Sheet 0', is read" in caplog.text
-    asked = [["question", "choices", "answer"], ["Why?", '["so", "no"]', 1]]
+    asked: list[list[Any]] = [["question", "choices", "answer"], ["Why?", '["so", "no"]', 1]]
     (row,) = read_rows(workbook(tmp_path / "asked.xlsx", asked))
     (example,) = examples_of(TASKS["multiple_choice"], [row])
     assert example.choices == (" so", " no") and example.gold == (1,)

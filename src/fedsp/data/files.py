@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from datetime import date, time
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ from fedsp.errors import DataError, first_line, require_installed
 from fedsp.storage import parse_json
 
 Row = dict[str, Any]
+UTF8, UTF16 = "utf-8-sig", "utf-16"
 TABLES = (".csv", ".tsv")
 WORKBOOKS = (".xlsx", ".xlsm")
 ARCHIVE = b"PK\x03\x04"
@@ -26,7 +28,7 @@ EXCEL = ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp932", "gb18030", "
 
 
 @contextmanager
-def _open(path: Path, what: str, encoding: str = "utf-8-sig") -> Iterator[IO[str]]:
+def _open(path: Path, what: str, encoding: str = UTF8) -> Iterator[IO[str]]:
     """A text file, gzipped or not, in UTF-8 with or without a byte order mark unless another
     `encoding` is given, its line ends as they are.
 
@@ -44,21 +46,37 @@ def _open(path: Path, what: str, encoding: str = "utf-8-sig") -> Iterator[IO[str
         raise DataError(f"cannot read {path}: {error}") from error
 
 
+def how_it_is_read(path: Path) -> str:
+    """How `read_rows` reads a file, in a few words, as its name and its bytes decide."""
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    if path.is_dir():
+        return "a folder of Parquet files, or a saved data set"
+    if kind not in TABLES:
+        names = {".parquet": "Parquet"} | dict.fromkeys(WORKBOOKS, "the first sheet of a workbook")
+        return names.get(kind, "JSON")
+    encoding = _encoding_of(path)
+    with _open(path, "file", encoding) as file:
+        divider = _header(path, file).divider
+    marks = {",": "commas", ";": "semicolons", "\t": "tabs"}
+    name = {UTF8: "UTF-8", UTF16: "UTF-16"}.get(encoding, encoding)
+    return f"a table in {name}, divided by {marks.get(divider, repr(divider))}"
+
+
 def _opener(path: Path) -> Any:
     return gzip.open if path.suffix.lower() == ".gz" else open
 
 
 def _encoding_of(path: Path) -> str:
-    """The encoding of a table: UTF-8, UTF-16 where a byte order mark says so, or, said in a line of
-    the log, the likeliest of those that Excel writes (charset-normalizer). UTF-8 too where nothing
-    fits, or the file cannot be read, which whoever opens it finds out."""
+    """The encoding of a table: UTF-8, UTF-16 where a byte order mark says so, or the likeliest of
+    those that Excel writes (charset-normalizer). UTF-8 too where nothing fits, or the file cannot
+    be read, which whoever opens it finds out."""
     try:
         with _opener(path)(path, "rb") as file:
             data: bytes = file.read()
     except (OSError, EOFError, zlib.error):
-        return "utf-8-sig"
+        return UTF8
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "utf-16"
+        return UTF16
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
@@ -66,13 +84,8 @@ def _encoding_of(path: Path) -> str:
 
         found = None if data.startswith(ARCHIVE) else from_bytes(data, cp_isolation=EXCEL).best()
         if found is not None:
-            logging.getLogger("fedsp").warning(
-                "%s is no UTF-8: it is read as %s; if letters look wrong, save it as CSV UTF-8",
-                path,
-                found.encoding,
-            )
             return str(found.encoding)
-    return "utf-8-sig"
+    return UTF8
 
 
 def _what_it_is(data: bytes) -> str:
@@ -104,7 +117,13 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]
     elif kind in WORKBOOKS:
         rows = list(_workbook_rows(path))
     else:
-        encoding = _encoding_of(path) if kind in TABLES else "utf-8-sig"
+        encoding = _encoding_of(path) if kind in TABLES else UTF8
+        if encoding not in (UTF8, UTF16):
+            logging.getLogger("fedsp").warning(
+                "%s is no UTF-8: it is read as %s; if letters look wrong, save it as CSV UTF-8",
+                path,
+                encoding,
+            )
         with _open(path, "file", encoding) as file:
             rows = list(_table_rows(path, file) if kind in TABLES else _json_rows(path, file))
     if not rows:
@@ -207,13 +226,22 @@ def _json_list(path: Path, text: str) -> Iterable[Row]:
     yield from _numbered(path, rows)
 
 
-def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
-    csv.field_size_limit(sys.maxsize)  # a field is as long as a text may be
+@dataclass(frozen=True)
+class _Header:
+    """The names of a table's columns, what divides them, and the line of the file behind them."""
+
+    names: list[str]
+    divider: str
+    line: int
+
+
+def _header(path: Path, file: IO[str]) -> _Header:
+    """Reads a table's first line. There are no names where the table is empty."""
     head, line = "", 1
     while not head.strip():
         part = file.readline()
         if not part:
-            return
+            return _Header([], ",", line)
         head, line = part, line + 1
     divider = ""
     if head.lower().startswith("sep=") and len(head.strip()) == 5:  # a line for Excel alone
@@ -228,6 +256,15 @@ def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
             " semicolons or tabs"
         )
     _require_names(names, f"{path}, line {line - 1}")
+    return _Header(names, divider, line)
+
+
+def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
+    csv.field_size_limit(sys.maxsize)  # a field is as long as a text may be
+    header = _header(path, file)
+    names, divider, line = header.names, header.divider, header.line
+    if not names:
+        return
     reader = csv.reader(file, delimiter=divider, strict=True)
     while True:
         where, before = f"{path}, line {line}", reader.line_num

@@ -26,6 +26,9 @@ from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.messages import RoundRecord
 from fedsp.storage import each_figure
 
+MOST_LABELS = 12
+"""Labels that are shown, the most frequent ones."""
+
 
 class Display:
     """A console with two bars, distillation and rounds; where output is not a terminal, a line for
@@ -235,6 +238,47 @@ PLAN = {
     "handed_out_share": "the same if handed out without distillation",
 }
 """The rows of `fedsp plan`: figures, with their units and how they are counted."""
+
+
+def data_table(figures: Mapping[str, Any]) -> Table:
+    """The figures of one file in `fedsp data check`. Of identifiers only the kind, the count and
+    the place of the first are shown."""
+    table = Table(title=figures["file"], title_justify="left", show_header=False)
+    table.add_column(overflow="fold", ratio=1)
+    table.add_column(overflow="fold", ratio=3)
+    table.add_row("read as", figures["read"])
+    table.add_row("rows", f"{figures['rows']:,}")
+    fields = (
+        name if share == 1 else f"{name} ({share:.0%} of rows)"
+        for name, share in figures["fields"].items()
+    )
+    table.add_row("fields", Text(", ".join(fields)))
+    kinds = ", ".join(f"{name} ({count:,})" for name, count in figures["tasks"].items())
+    table.add_row("examples by task", kinds or "none")
+    if figures["unusable"]:
+        table.add_row("cannot be used", Text(f"{figures['unusable']:,} rows: {figures['fault']}"))
+    table.add_row("examples that are there twice", f"{figures['repeated']:,}")
+    if "tokens" in figures:
+        lengths = dict(figures["tokens"])
+        cut = lengths.pop("cut")
+        said = ", ".join(f"{name} {value:,g}" for name, value in lengths.items())
+        table.add_row("tokens", f"{said}; {cut:,} examples lose their oldest context")
+    if labels := figures.get("labels"):
+        most = list(labels.items())[:MOST_LABELS]
+        more = f", and {len(labels) - len(most)} more" if len(labels) > len(most) else ""
+        named = ", ".join(f"{name} ({count:,})" for name, count in most)
+        table.add_row(f"{len(labels)} labels", Text(named + more))
+    found = [
+        f"{kind}: {about['rows']:,} rows, the first in {about['first']}"
+        for kind, about in figures["identifiers"].items()
+    ]
+    table.add_row("what looks like a person's", Text("\n".join(found) or "nothing was found"))
+    for number, example in enumerate(figures["preview"], start=1):
+        shown = f"{example['context']}[{example['answer']}]"
+        table.add_row(
+            f"example {number}", Text(shown if len(shown) < 600 else f"{shown[:600]} ...")
+        )
+    return table
 
 
 def plan_table(figures: Mapping[str, Any]) -> Table:
