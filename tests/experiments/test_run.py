@@ -837,6 +837,34 @@ def test_a_run_reads_columns_by_their_own_names(tmp_path: Path) -> None:
     assert prompt_bits(tmp_path / "own" / "run") == prompt_bits(tmp_path / "plain" / "run")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"preset": "messenger", "messenger": {"kind": "adapter"}, "prompt": {}},
+        {"messenger": {"kind": "layers"}},
+        {"method": "finetune", "partition": {"clients": 0}, "server": {"steps": 2}},
+        {"method": "lora"},
+        {"method": "fedprompt_single"},
+    ],
+    ids=["prompt", "adapter", "layers", "finetune", "lora", "fedprompt_single"],
+)
+def test_figures_without_what_was_tuned_stand_beside_those_of_a_run(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """The untuned model's own, whatever the run tunes, and after a kill too."""
+    bare = commands.run(settings(tmp_path / "bare", method="zero_shot"))
+    assert "zero_shot" not in bare
+    values = settings(tmp_path, **changes)
+    if changes.get("prompt") == {}:
+        del values["prompt"]
+    figures = commands.run(values)
+    expected = pytest.approx(bare["test"]["answer_loss"], rel=1e-6)
+    assert figures["zero_shot"]["answer_loss"] == expected != figures["test"]["answer_loss"]
+    (tmp_path / "run" / "result.json").unlink()
+    assert commands.resume(tmp_path / "run")["zero_shot"] == figures["zero_shot"]
+
+
 def test_a_share_is_held_out_for_the_test_where_no_file_is_named(tmp_path: Path) -> None:
     """Nobody trains on it, it is the same when the run is resumed, and it is said."""
     values = settings(tmp_path)

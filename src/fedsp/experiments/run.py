@@ -112,6 +112,9 @@ def run_experiment(
             f" than {server.max_tokens} tokens and lose their oldest context"
         )
 
+    # before anything is loaded into the messenger
+    untuned = _test_untuned(server, party) if dataset.test and entry.rounds else None
+
     def validate(payload: Payload) -> float:
         party.messenger.load(payload)
         loss = validation_loss(party.model, party.messenger, validation)
@@ -171,6 +174,8 @@ def run_experiment(
     if dataset.test:
         party.messenger.load(final.best)
         figures |= _test(run, server, party, federation)
+        if untuned:
+            figures["zero_shot"] = untuned
         if entry.deployable and auxiliary:
             figures["auxiliary_test"] = _test_auxiliary(server, federation, final.best)
     if statement := write_statement():
@@ -187,6 +192,12 @@ def _start_of_clients(config: RunConfig, federation: Federation) -> Payload | No
     if config.compression.down == FLOAT32 or federation.client_messenger is None:
         return None
     return federation.client_messenger().payload()
+
+
+def _test_untuned(server: Server, party: Party) -> dict[str, float]:
+    """Figures of the test questions without what is tuned, while the messenger changes nothing."""
+    tests = server.dataset.test
+    return score_test(party.model, None, tests, server.tokenizer, server.max_tokens)[0]
 
 
 def _test(

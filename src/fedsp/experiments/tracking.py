@@ -31,6 +31,7 @@ PUBLISHED = (
     "package_bytes",
     "disclosed_share",
     "test",
+    "zero_shot",
     "epsilon",
 )
 """The figures that are published under client-level privacy: they follow from the broadcasts and
