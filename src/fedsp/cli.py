@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, cast
@@ -337,6 +337,26 @@ def inspect(
         "Nothing unusual was found, which is no guarantee: a malicious package can also be a good"
         " language model (docs/explanation/security.md)."
     )
+
+
+@app.command()
+def watch(
+    folder: RunFolder,
+    seconds: Annotated[
+        float, typer.Option(min=0.2, help="How often the folder is read again.")
+    ] = 2.0,
+    json_file: Json = None,
+) -> None:
+    """Show how a run stands, by its folder alone: rounds, time left, validation loss, bytes,
+    epsilon spent, and what each client did. Ctrl-C ends the view, not the run."""
+    from fedsp.experiments.run_directory import RunDirectory
+    from fedsp.report import console
+    from fedsp.report.progress import progress
+
+    run = RunDirectory.open(folder)
+    with suppress(KeyboardInterrupt):
+        console.watch(lambda: progress(run), seconds)
+    _write(json_file, progress(run))
 
 
 data = typer.Typer(

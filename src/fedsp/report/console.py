@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -26,8 +27,9 @@ from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.messages import RoundRecord
 from fedsp.storage import each_figure
 
-MOST_LABELS = 12
-"""Labels that are shown, the most frequent ones."""
+MOST_LABELS, MOST_CLIENTS = 12, 20
+"""Labels that are shown, the most frequent ones; and clients."""
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class Display:
@@ -145,6 +147,15 @@ class Display:
         return f"{seconds:.0f} s left" if done < total else ""
 
 
+def duration(seconds: float) -> str:
+    """A time in the two largest units that it needs."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, hours = whole // 60, whole // 3600
+    return f"{minutes} min {whole % 60} s" if minutes < 60 else f"{hours} h {minutes % 60} min"
+
+
 def size(count: float) -> str:
     """Bytes as a person reads them, in powers of ten."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -238,6 +249,68 @@ PLAN = {
     "handed_out_share": "the same if handed out without distillation",
 }
 """The rows of `fedsp plan`: figures, with their units and how they are counted."""
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """Values as a line of blocks, the highest the tallest; of more than fit the last ones."""
+    shown = list(values)[-width:]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    return "".join(
+        BLOCKS[round((len(BLOCKS) - 1) * (value - low) / (high - low))] if high > low else BLOCKS[0]
+        for value in shown
+    )
+
+
+def progress_view(figures: Mapping[str, Any]) -> RenderableType:
+    """The figures of `fedsp.report.progress.progress`. Of many clients those that failed come
+    first."""
+    table = Table(title=Text(figures["folder"]), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("method", figures["method"])
+    state = "finished" if figures["finished"] else "not finished"
+    if figures["seconds_since"] is not None and not figures["finished"]:
+        state += f"; the last round ended {duration(figures['seconds_since'])} ago"
+    table.add_row("state", state)
+    left = figures["seconds_left"]
+    table.add_row(
+        "round",
+        f"{figures['round']} of {figures['rounds']}"
+        + (f", {duration(figures['seconds'])} each" if figures["seconds"] is not None else "")
+        + (f", {duration(left)} left" if left else ""),
+    )
+    if losses := [loss for _, loss in figures["validation"]]:
+        table.add_row("validation loss", sparkline(losses))
+        table.add_row(
+            "", f"{losses[0]:.4f} first, {losses[-1]:.4f} last, {figures['best']:.4f} best"
+        )
+    table.add_row("best round", str(figures["best_round"]))
+    table.add_row("bytes down, up", f"{size(figures['bytes_down'])}, {size(figures['bytes_up'])}")
+    if figures["epsilon"] is not None:
+        table.add_row("epsilon so far", f"{figures['epsilon']:.3f}")
+    clients = sorted(figures["clients"].items(), key=lambda one: one[1]["failed"] is None)
+    for name, about in clients[:MOST_CLIENTS]:
+        why = f"; failed: {about['failed']}" if about["failed"] else ""
+        table.add_row(Text(name), Text(f"answered {about['answered']} of {about['asked']}{why}"))
+    if len(clients) > MOST_CLIENTS:
+        table.add_row(f"and {len(clients) - MOST_CLIENTS} more", "")
+    return table
+
+
+def watch(read: Callable[[], Mapping[str, Any]], seconds: float) -> None:
+    """Show what `read` tells, again every so many seconds, until it is finished; once, where output
+    is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.print(progress_view(read()))
+        return
+    with Live(progress_view(read()), console=console, auto_refresh=False) as live:
+        while True:
+            figures = read()
+            live.update(progress_view(figures), refresh=True)
+            if figures["finished"]:
+                return
+            time.sleep(seconds)
 
 
 def data_table(figures: Mapping[str, Any]) -> Table:
