@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import tomli_w
+from typer.testing import CliRunner
 
 from fedsp import api as commands
 from fedsp import cli
+from fedsp.cli import app
 from fedsp.config_file import read_config
 from fedsp.errors import StorageError
 from fedsp.experiments.embedded import EMBEDDED
@@ -359,6 +361,19 @@ def test_what_needs_no_tensor_answers_without_torch(arguments: list[str], tmp_pa
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_commands_fit_one_screen_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each, in a terminal of 80 columns and 40 lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    help_text = CliRunner().invoke(app, ["--help"]).output
+    assert len(help_text.splitlines()) <= 40
+    for heading in ("On one machine", "With clients on machines of their own", "With what was"):
+        assert heading in help_text
+    names = [one.name or one.callback.__name__ for one in app.registered_commands if one.callback]
+    for name in [*names, "federation", "data"]:
+        (line,) = [line for line in help_text.splitlines() if line.startswith(f"\u2502 {name} ")]
+        assert line.rstrip(" \u2502").endswith("."), "whole"
 
 
 def test_help_shows_what_brackets_and_arguments_say() -> None:

@@ -49,6 +49,11 @@ app = typer.Typer(
 )
 
 
+BEGIN, AFTER = "On one machine", "With what was tuned"
+ELSEWHERE = "With clients on machines of their own"
+"""Headings of the commands in `fedsp --help`."""
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"fedsp {version('fedsp')}")
@@ -100,7 +105,9 @@ Resume = Annotated[
 ]
 
 
-@app.command()
+@app.command(
+    rich_help_panel=BEGIN, short_help="Ten offices tune a small model that they never see."
+)
 def demo(
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     output: Annotated[
@@ -120,7 +127,7 @@ def demo(
     _write(json_file, {"rows": rows})
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN, short_help="Write a commented run.toml with every key.")
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("run.toml"),
     preset: Annotated[
@@ -148,7 +155,9 @@ def init(
     )
 
 
-@app.command()
+@app.command(
+    rich_help_panel=BEGIN, short_help="What a run will cost and disclose, before it is run."
+)
 def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None) -> None:
     """Print what a run will cost and disclose, before anything is trained."""
     read = _read(config, overrides)
@@ -163,7 +172,7 @@ def plan(config: ConfigFile, overrides: Overrides = None, json_file: Json = None
     _write(json_file, figures)
 
 
-@app.command()
+@app.command(rich_help_panel=ELSEWHERE, short_help="Make the package that clients get.")
 def distill(
     config: ConfigFile,
     output: Annotated[Path, typer.Argument(help="New folder for the package.")],
@@ -183,7 +192,7 @@ def distill(
     _write(json_file, figures)
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN, short_help="Run a federation with simulated clients.")
 def run(
     config: Annotated[Optional[Path], typer.Argument(help="The run's TOML file.")] = None,
     overrides: Overrides = None,
@@ -252,7 +261,7 @@ def _run(
     _write(json_file, figures)
 
 
-@app.command()
+@app.command(rich_help_panel=ELSEWHERE, short_help="The server: run a federation over TLS.")
 def serve(
     config: Annotated[
         Optional[Path], typer.Argument(help="The run's TOML file, with a [federation] section.")
@@ -266,7 +275,9 @@ def serve(
     _run(config, overrides, resume, "deployment", json_file)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=ELSEWHERE, short_help="A client: take part with the text on this machine."
+)
 def join(
     party: Annotated[
         Path, typer.Argument(help="This client's TOML file; `fedsp federation init` writes one.")
@@ -285,7 +296,7 @@ def join(
         display.print(f"the run is finished; {answered} requests were answered")
 
 
-@app.command()
+@app.command(rich_help_panel=ELSEWHERE, short_help="A client: see that a package is what it says.")
 def inspect(
     package: Annotated[
         Path, typer.Argument(help="The folder that the owner of the model has handed over.")
@@ -339,7 +350,9 @@ def inspect(
     )
 
 
-@app.command()
+@app.command(
+    rich_help_panel=BEGIN, short_help="How a run stands: rounds, time left, loss, clients."
+)
 def watch(
     folder: RunFolder,
     seconds: Annotated[
@@ -365,7 +378,7 @@ data = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-app.add_typer(data)
+app.add_typer(data, rich_help_panel=BEGIN, short_help="Look at examples before training on them.")
 
 
 @data.command("check")
@@ -414,7 +427,9 @@ federation = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-app.add_typer(federation)
+app.add_typer(
+    federation, rich_help_panel=ELSEWHERE, short_help="Keys and configurations of all parties."
+)
 
 
 @federation.command("init")
@@ -439,7 +454,7 @@ def federation_init(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER, short_help="Measure what finished runs leak.")
 def audit(
     folders: Annotated[
         list[Path], typer.Argument(help="Folders of finished runs.", callback=_with_runs)
@@ -491,7 +506,7 @@ def audit(
         raise RunError(refused)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER, short_help="Measure what a run tuned, beside zero-shot.")
 def evaluate(
     folder: RunFolder,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
@@ -540,7 +555,7 @@ def evaluate(
     _write(json_file, {"rows": rows})
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER, short_help="Let a run answer a text.")
 def generate(
     folder: RunFolder,
     text: Annotated[str, typer.Argument(help="The text to complete.")],
@@ -587,7 +602,7 @@ def generate(
     typer.echo(written.strip() if chat else text + written)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER, short_help="Bring more into the global model, without labels.")
 def adapt(
     folder: RunFolder,
     questions: Annotated[
@@ -642,7 +657,7 @@ def adapt(
     _write(json_file, figures)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER, short_help="Write what was tuned as a PEFT adapter.")
 def export(
     folder: RunFolder,
     output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")],
@@ -659,7 +674,7 @@ def export(
     _write(json_file, figures)
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN, short_help="A grid of methods, tasks, models and seeds.")
 def study(
     file: Annotated[
         Path,
@@ -700,7 +715,7 @@ def study(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER, short_help="One page about runs or studies.")
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of studies, or of runs.")],
     output: Annotated[
@@ -720,7 +735,7 @@ def report(
     _write(json_file, figures)
 
 
-@app.command("list")
+@app.command("list", rich_help_panel=AFTER, short_help="The runs below a folder.")
 def list_runs(
     folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"),
     json_file: Json = None,
