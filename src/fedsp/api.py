@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -409,8 +410,10 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
 ) -> str:
-    """A completion of `text`, at most `most` tokens, by the global model with a run's best prompt
+    """A completion of `text`, at most `most` tokens and no further than the first of the texts in
+    `stop`, which is left out, by the global model with a run's best prompt
     or weights (or without, `zero_shot`); where the run's task is chat, the answer to it as a user's
     message, behind a `system` message if there is one. `answers`: who answers, the global model,
     the auxiliary model, or both together (`fedsp.training.answers`); `weight` is that of
@@ -420,7 +423,8 @@ def generate(
     Raises:
         DataError: there is nothing to complete, or no room for it.
         ConfigurationError: nobody is called what `answers` says, or it goes with `zero_shot`; a
-            number is out of range, or `system` is given and the task is not chat.
+            number is out of range, a text in `stop` is empty, or `system` is given and the task is
+            not chat.
         RunError: there is no run, or it has no auxiliary model to answer with.
     """
     if not text.strip():
@@ -433,6 +437,8 @@ def generate(
         )
     if not 0 < top_p <= 1:
         raise ConfigurationError(f"top_p = {top_p}: it must be above 0 and at most 1")
+    if "" in stop:
+        raise ConfigurationError("stop: an empty text would end every answer at its beginning")
     run = open_run(folder)
     server, tokenizer = run.server, run.server.tokenizer
     chat = run.directory.config.data.task == "chat"
@@ -457,6 +463,7 @@ def generate(
             f"the text has {len(ids)} tokens and {most} are to be generated, but the model has"
             f" {room} positions after the prompt: shorten the text or generate fewer tokens"
         )
+    decoded = partial(decode_behind, tokenizer, ids)
     new = continue_text(
         answering.reader(),
         torch.tensor(ids, device=server.model.device),
@@ -464,8 +471,10 @@ def generate(
         room=room,
         stop=end_of_turn(tokenizer),
         choose=sampler(temperature, top_p, seed),
+        ended=lambda new: bool(stop) and any(end in decoded(new) for end in stop),
     )
-    return decode_behind(tokenizer, ids, new)
+    written = decoded(new)
+    return written[: min((written.index(end) for end in stop if end in written), default=None)]
 
 
 def adapt(

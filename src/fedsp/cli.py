@@ -581,6 +581,10 @@ def generate(
         float, typer.Option(help="Draw among the likeliest tokens that add up to this share.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
+    stop: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Text before which the answer ends, such as a line break; repeatable."),
+    ] = None,
 ) -> None:
     """A completion by the global model with what a run tuned best, or its answer in a chat."""
     from fedsp import api as commands
@@ -597,6 +601,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        stop=stop or [],
     )
     chat = RunDirectory.open(folder).config.data.task == "chat"
     typer.echo(written.strip() if chat else text + written)

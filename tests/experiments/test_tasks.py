@@ -4,6 +4,7 @@ is written."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,22 @@ def test_a_chat_is_answered_in_its_template(chat: Path, monkeypatch: pytest.Monk
     ):
         with pytest.raises(ConfigurationError, match=sentence):
             commands.generate(chat, "Who?", **wrong)  # type: ignore[arg-type]
+
+
+def test_an_answer_ends_before_a_text_to_stop_at(
+    chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever tokens are cut, the first of several counts, and no token behind it is read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(chat.parent / "cache"))
+    drawn = partial(commands.generate, chat, "Who is it?", most=12, temperature=2.0, seed=1)
+    whole = drawn()
+    middle = whole[len(whole) // 2 :][:2]
+    cut = drawn(stop=[middle, "nowhere"])
+    assert cut == whole[: whole.index(middle)] and 0 < len(cut) < len(whole)
+    assert drawn(stop=[middle, whole[0]]) == ""
+    assert drawn(stop=["nowhere"]) == whole
+    with pytest.raises(ConfigurationError, match="an empty text would end every answer"):
+        commands.generate(chat, "Who is it?", stop=[""])
 
 
 def test_what_is_written_is_measured(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:

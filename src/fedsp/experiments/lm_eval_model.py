@@ -28,6 +28,7 @@ from fedsp.experiments.start import answers_of, open_run
 from fedsp.models.prompted_lm import continue_text
 from fedsp.training.answers import Answering
 from fedsp.training.evaluation import score
+from fedsp.training.generation import sampler
 
 
 @register_model("fedsp")
@@ -152,7 +153,7 @@ class TunedPrompt(LM):  # type: ignore[misc]
             most=most,
             room=room,
             stop=end_of_turn(self._tokenizer),
-            **({"choose": draw} if sampled else {}),
+            choose=draw if sampled else sampler(0.0, 1.0, 0),
         )
         text = str(self._tokenizer.decode(new, skip_special_tokens=True))
         for stop in stops:

@@ -679,12 +679,14 @@ def continue_text(
     room: int,
     stop: Collection[int] = (),
     choose: Callable[[Tensor], int] = lambda scores: int(scores.argmax()),
+    ended: Callable[[list[int]], bool] = lambda new: False,
 ) -> list[int]:
-    """Continuation of tokens (T,): at most `most` new ones, ending before a token of `stop`, as
-    long as what is read has `room`. `choose` takes each from its scores (V,)."""
+    """Continuation of tokens (T,): at most `most` new ones, ending before a token of `stop`, or
+    once they have `ended`, as long as what is read has `room`. `choose` takes each from its scores
+    (V,)."""
     new: list[int] = []
     ids = input_ids
-    while len(new) < most and len(ids) <= room:
+    while len(new) < most and len(ids) <= room and not ended(new):
         token = choose(read(ids))
         if token in stop:
             break
