@@ -371,7 +371,7 @@ def test_the_commands_fit_one_screen_in_groups(monkeypatch: pytest.MonkeyPatch) 
     for heading in ("On one machine", "With clients on machines of their own", "With what was"):
         assert heading in help_text
     names = [one.name or one.callback.__name__ for one in app.registered_commands if one.callback]
-    for name in [*names, "federation", "data"]:
+    for name in [*names, "federation", "egress", "data"]:
         (line,) = [line for line in help_text.splitlines() if line.startswith(f"\u2502 {name} ")]
         assert line.rstrip(" \u2502").endswith("."), "whole"
 

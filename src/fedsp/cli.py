@@ -432,6 +432,31 @@ app.add_typer(
 )
 
 
+egress = typer.Typer(
+    name="egress",
+    help="What has left this client.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(egress, rich_help_panel=ELSEWHERE, short_help="A client: what has left it.")
+
+
+@egress.command("report")
+def egress_report(
+    config: Annotated[Path, typer.Argument(help="The client's party.toml.")],
+    json_file: Json = None,
+) -> None:
+    """Say in sum what this client has sent, from the journal that it keeps of every message, and
+    check that no line of it was changed. Exit code 2 if one was."""
+    from fedsp.config_file import read_party
+    from fedsp.federation.egress import EGRESS, egress_figures, read_egress
+    from fedsp.report.console import egress_text
+
+    figures = egress_figures(read_egress(Path(read_party(config).state) / EGRESS))
+    typer.echo(egress_text(figures))
+    _write(json_file, figures)
+
+
 @federation.command("init")
 def federation_init(
     folder: Annotated[

@@ -431,10 +431,11 @@ def test_what_excel_puts_around_a_table_is_not_the_table(
         ("t.csv", b"\n\nprompt,completion\na\n", "line 4 has 1 fields, but the first line names 2"),
         ("t.jsonl", "{}".encode("utf-16"), "it is UTF-16 .*save it as CSV UTF-8"),
         (
-            "t.xlsx",
+            "t.ods",
             b"PK\x03\x04\xff\xff",
             "it is a spreadsheet or an archive; export the sheet as CSV",
         ),
+        ("t.xlsx", b"PK\x03\x04\xff\xff", "cannot read .*t.xlsx as an Excel workbook"),
         ("t.jsonl", b'{"prompt": "a\\u0000"}', "line 1 is not JSON .a string holds a NUL"),
         ("t.jsonl", b"null", "line 1 is null: expected one JSON object"),
     ],

@@ -4,9 +4,11 @@ here."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import ipaddress
 import json
+import os
 import resource
 import shutil
 import ssl
@@ -14,6 +16,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,10 @@ from cryptography import x509
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from fedsp import api as commands
-from fedsp.cli import main
+from fedsp.cli import app, main
 from fedsp.config import PartyConfig
 from fedsp.config_file import read_config, read_register
 from fedsp.data.dataset import load_dataset
@@ -58,12 +62,14 @@ from fedsp.errors import (
     DeploymentError,
     FedspError,
     PolicyError,
+    StorageError,
 )
 from fedsp.experiments import start
 from fedsp.experiments.build import open_clients
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.codecs import parse_codec
+from fedsp.federation.egress import EGRESS, read_egress
 from fedsp.federation.messages import Request, Update
 from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.wire import END, REFUSALS, read_reply, signed_reply, write_request
@@ -240,6 +246,47 @@ def test_the_package_holds_no_file_name_of_the_server_s(
 ) -> None:
     text = (federation[1] / "server" / "package" / "agreement.json").read_text()
     assert str(federation[1]) not in text and "public.txt" not in text
+
+
+def test_every_answer_is_in_the_journal_of_what_has_left_before_it_leaves(
+    federation: tuple[RunDirectory, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Updates, refusals and what is sent again; and where it cannot be written, nothing leaves."""
+    local, place = federation
+    party = party_of(place).model_copy(update={"state": str(tmp_path / "state")})
+    client = Client(party, Callbacks())
+    first = read_prompt(local.path / "prompts" / "round-00001.safetensors").values()
+    seed = derive_seed(0, "client", "client-0", 2)
+    asked = Request(run="ab", round=2, client="client-0", seed=seed, payload={PROMPT: first})
+    message = write_request(asked, party.package.sha256)
+    stranger = write_request(replace(asked, client="client-1"), party.package.sha256)
+    replies = [client.respond(one) for one in (message, message, stranger)]
+    entries = read_egress(tmp_path / "state" / EGRESS)
+    assert [entry["kind"] for entry in entries] == ["update", "update", "refusal"]
+    for entry, reply in zip(entries, replies, strict=True):
+        sent = reply.header.encode() + reply.payload
+        assert entry["bytes"] == len(sent)
+        assert entry["sha256"] == hashlib.sha256(sent).hexdigest()
+        assert (entry["run"], entry["round"], entry["package"]) == ("ab", 2, party.package.sha256)
+    update = read_reply(unsigned(client, message), asked)
+    assert isinstance(update, Update)
+    assert entries[0]["norm"] == pytest.approx(
+        float((update.payload[PROMPT] - first.detach()).norm())
+    )
+    assert entries[0]["codec"] == "float32" and entries[2]["norm"] is None
+    (tmp_path / "party.toml").write_text((place / "client-0" / "party.toml").read_text())
+    told = CliRunner().invoke(app, ["egress", "report", str(tmp_path / "party.toml")])
+    assert told.exit_code == 0, told.output
+    assert "4 messages" in told.output and "3 updates and 1 refusals" in told.output
+    assert "There is no differential privacy" in told.output
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    other = write_request(replace(asked, round=1), party.package.sha256)
+    with pytest.raises(StorageError, match="no space left on device"):
+        client.respond(other)
 
 
 def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(

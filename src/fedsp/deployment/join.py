@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -37,7 +38,9 @@ from fedsp.errors import (
 from fedsp.federation.agreement import promised_epsilon
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import client_messenger, client_shapes, make_method, make_party
-from fedsp.federation.codecs import FLOAT32
+from fedsp.federation.codecs import FLOAT32, parse_codec
+from fedsp.federation.compression import difference, read_values
+from fedsp.federation.egress import EGRESS, EgressJournal
 from fedsp.federation.messages import Request
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
@@ -113,13 +116,20 @@ class Client:
         self._start = self._messenger().payload() if lossy else None
         self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
+        self._egress = EgressJournal(Path(party.state) / EGRESS)
         self.answered = 0
 
     def respond(self, message: Message) -> Message:
         """The answer to a message; the same message again gets the same answer, without training
-        again. What is no request gets an empty message."""
+        again. What is no request gets an empty message. Every answer is in the journal of what has
+        left before it is returned.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
         if self._last and self._last[0] == message:
             self._info(f"round {json.loads(message.header)['round']}: asked again, sent the same")
+            self._write_down(*self._last)
             return self._last[1]
         most = most_bytes(self._shapes)
         try:
@@ -137,6 +147,7 @@ class Client:
             self._info(f"received {_amount(message)} that are not a valid request: {error}")
             return Message("")
         reply = sign_reply(reply, message, self._sign)
+        self._write_down(message, reply)
         self._last = message, reply
         self.answered += 1
         fields = json.loads(reply.header.partition("\n")[2])
@@ -146,6 +157,30 @@ class Client:
             f" {fields['kind']} {', '.join(losses) or fields.get('code', '')}"
         )
         return reply
+
+    def _write_down(self, message: Message, reply: Message) -> None:
+        asked, fields = json.loads(message.header), json.loads(reply.header.partition("\n")[2])
+        broadcast, norm = self._received.get((asked["run"], asked["round"])), None
+        if broadcast and reply.payload:
+            values = read_values(reply.payload, broadcast, parse_codec(fields["codec"]))
+            norm = math.sqrt(
+                sum(float(one.square().sum()) for one in difference(values, broadcast).values())
+            )
+        private = self.agreement.privacy.unit == "example"
+        ledger = Ledger(Path(self.party.state) / LEDGER) if private else None
+        self._egress.write(
+            run=asked["run"],
+            round=asked["round"],
+            kind=fields["kind"],
+            bytes=len(reply.header.encode()) + len(reply.payload),
+            sha256=hashlib.sha256(reply.header.encode() + reply.payload).hexdigest(),
+            codec=fields.get("codec"),
+            norm=norm,
+            epsilon=ledger.epsilon(self.agreement.privacy.delta) if ledger else None,
+            delta=self.agreement.privacy.delta if ledger else None,
+            package=self.party.package.sha256,
+            answers=hashlib.sha256(message.header.encode() + message.payload).hexdigest(),
+        )
 
     def _known(self, run: str, round: int) -> Payload | None:
         """The broadcast of a round, if it came here; of none, what the messenger begins with."""

@@ -313,6 +313,34 @@ def watch(read: Callable[[], Mapping[str, Any]], seconds: float) -> None:
             time.sleep(seconds)
 
 
+def egress_text(figures: Mapping[str, Any]) -> str:
+    """What a client's journal says in sum, in the words of whoever answers for its text."""
+    kinds = figures["messages"]
+    runs = len(figures["runs"])
+    norm, epsilon = figures["largest_norm"], figures["epsilon"]
+    lines = [
+        f"From {figures['first']} to {figures['last']} this client sent {sum(kinds.values())}"
+        f" messages ({size(figures['bytes'])}) in {runs} run{'s' if runs != 1 else ''}:"
+        f" {kinds.get('update', 0)} updates and {kinds.get('refusal', 0)} refusals.",
+        "An update is the numbers of the messenger and six figures of its training; no message"
+        " holds text, and what it is was in the signed package.",
+    ]
+    if norm is not None:
+        lines.append(f"The largest update changed the messenger by {norm:.4g} (L2 norm).")
+    lines.append(
+        f"Differential privacy: epsilon = {epsilon:.3f} at delta = {figures['delta']:g} for each"
+        " example, over all messages so far."
+        if epsilon is not None
+        else "There is no differential privacy: how much of the text the updates could reveal is"
+        " not bounded. `fedsp audit` measures it on a run of your own."
+    )
+    lines.append(
+        f"The journal is whole; its last line has the digest {figures['chain'][:16]}: keep it with"
+        " the date, so that lines cut off later show."
+    )
+    return "\n".join(lines)
+
+
 def data_table(figures: Mapping[str, Any]) -> Table:
     """The figures of one file in `fedsp data check`. Of identifiers only the kind, the count and
     the place of the first are shown."""

@@ -1,0 +1,94 @@
+"""The journal of what has left a client."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsp.errors import StorageError
+from fedsp.federation.egress import EgressJournal, egress_figures, read_egress
+
+
+def journal(path: Path, count: int = 3) -> Path:
+    kept = EgressJournal(path)
+    for round in range(1, count + 1):
+        kept.write(
+            run="ab", round=round, kind="update", bytes=10 * round, norm=1.0 / round, epsilon=None
+        )
+    return path
+
+
+def test_what_is_written_is_read_and_summed(tmp_path: Path) -> None:
+    path = journal(tmp_path / "state" / "egress.jsonl")
+    EgressJournal(path).write(run="cd", round=1, kind="refusal", bytes=5, epsilon=2.5, delta=1e-5)
+    entries = read_egress(path)
+    assert [entry["round"] for entry in entries] == [1, 2, 3, 1]
+    figures = egress_figures(entries)
+    assert figures["messages"] == {"update": 3, "refusal": 1} and figures["runs"] == ["ab", "cd"]
+    assert (figures["bytes"], figures["largest_norm"], figures["epsilon"]) == (65, 1.0, 2.5)
+    assert figures["chain"] == entries[-1]["chain"] and figures["delta"] == 1e-5
+
+
+def test_a_line_that_a_kill_cut_short_is_written_over(tmp_path: Path) -> None:
+    """It was never followed by a message."""
+    path = journal(tmp_path / "egress.jsonl", 2)
+    with open(path, "ab") as file:
+        file.write(b'{"time": "2026')
+    assert len(read_egress(path)) == 2
+    EgressJournal(path).write(run="ab", round=3, kind="update", bytes=1)
+    assert [entry["round"] for entry in read_egress(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+@pytest.mark.parametrize("change", ["edit", "remove", "repeat", "nonsense"])
+def test_a_changed_line_shows_and_where(line: int, change: str, tmp_path: Path) -> None:
+    path = journal(tmp_path / "egress.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    if change == "edit":
+        lines[line] = lines[line].replace(b'"bytes": ', b'"bytes": 1')
+    elif change == "remove":
+        del lines[line]
+    elif change == "repeat":
+        lines.insert(line, lines[line])
+    else:
+        lines[line] = b"[]\n"
+    path.write_bytes(b"".join(lines))
+    if change == "remove" and line == 2:
+        assert len(read_egress(path)) == 2, "of which only the digest of the last line tells"
+        return
+    number = line + 1 + (change == "repeat")
+    with pytest.raises(StorageError, match=f"line {number} of .* does not follow from those"):
+        read_egress(path)
+    with pytest.raises(StorageError, match="the journal was changed"):
+        EgressJournal(path)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 600))
+def test_no_bytes_crash_the_reader_or_pass_as_a_journal(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, place: int
+) -> None:
+    path = journal(tmp_path_factory.mktemp("bytes") / "egress.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + content + whole[place + len(content) :])
+    try:
+        found = read_egress(path)
+    except StorageError:
+        return
+    path.write_bytes(whole)
+    known = read_egress(path)
+    assert found == known[: len(found)], "what is read is the beginning of what was written"
+
+
+def test_what_cannot_be_written_down_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="there is no .*: nothing has left this client yet"):
+        read_egress(tmp_path / "egress.jsonl")
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(StorageError, match="cannot be (read|written)"):
+        EgressJournal(tmp_path / "state" / "egress.jsonl").write(run="ab", round=1, kind="update")
+    path = journal(tmp_path / "egress.jsonl", 1)
+    assert set(json.loads(path.read_text())) >= {"time", "run", "round", "kind", "bytes", "chain"}
