@@ -291,3 +291,16 @@ def test_adapters_through_layers_as_they_are_need_no_text() -> None:
     assert make_config(values).messenger.kind == "adapter"
     with pytest.raises(ConfigurationError, match=r"prompt\.init_text: prompt\.init = 'text' needs"):
         make_config(values | {"preset": "prompt"})
+
+
+def test_a_folder_with_the_name_of_a_special_text_is_a_folder(tmp_path: Path) -> None:
+    """`model` and `server` are words of distill.text alone."""
+    for name in ("model", "server"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run.toml").write_text(
+        '[model]\nname = "model"\n[data]\ntrain = "server"\n[distill]\ntext = ["model"]\n'
+    )
+    config = read_config(tmp_path / "run.toml")
+    assert config.model.name == str(tmp_path / "model")
+    assert config.data.train == str(tmp_path / "server")
+    assert config.distill.text == ["model"]

@@ -146,8 +146,8 @@ class DataSection(TaskSection):
     holdout: Share = 0.1
     """fraction of train held out for validation if there is no validation file"""
     test_holdout: Share = 0.1
-    """fraction of train held out for the test if there is no test file; in a deployment, of the
-    server's own examples"""
+    """fraction of train held out for the test if there is no test file, the same for every seed; in
+    a deployment, of the server's own examples"""
     max_tokens: int | None = Field(None, ge=8)
     """longest example in tokens; longer ones are truncated at the start of their context; none: the
     model's limit"""

@@ -356,7 +356,7 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
     from the configuration's folder."""
 
     def resolve(name: Any) -> Any:
-        special = name in ("embedded", "server", "model", "text", "normal", "")
+        special = name in ("embedded", "text", "normal", "")
         # os.path.exists, unlike Path.exists, is False for a text that cannot be a file name
         there = isinstance(name, str) and not special and os.path.exists(folder / name)  # noqa: PTH110
         return str(folder / name) if there else name
@@ -376,7 +376,9 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
             table[key] = resolve(table[key])
     table = values.get("distill")
     if isinstance(table, dict) and isinstance(table.get("text"), list):
-        table["text"] = [resolve(name) for name in table["text"]]
+        table["text"] = [
+            name if name in ("server", "model") else resolve(name) for name in table["text"]
+        ]
 
 
 def _fault(root: type[Section], fault: dict[str, Any]) -> str:

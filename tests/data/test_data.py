@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zipfile
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -508,6 +509,17 @@ def test_a_workbook_holds_the_rows_of_the_table_that_excel_would_export(
     assert example.choices == (" so", " no") and example.gold == (1,)
 
 
+def test_rows_beyond_the_dimensions_that_a_workbook_tells_are_read(tmp_path: Path) -> None:
+    path = workbook(tmp_path / "t.xlsx", [["a", "b"], *([str(row), "x"] for row in range(4))])
+    with zipfile.ZipFile(path) as book:
+        parts = {name: book.read(name) for name in book.namelist()}
+    with zipfile.ZipFile(tmp_path / "odd.xlsx", "w") as book:
+        for name, data in parts.items():
+            book.writestr(name, data.replace(b'ref="A1:B5"', b'ref="A1:B2"'))
+    assert b'ref="A1:B5"' in parts["xl/worksheets/sheet1.xml"]
+    assert len(read_rows(tmp_path / "odd.xlsx")) == 4
+
+
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
@@ -549,6 +561,10 @@ def test_own_names_of_columns(tmp_path: Path) -> None:
         "prompt": "Kaputt",
         "completion": "it",
     }
+    (tmp_path / "asked.csv").write_text('Frage,Options,Correct\nWhy?,"[""so"", ""no""]",1\n')
+    names = {"question": "Frage", "choices": "Options", "answer": "Correct"}
+    (row,) = read_rows(tmp_path / "asked.csv", names)
+    assert row["choices"] == ["so", "no"] and row["answer"] == 1
     with pytest.raises(
         DataError,
         match=r"line 2 has no column 'Qeue', which data.columns names; it has \['Betreff', 'Queue'",

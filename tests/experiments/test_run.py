@@ -883,6 +883,9 @@ def test_a_share_is_held_out_for_the_test_where_no_file_is_named(tmp_path: Path)
         values | {"output": str(tmp_path / "few")}, overrides=["data.test_examples=2"]
     )
     assert few["test"]["examples"] == 2
+    commands.run(values | {"output": str(tmp_path / "other"), "seed": 5})
+    other = json.loads((tmp_path / "other" / "partition.json").read_text())
+    assert other["test"] == partition["test"] and other["server"] != partition["server"]
     values["data"]["test_holdout"] = 0.0
     assert "test" not in commands.run(values | {"output": str(tmp_path / "none")})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def test_a_run_that_goes_on_and_one_that_is_finished(tmp_path: Path) -> None:
     assert now["clients"] == {
         f"client-{number}": {"asked": 2, "answered": 2, "failed": None} for number in range(3)
     }
+    odd = tmp_path / "run" / "rounds.jsonl"
+    whole = odd.read_text()
+    odd.write_text(re.sub(r'"validation": [0-9.]+', '"validation": NaN', whole, count=1))
+    assert len(progress(RunDirectory.open(tmp_path / "run"))["validation"]) == 1
+    odd.write_text(whole)
     with open(tmp_path / "run" / "rounds.jsonl", "a") as journal:
         journal.write('{"round": 3, "asked": ["cli')  # a line that is being written
     assert progress(RunDirectory.open(tmp_path / "run"))["round"] == 2

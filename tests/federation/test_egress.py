@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedsp.errors import StorageError
 from fedsp.federation.egress import EgressJournal, egress_figures, read_egress
+from fedsp.report.console import egress_text
 
 
 def journal(path: Path, count: int = 3) -> Path:
@@ -31,6 +32,22 @@ def test_what_is_written_is_read_and_summed(tmp_path: Path) -> None:
     assert figures["messages"] == {"update": 3, "refusal": 1} and figures["runs"] == ["ab", "cd"]
     assert (figures["bytes"], figures["largest_norm"], figures["epsilon"]) == (65, 1.0, 2.5)
     assert figures["chain"] == entries[-1]["chain"] and figures["delta"] == 1e-5
+    assert figures["unprotected"] == 3
+    told = egress_text(figures)
+    assert "epsilon = 2.500 at delta = 1e-05" in told
+    assert "3 updates left without differential privacy" in told
+
+
+def test_two_processes_do_not_write_over_each_other_s_lines(tmp_path: Path) -> None:
+    path = journal(tmp_path / "egress.jsonl", 2)
+    one, other = EgressJournal(path), EgressJournal(path)
+    one.write(run="ab", round=3, kind="update", bytes=1)
+    with pytest.raises(StorageError, match="was changed by another process: nothing was sent"):
+        other.write(run="ab", round=4, kind="update", bytes=1)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(StorageError, match="was changed by another process"):
+        one.write(run="ab", round=4, kind="update", bytes=1)
+    assert len(read_egress(path)) == 2
 
 
 def test_a_line_that_a_kill_cut_short_is_written_over(tmp_path: Path) -> None:

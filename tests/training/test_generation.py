@@ -58,5 +58,5 @@ def test_a_run_without_text_distils_on_what_the_model_writes(tmp_path: Path) -> 
     said: list[str] = []
     figures = commands.run(values, callbacks=Callbacks(info=said.append))
     assert figures["seconds_distillation"] > 0
-    assert any("the global model writes 6 texts by itself" in text for text in said)
+    assert any("the global model writes 38 texts by itself" in text for text in said)
     assert any("nats a token worse" in text or "worse than" in text for text in said)

@@ -95,7 +95,7 @@ def check_files(
     `unusable` rows, and the first `fault`; `repeated` examples; `labels` by frequency;
     `identifiers` by kind, with the rows that hold one and where the first stands, never the
     identifier itself; `preview`, rendered as a model reads them. With a tokenizer also lengths in
-    `tokens`, and how many examples `max_tokens` cuts.
+    `tokens`, and how many examples `max_tokens` cuts, if it is given.
 
     Raises:
         DataError: a file is missing or cannot be read at all.
@@ -197,9 +197,10 @@ def _lengths(
     from fedsp.data.encoding import encode_targets
 
     lengths = sorted(len(row.ids) for row in encode_targets(tokenizer, examples, 1 << 30))
+    cut = {"cut": sum(length > max_tokens for length in lengths)} if max_tokens else {}
     return {
         "median": statistics.median(lengths),
         "of 95 % at most": lengths[max(0, -(-95 * len(lengths) // 100) - 1)],
         "longest": lengths[-1],
-        "cut": sum(length > max_tokens for length in lengths) if max_tokens else 0,
+        **cut,
     }

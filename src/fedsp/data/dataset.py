@@ -82,9 +82,7 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
             load_rows(task, data.validation, "validation", data.columns)
         )
     test_rows = load_rows(task, data.test, "test", data.columns) if data.test or from_hub else []
-    if data.test_examples and data.test_examples < len(test_rows):
-        # the same for every seed, so that runs can be paired
-        test_rows = random.Random(derive_seed(0, "test")).sample(test_rows, data.test_examples)
+    test_rows = _drawn(test_rows, data.test_examples)
     test = rendering.examples(test_rows)
     if not rendering.labels and any(row.task == LABELLED for row in [*validation, *test]):
         raise DataError(
@@ -99,7 +97,7 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         )
     # with all labels to choose from, which were not known at first
     validation = validation or [rendering.example(rows[at], at) for at in partition.validation]
-    if held := partition.test[: config.data.test_examples]:
+    if held := _drawn(partition.test, config.data.test_examples):
         test = [rendering.example(rows[at], at) for at in held]
         groups = groups and (groups[0], [groups[0][at] for at in held])
     if config.validation.by == "server" and not validation:
@@ -120,6 +118,13 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         test=test,
         groups=groups,
     )
+
+
+def _drawn(some: list[Any], count: int | None) -> list[Any]:
+    """At most so many of them, the same for every seed, so that runs can be paired."""
+    if not count or count >= len(some):
+        return some
+    return random.Random(derive_seed(0, "test")).sample(some, count)
 
 
 def _divide(

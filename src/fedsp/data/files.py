@@ -128,7 +128,9 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]
             rows = list(_table_rows(path, file) if kind in TABLES else _json_rows(path, file))
     if not rows:
         raise DataError(f"{path} holds no rows")
-    return [_renamed(row, columns) for row in rows] if columns else rows
+    if columns:
+        rows = [_renamed(row, columns) for row in rows]
+    return [_with_choices(row) for row in rows] if kind in (*TABLES, *WORKBOOKS) else rows
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -294,7 +296,7 @@ def _table_rows(path: Path, file: IO[str]) -> Iterable[Row]:
                 f"{where} has {len(fields)} fields, but the first line names {len(names)} columns:"
                 f" put a field that contains {divider!r} in quotation marks"
             )
-        yield _table_row(names, fields, where)
+        yield dict(zip(names, fields, strict=True)) | {"__where__": where}
 
 
 def _require_names(names: Sequence[str], where: str) -> None:
@@ -307,20 +309,18 @@ def _require_names(names: Sequence[str], where: str) -> None:
         )
 
 
-def _table_row(names: Sequence[str], fields: Sequence[str], where: str) -> Row:
-    values: Row = dict(zip(names, fields, strict=True))
-    if "choices" in values:
-        try:
-            values["choices"], values["answer"] = (
-                parse_json(values["choices"]),
-                whole_number(values["answer"]),
-            )
-        except (TypeError, ValueError, KeyError) as error:
-            raise DataError(
-                f'{where}: in a table, choices is a JSON list such as ["yes", "no"] and answer'
-                f" its index ({error})"
-            ) from error
-    return values | {"__where__": where}
+def _with_choices(row: Row) -> Row:
+    """A row of a table, all of whose fields are texts, with `choices` and `answer` read."""
+    if "choices" not in row:
+        return row
+    try:
+        choices, answer = parse_json(row["choices"]), whole_number(row["answer"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise DataError(
+            f'{row["__where__"]}: in a table, choices is a JSON list such as ["yes", "no"] and'
+            f" answer its index ({error})"
+        ) from error
+    return row | {"choices": choices, "answer": answer}
 
 
 def _workbook_rows(path: Path) -> Iterable[Row]:
@@ -349,7 +349,8 @@ def _workbook_rows(path: Path) -> Iterable[Row]:
                 f"{where} has {len(fields)} cells, but the first row names {len(names)} columns:"
                 " name every column there"
             )
-        yield _table_row(names, fields + [""] * (len(names) - len(fields)), where)
+        fields += [""] * (len(names) - len(fields))
+        yield dict(zip(names, fields, strict=True)) | {"__where__": where}
 
 
 def _cells(path: Path) -> Iterable[Sequence[Any]]:
@@ -364,6 +365,7 @@ def _cells(path: Path) -> Iterable[Sequence[Any]]:
                 logging.getLogger("fedsp").warning(
                     "%s has %d sheets: the first, %r, is read", path, others + 1, sheet.title
                 )
+            sheet.reset_dimensions()  # some programs write them wrongly
             yield from sheet.iter_rows(values_only=True)
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error

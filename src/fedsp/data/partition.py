@@ -77,11 +77,13 @@ def make_partition(
             there.
     """
     order = list(range(len(rows)))
+    # the same for every seed, so that runs can be paired
+    drawn = random.Random(derive_seed(0, "test")).sample(order, round(test_holdout * len(order)))
+    test = sorted(drawn)
     random.Random(derive_seed(seed, "partition")).shuffle(order)
-    left = iter(order)
-    validation, test, server = (
-        sorted(islice(left, round(share * len(rows))))
-        for share in (holdout, test_holdout, server_share)
+    left = iter([index for index in order if index not in set(drawn)] if drawn else order)
+    validation, server = (
+        sorted(islice(left, round(share * len(rows)))) for share in (holdout, server_share)
     )
     remaining = list(left)
     if section.server_values:

@@ -15,7 +15,7 @@ import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from fedsp.config import PartyConfig
@@ -116,7 +116,6 @@ class Client:
         self._start = self._messenger().payload() if lossy else None
         self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
-        self._egress = EgressJournal(Path(party.state) / EGRESS)
         self.answered = 0
 
     def respond(self, message: Message) -> Message:
@@ -157,6 +156,11 @@ class Client:
             f" {fields['kind']} {', '.join(losses) or fields.get('code', '')}"
         )
         return reply
+
+    @cached_property
+    def _egress(self) -> EgressJournal:
+        """Opened with the first answer, when no other process works in the folder."""
+        return EgressJournal(Path(self.party.state) / EGRESS)
 
     def _write_down(self, message: Message, reply: Message) -> None:
         asked, fields = json.loads(message.header), json.loads(reply.header.partition("\n")[2])

@@ -12,8 +12,9 @@ from fedsp.data.chat import end_of_turn
 from fedsp.data.encoding import Encoded, encode_contexts, encode_pairs
 from fedsp.data.files import read_rows
 from fedsp.data.seeding import derive_seed
-from fedsp.data.tasks import Example
+from fedsp.data.tasks import Example, find_task
 from fedsp.errors import ConfigurationError, DataError
+from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import validation_sample
 from fedsp.experiments.start import OpenRun, answers_of, open_run, require_new
 from fedsp.federation.callbacks import Callbacks
@@ -63,11 +64,14 @@ def adapt_run(
             " auxiliary"
         )
     callbacks = callbacks or Callbacks()
-    rows = read_rows(Path(questions))
+    data = RunDirectory.open(Path(folder)).config.data
+    unread = {*find_task(data.task).placeholder, data.label}
+    named = {field: name for field, name in data.columns.items() if field not in unread}
+    rows = read_rows(Path(questions), named)
     run = open_run(folder)
     dataset, seed = run.server.dataset, run.directory.config.seed
     validation = validation_sample(run.server)
-    known = {example.context for example in validation}
+    known = {example.context for example in [*validation, *dataset.test]}
     asked = dataset.rendering.questions(rows)
     asked = [example for example in asked if example.context not in known]
     tuned, (taught_by, teacher) = run.side(), _teacher(run, answers, weight, validation)

@@ -64,7 +64,8 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
             f"method = {config.method!r}: `fedsp plan` covers FedSP only; a baseline's cost is"
             " measured in its run and shown by `fedsp report`"
         )
-    dataset = check_inputs(config)
+    check_text(config)
+    dataset = check_examples(config)
     if config.auxiliary.to_be_chosen:
         from fedsp.experiments.server_setup import with_layers_chosen
 
@@ -84,18 +85,25 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     return make_plan(config, clients)
 
 
-def check_inputs(config: RunConfig) -> FederatedDataset | None:
-    """Read what a run will read, where it is in files, so that nothing is missing when it is under
-    way: the examples, which are returned, and public text. Nothing is fetched from the hub.
+def check_examples(config: RunConfig) -> FederatedDataset | None:
+    """The examples of a run, if they are in files; nothing is fetched from the hub.
 
     Raises:
         DataError: a file is missing or cannot be used, or the examples cannot be divided.
+    """
+    return load_dataset(config) if config.data.train or config.federation else None
+
+
+def check_text(config: RunConfig) -> None:
+    """Read the public text of a run, where it is in files, so that none is missing later.
+
+    Raises:
+        DataError: a file is missing or cannot be used.
     """
     if config.distill.text not in (["model"], ["server"]) and not config.auxiliary.folder:
         read_passages(config.distill.text)
     if config.prompt.init == "text" and config.prompt.init_text:
         read_passages([config.prompt.init_text])
-    return load_dataset(config) if config.data.train or config.federation else None
 
 
 def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class DistillationText:
 def distillation_text(server: Server, count: int | None = None) -> DistillationText:
     """The texts of the distillation as token sequences: packed passages, as many texts of the
     global model's own, or the server's own examples one by one, of which none is held out; with
-    `count`, only the first so many. What is not read are `HELD_OUT` sequences behind those that
+    `count`, at most so many. What is not read are `HELD_OUT` sequences behind those that
     are, or, where there are not so many, the last ones, if they are a sixteenth of all at most.
 
     Raises:
@@ -299,8 +299,8 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
     given = config.distill.steps > 0 or config.distill.text not in ([], ["server"], ["model"])
     if given and config.distill.text == ["model"]:
         callbacks.info(
-            f"distill.text names no file: the global model writes {config.distill.sequences} texts"
-            " by itself to be distilled on"
+            "distill.text names no file: the global model writes"
+            f" {config.distill.sequences + HELD_OUT} texts by itself to be distilled on"
         )
     text = distillation_text(server) if given else DistillationText([], [])
     if steps := config.distill.steps:

@@ -252,7 +252,8 @@ def run_study(
     cells, one thread each; None: one after another in this one.
 
     Returns the folder, and how many cells are finished, failed, and left to other processes. A cell
-    that cannot be done is written down with the reason, and the rest goes on.
+    that turns out not to be possible while it runs is written down with the reason, and the rest
+    goes on.
 
     Raises:
         ConfigurationError: the study file or what its cells would read is at fault, or both threads
@@ -294,7 +295,7 @@ def _check(cells: list[Cell], source: str) -> None:
         ConfigurationError: some cannot be run; each different reason once, with the first cell that
             it holds for.
     """
-    from fedsp.experiments.plan import check_inputs, make_plan
+    from fedsp.experiments.plan import check_examples, check_text, make_plan
 
     known: dict[str, str] = {}
 
@@ -314,8 +315,12 @@ def _check(cells: list[Cell], source: str) -> None:
         if (cell.folder / RESULT).exists():
             continue
         config = cell.config
-        found = fault(config, {"data", "partition", "distill", "prompt"}, check_inputs)
-        if find_method(config.method).deployable and not config.auxiliary.to_be_chosen:
+        entry = find_method(config.method)
+        divided = {"seed", "data", "partition", "validation", "server", "round"}
+        found = fault(config, divided, check_examples)
+        if entry.package or not entry.trains_weights:
+            found = found or fault(config, {"distill", "auxiliary", "prompt"}, check_text)
+        if entry.deployable and not config.auxiliary.to_be_chosen:
             parts = {"model", "auxiliary", "messenger", "prompt"}
             found = found or fault(config, parts, lambda config: make_plan(config, 1))
         if found:

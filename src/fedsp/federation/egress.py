@@ -48,7 +48,15 @@ class EgressJournal:
         line = json.dumps({**told, "chain": chain}).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
+            with open(self.path, "a+b") as file:
+                file.seek(0, os.SEEK_END)
+                size = file.tell()
+                file.seek(self._whole)
+                if size < self._whole or b"\n" in file.read():
+                    raise StorageError(
+                        f"{self.path} was changed by another process: nothing was sent; start"
+                        " again, and one at a time"
+                    )
                 file.truncate(self._whole)  # behind it stands a line that a kill cut short
                 file.write(line)
                 file.flush()
@@ -102,10 +110,14 @@ def _chain(last: str, entry: Entry) -> str:
 
 def egress_figures(entries: Sequence[Entry]) -> dict[str, Any]:
     """What a journal says in sum: `messages` by kind, `runs`, the `first` and the `last` time,
-    `bytes`, the largest `norm` of a change, `epsilon` so far where one is counted, and the `chain`,
-    the digest of the last line."""
+    `bytes`, the largest `norm` of a change, `unprotected` updates, those without differential
+    privacy, the largest `epsilon` that was counted with its `delta`, and the `chain`, the digest of
+    the last line."""
     norms = [entry["norm"] for entry in entries if entry.get("norm") is not None]
-    spent = [entry["epsilon"] for entry in entries if entry.get("epsilon") is not None]
+    spent = [
+        (entry["epsilon"], entry["delta"]) for entry in entries if entry.get("epsilon") is not None
+    ]
+    epsilon, delta = max(spent, default=(None, None))
     return {
         "messages": dict(Counter(entry["kind"] for entry in entries)),
         "runs": sorted({entry["run"] for entry in entries}),
@@ -113,7 +125,10 @@ def egress_figures(entries: Sequence[Entry]) -> dict[str, Any]:
         "last": entries[-1]["time"] if entries else None,
         "bytes": sum(entry["bytes"] for entry in entries),
         "largest_norm": max(norms, default=None),
-        "epsilon": max(spent, default=None),
-        "delta": next((entry["delta"] for entry in reversed(entries) if entry.get("delta")), None),
+        "unprotected": sum(
+            entry["kind"] == "update" and entry.get("epsilon") is None for entry in entries
+        ),
+        "epsilon": epsilon,
+        "delta": delta,
         "chain": entries[-1]["chain"] if entries else "",
     }

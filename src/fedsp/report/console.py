@@ -316,6 +316,8 @@ def watch(read: Callable[[], Mapping[str, Any]], seconds: float) -> None:
 def egress_text(figures: Mapping[str, Any]) -> str:
     """What a client's journal says in sum, in the words of whoever answers for its text."""
     kinds = figures["messages"]
+    if not kinds:
+        return "Nothing has left this client yet."
     runs = len(figures["runs"])
     norm, epsilon = figures["largest_norm"], figures["epsilon"]
     lines = [
@@ -327,13 +329,17 @@ def egress_text(figures: Mapping[str, Any]) -> str:
     ]
     if norm is not None:
         lines.append(f"The largest update changed the messenger by {norm:.4g} (L2 norm).")
-    lines.append(
-        f"Differential privacy: epsilon = {epsilon:.3f} at delta = {figures['delta']:g} for each"
-        " example, over all messages so far."
-        if epsilon is not None
-        else "There is no differential privacy: how much of the text the updates could reveal is"
-        " not bounded. `fedsp audit` measures it on a run of your own."
-    )
+    if epsilon is not None:
+        lines.append(
+            f"Differential privacy: epsilon = {epsilon:.3f} at delta = {figures['delta']:g} for"
+            " each example, over all that was sent with it so far."
+        )
+    if figures["unprotected"]:
+        lines.append(
+            f"{figures['unprotected']} updates left without differential privacy: how much of the"
+            " text they could reveal is not bounded. `fedsp audit` measures it on a run of your"
+            " own."
+        )
     lines.append(
         f"The journal is whole; its last line has the digest {figures['chain'][:16]}: keep it with"
         " the date, so that lines cut off later show."
@@ -344,7 +350,7 @@ def egress_text(figures: Mapping[str, Any]) -> str:
 def data_table(figures: Mapping[str, Any]) -> Table:
     """The figures of one file in `fedsp data check`. Of identifiers only the kind, the count and
     the place of the first are shown."""
-    table = Table(title=figures["file"], title_justify="left", show_header=False)
+    table = Table(title=Text(figures["file"]), title_justify="left", show_header=False)
     table.add_column(overflow="fold", ratio=1)
     table.add_column(overflow="fold", ratio=3)
     table.add_row("read as", figures["read"])
@@ -361,9 +367,10 @@ def data_table(figures: Mapping[str, Any]) -> Table:
     table.add_row("examples that are there twice", f"{figures['repeated']:,}")
     if "tokens" in figures:
         lengths = dict(figures["tokens"])
-        cut = lengths.pop("cut")
+        cut = lengths.pop("cut", None)
         said = ", ".join(f"{name} {value:,g}" for name, value in lengths.items())
-        table.add_row("tokens", f"{said}; {cut:,} examples lose their oldest context")
+        lost = "" if cut is None else f"; {cut:,} examples lose their oldest context"
+        table.add_row("tokens", said + lost)
     if labels := figures.get("labels"):
         most = list(labels.items())[:MOST_LABELS]
         more = f", and {len(labels) - len(most)} more" if len(labels) > len(most) else ""

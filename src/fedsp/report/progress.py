@@ -3,6 +3,7 @@ after it."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -17,7 +18,8 @@ LATELY = 5
 
 
 def progress(run: RunDirectory, now: float | None = None) -> Figures:
-    """Of a run: `finished`, `round` of `rounds`, `validation` loss by round (those that have one),
+    """Of a run: `finished`, `round` of `rounds`, `validation` loss by round (those that have a
+    finite one),
     the `best` one and its `best_round`; `seconds` of a round lately, `seconds_since` the last one
     ended, and `seconds_left` (None where that cannot be told); bytes; `epsilon`, promised so far;
     and `clients`: of each that was asked, how often it was `asked` and `answered`, and why it
@@ -30,7 +32,7 @@ def progress(run: RunDirectory, now: float | None = None) -> Figures:
     known = [
         (record["round"], record["validation"])
         for record in records
-        if record["validation"] is not None
+        if record["validation"] is not None and math.isfinite(record["validation"])
     ]
     last = records[-1] if records else None
     each = statistics.fmean([record["seconds"] for record in records[-LATELY:]]) if last else None
