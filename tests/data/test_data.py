@@ -6,8 +6,10 @@ import csv
 import gzip
 import io
 import json
+import tempfile
 import zipfile
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -537,6 +539,13 @@ def test_a_workbook_that_is_no_table_is_refused_by_its_row(
         read_rows(workbook(tmp_path / "t.xlsx", lines))
 
 
+@cache
+def small_workbook() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [["prompt", "completion"], ["a", "b"]]
+        return workbook(Path(folder) / "whole.xlsx", lines).read_bytes()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 4000))
 def test_no_bytes_crash_the_reader_of_workbooks(
@@ -544,7 +553,7 @@ def test_no_bytes_crash_the_reader_of_workbooks(
 ) -> None:
     """Any bytes, and a workbook with some of its own written over."""
     folder = tmp_path_factory.mktemp("bytes")
-    whole = workbook(folder / "whole.xlsx", [["prompt", "completion"], ["a", "b"]]).read_bytes()
+    whole = small_workbook()
     for damaged in (content, whole[:place] + content + whole[place + len(content) :]):
         (folder / "t.xlsx").write_bytes(damaged)
         try:

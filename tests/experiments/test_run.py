@@ -837,30 +837,39 @@ def test_a_run_reads_columns_by_their_own_names(tmp_path: Path) -> None:
     assert prompt_bits(tmp_path / "own" / "run") == prompt_bits(tmp_path / "plain" / "run")
 
 
+@pytest.fixture(scope="module")
+def untuned(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """The answer loss of the untuned model on the test questions of small runs."""
+    bare = commands.run(settings(tmp_path_factory.mktemp("bare"), method="zero_shot"))
+    assert "zero_shot" not in bare
+    return float(bare["test"]["answer_loss"])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"preset": "messenger", "messenger": {"kind": "adapter"}, "prompt": {}},
         {"messenger": {"kind": "layers"}},
         {"method": "finetune", "partition": {"clients": 0}, "server": {"steps": 2}},
         {"method": "lora"},
-        {"method": "fedprompt_single"},
     ],
-    ids=["prompt", "adapter", "layers", "finetune", "lora", "fedprompt_single"],
+    ids=["adapter", "layers", "finetune", "lora"],
 )
 def test_figures_without_what_was_tuned_stand_beside_those_of_a_run(
-    changes: dict[str, Any], tmp_path: Path
+    changes: dict[str, Any], tmp_path: Path, untuned: float
 ) -> None:
-    """The untuned model's own, whatever the run tunes, and after a kill too."""
-    bare = commands.run(settings(tmp_path / "bare", method="zero_shot"))
-    assert "zero_shot" not in bare
-    values = settings(tmp_path, **changes)
+    """The untuned model's own, whatever the run tunes."""
+    values = settings(tmp_path, round={"rounds": 1}, **changes)
     if changes.get("prompt") == {}:
         del values["prompt"]
     figures = commands.run(values)
-    expected = pytest.approx(bare["test"]["answer_loss"], rel=1e-6)
+    expected = pytest.approx(untuned, rel=1e-6)
     assert figures["zero_shot"]["answer_loss"] == expected != figures["test"]["answer_loss"]
+
+
+def test_they_are_the_same_after_a_kill(tmp_path: Path, untuned: float) -> None:
+    figures = commands.run(settings(tmp_path))
+    assert figures["zero_shot"]["answer_loss"] == pytest.approx(untuned, rel=1e-6)
     (tmp_path / "run" / "result.json").unlink()
     assert commands.resume(tmp_path / "run")["zero_shot"] == figures["zero_shot"]
 
@@ -879,15 +888,14 @@ def test_a_share_is_held_out_for_the_test_where_no_file_is_named(tmp_path: Path)
     assert any("6 of the 60 examples in data.train are held out for the test" in a for a in said)
     (row,) = commands.evaluate(tmp_path / "run", zero_shot=False)
     assert row["answer_loss"] == pytest.approx(figures["test"]["answer_loss"], abs=1e-6)
-    few = commands.run(
-        values | {"output": str(tmp_path / "few")}, overrides=["data.test_examples=2"]
-    )
-    assert few["test"]["examples"] == 2
-    commands.run(values | {"output": str(tmp_path / "other"), "seed": 5})
-    other = json.loads((tmp_path / "other" / "partition.json").read_text())
-    assert other["test"] == partition["test"] and other["server"] != partition["server"]
-    values["data"]["test_holdout"] = 0.0
-    assert "test" not in commands.run(values | {"output": str(tmp_path / "none")})
+    few = load_dataset(make_config(values | {"data": values["data"] | {"test_examples": 2}}))
+    assert len(few.test) == 2 and {row.context for row in few.test} <= {
+        few.train[index].context for index in partition["test"]
+    }
+    other = load_dataset(make_config(values | {"seed": 5})).partition
+    assert other.test == partition["test"] and other.server != partition["server"]
+    none = load_dataset(make_config(values | {"data": values["data"] | {"test_holdout": 0.0}}))
+    assert not none.test and not none.partition.test
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
