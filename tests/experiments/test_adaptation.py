@@ -220,7 +220,12 @@ def test_without_validation_questions_the_teacher_itself_is_the_measure(tmp_path
     ]
     train = tmp_path / "completions.jsonl"
     train.write_text("".join(json.dumps(row) + "\n" for row in rows[:60]))
-    values["data"] = {"task": "completion", "train": str(train), "holdout": 0.0}
+    values["data"] = {
+        "task": "completion",
+        "train": str(train),
+        "holdout": 0.0,
+        "test_holdout": 0.0,
+    }
     folder = Path(commands.run(values)["folder"])
     questions = tmp_path / "asked.jsonl"
     questions.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows[:20]))
