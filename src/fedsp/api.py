@@ -16,7 +16,7 @@ from fedsp.audit.inspection import inspect_auxiliary
 from fedsp.config import RunConfig, TaskSection
 from fedsp.config_file import apply_override, make_config, read_config, read_party
 from fedsp.data.chat import end_of_turn, question_ids
-from fedsp.data.check import check_files, likely_task
+from fedsp.data.check import check_files
 from fedsp.data.dataset import examples_digest
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages, read_rows
@@ -288,26 +288,23 @@ def check_data(
         ConfigurationError: no file is given, or the configuration is at fault.
         DataError: a file is missing or cannot be read at all.
     """
+    section = TaskSection(task=task) if task else None
     columns: Mapping[str, str] = {}
     if config is not None:
         run_config = as_config(config)
-        data: TaskSection = run_config.data
-        columns = run_config.data.columns
-        named = (run_config.data.train, run_config.data.validation, run_config.data.test)
-        files = files or [name for name in named if name]
+        data = run_config.data
+        section = data.model_copy(update={"task": task} if task else {})
+        columns = data.columns
+        files = files or [name for name in (data.train, data.validation, data.test) if name]
         model = model or model_name(run_config)
-        max_tokens = max_tokens or run_config.data.max_tokens
+        max_tokens = max_tokens or data.max_tokens
     if not files:
         raise ConfigurationError("no file of examples is given: name some, or a run's file")
-    paths = [Path(name) for name in files]
-    if config is None:
-        data = TaskSection(task=task or likely_task(read_rows(paths[0])[0], paths[0]))
-    elif task:
-        data = data.model_copy(update={"task": task})
-    find_task(data.task)
+    if section:
+        find_task(section.task)
     return check_files(
-        paths,
-        Rendering.of(data),
+        [Path(name) for name in files],
+        Rendering.of(section) if section else None,
         columns=columns,
         tokenizer=load_tokenizer(model) if model else None,
         max_tokens=max_tokens,
@@ -413,8 +410,8 @@ def generate(
     stop: Sequence[str] = (),
 ) -> str:
     """A completion of `text`, at most `most` tokens and no further than the first of the texts in
-    `stop`, which is left out, by the global model with a run's best prompt
-    or weights (or without, `zero_shot`); where the run's task is chat, the answer to it as a user's
+    `stop`, which is left out, by the global model with a run's best prompt or weights (or without,
+    `zero_shot`); where the run's task is chat, the answer to it as a user's
     message, behind a `system` message if there is one. `answers`: who answers, the global model,
     the auxiliary model, or both together (`fedsp.training.answers`); `weight` is that of
     proxy-tuned answers. `temperature`, `top_p`, `seed`: of `fedsp.training.generation.sampler`; at

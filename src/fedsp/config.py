@@ -239,6 +239,11 @@ class DistillSection(Section):
     """repeat the distillation every so many rounds with the current prompt in front of both models,
     and hand the result out again; 0: never"""
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether the text is public text in files."""
+        return bool(self.text) and self.text not in (["model"], ["server"])
+
 
 class PromptSection(Section):
     """The soft prompt: virtual tokens at every layer."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsp.data.files import Row, how_it_is_read, read_rows
+from fedsp.config import TaskSection
+from fedsp.data.files import Row, fields_of, how_it_is_read, read_rows
 from fedsp.data.rendering import Rendering
 from fedsp.data.tasks import LABELLED, Example
 from fedsp.errors import DataError
@@ -82,14 +83,15 @@ IDENTIFIERS = {
 
 def check_files(
     paths: Sequence[Path],
-    rendering: Rendering,
+    rendering: Rendering | None = None,
     *,
     columns: Mapping[str, str] | None = None,
     tokenizer: Tokenizer | None = None,
     max_tokens: int | None = None,
 ) -> Figures:
     """Figures of files of examples, one by one under `files`, and under `shared` how many examples
-    of each file stand in an earlier one too.
+    of each file stand in an earlier one too. Without a `rendering` the rows are of the task whose
+    fields the first one has.
 
     Of each file: how it is `read`; its `rows`; `fields`, with the share of rows that has a value;
     `unusable` rows, and the first `fault`; `repeated` examples; `labels` by frequency;
@@ -103,6 +105,7 @@ def check_files(
     files, known, shared = [], Counter[str](), []
     for path in paths:
         rows = read_rows(path, columns)
+        rendering = rendering or Rendering.of(TaskSection(task=_likely_task(rows[0], path)))
         examples, faults = _examples(rows, rendering)
         texts = [_text_of(example) for example in examples]
         both = sum(text in known for text in texts)
@@ -133,7 +136,7 @@ def check_files(
     return {"files": files, "shared": shared}
 
 
-def likely_task(row: Row, path: Path) -> str:
+def _likely_task(row: Row, path: Path) -> str:
     """The task whose fields a row has.
 
     Raises:
@@ -143,7 +146,7 @@ def likely_task(row: Row, path: Path) -> str:
         if any(set(needed) <= set(row) for needed in fields):
             return task
     raise DataError(
-        f"{path} has the fields {sorted(set(row) - {'__where__'})}, by which no task can be told:"
+        f"{path} has the fields {sorted(fields_of(row))}, by which no task can be told:"
         " name it with --task, or give a run's file with --config"
     )
 
@@ -164,7 +167,7 @@ def _text_of(example: Example) -> str:
 
 
 def _fields(rows: Sequence[Row]) -> dict[str, float]:
-    names = dict.fromkeys(name for row in rows for name in row if name != "__where__")
+    names = dict.fromkeys(name for row in rows for name in fields_of(row))
     return {
         name: sum(row.get(name) not in (None, "", []) for row in rows) / len(rows) for name in names
     }
@@ -173,7 +176,7 @@ def _fields(rows: Sequence[Row]) -> dict[str, float]:
 def _identifiers(rows: Sequence[Row]) -> Figures:
     found: Figures = {}
     for row in rows:
-        text = "\n".join(_strings([value for name, value in row.items() if name != "__where__"]))
+        text = "\n".join(_strings(fields_of(row)))
         for kind, identifier in IDENTIFIERS.items():
             if any(True for _ in identifier.found(text)):
                 about = found.setdefault(kind, {"rows": 0, "first": row["__where__"]})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsp.config import RunConfig
-from fedsp.data.files import Row
+from fedsp.data.files import Row, fields_of
 from fedsp.data.partition import Partition, group_of, make_partition, read_partition
 from fedsp.data.rendering import Rendering
 from fedsp.data.seeding import derive_seed
@@ -53,7 +53,7 @@ class FederatedDataset:
 
 def rows_digest(rows: list[Row]) -> str:
     """SHA-256 of rows in their order; the files and lines that they come from do not matter."""
-    content = [{key: value for key, value in row.items() if key != "__where__"} for row in rows]
+    content = [fields_of(row) for row in rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

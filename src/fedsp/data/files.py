@@ -133,11 +133,16 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]
     return [_with_choices(row) for row in rows] if kind in (*TABLES, *WORKBOOKS) else rows
 
 
+def fields_of(row: Row) -> Row:
+    """A row without the place that it comes from."""
+    return {name: value for name, value in row.items() if name != "__where__"}
+
+
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     if missing := [name for name in columns.values() if name not in row]:
         raise DataError(
             f"{row['__where__']} has no column {missing[0]!r}, which data.columns names; it has"
-            f" {sorted(key for key in row if key != '__where__')}"
+            f" {sorted(fields_of(row))}"
         )
     others = {key: value for key, value in row.items() if key not in columns.values()}
     return others | {field: row[name] for field, name in columns.items()}

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from fedsp.config import PartitionSection
-from fedsp.data.files import Row
+from fedsp.data.files import Row, fields_of
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import DataError
 
@@ -79,9 +79,9 @@ def make_partition(
     order = list(range(len(rows)))
     # the same for every seed, so that runs can be paired
     drawn = random.Random(derive_seed(0, "test")).sample(order, round(test_holdout * len(order)))
-    test = sorted(drawn)
+    test, tested = sorted(drawn), set(drawn)
     random.Random(derive_seed(seed, "partition")).shuffle(order)
-    left = iter([index for index in order if index not in set(drawn)] if drawn else order)
+    left = (index for index in order if index not in tested)
     validation, server = (
         sorted(islice(left, round(share * len(rows)))) for share in (holdout, server_share)
     )
@@ -189,7 +189,7 @@ def group_of(row: Row, column: str) -> str:
     if column not in row:
         raise DataError(
             f"{row.get('__where__', 'a row')} has no column {column!r}, which partition.column"
-            f" names; it has {sorted(key for key in row if key != '__where__')}"
+            f" names; it has {sorted(fields_of(row))}"
         )
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":

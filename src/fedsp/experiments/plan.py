@@ -100,7 +100,7 @@ def check_text(config: RunConfig) -> None:
     Raises:
         DataError: a file is missing or cannot be used.
     """
-    if config.distill.text not in (["model"], ["server"]) and not config.auxiliary.folder:
+    if config.distill.reads_files and not config.auxiliary.folder:
         read_passages(config.distill.text)
     if config.prompt.init == "text" and config.prompt.init_text:
         read_passages([config.prompt.init_text])

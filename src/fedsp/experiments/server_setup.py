@@ -131,8 +131,8 @@ class DistillationText:
 def distillation_text(server: Server, count: int | None = None) -> DistillationText:
     """The texts of the distillation as token sequences: packed passages, as many texts of the
     global model's own, or the server's own examples one by one, of which none is held out; with
-    `count`, at most so many. What is not read are `HELD_OUT` sequences behind those that
-    are, or, where there are not so many, the last ones, if they are a sixteenth of all at most.
+    `count`, at most so many. What is not read are `HELD_OUT` sequences behind those that are, or,
+    where there are not so many, the last ones, if they are a sixteenth of all at most.
 
     Raises:
         DataError: there are none, or they are longer than the model can read.
@@ -296,7 +296,7 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         rank=section.embedding_rank,
         seed=derive_seed(config.seed, "embeddings"),
     )
-    given = config.distill.steps > 0 or config.distill.text not in ([], ["server"], ["model"])
+    given = config.distill.steps > 0 or config.distill.reads_files
     if given and config.distill.text == ["model"]:
         callbacks.info(
             "distill.text names no file: the global model writes"
