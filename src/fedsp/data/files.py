@@ -359,8 +359,7 @@ def _workbook_rows(path: Path) -> Iterable[Row]:
 
 
 def _cells(path: Path) -> Iterable[Sequence[Any]]:
-    what = f"{path} is an Excel workbook: reading it needs"
-    require_installed("excel", what, "openpyxl", error=DataError)
+    require_installed("excel", f"reading the workbook {path} needs", "openpyxl", error=DataError)
     from openpyxl import load_workbook
 
     try:
