@@ -244,6 +244,7 @@ def test_a_run_that_is_refused_at_its_data_leaves_no_folder(fedsp, tmp_path: Pat
     assert not run.exists()
 
 
+@pytest.mark.study
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_a_run_that_is_ended_says_how_to_go_on(number: int, workers: int, tmp_path: Path) -> None:
     config, run = tmp_path / "run.toml", tmp_path / "run"

@@ -228,6 +228,7 @@ def test_a_system_message_is_for_chats(tmp_path: Path) -> None:
         commands.generate(folder, "Who?", system="Be odd.")
 
 
+@pytest.mark.recipe
 def test_a_completion_that_was_learned_ends(tmp_path: Path) -> None:
     row, answer = ROWS[0], ROWS[0]["choices"][ROWS[0]["answer"]]
     rows = [{"prompt": row["question"], "completion": answer}] * 40

@@ -257,9 +257,9 @@ class PromptedLM(nn.Module):
         start = self.positions_taken(length)
         positions = torch.arange(start, start + tokens, device=input_ids.device)[None]
         cache = None if prefix is None else self.cache(prefix, batch, FixedLayer)
-        return self._states(input_ids, attention_mask, positions, cache)
+        return self.states(input_ids, attention_mask, positions, cache)
 
-    def _states(
+    def states(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None
     ) -> Tensor:
         """The backbone's last hidden states (B, T, D) of tokens behind, and then in, a cache."""
@@ -292,10 +292,10 @@ class PromptedLM(nn.Module):
         before = contexts.new_ones(count, length + width)
         end = start + width + tails.ids.shape[1]
         positions = torch.arange(start, end, device=self.device)[None]
-        self._states(contexts, before, positions[:, :width], cache)
+        self.states(contexts, before, positions[:, :width], cache)
         cache.batch_select_indices(rows)
         mask = torch.cat([before[rows], tails.mask], dim=1)
-        return self._states(tails.ids, mask, positions[:, width:], cache)
+        return self.states(tails.ids, mask, positions[:, width:], cache)
 
     def read_branches(self, packed: PackedBatch, prefix: Tensor | None) -> Tensor:
         """Last hidden states (B, T, D) of a packed batch: each token attends to the prefix and,
@@ -308,7 +308,7 @@ class PromptedLM(nn.Module):
         mask = mask.masked_fill(~seen, torch.finfo(self.dtype).min)
         cache = None if prefix is None else self.cache(prefix, batch, FixedLayer)
         positions = packed.positions + self.positions_taken(length)
-        return self._states(packed.ids, mask, positions, cache)
+        return self.states(packed.ids, mask, positions, cache)
 
     @cached_property
     def packs_branches(self) -> int:
@@ -375,7 +375,7 @@ class PromptedLM(nn.Module):
                 cache, read = DynamicCache() if prefix is None else self.cache(prefix, count), 0
             positions = torch.arange(start + read, start + length, device=self.device)[None]
             mask = rows.new_ones(count, length_of(prefix) + length)
-            states = self._states(rows[:, read:], mask, positions, cache)
+            states = self.states(rows[:, read:], mask, positions, cache)
             read = length
             return self.logits(states[:, -1]).view(*ids.shape[:-1], -1)
 
