@@ -29,6 +29,7 @@ ONLY_IN = {
         "models.adapter",
         "models.blocks",
         "models.prompted_lm",
+        "models.running_texts",
         "models.gguf",
         "models.loading",
         "models.auxiliary",
@@ -53,10 +54,16 @@ ONLY_IN = {
     "cryptography": {"deployment.credentials"},
     "zstandard": {"federation.compression"},
     "bitsandbytes": {"models.loading"},
-    "uvicorn": {"deployment.fleet_proxy"},
+    "uvicorn": {"deployment.fleet_proxy", "deployment.model_server.server"},
+    "fastapi": {"deployment.model_server.openai_api"},
     "typer": {"cli"},
     "rich": {"report.console"},
-    "pydantic": {"config", "config_file", "experiments.study"},
+    "pydantic": {
+        "config",
+        "config_file",
+        "deployment.model_server.openai_api",
+        "experiments.study",
+    },
 }
 MOST_ENTRIES = 15
 

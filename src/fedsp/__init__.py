@@ -53,6 +53,7 @@ _PUBLIC = {
     "register_task": "fedsp.data.tasks",
     "resume": "fedsp.api",
     "run": "fedsp.api",
+    "serve_model": "fedsp.api",
     "run_study": "fedsp.experiments.study",
     "write_report": "fedsp.report.page",
 }

@@ -474,6 +474,47 @@ def generate(
     return written[: min((written.index(end) for end in stop if end in written), default=None)]
 
 
+def serve_model(
+    folders: Sequence[str | Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    key_file: str | Path | None = None,
+    most: int = 512,
+    answers: Answering = "global",
+    weight: float = 1.0,
+    callbacks: Callbacks | None = None,
+) -> None:
+    """Serve what runs of one base model tuned over HTTP, until the process is ended: each by the
+    name of its folder, and the base model as `base`, under `/v1/completions` and
+    `/v1/chat/completions` in the form of OpenAI's API (`fedsp.deployment.model_server`).
+
+    host, port: where it listens; port 0 is any free one. key_file: a file with the key that
+    requests must bear, which only a server for this machine alone can do without. most: tokens of
+    one answer at most. answers, weight: who answers, as `generate`.
+
+    Raises:
+        ConfigurationError: it cannot listen there, other machines could reach it without a key, or
+            nobody is called what `answers` says.
+        DataError: the file of the key cannot be used.
+        RunError: there is no run, runs cannot be served together, or one has no auxiliary model to
+            answer with.
+    """
+    require_installed("serve", "serving a model needs", "fastapi", "uvicorn")
+    from fedsp.deployment.model_server.server import serve_models
+
+    serve_models(
+        [Path(folder) for folder in folders],
+        host=host,
+        port=port,
+        key_file=Path(key_file) if key_file else None,
+        most=most,
+        answering=answers,
+        weight=weight,
+        info=(callbacks or Callbacks()).info,
+    )
+
+
 def adapt(
     folder: str | Path,
     questions: str | Path,

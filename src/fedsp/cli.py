@@ -632,6 +632,45 @@ def generate(
     typer.echo(written.strip() if chat else text + written)
 
 
+@app.command(
+    "serve-model", rich_help_panel=AFTER, short_help="Serve runs by OpenAI's API over HTTP."
+)
+def serve_model(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of runs of one base model.", callback=_with_runs),
+    ],
+    host: Annotated[str, typer.Option(help="Address at which to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8000,
+    key_file: Annotated[
+        Optional[Path],
+        typer.Option(help="File with the key that requests must bear (Authorization: Bearer)."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 512,
+    answers: Annotated[
+        str, typer.Option(help="Who answers: global, auxiliary, proxy or mean, as `generate`.")
+    ] = "global",
+    weight: Annotated[float, typer.Option(help="Weight of proxy answers.")] = 1.0,
+) -> None:
+    """Serve what runs tuned under /v1/completions and /v1/chat/completions, in the form of OpenAI's
+    API: each run is a model of its folder's name, and `base` is the model without what was tuned.
+    Texts that arrive together are written together. Ctrl-C ends it."""
+    from fedsp import api as commands
+    from fedsp.report.console import Display
+
+    with Display() as display:
+        commands.serve_model(
+            folders,
+            host=host,
+            port=port,
+            key_file=key_file,
+            most=tokens,
+            answers=cast(Any, answers),
+            weight=weight,
+            callbacks=display.callbacks(),
+        )
+
+
 @app.command(rich_help_panel=AFTER, short_help="Bring more into the global model, without labels.")
 def adapt(
     folder: RunFolder,

@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +29,7 @@ from fedsp.experiments.server_setup import (
     make_auxiliary,
     open_server,
     score_test,
+    token_limit,
     with_layers_chosen,
 )
 from fedsp.experiments.tracking import tracked
@@ -38,8 +39,10 @@ from fedsp.federation.clients import client_messenger
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.transport.local import local
 from fedsp.federation.transport.workers import workers
+from fedsp.models.adapter import Adapter
 from fedsp.models.auxiliary import AuxiliaryModel, disclosed_share, load_auxiliary
 from fedsp.models.loading import choose_device
+from fedsp.models.messengers import PromptAndAdapter
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt, read_prompt
@@ -323,11 +326,49 @@ def open_run(folder: str | Path) -> OpenRun:
     Raises:
         RunError: there is no run, or no round of it is finished.
     """
-    directory = RunDirectory.open(Path(folder))
+    (run,) = open_runs([folder])
+    return run
+
+
+def open_runs(folders: Sequence[str | Path]) -> list[OpenRun]:
+    """The server's sides of several runs, with one global model between them: of those that tune
+    prompts and adapters, each must load its own numbers before it reads.
+
+    Raises:
+        RunError: as `open_run`, or their models differ, or one of several tunes whole weights.
+    """
+    runs: list[OpenRun] = []
+    for folder in folders:
+        run = _opened(Path(folder), runs[0].server if runs else None)
+        shares = isinstance(run.messenger, SoftPrompt | Adapter | PromptAndAdapter)
+        if len(folders) > 1 and not shares:
+            raise RunError(
+                f"{folder} tuned weights of the model itself, which other runs cannot share: open"
+                " it alone"
+            )
+        runs.append(run)
+    return runs
+
+
+def _opened(folder: Path, shared: Server | None) -> OpenRun:
+    directory = RunDirectory.open(folder)
+    config = directory.config
     if not directory.best.exists():
         raise RunError(f"{folder} has no prompt yet: its first round is not finished")
-    server = open_server(directory.config, load_dataset(directory.config, directory.partition()))
-    model, messenger = find_method(directory.config.method).server_side(method_setup(server))
+    if shared and shared.config.model != config.model:
+        raise RunError(
+            f"{folder} tuned {config.model.name}, and not as another run tuned"
+            f" {shared.config.model.name}: runs share a model if their sections [model] are equal"
+        )
+    dataset = load_dataset(config, directory.partition())
+    server = (
+        replace(
+            shared, config=config, dataset=dataset, max_tokens=token_limit(config, shared.model)
+        )
+        if shared
+        else open_server(config, dataset)
+    )
+    model, messenger = find_method(config.method).server_side(method_setup(server))
     start = messenger.payload()
     if isinstance(messenger, SoftPrompt):
         messenger = read_prompt(directory.best).to(server.model.device)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedsp.models.prompted_lm import NextToken, PromptedLM, length_of
+from fedsp.models.running_texts import RunningTexts
 from fedsp.training.evaluation import LogProbabilities, log_probabilities
 
 WEIGHTS = (0.5, 1.0, 1.5, 2.0)
@@ -30,6 +31,13 @@ or the mean of the two tuned models."""
 
 class Answers(Protocol):
     """One or several models as they answer."""
+
+    @property
+    def sides(self) -> Sequence[Side]:
+        """Its models."""
+
+    def combine(self, *rows: Tensor) -> Tensor:
+        """The log-probabilities (..., V) that those of its models make together."""
 
     def scorer(self) -> LogProbabilities:
         """Log-probabilities of answer tokens, for as long as no other numbers are loaded into the
@@ -49,6 +57,13 @@ class Side:
 
     model: PromptedLM
     load: Callable[[], Tensor | None]
+
+    @property
+    def sides(self) -> Sequence[Side]:
+        return (self,)
+
+    def combine(self, *rows: Tensor) -> Tensor:
+        return rows[0]
 
     def scorer(self) -> LogProbabilities:
         return log_probabilities(self.model, self.load())
@@ -86,6 +101,57 @@ class Together:
 
     def room(self) -> int:
         return min(side.room() for side in self.sides)
+
+
+class RunningAnswers:
+    """Texts that are answered together, one row for each, in the order in which they joined
+    (`fedsp.models.running_texts`), for as long as no other numbers are loaded into the models."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self._running = [RunningTexts(side.model, side.load()) for side in answers.sides]
+
+    def join(self, ids: Tensor) -> Tensor:
+        """Read a text (T,), whose row is the last from now on, to the log-probabilities (V,) of its
+        next token."""
+        return self._combined(lambda one: one.join(ids))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add a token to each text (B,), to the log-probabilities (B, V) of the next ones."""
+        return self._combined(lambda one: one.step(tokens))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let all other texts leave."""
+        for one in self._running:
+            one.keep(rows)
+
+    def _combined(self, read: Callable[[RunningTexts], Tensor]) -> Tensor:
+        sides, found = self._answers.sides, []
+        for side, one in zip(sides, self._running, strict=True):
+            if len(sides) > 1:  # two may be one model with different numbers
+                side.load()
+            found.append(torch.log_softmax(read(one), dim=-1))
+        return self._answers.combine(*found)
+
+
+class AnswersAlone:
+    """The same for one text at a time, of models that do not read several together as each
+    alone."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self._ids = torch.tensor([])
+
+    def join(self, ids: Tensor) -> Tensor:
+        self._read, self._ids = self._answers.reader(), ids
+        return self._read(ids)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self._ids = torch.cat([self._ids, tokens])
+        return self._read(self._ids)[None]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        pass
 
 
 def proxy_tuned(bare: Side, tuned: Side, untuned: Side, weight: float) -> Together:
