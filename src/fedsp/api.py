@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fedsp.audit.inspection import inspect_auxiliary
+from fedsp.audit.model_card import model_card
 from fedsp.config import RunConfig, TaskSection
 from fedsp.config_file import apply_override, make_config, read_config, read_party
 from fedsp.data.chat import end_of_turn, question_ids
@@ -51,11 +52,12 @@ from fedsp.experiments.start import (
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
-from fedsp.models.adapter import Adapter, export_lora
+from fedsp.models.adapter import Adapter, export_lora, merge
 from fedsp.models.auxiliary import chosen_counts, load_auxiliary, named_counts
-from fedsp.models.loading import choose_device, load_model, load_tokenizer
+from fedsp.models.loading import choose_device, load_model, load_tokenizer, save_model
 from fedsp.models.prompted_lm import continue_text, length_of
 from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
+from fedsp.storage import write_bytes
 from fedsp.training.answers import WEIGHTS, Answering, Answers, mean_of, proxy_tuned
 from fedsp.training.generation import sampler, written_figures
 from fedsp.training.loop import Optimisation
@@ -558,27 +560,60 @@ def adapt(
     )
 
 
-def export(folder: str | Path, to: str | Path) -> Figures:
-    """Write what a run tuned best as a PEFT adapter: a soft prompt, as keys and values of the
-    global model, as one for prefix tuning; adapters as one for LoRA.
+ADAPTER_USE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, {folder!r})
+"""
+MERGED_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+"""
+
+
+def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figures:
+    """Write what a run tuned best as a PEFT adapter, with a model card: a soft prompt, as keys and
+    values of the global model, as one for prefix tuning; adapters as one for LoRA, or `merged` into
+    the global model's weights as a whole model with its tokenizer.
 
     Raises:
-        RunError: the target is in use, or the run tuned something else.
+        RunError: the target is in use, the run tuned something else, or a prompt is to be merged.
     """
     to = Path(to)
     require_new(to)
     run = open_run(folder)
-    if isinstance(run.messenger, SoftPrompt):
-        export_peft(run.messenger, run.model, to)
-        kind = "PROMPT_TUNING" if run.messenger.spec.space == "input" else "PREFIX_TUNING"
-        what = {"peft_type": kind, "virtual_tokens": run.messenger.spec.length}
-    elif isinstance(run.messenger, Adapter):
-        run.messenger.load(run.best)
-        export_lora(run.messenger, run.model, to)
-        what = {"peft_type": "LORA", "rank": run.messenger.settings.rank}
+    messenger = run.messenger
+    if merged and not isinstance(messenger, Adapter):
+        raise RunError(
+            f"the run in {folder} tuned no adapter alone, and only that can be merged into the"
+            " model's weights: export it without merging"
+        )
+    if isinstance(messenger, SoftPrompt):
+        export_peft(messenger, run.model, to)
+        kind = "PROMPT_TUNING" if messenger.spec.space == "input" else "PREFIX_TUNING"
+        what = {"peft_type": kind, "virtual_tokens": messenger.spec.length}
+        words = f"PEFT {kind.lower().replace('_', '-')} adapter ({messenger.spec.length} tokens)"
+    elif isinstance(messenger, Adapter):
+        messenger.load(run.best)
+        rank = messenger.settings.rank
+        if merged:
+            merge(messenger, run.model)
+            save_model(run.model, run.server.tokenizer, to)
+        else:
+            export_lora(messenger, run.model, to)
+        what = {"peft_type": "LORA", "rank": rank, "merged": merged}
+        words = f"{'merged model with a' if merged else 'PEFT'} LoRA adapter (rank {rank})"
     else:
         raise RunError(
             f"the run in {folder} tuned weights, or a prompt and adapters together, for which PEFT"
             " has no form: tune a prompt or an adapter to export it"
         )
+    # a card is handed on: no folder of this machine stands in it
+    named = run.directory.config.model.name
+    base = Path(named).name if Path(named).exists() else named
+    use = (MERGED_USE if merged else ADAPTER_USE).format(base=base, folder=to.name)
+    card = model_card(run.directory, kind=words, base_model=base, use=use)
+    write_bytes(to / "README.md", card.encode())
     return {"folder": str(to), **what, "base_model": run.model.name}

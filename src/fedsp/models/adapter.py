@@ -27,9 +27,10 @@ from transformers.pytorch_utils import Conv1D
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import ModelError, PrivacyError
 from fedsp.models.blocks import runs_on
+from fedsp.models.loading import in_few_bits
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.weights import Weights
-from fedsp.storage import write_bytes, write_json, write_tensors
+from fedsp.storage import write_json, write_tensors
 
 FIRST, SECOND = "A", "B"
 
@@ -216,7 +217,23 @@ def export_lora(adapter: Adapter, model: PromptedLM, folder: Path) -> None:
         "target_modules": sorted(adapter.paths.values()),
     }
     write_json(folder / "adapter_config.json", about)
-    write_bytes(
-        folder / "README.md",
-        f"# A PEFT LoRA adapter for {model.name}, written by fedsp\n".encode(),
-    )
+
+
+@torch.no_grad()
+def merge(adapter: Adapter, model: PromptedLM) -> None:
+    """Add the adapter to the weights of the global model that it lives in, of which it says nothing
+    more from then on.
+
+    Raises:
+        ModelError: the weights are in 8 or 4 bits, which would round it away.
+    """
+    if in_few_bits(model):
+        raise ModelError(
+            f"{model.name} is held in 8 or 4 bits, into which an adapter cannot be merged: export"
+            " it without merging"
+        )
+    for name, update in adapter.updates.items():
+        module = model.model.get_submodule(adapter.paths[name])
+        change = update.scale * (update.second @ update.first)
+        module.weight += (change.T if isinstance(module, Conv1D) else change).to(module.weight)
+        update.second.zero_()

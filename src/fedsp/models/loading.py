@@ -9,11 +9,14 @@ import inspect
 import json
 import os
 import re
+import shutil
 import tempfile
 import weakref
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,9 +28,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fedsp.data.encoding import Tokenizer
-from fedsp.errors import ModelError, first_line, require_installed
+from fedsp.errors import ModelError, StorageError, first_line, require_installed
 from fedsp.models.prompted_lm import Positions, PromptedLM
-from fedsp.storage import room_for_large_files
+from fedsp.storage import move_into_place, room_for_large_files, unfinished_beside
 
 Precision = Literal["auto", "float32", "bfloat16", "8bit", "4bit"]
 """Of frozen weights; prompts, gradients and optimizer state are float32 always. `8bit` is LLM.int8
@@ -139,6 +142,26 @@ def reduce_precision(model: PromptedLM, precision: Precision, key: str) -> None:
                     rounded[id(module.weight)] = _in_few_bits(module, precision).to(model.device)
                 block.set_submodule(path, rounded[id(module.weight)])
     _mend_4bit(model.model, key)
+
+
+def save_model(model: PromptedLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a model and its tokenizer as a folder that transformers loads, whole or not at all.
+
+    Raises:
+        StorageError: the disk did not take it.
+    """
+    unfinished = unfinished_beside(folder.resolve())
+    try:
+        model.model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        move_into_place(unfinished, folder.resolve(), last="config.json")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{folder} could not be written ({first_line(error)}): free some space, or name another"
+            " folder"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def in_few_bits(model: PromptedLM) -> bool:

@@ -31,7 +31,7 @@ from fedsp.data.seeding import derive_seed
 from fedsp.errors import PromptError, StorageError
 from fedsp.models.payload import PROMPT, Payload, check
 from fedsp.models.prompted_lm import ModelShape, PromptedLM
-from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
+from fedsp.storage import parse_json, read_tensors, write_json, write_tensors
 
 Space = Literal["key_value", "residual", "input"]
 PEFT_TENSOR = "prompt_embeddings"
@@ -272,9 +272,6 @@ def export_peft(prompt: SoftPrompt, model: PromptedLM, folder: Path) -> None:
     if not embedded:
         about |= {"encoder_hidden_size": about["token_dim"], "prefix_projection": False}
     write_json(folder / "adapter_config.json", about)
-    name = "prompt-tuning" if embedded else "prefix-tuning"
-    text = f"# A PEFT {name} adapter for {model.name}, written by fedsp\n"
-    write_bytes(folder / "README.md", text.encode())
 
 
 def import_peft(folder: Path, model: PromptedLM) -> SoftPrompt:

@@ -1,0 +1,112 @@
+"""What is exported, and what its model card says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedsp import api
+from fedsp.audit.model_card import model_card
+from fedsp.errors import RunError
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.start import open_run
+from support.small_runs import ROWS, settings
+
+ADAPTERS: dict[str, Any] = {
+    "preset": "messenger",
+    "messenger": {"rank": 4, "alpha": 64.0},
+    "round": {"rounds": 2},
+    "client": {"prompt_steps": 4, "learning_rate": 0.02},
+}
+
+
+def run_of(folder: Path, **changes: Any) -> Path:
+    values = settings(folder, **{**ADAPTERS, **changes})
+    del values["prompt"]
+    return Path(api.run(values)["folder"])
+
+
+def test_a_merged_model_answers_in_transformers_alone(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    figures = api.export(run, tmp_path / "merged", merged=True)
+    assert figures["merged"] is True
+    text = f"Question: {ROWS[0]['question']}\nAnswer:"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = model(ids).logits[0]
+        opened = open_run(run)
+        opened.messenger.load(opened.best)
+        expected = opened.model.logits(opened.model(ids))[0]
+        opened.messenger.load(opened.start)
+        untuned = opened.model.logits(opened.model(ids))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert float((found - untuned).abs().max()) > 1e-2
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert 'library_name: "transformers"' in card and "# run: merged model with a LoRA" in card
+
+
+def test_only_an_adapter_is_merged(tmp_path: Path) -> None:
+    run = Path(api.run(settings(tmp_path, round={"rounds": 1}))["folder"])
+    with pytest.raises(RunError, match="tuned no adapter alone, and only that can be merged"):
+        api.export(run, tmp_path / "out", merged=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    api.export(run, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    result = json.loads((run / "result.json").read_text())
+    accuracy, untuned = result["test"]["accuracy"], result["zero_shot"]["accuracy"]
+    for sentence in (
+        '\nbase_model: "embedded"\nlibrary_name: "peft"\n',
+        "| clients | 3 of 3 that were asked answered |",
+        "| clients' examples | 48 in all, 16 to 16 each |",
+        "Measured once, on 12 test questions, with one seed.",
+        f"| accuracy | {untuned:.1%} | {accuracy:.1%} |",
+        f"Clients held {result['disclosed_share']:.1%} of the global model's parameters",
+        "No differential privacy: nothing is promised",
+        "No audit was made of this run",
+        "PeftModel.from_pretrained(model, ",
+    ):
+        assert sentence in card, sentence
+    assert "client-0" not in card and str(tmp_path) not in card and "epsilon" not in card
+    for row in [*ROWS[:60], *ROWS[200:212]]:
+        assert row["question"] not in card
+
+    disclosure = {"disclosed_share": 0.25, "nearly_disclosed_share": 0.5}
+    (run / "disclosure.json").write_text(json.dumps(disclosure))
+    found = model_card(RunDirectory.open(run), kind="a", base_model="b", use="c")
+    assert "### Audit: disclosure" in found and "| 25.0% | 50.0% |" in found
+    assert "No audit was made" not in found
+
+
+def test_a_card_keeps_the_promise_that_it_tells_of(tmp_path: Path) -> None:
+    """At client level neither clients nor their examples are counted."""
+    private = {"unit": "client", "epsilon": 50.0, "delta": 1e-3, "clip": 0.1}
+    run = run_of(tmp_path, privacy=private, round={"rounds": 1})
+    promise = json.loads((run / "privacy_statement.json").read_text())
+    card = model_card(RunDirectory.open(run), kind="a", base_model="b", use="c")
+    assert f"for each client: epsilon {promise['epsilon']:.3g} at delta 0.001." in card
+    assert promise["not_covered"][0] in card
+    assert "| clients | not told, since each is promised privacy |" in card
+    assert "clients' examples" not in card and "answered |" not in card
+
+
+def test_a_card_of_a_run_that_was_not_measured_says_so(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    figures = json.loads((run / "result.json").read_text())
+    del figures["test"]
+    (run / "result.json").write_text(json.dumps(figures))
+    card = model_card(RunDirectory.open(run), kind="a", base_model="b", use="c")
+    assert "There were no test questions: nothing was measured." in card
+    (run / "result.json").unlink()
+    card = model_card(RunDirectory.open(run), kind="a", base_model="b", use="c")
+    assert "The run is not finished: nothing was measured" in card and "Clients held" not in card
