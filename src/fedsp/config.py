@@ -370,18 +370,10 @@ class ServerSection(Section):
 class AggregationSection(Section):
     """How updates are aggregated, and defences against malicious clients."""
 
-    rule: Literal[
-        "mean",
-        "median",
-        "trimmed_mean",
-        "krum",
-        "multi_krum",
-        "geometric_median",
-        "centred_clipping",
-        "trust",
-    ] = "mean"
+    rule: str = "mean"
     """mean, or a robust rule: median, trimmed_mean, krum, multi_krum, geometric_median,
-    centred_clipping; trust: FLTrust, weights by agreement with the server's own step"""
+    centred_clipping; trust: FLTrust, weights by agreement with the server's own step; or one that
+    you registered"""
     malicious: Share = 0.2
     """fraction of the sampled clients that may be malicious, rounded down: what a robust rule must
     withstand. A run with too few clients for that is refused"""

@@ -91,7 +91,9 @@ def test_a_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
 def test_a_card_keeps_the_promise_that_it_tells_of(tmp_path: Path) -> None:
     """At client level neither clients nor their examples are counted."""
     private = {"unit": "client", "epsilon": 50.0, "delta": 1e-3, "clip": 0.1}
-    run = run_of(tmp_path, privacy=private, round={"rounds": 1})
+    run = run_of(
+        tmp_path, privacy=private, round={"rounds": 1, "weighting": "uniform", "min_clients": 0}
+    )
     promise = json.loads((run / "privacy_statement.json").read_text())
     card = model_card(RunDirectory.open(run), kind="a", base_model="b", use="c")
     assert f"for each client: epsilon {promise['epsilon']:.3g} at delta 0.001." in card

@@ -16,7 +16,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
+from fedsp.data import installed
 from fedsp.data.files import Row, hub_rows, read_rows, whole_number
+from fedsp.data.installed import installed_names, load_installed
 from fedsp.errors import ConfigurationError, DataError, did_you_mean
 
 LABELLED = "classification"
@@ -497,14 +499,18 @@ register_task(classification("{text}\nLabel:", "label"))
 
 
 def find_task(name: str) -> Task:
-    """The task of this name.
+    """The task of this name, registered or brought by an installed package.
 
     Raises:
         DataError: there is none.
+        ConfigurationError: as `load_installed`, or the package's task has another name.
     """
+    if name not in TASKS and (brought := load_installed(installed.TASKS, name, Task)):
+        register_task(brought)
     if name not in TASKS:
+        known = [*TASKS, *installed_names(installed.TASKS)]
         raise DataError(
-            f"unknown task {name!r}{did_you_mean(name, TASKS) or '; known: ' + ', '.join(TASKS)}"
+            f"unknown task {name!r}{did_you_mean(name, known) or '; known: ' + ', '.join(known)}"
         )
     return TASKS[name]
 

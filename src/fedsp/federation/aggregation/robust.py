@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import Tensor
 
 from fedsp.config import malicious_of
-from fedsp.errors import TooFewClients
+from fedsp.data.installed import AGGREGATORS, installed_names, load_installed
+from fedsp.errors import ConfigurationError, TooFewClients, did_you_mean
 from fedsp.federation.aggregation.mean import Aggregator, Replies, Weights
 from fedsp.models.payload import Payload, as_row, from_row
 
@@ -125,6 +127,48 @@ RULES: dict[str, Rule] = {
 }
 
 
+def register_rule(name: str, rule: Rule) -> Rule:
+    """Make a rule known as a value of `aggregation.rule`; returns it. It must withstand f malicious
+    clients of 2 f + 1; `fedsp.testing.check_rule` says whether it does what is asked of a rule.
+
+    Raises:
+        ConfigurationError: another rule has that name.
+    """
+    if name in ("mean", "trust") or RULES.setdefault(name, rule) is not rule:
+        raise ConfigurationError(
+            f"aggregation.rule: a rule named {name!r} is registered already; give yours another"
+            " name"
+        )
+    return rule
+
+
+def find_rule(name: str) -> Rule:
+    """The rule of a name, registered or brought by an installed package.
+
+    Raises:
+        ConfigurationError: there is none, or as `load_installed`.
+    """
+    if name not in RULES and (brought := load_installed(AGGREGATORS, name, FunctionType)):
+        register_rule(name, brought)
+    if name not in RULES:
+        known = ["mean", "trust", *RULES, *installed_names(AGGREGATORS)]
+        raise ConfigurationError(
+            f"aggregation.rule: there is no rule {name!r}; choose"
+            f" {', '.join(known)}{did_you_mean(name, known)}"
+        )
+    return RULES[name]
+
+
+def require_rule(name: str) -> None:
+    """See that there is a rule of a name, with those that are none of the functions here.
+
+    Raises:
+        ConfigurationError: as `find_rule`.
+    """
+    if name not in ("mean", "trust"):
+        find_rule(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Robust(Aggregator):
     """A rule and what comes before it: changes cut to `norm_bound` times the median length (0:
@@ -135,6 +179,9 @@ class Robust(Aggregator):
     malicious: float
     mixing: bool = False
     norm_bound: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_rule(self.rule)
 
     @property
     def by_reference(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fedsp.data.installed import METHODS, installed_names, load_installed
 from fedsp.errors import ConfigurationError, did_you_mean
 
 if TYPE_CHECKING:
@@ -140,15 +141,18 @@ def register_method(entry: MethodEntry) -> MethodEntry:
 
 
 def find_method(name: str) -> MethodEntry:
-    """The entry of a method.
+    """The entry of a method, registered or brought by an installed package.
 
     Raises:
-        ConfigurationError: there is none of that name.
+        ConfigurationError: there is none of that name, or as `load_installed`.
     """
+    if name not in _ENTRIES and (brought := load_installed(METHODS, name, MethodEntry)):
+        register_method(brought)
     if name not in _ENTRIES:
+        known = [*_ENTRIES, *installed_names(METHODS)]
         raise ConfigurationError(
             f"method: there is no method {name!r}; choose"
-            f" {', '.join(_ENTRIES)}{did_you_mean(name, _ENTRIES)}"
+            f" {', '.join(known)}{did_you_mean(name, known)}"
         )
     return _ENTRIES[name]
 

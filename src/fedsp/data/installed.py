@@ -1,0 +1,64 @@
+"""Tasks, methods and aggregation rules that other installed packages bring, by entry points
+(https://packaging.python.org/en/latest/specifications/entry-points/). A package is imported when
+its name is asked for, and not before.
+
+In the package's pyproject.toml, with the name by which it is asked for:
+
+    [project.entry-points."fedsp.tasks"]
+    true_or_false = "my_package.tasks:TRUE_OR_FALSE"
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+from fedsp.errors import ConfigurationError, first_line
+
+TASKS, METHODS, AGGREGATORS = "fedsp.tasks", "fedsp.methods", "fedsp.aggregators"
+Kind = TypeVar("Kind")
+
+
+@cache
+def _installed(group: str) -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def installed_names(group: str) -> list[str]:
+    """The names that installed packages bring for a group."""
+    return sorted(_installed(group))
+
+
+def load_installed(group: str, name: str, kind: type[Kind]) -> Kind | None:
+    """What an installed package brings under a name; None if none does.
+
+    Raises:
+        ConfigurationError: two packages bring it, it cannot be imported, or it is no `kind`.
+    """
+    points = _installed(group).get(name, [])
+    if not points:
+        return None
+    if len(points) > 1:
+        packages = ", ".join(point.dist.name if point.dist else point.value for point in points)
+        raise ConfigurationError(
+            f"{name!r} of {group} is brought by several packages ({packages}): uninstall all but"
+            " one"
+        )
+    (point,) = points
+    try:
+        found = point.load()
+    except Exception as error:  # whatever another package does when it is imported
+        raise ConfigurationError(
+            f"{name!r} of {group} cannot be imported from {point.value} ({first_line(error)}):"
+            " mend or uninstall that package"
+        ) from error
+    if not isinstance(found, kind):
+        raise ConfigurationError(
+            f"{name!r} of {group}: {point.value} is a {type(found).__name__}, expected"
+            f" {kind.__name__}"
+        )
+    return found

@@ -1,0 +1,237 @@
+"""Extension points: what installed packages bring is found by name, and the kit says what is
+missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fedsp
+from fedsp.data import installed
+from fedsp.data.tasks import TASKS, find_task
+from fedsp.errors import ConfigurationError, DataError
+from fedsp.federation.aggregation.robust import RULES, Robust, find_rule, register_rule
+from fedsp.federation.methods import registry
+from fedsp.federation.methods.base import Averaging
+from fedsp.federation.methods.registry import MethodEntry, find_method
+from fedsp.federation.party import Party
+from fedsp.testing import Nonconforming, check_method, check_rule, check_task
+from support.small_runs import ROWS, settings
+
+MODULE = """
+import fedsp, torch
+
+def said(row):
+    return row["said"], ["yes", "no"], [0]
+STATEMENT = fedsp.Task(name="statement", plain=said, schema="needs said")
+METHOD = fedsp.MethodEntry(name="theirs", title="theirs", paper="", clients_hold="the whole model")
+def middle(rows, f):
+    return rows.sort(dim=0).values[len(rows) // 2]
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Packages on the path, each with entry points by group."""
+    before = (dict(TASKS), dict(registry._ENTRIES), dict(RULES))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def bring(package: str, code: str, **points: str) -> None:
+        (tmp_path / f"{package}.py").write_text(code)
+        about = tmp_path / f"{package}-1.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
+        lines = [f"[fedsp.{group}]\n{point}\n" for group, point in points.items()]
+        (about / "entry_points.txt").write_text("\n".join(lines))
+        installed._installed.cache_clear()
+
+    yield bring
+    for known, old in zip((TASKS, registry._ENTRIES, RULES), before, strict=True):
+        known.clear()  # type: ignore[attr-defined]
+        known.update(old)  # type: ignore[attr-defined]
+    installed._installed.cache_clear()
+
+
+def test_what_an_installed_package_brings_is_found_by_its_name(
+    brought: Callable[..., None], tmp_path: Path
+) -> None:
+    brought(
+        "theirs_a",
+        MODULE,
+        tasks="statement = theirs_a:STATEMENT",
+        methods="theirs = theirs_a:METHOD",
+        aggregators="middle = theirs_a:middle",
+    )
+    assert "theirs_a" not in sys.modules
+    with pytest.raises(DataError, match="did you mean 'statement'"):
+        find_task("statment")
+    with pytest.raises(ConfigurationError, match="did you mean 'middle'"):
+        find_rule("midle")
+    with pytest.raises(ConfigurationError, match="did you mean 'theirs'"):
+        find_method("thiers")
+    assert "theirs_a" not in sys.modules  # only what is asked for is imported
+    assert find_task("statement").example({"said": "Is it?"}, 0).choices == (" yes", " no")
+    assert find_method("theirs").title == "theirs"
+    rows = torch.tensor([[1.0], [5.0], [2.0]])
+    assert find_rule("middle")(rows, 1).tolist() == [2.0]
+    changes: dict[str, Any] = {
+        "aggregation": {"rule": "middle", "malicious": 0.34},
+        "round": {"rounds": 1, "weighting": "uniform"},
+    }
+    assert fedsp.run(settings(tmp_path, **changes))["best_round"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("code", "point", "sentence"),
+    [
+        ("import nowhere", "wrong:TASK", "cannot be imported from wrong:TASK .*nowhere"),
+        ("", "wrong:TASK", "cannot be imported"),
+        ("TASK = 3", "wrong:TASK", "wrong:TASK is a int, expected Task"),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    brought: Callable[..., None],
+    code: str,
+    point: str,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "wrong", raising=False)
+    brought("wrong", code, tasks=f"mine = {point}")
+    with pytest.raises(ConfigurationError, match=sentence):
+        find_task("mine")
+
+
+def test_two_packages_with_one_name_are_refused(brought: Callable[..., None]) -> None:
+    for package in ("first_a", "second_a"):
+        brought(package, MODULE, aggregators=f"middle = {package}:middle")
+    with pytest.raises(ConfigurationError, match=r"several packages \(first_a, second_a\)|\(sec"):
+        find_rule("middle")
+
+
+def test_an_unknown_rule_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    values = settings(tmp_path, aggregation={"rule": "krumm"}, round={"weighting": "uniform"})
+    for command in (fedsp.run, fedsp.plan):
+        with pytest.raises(ConfigurationError, match="no rule 'krumm'; choose .*mean 'krum'"):
+            command(values)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigurationError, match="there is no rule"):
+        Robust(rule="krumm", malicious=0.2)
+    with pytest.raises(ConfigurationError, match="a rule named 'trust' is registered already"):
+        register_rule("trust", lambda rows, f: rows[0])
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_our_own_rules_conform(name: str) -> None:
+    check_rule(RULES[name])
+
+
+def mean(rows: Tensor, f: int) -> Tensor:
+    return rows.mean(dim=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fault"),
+    [
+        (mean, "7 rows that are far away|rows that are far away carry it off"),
+        (lambda rows, f: rows[0], "the order of the rows matters"),
+        (lambda rows, f: rows.median(), r"\(\) is returned, expected a tensor \(6,\)"),
+        (lambda rows, f: rows.median(dim=0).values.float(), "torch.float32 or not finite"),
+        (lambda rows, f: rows.median(dim=0).values / rows.shape[0], "does not move as the rows"),
+        (lambda rows, f: rows.sub_(1.0).median(dim=0).values, "the rows are changed"),
+        (lambda rows, f: rows[len(rows)], "IndexError.* is raised"),
+        (lambda rows, f: rows.median(dim=0).values + 1, "not the row where all are the same"),
+    ],
+)
+def test_what_a_rule_lacks_is_said(rule: Any, fault: str) -> None:
+    with pytest.raises(Nonconforming, match=fault):
+        check_rule(rule)
+
+
+def test_our_own_tasks_conform() -> None:
+    question = {key: ROWS[0][key] for key in ("question", "choices", "answer")}
+    for name in ("multiple_choice", "continuation"):
+        check_task(TASKS[name], [question])
+    check_task(TASKS["completion"], [{"prompt": "a", "completion": "b"}])
+    check_task(TASKS["chat"], [{"instruction": "a", "output": "b"}])
+
+
+def task(render: Any, schema: str = "needs a") -> fedsp.Task:
+    return fedsp.Task(name="mine", plain=render, schema=schema)
+
+
+@pytest.mark.parametrize(
+    ("made", "fault"),
+    [
+        (
+            task(lambda row: (row["a"], ["x"], [1])),
+            "row 0 is refused: .*answer 1 but 1 choices",
+        ),
+        (task(lambda row: (row["a"] + " ", ["x"], [0])), "ends in white space"),
+        (task(lambda row: ("", ["x"], [0])), "an empty context"),
+        (task(lambda row: (row["a"], [" "], [0])), "row 0 is refused: DataError.*an empty one"),
+        (task(lambda row: (row.pop("a"), ["x"], [0])), "row 0"),
+        (task(lambda row: (str(row.get("a")), ["x"], [0])), "is taken for an example"),
+        (task(lambda row: (row["b"], ["x"], [0])), "row 0 is refused"),
+        (task(lambda row: (row["a"], ["x"], [0]), schema=""), "schema is empty"),
+    ],
+)
+def test_what_a_task_lacks_is_said(made: fedsp.Task, fault: str) -> None:
+    with pytest.raises(Nonconforming, match=fault):
+        check_task(made, [{"a": "Who?"}])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restless(Averaging):
+    """Keeps in the object what should be kept in a party's state."""
+
+    seen: list[int]
+
+    def client_update(self, client: Party, request: fedsp.Request) -> fedsp.Update:
+        update = super().client_update(client, request)
+        self.seen.append(request.round)
+        payload = {name: one + 1e-3 * len(self.seen) for name, one in update.payload.items()}
+        return replace(update, payload=payload)
+
+
+def test_methods_conform_or_are_told_why(brought: Callable[..., None]) -> None:
+    check_method(find_method("fedprompt"))
+    seen: list[int] = []
+
+    def algorithm(stages: fedsp.Stages, start: Any) -> Restless:
+        return Restless(client_stage=stages.messenger, server_stage=stages.server, seen=seen)
+
+    entry = MethodEntry(
+        name="restless", title="t", paper="", clients_hold="all", algorithm=algorithm
+    )
+    with pytest.raises(Nonconforming, match="two runs with one seed differ"):
+        check_method(entry)
+
+    def fails(stages: fedsp.Stages, start: Any) -> Restless:
+        raise ValueError("no such stage")
+
+    with pytest.raises(Nonconforming, match="another method is registered under its name"):
+        check_method(replace(entry, algorithm=fails))
+    with pytest.raises(Nonconforming, match=r"a run of two rounds fails: ValueError\('no such"):
+        check_method(replace(entry, name="failing", algorithm=fails))
+
+
+def test_a_method_that_forgets_on_its_way_is_told(brought: Callable[..., None]) -> None:
+    """Each object counts from the beginning, so a resumed run counts anew."""
+
+    def algorithm(stages: fedsp.Stages, start: Any) -> Restless:
+        return Restless(client_stage=stages.messenger, server_stage=stages.server, seen=[])
+
+    entry = MethodEntry(
+        name="forgetful", title="t", paper="", clients_hold="all", algorithm=algorithm
+    )
+    with pytest.raises(Nonconforming, match="a resumed run has other bits"):
+        check_method(entry)
