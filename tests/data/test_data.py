@@ -263,6 +263,14 @@ def test_no_field_of_a_hub_row_is_read_as_what_python_writes_for_it(name: str) -
                 examples_of(find_task(name), [row | {key: other}])
 
 
+def test_a_plain_row_of_race_has_its_article_as_the_harness_writes_it() -> None:
+    row = {"context": "A tale.", "question": "Who?", "choices": ["he", "she"], "answer": 1}
+    (found,) = examples_of(TASKS["race"], [row])
+    assert (found.context, found.gold) == ("Article: A tale.\n\nWho?", (1,))
+    (bare,) = examples_of(TASKS["race"], [{**row, "context": ""}])
+    assert bare.context == "Who?"
+
+
 @pytest.mark.parametrize("answer", ["", "BC", "E", "a", None, 1])
 def test_an_answer_of_race_is_one_letter(answer: Any) -> None:
     row = {"article": "Text.", "question": "Who?", "options": ["a", "b", "c", "d"], "answer": "B"}

@@ -673,9 +673,12 @@ def test_a_peft_adapter_can_be_where_a_run_starts(tmp_path: Path) -> None:
 
 def test_clients_with_any_name_keep_their_state_inside_the_run(tmp_path: Path) -> None:
     directory = RunDirectory.create(make_config(settings(tmp_path)))
-    for name in ("../server", "..", ".", "a/b", "client %2E"):
-        folder = directory.state_store(f"client {name}").folder
+    names = ["../server", "..", ".", "a/b", "client %2E", "x" * 300, "x" * 301, "ä" * 90]
+    folders = [directory.state_store(f"client {name}").folder for name in names]
+    assert len(set(folders)) == len(names)
+    for folder in folders:
         assert folder.parent == directory.path / "state" and folder.name not in {".", ".."}
+        folder.mkdir(parents=True)
 
 
 def test_an_empty_client_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

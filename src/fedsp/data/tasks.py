@@ -250,6 +250,12 @@ def _continuation(row: Row) -> tuple[str, list[str], list[int]]:
     return f"{before}{_text(row, 'question')}", _texts(row), [_index(row)]
 
 
+def _article(row: Row) -> tuple[str, list[str], list[int]]:
+    context = _context(row)
+    before = f"Article: {context}\n\n" if context else ""
+    return f"{before}{_text(row, 'question')}", _texts(row), [_index(row)]
+
+
 def _completion(row: Row) -> tuple[str, list[str], list[int]]:
     return _text(row, "prompt").rstrip(), [_text(row, "completion")], [0]
 
@@ -374,7 +380,7 @@ _hub_task("openbookqa", ("allenai/openbookqa", "main"), ALL, _openbookqa, _conti
 _hub_task("hellaswag", ("Rowan/hellaswag", None), "train - validation", _hellaswag, _continuation)
 _hub_task("piqa", ("baber/piqa", None), "train - validation", _piqa, _question)
 _hub_task("sciq", ("allenai/sciq", None), ALL, _sciq, _question)
-_hub_task("race", ("EleutherAI/race", "high"), "- - test", _race, _continuation)
+_hub_task("race", ("EleutherAI/race", "high"), "- - test", _race, _article)
 _webqs_hub = ("stanfordnlp/web_questions", None)
 _hub_task("webqs", _webqs_hub, "train - test", _webqs, _question, "exact_match")
 register_task(Task(name="multiple_choice", plain=_question))

@@ -26,6 +26,7 @@ NAME.json            what `fedsp audit --only NAME` measured: disclosure, model,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import platform
 import secrets
@@ -60,6 +61,8 @@ STATEMENT = "privacy_statement.json"
 PARTITION, INPUTS = "partition.json", "inputs.json"
 ROUNDS, TRAFFIC, SCORES = "rounds.jsonl", "traffic.jsonl", "scores.jsonl"
 PROXY_COUNTS = "proxy.jsonl"
+LONGEST_NAME = 200
+"""Of a folder that is named after a party: file systems take 255 bytes."""
 
 
 class RunDirectory:
@@ -177,7 +180,10 @@ class RunDirectory:
         instead. Any id makes a safe folder name."""
         from fedsp.federation.state_store import StateStore
 
-        return StateStore(self.path / "state" / quote(party, safe="").replace(".", "%2E"))
+        name = quote(party, safe="").replace(".", "%2E")
+        if len(name) > LONGEST_NAME:
+            name = f"{name[:100]}.{hashlib.sha256(party.encode()).hexdigest()}"
+        return StateStore(self.path / "state" / name)
 
     def save_round(
         self, state: RunState, record: RoundRecord, best: Payload, spec: PromptSpec | None

@@ -210,7 +210,9 @@ def rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     columns = {name: value for name, value in pairs if not isinstance(value, dict | list)}
     for name, value in columns.items():
         table.add_column(
-            name.replace("_", " "), justify="left" if isinstance(value, str) else "right"
+            name.replace("_", " "),
+            justify="left" if isinstance(value, str) else "right",
+            overflow="fold",  # on a narrow terminal nothing is cut off
         )
     for row in rows:
         table.add_row(*(_text(row.get(name)) for name in columns))
