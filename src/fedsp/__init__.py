@@ -50,7 +50,7 @@ _PUBLIC = {
     "plan": "fedsp.api",
     "read_prompt": "fedsp.models.soft_prompt",
     "register_method": "fedsp.federation.methods.registry",
-    "register_rule": "fedsp.federation.aggregation.robust",
+    "register_rule": "fedsp.federation.aggregation.registry",
     "register_task": "fedsp.data.tasks",
     "resume": "fedsp.api",
     "run": "fedsp.api",

@@ -49,7 +49,7 @@ from fedsp.experiments.start import (
     resume_run,
     start_run,
 )
-from fedsp.federation.aggregation.robust import require_rule
+from fedsp.federation.aggregation.registry import require_rule
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method

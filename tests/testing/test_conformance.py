@@ -17,7 +17,9 @@ import fedsp
 from fedsp.data import installed
 from fedsp.data.tasks import TASKS, find_task
 from fedsp.errors import ConfigurationError, DataError
-from fedsp.federation.aggregation.robust import RULES, Robust, find_rule, register_rule
+from fedsp.federation.aggregation import registry as rules
+from fedsp.federation.aggregation.registry import find_rule, register_rule
+from fedsp.federation.aggregation.robust import RULES, Robust
 from fedsp.federation.methods import registry
 from fedsp.federation.methods.base import Averaging
 from fedsp.federation.methods.registry import MethodEntry, find_method
@@ -41,7 +43,7 @@ NUMBER = 3
 @pytest.fixture
 def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Packages on the path, each with entry points by group."""
-    before = (dict(TASKS), dict(registry._ENTRIES), dict(RULES))
+    before = (dict(TASKS), dict(registry._ENTRIES), dict(rules._REGISTERED))
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def bring(package: str, code: str, **points: str) -> None:
@@ -54,7 +56,7 @@ def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         installed._installed.cache_clear()
 
     yield bring
-    for known, old in zip((TASKS, registry._ENTRIES, RULES), before, strict=True):
+    for known, old in zip((TASKS, registry._ENTRIES, rules._REGISTERED), before, strict=True):
         known.clear()  # type: ignore[attr-defined]
         known.update(old)  # type: ignore[attr-defined]
     installed._installed.cache_clear()
@@ -127,6 +129,10 @@ def test_an_unknown_rule_is_refused_before_anything_is_made(tmp_path: Path) -> N
         Robust(rule="krumm", malicious=0.2)
     with pytest.raises(ConfigurationError, match="a rule named 'trust' is registered already"):
         register_rule("trust", lambda rows, f: rows[0])
+
+
+def test_the_register_knows_our_own_rules() -> None:
+    assert tuple(RULES) == rules.OURS
 
 
 @pytest.mark.parametrize("name", sorted(RULES))

@@ -35,7 +35,7 @@ from fedsp.errors import (
     leaves_no_room,
 )
 from fedsp.experiments.embedded import EMBEDDED
-from fedsp.federation.aggregation.robust import require_rule
+from fedsp.federation.aggregation.registry import require_rule
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.gguf import ENDING, folder_of_gguf
 from fedsp.storage import MANIFEST, cache_folder, parse_json, write_json

@@ -55,7 +55,7 @@ from fedsp.errors import (
     first_line,
 )
 from fedsp.experiments.run_directory import CONFIG, RESULT, RunDirectory, read_json
-from fedsp.federation.aggregation.robust import require_rule
+from fedsp.federation.aggregation.registry import require_rule
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
 from fedsp.storage import locked, parse_json, write_json

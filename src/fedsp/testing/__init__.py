@@ -22,7 +22,7 @@ from fedsp.api import resume, run
 from fedsp.data.tasks import Task
 from fedsp.errors import DataError, FedspError
 from fedsp.experiments.embedded import EMBEDDED
-from fedsp.federation.aggregation.robust import Rule
+from fedsp.federation.aggregation.registry import Rule
 from fedsp.federation.methods.registry import MethodEntry, find_method, register_method
 from fedsp.storage import read_tensors, tensors_digest
 

@@ -9,21 +9,16 @@ NaN or infinity. All sums are float64 and rows are in the order of client ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 
 import torch
 from torch import Tensor
 
 from fedsp.config import malicious_of
-from fedsp.data.installed import AGGREGATORS, installed_names, load_installed
-from fedsp.errors import ConfigurationError, TooFewClients, did_you_mean
+from fedsp.errors import TooFewClients
 from fedsp.federation.aggregation.mean import Aggregator, Replies, Weights
+from fedsp.federation.aggregation.registry import NO_FUNCTION, Rule, find_rule, require_rule
 from fedsp.models.payload import Payload, as_row, from_row
-
-Rule = Callable[[Tensor, int], Tensor]
-"""From changes (n, d) and f to one change (d,)."""
 
 
 def median(rows: Tensor, f: int) -> Tensor:
@@ -127,48 +122,6 @@ RULES: dict[str, Rule] = {
 }
 
 
-def register_rule(name: str, rule: Rule) -> Rule:
-    """Make a rule known as a value of `aggregation.rule`; returns it. It must withstand f malicious
-    clients of 2 f + 1; `fedsp.testing.check_rule` says whether it does what is asked of a rule.
-
-    Raises:
-        ConfigurationError: another rule has that name.
-    """
-    if name in ("mean", "trust") or RULES.setdefault(name, rule) is not rule:
-        raise ConfigurationError(
-            f"aggregation.rule: a rule named {name!r} is registered already; give yours another"
-            " name"
-        )
-    return rule
-
-
-def find_rule(name: str) -> Rule:
-    """The rule of a name, registered or brought by an installed package.
-
-    Raises:
-        ConfigurationError: there is none, or as `load_installed`.
-    """
-    if name not in RULES and (brought := load_installed(AGGREGATORS, name, FunctionType)):
-        register_rule(name, brought)
-    if name not in RULES:
-        known = ["mean", "trust", *RULES, *installed_names(AGGREGATORS)]
-        raise ConfigurationError(
-            f"aggregation.rule: there is no rule {name!r}; choose"
-            f" {', '.join(known)}{did_you_mean(name, known)}"
-        )
-    return RULES[name]
-
-
-def require_rule(name: str) -> None:
-    """See that there is a rule of a name, with those that are none of the functions here.
-
-    Raises:
-        ConfigurationError: as `find_rule`.
-    """
-    if name not in ("mean", "trust"):
-        find_rule(name)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Robust(Aggregator):
     """A rule and what comes before it: changes cut to `norm_bound` times the median length (0:
@@ -195,7 +148,7 @@ class Robust(Aggregator):
                 withstand f malicious clients even if all clients reply.
         """
         f = malicious_of(self.malicious, asked)
-        if f == 0 and self.malicious and (self.rule in RULES or self.mixing):
+        if f == 0 and self.malicious and (self.rule not in NO_FUNCTION or self.mixing):
             raise TooFewClients(
                 f"aggregation.malicious = {self.malicious:g} of {asked} clients asked is less than"
                 f" one, so aggregation.rule = {self.rule!r} would withstand none: ask at least"
@@ -206,7 +159,7 @@ class Robust(Aggregator):
 
     def _require(self, replies: int, f: int, asked: int) -> None:
         """Refuse fewer replies than the rule needs to withstand f malicious clients."""
-        withstands = self.rule in RULES or self.mixing
+        withstands = self.rule not in NO_FUNCTION or self.mixing
         needed = 2 * f + 3 if "krum" in self.rule else 2 * f + 1 if withstands else 1
         if replies < needed:
             raise TooFewClients(
@@ -238,5 +191,5 @@ class Robust(Aggregator):
             assert own is not None
             change = trusted(rows, as_row(own) - start)
         else:
-            change = rows.mean(dim=0) if self.rule == "mean" else RULES[self.rule](rows, f)
+            change = rows.mean(dim=0) if self.rule == "mean" else find_rule(self.rule)(rows, f)
         return from_row(start + change, sent)

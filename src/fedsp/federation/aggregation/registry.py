@@ -1,0 +1,70 @@
+"""The register of aggregation rules. Nothing here imports torch, so that a configuration is checked
+at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import TYPE_CHECKING, TypeAlias
+
+from fedsp.data.installed import AGGREGATORS, installed_names, load_installed
+from fedsp.errors import ConfigurationError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rule: TypeAlias = "Callable[[Tensor, int], Tensor]"
+"""From changes (n, d) and f to one change (d,)."""
+
+NO_FUNCTION = ("mean", "trust")
+"""Values of `aggregation.rule` that need more than the changes: weights, the server's own step."""
+
+OURS = ("median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "centred_clipping")
+"""Functions of `fedsp.federation.aggregation.robust`, by name."""
+
+_REGISTERED: dict[str, Rule] = {}
+
+
+def register_rule(name: str, rule: Rule) -> Rule:
+    """Make a rule known as a value of `aggregation.rule`; returns it. It must withstand f malicious
+    clients of 2 f + 1; `fedsp.testing.check_rule` says whether it does what is asked of a rule.
+
+    Raises:
+        ConfigurationError: another rule has that name.
+    """
+    if name in (*NO_FUNCTION, *OURS) or _REGISTERED.setdefault(name, rule) is not rule:
+        raise ConfigurationError(
+            f"aggregation.rule: a rule named {name!r} is registered already; give yours another"
+            " name"
+        )
+    return rule
+
+
+def require_rule(name: str) -> None:
+    """See that `aggregation.rule` may be this, registered or brought by an installed package.
+
+    Raises:
+        ConfigurationError: there is no such rule, or as `load_installed`.
+    """
+    if name in (*NO_FUNCTION, *OURS, *_REGISTERED):
+        return
+    brought = load_installed(AGGREGATORS, name, FunctionType)
+    if brought is None:
+        known = [*NO_FUNCTION, *OURS, *_REGISTERED, *installed_names(AGGREGATORS)]
+        raise ConfigurationError(
+            f"aggregation.rule: there is no rule {name!r}; choose"
+            f" {', '.join(known)}{did_you_mean(name, known)}"
+        )
+    register_rule(name, brought)
+
+
+def find_rule(name: str) -> Rule:
+    """The function of a rule.
+
+    Raises:
+        ConfigurationError: as `require_rule`.
+    """
+    from fedsp.federation.aggregation.robust import RULES
+
+    require_rule(name)
+    return RULES[name] if name in RULES else _REGISTERED[name]
