@@ -49,7 +49,6 @@ from fedsp.experiments.start import (
     resume_run,
     start_run,
 )
-from fedsp.federation.aggregation.registry import require_rule
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
@@ -146,7 +145,6 @@ def _engine(name: str, workers: int | None) -> Engine:
 def _suited(config: RunConfig, engine: str) -> RunConfig:
     if engine != "deployment":
         require_local(config)
-    require_rule(config.aggregation.rule)
     deployable = find_method(config.method).deployable
     if engine == "flower" and (not deployable or config.distill.again_every):
         what = f"method = {config.method!r}" if not deployable else "distill.again_every"

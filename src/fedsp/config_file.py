@@ -12,6 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -21,7 +22,8 @@ from pydantic.fields import FieldInfo
 
 from fedsp.config import PartyConfig, RunConfig, Section
 from fedsp.errors import ConfigurationError, did_you_mean, first_line
-from fedsp.federation.methods.registry import find_method, methods
+from fedsp.federation.aggregation.registry import require_rule
+from fedsp.federation.methods.registry import find_method
 
 REGISTER = "register.toml"
 
@@ -103,6 +105,7 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
         ConfigurationError: every fault at once, one line each, with a suggestion for each unknown
             key.
     """
+    _require_rule(values, source)
     preset = _preset(values)
     profile = PROFILES.get(str(values.get("profile", "plain")), {})
     filled: dict[str, Any] = {
@@ -124,16 +127,26 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
     return config
 
 
+def _require_rule(values: Mapping[str, Any], source: str) -> None:
+    """See that there is the aggregation rule that is named, before other keys are held against
+    it."""
+    section = values.get("aggregation", {})
+    rule = section.get("rule", "mean") if isinstance(section, Mapping) else None
+    if isinstance(rule, str):
+        try:
+            require_rule(rule)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{source} has 1 fault:\n  {error}") from error
+
+
 def _preset(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The defaults that the preset of a configuration gives it."""
     name = str(values.get("preset", "messenger"))
     if name != "messenger":
         return PRESETS.get(name, PRESETS["messenger"])  # of a wrong name, so that it alone is said
-    entry = next(
-        (entry for entry in methods() if entry.name == values.get("method", "fedsp")), None
-    )
-    if entry and not entry.deployable:
-        return PRESETS["prompt"]
+    with suppress(ConfigurationError):  # that is said later
+        if not find_method(str(values.get("method", "fedsp"))).deployable:
+            return PRESETS["prompt"]
     own, given = PRESETS["messenger"], values.get("messenger", {})
     kind = given.get("kind") if isinstance(given, Mapping) else None
     if not isinstance(kind, str) or kind not in RATES:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fedsp
+from fedsp import api
 from fedsp.data import installed
 from fedsp.data.tasks import TASKS, find_task
 from fedsp.errors import ConfigurationError, DataError
@@ -81,6 +82,10 @@ def test_what_an_installed_package_brings_is_found_by_its_name(
         find_method("thiers")
     assert "theirs_a" not in sys.modules  # only what is asked for is imported
     assert find_task("statement").example({"said": "Is it?"}, 0).choices == (" yes", " no")
+    assert (
+        api.as_config({**settings(tmp_path, method="theirs"), "preset": "messenger"}).messenger.kind
+        == "prompt"
+    )
     assert find_method("theirs").title == "theirs"
     rows = torch.tensor([[1.0], [5.0], [2.0]])
     assert find_rule("middle")(rows, 1).tolist() == [2.0]

@@ -35,7 +35,6 @@ from fedsp.errors import (
     leaves_no_room,
 )
 from fedsp.experiments.embedded import EMBEDDED
-from fedsp.federation.aggregation.registry import require_rule
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.gguf import ENDING, folder_of_gguf
 from fedsp.storage import MANIFEST, cache_folder, parse_json, write_json
@@ -60,7 +59,6 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     Raises:
         FedspError: the run cannot be planned, as one sentence.
     """
-    require_rule(config.aggregation.rule)
     if not find_method(config.method).deployable:
         raise ConfigurationError(
             f"method = {config.method!r}: `fedsp plan` covers FedSP only; a baseline's cost is"

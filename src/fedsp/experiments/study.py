@@ -55,7 +55,6 @@ from fedsp.errors import (
     first_line,
 )
 from fedsp.experiments.run_directory import CONFIG, RESULT, RunDirectory, read_json
-from fedsp.federation.aggregation.registry import require_rule
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
 from fedsp.storage import locked, parse_json, write_json
@@ -318,8 +317,7 @@ def _check(cells: list[Cell], source: str) -> None:
         config = cell.config
         entry = find_method(config.method)
         divided = {"seed", "data", "partition", "validation", "server", "round"}
-        found = fault(config, {"aggregation"}, lambda config: require_rule(config.aggregation.rule))
-        found = found or fault(config, divided, check_examples)
+        found = fault(config, divided, check_examples)
         if entry.package or not entry.trains_weights:
             found = found or fault(config, {"distill", "auxiliary", "prompt"}, check_text)
         if entry.deployable and not config.auxiliary.to_be_chosen:
