@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import subprocess
 import sys
 import threading
@@ -197,13 +199,25 @@ def test_a_conversation_is_answered_by_the_chat_template(
     with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as streamed:
         lines = [line for line in streamed.iter_lines() if line]
     assert lines[-1] == "data: [DONE]" and '"delta"' in lines[0]
+    for where, body in (
+        ("completions", '{"model": "base", "prompt": "\\ud800a"}'),
+        (
+            "chat/completions",
+            '{"model": "base", "messages": [{"role": "\\ud800", "content": "a"}]}',
+        ),
+    ):
+        half = http.post(f"/v1/{where}", content=body, headers={"content-type": "application/json"})
+        assert half.status_code == 400 and "half of a surrogate pair" in half.text
+    broken = http.post("/v1/completions", content="{", headers={"content-type": "application/json"})
+    assert broken.json()["error"]["message"] == "the request is not JSON"
     too_long = http.post("/v1/completions", content=b"x" * (5 << 20))
     assert too_long.status_code == 413 and "at most" in too_long.json()["error"]["message"]
     engine.stop()
 
 
-def test_both_models_answer_together(runs: list[Path]) -> None:
-    answers, tokenizer = served_by_name(runs, "mean", 1.0)
+@pytest.mark.parametrize("answering", ["mean", "auxiliary"])
+def test_others_than_the_global_model_answer(runs: list[Path], answering: Any) -> None:
+    answers, tokenizer = served_by_name(runs, answering, 1.0)
     engine = Engine(answers)
     engine.start()
     rooms = {name: one.room() for name, one in answers.items()}
@@ -211,7 +225,7 @@ def test_both_models_answer_together(runs: list[Path]) -> None:
     for run in reversed(runs):
         body = {"model": run.name, "prompt": TEXTS, "max_tokens": 10, "temperature": 0}
         written = [one["text"] for one in http.post("/v1/completions", json=body).json()["choices"]]
-        assert written == [alone(run, text, answers="mean") for text in TEXTS]
+        assert written == [alone(run, text, answers=answering) for text in TEXTS]
     engine.stop()
 
 
@@ -316,6 +330,61 @@ def test_first_come_first_served_until_too_many_wait(monkeypatch: pytest.MonkeyP
     engine.stop()
 
 
+def test_one_text_s_fault_is_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Slow()
+    one.go.release(9)
+    engine = slow_engine(monkeypatch, one=one)
+    heard: list[list[Any]] = [[], []]
+    done = threading.Event()
+
+    def fails(scores: torch.Tensor) -> int:
+        raise RuntimeError("not a number")
+
+    bad, good = wanted("one", heard[0]), wanted("one", heard[1])
+    bad.choose = fails
+    good.told = lambda told: (heard[1].append(told), told == "length" and done.set())  # type: ignore[assignment,func-returns-value]
+    engine.ask(bad, good)
+    done.wait()
+    assert heard == [["failed"], [1, 1, "length"]]
+    engine.stop()
+
+
+def test_a_client_that_goes_is_not_answered_on(
+    address: str, runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it streams or not."""
+    asked: list[Wanted] = []
+    ask = Engine.ask
+
+    def seen(self: Engine, *texts: Wanted) -> None:
+        asked.extend(texts)
+        ask(self, *texts)
+
+    monkeypatch.setattr(Engine, "ask", seen)
+    host, port = address.removeprefix("http://").removesuffix("/v1").split(":")
+    for stream in (False, True):
+        body = json.dumps(
+            {"model": "base", "prompt": "a", "max_tokens": 32, "temperature": 0, "stream": stream}
+        )
+        with socket.create_connection((host, int(port))) as gone:
+            head = [
+                "POST /v1/completions HTTP/1.1",
+                "Host: x",
+                f"Authorization: Bearer {KEY}",
+                "Content-Type: application/json",
+                f"Content-Length: {len(body)}",
+            ]
+            gone.sendall("\r\n".join([*head, "", body]).encode())
+            while not asked:
+                pass
+        text = asked.pop()
+        for _ in range(500):
+            if text.left:
+                break
+            threading.Event().wait(0.01)
+        assert text.left
+
+
 def test_nothing_unsettled_is_given(runs: list[Path]) -> None:
     """Neither half a character nor the beginning of what would end the text."""
     _, tokenizer = served_by_name(runs[:1], "global", 1.0)
@@ -330,6 +399,10 @@ def test_nothing_unsettled_is_given(runs: list[Path]) -> None:
     assert "".join(given) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:1])) :].split("END")[0]
     assert not any("\ufffd" in piece or piece.endswith("E") for piece in given)
     assert answer.reason == "stop" and answer.wanted.left
+    half = Answer(tokenizer, wanted("base", []), ["\nEN"])
+    assert half._unsettled("ok\nE\ufffd\ufffd") == 4 and half._unsettled("ok\nE") == 2
+    answer.hear("length")
+    assert answer.reason == "stop"  # of the text, whatever the engine went on to write
 
 
 def test_runs_that_cannot_be_served_together_are_a_sentence(

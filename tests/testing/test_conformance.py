@@ -101,6 +101,11 @@ def test_what_an_installed_package_brings_is_found_by_its_name(
     [
         ("import nowhere", "wrong:TASK", "cannot be imported from wrong:TASK .*nowhere"),
         ("", "wrong:TASK", "cannot be imported"),
+        (
+            "import fedsp\nTASK = fedsp.Task(name='other', plain=None, schema='a')",
+            "wrong:TASK",
+            "has the name 'other'; give both one name",
+        ),
         ("TASK = 3", "wrong:TASK", "wrong:TASK is a int, expected Task"),
     ],
 )
@@ -215,6 +220,7 @@ class Restless(Averaging):
 
 def test_methods_conform_or_are_told_why(brought: Callable[..., None]) -> None:
     check_method(find_method("fedprompt"))
+    check_method(find_method("fedsp"), messenger={"kind": "adapter", "rank": 2})
     seen: list[int] = []
 
     def algorithm(stages: fedsp.Stages, start: Any) -> Restless:

@@ -60,7 +60,7 @@ def model_card(run: RunDirectory, *, kind: str, base_model: str, use: str) -> st
         "",
         "- What was tuned may hold words of the text that it was tuned on, unless a promise above"
         " says otherwise; whoever has it can look for them.",
-        "- Nothing was measured but what stands here: not bias, not safety, no other task and no"
+        "- Nothing was measured but what stands here: not bias, not safety, no other task, and no"
         " other language.",
         "- The base model's licence holds for what is made of it; what the parties have agreed upon"
         " among themselves is not known to fedsp.",
@@ -93,7 +93,11 @@ def _made(run: RunDirectory) -> Iterable[tuple[str, Any]]:
     if held and config.privacy.unit == "none":
         yield "clients' examples", f"{sum(held)} in all, {min(held)} to {max(held)} each"
     yield "clients hold", entry.clients_hold
-    yield "task", config.data.task
+    if config.data.task_column:
+        tasks = run.result().get("tasks", {}) if run.finished else {}
+        yield "tasks", ", ".join(tasks) or f"those that the column {config.data.task_column} names"
+    else:
+        yield "task", config.data.task
     yield "the parties' descriptions of their text", "none was given"
     yield "rounds", f"{len(records)} of {config.round.rounds}"
     yield "server's steps a round", config.server.steps

@@ -37,7 +37,8 @@ def load_installed(group: str, name: str, kind: type[Kind]) -> Kind | None:
     """What an installed package brings under a name; None if none does.
 
     Raises:
-        ConfigurationError: two packages bring it, it cannot be imported, or it is no `kind`.
+        ConfigurationError: two packages bring it, it cannot be imported, it is no `kind`, or has
+            another name.
     """
     points = _installed(group).get(name, [])
     if not points:
@@ -60,5 +61,10 @@ def load_installed(group: str, name: str, kind: type[Kind]) -> Kind | None:
         raise ConfigurationError(
             f"{name!r} of {group}: {point.value} is a {type(found).__name__}, expected"
             f" {kind.__name__}"
+        )
+    own = getattr(found, "name", name)
+    if own != name:
+        raise ConfigurationError(
+            f"{name!r} of {group}: {point.value} has the name {own!r}; give both one name"
         )
     return found

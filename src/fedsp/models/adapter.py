@@ -225,12 +225,18 @@ def merge(adapter: Adapter, model: PromptedLM) -> None:
     more from then on.
 
     Raises:
-        ModelError: the weights are in 8 or 4 bits, which would round it away.
+        ModelError: the weights are in 8 or 4 bits, which would round it away, or not in memory.
     """
     if in_few_bits(model):
         raise ModelError(
             f"{model.name} is held in 8 or 4 bits, into which an adapter cannot be merged: export"
             " it without merging"
+        )
+    weights = [model.model.get_submodule(path).weight for path in adapter.paths.values()]
+    if any(weight.is_meta for weight in weights):
+        raise ModelError(
+            f"{model.name} is spread over devices and the disk, where an adapter cannot be merged:"
+            " export it without merging, or set model.device to one device"
         )
     for name, update in adapter.updates.items():
         module = model.model.get_submodule(adapter.paths[name])

@@ -149,12 +149,18 @@ def save_model(model: PromptedLM, tokenizer: Tokenizer, folder: Path) -> None:
 
     Raises:
         StorageError: the disk did not take it.
+        ModelError: its settings are such that transformers will not save them.
     """
     unfinished = unfinished_beside(folder.resolve())
     try:
         model.model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         move_into_place(unfinished, folder.resolve(), last="config.json")
+    except ValueError as error:
+        raise ModelError(
+            f"{model.name} cannot be saved ({first_line(error)}): mend its generation_config.json,"
+            " or export the adapter without merging"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{folder} could not be written ({first_line(error)}): free some space, or name another"

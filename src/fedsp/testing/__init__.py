@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedsp.data.tasks import Task
 from fedsp.errors import DataError, FedspError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.aggregation.registry import Rule
+from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import MethodEntry, find_method, register_method
 from fedsp.storage import read_tensors, tensors_digest
 
@@ -177,7 +179,8 @@ def check_method(entry: MethodEntry, **changes: Any) -> None:
         if len(digests) == 2:
             if digests["once"] != digests["again"]:
                 faults.append("two runs with one seed differ: draw from the request's seed only")
-            if entry.rounds and (fault := _resumes(Path(place) / "again", digests["once"])):
+            stopped = _small(entry, Path(place) / "stopped", changes)
+            if entry.rounds and (fault := _resumes(stopped, digests["once"])):
                 faults.append(fault)
     _require(f"the method {entry.name!r}", faults)
 
@@ -209,15 +212,20 @@ def _small(entry: MethodEntry, folder: Path, changes: Mapping[str, Any]) -> dict
     }
 
 
-def _resumes(folder: Path, expected: str) -> str | None:
-    """What is wrong if the second round of a run is done again."""
-    (folder / "result.json").unlink()
-    checkpoints = sorted((folder / "checkpoint").glob("round-*.safetensors"))
-    if len(checkpoints) < 2:  # of weights, they are removed at the end
-        return None
-    checkpoints[-1].unlink()
+class _Interrupted(Exception):
+    pass
+
+
+def _resumes(values: Mapping[str, Any], expected: str) -> str | None:
+    """What is wrong with a run that is interrupted after its first round and resumed."""
+
+    def interrupt(record: object, rounds: int) -> None:
+        raise _Interrupted
+
     try:
-        resume(folder)
+        with suppress(_Interrupted):
+            run(values, callbacks=Callbacks(round_done=interrupt))
+        folder = Path(resume(values["output"])["folder"])
     except Exception as error:  # as above
         return f"a run that was interrupted after a round cannot be resumed: {error!r}"
     if tensors_digest(read_tensors(folder / "best.safetensors")[0]) != expected:

@@ -25,7 +25,7 @@ def sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tensor], i
     distribution at that temperature, of which only the likeliest tokens that add up to `top_p` are
     kept (A. Holtzman et al. *The Curious Case of Neural Text Degeneration*. ICLR 2020.
     https://arxiv.org/abs/1904.09751). The same seed draws the same tokens from the same scores."""
-    if not temperature:
+    if temperature < 1e-6:  # below, scores divided by it are no numbers any more
         return lambda scores: int(scores.argmax())
     generator = torch.Generator().manual_seed(seed)
 

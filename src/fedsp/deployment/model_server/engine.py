@@ -50,7 +50,12 @@ class Wanted:
     def hears(self, scores: Tensor) -> int | None:
         """Choose the next token and tell it; None, and why, if it was the last, or if it ends the
         text itself."""
-        token = self.choose(scores)
+        try:
+            token = self.choose(scores)
+        except Exception:  # it is this text's own fault, and not that of the others
+            logging.getLogger("fedsp").exception("a token could not be chosen")
+            self.told("failed")
+            return None
         if token in self.ends:
             self.told("stop")
             return None

@@ -12,7 +12,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedsp.data.chat import end_of_turn, question_ids
 from fedsp.data.encoding import Tokenizer, decode_behind, encode_texts
@@ -30,6 +31,9 @@ from fedsp.training.generation import sampler
 
 LARGEST = 4 << 20
 """Bytes of one request's body."""
+
+LOOKS_EVERY = 1.0
+"""Seconds after which a text that waits is looked after: its client may have gone."""
 
 NEUTRAL = Field(0.0, ge=0.0, le=0.0)
 
@@ -146,6 +150,8 @@ class Answer:
 
     def hear(self, told: int | End) -> None:
         """A new token, or why there are no more."""
+        if self.reason:  # a text that ends it was found before
+            return
         if isinstance(told, str):
             self.reason = told
         else:
@@ -163,35 +169,21 @@ class Answer:
         return new
 
     def _unsettled(self, text: str) -> int:
-        if text.endswith("\ufffd"):
-            return len(text) - len(text.rstrip("\ufffd"))
+        whole = text.rstrip("\ufffd")
         starts = (
             size
             for stop in self._stops
             for size in range(len(stop) - 1, 0, -1)
-            if text.endswith(stop[:size])
+            if whole.endswith(stop[:size])
         )
-        return max(starts, default=0)
+        return len(text) - len(whole) + max(starts, default=0)
 
 
 def make_app(served: Served) -> FastAPI:
     """The application that answers requests with what is served."""
     app = FastAPI(title="fedsp", docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.middleware("http")
-    async def admitted(
-        request: Request, go_on: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        if served.key is not None and request.url.path.startswith("/v1"):
-            given = request.headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {served.key}".encode()):
-                return Refused(401, "the key is missing or wrong: send it as a bearer").response()
-        if request.method == "POST":
-            length = request.headers.get("content-length", "")
-            if not length.isdecimal() or int(length) > LARGEST:
-                sentence = f"a request must say its length, at most {LARGEST} bytes"
-                return Refused(413 if length.isdecimal() else 411, sentence).response()
-        return await go_on(request)
+    app.add_middleware(Admission, key=served.key)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -210,6 +202,8 @@ def make_app(served: Served) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return Refused(400, "the request is not JSON").response()
         where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
         what = (
             "is not supported"
@@ -235,8 +229,10 @@ def make_app(served: Served) -> FastAPI:
     async def complete(asked: Completion, request: Request) -> Response:
         _require(served, asked.model)
         texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        _require_utf8(texts)
         rows = await asyncio.to_thread(encode_texts, served.tokenizer, texts)
-        return await _respond(served, asked, rows, asked.max_tokens or 16, request)
+        most = asked.max_tokens or min(16, served.most)
+        return await _respond(served, asked, rows, most, request)
 
     @app.post("/v1/chat/completions")
     async def chat(asked: Chat, request: Request) -> Response:
@@ -250,12 +246,43 @@ def make_app(served: Served) -> FastAPI:
             )
             for message in asked.messages
         ]
+        _require_utf8([part for turn in turns for part in turn])
         ids = await asyncio.to_thread(question_ids, served.tokenizer, turns, "messages")
         room = served.rooms[asked.model] - len(ids)
         most = asked.max_completion_tokens or asked.max_tokens or max(1, min(served.most, room))
         return await _respond(served, asked, [ids], most, request)
 
     return app
+
+
+class Admission:
+    """Refuses requests without the key, and those that are too large or do not say how large. Plain
+    ASGI, so that an answer is told when its client has gone."""
+
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
+        self._app, self._key = app, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = self._refused(scope) if scope["type"] == "http" else None
+        await (refused.response() if refused else self._app)(scope, receive, send)
+
+    def _refused(self, scope: Scope) -> Refused | None:
+        headers = dict(scope["headers"])
+        if self._key is not None and scope["path"] != "/healthz":
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+                return Refused(401, "the key is missing or wrong: send it as a bearer")
+        if scope["method"] == "POST":
+            length = headers.get(b"content-length", b"")
+            if not length.isdigit() or int(length) > LARGEST:
+                sentence = f"a request must say its length, at most {LARGEST} bytes"
+                return Refused(413 if length.isdigit() else 411, sentence)
+        return None
+
+
+def _require_utf8(texts: Sequence[str]) -> None:
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise Refused(400, "a text holds half of a surrogate pair, which is no letter")
 
 
 def _about(name: str) -> dict[str, Any]:
@@ -327,7 +354,8 @@ async def _pieces(
     try:
         open_ones = dict(enumerate(answers))
         while open_ones:
-            await heard.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(heard.wait(), LOOKS_EVERY)
             heard.clear()
             if await request.is_disconnected():
                 return

@@ -17,10 +17,14 @@ from fedsp.deployment.model_server.openai_api import Served, make_app
 from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.experiments.start import OpenRun, answers_of, open_runs
 from fedsp.models.soft_prompt import SoftPrompt
-from fedsp.training.answers import Answering, Answers, Side, Together
+from fedsp.training.answers import Answering, Answers, Together
 
 BASE = "base"
 """The name of the global model without what was tuned."""
+
+
+GRACE = 5
+"""Seconds for answers that are being written when the server is ended."""
 
 
 def served_by_name(
@@ -51,8 +55,9 @@ def _alone(run: OpenRun, runs: Sequence[OpenRun], answers: Answers) -> Answers:
     """The answers of a run whose global model others share: what theirs left in it is taken out
     first, and a prompt's keys and values are made once."""
     if len(answers.sides) == 1 and isinstance(run.messenger, SoftPrompt):
-        prefix = answers.sides[0].load()
-        answers = Side(run.model, lambda: prefix)
+        (side,) = answers.sides
+        prefix = side.load()
+        answers = replace(side, load=lambda: prefix)
     others = [one for one in runs if one is not run and not isinstance(one.messenger, SoftPrompt)]
 
     def load(own: Callable[[], Tensor | None]) -> Tensor | None:
@@ -149,7 +154,13 @@ def serve_models(
         engine.start()
         try:
             uvicorn.Server(
-                uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+                uvicorn.Config(
+                    app,
+                    log_level="warning",
+                    access_log=False,
+                    lifespan="off",
+                    timeout_graceful_shutdown=GRACE,
+                )
             ).run(sockets=[found])
         finally:
             engine.stop()
