@@ -199,14 +199,14 @@ def test_a_conversation_is_answered_by_the_chat_template(
     with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as streamed:
         lines = [line for line in streamed.iter_lines() if line]
     assert lines[-1] == "data: [DONE]" and '"delta"' in lines[0]
-    for where, body in (
+    for where, raw in (
         ("completions", '{"model": "base", "prompt": "\\ud800a"}'),
         (
             "chat/completions",
             '{"model": "base", "messages": [{"role": "\\ud800", "content": "a"}]}',
         ),
     ):
-        half = http.post(f"/v1/{where}", content=body, headers={"content-type": "application/json"})
+        half = http.post(f"/v1/{where}", content=raw, headers={"content-type": "application/json"})
         assert half.status_code == 400 and "half of a surrogate pair" in half.text
     broken = http.post("/v1/completions", content="{", headers={"content-type": "application/json"})
     assert broken.json()["error"]["message"] == "the request is not JSON"
