@@ -20,7 +20,13 @@ from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import AuxiliaryError, ConfigurationError, StorageError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import make_plan
-from fedsp.models.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
+from fedsp.models.auxiliary import (
+    build_auxiliary,
+    disclosed_share,
+    load_auxiliary,
+    parse_plan,
+    plan_of_package,
+)
 from fedsp.models.loading import load_model, load_tokenizer, reduce_precision
 from fedsp.models.payload import PROMPT, pack
 from fedsp.models.prompted_lm import PromptedLM, hidden_at_depths
@@ -161,9 +167,17 @@ def test_a_package_that_was_changed_is_refused(tmp_path: Path) -> None:
         load_auxiliary(tmp_path, **where)
     weights.write_bytes(content)
     manifest = json.loads((tmp_path / "auxiliary.json").read_text())
-    (tmp_path / "auxiliary.json").write_text(json.dumps({**manifest, "plan": {}}))
-    with pytest.raises(AuxiliaryError, match="cannot be used"):
-        load_auxiliary(tmp_path, **where)
+    plan = manifest["plan"]
+    spoiled: list[dict[str, Any]] = [{}, {key: [] for key in plan}]
+    for key, entries in plan.items():
+        for changed in ([], entries[1:], ["0" for _ in entries]):
+            spoiled.append({**plan, key: changed})
+    for other in spoiled:
+        (tmp_path / "auxiliary.json").write_text(json.dumps({**manifest, "plan": other}))
+        with pytest.raises(AuxiliaryError, match="cannot be used"):
+            load_auxiliary(tmp_path, **where)
+        with pytest.raises(AuxiliaryError, match="cannot be used"):
+            plan_of_package(tmp_path)
     with pytest.raises(AuxiliaryError, match="holds no auxiliary model"):
         load_auxiliary(tmp_path / "none", **where)
 

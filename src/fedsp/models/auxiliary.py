@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -177,6 +177,21 @@ def chosen_plan(layers: Sequence[int], ends: int) -> str | list[int]:
     return f"emulator({ends}, {between})" if ends else between
 
 
+def _read_plan(values: Mapping[str, Any]) -> LayerPlan:
+    """The plan in a manifest, which anybody may have written.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    kinds = {"sources": int, "groups": int, "frozen": bool, "prompt_layers": int}
+    found = {key: tuple(values[key]) for key in kinds}
+    if any(type(entry) is not kinds[key] for key in kinds for entry in found[key]):
+        raise ValueError("an entry of the plan is of the wrong type")
+    if len({len(entries) for entries in found.values()}) > 1 or not found["sources"]:
+        raise ValueError("the plan does not say the same number of depths everywhere")
+    return LayerPlan(**found)
+
+
 def plan_of_package(folder: Path) -> tuple[LayerPlan, int]:
     """The plan in the manifest of a package, and the number of the global model's layers.
 
@@ -185,8 +200,7 @@ def plan_of_package(folder: Path) -> tuple[LayerPlan, int]:
     """
     try:
         manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        plan = LayerPlan(**{key: tuple(value) for key, value in manifest["plan"].items()})
-        return plan, int(manifest["prompt_shape"]["layers"])
+        return _read_plan(manifest["plan"]), int(manifest["prompt_shape"]["layers"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise AuxiliaryError(
             f"the auxiliary model in {folder} cannot be used: {error}; `fedsp distill` makes one"
@@ -492,12 +506,7 @@ def load_auxiliary(
     """
     try:
         manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        plan = LayerPlan(
-            **{
-                key: tuple(manifest["plan"][key])
-                for key in ("sources", "groups", "frozen", "prompt_layers")
-            }
-        )
+        plan = _read_plan(manifest["plan"])
         shape = ModelShape(**manifest["prompt_shape"])
         if any(type(size) is not int for size in asdict(shape).values()):
             raise ValueError("a size of prompt_shape is not a whole number")
