@@ -1,5 +1,5 @@
 """Texts that are answered together against one after another, by the engine of `fedsp serve-model`:
-a table of docs/results/performance.md.
+the table of docs/how-to/serve.md.
 
     python benchmarks/serving.py [--model gpt2] [--texts 16] [--tokens 32] [--repeats 3]
 
@@ -75,17 +75,19 @@ def main() -> None:
         tokenizer(" ".join(words[7 * row : 7 * row + 6 + 3 * row]))["input_ids"]
         for row in range(given.texts)
     ]
-    engine = Engine({NAME: Side(model, lambda: None)})
-    together = engine.at_once[NAME]
-    engine.start()
+    engines = [Engine({NAME: Side(model, lambda: None)}) for _ in range(2)]
+    together = engines[1].at_once[NAME]
+    engines[0].at_once[NAME] = 1
+    for engine in engines:
+        engine.start()
     seconds: dict[int, list[float]] = {1: [], together: []}
     tokens: dict[int, list[list[int]]] = {}
     for _ in range(given.repeats):
-        for at_once, times in seconds.items():
-            engine.at_once[NAME] = at_once
+        for engine, (at_once, times) in zip(engines, seconds.items(), strict=True):
             took, tokens[at_once] = written(engine, texts, given.tokens)
             times.append(took)
-    engine.stop()
+    for engine in engines:
+        engine.stop()
     differing = sum(one != other for one, other in zip(*tokens.values(), strict=True))
     ratios = [one / other for one, other in zip(*seconds.values(), strict=True)]
     count = given.texts * given.tokens
