@@ -5,7 +5,7 @@ not, from the run's folder alone. It claims nothing that was not measured."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedsp.audit.findings import Finding, found_tables
@@ -46,7 +46,7 @@ def model_card(run: RunDirectory, *, kind: str, base_model: str, use: str) -> st
         "",
         "## How it was made",
         "",
-        *_table(_made(run)),
+        *_table(("", ""), _made(run)),
         "",
         "## What it does",
         "",
@@ -115,11 +115,14 @@ def _figures(run: RunDirectory) -> Iterable[str]:
     test, untuned = result["test"], result.get("zero_shot") or {}
     yield f"Measured once, on {int(test['examples'])} test questions, with one seed."
     yield ""
-    yield "| | base model | tuned |"
-    yield "|---|---|---|"
-    for name, words in MEASURES.items():
-        if name in test:
-            yield f"| {words} | {_shown(name, untuned)} | {_shown(name, test)} |"
+    yield from _table(
+        ("", "base model", "tuned"),
+        (
+            (words, _shown(name, untuned), _shown(name, test))
+            for name, words in MEASURES.items()
+            if name in test
+        ),
+    )
 
 
 def _shown(name: str, figures: Mapping[str, Any]) -> str:
@@ -157,16 +160,18 @@ def _finding(finding: Finding) -> Iterable[str]:
     if finding.rows:
         columns = list(dict.fromkeys(key for row in finding.rows for key in row))
         yield ""
-        yield f"| {' | '.join(columns)} |"
-        yield "|---" * len(columns) + "|"
-        for row in finding.rows:
-            yield f"| {' | '.join(str(row.get(column, '')) for column in columns)} |"
+        rows = ([row.get(column, "") for column in columns] for row in finding.rows)
+        yield from _table(columns, rows)
     if finding.note:
         yield ""
         yield finding.note
 
 
-def _table(rows: Iterable[tuple[str, Any]]) -> Iterable[str]:
-    yield "| | |"
-    yield "|---|---|"
-    yield from (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows)
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterable[str]:
+    yield _line(head)
+    yield "|---" * len(head) + "|"
+    yield from map(_line, rows)
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"

@@ -12,6 +12,7 @@ import ast
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -244,15 +245,10 @@ def _question(row: Row) -> tuple[str, list[str], list[int]]:
     return f"{before}{_asked(row)}", _texts(row), [_index(row)]
 
 
-def _continuation(row: Row) -> tuple[str, list[str], list[int]]:
+def _continuation(row: Row, form: str = "{}\n") -> tuple[str, list[str], list[int]]:
+    """The question as it stands, behind its context, if it has one, in that form."""
     context = _context(row)
-    before = f"{context}\n" if context else ""
-    return f"{before}{_text(row, 'question')}", _texts(row), [_index(row)]
-
-
-def _article(row: Row) -> tuple[str, list[str], list[int]]:
-    context = _context(row)
-    before = f"Article: {context}\n\n" if context else ""
+    before = form.format(context) if context else ""
     return f"{before}{_text(row, 'question')}", _texts(row), [_index(row)]
 
 
@@ -380,6 +376,7 @@ _hub_task("openbookqa", ("allenai/openbookqa", "main"), ALL, _openbookqa, _conti
 _hub_task("hellaswag", ("Rowan/hellaswag", None), "train - validation", _hellaswag, _continuation)
 _hub_task("piqa", ("baber/piqa", None), "train - validation", _piqa, _question)
 _hub_task("sciq", ("allenai/sciq", None), ALL, _sciq, _question)
+_article = partial(_continuation, form="Article: {}\n\n")
 _hub_task("race", ("EleutherAI/race", "high"), "- - test", _race, _article)
 _webqs_hub = ("stanfordnlp/web_questions", None)
 _hub_task("webqs", _webqs_hub, "train - test", _webqs, _question, "exact_match")
@@ -509,7 +506,7 @@ def find_task(name: str) -> Task:
 
     Raises:
         DataError: there is none.
-        ConfigurationError: as `load_installed`, or the package's task has another name.
+        ConfigurationError: as `load_installed`.
     """
     if name not in TASKS and (brought := load_installed(installed.TASKS, name, Task)):
         register_task(brought)
