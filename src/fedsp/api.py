@@ -614,6 +614,7 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     named = run.directory.config.model.name
     base = Path(named).name if Path(named).exists() else named
     use = (MERGED_USE if merged else ADAPTER_USE).format(base=base, folder=to.name)
-    card = model_card(run.directory, kind=words, base_model=base, use=use)
+    library = "transformers" if merged else "peft"
+    card = model_card(run.directory, kind=words, base_model=base, use=use, library=library)
     write_bytes(to / "README.md", card.encode())
     return {"folder": str(to), **what, "base_model": run.model.name}

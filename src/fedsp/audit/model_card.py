@@ -24,15 +24,17 @@ MEASURES = {
 SHARES = ("accuracy", "accuracy_norm", "exact_match", "macro_f1")
 
 
-def model_card(run: RunDirectory, *, kind: str, base_model: str, use: str) -> str:
+def model_card(
+    run: RunDirectory, *, kind: str, base_model: str, use: str, library: str = "peft"
+) -> str:
     """The card of a run's messenger as Markdown with the metadata of the Hugging Face hub
     (https://huggingface.co/docs/hub/model-cards).
 
-    kind: what the folder holds, in words. use: how it is loaded, as Python code.
+    kind: what the folder holds, in words. use: how it is loaded, as Python code, by the `library`.
     """
     head = {
         "base_model": base_model,
-        "library_name": "transformers" if "merged" in kind else "peft",
+        "library_name": library,
         "tags": ["fedsp", "federated-learning"],
     }
     lines = [
