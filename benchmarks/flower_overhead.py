@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from fedsp import api as commands
 from fedsp.cli import quiet_libraries
 from fedsp.config_file import make_config, read_config
-from fedsp.deployment.new_federation import init_federation
+from fedsp.deployment.parties.new_federation import init_federation
 from fedsp.deployment.processes import free_port
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory

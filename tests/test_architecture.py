@@ -51,7 +51,7 @@ ONLY_IN = {
     "jinja2": {"report.page"},
     "matplotlib": {"report.figures"},
     "mlflow": {"experiments.tracking"},
-    "cryptography": {"deployment.credentials"},
+    "cryptography": {"deployment.parties.credentials"},
     "zstandard": {"federation.compression"},
     "bitsandbytes": {"models.loading"},
     "uvicorn": {"deployment.fleet_proxy", "deployment.model_server.server"},

@@ -204,7 +204,7 @@ def join(path: str | Path, *, callbacks: Callbacks | None = None) -> int:
 def init_federation(folder: str | Path, clients: Sequence[str], address: str) -> None:
     """Write a folder of keys and configuration for each party of a deployment."""
     _require_flower()
-    from fedsp.deployment.new_federation import init_federation as init
+    from fedsp.deployment.parties.new_federation import init_federation as init
 
     init(Path(folder), list(clients), address)
 
@@ -233,8 +233,8 @@ def distill(
     if not config.federation:
         return make_package(config, folder, callbacks)
     _require_flower()
-    from fedsp.deployment.credentials import SIGNING, sign
     from fedsp.deployment.package import seal_package
+    from fedsp.deployment.parties.credentials import SIGNING, sign
 
     require_new(Path(folder).resolve())
     key = Path(config.federation.folder) / SIGNING

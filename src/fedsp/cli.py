@@ -237,13 +237,15 @@ def _run(
     from fedsp.report.console import Display, figures_table
 
     folder = resume or Path(read.output if read else "")
+    deployed = engine == "deployment"
 
     def how() -> str:
         if not (folder / ROUNDS).exists():
             return "no round was finished"
-        return f"finished rounds are kept: go on with `fedsp run --resume {folder}`"
+        command = "serve" if deployed else "run"
+        return f"finished rounds are kept: go on with `fedsp {command} --resume {folder}`"
 
-    with _says_how_to_go_on(how), Display() as display:
+    with _says_how_to_go_on(how), Display(timed=deployed) as display:
         if engine == "local" and not (resume or workers):
             _measure_threads(display.callbacks().info)
         if resume:
@@ -291,7 +293,7 @@ def join(
     from fedsp import api as commands
     from fedsp.report.console import Display
 
-    with Display() as display:
+    with Display(timed=True) as display:
         answered = commands.join(party, callbacks=display.callbacks())
         display.print(f"the run is finished; {answered} requests were answered")
 
@@ -462,7 +464,13 @@ def federation_init(
     folder: Annotated[
         Path, typer.Argument(help="The new folder; it will hold one folder per party.")
     ],
-    clients: Annotated[str, typer.Option(help="The clients' names, separated by commas.")],
+    clients: Annotated[
+        str,
+        typer.Option(
+            help="Names of clients whose keys are made here, separated by commas. None: each makes"
+            " its own (`fedsp party init`)."
+        ),
+    ] = "",
     address: Annotated[
         str, typer.Option(help="host:port at which clients reach the server.")
     ] = "localhost:8000",
@@ -470,12 +478,146 @@ def federation_init(
     """Write keys, certificates, the register of clients and a commented configuration for each
     party."""
     require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
-    from fedsp.deployment.new_federation import init_federation
+    from fedsp.deployment.parties.new_federation import init_federation
 
-    init_federation(folder, [name.strip() for name in clients.split(",")], address)
+    names = [name.strip() for name in clients.split(",")] if clients.strip() else []
+    init_federation(folder, names, address)
+    hand_over = (
+        f"send each {folder}/NAME to the client of that name over a confidential channel"
+        if names
+        else f"enter the clients' requests with `fedsp federation admit` in {folder}/server"
+    )
+    typer.echo(f"keep {folder}/server on the server, {hand_over}, and keep {folder}/ca.key offline")
+
+
+Server = Annotated[
+    Path, typer.Option("--server", help="The server's folder, with register.toml.", metavar="DIR")
+]
+
+
+@federation.command("admit")
+def federation_admit(
+    request: Annotated[Path, typer.Argument(help="The request.json that the client has sent.")],
+    server: Server = Path(),
+    examples: Annotated[
+        Optional[int],
+        typer.Option(help="How many examples the client has told you it holds. Default: 1."),
+    ] = None,
+) -> None:
+    """Enter a client's request into the server's register, or the new key of a client that is in
+    it. It takes part from the next `fedsp serve`, `--resume` too."""
+    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    from fedsp.deployment.parties.admission import admit
+
+    asked, replaced = admit(request, server, examples)
+    how = "known by its new key" if replaced else "admitted"
     typer.echo(
-        f"keep {folder}/server on the server, send each {folder}/NAME to the client of that name"
-        f" over a confidential channel, and keep {folder}/ca.key offline"
+        f"{asked.name} is {how}, {asked.fingerprint}: hear the same from the client by another way,"
+        " or revoke it; it takes part from the next `fedsp serve`"
+    )
+    if not replaced:
+        typer.echo(
+            f"send it {server / 'ca.crt'}, {server / 'server.pub'} and the package, none of which"
+            " is secret, and tell it the package's digest by another way"
+        )
+
+
+@federation.command("revoke")
+def federation_revoke(
+    name: Annotated[str, typer.Argument(help="The client's name in the register.")],
+    server: Server = Path(),
+) -> None:
+    """Take a client out of the server's register; a server that is running refuses it at once."""
+    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    from fedsp.deployment.parties.admission import revoke
+
+    revoke(name, server)
+    typer.echo(f"{name} is no longer in {server / 'register.toml'}: its key opens nothing any more")
+
+
+@federation.command("renew")
+def federation_renew(
+    server: Server = Path(),
+    authority: Annotated[
+        Path, typer.Option(help="The authority's key, which is kept offline.", metavar="FILE")
+    ] = Path("../ca.key"),
+) -> None:
+    """Make the server's certificate anew, for the same names. A server that is running has to be
+    started again (`--resume`)."""
+    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    from fedsp.deployment.parties.credentials import renew
+
+    until, with_authority = renew(server, authority)
+    typer.echo(f"the server's certificate is valid until {until:%Y-%m-%d}; start the server again")
+    if with_authority:
+        typer.echo(
+            f"the authority's certificate was made anew too: send {server / 'ca.crt'} to every"
+            " client, in place of the one before"
+        )
+
+
+@federation.command("check")
+def federation_check(
+    party: Annotated[Path, typer.Argument(help="The client's party.toml.")] = Path("party.toml"),
+) -> None:
+    """Try a client's way to the server: name, port, TLS and certificate, key, clock, version. Exit
+    code 2 at the first that fails, with what to do."""
+    from fedsp.config_file import read_party
+
+    settings = read_party(party)
+    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    from fedsp.deployment.connection import check_connection
+
+    for step in check_connection(settings):
+        typer.echo(f"{step.name:8} {step.found}")
+
+
+party_commands = typer.Typer(
+    name="party",
+    help="A client's own key.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(
+    party_commands, rich_help_panel=ELSEWHERE, short_help="A client: make or change its own key."
+)
+
+
+@party_commands.command("init")
+def party_init(
+    name: Annotated[str, typer.Argument(help="This client's name.")],
+    server: Annotated[str, typer.Option(help="host:port of the server.")] = "localhost:8000",
+    folder: Annotated[
+        Optional[Path], typer.Option(help="The new folder. Default: one of that name.")
+    ] = None,
+) -> None:
+    """Make this client's key, its configuration, and the request to be admitted, which alone goes
+    to the owner of the model."""
+    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    from fedsp.deployment.parties.admission import REQUEST, init_party
+
+    place = folder or Path(name)
+    made = init_party(place, name, server)
+    typer.echo(
+        f"send {place / REQUEST} to the owner of the model and tell its fingerprint, {made}, by"
+        f" another way; put the ca.crt, server.pub and package that come back into {place}; the key"
+        " never leaves this folder"
+    )
+
+
+@party_commands.command("rotate")
+def party_rotate(
+    config: Annotated[Path, typer.Argument(help="The client's party.toml.")] = Path("party.toml"),
+) -> None:
+    """Change this client's key. The server knows the new one once it has admitted the
+    request; until then, going back is to rename client.key.before to client.key."""
+    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    from fedsp.deployment.parties.admission import REQUEST, rotate_key
+
+    made = rotate_key(config)
+    typer.echo(
+        f"send {REQUEST} to the owner of the model, who enters it with `fedsp federation admit`;"
+        f" the new key's fingerprint is {made}"
     )
 
 

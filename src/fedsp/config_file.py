@@ -287,6 +287,21 @@ def read_register(folder: Path) -> dict[str, Member]:
     """The clients that a server knows, by name.
 
     Raises:
+        ConfigurationError: the register is missing or names none, or an entry has no public key or
+            no number of examples.
+    """
+    register = read_members(folder)
+    if not register:
+        raise ConfigurationError(
+            f"{folder / REGISTER} names no client: `fedsp federation admit` enters one's request"
+        )
+    return register
+
+
+def read_members(folder: Path) -> dict[str, Member]:
+    """`read_register`, of which no client need be in the register yet.
+
+    Raises:
         ConfigurationError: the register is missing, or an entry has no public key or no number of
             examples.
     """
@@ -316,10 +331,6 @@ def read_register(folder: Path) -> dict[str, Member]:
         if not key.is_file():
             raise ConfigurationError(f"{where}: there is no public key {key}")
         register[name] = Member(key, examples, entry.get("node"))
-    if not register:
-        raise ConfigurationError(
-            f"{path} names no client: add a [clients.NAME] table with public_key and examples"
-        )
     return register
 
 

@@ -25,8 +25,8 @@ import torch
 from fedsp import api as commands
 from fedsp.audit.traffic import traffic
 from fedsp.config_file import make_config
-from fedsp.deployment.credentials import CA, make_client_credentials
-from fedsp.deployment.new_federation import init_federation
+from fedsp.deployment.parties.credentials import CA, make_client_credentials
+from fedsp.deployment.parties.new_federation import init_federation
 from fedsp.deployment.processes import free_port
 from fedsp.deployment.serve import APP
 from fedsp.experiments.embedded import EMBEDDED

@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedsp.deployment import fleet_proxy as proxy
-from fedsp.deployment.credentials import CA, CERTIFICATE, CLIENT_KEY, KEY
-from fedsp.deployment.new_federation import init_federation
+from fedsp.deployment.parties.credentials import CA, CERTIFICATE, CLIENT_KEY, KEY
+from fedsp.deployment.parties.new_federation import init_federation
 from fedsp.deployment.processes import free_port
 
 

@@ -37,15 +37,7 @@ from fedsp.data.dataset import load_dataset
 from fedsp.data.seeding import derive_seed
 from fedsp.deployment import join as joining
 from fedsp.deployment import restricted_executor as pinned
-from fedsp.deployment.credentials import (
-    CERTIFICATE,
-    client_key,
-    has_signed,
-    sign,
-    verify,
-)
 from fedsp.deployment.join import Client, Node, ServerProbe, supernode_command
-from fedsp.deployment.new_federation import init_federation
 from fedsp.deployment.package import (
     hold_against_policy,
     package_digest,
@@ -53,6 +45,14 @@ from fedsp.deployment.package import (
     seal_package,
 )
 from fedsp.deployment.package_check import require_harmless
+from fedsp.deployment.parties.credentials import (
+    CERTIFICATE,
+    client_key,
+    has_signed,
+    sign,
+    verify,
+)
+from fedsp.deployment.parties.new_federation import init_federation
 from fedsp.deployment.processes import host_and_port, written
 from fedsp.deployment.serve import proxy_command, superlink_command
 from fedsp.errors import (

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedsp import api as commands
 from fedsp.config_file import make_config
-from fedsp.deployment.credentials import has_signed
 from fedsp.deployment.ipc import Socket, SocketLink, carry, connect
+from fedsp.deployment.parties.credentials import has_signed
 from fedsp.errors import DeploymentError, TooFewClients
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import RunDirectory

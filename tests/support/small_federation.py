@@ -11,7 +11,7 @@ import tomli_w
 from fedsp import api as commands
 from fedsp.config import PartyConfig
 from fedsp.config_file import make_config, read_config, read_party
-from fedsp.deployment.new_federation import init_federation
+from fedsp.deployment.parties.new_federation import init_federation
 from fedsp.experiments.run_directory import RunDirectory
 from support.small_runs import ROWS, questions, settings
 

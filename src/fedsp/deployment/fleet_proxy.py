@@ -3,7 +3,9 @@ Flower's nodes need, and nothing else.
 
 Flower's SuperLink serves three APIs on one port, and whoever reaches it can start a run, that is:
 run code on the server. So the SuperLink listens on this machine alone, and the proxy passes only
-its Fleet API (`POST /v1/fleet/...`), and of that what a registered client has signed.
+its Fleet API (`POST /v1/fleet/...`), and of that what a registered client has signed. By itself it
+answers `POST /v1/fedsp/greeting`, signed alike, with its version and the time, by which a client
+sees at once whether it is known here (`fedsp.deployment.connection`).
 
     python -m fedsp.deployment.fleet_proxy LISTEN_HOST LISTEN_PORT SUPERLINK_PORT FOLDER COUNTS
 
@@ -15,10 +17,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import re
 import ssl
 import sys
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
@@ -28,15 +32,24 @@ import httpx
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedsp.deployment.credentials import CA, CERTIFICATE, KEY, client_keys, has_signed
+import fedsp
+from fedsp.config_file import REGISTER
+from fedsp.deployment.connection import GREETING
+from fedsp.deployment.parties.credentials import (
+    CA,
+    CERTIFICATE,
+    KEY,
+    KEY_HEADER,
+    SIGNATURE_HEADER,
+    TIME_HEADER,
+    client_keys,
+    has_signed,
+)
+from fedsp.errors import FedspError
 
 PASSED = re.compile(r"/v1/fleet/[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 """The paths that are passed on, whole: no dots, no percent signs, nothing that another reader could
 take for another path."""
-
-KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER = b"flwr-public-key", b"flwr-signature", b"flwr-timestamp"
-"""Headers of every call of a registered node: its key, and its signature of the timestamp. They are
-verified before any body is read; Flower checks that the timestamp is recent."""
 
 LARGEST = 8 << 20
 """Bytes of one request's body: Flower cuts what is larger into pieces of 5 MB at most."""
@@ -75,6 +88,8 @@ class FleetProxy:
         self._of_address: Counter[str] = Counter()
         self._held: Counter[bytes] = Counter()
         self._file = counts
+        self._folder = folder
+        self._changed = self._last_change()
         self._keys = client_keys(folder)
         self._url = f"https://127.0.0.1:{port}"
         context = ssl.create_default_context(cafile=str(folder / CA))
@@ -102,9 +117,9 @@ class FleetProxy:
         finally:
             self._of_address[address] -= 1
             self._of_address += Counter()  # forget addresses that have none
-        if status < 400:
-            call = str(scope["path"]).removeprefix("/v1/fleet/")
-            entry = self._counts.setdefault(call, [0, 0, 0])
+        call = str(scope.get("path", ""))
+        if status < 400 and call != GREETING:
+            entry = self._counts.setdefault(call.removeprefix("/v1/fleet/"), [0, 0, 0])
             entry[:] = entry[0] + 1, entry[1] + received, entry[2] + len(body)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -113,7 +128,7 @@ class FleetProxy:
         raw = bytes(scope.get("raw_path") or b"").decode("latin-1")
         if (
             scope["method"] != "POST"
-            or not PASSED.fullmatch(raw)
+            or not (PASSED.fullmatch(raw) or raw == GREETING)
             or raw != scope["path"]
             or scope.get("query_string")
         ):
@@ -121,6 +136,9 @@ class FleetProxy:
         client = self._signer({name.lower(): value for name, value in scope["headers"]})
         if isinstance(client, tuple):
             return client
+        if raw == GREETING:
+            told = {"fedsp": str(fedsp.__version__), "time": time.time()}
+            return 200, [(b"content-type", b"application/json")], json.dumps(told).encode(), 0
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_WITHIN):
@@ -137,14 +155,32 @@ class FleetProxy:
     def _signer(self, headers: Mapping[bytes, bytes]) -> bytes | Answer:
         """The key of the registered client that signed a call; the refusal where none did."""
         try:
-            key = base64.b64decode(headers[KEY_HEADER], validate=True)
-            signature = base64.b64decode(headers[SIGNATURE_HEADER], validate=True)
-            when = headers[TIME_HEADER]
+            key = base64.b64decode(headers[KEY_HEADER.encode()], validate=True)
+            signature = base64.b64decode(headers[SIGNATURE_HEADER.encode()], validate=True)
+            when = headers[TIME_HEADER.encode()]
         except (KeyError, ValueError):
             return 401, [], b"", 0
-        if key not in self._keys:
+        keys = self._registered()
+        if key not in keys:
             return 412, [(b"content-type", b"application/json")], UNKNOWN_NODE, 0
-        return key if has_signed(self._keys[key], when, signature) else (401, [], b"", 0)
+        return key if has_signed(keys[key], when, signature) else (401, [], b"", 0)
+
+    def _registered(self) -> Mapping[bytes, Any]:
+        """The keys of the clients that were in the register at the start and still are: who is
+        revoked is turned away at once, and who is new is known to Flower from the next start. A
+        register that cannot be read, because it is being written, leaves the keys before."""
+        with contextlib.suppress(OSError, FedspError):
+            changed = self._last_change()
+            if changed != self._changed:
+                now = client_keys(self._folder)
+                self._keys = {key: self._keys[key] for key in self._keys if key in now}
+                self._changed = changed
+        return self._keys
+
+    def _last_change(self) -> int:
+        return max(
+            path.stat().st_mtime_ns for path in (self._folder / REGISTER, self._folder / "clients")
+        )
 
     async def _read(self, body: bytearray, client: bytes, receive: Receive) -> int:
         """Read a request's body into `body`; returns the status of the refusal, or 0."""

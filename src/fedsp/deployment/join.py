@@ -10,8 +10,6 @@ import math
 import os
 import re
 import secrets
-import socket
-import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -22,10 +20,11 @@ from fedsp.config import PartyConfig
 from fedsp.data.encoding import encode_targets
 from fedsp.data.files import read_rows
 from fedsp.data.rendering import Rendering
-from fedsp.deployment.credentials import CA, CLIENT_KEY, SERVER_PUBLIC, client_signer
+from fedsp.deployment.connection import Lookout
 from fedsp.deployment.ipc import SOCKET, Socket
 from fedsp.deployment.package import hold_against_policy, open_package
-from fedsp.deployment.processes import Processes, free_port, host_and_port, options, written
+from fedsp.deployment.parties.credentials import CA, CLIENT_KEY, SERVER_PUBLIC, client_signer
+from fedsp.deployment.processes import Processes, free_port, host_and_port, options
 from fedsp.deployment.restricted_executor import command, require_pinning
 from fedsp.errors import (
     ConfigurationError,
@@ -33,6 +32,7 @@ from fedsp.errors import (
     DeploymentError,
     PayloadError,
     PolicyError,
+    StorageError,
     first_line,
 )
 from fedsp.federation.agreement import promised_epsilon
@@ -117,6 +117,8 @@ class Client:
         self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
         self.answered = 0
+        self.undone: list[StorageError] = []
+        """Why requests were not done, where the disk did not take what they needed."""
 
     def respond(self, message: Message) -> Message:
         """The answer to a message; the same message again gets the same answer, without training
@@ -268,9 +270,11 @@ class Client:
         self._received = {(request.run, request.round): request.payload}
 
     def _log(self, request: Request, error: Exception) -> None:
-        """Log an error on this machine: the message of a PolicyError or PayloadError, else only the
-        exception type, since its message may contain private text."""
-        ours = isinstance(error, PolicyError | PayloadError)
+        """Log an error on this machine: the message of a PolicyError, PayloadError or StorageError,
+        else only the exception type, since its message may contain private text."""
+        ours = isinstance(error, PolicyError | PayloadError | StorageError)
+        if isinstance(error, StorageError):
+            self.undone.append(error)
         what = first_line(error) if ours else type(error).__name__
         self._info(f"round {request.round}: not done: {what}")
 
@@ -284,14 +288,17 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
 
     Raises:
         FedspError: the client cannot take part, or Flower's process on this machine has ended.
+        StorageError: the run is finished, but for lack of disk this client could not do all of it.
     """
-    host, port = host_and_port(party.server, "server")
+    host_and_port(party.server, "server")
     for name in (CA, CLIENT_KEY, SERVER_PUBLIC):
         if not (Path(party.keys) / name).is_file():
             raise ConfigurationError(
                 f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp"
-                " federation init` made for this client"
+                " federation init` made for this client, or from the owner of the model"
             )
+    lookout = Lookout(party, callbacks, greets=SOCKET not in os.environ)
+    lookout.look()
     client = Client(party, callbacks)
     if client.agreement.privacy.unit != "example":
         callbacks.info(
@@ -316,10 +323,9 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
             f"{party.name} joins {party.server} with {len(client.rows)} examples; Flower's log is"
             f" {place / 'supernode.log'}"
         )
-        look = ServerProbe(host, port, Path(party.keys) / CA, callbacks)
 
         def check() -> None:
-            look.out()
+            lookout.look()
             if SOCKET not in os.environ:
                 node.keep_running()
 
@@ -338,6 +344,11 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
                 channel.send(None, [working.result() if working else END])
             channel.close()
         time.sleep(GOODBYE)
+    if client.undone:
+        raise StorageError(
+            f"the run is finished, but {len(client.undone)} of {client.answered} requests were not"
+            f" done: {client.undone[-1]}"
+        )
     return client.answered
 
 
@@ -371,8 +382,9 @@ class Node:
                 self._refused = now
             if self._refused and now - self._refused > REFUSED_FOR:
                 raise CredentialError(
-                    "the server refuses this client: its key is not in the server's register, or"
-                    " its name belongs to another that is connected; ask the owner of the model"
+                    "the server knows this client's key and refuses it all the same: another process"
+                    " is connected by that key, or its key came into the register while the server"
+                    " ran; ask the owner of the model"
                 )
             if now - self._started < PAUSE:
                 return
@@ -390,54 +402,6 @@ class Node:
         self._processes.start("supernode", *supernode_command(self._party, port, secret))
         self._processes.start("executor", *executor_command(port, secret))
         self._started = now
-
-
-class ServerProbe:
-    """Checks every five seconds whether the server is reachable, and reports changes."""
-
-    def __init__(self, host: str, port: int, authority: Path, callbacks: Callbacks) -> None:
-        self._address, self._info = (host, port), callbacks.info
-        try:
-            self._context = ssl.create_default_context(cafile=str(authority))
-        except (OSError, ssl.SSLError) as error:
-            raise CredentialError(
-                f"{authority} is no certificate: get it again from the owner of the model"
-            ) from error
-        self._next, self._reached, self._once = 0.0, True, False
-
-    def out(self) -> None:
-        """Look, if it is time to.
-
-        Raises:
-            CredentialError: what answers there, the first time, is not the server that `ca.crt`
-                vouches for.
-        """
-        if time.monotonic() < self._next:
-            return
-        reached, where = False, written(*self._address)
-        try:
-            with (
-                socket.create_connection(self._address, 2) as plain,
-                self._context.wrap_socket(plain, server_hostname=self._address[0]),
-            ):
-                reached = True
-        except ssl.SSLCertVerificationError as error:
-            wrong = (
-                f"the certificate of the server at {where} does not verify against ca.crt"
-                f" ({error.verify_message}): check `server` and `keys`, and ask the owner of the"
-                " model"
-            )
-            if not self._once:
-                raise CredentialError(wrong) from error
-            if self._reached:
-                self._info(wrong)
-        except OSError:
-            reached = False
-        self._once = self._once or reached
-        if reached != self._reached:
-            away = f"the server does not answer at {where}; this client keeps trying"
-            self._info("the server answers again" if reached else away)
-        self._reached, self._next = reached, time.monotonic() + 5.0
 
 
 def supernode_command(party: PartyConfig, port: int, secret: Path) -> list[str]:

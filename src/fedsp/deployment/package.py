@@ -11,8 +11,8 @@ import torch
 
 from fedsp.config import Agreement, PackageSection, PolicySection
 from fedsp.config_file import validated
-from fedsp.deployment.credentials import sign, verify
 from fedsp.deployment.package_check import require_harmless
+from fedsp.deployment.parties.credentials import sign, verify
 from fedsp.errors import (
     AuxiliaryError,
     CredentialError,

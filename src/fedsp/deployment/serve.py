@@ -17,9 +17,9 @@ from typing import Any
 
 from fedsp.config import FederationSection, RunConfig
 from fedsp.config_file import Member, read_register
-from fedsp.deployment import credentials
 from fedsp.deployment.ipc import SOCKET, Socket, SocketLink
 from fedsp.deployment.package import package_digest, read_agreement
+from fedsp.deployment.parties import credentials
 from fedsp.deployment.processes import (
     START,
     Processes,
@@ -29,7 +29,7 @@ from fedsp.deployment.processes import (
     require_free,
     wait_for_port,
 )
-from fedsp.errors import AuxiliaryError, ConfigurationError, DeploymentError
+from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import PROXY_COUNTS, RunDirectory
 from fedsp.federation.agreement import agreement_of
@@ -56,6 +56,12 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
         FedspError: whatever cannot be done; what was done before stands and can be resumed.
     """
     section = _server_section(run.config)
+    left = credentials.days_left(Path(section.folder))
+    if left < credentials.SOON:
+        callbacks.info(
+            f"the server's certificate expires in {left:.0f} days: `fedsp federation renew` makes a"
+            " new one"
+        )
     register = read_register(Path(section.folder))
     keys = {
         name: partial(credentials.has_signed, credentials.client_key(member.public_key))
@@ -106,6 +112,11 @@ def _server_section(config: RunConfig) -> FederationSection:
                 f"federation.folder: there is no {folder / name}; `fedsp federation init` makes it"
             )
     host_and_port(config.federation.listen, "federation.listen")
+    if credentials.days_left(folder) <= 0:
+        raise CredentialError(
+            f"federation.folder: the certificate in {folder} has expired, and no client would take"
+            " it: `fedsp federation renew` makes a new one"
+        )
     if not config.auxiliary.folder:
         raise ConfigurationError(
             "auxiliary.folder: a deployment needs a package (auxiliary model, signed agreement):"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -34,9 +35,10 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 class Display:
     """A console with two bars, distillation and rounds; where output is not a terminal, a line for
-    each round."""
+    each round. `timed`: lines about the work begin with the time, as logs of a service do."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, timed: bool = False) -> None:
+        self.timed = timed
         self.console = Console(width=None if os.isatty(1) else 160, soft_wrap=not os.isatty(1))
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -63,7 +65,7 @@ class Display:
 
     def callbacks(self) -> Callbacks:
         return Callbacks(
-            info=self.print,
+            info=self.say,
             distilled=self._distilled,
             round_done=self._round_done,
             part_done=self._part_done,
@@ -80,6 +82,12 @@ class Display:
     def print(self, what: RenderableType) -> None:
         self.console.print(what, highlight=False, markup=False)
 
+    def say(self, text: str) -> None:
+        """A line about the work."""
+        self.print(
+            f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z} {text}" if self.timed else text
+        )
+
     def finding(self, found: Finding) -> None:
         """A table, and below it what its words mean."""
         self.print(rows_table(found.title, found.rows))
@@ -89,7 +97,7 @@ class Display:
     def _distilled(self, step: int, steps: int, loss: float) -> None:
         left = self._advance("distillation", step, steps, f"loss {loss:.4f}")
         if not self.console.is_terminal and (step % max(1, steps // 5) == 0 or step == steps):
-            self.print(f"distillation {step}/{steps}  loss {loss:.4f} (mean squared error)  {left}")
+            self.say(f"distillation {step}/{steps}  loss {loss:.4f} (mean squared error)  {left}")
 
     def _round_done(self, record: RoundRecord, rounds: int) -> None:
         losses = "  ".join(
@@ -110,7 +118,7 @@ class Display:
                 " their oldest context"
             )
         left = self._advance("round", record.round, rounds, losses)
-        self.print(
+        self.say(
             f"round {record.round}/{rounds}  loss {losses or '-'}{validation} "
             f" {size(record.bytes_down)} down  {size(record.bytes_up)} up  {record.seconds:.1f} s "
             f" {left}{failed}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedsp.errors import FedspError, PayloadError, PolicyError, TrainingDiverged
+from fedsp.errors import FedspError, PayloadError, PolicyError, StorageError, TrainingDiverged
 from fedsp.federation.codecs import FLOAT32
 from fedsp.federation.compression import difference, encode_with_residual
 from fedsp.federation.messages import Request, Update
@@ -83,4 +83,6 @@ def _code(error: Exception) -> str:
         return "policy"
     if isinstance(error, TrainingDiverged):
         return "diverged"
+    if isinstance(error, StorageError):
+        return "storage"
     return "request" if isinstance(error, FedspError) else "failed"

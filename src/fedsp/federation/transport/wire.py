@@ -37,6 +37,7 @@ REFUSALS = {
         " client.learning_rate"
     ),
     "broadcast": "the client does not have the broadcast of the round before",
+    "storage": "the client's disk did not take what it has to keep; its own log says which file",
     "diverged": "a loss of the client's training was not finite",
     "failed": "the client could not finish this request; its own log says why",
 }
@@ -78,9 +79,14 @@ def signed_reply(
         PayloadError: it is not signed by that key, or for another request.
     """
     signature, divided, header = message.header.partition("\n")
+    if not divided:
+        raise PayloadError(
+            "the reply has no signature: the client's fedsp is another version than the server's;"
+            " use one at all parties"
+        )
     reply = replace(message, header=header)
     try:
-        genuine = bool(divided) and has_signed(_statement(reply, request), bytes.fromhex(signature))
+        genuine = has_signed(_statement(reply, request), bytes.fromhex(signature))
     except ValueError:
         genuine = False
     if not genuine:
@@ -236,7 +242,10 @@ def _fields(message: Message, expected: dict[str, type]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise PayloadError("the message's header is not JSON") from error
     if not isinstance(fields, dict) or fields.get("fedsp") != VERSION:
-        raise PayloadError(f"the message is not one of fedsp's, version {VERSION}")
+        raise PayloadError(
+            f"the message is not one of fedsp's of format {VERSION}: use one version of fedsp at"
+            " all parties"
+        )
     wrong = [name for name, kind in expected.items() if type(fields.get(name)) is not kind]
     if wrong:
         raise PayloadError(f"the message's header has no usable {wrong[0]}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from fedsp.config import NAME, PartyConfig, RunConfig
+from fedsp.config import RunConfig
 from fedsp.config_file import PRESETS, REGISTER, template_of
-from fedsp.deployment import credentials
+from fedsp.deployment.parties import credentials
+from fedsp.deployment.parties.admission import entry, require_name, require_new, write_party
 from fedsp.deployment.processes import host_and_port, written
 from fedsp.errors import ConfigurationError
 from fedsp.storage import write_bytes
@@ -15,7 +15,7 @@ from fedsp.storage import write_bytes
 
 def init_federation(folder: Path, clients: list[str], address: str) -> None:
     """Write a folder for each party: keys, certificates, register, and a commented configuration
-    each. See `fedsp.deployment.credentials`.
+    each. See `fedsp.deployment.parties.credentials`.
 
     Raises:
         ConfigurationError: the folder is in use, or a name or the address cannot be used.
@@ -32,17 +32,10 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
             f"--address: {host!r} has letters that a certificate cannot: write the name in its"
             " ASCII form, xn--..."
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(
-            f"{folder} is in use: give a new folder; keys are never written over"
-        )
+    require_new(folder)
     for name in clients:
-        if not re.fullmatch(NAME, name) or name in ("server", "ca.key"):
-            raise ConfigurationError(
-                f"--clients: {name!r} is not a valid name: use up to 64 letters, digits, dots,"
-                " dashes and underscores, and not 'server' or 'ca.key'"
-            )
-    if len(set(clients)) != len(clients) or not clients:
+        require_name(name, "--clients")
+    if len(set(clients)) != len(clients):
         raise ConfigurationError("--clients: give each client once, separated by commas")
     server = folder / "server"
     credentials.make_server_credentials(server, host)
@@ -51,17 +44,9 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
         " mean.\n"
     )
     for name in clients:
-        register += f'\n[clients."{name}"]\npublic_key = "clients/{name}.pub"\nexamples = 1\n'
+        register += entry(name, 1)
         credentials.make_client_credentials(folder / name, server, name)
-        settings = {
-            "name": name,
-            "server": address,
-            "data": {"train": "questions.jsonl"},
-            "package": {"sha256": "the digest that the owner of the model tells you"},
-        }
-        title = f"The configuration of {name}. File names are taken from this folder."
-        party = template_of(PartyConfig, settings, title)
-        write_bytes(folder / name / "party.toml", party.encode())
+        write_party(folder / name, name, address)
     write_bytes(server / REGISTER, register.encode())
     values = {
         "preset": "messenger",

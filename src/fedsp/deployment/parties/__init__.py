@@ -1,0 +1,1 @@
+"""Who takes part in a deployment: keys, certificates and folders, and how clients come and go."""
