@@ -564,7 +564,7 @@ def federation_check(
     code 2 at the first that fails, with what to do."""
     from fedsp.config_file import read_party
 
-    settings = read_party(party)
+    settings = read_party(party, package=False)
     require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
     from fedsp.deployment.connection import check_connection
 

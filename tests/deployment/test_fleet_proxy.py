@@ -9,7 +9,6 @@ import contextlib
 import json
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from fedsp.deployment import fleet_proxy as proxy
 from fedsp.deployment.parties.credentials import CA, CERTIFICATE, CLIENT_KEY, KEY
 from fedsp.deployment.parties.new_federation import init_federation
 from fedsp.deployment.processes import free_port
+from support.tls_server import serving
 
 
 def signed(key: Any, time: str = "2026-01-01T00:00:00+00:00") -> dict[str, str]:
@@ -71,31 +71,6 @@ class Upstream:
             }
         )
         await send({"type": "http.response.body", "body": str(len(body)).encode()})
-
-
-@contextlib.contextmanager
-def serving(app: Any, folder: Path, port: int, **more: Any) -> Iterator[None]:
-    tls: dict[str, Any] = {"ssl_certfile": folder / CERTIFICATE, "ssl_keyfile": folder / KEY}
-    server = uvicorn.Server(
-        config=uvicorn.Config(
-            app,
-            host="127.0.0.1",
-            port=port,
-            log_level="error",
-            timeout_graceful_shutdown=1,
-            **tls,
-            **more,
-        )
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield
-    finally:
-        server.should_exit = True
-        thread.join(20)
 
 
 @pytest.fixture(scope="module")

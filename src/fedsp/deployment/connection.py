@@ -75,6 +75,13 @@ def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[St
         Refused: the server does not know the key, or is of another version.
     """
     host, port = host_and_port(party.server, "server")
+    authority = Path(party.keys) / CA
+    try:
+        context = ssl.create_default_context(cafile=str(authority))
+    except (OSError, ssl.SSLError) as error:
+        raise CredentialError(
+            f"{authority} is no certificate: get it again from the owner of the model"
+        ) from error
     connection, through = _towards(host, port, seconds)
     where = written(host, port)
     next_hop = written(connection.host, connection.port)
@@ -108,7 +115,7 @@ def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[St
             ) from error
         took = 1000 * (time.perf_counter() - started)
         yield Step("port", f"{where} is open{way} ({took:.0f} ms)")
-        yield _shake_hands(connection, host, where, Path(party.keys) / CA)
+        yield _shake_hands(connection, context, host, where)
         yield from _greet(connection, where, Path(party.keys) / CLIENT_KEY)
 
 
@@ -128,14 +135,8 @@ def _towards(host: str, port: int, seconds: float) -> tuple[http.client.HTTPConn
 
 
 def _shake_hands(
-    connection: http.client.HTTPConnection, host: str, where: str, authority: Path
+    connection: http.client.HTTPConnection, context: ssl.SSLContext, host: str, where: str
 ) -> Step:
-    try:
-        context = ssl.create_default_context(cafile=str(authority))
-    except (OSError, ssl.SSLError) as error:
-        raise CredentialError(
-            f"{authority} is no certificate: get it again from the owner of the model"
-        ) from error
     try:
         wrapped = context.wrap_socket(connection.sock, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
@@ -200,8 +201,9 @@ def _greet(connection: http.client.HTTPConnection, where: str, key: Path) -> Ite
     if reply.status == 412:
         raise Refused(
             f"the server at {where} does not know this client: its key is not in the server's"
-            " register; send the owner of the model the request that `fedsp party init` wrote, or"
-            f" take the {key.name} that was made for this client"
+            " register, or came into it after the server was started; send the owner of the model"
+            f" the request that `fedsp party init` wrote, or take the {key.name} that was made for"
+            " this client"
         )
     try:
         if reply.status != 200:

@@ -382,9 +382,8 @@ class Node:
                 self._refused = now
             if self._refused and now - self._refused > REFUSED_FOR:
                 raise CredentialError(
-                    "the server knows this client's key and refuses it all the same: another process"
-                    " is connected by that key, or its key came into the register while the server"
-                    " ran; ask the owner of the model"
+                    "the server refuses this client though it knows its key: another process is"
+                    " connected by that key; end it, or ask the owner of the model"
                 )
             if now - self._started < PAUSE:
                 return

@@ -87,7 +87,7 @@ def rotate_key(config: Path) -> str:
         CredentialError: the client's key cannot be read.
         StorageError: the disk did not take it.
     """
-    party = read_party(config)
+    party = read_party(config, package=False)
     key = Path(party.keys) / CLIENT_KEY
     before, new = key.with_name(BEFORE), key.with_name(f"{CLIENT_KEY}.new")
     if before.exists():
@@ -164,7 +164,7 @@ def revoke(name: str, server: Path) -> None:
         table = re.compile(
             rf"""\n*^\[clients\.(["']?){re.escape(name)}\1\][^\n]*\n(?!\[)(?:(?!\[).*\n?)*""", re.M
         )
-        shorter = table.sub("\n", text, count=1)
+        shorter = table.sub("\n\n", text, count=1).rstrip("\n") + "\n"
         left = tomllib.loads(text).get("clients", {})
         del left[name]
         if tomllib.loads(shorter).get("clients", {}) != left:

@@ -218,7 +218,7 @@ def renew(server: Path, authority: Path) -> tuple[datetime.datetime, bool]:
         or signer.public_key() != root.public_key()
     ):
         raise CredentialError(f"{authority} is not the key of {server / CA}")
-    until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=DAYS)
+    until = _now() + datetime.timedelta(days=DAYS)
     renewed = root.not_valid_after_utc < until
     if renewed:
         root = _authority(signer)
@@ -239,7 +239,7 @@ def days_left(server: Path) -> float:
         CredentialError: one cannot be read.
     """
     ends = min(_read_certificate(server / name).not_valid_after_utc for name in (CERTIFICATE, CA))
-    return (ends - datetime.datetime.now(datetime.UTC)) / datetime.timedelta(days=1)
+    return (ends - _now()) / datetime.timedelta(days=1)
 
 
 def _read_certificate(path: Path) -> x509.Certificate:
@@ -294,7 +294,7 @@ def signed_headers(path: Path) -> dict[str, str]:
         CredentialError: its private key cannot be read, or is of another kind.
     """
     key = _client_key(path)
-    now = datetime.datetime.now(datetime.UTC).isoformat()
+    now = _now().isoformat()
     public = key.public_key().public_bytes(serialization.Encoding.PEM, PEM_KEY)
     signature = key.sign(now.encode(), ec.ECDSA(hashes.SHA256()))
     return {
@@ -394,7 +394,7 @@ def _server_certificate(
 def _certificate(
     subject: str, key: ec.EllipticCurvePrivateKey, *, ca: bool
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+    now = _now()
     usage = x509.KeyUsage(
         digital_signature=not ca,
         key_cert_sign=ca,
@@ -418,6 +418,10 @@ def _certificate(
         .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
         .add_extension(usage, critical=True)
     )
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _alternative(name: str) -> x509.GeneralName:
