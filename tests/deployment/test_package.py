@@ -401,6 +401,21 @@ def test_a_request_outside_the_agreement_is_refused_and_says_so(
     assert reason == REFUSALS[code] and here in said[0]
 
 
+def test_a_disk_that_is_full_at_a_client_is_told_on_both_sides(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise StorageError(f"{path} cannot be written: no space left on device")
+
+    client = Client(party_of(place), Callbacks())
+    with monkeypatch.context() as patch:
+        patch.setattr("fedsp.deployment.join.write_json", full)
+        reason, said = respond(client)
+    assert reason == REFUSALS["storage"]
+    assert "rounds.json cannot be written: no space left on device" in said[0]
+    assert respond(client)[0] == "answered" and len(client.undone) == 1
+
+
 def test_the_client_counts_rounds_over_restarts_and_stops_at_its_own_limit(place: Path) -> None:
     party = party_of(place, policy={"max_rounds": 3})
     for round in (1, 2, 2):
