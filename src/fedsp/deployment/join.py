@@ -149,9 +149,10 @@ class Client:
             return Message("")
         reply = sign_reply(reply, message, self._sign)
         self._write_down(message, reply)
-        self._last = message, reply
-        self.answered += 1
         fields = json.loads(reply.header.partition("\n")[2])
+        # a disk may have room again when it is asked again
+        self._last = (message, reply) if fields.get("code") != "storage" else None
+        self.answered += 1
         losses = [f"{name} loss {loss:.3f}" for name, loss in fields.get("losses", {}).items()]
         self._info(
             f"round {fields['round']}: received {_amount(message)}, sent {_amount(reply)}:"
