@@ -19,6 +19,7 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "WANDB_ERROR_REPORTING": "false",
 }
 """What keeps the libraries underneath from telling their makers of a run. Read when each is
 imported, so it is set before any is, and whatever was set before."""
@@ -27,6 +28,7 @@ os.environ.update(QUIET)
 
 _PUBLIC = {
     "Averaging": "fedsp.federation.methods.base",
+    "Callbacks": "fedsp.federation.callbacks",
     "ClientSide": "fedsp.federation.methods.registry",
     "Example": "fedsp.data.tasks",
     "FedSP": "fedsp.algorithm",

@@ -466,6 +466,11 @@ class TrackingSection(Section):
 
     mlflow: str | None = None
     """MLflow tracking URI, such as http://host:5000 or sqlite:///mlflow.db; none: no MLflow"""
+    tensorboard: FileName | None = None
+    """folder of TensorBoard's event files, in which each run has one of its name; none: no files"""
+    wandb: str | None = None
+    """project of Weights & Biases; with WANDB_MODE=offline nothing is sent until `wandb sync`;
+    none: it is not told"""
 
 
 class ValidationSection(Section):

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsp.config import RunConfig
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.tracking import PUBLISHED, PUBLISHED_BESIDES
+from fedsp.experiments.tracking.figures import PUBLISHED, PUBLISHED_BESIDES
 from fedsp.federation.agreement import agreement_of, example_privacy
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.privacy import LEDGER, Ledger, epsilon, merged
@@ -83,7 +83,7 @@ def privacy_statement(
         ),
         "published": (
             [f"{name}: published with the run's figures" for name in PUBLISHED]
-            + [f"{what}: logged to MLflow, if the run is tracked" for what in PUBLISHED_BESIDES]
+            + [f"{what}: told to trackers, if [tracking] names one" for what in PUBLISHED_BESIDES]
             if config.privacy.unit == "client"
             else []
         ),

@@ -32,7 +32,7 @@ from fedsp.experiments.server_setup import (
     token_limit,
     with_layers_chosen,
 )
-from fedsp.experiments.tracking import tracked
+from fedsp.experiments.tracking.tracked import tracked
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import client_messenger

@@ -43,7 +43,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from fedsp.config import NAME, Count, RunConfig, Section, TrackingSection
+from fedsp.config import NAME, Count, RunConfig, Section
 from fedsp.config_file import apply_override, make_config, read_toml, resolve_paths, validated
 from fedsp.errors import (
     ConfigurationError,
@@ -204,8 +204,7 @@ def _cells(study: Study, root: Path, source: str) -> Iterator[Cell]:
             name = ", ".join(part for part in (model, task, partition, method, choice) if part)
             config = make_config(merged, f"{source}, the cell {name!r},")
             # where figures go changes none of them
-            plain = config.model_copy(update={"tracking": TrackingSection()})
-            digest = _digest(plain.model_dump(exclude={"output"}))
+            digest = _digest(config.model_dump(exclude={"output", "tracking"}))
             folder = Path(study.output) / study.name / f"{_slug(name)}-seed-{seed}-{digest}"
             yield Cell(
                 method=method,

@@ -81,8 +81,8 @@ def signed_reply(
     signature, divided, header = message.header.partition("\n")
     if not divided:
         raise PayloadError(
-            "the reply is not signed with the client's key: it has no signature, as those of earlier"
-            " versions of fedsp; use one version at all parties"
+            "the reply is not signed with the client's key: it has no signature, as those of"
+            " earlier versions of fedsp; use one version at all parties"
         )
     reply = replace(message, header=header)
     try:

@@ -1,5 +1,4 @@
-"""A run's figures and artefacts in MLflow (https://mlflow.org/docs/latest/ml/tracking/), by the one
-line `tracking.mlflow = URI`.
+"""MLflow (https://mlflow.org/docs/latest/ml/tracking/): `tracking.mlflow = URI`.
 
 Losses of every round as metrics by step, the configuration as parameters, the figures at the end,
 and `config.toml`, `rounds.jsonl`, `result.json` and the tuned prompt as artefacts. A resumed run
@@ -13,68 +12,20 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedsp.errors import ConfigurationError, RunError, first_line
-from fedsp.experiments.run_directory import BEST, CONFIG, RESULT, ROUNDS, RunDirectory, read_json
+from fedsp.experiments.run_directory import RunDirectory, read_json
+from fedsp.experiments.tracking.figures import Told
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.messages import RoundRecord
-from fedsp.storage import each_figure, write_json
+from fedsp.storage import write_json
 
 EXPERIMENT, MARK = "fedsp", "mlflow.json"
-PUBLISHED = (
-    "best_round",
-    "validation_loss",
-    "message_bytes",
-    "package_bytes",
-    "disclosed_share",
-    "test",
-    "zero_shot",
-    "epsilon",
-)
-"""The figures that are published under client-level privacy: they follow from the broadcasts and
-the server's own questions. Counts of clients, their examples and bytes do not, and stay on the
-server."""
-
-PUBLISHED_BESIDES = (
-    "server loss and validation loss of each round, and when it ended",
-    "the configuration",
-    "the best prompt",
-)
-"""What else MLflow is told of a run at client level."""
 
 
-def tracked(
-    run: RunDirectory, callbacks: Callbacks, experiment: Callable[[Callbacks], dict[str, Any]]
-) -> dict[str, Any]:
-    """Run an experiment with callbacks that log to MLflow too, if the run's configuration names
-    one.
-
-    Raises:
-        ConfigurationError: MLflow is not installed.
-        RunError: it cannot be reached; then nothing has been trained.
-    """
-    uri = run.config.tracking.mlflow
-    if uri is None:
-        return experiment(callbacks)
-    log = MlflowLog(run, uri, callbacks.info)
-
-    def round_done(record: RoundRecord, rounds: int) -> None:
-        log.round(record)
-        callbacks.round_done(record, rounds)
-
-    try:
-        figures = experiment(replace(callbacks, round_done=round_done))
-    except BaseException:
-        log.end("FAILED")
-        raise
-    log.finish(figures)
-    return figures
-
-
-class MlflowLog:
+class MlflowRun:
     """One run in MLflow."""
 
     def __init__(self, run: RunDirectory, uri: str, info: Callable[[str], None]) -> None:
@@ -89,8 +40,7 @@ class MlflowLog:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         self._run, self._info, self._refusal = run, info, MlflowException
-        # what single clients said is between them and the server
-        self._untold = run.config.privacy.unit == "client"
+        self._told = Told(run)
         mark = run.path / MARK
         try:
             self._client = MlflowClient(tracking_uri=uri)
@@ -108,9 +58,8 @@ class MlflowLog:
             self._id = str(
                 self._client.create_run(experiment, run_name=run.path.name, tags=tags).info.run_id
             )
-            for names, value in each_figure(run.config.model_dump()):
-                if names != ("tracking", "mlflow"):  # it may hold a password
-                    self._client.log_param(self._id, ".".join(names), str(value)[:500])
+            for name, value in self._told.parameters().items():
+                self._client.log_param(self._id, name, value[:500])
         except (MlflowException, OSError, ValueError, KeyError) as error:
             raise RunError(
                 f"tracking.mlflow = {uri!r} cannot be used ({first_line(error)}): start that MLflow"
@@ -131,22 +80,18 @@ class MlflowLog:
                 return str(self._client.create_experiment(EXPERIMENT, artifact_location=place))
         raise ValueError(f"the experiment {EXPERIMENT!r} can neither be found nor made")
 
-    def round(self, record: RoundRecord) -> None:
-        """The figures of a round, at its number."""
-        figures = {"server loss": record.server_loss, "validation loss": record.validation}
-        if not self._untold:
-            losses = {f"client {name} loss": loss for name, loss in record.client_losses.items()}
-            figures |= {
-                **losses,
-                "update cosine": record.update_cosine,
-                "answered": len(record.answered),
-                "seconds": record.seconds,
-                "bytes up": record.bytes_up,
-                "bytes down": record.bytes_down,
-            }
-        self._metrics(figures, record.round)
+    def callbacks(self) -> Callbacks:
+        """What tells MLflow of the run."""
+        return Callbacks(
+            round_done=lambda record, rounds: self._round(record),
+            finished=self._finish,
+            failed=lambda error: self._end("FAILED"),
+        )
 
-    def finish(self, figures: Mapping[str, Any]) -> None:
+    def _round(self, record: RoundRecord) -> None:
+        self._metrics(self._told.round(record), record.round)
+
+    def _finish(self, figures: Mapping[str, Any]) -> None:
         """The figures of the end, rounds that were kept but not told before the run was stopped,
         and the artefacts."""
         with contextlib.suppress(self._refusal, OSError):
@@ -154,42 +99,22 @@ class MlflowLog:
                 metric.step
                 for metric in self._client.get_metric_history(self._id, "validation loss")
             }
-            for line in self._run.records():
-                if line["round"] not in known:
-                    self.round(RoundRecord(**line))
-        last = (
-            {name: figures[name] for name in PUBLISHED if name in figures}
-            if self._untold
-            else figures
-        )
-        numbers = {
-            ".".join(names): value
-            for names, value in each_figure(last)
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        self._metrics(numbers, 0)
-        for name in (CONFIG, BEST, *([] if self._untold else [RESULT, ROUNDS])):
-            if (self._run.path / name).exists():
-                self._try(
-                    lambda name=name: self._client.log_artifact(  # type: ignore[misc]
-                        self._id, str(self._run.path / name)
-                    )
-                )
-        self.end("FINISHED")
+            for record in self._told.kept():
+                if record.round not in known:
+                    self._round(record)
+        self._metrics(self._told.end(figures), 0)
+        for path in self._told.files():
+            self._try(lambda path=path: self._client.log_artifact(self._id, str(path)))  # type: ignore[misc]
+        self._end("FINISHED")
 
-    def end(self, status: str) -> None:
-        """Say to MLflow that the run has ended, and how."""
+    def _end(self, status: str) -> None:
         self._try(lambda: self._client.set_terminated(self._id, status=status))
 
-    def _metrics(self, figures: Mapping[str, float | None], step: int) -> None:
+    def _metrics(self, figures: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        metrics = [
-            Metric(_name(name), float(value), now, step)
-            for name, value in figures.items()
-            if value is not None
-        ]
+        metrics = [Metric(_name(name), value, now, step) for name, value in figures.items()]
         self._try(lambda: self._client.log_batch(self._id, metrics=metrics))
 
     def _try(self, log: Callable[[], object]) -> None:

@@ -1,0 +1,66 @@
+"""TensorBoard (https://www.tensorflow.org/tensorboard): `tracking.tensorboard = FOLDER`.
+
+Losses of every round by step, the configuration as a text, and the figures at the end, in a folder
+of the run's name below FOLDER. A resumed run is written there anew from its first round.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsp.errors import ConfigurationError, RunError, first_line
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.tracking.figures import Told
+from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.messages import RoundRecord
+
+
+def tensorboard_callbacks(run: RunDirectory, folder: str, info: Callable[[str], None]) -> Callbacks:
+    """What tells TensorBoard of a run.
+
+    Raises:
+        ConfigurationError: TensorBoard is not installed.
+        RunError: the folder cannot be written.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigurationError(
+            "tracking.tensorboard needs TensorBoard: `pip install 'fedsp[tensorboard]'`"
+        ) from error
+    told = Told(run)
+    place = Path(folder) / run.path.name
+    try:
+        writer = SummaryWriter(str(place), purge_step=0)
+    except OSError as error:
+        raise RunError(
+            f"tracking.tensorboard = {folder!r} cannot be written ({first_line(error)}): name"
+            " another folder, or remove the line"
+        ) from error
+    writer.add_text("configuration", f"```\n{json.dumps(told.parameters(), indent=1)}\n```")
+
+    def scalars(figures: Mapping[str, float], step: int) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name.replace(" ", "_").replace(".", "/"), value, step)
+        flush()
+
+    def flush() -> None:
+        try:
+            writer.flush()
+        except OSError as error:
+            info(f"part of this run could not be written to {place} ({first_line(error)})")
+
+    def round_done(record: RoundRecord, rounds: int) -> None:
+        scalars(told.round(record), record.round)
+
+    def finished(figures: Mapping[str, Any]) -> None:
+        end = {f"end.{name}": value for name, value in told.end(figures).items()}
+        scalars(end, max((record.round for record in told.kept()), default=0))
+        writer.close()
+
+    for record in told.kept():
+        scalars(told.round(record), record.round)
+    return Callbacks(round_done=round_done, finished=finished, failed=lambda error: writer.close())
