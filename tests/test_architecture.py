@@ -55,7 +55,12 @@ ONLY_IN = {
     "cryptography": {"deployment.parties.credentials"},
     "zstandard": {"federation.compression"},
     "bitsandbytes": {"models.loading"},
-    "uvicorn": {"deployment.fleet_proxy", "deployment.model_server.server"},
+    "uvicorn": {
+        "deployment.fleet_proxy",
+        "deployment.monitoring.health",
+        "deployment.model_server.server",
+    },
+    "prometheus_client": {"deployment.monitoring.health"},
     "fastapi": {"deployment.model_server.openai_api"},
     "typer": {"cli"},
     "rich": {"report.console"},

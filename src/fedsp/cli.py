@@ -564,9 +564,9 @@ def federation_check(
     code 2 at the first that fails, with what to do."""
     from fedsp.config_file import read_party
 
-    settings = read_party(party, package=False)
+    settings = read_party(party, package_known=False)
     require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
-    from fedsp.deployment.connection import check_connection
+    from fedsp.deployment.monitoring.connection import check_connection
 
     for step in check_connection(settings):
         typer.echo(f"{step.name:8} {step.found}")

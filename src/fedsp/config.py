@@ -515,6 +515,9 @@ class FederationSection(Section):
     retry_seconds: Rate = 120.0
     """a request without a reply is sent again after this time, which then doubles; a client trains
     only once for it"""
+    health: str | None = None
+    """host:port of this machine alone, such as 127.0.0.1:9464, where /healthz and /metrics
+    (Prometheus) answer; none: they do not"""
 
 
 class RunConfig(Section):
@@ -839,4 +842,7 @@ class PartyConfig(Section):
     only if the run does not train it"""
     data: PartyDataSection
     package: PackageSection
+    health: str | None = None
+    """host:port of this machine alone, such as 127.0.0.1:9465, where /healthz and /metrics
+    (Prometheus) answer; none: they do not"""
     policy: PolicySection = PolicySection()

@@ -257,15 +257,15 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     return make_config(values, str(path))
 
 
-def read_party(path: Path, *, package: bool = True) -> PartyConfig:
+def read_party(path: Path, *, package_known: bool = True) -> PartyConfig:
     """The configuration of a client in a deployment; its file names are taken from the file's own
-    folder. Without `package` the package's digest is not read: it may not be known yet.
+    folder. Without `package_known` the package's digest is not read: it may not be known yet.
 
     Raises:
         ConfigurationError: the file is missing or not TOML, or the configuration is at fault.
     """
     values = read_toml(path, "`fedsp federation init` and `fedsp party init` write one")
-    if not package:
+    if not package_known:
         values = {**values, "package": {"sha256": "0" * 64}}
     party = validated(PartyConfig, values, str(path))
     folder = path.parent.resolve()

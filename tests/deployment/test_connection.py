@@ -21,9 +21,10 @@ import fedsp
 from fedsp.cli import main
 from fedsp.config import PartyConfig
 from fedsp.config_file import read_party
-from fedsp.deployment import connection
-from fedsp.deployment.connection import Lookout, Refused, Unreached, check_connection
 from fedsp.deployment.fleet_proxy import SERVING, FleetProxy
+from fedsp.deployment.monitoring import connection
+from fedsp.deployment.monitoring.connection import Lookout, Refused, Unreached, check_connection
+from fedsp.deployment.monitoring.health import Health
 from fedsp.deployment.parties import credentials
 from fedsp.deployment.parties.admission import revoke
 from fedsp.deployment.parties.new_federation import init_federation
@@ -45,12 +46,15 @@ def place(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "federation"))
 
 
+OFF = Health(None, "health", "client")
+
+
 def party(place: Path, port: int, host: str = "localhost", name: str = "a") -> PartyConfig:
     path = place / name / "party.toml"
     path.write_text(
         re.sub("^server = .*$", f'server = "{host}:{port}"', path.read_text(), flags=re.M)
     )
-    return read_party(path, package=False)
+    return read_party(path, package_known=False)
 
 
 def found(party: PartyConfig) -> tuple[list[str], FedspError | None]:
@@ -213,7 +217,7 @@ def test_a_certificate_out_of_its_time_is_named_with_the_remedy(
             told = {step.name: step.found for step in check_connection(party(place, port))}
             assert message in told["TLS"]
             said: list[str] = []
-            Lookout(party(place, port), Callbacks(info=said.append)).look()
+            Lookout(party(place, port), Callbacks(info=said.append), OFF).look()
             assert len(said) == 1 and "soon" in said[0]
 
 
@@ -226,7 +230,7 @@ def test_a_key_that_the_server_does_not_know_is_named_and_one_that_is_revoked_at
     assert steps == ["name", "port", "TLS"] and isinstance(error, Refused)
     assert "its key is not in the server's register" in str(error)
     b = party(place, open_port, name="b")
-    lookout = Lookout(b, Callbacks())
+    lookout = Lookout(b, Callbacks(), OFF)
     lookout.look()
     revoke("b", place / "server")
     assert isinstance(found(b)[1], Refused)
@@ -340,7 +344,7 @@ def test_a_lookout_says_what_has_changed_and_no_more(
 ) -> None:
     said: list[str] = []
     port = free_port()
-    lookout = Lookout(party(place, port), Callbacks(info=said.append))
+    lookout = Lookout(party(place, port), Callbacks(info=said.append), OFF)
 
     def look(times: int = 2) -> list[str]:
         said.clear()
@@ -358,7 +362,7 @@ def test_a_lookout_says_what_has_changed_and_no_more(
     init_federation(place.parent / "other", ["x"], "localhost:8000")
     with serving(greets(), place.parent / "other" / "server", port):
         assert len(look()) == 1 and "does not verify" in said[0]
-    own = Lookout(party(place, port), Callbacks(info=said.append), greets=False)
+    own = Lookout(party(place, port), Callbacks(info=said.append), OFF, greets=False)
     with serving(greets(404), place / "server", port):
         said.clear()
         own.look()
@@ -367,7 +371,7 @@ def test_a_lookout_says_what_has_changed_and_no_more(
 
 def test_a_lookout_waits_between_looks(place: Path) -> None:
     said: list[str] = []
-    lookout = Lookout(party(place, free_port()), Callbacks(info=said.append))
+    lookout = Lookout(party(place, free_port()), Callbacks(info=said.append), OFF)
     lookout.look()
     before = lookout._next
     lookout.look()

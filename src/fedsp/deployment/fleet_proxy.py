@@ -5,7 +5,7 @@ Flower's SuperLink serves three APIs on one port, and whoever reaches it can sta
 run code on the server. So the SuperLink listens on this machine alone, and the proxy passes only
 its Fleet API (`POST /v1/fleet/...`), and of that what a registered client has signed. By itself it
 answers `POST /v1/fedsp/greeting`, signed alike, with its version and the time, by which a client
-sees at once whether it is known here (`fedsp.deployment.connection`).
+sees at once whether it is known here (`fedsp.deployment.monitoring.connection`).
 
     python -m fedsp.deployment.fleet_proxy LISTEN_HOST LISTEN_PORT SUPERLINK_PORT FOLDER COUNTS
 
@@ -34,7 +34,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import fedsp
 from fedsp.config_file import REGISTER
-from fedsp.deployment.connection import GREETING
+from fedsp.deployment.monitoring.connection import GREETING
 from fedsp.deployment.parties.credentials import (
     CA,
     CERTIFICATE,

@@ -20,8 +20,9 @@ from fedsp.config import PartyConfig
 from fedsp.data.encoding import encode_targets
 from fedsp.data.files import read_rows
 from fedsp.data.rendering import Rendering
-from fedsp.deployment.connection import Lookout
 from fedsp.deployment.ipc import SOCKET, Socket
+from fedsp.deployment.monitoring.connection import Lookout
+from fedsp.deployment.monitoring.health import Health
 from fedsp.deployment.package import hold_against_policy, open_package
 from fedsp.deployment.parties.credentials import CA, CLIENT_KEY, SERVER_PUBLIC, client_signer
 from fedsp.deployment.processes import Processes, free_port, host_and_port, options
@@ -74,9 +75,12 @@ class Client:
             what the package asks.
     """
 
-    def __init__(self, party: PartyConfig, callbacks: Callbacks) -> None:
+    def __init__(
+        self, party: PartyConfig, callbacks: Callbacks, health: Health | None = None
+    ) -> None:
         self.party = party
         self._info = callbacks.info
+        self._health = health or Health(None, "health", "client")
         self._sign = client_signer(Path(party.keys) / CLIENT_KEY)
         rows = read_rows(Path(party.data.train), party.data.columns)
         device = choose_device(party.device)
@@ -175,6 +179,7 @@ class Client:
             )
         private = self.agreement.privacy.unit == "example"
         ledger = Ledger(Path(self.party.state) / LEDGER) if private else None
+        epsilon = ledger.epsilon(self.agreement.privacy.delta) if ledger else None
         self._egress.write(
             run=asked["run"],
             round=asked["round"],
@@ -183,11 +188,16 @@ class Client:
             sha256=hashlib.sha256(reply.header.encode() + reply.payload).hexdigest(),
             codec=fields.get("codec"),
             norm=norm,
-            epsilon=ledger.epsilon(self.agreement.privacy.delta) if ledger else None,
+            epsilon=epsilon,
             delta=self.agreement.privacy.delta if ledger else None,
             package=self.party.package.sha256,
             answers=hashlib.sha256(message.header.encode() + message.payload).hexdigest(),
         )
+        self._health.add("fedsp_answers", kind=fields["kind"])
+        self._health.add("fedsp_bytes_sent", len(reply.header.encode()) + len(reply.payload))
+        self._health.set("fedsp_answer_seconds", time.time())
+        if epsilon is not None:
+            self._health.set("fedsp_epsilon", epsilon)
 
     def _known(self, run: str, round: int) -> Payload | None:
         """The broadcast of a round, if it came here; of none, what the messenger begins with."""
@@ -298,9 +308,14 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
                 f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp"
                 " federation init` made for this client, or from the owner of the model"
             )
-    lookout = Lookout(party, callbacks, greets=SOCKET not in os.environ)
+    with Health(party.health, "health", "client") as health:
+        return _join(party, callbacks, health)
+
+
+def _join(party: PartyConfig, callbacks: Callbacks, health: Health) -> int:
+    lookout = Lookout(party, callbacks, health, greets=SOCKET not in os.environ)
     lookout.look()
-    client = Client(party, callbacks)
+    client = Client(party, callbacks, health)
     if client.agreement.privacy.unit != "example":
         callbacks.info(
             "this run has no differential privacy: a dishonest owner of the model could craft a"

@@ -18,6 +18,7 @@ from typing import Any
 from fedsp.config import FederationSection, RunConfig
 from fedsp.config_file import Member, read_register
 from fedsp.deployment.ipc import SOCKET, Socket, SocketLink
+from fedsp.deployment.monitoring.health import Health
 from fedsp.deployment.package import package_digest, read_agreement
 from fedsp.deployment.parties import credentials
 from fedsp.deployment.processes import (
@@ -33,7 +34,7 @@ from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, De
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import PROXY_COUNTS, RunDirectory
 from fedsp.federation.agreement import agreement_of
-from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.callbacks import Callbacks, together
 from fedsp.federation.transport.remote import Timeouts, remote
 from fedsp.federation.transport.wire import END
 from fedsp.storage import write_bytes
@@ -68,6 +69,8 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
         for name, member in register.items()
     }
     with ExitStack() as stack:
+        health = stack.enter_context(Health(section.health, "federation.health", "server"))
+        callbacks = together(callbacks, health.callbacks())
         listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
         processes = Processes(run.path / "flower", listening.path)

@@ -87,7 +87,7 @@ def rotate_key(config: Path) -> str:
         CredentialError: the client's key cannot be read.
         StorageError: the disk did not take it.
     """
-    party = read_party(config, package=False)
+    party = read_party(config, package_known=False)
     key = Path(party.keys) / CLIENT_KEY
     before, new = key.with_name(BEFORE), key.with_name(f"{CLIENT_KEY}.new")
     if before.exists():

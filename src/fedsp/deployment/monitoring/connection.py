@@ -25,6 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 import fedsp
 from fedsp.config import PartyConfig
+from fedsp.deployment.monitoring.health import Health
 from fedsp.deployment.parties.credentials import (
     CA,
     CLIENT_KEY,
@@ -252,8 +253,11 @@ class Lookout:
     `greets`: also whether the server knows this client; not where the connection is somebody else's
     SuperLink, which has no proxy of ours."""
 
-    def __init__(self, party: PartyConfig, callbacks: Callbacks, *, greets: bool = True) -> None:
+    def __init__(
+        self, party: PartyConfig, callbacks: Callbacks, health: Health, *, greets: bool = True
+    ) -> None:
         self._party, self._info, self._greets = party, callbacks.info, greets
+        self._health = health
         self._next, self._wrong, self._once = 0.0, "", False
 
     def look(self) -> None:
@@ -284,4 +288,6 @@ class Lookout:
             wrong = str(error)
         if wrong != self._wrong:
             self._info(f"{wrong}; this client keeps trying" if wrong else "the server answers")
+        self._health.wrong = wrong
+        self._health.set("fedsp_server_reached", not wrong)
         self._wrong, self._next = wrong, time.monotonic() + LOOKS_EVERY
