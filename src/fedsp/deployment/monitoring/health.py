@@ -12,6 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -70,8 +71,7 @@ class Health:
                 f"{key} needs prometheus-client: `pip install 'fedsp[flower]'`"
             ) from error
         registry = CollectorRegistry()
-        for name, (about, labels) in FIGURES.items():
-            self._gauges[name] = Gauge(name, about, labels, registry=registry)
+        self._gauge = partial(Gauge, registry=registry)
         metrics = make_asgi_app(registry)
 
         async def app(scope: Scope, receive: Any, send: Send) -> None:
@@ -107,16 +107,18 @@ class Health:
             self._thread.join(5)
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        """Set a figure of FIGURES."""
-        if self._gauges:
+        """Set a figure of FIGURES, which is told from then on."""
+        if self._server:
             self._of(name, labels).set(value)
 
     def add(self, name: str, value: float = 1, **labels: str) -> None:
         """Add to a figure of FIGURES."""
-        if self._gauges:
+        if self._server:
             self._of(name, labels).inc(value)
 
     def _of(self, name: str, labels: dict[str, str]) -> Any:
+        if name not in self._gauges:
+            self._gauges[name] = self._gauge(name, *FIGURES[name])
         gauge = self._gauges[name]
         return gauge.labels(**labels) if labels else gauge
 
