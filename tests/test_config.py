@@ -22,6 +22,17 @@ from fedsp.errors import ConfigurationError
 SMALL = {"model": {"name": "embedded"}, "data": {}, "distill": {"text": ["x.txt"]}}
 
 
+@pytest.mark.parametrize("name", ["gpt2", "someone/model", "x" * 300])
+def test_offline_no_name_of_a_hub_is_taken(name: str, tmp_path: Path) -> None:
+    """Even where the model was fetched before: what a folder holds can be looked at."""
+    offline = {**SMALL, "model": {"name": name, "offline": True}}
+    with pytest.raises(ConfigurationError, match="no folder or file of this machine") as refused:
+        make_config(offline)
+    assert "model.offline = true allows no hub name" in str(refused.value)
+    for here in ("embedded", str(tmp_path)):
+        assert make_config({**SMALL, "model": {"name": here, "offline": True}}).model.offline
+
+
 def test_presets_fill_in_and_what_is_written_wins() -> None:
     paper = make_config(
         {"preset": "paper", "model": {"name": "m"}, "data": {}, "client": {"auxiliary_steps": 3}}

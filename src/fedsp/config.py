@@ -101,6 +101,18 @@ class ModelSection(Section):
     positions: Literal["hugging_face", "from_zero"] = "hugging_face"
     """position of the first text token behind a prompt of P tokens; hugging_face: P, as in PEFT and
     generate; from_zero: 0, as in the authors' code"""
+    offline: bool = False
+    """refuse a hub name, even of a model that was fetched before, so that nothing is ever fetched"""
+
+    @model_validator(mode="after")
+    def _here(self) -> ModelSection:
+        # os.path.exists, unlike Path.exists, is False for a text that cannot be a file name
+        if self.offline and self.name != "embedded" and not os.path.exists(self.name):  # noqa: PTH110
+            raise ValueError(
+                f"model.name: {self.name!r} is no folder or file of this machine, and model.offline"
+                " = true allows no hub name"
+            )
+        return self
 
 
 class TaskSection(Section):

@@ -1,0 +1,77 @@
+"""What an engineer who runs services finds in `deploy/`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+IMAGES = sorted((DEPLOY / "containers").glob("Containerfile.*"))
+
+
+@pytest.fixture()
+def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A unit with a command that this machine has."""
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not installed")
+    text = request.param.read_text()
+    command = Path(sys.executable).with_name("fedsp")
+    path = tmp_path / request.param.name
+    path.write_text(text.replace("/opt/fedsp/bin/fedsp", str(command)))
+    return path
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name, indirect=True)
+def test_a_unit_is_right_and_hardened(unit: Path) -> None:
+    def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["systemd-analyze", *arguments, str(unit)], capture_output=True, text=True, check=False
+        )
+
+    right = analyze("verify")
+    assert right.returncode == 0 and not right.stderr, right.stderr
+    # 0 is nothing exposed, 100 everything; what is called OK is below 40
+    hardened = analyze("security", "--offline=true", "--threshold=20")
+    assert hardened.returncode == 0, hardened.stdout
+
+
+def test_there_is_one_of_each_side() -> None:
+    assert [path.stem for path in UNITS] == ["fedsp-client", "fedsp-server"]
+    assert [path.suffix for path in IMAGES] == [".client", ".server"]
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.suffix)
+def test_an_image_is_pinned_by_digest_runs_as_nobody_and_fetches_nothing(image: Path) -> None:
+    lines = [line for line in image.read_text().splitlines() if not line.startswith("#")]
+    text = "\n".join(lines)
+    assert re.search(r"^ARG PYTHON_IMAGE$", text, re.M), "no default: whoever builds names a digest"
+    assert set(re.findall(r"^FROM (\S+)", text, re.M)) == {"${PYTHON_IMAGE}"}
+    assert lines.index("USER 10001") > max(
+        number for number, line in enumerate(lines) if line.startswith("RUN")
+    )
+    assert not re.search(r"\b(curl|wget|apt|apt-get|git|pip)\b", text)
+    for source in re.findall(r"^COPY (deploy/\S+)", text, re.M):
+        assert (DEPLOY.parent / source).is_file(), source
+
+
+def test_what_installs_is_a_script_that_says_what_it_lacks(tmp_path: Path) -> None:
+    script = DEPLOY / "containers" / "install.sh"
+    told = subprocess.run(["sh", str(script)], capture_output=True, text=True, check=False)
+    assert told.returncode and "usage: install.sh WHEELHOUSE PREFIX" in told.stderr
+    assert "--require-hashes" in script.read_text() and "--no-index" in script.read_text()
+
+
+def test_the_services_of_a_federation_reach_each_other_and_nobody_else() -> None:
+    yaml = pytest.importorskip("yaml")
+    told = yaml.safe_load((DEPLOY / "containers" / "compose.yaml").read_text())
+    assert told["networks"] == {"federation": {"internal": True}}
+    for service in told["services"].values():
+        assert service["networks"] == ["federation"] and service["read_only"]
+        assert service["cap_drop"] == ["ALL"] and "ports" not in service
+        assert service["image"].startswith("${FEDSP_")
