@@ -12,7 +12,7 @@ git tag --points-at HEAD | grep -qx "v$version" || fail "this commit has no tag 
 grep -q "^## $version" CHANGELOG.md || fail "CHANGELOG.md has no section '## $version'"
 grep -q "^version: $version" CITATION.cff || fail "CITATION.cff is not of version $version"
 rm -rf dist
-$tools/python -m build -q .
+$tools/python -m build .
 $tools/python -m twine check --strict dist/*
 $bin/python scripts/wheelhouse.py dist/wheelhouse
 sh deploy/containers/install.sh dist/wheelhouse dist/installed

@@ -446,6 +446,13 @@ app.add_typer(egress, rich_help_panel=ELSEWHERE, short_help="A client: what has 
 @egress.command("report")
 def egress_report(
     config: Annotated[Path, typer.Argument(help="The client's party.toml.")],
+    audited: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder of a finished run whose audits are told too: the run's own, from the owner"
+            " of the model, or a trial."
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Say in sum what this client has sent, from the journal that it keeps of every message, and
@@ -456,7 +463,36 @@ def egress_report(
 
     figures = egress_figures(read_egress(Path(read_party(config).state) / EGRESS))
     typer.echo(egress_text(figures))
+    if audited:
+        from fedsp.audit.summary import of_the_text
+
+        figures["audited"] = of_the_text(audited, figures["runs"])
+        typer.echo("\n".join(f"{about} {said}" for about, said in figures["audited"].items()))
     _write(json_file, figures)
+
+
+@egress.command("release")
+def egress_release(
+    config: Annotated[Path, typer.Argument(help="The client's party.toml.")] = Path("party.toml"),
+) -> None:
+    """Look at each update that waits (`policy.release = "ask"`), and release or withhold it."""
+    from fedsp.config_file import read_party
+    from fedsp.deployment.parties.release import decide, waiting
+
+    state = Path(read_party(config).state)
+    found = waiting(state)
+    for name, figures in found.items():
+        norm = f", length of the change {figures['norm']:.4g}" if figures["norm"] else ""
+        epsilon = f", epsilon so far {figures['epsilon']:.3f}" if figures["epsilon"] else ""
+        typer.echo(
+            f"run {figures['run']}, round {figures['round']}: {figures['bytes']:,} bytes in"
+            f" {figures['codec']}{norm}{epsilon}"
+        )
+        released = typer.confirm("Release it?", default=False)
+        decide(state, name, released=released)
+        typer.echo("released" if released else "withheld: the server is told so, and no more")
+    if not found:
+        typer.echo("no update waits")
 
 
 @federation.command("init")
@@ -554,6 +590,26 @@ def federation_renew(
             f"the authority's certificate was made anew too: send {server / 'ca.crt'} to every"
             " client, in place of the one before"
         )
+
+
+@federation.command("events")
+def federation_events(
+    folder: Annotated[
+        Path, typer.Argument(help="The server's folder, or a client's state folder.")
+    ] = Path(),
+    json_file: Json = None,
+) -> None:
+    """What a server or a client did for its security: keys made, admitted, revoked and refused,
+    runs joined, requests refused, updates released. Exit code 2 if a line of it was changed."""
+    from fedsp.federation.chained_log import SECURITY, read_log
+
+    events = read_log(folder / SECURITY, "nothing was done here yet")
+    for event in events:
+        about = {key: event[key] for key in event if key not in ("time", "event", "chain")}
+        told = ", ".join(f"{key} {value}" for key, value in about.items())
+        typer.echo(f"{event['time']}  {event['event']}: {told}")
+    typer.echo(f"The log is whole; its last line has the digest {events[-1]['chain'][:16]}.")
+    _write(json_file, {"events": events})
 
 
 @federation.command("check")

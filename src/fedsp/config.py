@@ -102,7 +102,7 @@ class ModelSection(Section):
     """position of the first text token behind a prompt of P tokens; hugging_face: P, as in PEFT and
     generate; from_zero: 0, as in the authors' code"""
     offline: bool = False
-    """refuse a hub name, even of a model that was fetched before, so that nothing is ever fetched"""
+    """refuse a hub name, even of a model that was fetched before: nothing is ever fetched"""
 
     @model_validator(mode="after")
     def _here(self) -> ModelSection:
@@ -824,6 +824,9 @@ class PolicySection(Section):
     none: what the package promises for one run, times its runs"""
     max_delta: float = Field(1e-5, gt=0, lt=1)
     """largest delta at which an epsilon is accepted"""
+    release: Literal["automatic", "ask"] = "automatic"
+    """ask: each update waits until a person has released it (`fedsp egress release`); the server
+    waits for federation.reply_seconds"""
 
     @model_validator(mode="after")
     def _needs_a_size(self) -> PolicySection:

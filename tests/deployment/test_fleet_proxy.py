@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import json
 import socket
 import ssl
@@ -24,6 +25,7 @@ from fedsp.deployment import fleet_proxy as proxy
 from fedsp.deployment.parties.credentials import CA, CERTIFICATE, CLIENT_KEY, KEY
 from fedsp.deployment.parties.new_federation import init_federation
 from fedsp.deployment.processes import free_port
+from fedsp.federation.chained_log import SECURITY, read_log
 from support.tls_server import serving
 
 
@@ -682,3 +684,28 @@ def test_the_proxy_is_served_as_it_is_meant_to_be(
         httpx.Timeout(120.0),
         256,
     )
+
+
+def test_the_security_log_says_once_who_came_and_who_was_refused(
+    folder: Path, headers: Any, app: proxy.FleetProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / SECURITY).unlink(missing_ok=True)
+    app._noted.clear()
+
+    def call(values: dict[str, str]) -> None:
+        app._signer({name.encode(): value.encode() for name, value in values.items()})
+
+    stranger = signed(ec.generate_private_key(ec.SECP384R1()))
+    for _ in range(3):
+        call(headers["a"])
+        call(stranger)
+        call({**headers["b"], "flwr-timestamp": "2026-01-01T00:00:01+00:00"})
+    told = read_log(folder / SECURITY, "")
+    assert [event["event"] for event in told] == ["connected", "key refused", "signature refused"]
+    assert (told[0]["client"], told[2]["client"]) == ("a", "b")
+    public = base64.b64decode(stranger["flwr-public-key"])
+    assert told[1]["sha256"] == hashlib.sha256(public).hexdigest()
+    monkeypatch.setattr(proxy, "MOST_NOTED", 4)
+    for _ in range(4):
+        call(signed(ec.generate_private_key(ec.SECP384R1())))
+    assert len(read_log(folder / SECURITY, "")) == 4, "strangers do not fill the disk"

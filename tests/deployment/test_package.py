@@ -15,6 +15,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -53,6 +54,7 @@ from fedsp.deployment.parties.credentials import (
     verify,
 )
 from fedsp.deployment.parties.new_federation import init_federation
+from fedsp.deployment.parties.release import decide, waiting
 from fedsp.deployment.processes import host_and_port, written
 from fedsp.deployment.serve import proxy_command, superlink_command
 from fedsp.errors import (
@@ -68,9 +70,10 @@ from fedsp.experiments import start
 from fedsp.experiments.build import open_clients
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.chained_log import read_log
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.egress import EGRESS, read_egress
-from fedsp.federation.messages import Request, Update
+from fedsp.federation.messages import Failure, Request, Update
 from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.wire import END, REFUSALS, read_reply, signed_reply, write_request
 from fedsp.models.auxiliary import load_auxiliary
@@ -78,6 +81,7 @@ from fedsp.models.payload import PROMPT
 from fedsp.models.soft_prompt import read_prompt
 from fedsp.privacy import LEDGER, Ledger
 from support.clock import Clock
+from support.deployed import until
 from support.small_federation import make_federation, party_of
 from support.tiny_families import tiny_causal_lm
 
@@ -401,6 +405,79 @@ def test_a_request_outside_the_agreement_is_refused_and_says_so(
     assert reason == REFUSALS[code] and here in said[0]
 
 
+def answering(client: Client, message: Message) -> tuple[threading.Thread, list[Any]]:
+    """A client that answers in a thread of its own, as `fedsp join` lets it."""
+    answers: list[Any] = []
+
+    def work() -> None:
+        try:
+            answers.append(client.respond(message))
+        except DeploymentError as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread, answers
+
+
+def test_an_update_waits_until_a_person_has_decided(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsp.deployment.parties.release.LOOKS_EVERY", 0.01)
+    party = party_of(place, policy={"release": "ask"})
+    state = Path(party.state)
+
+    def asked(round: int) -> tuple[Request, Message]:
+        request = Request(
+            run="ab",
+            round=round,
+            client="client-0",
+            seed=1,
+            payload={PROMPT: torch.zeros(4, 8, 128)},
+        )
+        return request, write_request(request, party.package.sha256)
+
+    def decided(client: Client, round: int, answer: str) -> Any:
+        request, message = asked(round)
+        thread, answers = answering(client, message)
+        until(lambda: bool(waiting(state)))
+        assert (not answers and not (state / "egress.jsonl").exists()) or round > 1
+        told = CliRunner().invoke(
+            app, ["egress", "release", str(place / "client-0" / "party.toml")], input=answer
+        )
+        assert told.exit_code == 0, told.output
+        assert f"round {round}: 16,472 bytes" in told.output and "length of the change" in told.output
+        thread.join(20)
+        return read_reply(signed_reply(answers[0], message, lambda *_: True), request)
+
+    client = Client(party, Callbacks())
+    assert isinstance(decided(client, 1, "y\n"), Update)
+    withheld = decided(client, 2, "\n")
+    assert isinstance(withheld, Failure) and withheld.reason == REFUSALS["withheld"]
+    # after a restart the same update is not asked about again
+    request, message = asked(2)
+    thread, answers = answering(Client(party, Callbacks()), message)
+    thread.join(20)
+    again = read_reply(signed_reply(answers[0], message, lambda *_: True), request)
+    assert isinstance(again, Failure) and again.reason == REFUSALS["withheld"]
+    assert [entry["kind"] for entry in read_egress(state / "egress.jsonl")] == [
+        "update",
+        "refusal",
+        "refusal",
+    ], "what was withheld never left"
+    events = read_log(state / "security.jsonl", "")
+    assert [event["event"] for event in events] == ["released", "withheld"] and events[0]["who"]
+    # who ends the client does not wait for anybody
+    client = Client(party, Callbacks())
+    thread, answers = answering(client, asked(3)[1])
+    until(lambda: bool(waiting(state)))
+    client.stopping.set()
+    thread.join(20)
+    assert isinstance(answers[0], DeploymentError)
+    with pytest.raises(StorageError, match="no update nothing waits"):
+        decide(state, "nothing", released=True)
+
+
 def test_a_disk_that_is_full_at_a_client_is_told_on_both_sides(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,6 +500,8 @@ def test_the_client_counts_rounds_over_restarts_and_stops_at_its_own_limit(place
     assert respond(Client(party, Callbacks()), run="cd", round=1)[0] == "answered"
     reason, said = respond(Client(party, Callbacks()), run="cd", round=2)
     assert reason == REFUSALS["policy"] and "3 rounds were answered" in said[0]
+    (event,) = read_log(Path(party.state) / "security.jsonl", "")
+    assert event["event"] == "request refused" and "3 rounds were answered" in event["why"]
 
 
 def test_a_client_answers_as_many_runs_as_the_package_speaks_of(place: Path) -> None:

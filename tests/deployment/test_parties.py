@@ -257,6 +257,13 @@ def test_the_commands_say_what_to_do_next(
     for name in ("server", "../up", "ca.key", ""):
         assert "is not a valid name" in fedsp("party", "init", name)
     assert "2 fedsp: cannot read nothing.json" in fedsp("federation", "admit", "nothing.json")
+    said = fedsp("federation", "events")
+    assert [line.split()[1] for line in said.splitlines()[1:4]] == [
+        "admitted:",
+        "certificate",
+        "revoked:",
+    ]
+    assert "key made: key SHA256" in fedsp("federation", "events", "../../hospital/state")
     (tmp_path / "elsewhere").mkdir()
     assert "there is no register" in fedsp(
         "federation", "admit", request, "--server", str(tmp_path / "elsewhere")

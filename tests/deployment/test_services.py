@@ -20,9 +20,10 @@ def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A unit with a command that this machine has."""
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd-analyze is not installed")
-    text = request.param.read_text()
+    source: Path = request.param
+    text = source.read_text()
     command = Path(sys.executable).with_name("fedsp")
-    path = tmp_path / request.param.name
+    path = tmp_path / source.name
     path.write_text(text.replace("/opt/fedsp/bin/fedsp", str(command)))
     return path
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from fedsp.cli import app
 from fedsp.errors import StorageError
-from fedsp.federation.egress import EgressJournal, egress_figures, read_egress
+from fedsp.federation.chained_log import SECURITY, ChainedLog, read_log, record_event
+from fedsp.federation.egress import egress_figures, read_egress
 from fedsp.report.console import egress_text
 
 
 def journal(path: Path, count: int = 3) -> Path:
-    kept = EgressJournal(path)
+    kept = ChainedLog(path)
     for round in range(1, count + 1):
         kept.write(
             run="ab", round=round, kind="update", bytes=10 * round, norm=1.0 / round, epsilon=None
@@ -25,7 +29,7 @@ def journal(path: Path, count: int = 3) -> Path:
 
 def test_what_is_written_is_read_and_summed(tmp_path: Path) -> None:
     path = journal(tmp_path / "state" / "egress.jsonl")
-    EgressJournal(path).write(run="cd", round=1, kind="refusal", bytes=5, epsilon=2.5, delta=1e-5)
+    ChainedLog(path).write(run="cd", round=1, kind="refusal", bytes=5, epsilon=2.5, delta=1e-5)
     entries = read_egress(path)
     assert [entry["round"] for entry in entries] == [1, 2, 3, 1]
     figures = egress_figures(entries)
@@ -40,9 +44,9 @@ def test_what_is_written_is_read_and_summed(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_write_over_each_other_s_lines(tmp_path: Path) -> None:
     path = journal(tmp_path / "egress.jsonl", 2)
-    one, other = EgressJournal(path), EgressJournal(path)
+    one, other = ChainedLog(path), ChainedLog(path)
     one.write(run="ab", round=3, kind="update", bytes=1)
-    with pytest.raises(StorageError, match="was changed by another process: nothing was sent"):
+    with pytest.raises(StorageError, match="was changed by another process: nothing was done"):
         other.write(run="ab", round=4, kind="update", bytes=1)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(StorageError, match="was changed by another process"):
@@ -56,7 +60,7 @@ def test_a_line_that_a_kill_cut_short_is_written_over(tmp_path: Path) -> None:
     with open(path, "ab") as file:
         file.write(b'{"time": "2026')
     assert len(read_egress(path)) == 2
-    EgressJournal(path).write(run="ab", round=3, kind="update", bytes=1)
+    ChainedLog(path).write(run="ab", round=3, kind="update", bytes=1)
     assert [entry["round"] for entry in read_egress(path)] == [1, 2, 3]
 
 
@@ -80,8 +84,8 @@ def test_a_changed_line_shows_and_where(line: int, change: str, tmp_path: Path) 
     number = line + 1 + (change == "repeat")
     with pytest.raises(StorageError, match=f"line {number} of .* does not follow from those"):
         read_egress(path)
-    with pytest.raises(StorageError, match="the journal was changed"):
-        EgressJournal(path)
+    with pytest.raises(StorageError, match="the log was changed"):
+        ChainedLog(path)
 
 
 @settings(max_examples=80, deadline=None)
@@ -106,6 +110,27 @@ def test_what_cannot_be_written_down_is_said(tmp_path: Path) -> None:
         read_egress(tmp_path / "egress.jsonl")
     (tmp_path / "state").write_text("a file")
     with pytest.raises(StorageError, match="cannot be (read|written)"):
-        EgressJournal(tmp_path / "state" / "egress.jsonl").write(run="ab", round=1, kind="update")
+        ChainedLog(tmp_path / "state" / "egress.jsonl").write(run="ab", round=1, kind="update")
     path = journal(tmp_path / "egress.jsonl", 1)
     assert set(json.loads(path.read_text())) >= {"time", "run", "round", "kind", "bytes", "chain"}
+
+
+def test_several_processes_write_one_security_log(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: record_event(tmp_path, "tried", number=number), range(24)))
+    events = read_log(tmp_path / SECURITY, "")
+    assert sorted(event["number"] for event in events) == list(range(24))
+    lines = (tmp_path / SECURITY).read_text().splitlines()
+    (tmp_path / SECURITY).write_text("\n".join([*lines[:3], *lines[4:]]) + "\n")
+    with pytest.raises(StorageError, match="line 4 of .* does not follow"):
+        record_event(tmp_path, "one more")
+    told = CliRunner().invoke(app, ["federation", "events", str(tmp_path)])
+    assert told.exit_code != 0 and isinstance(told.exception, StorageError)
+
+
+def test_events_are_told_with_the_last_digest(tmp_path: Path) -> None:
+    record_event(tmp_path, "admitted", client="a", key="SHA256:x")
+    told = CliRunner().invoke(app, ["federation", "events", str(tmp_path)])
+    (event,) = read_log(tmp_path / SECURITY, "")
+    assert "admitted: client a, key SHA256:x" in told.output
+    assert f"its last line has the digest {event['chain'][:16]}" in told.output

@@ -3,6 +3,7 @@ its journal and its statement, and by what its audits found."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedsp.audit.findings import Finding, holds, interval, read_found
@@ -41,6 +42,21 @@ def account(folder: Path) -> Finding:
         "What these attacks found is a lower bound: others may find more. What no setting"
         " guarantees: docs/explanation/security.md.",
     )
+
+
+def of_the_text(folder: Path, runs: Sequence[str]) -> dict[str, str]:
+    """What others learn of the clients' text, and what is promised of it, from a finished run and
+    its audits, for an owner of text who took part in `runs`.
+
+    Raises:
+        RunError: there is no finished run, or a file in it is damaged.
+    """
+    identity = RunDirectory.open(folder).identity
+    whose = "the run of this journal" if identity in runs else "ANOTHER RUN than this journal's"
+    answers = {row["question"]: row["answer"] for row in account(folder).rows}
+    asked = "What do others learn of the text?", "What is promised of the text?"
+    told = {question: answers[question] for question in asked}
+    return {"Audits are those of": f"{whose} ({identity}).", **told}
 
 
 def _of_the_model(run: RunDirectory, asked: int) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import json
 import re
 import ssl
@@ -45,7 +46,8 @@ from fedsp.deployment.parties.credentials import (
     client_keys,
     has_signed,
 )
-from fedsp.errors import FedspError
+from fedsp.errors import FedspError, StorageError
+from fedsp.federation.chained_log import record_event
 
 PASSED = re.compile(r"/v1/fleet/[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 """The paths that are passed on, whole: no dots, no percent signs, nothing that another reader could
@@ -63,6 +65,9 @@ HELD = 64 << 20
 AT_ONCE, EACH = 256, 128
 """Requests that are passed on at once; and connections, and requests, that one address may have at
 once. Nobody has been authenticated yet."""
+
+MOST_NOTED = 1000
+"""Events that one proxy writes into the security log, at most."""
 
 HEADERS_WITHIN, BODY_WITHIN = 15.0, 60.0
 """Seconds in which a connection must have sent the headers of a request, and a request its whole
@@ -89,6 +94,7 @@ class FleetProxy:
         self._held: Counter[bytes] = Counter()
         self._file = counts
         self._folder = folder
+        self._noted: set[tuple[str, ...]] = set()
         self._changed = self._last_change()
         self._keys = client_keys(folder)
         self._url = f"https://127.0.0.1:{port}"
@@ -162,8 +168,24 @@ class FleetProxy:
             return 401, [], b"", 0
         keys = self._registered()
         if key not in keys:
+            self._note("key refused", sha256=hashlib.sha256(key).hexdigest())
             return 412, [(b"content-type", b"application/json")], UNKNOWN_NODE, 0
-        return key if has_signed(keys[key], when, signature) else (401, [], b"", 0)
+        name, public = keys[key]
+        if not has_signed(public, when, signature):
+            self._note("signature refused", client=name)
+            return 401, [], b"", 0
+        self._note("connected", client=name)
+        return key
+
+    def _note(self, event: str, **about: str) -> None:
+        """Write an event into the security log of the server's folder, each once; whoever is not
+        known cannot fill the disk with theirs."""
+        noted = event, *about.values()
+        if noted in self._noted or len(self._noted) >= MOST_NOTED:
+            return
+        self._noted.add(noted)
+        with contextlib.suppress(StorageError):
+            record_event(self._folder, event, **about)
 
     def _registered(self) -> Mapping[bytes, Any]:
         """The keys of the clients that were in the register at the start and still are: who is

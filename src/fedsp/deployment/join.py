@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 from fedsp.config import PartyConfig
 from fedsp.data.encoding import encode_targets
@@ -25,6 +27,7 @@ from fedsp.deployment.monitoring.connection import Lookout
 from fedsp.deployment.monitoring.health import Health
 from fedsp.deployment.package import hold_against_policy, open_package
 from fedsp.deployment.parties.credentials import CA, CLIENT_KEY, SERVER_PUBLIC, client_signer
+from fedsp.deployment.parties.release import wait_for_release
 from fedsp.deployment.processes import Processes, free_port, host_and_port, options
 from fedsp.deployment.restricted_executor import command, require_pinning
 from fedsp.errors import (
@@ -38,16 +41,23 @@ from fedsp.errors import (
 )
 from fedsp.federation.agreement import promised_epsilon
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.chained_log import ChainedLog, record_event
 from fedsp.federation.clients import client_messenger, client_shapes, make_method, make_party
 from fedsp.federation.codecs import FLOAT32, parse_codec
 from fedsp.federation.compression import difference, read_values
-from fedsp.federation.egress import EGRESS, EgressJournal
+from fedsp.federation.egress import EGRESS
 from fedsp.federation.messages import Request
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.request_handler import answer
-from fedsp.federation.transport.wire import END, LONGEST_HEADER, most_bytes, sign_reply
+from fedsp.federation.transport.wire import (
+    END,
+    LONGEST_HEADER,
+    most_bytes,
+    sign_reply,
+    write_refusal,
+)
 from fedsp.models.loading import choose_device, reduce_precision
 from fedsp.models.payload import Payload, check, pack
 from fedsp.privacy import LEDGER, Ledger
@@ -120,7 +130,7 @@ class Client:
         self._start = self._messenger().payload() if lossy else None
         self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
-        self.answered = 0
+        self.answered, self.stopping = 0, Event()
         self.undone: list[StorageError] = []
         """Why requests were not done, where the disk did not take what they needed."""
 
@@ -151,7 +161,7 @@ class Client:
         except PayloadError as error:
             self._info(f"received {_amount(message)} that are not a valid request: {error}")
             return Message("")
-        reply = sign_reply(reply, message, self._sign)
+        reply = sign_reply(self._released(message, reply), message, self._sign)
         self._write_down(message, reply)
         fields = json.loads(reply.header.partition("\n")[2])
         # a disk may have room again when it is asked again
@@ -165,39 +175,63 @@ class Client:
         return reply
 
     @cached_property
-    def _egress(self) -> EgressJournal:
+    def _egress(self) -> ChainedLog:
         """Opened with the first answer, when no other process works in the folder."""
-        return EgressJournal(Path(self.party.state) / EGRESS)
+        return ChainedLog(Path(self.party.state) / EGRESS)
 
-    def _write_down(self, message: Message, reply: Message) -> None:
-        asked, fields = json.loads(message.header), json.loads(reply.header.partition("\n")[2])
+    def _released(self, message: Message, reply: Message) -> Message:
+        """The reply; a refusal, where a person has to release updates and withholds this one."""
+        fields = json.loads(reply.header)
+        if self.party.policy.release != "ask" or fields["kind"] != "update":
+            return reply
+        figures = self._figures(message, reply) | {"losses": fields["losses"]}
+        if wait_for_release(Path(self.party.state), figures, self.stopping, self._info):
+            return reply
+        asked = json.loads(message.header)
+        named = {name: asked[name] for name in ("run", "round", "client", "seed")}
+        return write_refusal(Request(**named, payload={}), "withheld")
+
+    def _figures(self, message: Message, reply: Message) -> dict[str, Any]:
+        """What is to be known of an answer, signed or not, before it leaves."""
+        asked = json.loads(message.header)
+        fields = json.loads(reply.header.rpartition("\n")[2])
         broadcast, norm = self._received.get((asked["run"], asked["round"])), None
         if broadcast and reply.payload:
             values = read_values(reply.payload, broadcast, parse_codec(fields["codec"]))
             norm = math.sqrt(
                 sum(float(one.square().sum()) for one in difference(values, broadcast).values())
             )
+        delta = self.agreement.privacy.delta
         private = self.agreement.privacy.unit == "example"
-        ledger = Ledger(Path(self.party.state) / LEDGER) if private else None
-        epsilon = ledger.epsilon(self.agreement.privacy.delta) if ledger else None
+        epsilon = Ledger(Path(self.party.state) / LEDGER).epsilon(delta) if private else None
+        return {
+            "run": asked["run"],
+            "round": asked["round"],
+            "kind": fields["kind"],
+            "bytes": len(reply.payload),
+            "codec": fields.get("codec"),
+            "norm": norm,
+            "epsilon": epsilon,
+            "delta": delta if private else None,
+        }
+
+    def _write_down(self, message: Message, reply: Message) -> None:
+        figures = self._figures(message, reply)
+        sent = reply.header.encode() + reply.payload
         self._egress.write(
-            run=asked["run"],
-            round=asked["round"],
-            kind=fields["kind"],
-            bytes=len(reply.header.encode()) + len(reply.payload),
-            sha256=hashlib.sha256(reply.header.encode() + reply.payload).hexdigest(),
-            codec=fields.get("codec"),
-            norm=norm,
-            epsilon=epsilon,
-            delta=self.agreement.privacy.delta if ledger else None,
-            package=self.party.package.sha256,
-            answers=hashlib.sha256(message.header.encode() + message.payload).hexdigest(),
+            **figures
+            | {
+                "bytes": len(sent),
+                "sha256": hashlib.sha256(sent).hexdigest(),
+                "package": self.party.package.sha256,
+                "answers": hashlib.sha256(message.header.encode() + message.payload).hexdigest(),
+            }
         )
-        self._health.add("fedsp_answers", kind=fields["kind"])
-        self._health.add("fedsp_bytes_sent", len(reply.header.encode()) + len(reply.payload))
+        self._health.add("fedsp_answers", kind=figures["kind"])
+        self._health.add("fedsp_bytes_sent", len(sent))
         self._health.set("fedsp_answer_seconds", time.time())
-        if epsilon is not None:
-            self._health.set("fedsp_epsilon", epsilon)
+        if figures["epsilon"] is not None:
+            self._health.set("fedsp_epsilon", figures["epsilon"])
 
     def _known(self, run: str, round: int) -> Payload | None:
         """The broadcast of a round, if it came here; of none, what the messenger begins with."""
@@ -286,6 +320,9 @@ class Client:
         ours = isinstance(error, PolicyError | PayloadError | StorageError)
         if isinstance(error, StorageError):
             self.undone.append(error)
+        if isinstance(error, PolicyError):
+            state = Path(self.party.state)
+            record_event(state, "request refused", round=request.round, why=first_line(error))
         what = first_line(error) if ours else type(error).__name__
         self._info(f"round {request.round}: not done: {what}")
 
@@ -309,7 +346,12 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
                 " federation init` made for this client, or from the owner of the model"
             )
     with Health(party.health, "health", "client") as health:
-        return _join(party, callbacks, health)
+        try:
+            return _join(party, callbacks, health)
+        except CredentialError as error:
+            why = first_line(error)
+            record_event(Path(party.state), "not connected", server=party.server, why=why)
+            raise
 
 
 def _join(party: PartyConfig, callbacks: Callbacks, health: Health) -> int:
@@ -329,6 +371,8 @@ def _join(party: PartyConfig, callbacks: Callbacks, health: Health) -> int:
                 f"state: another `fedsp join` works in {party.state}: wait for it, or give this one"
                 " a folder of its own"
             )
+        about = {"server": party.server, "package": party.package.sha256}
+        record_event(Path(party.state), "joined", **about, examples=len(client.rows))
         listening = Socket(os.environ.get(SOCKET))
         stack.callback(listening.close)
         place = Path(party.state) / "flower"
@@ -346,6 +390,7 @@ def _join(party: PartyConfig, callbacks: Callbacks, health: Health) -> int:
                 node.keep_running()
 
         worker = stack.enter_context(ThreadPoolExecutor(1))
+        stack.callback(client.stopping.set)  # an update that waits to be released waits no longer
         finished = False
         while not finished:
             channel = listening.accept(check)

@@ -35,6 +35,7 @@ from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import PROXY_COUNTS, RunDirectory
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks, together
+from fedsp.federation.chained_log import record_event
 from fedsp.federation.transport.remote import Timeouts, remote
 from fedsp.federation.transport.wire import END
 from fedsp.storage import write_bytes
@@ -92,8 +93,11 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
         transport = remote(link, node_of, timeouts, run.log_traffic, callbacks.info, package, keys)
         if run.finished:
             _wait_for_nodes(link, node_of)
+        begun = {"run": run.identity, "package": package, "clients": sorted(register)}
+        record_event(Path(section.folder), "serving", **begun)
         examples = {name: member.examples for name, member in register.items()}
         figures = run_experiment(run, lambda clients: transport, callbacks, examples)
+        record_event(Path(section.folder), "finished", run=run.identity)
         # the run is finished, whether its clients hear of it or not
         with contextlib.suppress(DeploymentError):
             _say_goodbye(link, node_of)

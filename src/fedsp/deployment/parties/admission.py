@@ -28,6 +28,7 @@ from fedsp.deployment.parties.credentials import (
 )
 from fedsp.deployment.processes import host_and_port
 from fedsp.errors import ConfigurationError, CredentialError
+from fedsp.federation.chained_log import record_event
 from fedsp.storage import locked, write_bytes
 
 REQUEST, BEFORE = "request.json", f"{CLIENT_KEY}.before"
@@ -75,7 +76,9 @@ def init_party(folder: Path, name: str, server: str) -> str:
     require_new(folder)
     new_client_key(folder / CLIENT_KEY)
     write_party(folder, name, server)
-    return write_request(folder / REQUEST, name, folder / CLIENT_KEY)
+    made = write_request(folder / REQUEST, name, folder / CLIENT_KEY)
+    record_event(folder / "state", "key made", key=made)
+    return made
 
 
 def rotate_key(config: Path) -> str:
@@ -99,6 +102,7 @@ def rotate_key(config: Path) -> str:
     made = write_request(key.with_name(REQUEST), party.name, new, before=key)
     key.rename(before)
     new.rename(key)
+    record_event(Path(party.state), "key changed", key=made)
     return made
 
 
@@ -139,6 +143,8 @@ def admit(request: Path, server: Path, examples: int | None = None) -> tuple[Ask
         if not known:
             write_bytes(path, path.read_bytes() + entry(asked.name, examples or 1).encode())
         write_bytes(server / SERVER_PUBLIC, server_public(server))
+        event = "key replaced" if known else "admitted"
+        record_event(server, event, client=asked.name, key=asked.fingerprint)
     return asked, known is not None
 
 
@@ -175,6 +181,7 @@ def revoke(name: str, server: Path) -> None:
         write_bytes(path, shorter.encode())
         public = members[name].public_key
         public.replace(public.with_name(f"{public.name}.revoked"))
+        record_event(server, "revoked", client=name)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsp.config_file import read_members
 from fedsp.errors import CredentialError
+from fedsp.federation.chained_log import record_event
 from fedsp.storage import parse_json, write_bytes
 
 DAYS, AUTHORITY_DAYS, SOON = 825, 3650, 60
@@ -229,7 +230,9 @@ def renew(server: Path, authority: Path) -> tuple[datetime.datetime, bool]:
         write_bytes(server / CA, root.public_bytes(serialization.Encoding.PEM))
     _write_private(server / KEY, key)
     write_bytes(server / CERTIFICATE, made.public_bytes(serialization.Encoding.PEM))
-    return made.not_valid_after_utc, renewed
+    until = made.not_valid_after_utc
+    record_event(server, "certificate renewed", until=until.isoformat(), authority=renewed)
+    return until, renewed
 
 
 def days_left(server: Path) -> float:
@@ -249,16 +252,17 @@ def _read_certificate(path: Path) -> x509.Certificate:
         raise CredentialError(f"cannot read the certificate {path}: {error}") from error
 
 
-def client_keys(folder: Path) -> dict[bytes, ec.EllipticCurvePublicKey]:
-    """The public keys of the clients in a server's register, by their PEM form, in which Flower's
-    calls name them.
+def client_keys(folder: Path) -> dict[bytes, tuple[str, ec.EllipticCurvePublicKey]]:
+    """The clients in a server's register, name and public key, by that key's PEM form, in which
+    Flower's calls name them.
 
     Raises:
         ConfigurationError: the register cannot be read.
         CredentialError: a key in it cannot be.
     """
-    keys = [client_key(member.public_key) for member in read_members(folder).values()]
-    return {key.public_bytes(serialization.Encoding.PEM, PEM_KEY): key for key in keys}
+    keys = {name: client_key(member.public_key) for name, member in read_members(folder).items()}
+    form = serialization.Encoding.PEM
+    return {key.public_bytes(form, PEM_KEY): (name, key) for name, key in keys.items()}
 
 
 def client_key(path: Path) -> ec.EllipticCurvePublicKey:

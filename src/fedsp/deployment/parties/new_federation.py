@@ -10,6 +10,7 @@ from fedsp.deployment.parties import credentials
 from fedsp.deployment.parties.admission import entry, require_name, require_new, write_party
 from fedsp.deployment.processes import host_and_port, written
 from fedsp.errors import ConfigurationError
+from fedsp.federation.chained_log import record_event
 from fedsp.storage import write_bytes
 
 
@@ -48,6 +49,7 @@ def init_federation(folder: Path, clients: list[str], address: str) -> None:
         credentials.make_client_credentials(folder / name, server, name)
         write_party(folder / name, name, address)
     write_bytes(server / REGISTER, register.encode())
+    record_event(server, "federation made", clients=clients, address=address)
     values = {
         "preset": "messenger",
         "auxiliary": {"folder": "package"},

@@ -38,6 +38,7 @@ REFUSALS = {
     ),
     "broadcast": "the client does not have the broadcast of the round before",
     "storage": "the client's disk did not take what it has to keep; its own log says which file",
+    "withheld": "the owner of the text did not release this update",
     "diverged": "a loss of the client's training was not finite",
     "failed": "the client could not finish this request; its own log says why",
 }
