@@ -358,6 +358,8 @@ def test_a_lookout_says_what_has_changed_and_no_more(
     with serving(app, place / "server", port, **SERVING):
         assert look() == ["the server answers"]
     assert len(look()) == 1 and "nothing listens" in said[0]
+    with serving(app, place / "server", port, **SERVING):
+        assert look() == ["the server answers again"]
     # an impostor after the server was met: said, and waited out
     init_federation(place.parent / "other", ["x"], "localhost:8000")
     with serving(greets(), place.parent / "other" / "server", port):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +18,13 @@ pytest.importorskip("flwr", reason="Flower comes with the flower extra")
 from flwr.app import ConfigRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
 
+from fedsp.config import PackageSection, PartyConfig, PartyDataSection
+from fedsp.deployment.fleet_proxy import UNKNOWN_NODE
 from fedsp.deployment.grid import SPARE, GridLink, from_record, to_record
+from fedsp.deployment.join import REFUSED, supernode_command
+from fedsp.deployment.parties.credentials import KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER
+from fedsp.deployment.restricted_executor import REPLACED
+from fedsp.deployment.serve import superlink_command
 from fedsp.federation.transport.message import Answer, Message
 
 identity: Any = importlib.import_module("flwr.supercore.task_identity").TaskIdentity
@@ -170,3 +180,63 @@ def test_our_answer_reaches_the_app_that_flower_runs(monkeypatch: pytest.MonkeyP
     thread.join(30)
     listening.close()
     assert messages == [SENT] and replies == [Message("the answer")]
+
+
+INSIDE = {
+    "flwr.common.constant": ("TIMESTAMP_TOLERANCE", "SYSTEM_TIME_TOLERANCE", "TIMESTAMP_HEADER"),
+    "flwr.supercore.constant": ("FLEET_HTTP_PUBLIC_KEY_HEADER", "FLEET_HTTP_SIGNATURE_HEADER"),
+    **REPLACED,
+}
+"""What fedsp relies on that is no part of Flower's documented interface; besides it, what its
+commands are called and take, and what they say in two places."""
+
+
+@pytest.mark.parametrize("module", INSIDE)
+def test_what_we_rely_on_inside_of_flower_is_there(module: str) -> None:
+    """A release that fails here needs a look at each place that is named."""
+    found = importlib.import_module(module)
+    lacking = [name for name in INSIDE[module] if not hasattr(found, name)]
+    assert not lacking
+
+
+def test_flower_names_the_headers_and_the_refusal_as_our_proxy_does() -> None:
+    from flwr.common import constant
+    from flwr.supercore import constant as inner
+    from flwr.supercore.error import base, catalog
+
+    assert (
+        inner.FLEET_HTTP_PUBLIC_KEY_HEADER,
+        inner.FLEET_HTTP_SIGNATURE_HEADER,
+        constant.TIMESTAMP_HEADER,
+    ) == (KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER)
+    told = json.loads(UNKNOWN_NODE)
+    assert told["code"] == base.ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+    said = Path(str(catalog.__file__)).read_text()
+    assert told["detail"] in said and REFUSED in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        superlink_command(Path("server"), 1),
+        supernode_command(
+            PartyConfig(
+                name="a",
+                server="localhost:1",
+                data=PartyDataSection(train="x"),
+                package=PackageSection(sha256="0" * 64),
+            ),
+            1,
+            Path("secret"),
+        ),
+    ],
+    ids=["superlink", "supernode"],
+)
+def test_flower_s_commands_take_the_options_that_we_give(command: list[str]) -> None:
+    program = Path(sys.executable).with_name(command[0])
+    told = subprocess.run(
+        [program, "--help"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert told.returncode == 0
+    lacking = [part for part in command if part.startswith("--") and part not in told.stdout]
+    assert not lacking

@@ -446,7 +446,9 @@ def test_an_update_waits_until_a_person_has_decided(
             app, ["egress", "release", str(place / "client-0" / "party.toml")], input=answer
         )
         assert told.exit_code == 0, told.output
-        assert f"round {round}: 16,472 bytes" in told.output and "length of the change" in told.output
+        assert (
+            f"round {round}: 16,472 bytes" in told.output and "length of the change" in told.output
+        )
         thread.join(20)
         return read_reply(signed_reply(answers[0], message, lambda *_: True), request)
 

@@ -51,7 +51,7 @@ def require_pinning() -> None:
         if not complete or (plugin and not hasattr(plugin, "supported_task_types")):
             raise DeploymentError(
                 "this release of Flower cannot be kept from running code that the server sends"
-                f" ({module} is not compatible): install flwr 1.41"
+                f" ({module} is not compatible): install flwr 1.42"
             )
 
 

@@ -269,7 +269,7 @@ class Lookout:
         """
         if time.monotonic() < self._next:
             return
-        wrong = ""
+        wrong, answers = "", "the server answers again" if self._once else "the server answers"
         try:
             for step in check_connection(self._party, seconds=2.0):
                 if step.name == "TLS":
@@ -287,7 +287,7 @@ class Lookout:
         except Unreached as error:
             wrong = str(error)
         if wrong != self._wrong:
-            self._info(f"{wrong}; this client keeps trying" if wrong else "the server answers")
+            self._info(f"{wrong}; this client keeps trying" if wrong else answers)
         self._health.wrong = wrong
         self._health.set("fedsp_server_reached", not wrong)
         self._wrong, self._next = wrong, time.monotonic() + LOOKS_EVERY
