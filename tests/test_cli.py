@@ -217,7 +217,7 @@ def test_figures_go_through_links_and_into_pipes(fedsp, tmp_path: Path) -> None:
         (['data.train="a\\u0000b"'], "data.train: it contains a NUL character"),
         (
             ["client.batch_size=99999999999"],
-            "client.batch_size: Input should be less than or equal to 65536",
+            "client.batch_size: expected at most 65536",
         ),
         (
             ["profile=robust", "aggregation.malicious=1e-320"],

@@ -232,34 +232,35 @@ def _run(
             " configuration"
         )
     read = _read(config, overrides) if config else None
-    from fedsp import api as commands
-    from fedsp.experiments.run_directory import ROUNDS
-    from fedsp.report.console import Display, figures_table
-
     folder = resume or Path(read.output if read else "")
     deployed = engine == "deployment"
 
     def how() -> str:
-        if not (folder / ROUNDS).exists():
+        if not (folder / "rounds.jsonl").exists():
             return "no round was finished"
         command = "serve" if deployed else "run"
         return f"finished rounds are kept: go on with `fedsp {command} --resume {folder}`"
 
-    with _says_how_to_go_on(how), Display(timed=deployed) as display:
-        if engine == "local" and not (resume or workers):
-            _measure_threads(display.callbacks().info)
-        if resume:
-            figures = commands.resume(
-                resume, read, callbacks=display.callbacks(), engine=engine, workers=workers
-            )
-        else:
-            assert read is not None
-            figures = commands.run(
-                read, callbacks=display.callbacks(), engine=engine, workers=workers
-            )
-        labels = figures.get("labels")
-        shown = {**figures, "labels": f"{len(labels)}, in result.json"} if labels else figures
-        display.print(figures_table("Run", shown))
+    with _says_how_to_go_on(how):
+        _says_that_it_loads(f"the run {folder}")
+        from fedsp import api as commands
+        from fedsp.report.console import Display, figures_table
+
+        with Display(timed=deployed) as display:
+            if engine == "local" and not (resume or workers):
+                _measure_threads(display.callbacks().info)
+            if resume:
+                figures = commands.resume(
+                    resume, read, callbacks=display.callbacks(), engine=engine, workers=workers
+                )
+            else:
+                assert read is not None
+                figures = commands.run(
+                    read, callbacks=display.callbacks(), engine=engine, workers=workers
+                )
+            labels = figures.get("labels")
+            shown = {**figures, "labels": f"{len(labels)}, in result.json"} if labels else figures
+            display.print(figures_table("Run", shown))
     _write(json_file, figures)
 
 
@@ -289,13 +290,15 @@ def join(
     is finished."""
     from fedsp.config_file import read_party
 
-    read_party(party)  # what is wrong with it is said before anything heavy is imported
-    from fedsp import api as commands
-    from fedsp.report.console import Display
+    name = read_party(party).name  # its faults are said before anything heavy is imported
+    with _says_how_to_go_on(lambda: f"`fedsp join {party}` goes on where it stood"):
+        _says_that_it_loads(f"the package of {name}")
+        from fedsp import api as commands
+        from fedsp.report.console import Display
 
-    with Display(timed=True) as display:
-        answered = commands.join(party, callbacks=display.callbacks())
-        display.print(f"the run is finished; {answered} requests were answered")
+        with Display(timed=True) as display:
+            answered = commands.join(party, callbacks=display.callbacks())
+            display.print(f"the run is finished; {answered} requests were answered")
 
 
 @app.command(rich_help_panel=ELSEWHERE, short_help="A client: see that a package is what it says.")
@@ -1085,6 +1088,11 @@ def _says_how_to_go_on(how: Callable[[], str]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _says_that_it_loads(what: str) -> None:
+    """Before the first seconds, in which nothing else can be said."""
+    typer.echo(f"fedsp {version('fedsp')}: loading {what}", err=True)
 
 
 def _measure_threads(info: Callable[[str], None]) -> None:

@@ -235,7 +235,7 @@ def validated(root: type[Root], values: Mapping[str, Any], source: str) -> Root:
     try:
         return root.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_fault(root, dict(fault))}" for fault in error.errors()]
+        lines = [f"  {_fault(root, dict(fault))}" for fault in _alternatives(error)]
         raise ConfigurationError(
             f"{source} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n" + "\n".join(lines)
         ) from error
@@ -407,12 +407,57 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
         ]
 
 
-def _fault(root: type[Section], fault: dict[str, Any]) -> str:
-    where = [
+EXPECTED = {
+    "model_type": "a table of keys",
+    "dict_type": "a table of keys",
+    "list_type": "a list",
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a number that is not infinite",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "a text of the form {pattern}",
+}
+"""What was expected where pydantic finds a fault, by its kind."""
+
+
+def _alternatives(error: ValidationError) -> list[dict[str, Any]]:
+    """Pydantic's faults, those of one key that takes several kinds of value as one."""
+    faults: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for found in error.errors():
+        fault: dict[str, Any] = {**found, "loc": tuple(_where(found["loc"]))}
+        wanted = EXPECTED.get(fault["type"])
+        if wanted:
+            fault["msg"] = f"expected {wanted.format(**fault.get('ctx', {}))}"
+        before = faults.get(fault["loc"])
+        if before and wanted and before["type"] in EXPECTED:
+            before["msg"] += f" or {fault['msg'].removeprefix('expected ')}"
+        else:
+            # a fault of another kind at the same place keeps a line of its own
+            faults[fault["loc"] if not before else (*fault["loc"], len(faults))] = fault
+    return list(faults.values())
+
+
+def _where(places: Iterable[Any]) -> list[Any]:
+    return [
         part
-        for part in fault["loc"]
+        for part in places
         if not (isinstance(part, str) and ("[" in part or part in ("str", "list")))
     ]
+
+
+def _fault(root: type[Section], fault: dict[str, Any]) -> str:
+    where = list(fault["loc"])
     key = ".".join(str(part) for part in where)
     if fault["type"] == "extra_forbidden":
         known = _section(root, where[:-1]).model_fields

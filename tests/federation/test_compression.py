@@ -196,7 +196,7 @@ def test_what_a_coding_cannot_say_is_refused_by_its_writer(name: str) -> None:
 def test_an_unknown_coding_is_one_clear_sentence(text: str, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError,
-        match=r"compression\.up: Input should be 'float32', 'float16', 'int8', 'int4' or 'sign'",
+        match=r"compression\.up: expected 'float32', 'float16', 'int8', 'int4' or 'sign'",
     ):
         commands.run(settings(tmp_path, compression={"up": text}))
 

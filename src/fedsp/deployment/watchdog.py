@@ -8,6 +8,7 @@ kill -9 included.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -19,7 +20,9 @@ GRACE = 8.0
 
 def main(command: list[str]) -> int:
     """Run `command` until it ends or standard input closes; returns its exit code."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_parent
+    )
 
     def watch() -> None:
         while os.read(0, 1 << 16):
@@ -36,6 +39,12 @@ def main(command: list[str]) -> int:
     code = child.wait()
     _signal(child.pid, signal.SIGKILL)  # what the command started and left behind
     return code
+
+
+def _end_with_parent() -> None:
+    """Linux ends the command where the watchdog itself is killed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _signal(group: int, number: int) -> None:
