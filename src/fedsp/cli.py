@@ -1092,7 +1092,7 @@ def _says_how_to_go_on(how: Callable[[], str]) -> Iterator[None]:
 
 def _says_that_it_loads(what: str) -> None:
     """Before the first seconds, in which nothing else can be said."""
-    typer.echo(f"fedsp {version('fedsp')}: loading {what}", err=True)
+    typer.echo(f"fedsp {version('fedsp')}: loading {what}")
 
 
 def _measure_threads(info: Callable[[str], None]) -> None:

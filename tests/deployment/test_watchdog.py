@@ -13,10 +13,9 @@ import pytest
 WATCHDOG = [sys.executable, "-P", "-m", "fedsp.deployment.watchdog"]
 
 
-def watched(ignores: bool = False) -> tuple[subprocess.Popen[bytes], psutil.Process]:
+def watched() -> tuple[subprocess.Popen[bytes], psutil.Process]:
     """A watchdog, and the command that it runs, which says when it has begun."""
-    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" if ignores else ""
-    code = f"{deaf} import time; print('begun', flush=True); time.sleep(600)"
+    code = "import time; print('begun', flush=True); time.sleep(600)"
     watchdog = subprocess.Popen(
         [*WATCHDOG, sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

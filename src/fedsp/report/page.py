@@ -172,7 +172,7 @@ def audited_runs(results: Results) -> list[dict[str, Any]]:
 
 
 def _best(table: Table) -> frozenset[int]:
-    """The best entry of each column of a table of scores."""
+    """The best entries of each column of a table of scores: all that read like the best."""
     if table.name not in ("accuracy", "answer_loss"):
         return frozenset()
     best = max if table.name == "accuracy" else min
@@ -180,7 +180,8 @@ def _best(table: Table) -> frozenset[int]:
     for place, column in enumerate(table.columns):
         entries = [row[place] for row in table.rows if row[place].value is not None]
         if len(entries) > 1 and column not in PRIVACY:
-            found.add(id(best(entries, key=lambda entry: entry.value or 0.0)))
+            shown = best(entries, key=lambda entry: entry.value or 0.0).text
+            found |= {id(entry) for entry in entries if entry.text == shown}
     return frozenset(found)
 
 
