@@ -23,7 +23,21 @@ from fedsp.errors import ConfigurationError
 SMALL = {"model": {"name": "embedded"}, "data": {}, "distill": {"text": ["x.txt"]}}
 
 
-WRONG = (None, True, 3, -1, 2.5, float("inf"), "zzz", "", [], ["zzz"], {}, {"zzz": 1}, [[1]])
+WRONG: tuple[Any, ...] = (
+    None,
+    True,
+    3,
+    -1,
+    2.5,
+    float("inf"),
+    "zzz",
+    "",
+    [],
+    ["zzz"],
+    {},
+    {"zzz": 1},
+    [[1]],
+)
 
 
 def test_no_fault_is_told_in_the_words_of_the_library_underneath() -> None:
