@@ -9,8 +9,8 @@ version=$($bin/python -c 'import tomllib; print(tomllib.load(open("pyproject.tom
 fail() { echo "release: $1" >&2; exit 2; }
 [ -z "$(git status --porcelain)" ] || fail "there are changes that are not committed: commit them, or put them aside"
 git tag --points-at HEAD | grep -qx "v$version" || fail "this commit has no tag v$version: \`git tag v$version\`, or set the version in pyproject.toml"
-grep -q "^## $version" CHANGELOG.md || fail "CHANGELOG.md has no section '## $version'"
-grep -q "^version: $version" CITATION.cff || fail "CITATION.cff is not of version $version"
+grep -Eq "^## ${version//./\\.}( |$)" CHANGELOG.md || fail "CHANGELOG.md has no section '## $version'"
+grep -Fxq "version: $version" CITATION.cff || fail "CITATION.cff is not of version $version"
 rm -rf dist
 $tools/python -m build .
 $tools/python -m twine check --strict dist/*

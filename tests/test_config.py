@@ -40,6 +40,14 @@ WRONG: tuple[Any, ...] = (
 )
 
 
+@pytest.mark.parametrize("key", ["a[b", "str", "list", "columns[0]"])
+def test_an_unknown_key_is_named_whatever_it_says(key: str) -> None:
+    for values in ({**SMALL, key: 1}, {**SMALL, "data": {key: 1}}):
+        with pytest.raises(ConfigurationError, match="unknown key") as refused:
+            make_config(values)
+        assert f"{key}: unknown key" in str(refused.value)
+
+
 def test_no_fault_is_told_in_the_words_of_the_library_underneath() -> None:
     """Every key, with a value of every kind."""
     told = 0

@@ -485,11 +485,11 @@ def egress_release(
     state = Path(read_party(config).state)
     found = waiting(state)
     for name, figures in found.items():
-        norm = f", length of the change {figures['norm']:.4g}" if figures["norm"] else ""
-        epsilon = f", epsilon so far {figures['epsilon']:.3f}" if figures["epsilon"] else ""
+        norm = f", length of the change {figures['norm']:.4g}" if figures.get("norm") else ""
+        epsilon = f", epsilon so far {figures['epsilon']:.3f}" if figures.get("epsilon") else ""
         typer.echo(
             f"run {figures['run']}, round {figures['round']}: {figures['bytes']:,} bytes in"
-            f" {figures['codec']}{norm}{epsilon}"
+            f" {figures.get('codec')}{norm}{epsilon}"
         )
         released = typer.confirm("Release it?", default=False)
         decide(state, name, released=released)
@@ -611,7 +611,8 @@ def federation_events(
         about = {key: event[key] for key in event if key not in ("time", "event", "chain")}
         told = ", ".join(f"{key} {value}" for key, value in about.items())
         typer.echo(f"{event['time']}  {event['event']}: {told}")
-    typer.echo(f"The log is whole; its last line has the digest {events[-1]['chain'][:16]}.")
+    last = events[-1]["chain"][:16] if events else "none, since there is no whole line"
+    typer.echo(f"The log is whole; its last line has the digest {last}.")
     _write(json_file, {"events": events})
 
 
@@ -668,8 +669,9 @@ def party_init(
 def party_rotate(
     config: Annotated[Path, typer.Argument(help="The client's party.toml.")] = Path("party.toml"),
 ) -> None:
-    """Change this client's key. The server knows the new one once it has admitted the
-    request; until then, going back is to rename client.key.before to client.key."""
+    """Change this client's key, between two runs: once the server has admitted the request, the key
+    before opens nothing, and the new one counts from its next start. Until then, going back is to
+    rename client.key.before to client.key."""
     require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
     from fedsp.deployment.parties.admission import REQUEST, rotate_key
 

@@ -827,6 +827,8 @@ class PolicySection(Section):
     release: Literal["automatic", "ask"] = "automatic"
     """ask: each update waits until a person has released it (`fedsp egress release`); the server
     waits for federation.reply_seconds"""
+    release_seconds: Rate = 3600.0
+    """with release = ask: an update that nobody has decided on by then is withheld"""
 
     @model_validator(mode="after")
     def _needs_a_size(self) -> PolicySection:

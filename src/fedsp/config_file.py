@@ -435,7 +435,11 @@ def _alternatives(error: ValidationError) -> list[dict[str, Any]]:
     """Pydantic's faults, those of one key that takes several kinds of value as one."""
     faults: dict[tuple[Any, ...], dict[str, Any]] = {}
     for found in error.errors():
-        fault: dict[str, Any] = {**found, "loc": tuple(_where(found["loc"]))}
+        # the last part is a key, whatever it says, where one is unknown or missing
+        own = 1 if found["type"] in ("extra_forbidden", "missing") else 0
+        places = found["loc"][: len(found["loc"]) - own]
+        where = (*_where(places), *found["loc"][len(places) :])
+        fault: dict[str, Any] = {**found, "loc": where}
         wanted = EXPECTED.get(fault["type"])
         if wanted:
             fault["msg"] = f"expected {wanted.format(**fault.get('ctx', {}))}"

@@ -289,6 +289,52 @@ def test_a_version_of_the_same_series_is_taken(other: str) -> None:
     assert connection.series("0.3.0") != connection.series("0.2.0")
 
 
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_server_that_is_busy_is_tried_again(status: int, place: Path) -> None:
+    port = free_port()
+    with serving(greets(status), place / "server", port):
+        _, error = found(party(place, port))
+    assert isinstance(error, Unreached) and f"is busy (code {status})" in str(error)
+
+
+def test_a_signature_that_does_not_hold_is_named(place: Path) -> None:
+    port = free_port()
+    with serving(greets(401), place / "server", port):
+        _, error = found(party(place, port))
+    assert isinstance(error, Refused) and "do not belong together" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "message"),
+    [
+        ("http://p:notaport", "HTTPS_PROXY in the environment is no address of a proxy"),
+        ("http://[::1", "HTTPS_PROXY in the environment is no address of a proxy"),
+    ],
+)
+def test_a_proxy_that_is_no_address_is_a_sentence(
+    proxy: str, message: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    _, error = found(party(place, 8000))
+    assert message in str(error)
+
+
+def test_a_proxy_that_speaks_no_http_is_a_sentence(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with says(b"nonsense\r\n\r\n") as port:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+        _, error = found(party(place, 8000))
+    assert isinstance(error, Unreached) and "cannot be reached through the proxy" in str(error)
+
+
+def test_a_name_that_no_machine_has_is_a_sentence(place: Path) -> None:
+    _, error = found(party(place, 8000, "\u00fc" * 60 + ".example"))
+    assert isinstance(error, Unreached) and "it is no name of a machine" in str(error)
+
+
 class Tunnel:
     """An HTTPS proxy that notes whom it was asked for, and what it was shown."""
 

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import shutil
 import socket
 import ssl
 import time
@@ -26,6 +27,7 @@ from fedsp.deployment.parties.credentials import CA, CERTIFICATE, CLIENT_KEY, KE
 from fedsp.deployment.parties.new_federation import init_federation
 from fedsp.deployment.processes import free_port
 from fedsp.federation.chained_log import SECURITY, read_log
+from support.clock import Clock
 from support.tls_server import serving
 
 
@@ -705,7 +707,34 @@ def test_the_security_log_says_once_who_came_and_who_was_refused(
     assert (told[0]["client"], told[2]["client"]) == ("a", "b")
     public = base64.b64decode(stranger["flwr-public-key"])
     assert told[1]["sha256"] == hashlib.sha256(public).hexdigest()
-    monkeypatch.setattr(proxy, "MOST_NOTED", 4)
+    monkeypatch.setattr(proxy, "MOST_STRANGERS", 2)
     for _ in range(4):
         call(signed(ec.generate_private_key(ec.SECP384R1())))
-    assert len(read_log(folder / SECURITY, "")) == 4, "strangers do not fill the disk"
+    call(headers["b"])
+    told = read_log(folder / SECURITY, "")[3:]
+    assert [event["event"] for event in told] == [
+        "key refused",
+        "more keys refused",
+        "connected",
+    ], "strangers neither fill the disk nor hide who is known"
+
+
+def test_a_register_that_stays_unreadable_lets_nobody_in(
+    folder: Path, headers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Path(shutil.copytree(folder, tmp_path / "server"))
+    app = proxy.FleetProxy(free_port(), server, tmp_path / "counts")
+    clock = Clock(monkeypatch)
+    clock.now = 100.0
+
+    def allowed() -> bool:
+        call = {name.encode(): value.encode() for name, value in headers["a"].items()}
+        return isinstance(app._signer(call), bytes)
+
+    whole = (server / "register.toml").read_text()
+    (server / "register.toml").write_text("[clients")
+    assert allowed(), "it may be being written"
+    clock.now += proxy.UNREAD_FOR + 1
+    assert not allowed()
+    (server / "register.toml").write_text(whole)
+    assert allowed()

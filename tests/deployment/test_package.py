@@ -9,6 +9,7 @@ import importlib
 import ipaddress
 import json
 import os
+import pwd
 import resource
 import shutil
 import ssl
@@ -424,6 +425,7 @@ def test_an_update_waits_until_a_person_has_decided(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedsp.deployment.parties.release.LOOKS_EVERY", 0.01)
+    monkeypatch.setenv("LOGNAME", "data-officer")
     party = party_of(place, policy={"release": "ask"})
     state = Path(party.state)
 
@@ -468,7 +470,16 @@ def test_an_update_waits_until_a_person_has_decided(
         "refusal",
     ], "what was withheld never left"
     events = read_log(state / "security.jsonl", "")
-    assert [event["event"] for event in events] == ["released", "withheld"] and events[0]["who"]
+    assert [event["event"] for event in events] == ["released", "withheld"]
+    assert events[0]["who"] == pwd.getpwuid(os.getuid()).pw_name, "whatever LOGNAME says"
+    # nobody has decided in time
+    hasty = party_of(place, policy={"release": "ask", "release_seconds": 0.05})
+    request, message = asked(3)
+    thread, answers = answering(Client(hasty, Callbacks()), message)
+    thread.join(20)
+    late = read_reply(signed_reply(answers[0], message, lambda *_: True), request)
+    assert isinstance(late, Failure) and late.reason == REFUSALS["withheld"] and not waiting(state)
+    assert read_log(state / "security.jsonl", "")[-1]["who"] == "nobody, in time"
     # who ends the client does not wait for anybody
     client = Client(party, Callbacks())
     thread, answers = answering(client, asked(3)[1])
@@ -492,7 +503,8 @@ def test_a_disk_that_is_full_at_a_client_is_told_on_both_sides(
         reason, said = respond(client)
     assert reason == REFUSALS["storage"]
     assert "rounds.json cannot be written: no space left on device" in said[0]
-    assert respond(client)[0] == "answered" and len(client.undone) == 1
+    assert list(client.undone) == [1]
+    assert respond(client)[0] == "answered" and not client.undone, "there was room again"
 
 
 def test_the_client_counts_rounds_over_restarts_and_stops_at_its_own_limit(place: Path) -> None:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from fedsp.deployment.parties import credentials
 from fedsp.deployment.parties.admission import admit, init_party, revoke, rotate_key
 from fedsp.deployment.parties.credentials import client_keys, fingerprint, read_request, renew
 from fedsp.deployment.parties.new_federation import init_federation
-from fedsp.errors import ConfigurationError, CredentialError
+from fedsp.errors import ConfigurationError, CredentialError, StorageError
+from fedsp.storage import locked
 
 
 @pytest.fixture()
@@ -118,6 +120,50 @@ def test_nobody_has_two_names(server: Path, tmp_path: Path, asking: Path) -> Non
     with pytest.raises(CredentialError, match="its key is that of 'new'"):
         admit(asking / "again.json", server)
     assert "other" not in read_register(server)
+
+
+def test_a_key_that_was_revoked_does_not_come_back(server: Path, asking: Path) -> None:
+    admit(asking / "request.json", server)
+    revoke("new", server)
+    with pytest.raises(CredentialError, match=r"its key was revoked \(new.pub.revoked\)"):
+        admit(asking / "request.json", server)
+    rotate_key(asking / "party.toml")
+    admit(asking / "request.json", server)
+
+
+def test_of_two_admissions_at_once_the_second_meets_the_first(server: Path, tmp_path: Path) -> None:
+    """What a request is held against is read while nobody else writes."""
+    for place in ("one", "two"):
+        init_party(tmp_path / place, "same", "localhost:8000")
+    with ThreadPoolExecutor(2) as pool:
+        with locked(server / "register.toml.lock", wait=True):
+            waiting = [
+                pool.submit(admit, tmp_path / place / "request.json", server)
+                for place in ("one", "two")
+            ]
+            done, _ = wait(waiting, timeout=0.5)
+            assert not done
+        faults = [future.exception() for future in waiting]
+    assert sum(fault is None for fault in faults) == 1
+    assert any("another key, which has not signed" in str(fault) for fault in faults)
+    assert list(read_register(server)) == ["a", "b.c", "same"]
+
+
+def test_what_cannot_be_written_down_is_not_done(server: Path, asking: Path) -> None:
+    log = server / "security.jsonl"
+    log.write_text(log.read_text().replace("localhost", "elsewhere"))
+    before = {path.name: path.read_bytes() for path in server.glob("*.*")}
+    for command in (
+        lambda: admit(asking / "request.json", server),
+        lambda: revoke("a", server),
+        lambda: renew(server, server.parent / "ca.key"),
+    ):
+        with pytest.raises(StorageError, match="does not follow"):
+            command()
+    assert {path.name: path.read_bytes() for path in server.glob("*.*")} | {
+        name: b"" for name in before if name.endswith(".lock")
+    } == before | {path.name: b"" for path in server.glob("*.lock")}
+    assert list(read_register(server)) == ["a", "b.c"]
 
 
 @pytest.mark.parametrize("name", ["a", "b.c", "d"])

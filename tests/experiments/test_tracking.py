@@ -62,7 +62,8 @@ def test_tensorboard_shows_every_round_once_and_the_end_of_a_resumed_run(
 ) -> None:
     config = {**settings(tmp_path), "tracking": {"tensorboard": str(tmp_path / "events")}}
     figures = stopped_and_resumed(config, monkeypatch)
-    shown = scalars(tmp_path / "events" / "run")
+    (place,) = (tmp_path / "events").iterdir()
+    shown = scalars(place)
     records = runs.RunDirectory.open(tmp_path / "run").records()
     assert shown["validation_loss"] == pytest.approx(
         {record["round"]: record["validation"] for record in records}
@@ -259,6 +260,44 @@ def test_what_counts_single_clients_stays_with_the_server_where_each_is_promised
     assert statement["published"] and all(isinstance(line, str) for line in statement["published"])
 
 
+def test_a_disk_that_takes_no_more_events_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("add_text", "add_scalar", "close"):
+        monkeypatch.setattr(SummaryWriter, name, full)
+    said: list[str] = []
+    trackers = {"tensorboard": str(tmp_path / "events")}
+    figures = commands.run(
+        {**settings(tmp_path, round={"rounds": 1}), "tracking": trackers},
+        callbacks=Callbacks(info=said.append),
+    )
+    assert "test" in figures and any("could not be written to" in line for line in said)
+
+
+def test_a_tracker_that_cannot_start_ends_those_before_it(tmp_path: Path) -> None:
+    """And leaves nothing in the way of the run once that is mended."""
+    (tmp_path / "taken").write_text("a file")
+    trackers = {
+        "tensorboard": str(tmp_path / "taken" / "events"),
+        "mlflow": f"sqlite:///{tmp_path / 'mlflow.db'}",
+    }
+    with pytest.raises(RunError, match="tracking.tensorboard = .* cannot be written"):
+        commands.run({**settings(tmp_path), "tracking": trackers})
+    told: list[BaseException] = []
+    with pytest.raises(RunError, match="tracking.mlflow"):
+        commands.run(
+            {**settings(tmp_path), "tracking": {"mlflow": "nothing://x"}},
+            callbacks=Callbacks(failed=told.append),
+        )
+    assert len(told) == 1
+    commands.run({**settings(tmp_path, round={"rounds": 1})})
+
+
 def test_every_tracker_is_told_no_more_where_each_client_is_promised_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +309,8 @@ def test_every_tracker_is_told_no_more_where_each_client_is_promised_something(
     trackers = {"tensorboard": str(tmp_path / "events"), "wandb": "fedsp"}
     commands.run({**settings(tmp_path, **private), "tracking": trackers})
     of_rounds = {"server_loss", "validation_loss"}
-    names = set(scalars(tmp_path / "events" / "run"))
+    (place,) = (tmp_path / "events").iterdir()
+    names = set(scalars(place))
     assert "end/epsilon" in names and "end/test/accuracy" in names
     assert {name for name in names if not name.startswith("end/")} <= of_rounds
     told = {name.partition(".")[0] for name in offline(tmp_path / "run")["summary"]}

@@ -46,7 +46,7 @@ from fedsp.deployment.parties.credentials import (
     client_keys,
     has_signed,
 )
-from fedsp.errors import FedspError, StorageError
+from fedsp.errors import FedspError, StorageError, first_line
 from fedsp.federation.chained_log import record_event
 
 PASSED = re.compile(r"/v1/fleet/[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
@@ -66,8 +66,12 @@ AT_ONCE, EACH = 256, 128
 """Requests that are passed on at once; and connections, and requests, that one address may have at
 once. Nobody has been authenticated yet."""
 
-MOST_NOTED = 1000
-"""Events that one proxy writes into the security log, at most."""
+MOST_STRANGERS = 20
+"""Keys that are not known, of which one proxy writes into the security log."""
+
+UNREAD_FOR = 10.0
+"""Seconds for which a register that cannot be read, since it is being written, leaves the clients
+before; then nobody is let in."""
 
 HEADERS_WITHIN, BODY_WITHIN = 15.0, 60.0
 """Seconds in which a connection must have sent the headers of a request, and a request its whole
@@ -95,6 +99,8 @@ class FleetProxy:
         self._file = counts
         self._folder = folder
         self._noted: set[tuple[str, ...]] = set()
+        self._strangers = 0
+        self._unread_since: float | None = None
         self._changed = self._last_change()
         self._keys = client_keys(folder)
         self._url = f"https://127.0.0.1:{port}"
@@ -178,25 +184,37 @@ class FleetProxy:
         return key
 
     def _note(self, event: str, **about: str) -> None:
-        """Write an event into the security log of the server's folder, each once; whoever is not
-        known cannot fill the disk with theirs."""
+        """Write an event into the security log of the server's folder, each once; of keys that are
+        not known only the first, since anybody can make more."""
         noted = event, *about.values()
-        if noted in self._noted or len(self._noted) >= MOST_NOTED:
+        if noted in self._noted:
             return
+        if event == "key refused":
+            if self._strangers > MOST_STRANGERS:
+                return
+            self._strangers += 1
+            if self._strangers > MOST_STRANGERS:
+                event, about = "more keys refused", {"than": str(MOST_STRANGERS)}
         self._noted.add(noted)
         with contextlib.suppress(StorageError):
             record_event(self._folder, event, **about)
 
     def _registered(self) -> Mapping[bytes, Any]:
         """The keys of the clients that were in the register at the start and still are: who is
-        revoked is turned away at once, and who is new is known to Flower from the next start. A
-        register that cannot be read, because it is being written, leaves the keys before."""
-        with contextlib.suppress(OSError, FedspError):
+        revoked is turned away at once, and who is new is known to Flower from the next start."""
+        try:
             changed = self._last_change()
             if changed != self._changed:
                 now = client_keys(self._folder)
                 self._keys = {key: self._keys[key] for key in self._keys if key in now}
                 self._changed = changed
+            self._unread_since = None
+        except (OSError, FedspError) as error:
+            if self._unread_since is None:
+                self._unread_since = time.monotonic()
+            if time.monotonic() - self._unread_since > UNREAD_FOR:
+                self._note("register unreadable, nobody is let in", why=first_line(error))
+                return {}
         return self._keys
 
     def _last_change(self) -> int:

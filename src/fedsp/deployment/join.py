@@ -131,8 +131,8 @@ class Client:
         self._last: tuple[Message, Message] | None = None
         self._received: dict[tuple[str, int], Payload] = {}
         self.answered, self.stopping = 0, Event()
-        self.undone: list[StorageError] = []
-        """Why requests were not done, where the disk did not take what they needed."""
+        self.undone: dict[int, StorageError] = {}
+        """By round, why its request was not done, where the disk did not take what it needed."""
 
     def respond(self, message: Message) -> Message:
         """The answer to a message; the same message again gets the same answer, without training
@@ -167,6 +167,8 @@ class Client:
         # a disk may have room again when it is asked again
         self._last = (message, reply) if fields.get("code") != "storage" else None
         self.answered += 1
+        if fields["kind"] == "update":
+            self.undone.pop(fields["round"], None)
         losses = [f"{name} loss {loss:.3f}" for name, loss in fields.get("losses", {}).items()]
         self._info(
             f"round {fields['round']}: received {_amount(message)}, sent {_amount(reply)}:"
@@ -185,7 +187,8 @@ class Client:
         if self.party.policy.release != "ask" or fields["kind"] != "update":
             return reply
         figures = self._figures(message, reply) | {"losses": fields["losses"]}
-        if wait_for_release(Path(self.party.state), figures, self.stopping, self._info):
+        most = self.party.policy.release_seconds
+        if wait_for_release(Path(self.party.state), figures, most, self.stopping, self._info):
             return reply
         asked = json.loads(message.header)
         named = {name: asked[name] for name in ("run", "round", "client", "seed")}
@@ -319,7 +322,7 @@ class Client:
         else only the exception type, since its message may contain private text."""
         ours = isinstance(error, PolicyError | PayloadError | StorageError)
         if isinstance(error, StorageError):
-            self.undone.append(error)
+            self.undone[request.round] = error
         if isinstance(error, PolicyError):
             state = Path(self.party.state)
             record_event(state, "request refused", round=request.round, why=first_line(error))
@@ -350,7 +353,8 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
             return _join(party, callbacks, health)
         except CredentialError as error:
             why = first_line(error)
-            record_event(Path(party.state), "not connected", server=party.server, why=why)
+            with contextlib.suppress(StorageError):
+                record_event(Path(party.state), "not connected", server=party.server, why=why)
             raise
 
 
@@ -407,8 +411,8 @@ def _join(party: PartyConfig, callbacks: Callbacks, health: Health) -> int:
         time.sleep(GOODBYE)
     if client.undone:
         raise StorageError(
-            f"the run is finished, but {len(client.undone)} of {client.answered} requests were not"
-            f" done: {client.undone[-1]}"
+            f"the run is finished, but what was asked in {len(client.undone)} of its rounds was not"
+            f" done: {list(client.undone.values())[-1]}"
         )
     return client.answered
 

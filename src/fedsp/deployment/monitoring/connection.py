@@ -33,8 +33,9 @@ from fedsp.deployment.parties.credentials import (
     signed_headers,
 )
 from fedsp.deployment.processes import host_and_port, written
-from fedsp.errors import CredentialError, DeploymentError, first_line
+from fedsp.errors import ConfigurationError, CredentialError, DeploymentError, first_line
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.chained_log import record_event
 
 GREETING = "/v1/fedsp/greeting"
 VERSION_HEADER = "fedsp-version"
@@ -67,10 +68,11 @@ class Step:
 
 
 def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[Step]:
-    """Each step to the server as it is taken; every wait is for at most so many seconds.
+    """Each step to the server as it is taken; every wait but that for DNS is for at most so many
+    seconds.
 
     Raises:
-        ConfigurationError: `server` is no host:port.
+        ConfigurationError: `server` is no host:port, or HTTPS_PROXY no address.
         Unreached: the name, the port or TLS fails, or this machine's clock is wrong.
         CredentialError: the certificate does not verify, or this client's own key cannot be read.
         Refused: the server does not know the key, or is of another version.
@@ -88,9 +90,10 @@ def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[St
     next_hop = written(connection.host, connection.port)
     try:
         found = socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no name of a machine"
         raise Unreached(
-            f"this machine does not know the name {connection.host!r} ({error.strerror}): check"
+            f"this machine does not know the name {connection.host[:80]!r} ({why}): check"
             f" {through or '`server`'}, and this machine's network and DNS"
         ) from error
     addresses = dict.fromkeys(str(one[4][0]) for one in found)
@@ -109,10 +112,10 @@ def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[St
                 f"{next_hop} does not answer within {seconds:g} s: that machine is off, or a"
                 " firewall drops what is sent there"
             ) from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise Unreached(
-                f"{where} cannot be reached{way} ({error.strerror or first_line(error)}): check"
-                " this machine's network, and what stands between it and the server"
+                f"{where} cannot be reached{way} ({first_line(error)}): check this machine's"
+                " network, and what stands between it and the server"
             ) from error
         took = 1000 * (time.perf_counter() - started)
         yield Step("port", f"{where} is open{way} ({took:.0f} ms)")
@@ -125,8 +128,16 @@ def _towards(host: str, port: int, seconds: float) -> tuple[http.client.HTTPConn
     proxy = urllib.request.getproxies().get("https")
     if not proxy or urllib.request.proxy_bypass(host):
         return http.client.HTTPConnection(host, port, timeout=seconds), None
-    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=seconds)
+    try:
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        connection = http.client.HTTPConnection(
+            parts.hostname or "", parts.port or 80, timeout=seconds
+        )
+    except (ValueError, http.client.HTTPException) as error:
+        raise ConfigurationError(
+            f"HTTPS_PROXY in the environment is no address of a proxy ({error}): expected"
+            " http://host:port"
+        ) from error
     headers = {}
     if parts.username:
         secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
@@ -206,6 +217,13 @@ def _greet(connection: http.client.HTTPConnection, where: str, key: Path) -> Ite
             f" the request that `fedsp party init` wrote, or take the {key.name} that was made for"
             " this client"
         )
+    if reply.status == 401:
+        raise Refused(
+            f"the server at {where} knows the key's owner but not its signature: {key.name} and the"
+            " public key in the server's register do not belong together"
+        )
+    if reply.status == 429 or reply.status >= 500:
+        raise Unreached(f"the server at {where} is busy (code {reply.status})")
     try:
         if reply.status != 200:
             raise ValueError
@@ -248,7 +266,8 @@ def _day(seconds: float) -> str:
 
 
 class Lookout:
-    """Looks every few seconds whether the way to the server is open, and says what has changed.
+    """Looks every few seconds whether the way to the server is open, and says when that, or what is
+    in the way, has changed.
 
     `greets`: also whether the server knows this client; not where the connection is somebody else's
     SuperLink, which has no proxy of ours."""
@@ -258,7 +277,9 @@ class Lookout:
     ) -> None:
         self._party, self._info, self._greets = party, callbacks.info, greets
         self._health = health
-        self._next, self._wrong, self._once = 0.0, "", False
+        self._next, self._once = 0.0, False
+        self._fault: tuple[int, type[Exception]] | None = None
+        """How many steps were taken, and what stopped the last look."""
 
     def look(self) -> None:
         """Look, if it is time to.
@@ -269,9 +290,11 @@ class Lookout:
         """
         if time.monotonic() < self._next:
             return
-        wrong, answers = "", "the server answers again" if self._once else "the server answers"
+        met, taken, wrong = self._once, 0, ""
+        fault: tuple[int, type[Exception]] | None = None
         try:
             for step in check_connection(self._party, seconds=2.0):
+                taken += 1
                 if step.name == "TLS":
                     if not self._once and "soon" in step.found:
                         self._info(f"the server's {step.found}")
@@ -281,13 +304,17 @@ class Lookout:
         except Refused:
             raise
         except CredentialError as error:
-            if not self._once:
+            if not met:
                 raise
-            wrong = str(error)
+            fault, wrong = (taken, type(error)), str(error)
+            if fault != self._fault:
+                state = Path(self._party.state)
+                record_event(state, "not connected", server=self._party.server, why=wrong)
         except Unreached as error:
-            wrong = str(error)
-        if wrong != self._wrong:
-            self._info(f"{wrong}; this client keeps trying" if wrong else answers)
+            fault, wrong = (taken, type(error)), str(error)
+        if fault != self._fault:
+            answers = "the server answers again" if met else "the server answers"
+            self._info(f"{wrong}; this client keeps trying" if fault else answers)
         self._health.wrong = wrong
         self._health.set("fedsp_server_reached", not wrong)
-        self._wrong, self._next = wrong, time.monotonic() + LOOKS_EVERY
+        self._fault, self._next = fault, time.monotonic() + LOOKS_EVERY

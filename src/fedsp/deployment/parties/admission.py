@@ -21,6 +21,7 @@ from fedsp.deployment.parties.credentials import (
     CLIENT_KEY,
     SERVER_PUBLIC,
     Asked,
+    client_signer,
     new_client_key,
     read_request,
     server_public,
@@ -98,11 +99,12 @@ def rotate_key(config: Path) -> str:
             f"{before} is there from a change of keys before: remove it once the server has"
             f" admitted that, or rename it to {CLIENT_KEY} to go back"
         )
+    client_signer(key)  # it can be read
     new_client_key(new)
     made = write_request(key.with_name(REQUEST), party.name, new, before=key)
+    record_event(Path(party.state), "key changed", key=made)
     key.rename(before)
     new.rename(key)
-    record_event(Path(party.state), "key changed", key=made)
     return made
 
 
@@ -137,14 +139,23 @@ def admit(request: Path, server: Path, examples: int | None = None) -> tuple[Ask
                 " signed this request: where the client has lost that key, `fedsp federation revoke"
                 f" {asked.name}` first"
             )
+        for revoked in sorted((server / "clients").glob("*.revoked")):
+            if asked.is_of(revoked):
+                raise CredentialError(
+                    f"{request}: its key was revoked ({revoked.name}): the client makes a new one"
+                    " with `fedsp party rotate` and sends the request that this writes"
+                )
+        longer = path.read_text(encoding="utf-8")
+        if not known:
+            longer = longer.rstrip("\n") + "\n" + entry(asked.name, examples or 1)
+            tomllib.loads(longer)
+        event = "key replaced" if known else "admitted"
+        record_event(server, event, client=asked.name, key=asked.fingerprint)
         write_bytes(
             known.public_key if known else server / "clients" / f"{asked.name}.pub", asked.public
         )
-        if not known:
-            write_bytes(path, path.read_bytes() + entry(asked.name, examples or 1).encode())
+        write_bytes(path, longer.encode())
         write_bytes(server / SERVER_PUBLIC, server_public(server))
-        event = "key replaced" if known else "admitted"
-        record_event(server, event, client=asked.name, key=asked.fingerprint)
     return asked, known is not None
 
 
@@ -168,7 +179,7 @@ def revoke(name: str, server: Path) -> None:
             )
         text = path.read_text(encoding="utf-8")
         table = re.compile(
-            rf"""\n*^\[clients\.(["']?){re.escape(name)}\1\][^\n]*\n(?!\[)(?:(?!\[).*\n?)*""", re.M
+            rf"""\n*^\[clients\.(["']?){re.escape(name)}\1\][^\n]*\n(?:[^\n\[#][^\n]*\n?)*""", re.M
         )
         shorter = table.sub("\n\n", text, count=1).rstrip("\n") + "\n"
         left = tomllib.loads(text).get("clients", {})
@@ -178,15 +189,15 @@ def revoke(name: str, server: Path) -> None:
                 f"{path}: the table of {name!r} is not written as fedsp writes it: take it out by"
                 " hand"
             )
+        record_event(server, "revoked", client=name)
         write_bytes(path, shorter.encode())
         public = members[name].public_key
         public.replace(public.with_name(f"{public.name}.revoked"))
-        record_event(server, "revoked", client=name)
 
 
 @contextmanager
 def _register(server: Path) -> Iterator[tuple[Path, dict[str, Member]]]:
     """The register's path and its clients, while no other command changes it."""
-    members = read_members(server)
+    read_members(server)  # there is one
     with locked(server / f"{REGISTER}.lock", wait=True):
-        yield server / REGISTER, members
+        yield server / REGISTER, read_members(server)

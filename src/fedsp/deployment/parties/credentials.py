@@ -226,12 +226,14 @@ def renew(server: Path, authority: Path) -> tuple[datetime.datetime, bool]:
     names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     key = ec.generate_private_key(ec.SECP384R1())
     made = _server_certificate(key, signer, names)
-    if renewed:
-        write_bytes(server / CA, root.public_bytes(serialization.Encoding.PEM))
-    _write_private(server / KEY, key)
-    write_bytes(server / CERTIFICATE, made.public_bytes(serialization.Encoding.PEM))
     until = made.not_valid_after_utc
     record_event(server, "certificate renewed", until=until.isoformat(), authority=renewed)
+    new = {name: server / f"{name}.new" for name in (CA, KEY, CERTIFICATE)}
+    write_bytes(new[CA], root.public_bytes(serialization.Encoding.PEM))
+    _write_private(new[KEY], key)
+    write_bytes(new[CERTIFICATE], made.public_bytes(serialization.Encoding.PEM))
+    for name, path in new.items():  # all are on the disk
+        path.replace(server / name)
     return until, renewed
 
 

@@ -8,9 +8,10 @@ state/release/NAME.decided    what was decided, by whom and when; kept, so that 
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,10 +28,14 @@ LOOKS_EVERY = 1.0
 
 
 def wait_for_release(
-    state: Path, figures: Mapping[str, Any], stopping: Event, info: Callable[[str], None]
+    state: Path,
+    figures: Mapping[str, Any],
+    seconds: float,
+    stopping: Event,
+    info: Callable[[str], None],
 ) -> bool:
-    """Wait until a person has decided on an update with these figures; returns whether it was
-    released.
+    """Wait until a person has decided on an update with these figures, at most so many seconds;
+    returns whether it was released. What nobody has decided on by then is withheld.
 
     Raises:
         DeploymentError: the client ends before anybody has decided.
@@ -40,14 +45,21 @@ def wait_for_release(
     name = f"{figures['run']}-{figures['round']}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
     waiting, decided = state / FOLDER / f"{name}.json", state / FOLDER / f"{name}.decided"
     if not decided.exists():
+        for before in waiting.parent.glob(f"{figures['run']}-{figures['round']}-*.json"):
+            before.unlink()  # another try of this round, which will not be sent
         write_json(waiting, dict(figures))
         info(
             f"round {figures['round']}: an update of {figures['bytes']:,} bytes waits to be"
             " released by hand: `fedsp egress release party.toml`"
         )
+    until = time.monotonic() + seconds
     while not decided.exists():
         if stopping.wait(LOOKS_EVERY):
             raise DeploymentError("the client ends before its update was released")
+        if time.monotonic() > until:
+            _record(state, name, figures, "withheld", "nobody, in time")
+            waiting.unlink(missing_ok=True)
+            return False
     waiting.unlink(missing_ok=True)
     return bool(_read(decided, "released")["released"])
 
@@ -76,11 +88,24 @@ def decide(state: Path, name: str, *, released: bool) -> None:
     figures = waiting(state).get(name)
     if figures is None:
         raise StorageError(f"no update {name} waits in {state / FOLDER}")
-    who = getpass.getuser()
-    event = "released" if released else "withheld"
-    record_event(state, event, who=who, run=figures["run"], round=figures["round"], update=name)
+    who = _user()
+    _record(state, name, figures, "released" if released else "withheld", who)
     decision = {"released": released, "who": who, "time": datetime.now(UTC).isoformat()}
     write_json(state / FOLDER / f"{name}.decided", decision)
+
+
+def _record(state: Path, name: str, figures: Mapping[str, Any], event: str, who: str) -> None:
+    record_event(state, event, who=who, run=figures["run"], round=figures["round"], update=name)
+
+
+def _user() -> str:
+    """Who is logged in, by the system's own books: an environment variable says what one likes."""
+    try:
+        import pwd
+
+        return pwd.getpwuid(os.getuid()).pw_name
+    except (ImportError, KeyError, AttributeError):
+        return f"user {os.getuid()}" if hasattr(os, "getuid") else "unknown"
 
 
 def _read(path: Path, *needed: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """TensorBoard (https://www.tensorflow.org/tensorboard): `tracking.tensorboard = FOLDER`.
 
 Losses of every round by step, the configuration as a text, and the figures at the end, in a folder
-of the run's name below FOLDER. A resumed run is written there anew from its first round.
+of the run's name and identity below FOLDER. A resumed run is written there anew from its first
+round.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def tensorboard_callbacks(run: RunDirectory, folder: str, info: Callable[[str], 
             "tracking.tensorboard needs TensorBoard: `pip install 'fedsp[tensorboard]'`"
         ) from error
     told = Told(run)
-    place = Path(folder) / run.path.name
+    place = Path(folder) / f"{run.path.name}-{run.identity[:8]}"
     try:
         writer = SummaryWriter(str(place), purge_step=0)
     except OSError as error:
@@ -40,18 +41,20 @@ def tensorboard_callbacks(run: RunDirectory, folder: str, info: Callable[[str], 
             f"tracking.tensorboard = {folder!r} cannot be written ({first_line(error)}): name"
             " another folder, or remove the line"
         ) from error
-    writer.add_text("configuration", f"```\n{json.dumps(told.parameters(), indent=1)}\n```")
 
-    def scalars(figures: Mapping[str, float], step: int) -> None:
-        for name, value in figures.items():
-            writer.add_scalar(name.replace(" ", "_").replace(".", "/"), value, step)
-        flush()
-
-    def flush() -> None:
+    def attempt(write: Callable[[], object]) -> None:
         try:
-            writer.flush()
+            write()
         except OSError as error:
             info(f"part of this run could not be written to {place} ({first_line(error)})")
+
+    def scalars(figures: Mapping[str, float], step: int) -> None:
+        def write() -> None:
+            for name, value in figures.items():
+                writer.add_scalar(name.replace(" ", "_").replace(".", "/"), value, step)
+            writer.flush()
+
+        attempt(write)
 
     def round_done(record: RoundRecord, rounds: int) -> None:
         scalars(told.round(record), record.round)
@@ -59,8 +62,12 @@ def tensorboard_callbacks(run: RunDirectory, folder: str, info: Callable[[str], 
     def finished(figures: Mapping[str, Any]) -> None:
         end = {f"end.{name}": value for name, value in told.end(figures).items()}
         scalars(end, max((record.round for record in told.kept()), default=0))
-        writer.close()
+        attempt(writer.close)
 
+    configuration = f"```\n{json.dumps(told.parameters(), indent=1)}\n```"
+    attempt(lambda: writer.add_text("configuration", configuration))
     for record in told.kept():
         scalars(told.round(record), record.round)
-    return Callbacks(round_done=round_done, finished=finished, failed=lambda error: writer.close())
+    return Callbacks(
+        round_done=round_done, finished=finished, failed=lambda error: attempt(writer.close)
+    )

@@ -20,21 +20,20 @@ def tracked(
         RunError: a tracker cannot be reached; then nothing has been trained.
     """
     section, info = run.config.tracking, callbacks.info
-    trackers: list[Callbacks] = []
-    if section.mlflow is not None:
-        from fedsp.experiments.tracking.mlflow import MlflowRun
-
-        trackers.append(MlflowRun(run, section.mlflow, info).callbacks())
-    if section.tensorboard is not None:
-        from fedsp.experiments.tracking.tensorboard import tensorboard_callbacks
-
-        trackers.append(tensorboard_callbacks(run, section.tensorboard, info))
-    if section.wandb is not None:
-        from fedsp.experiments.tracking.wandb import wandb_callbacks
-
-        trackers.append(wandb_callbacks(run, section.wandb, info))
-    every = together(callbacks, *trackers)
+    every = callbacks
     try:
+        if section.tensorboard is not None:
+            from fedsp.experiments.tracking.tensorboard import tensorboard_callbacks
+
+            every = together(every, tensorboard_callbacks(run, section.tensorboard, info))
+        if section.wandb is not None:
+            from fedsp.experiments.tracking.wandb import wandb_callbacks
+
+            every = together(every, wandb_callbacks(run, section.wandb, info))
+        if section.mlflow is not None:
+            from fedsp.experiments.tracking.mlflow import MlflowRun
+
+            every = together(every, MlflowRun(run, section.mlflow, info).callbacks())
         figures = experiment(every)
     except BaseException as error:
         every.failed(error)
