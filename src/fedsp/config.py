@@ -143,8 +143,8 @@ class DataSection(TaskSection):
     """The task and its examples."""
 
     train: FileName | None = None
-    """training examples, a JSONL, CSV, Excel or Parquet file, or a folder (docs/how-to/data.md);
-    none: the task's data set on the Hugging Face hub"""
+    """training examples, a JSONL, CSV, Excel, Parquet or SQL file, or a folder
+    (docs/how-to/data.md); none: the task's data set on the Hugging Face hub"""
     validation: FileName | None = None
     """file of the server's validation examples; none: the fraction `holdout` of `train`"""
     test: FileName | None = None
@@ -796,8 +796,8 @@ class PartyDataSection(Section):
     """Your text. It is read on this machine and never leaves it."""
 
     train: FileName
-    """your examples, a JSONL, CSV, Excel or Parquet file, or a folder, in the form that the task of
-    the signed package asks for"""
+    """your examples, a JSONL, CSV, Excel, Parquet or SQL file, or a folder, in the form that the
+    task of the signed package asks for"""
     columns: dict[str, str] = {}
     """your file's own names of columns, by the field that the task reads, such as { prompt =
     "Ticket text" }; others keep their names"""

@@ -6,8 +6,10 @@ import csv
 import gzip
 import io
 import json
+import sqlite3
 import tempfile
 import zipfile
+from contextlib import closing
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -36,7 +38,7 @@ from fedsp.data.encoding import (
     encode_texts,
     training_batches,
 )
-from fedsp.data.files import read_passages, read_rows
+from fedsp.data.files import fields_of, how_it_is_read, read_passages, read_rows
 from fedsp.data.partition import make_partition, read_partition
 from fedsp.data.tasks import TASKS, Example, examples_of, find_task
 from fedsp.errors import DataError
@@ -984,3 +986,64 @@ def test_a_tree_holds_every_branch_once_and_shows_each_token_what_stands_before_
                 ]
         for place in range(len(front)):
             assert seen[row, place].nonzero()[:, 0].tolist() == list(range(place + 1))
+
+
+def database(folder: Path) -> Path:
+    """A database of tickets, and a query for them."""
+    with closing(sqlite3.connect(folder / "tickets.db")) as base:
+        base.execute("create table tickets (id integer, body text, kind text, price real, d date)")
+        base.executemany(
+            "insert into tickets values (?, ?, ?, ?, ?)",
+            [
+                (2, "it prints: stripes;", "printer", 1.5, "2026-01-02"),
+                (1, "lo\u00e7ked", "login", None, None),
+            ],
+        )
+        base.commit()
+    path = folder / "tickets.sql"
+    path.write_text(
+        "-- url: sqlite:///${HERE}/tickets.db\nselect body, kind, price from tickets order by id;\n"
+    )
+    return path
+
+
+def test_the_rows_of_a_query_are_those_of_the_same_table(tmp_path: Path) -> None:
+    rows = read_rows(database(tmp_path), {"text": "body", "label": "kind"})
+    (tmp_path / "t.csv").write_text(
+        'body,kind,price\nlo\u00e7ked,login,\n"it prints: stripes;",printer,1.5\n', encoding="utf-8"
+    )
+    same = read_rows(tmp_path / "t.csv", {"text": "body", "label": "kind"})
+    assert [fields_of(row) for row in rows] == [fields_of(row) for row in same]
+    assert how_it_is_read(tmp_path / "tickets.sql") == "the answer of a database"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("select 1", "expected '-- url:' and the address of a database in the first line"),
+        ("-- url: sqlite://\n", "and a query below it"),
+        ("-- url: sqlite://\nselect 1 as a", "the query has no ORDER BY"),
+        ("-- url: nonsense\nselect 1 as a order by a", "the database cannot be asked"),
+        ("-- url: nosuch://x\nselect 1 as a order by a", "the database cannot be asked"),
+        ("-- url: sqlite://\nselect a from b order by a", "cannot be asked .*no such table"),
+        ("-- url: sqlite://\nselect x'00' as a order by a", "a column holds bytes"),
+        ("-- url: sqlite://\nselect 1 as a where 1 = 0 order by a", "holds no rows"),
+    ],
+)
+def test_a_query_that_cannot_be_used_is_a_sentence(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "q.sql").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / "q.sql")
+
+
+def test_a_password_may_stand_in_the_environment_and_nothing_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = database(tmp_path)
+    monkeypatch.setenv("BASE", "tickets.db")
+    path.write_text(
+        "-- url: sqlite:///${HERE}/${BASE}\ndelete from tickets returning body /* order by */"
+    )
+    assert len(read_rows(path)) == 2
+    with closing(sqlite3.connect(tmp_path / "tickets.db")) as base:
+        assert base.execute("select count(*) from tickets").fetchone() == (2,)

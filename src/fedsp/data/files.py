@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import logging
+import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +24,8 @@ Row = dict[str, Any]
 UTF8, UTF16 = "utf-8-sig", "utf-16"
 TABLES = (".csv", ".tsv")
 WORKBOOKS = (".xlsx", ".xlsm")
+QUERY, URL = ".sql", "-- url:"
+"""The kind of a file that holds a query, and what its first line begins with."""
 ARCHIVE = b"PK\x03\x04"
 EXCEL = ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp932", "gb18030", "big5", "euc_kr"]
 """The encodings in which Excel saves tables in different countries."""
@@ -52,7 +56,9 @@ def how_it_is_read(path: Path) -> str:
     if path.is_dir():
         return "a folder of Parquet files, or a saved data set"
     if kind not in TABLES:
-        names = {".parquet": "Parquet"} | dict.fromkeys(WORKBOOKS, "the first sheet of a workbook")
+        names = {".parquet": "Parquet", QUERY: "the answer of a database"} | dict.fromkeys(
+            WORKBOOKS, "the first sheet of a workbook"
+        )
         return names.get(kind, "JSON")
     encoding = _encoding_of(path)
     with _open(path, "file", encoding) as file:
@@ -101,7 +107,8 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]
     """The rows of a file, by its name: a table (.csv, .tsv), the first sheet of an Excel workbook
     (.xlsx), a Parquet file (.parquet), or JSON, one object per line or a list of them; .gz may
     stand behind tables and JSON. Of a folder, the rows of its Parquet files in the order of their
-    names, or of a data set that `datasets` has saved there. The columns of a table are divided by
+    names, or of a data set that `datasets` has saved there. Of a query (.sql), whose first line
+    names a database, the rows that this answers. The columns of a table are divided by
     commas, semicolons or tabs, as its first line is; in tables and workbooks, `choices` is a JSON
     list. `columns`: the file's own names of fields, by the names that they get.
 
@@ -115,7 +122,9 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]
     elif kind == ".parquet":
         rows = list(_parquet_rows(path))
     elif kind in WORKBOOKS:
-        rows = list(_workbook_rows(path))
+        rows = list(_cell_rows(path, _cells(path)))
+    elif kind == QUERY:
+        rows = list(_cell_rows(path, _answers(path)))
     else:
         encoding = _encoding_of(path) if kind in TABLES else UTF8
         if encoding not in (UTF8, UTF16):
@@ -130,7 +139,7 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]
         raise DataError(f"{path} holds no rows")
     if columns:
         rows = [_renamed(row, columns) for row in rows]
-    return [_with_choices(row) for row in rows] if kind in (*TABLES, *WORKBOOKS) else rows
+    return [_with_choices(row) for row in rows] if kind in (*TABLES, *WORKBOOKS, QUERY) else rows
 
 
 def fields_of(row: Row) -> Row:
@@ -328,12 +337,12 @@ def _with_choices(row: Row) -> Row:
     return row | {"choices": choices, "answer": answer}
 
 
-def _workbook_rows(path: Path) -> Iterable[Row]:
-    """The first sheet's, every cell as the text that it would be in a table: numbers and dates
+def _cell_rows(path: Path, rows: Iterable[Sequence[Any]]) -> Iterable[Row]:
+    """Rows of cells, every cell as the text that it would be in a table: numbers and dates
     (ISO 8601) written out, nothing where it is empty. The first row that is not empty has the
     names."""
     names: list[str] = []
-    for number, cells in enumerate(_cells(path), start=1):
+    for number, cells in enumerate(rows, start=1):
         fields = [
             str(cell.isoformat() if isinstance(cell, date | time) else cell).strip()
             if cell is not None
@@ -377,6 +386,38 @@ def _cells(path: Path) -> Iterable[Sequence[Any]]:
         raise
     except Exception as error:  # of as many kinds as there are ways to be damaged
         raise DataError(f"cannot read {path} as an Excel workbook: {first_line(error)}") from error
+
+
+def _answers(path: Path) -> Iterable[Sequence[Any]]:
+    """The names of a query's columns, and its rows. It is run on a connection whose work is never
+    committed."""
+    with _open(path, "file") as file:
+        head, _, query = file.read().partition("\n")
+    if not head.startswith(URL) or not query.strip():
+        raise DataError(
+            f"{path}: expected {URL!r} and the address of a database in the first line, such as"
+            f" {URL} sqlite:///${{HERE}}/tickets.db, and a query below it"
+        )
+    if not re.search(r"\border\s+by\b", query, re.IGNORECASE):
+        raise DataError(
+            f"{path}: the query has no ORDER BY, so its rows may come in another order each time,"
+            " and a run cannot be resumed on them: add one over a unique column"
+        )
+    require_installed("sql", f"the query {path} needs", "sqlalchemy", error=DataError)
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import SQLAlchemyError
+
+    url = head.removeprefix(URL).strip().replace("${HERE}", str(path.parent.resolve()))
+    try:
+        with closing(create_engine(os.path.expandvars(url)).connect()) as connection:
+            answer = connection.execute(text(query.strip().removesuffix(";")))
+            yield tuple(answer.keys())
+            for row in answer:
+                if any(isinstance(cell, bytes | memoryview) for cell in row):
+                    raise DataError(f"{path}: a column holds bytes: select texts and numbers")
+                yield row
+    except (SQLAlchemyError, ImportError) as error:
+        raise DataError(f"{path}: the database cannot be asked ({first_line(error)})") from error
 
 
 def _names(head: str, divider: str) -> list[str]:
