@@ -650,6 +650,13 @@ def party_init(
     folder: Annotated[
         Optional[Path], typer.Option(help="The new folder. Default: one of that name.")
     ] = None,
+    about: Annotated[
+        str,
+        typer.Option(
+            help="What your text is, in a sentence, for the model card of what is tuned; everybody"
+            " who gets that model reads it."
+        ),
+    ] = "",
 ) -> None:
     """Make this client's key, its configuration, and the request to be admitted, which alone goes
     to the owner of the model."""
@@ -657,7 +664,7 @@ def party_init(
     from fedsp.deployment.parties.admission import REQUEST, init_party
 
     place = folder or Path(name)
-    made = init_party(place, name, server)
+    made = init_party(place, name, server, about)
     typer.echo(
         f"send {place / REQUEST} to the owner of the model and tell its fingerprint, {made}, by"
         f" another way; put the ca.crt, server.pub and package that come back into {place}; the key"

@@ -278,11 +278,13 @@ def read_party(path: Path, *, package_known: bool = True) -> PartyConfig:
 @dataclass(frozen=True)
 class Member:
     """A client in the server's register: its public key, its number of examples (its weight in the
-    mean) and, with a self-managed SuperLink, the node ID that the key is registered under."""
+    mean); with a self-managed SuperLink, the node ID that the key is registered under; and what it
+    has said of its text, for the model card."""
 
     public_key: Path
     examples: int
     node: int | None = None
+    about: str | None = None
 
 
 def read_register(folder: Path) -> dict[str, Member]:
@@ -323,7 +325,10 @@ def read_members(folder: Path) -> dict[str, Member]:
     register: dict[str, Member] = {}
     for name, entry in entries.items():
         where = f"{path}, client {name!r}"
-        if not isinstance(entry, dict) or set(entry) - {"node"} != {"public_key", "examples"}:
+        if not isinstance(entry, dict) or set(entry) - {"node", "about"} != {
+            "public_key",
+            "examples",
+        }:
             raise ConfigurationError(f"{where}: expected exactly public_key and examples")
         key, examples = folder / str(entry["public_key"]), entry["examples"]
         if not isinstance(examples, int) or examples < 1:
@@ -332,7 +337,10 @@ def read_members(folder: Path) -> dict[str, Member]:
             )
         if not key.is_file():
             raise ConfigurationError(f"{where}: there is no public key {key}")
-        register[name] = Member(key, examples, entry.get("node"))
+        about = entry.get("about")
+        if about is not None and not isinstance(about, str):
+            raise ConfigurationError(f"{where}: about is {about!r}, expected a text")
+        register[name] = Member(key, examples, entry.get("node"), about)
     return register
 
 

@@ -58,6 +58,27 @@ def test_a_client_makes_its_key_itself_and_is_admitted(
     assert admit(asking / "request.json", server)[1] and read_register(server) == register
 
 
+@pytest.mark.parametrize(
+    "about",
+    ["Discharge letters, 2019 to 2024", 'a "quote" and a \\ and \u00fc \U0001f600', "[clients.x]"],
+)
+def test_what_a_client_says_of_its_text_is_in_the_register(
+    about: str, server: Path, tmp_path: Path
+) -> None:
+    init_party(tmp_path / "new", "new", "localhost:8000", about)
+    admit(tmp_path / "new" / "request.json", server)
+    assert read_register(server)["new"].about == about
+    revoke("new", server)
+    assert list(read_register(server)) == ["a", "b.c"]
+
+
+@pytest.mark.parametrize("about", ["x" * 301, "two\nlines"])
+def test_it_says_so_in_a_sentence(about: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--about: write at most 300 characters"):
+        init_party(tmp_path / "new", "new", "localhost:8000", about)
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_fingerprint_is_that_of_ssh_keygen(asking: Path) -> None:
     public = read_request(asking / "request.json").public
     (asking / "key.pub").write_bytes(public)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsp import api
-from fedsp.audit.model_card import model_card
+from fedsp.audit.model_card import _described, model_card
+from fedsp.config_file import make_config
+from fedsp.deployment.parties.admission import admit, init_party
+from fedsp.deployment.parties.new_federation import init_federation
 from fedsp.errors import RunError
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.start import open_run
@@ -112,3 +116,27 @@ def test_a_card_of_a_run_that_was_not_measured_says_so(tmp_path: Path) -> None:
     (run / "result.json").unlink()
     card = model_card(RunDirectory.open(run), kind="a", base_model="b", use="c")
     assert "The run is not finished: nothing was measured" in card and "Clients held" not in card
+
+
+def test_a_card_tells_what_the_parties_said_of_their_text(tmp_path: Path) -> None:
+    """As their requests have it, once each, and not where a single client must not show."""
+    folder = tmp_path / "federation" / "server"
+    init_federation(tmp_path / "federation", ["a"], "localhost:8000")
+    for name, about in (("b", "Letters | of 2024"), ("c", "Letters | of 2024"), ("d", "Notes")):
+        init_party(tmp_path / name, name, "localhost:8000", about)
+        admit(tmp_path / name / "request.json", folder)
+    values = {
+        "model": {"name": "embedded"},
+        "data": {},
+        "distill": {"text": ["x"]},
+        "federation": {"folder": str(folder)},
+    }
+    assert _described(make_config(values)) == "Letters | of 2024; Notes"
+    private = {
+        "privacy": {"unit": "client", "noise_multiplier": 1.0},
+        "round": {"weighting": "uniform", "min_clients": 0},
+    }
+    told = _described(make_config({**values, **private}))
+    assert "Notes" not in told and "nothing of single clients" in told
+    shutil.rmtree(folder)
+    assert "the server's register is elsewhere" in _described(make_config(values))

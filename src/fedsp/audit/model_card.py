@@ -6,9 +6,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedsp.audit.findings import Finding, found_tables
+from fedsp.config import RunConfig
+from fedsp.config_file import read_members
+from fedsp.errors import ConfigurationError
 from fedsp.experiments.run_directory import STATEMENT, RunDirectory, read_json
 from fedsp.federation.methods.registry import find_method
 
@@ -100,10 +104,25 @@ def _made(run: RunDirectory) -> Iterable[tuple[str, Any]]:
         yield "tasks", ", ".join(tasks) or f"those that the column {config.data.task_column} names"
     else:
         yield "task", config.data.task
-    yield "the parties' descriptions of their text", "none was given"
+    yield "the parties' descriptions of their text", _described(config)
     yield "rounds", f"{len(records)} of {config.round.rounds}"
     yield "server's steps a round", config.server.steps
     yield "seed", config.seed
+
+
+def _described(config: RunConfig) -> str:
+    """What each party said of its text, each once and without its name; nothing of single clients
+    is told at client level."""
+    if not config.federation:
+        return "none was given"
+    if config.privacy.unit == "client":
+        return "not told, since the run promises to tell nothing of single clients"
+    try:
+        members = read_members(Path(config.federation.folder)).values()
+    except ConfigurationError:
+        return "not known here: the server's register is elsewhere"
+    told = sorted({member.about for member in members if member.about})
+    return "; ".join(told) or "none was given"
 
 
 def _figures(run: RunDirectory) -> Iterable[str]:

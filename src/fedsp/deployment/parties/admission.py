@@ -9,6 +9,7 @@ on the phone. A request that replaces a key is signed by the key before as well.
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from fedsp.config import NAME, PartyConfig
 from fedsp.config_file import REGISTER, Member, read_members, read_party, template_of
 from fedsp.deployment.parties.credentials import (
     CLIENT_KEY,
+    MOST_ABOUT,
     SERVER_PUBLIC,
     Asked,
     client_signer,
@@ -64,9 +66,9 @@ def write_party(folder: Path, name: str, server: str) -> None:
     write_bytes(folder / "party.toml", template_of(PartyConfig, settings, title).encode())
 
 
-def init_party(folder: Path, name: str, server: str) -> str:
-    """A client's own folder: its new private key, `party.toml`, and the request to be admitted;
-    returns the key's fingerprint.
+def init_party(folder: Path, name: str, server: str, about: str = "") -> str:
+    """A client's own folder: its new private key, `party.toml`, and the request to be admitted,
+    with what the client says of its text; returns the key's fingerprint.
 
     Raises:
         ConfigurationError: the folder is in use, or the name or the address cannot be used.
@@ -74,10 +76,15 @@ def init_party(folder: Path, name: str, server: str) -> str:
     """
     require_name(name, "NAME")
     host_and_port(server, "--server")
+    if len(about) > MOST_ABOUT or not about.isprintable():
+        raise ConfigurationError(
+            f"--about: write at most {MOST_ABOUT} characters in one line, without control"
+            " characters"
+        )
     require_new(folder)
     new_client_key(folder / CLIENT_KEY)
     write_party(folder, name, server)
-    made = write_request(folder / REQUEST, name, folder / CLIENT_KEY)
+    made = write_request(folder / REQUEST, name, folder / CLIENT_KEY, about=about)
     record_event(folder / "state", "key made", key=made)
     return made
 
@@ -147,7 +154,7 @@ def admit(request: Path, server: Path, examples: int | None = None) -> tuple[Ask
                 )
         longer = path.read_text(encoding="utf-8")
         if not known:
-            longer = longer.rstrip("\n") + "\n" + entry(asked.name, examples or 1)
+            longer = longer.rstrip("\n") + "\n" + entry(asked.name, examples or 1, asked.about)
             tomllib.loads(longer)
         event = "key replaced" if known else "admitted"
         record_event(server, event, client=asked.name, key=asked.fingerprint)
@@ -159,9 +166,12 @@ def admit(request: Path, server: Path, examples: int | None = None) -> tuple[Ask
     return asked, known is not None
 
 
-def entry(name: str, examples: int) -> str:
+def entry(name: str, examples: int, about: str = "") -> str:
     """A client's table in the register."""
-    return f'\n[clients."{name}"]\npublic_key = "clients/{name}.pub"\nexamples = {examples}\n'
+    # every text that JSON writes without a surrogate is one of TOML's
+    described = f"about = {json.dumps(about, ensure_ascii=False)}\n" if about else ""
+    key = f'public_key = "clients/{name}.pub"\n'
+    return f'\n[clients."{name}"]\n{key}examples = {examples}\n{described}'
 
 
 def revoke(name: str, server: Path) -> None:

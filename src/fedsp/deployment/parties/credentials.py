@@ -53,7 +53,9 @@ CA, CERTIFICATE, KEY = "ca.crt", "server.crt", "server.key"
 SIGNING = "signing.key"
 CLIENT_KEY, SERVER_PUBLIC = "client.key", "server.pub"
 LONGEST_REQUEST = 16 << 10
-REQUEST_FIELDS = "fedsp_request", "client", "public_key", "signature", "signature_before"
+REQUEST_FIELDS = "fedsp_request", "client", "public_key", "about", "signature", "signature_before"
+MOST_ABOUT = 300
+"""Characters in which a client describes its text."""
 OURS = "take the one that `fedsp federation init` made for this client"
 
 
@@ -112,11 +114,12 @@ def make_client_credentials(folder: Path, server: Path, name: str) -> None:
 
 @dataclass(frozen=True)
 class Asked:
-    """A client's request to be admitted: its name, its public key in OpenSSH form, and, in one that
-    replaces a key, the signature by the key before."""
+    """A client's request to be admitted: its name, its public key in OpenSSH form, what it says of
+    its text, and, in one that replaces a key, the signature by the key before."""
 
     name: str
     public: bytes
+    about: str
     before: bytes | None
 
     @property
@@ -130,12 +133,14 @@ class Asked:
 
     def replaces(self, public: Path) -> bool:
         """Whether the key in a file is the same or has signed this request."""
-        statement = _request(self.name, self.public)
+        statement = _request(self.name, self.public, self.about)
         signed = self.before is not None and has_signed(client_key(public), statement, self.before)
         return signed or self.is_of(public)
 
 
-def write_request(path: Path, name: str, key: Path, before: Path | None = None) -> str:
+def write_request(
+    path: Path, name: str, key: Path, *, about: str = "", before: Path | None = None
+) -> str:
     """Write a client's request to be admitted, signed by its key and, where that replaces another,
     by the one before; returns the key's fingerprint.
 
@@ -144,11 +149,12 @@ def write_request(path: Path, name: str, key: Path, before: Path | None = None) 
         StorageError: the disk did not take it.
     """
     public = _ssh(_client_key(key).public_key())
-    statement = _request(name, public)
+    statement = _request(name, public, about)
     request = {
         "fedsp_request": 1,
         "client": name,
         "public_key": public.decode(),
+        "about": about,
         "signature": client_signer(key)(statement).hex(),
         "signature_before": client_signer(before)(statement).hex() if before else None,
     }
@@ -171,10 +177,12 @@ def read_request(path: Path) -> Asked:
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
             raise ValueError("its key is no ECDSA key on the curve P-384")
         signature, before = fields["signature"], fields["signature_before"]
-        asked = Asked(
-            str(fields["client"]), _ssh(key), None if before is None else bytes.fromhex(before)
-        )
-        if not has_signed(key, _request(asked.name, asked.public), bytes.fromhex(signature)):
+        about = str(fields["about"])
+        if len(about) > MOST_ABOUT or not about.isprintable():
+            raise ValueError(f"it says more than {MOST_ABOUT} plain characters of its text")
+        old = None if before is None else bytes.fromhex(before)
+        asked = Asked(str(fields["client"]), _ssh(key), about, old)
+        if not has_signed(key, _request(asked.name, asked.public, about), bytes.fromhex(signature)):
             raise ValueError("it is not signed by the key in it")
     except OSError as error:
         raise CredentialError(f"cannot read {path}: {error.strerror}") from error
@@ -192,8 +200,8 @@ def fingerprint(public: bytes) -> str:
     return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
-def _request(name: str, public: bytes) -> bytes:
-    return b"fedsp request 1\n" + name.encode() + b"\n" + public
+def _request(name: str, public: bytes, about: str) -> bytes:
+    return b"\n".join([b"fedsp request 1", name.encode(), public, about.encode()])
 
 
 def renew(server: Path, authority: Path) -> tuple[datetime.datetime, bool]:
