@@ -46,7 +46,7 @@ from fedsp.privacy import clipped_sum, gaussian, noised_mean
 from fedsp.report.page import write_report
 from fedsp.training.per_example_gradients import example_gradients
 from support.attacked import TEXT, prompt_for
-from support.small_runs import ROWS, questions, settings
+from support.small_runs import ROWS, questions, distilled
 from support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.study
@@ -157,7 +157,7 @@ def test_intervals_hold_what_is_true_as_often_as_they_say() -> None:
 
 def test_shadows_start_alike_whatever_was_tried_in_between(tmp_path: Path) -> None:
     opened = open_audited(
-        Path(commands.run(settings(tmp_path, server={"steps": 1, "batch_size": 2}))["folder"]),
+        Path(commands.run(distilled(tmp_path, server={"steps": 1, "batch_size": 2}))["folder"]),
         Callbacks(),
     )
     first = train_shadow(opened, 0)
@@ -226,7 +226,7 @@ def test_membership_is_seen_where_it_must_be_and_nowhere_else(tmp_path: Path) ->
         "client": {"prompt_steps": 40, "batch_size": 8, "learning_rate": 0.1},
         "prompt": {"length": 16},
     }
-    folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
+    folder = Path(commands.run(distilled(tmp_path, **changes))["folder"])
     figures = audited(folder, "membership", shadows=5)["membership"]
     assert max(row["auc"][0] for row in figures["rows"]) > 0.9, [
         (row["observer"], row["attack"], row["auc"]) for row in figures["rows"]
@@ -248,7 +248,7 @@ def test_every_audit_of_a_private_run_and_its_report(
     monkeypatch.setattr(matching, "EXCHANGED", 1)
     monkeypatch.setattr("fedsp.audit.package_leakage.STEPS", (0, 4))
     folder = Path(
-        commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"]
+        commands.run(distilled(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"]
     )
     found = audited(
         folder, "disclosure, depths, model, membership, inversion", shadows=4, records=20, texts=2
@@ -327,7 +327,7 @@ def test_every_audit_of_a_private_run_and_its_report(
 
 def test_an_audit_holds_the_run_to_its_own_auxiliary_model(tmp_path: Path) -> None:
     folder, other = (
-        Path(commands.run(settings(tmp_path / name, seed=seed))["folder"])
+        Path(commands.run(distilled(tmp_path / name, seed=seed))["folder"])
         for name, seed in (("one", 0), ("two", 1))
     )
     shutil.rmtree(folder / "auxiliary")
@@ -346,9 +346,9 @@ def test_only_clients_that_answered_are_looked_at(
     not found nor as scores."""
     monkeypatch.setattr(inverting, "ITERATIONS", 3)
     folder = Path(
-        commands.run(settings(tmp_path, round={"rounds": 1, "clients": 1, "weighting": "uniform"}))[
-            "folder"
-        ]
+        commands.run(
+            distilled(tmp_path, round={"rounds": 1, "clients": 1, "weighting": "uniform"})
+        )["folder"]
     )
     rows = audited(folder, "inversion", texts=0)["inversion"]["rows"]
     assert [row["read"] for row in rows if row["observed"]] == [1, 1, 1]
@@ -361,7 +361,7 @@ def test_only_clients_that_answered_are_looked_at(
 
 
 def test_an_audit_with_nothing_to_compare_says_so(tmp_path: Path) -> None:
-    folder = Path(commands.run(settings(tmp_path))["folder"])
+    folder = Path(commands.run(distilled(tmp_path))["folder"])
     with pytest.raises(
         RunError,
         match=(
@@ -406,8 +406,11 @@ def test_the_account_says_what_liars_can_do(
     rounds = {"rounds": 1, "weighting": "uniform", "min_clients": 0}
     folder = Path(
         commands.run(
-            settings(
-                tmp_path, round=rounds, data={**settings(tmp_path)["data"], "test": ""}, **changes
+            distilled(
+                tmp_path,
+                round=rounds,
+                data={**distilled(tmp_path)["data"], "test": ""},
+                **changes,
             )
         )["folder"]
     )
@@ -429,7 +432,7 @@ def test_the_epsilon_of_a_client_level_run_is_not_refuted(
         "privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5},
         "round": {"rounds": 3, "weighting": "uniform", "min_clients": 0},
     }
-    folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
+    folder = Path(commands.run(distilled(tmp_path, **changes))["folder"])
     figures = audited(folder, "epsilon")["epsilon"]
     assert not figures["broken"] and figures["promised"] > figures["epsilon"]
     (finding,) = findings("epsilon", figures)
@@ -439,14 +442,14 @@ def test_the_epsilon_of_a_client_level_run_is_not_refuted(
         "round": {**changes["round"], "rounds": 20, "clients": 1},
         "privacy": {**changes["privacy"], "noise_multiplier": 4.0},
     }
-    folder = Path(commands.run(settings(tmp_path / "sampled", **sampled))["folder"])
+    folder = Path(commands.run(distilled(tmp_path / "sampled", **sampled))["folder"])
     figures = audited(folder, "epsilon")["epsilon"]
     assert not figures["broken"] and figures["epsilon"] < figures["promised"]
     monkeypatch.setattr(privacy, "gaussian", lambda shape: gaussian(shape) / 50)
     assert audited(folder, "epsilon")["epsilon"]["broken"], (
         "the audit goes through the run's own clipping, sum and noise"
     )
-    plain = Path(commands.run(settings(tmp_path / "plain"))["folder"])
+    plain = Path(commands.run(distilled(tmp_path / "plain"))["folder"])
     with pytest.raises(RunError, match="has no differential privacy"):
         audited(plain, "epsilon")
 
@@ -455,7 +458,7 @@ def test_what_a_run_does_not_allow_is_said_and_the_rest_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(
-        commands.run(settings(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"]
+        commands.run(distilled(tmp_path, privacy={"unit": "example", "epsilon": 3.0}))["folder"]
     )
     for name in ("model", "membership", "inversion"):
         monkeypatch.setitem(AUDITS, name, Audit(lambda *_: {"done": 1}, lambda _: []))
@@ -483,14 +486,14 @@ def test_what_a_run_does_not_allow_is_said_and_the_rest_is_done(
             },
         }
         commands.run(
-            settings(tmp_path / "no-choices", data=data, attack={"kind": "backdoor", "share": 0.4})
+            distilled(tmp_path / "no-choices", data=data, attack={"kind": "backdoor", "share": 0.4})
         )
 
 
 def test_an_audit_of_a_run_without_clients_says_so(tmp_path: Path) -> None:
     folder = Path(
         commands.run(
-            settings(
+            distilled(
                 tmp_path, round={"rounds": 1, "clients": 0}, server={"steps": 1, "batch_size": 2}
             )
         )["folder"]
@@ -547,18 +550,19 @@ def test_embeddings_that_are_not_disclosed_share(family: str, policy: Any, tmp_p
 
 def test_a_package_with_other_embeddings_is_refused(tmp_path: Path) -> None:
     commands.distill(
-        make_config(settings(tmp_path, auxiliary={"embeddings": "fresh"})), tmp_path / "package"
+        make_config(distilled(tmp_path, auxiliary={"embeddings": "fresh"})),
+        tmp_path / "package",
     )
     with pytest.raises(
         AuxiliaryError, match="has fresh embeddings, the configuration says verbatim"
     ):
-        commands.run(settings(tmp_path / "other", auxiliary={"folder": str(tmp_path / "package")}))
+        commands.run(distilled(tmp_path / "other", auxiliary={"folder": str(tmp_path / "package")}))
 
 
 def test_the_plan_knows_what_is_not_disclosed_share(tmp_path: Path) -> None:
     shares = []
     for policy in ("verbatim", "fresh"):
-        values = settings(tmp_path / policy, auxiliary={"embeddings": policy})
+        values = distilled(tmp_path / policy, auxiliary={"embeddings": policy})
         planned = commands.plan(make_config(values))["disclosed_share"]
         assert commands.run(values)["disclosed_share"] == pytest.approx(planned, abs=0.01)
         shares.append(planned)
@@ -591,7 +595,7 @@ def test_members_are_told_by_adapters_too_where_they_are_learned_by_heart(
         "round": {"rounds": 1},
         "client": {"prompt_steps": 16, "batch_size": 8, "learning_rate": 0.03},
     }
-    folder = Path(commands.run(settings(tmp_path, **changes))["folder"])
+    folder = Path(commands.run(distilled(tmp_path, **changes))["folder"])
     found = audited(folder, "disclosure, membership", shadows=4)["membership"]
     attacks = {(row["observer"], row["attack"]): row["auc"][0] for row in found["rows"]}
     assert found["power"]["auc"][0] > 0.85 and max(attacks.values()) > 0.6, attacks
@@ -606,7 +610,7 @@ def test_an_adapter_in_the_first_layer_gives_a_text_away_and_noise_hides_it(
 ) -> None:
     monkeypatch.setattr(inverting, "ITERATIONS", 3)
     monkeypatch.setattr(matching, "EXCHANGED", 2)
-    values = settings(
+    values = distilled(
         tmp_path,
         auxiliary={"plan": "emulator(1, 1)"},
         messenger={"kind": "adapter", "rank": 16, "train_first": True},
@@ -637,7 +641,7 @@ def test_behind_distilled_layers_an_adapter_tells_no_tokens_unless_they_have_ada
 ) -> None:
     monkeypatch.setattr(inverting, "ITERATIONS", 3)
     monkeypatch.setattr(matching, "EXCHANGED", 2)
-    values = settings(
+    values = distilled(
         tmp_path,
         auxiliary={"plan": "tail(1, 1)"},
         messenger={"kind": "adapter", "rank": 16, "layers": layers},
@@ -653,7 +657,7 @@ def test_the_promise_of_a_private_adapter_is_not_refuted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedsp.audit.epsilon.CANARIES", 40)
-    values = settings(
+    values = distilled(
         tmp_path,
         messenger={"kind": "adapter", "rank": 2},
         privacy={"unit": "example", "epsilon": 3.0},

@@ -18,6 +18,7 @@ from fedsp.errors import RunError
 from fedsp.experiments import run_directory as runs
 from fedsp.experiments.tracking.figures import PUBLISHED
 from fedsp.federation.callbacks import Callbacks
+from support.deployed import until
 from support.small_runs import settings
 
 pytestmark = pytest.mark.study
@@ -97,6 +98,8 @@ def offline(folder: Path) -> dict[str, Any]:
     """What `wandb sync` would send of a run that was kept offline."""
     told: dict[str, Any] = {"steps": [], "summary": {}, "config": {}, "kinds": set()}
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        # its own process writes it, and the last record last
+        until(lambda path=path: any(record.HasField("exit") for record in records_of(path)))  # type: ignore[misc]
         for record in records_of(path):
             told["kinds"].add(record.WhichOneof("record_type"))
             for part, items in (

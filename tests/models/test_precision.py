@@ -25,7 +25,7 @@ from fedsp.models.loading import load_model, load_tokenizer, reduce_precision
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, Space
 from fedsp.training.loop import answer_loss
-from support.small_runs import settings
+from support.small_runs import settings, distilled
 from support.tiny_models import FAMILIES, tiny_model
 
 MODEL = str(EMBEDDED / "model")
@@ -187,11 +187,11 @@ def test_activations_that_are_computed_again_are_the_same(family: str) -> None:
 @pytest.mark.study
 def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
     first = commands.run(
-        settings(tmp_path / "whole", distill={"steps": 2, "batch_size": 2, "sequence_length": 32})
+        distilled(tmp_path / "whole", distill={"steps": 2, "batch_size": 2, "sequence_length": 32})
     )
     package = {"folder": str(Path(first["folder"]) / "auxiliary"), "precision": "4bit"}
     figures = commands.run(
-        settings(
+        distilled(
             tmp_path / "few",
             model={"name": "embedded", "device": "cpu", "precision": "8bit"},
             auxiliary=package,
@@ -210,7 +210,7 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
     ):
         audit_model(Path(figures["folder"]), Options())
     resumed = commands.run(
-        settings(
+        distilled(
             tmp_path / "again",
             model={"name": "embedded", "device": "cpu", "precision": "8bit"},
             auxiliary=package,

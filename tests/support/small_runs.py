@@ -57,6 +57,13 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     return values
 
 
+def distilled(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The same, distilled on all of the embedded public text, of which a part is held out."""
+    values = settings(folder, **changes)
+    values["distill"]["text"] = [str(EMBEDDED / "public.txt")]
+    return values
+
+
 PAPER: dict[str, Any] = {
     "preset": "paper",
     "client": {"auxiliary_steps": 2, "prompt_steps": 2, "batch_size": 4},
