@@ -148,8 +148,14 @@ def test_a_key_that_was_revoked_does_not_come_back(server: Path, asking: Path) -
     revoke("new", server)
     with pytest.raises(CredentialError, match=r"its key was revoked \(new.pub.revoked\)"):
         admit(asking / "request.json", server)
+    before = (asking / "request.json").read_bytes()
     rotate_key(asking / "party.toml")
     admit(asking / "request.json", server)
+    revoke("new", server)
+    for request in (before, (asking / "request.json").read_bytes()):
+        (asking / "request.json").write_bytes(request)
+        with pytest.raises(CredentialError, match="its key was revoked"):
+            admit(asking / "request.json", server)
 
 
 def test_of_two_admissions_at_once_the_second_meets_the_first(server: Path, tmp_path: Path) -> None:
@@ -217,12 +223,16 @@ def test_the_last_client_can_be_revoked(server: Path) -> None:
     assert read_members(server) == {} and client_keys(server) == {}
 
 
-def test_a_register_that_is_written_otherwise_is_left_alone(server: Path) -> None:
+def test_a_register_that_is_written_otherwise_is_left_alone(server: Path, asking: Path) -> None:
     path = server / "register.toml"
     path.write_text('clients.a = { public_key = "clients/a.pub", examples = 1 }\n')
     before = path.read_bytes()
     with pytest.raises(ConfigurationError, match="is not written as fedsp writes it"):
         revoke("a", server)
+    path.write_text('clients = { a = { public_key = "clients/a.pub", examples = 1 } }\n')
+    before = path.read_bytes()
+    with pytest.raises(ConfigurationError, match="written otherwise than fedsp writes it"):
+        admit(asking / "request.json", server)
     assert path.read_bytes() == before and (server / "clients" / "a.pub").exists()
 
 

@@ -155,7 +155,13 @@ def admit(request: Path, server: Path, examples: int | None = None) -> tuple[Ask
         longer = path.read_text(encoding="utf-8")
         if not known:
             longer = longer.rstrip("\n") + "\n" + entry(asked.name, examples or 1, asked.about)
-            tomllib.loads(longer)
+            try:
+                tomllib.loads(longer)
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"{path} is written otherwise than fedsp writes it, so no table can be put"
+                    f" behind it ({error}): write each client as a table of its own, [clients.NAME]"
+                ) from error
         event = "key replaced" if known else "admitted"
         record_event(server, event, client=asked.name, key=asked.fingerprint)
         write_bytes(
@@ -202,7 +208,11 @@ def revoke(name: str, server: Path) -> None:
         record_event(server, "revoked", client=name)
         write_bytes(path, shorter.encode())
         public = members[name].public_key
-        public.replace(public.with_name(f"{public.name}.revoked"))
+        kept, number = public.with_name(f"{public.name}.revoked"), 1
+        while kept.exists():  # an earlier key of this client
+            number += 1
+            kept = public.with_name(f"{public.name}.{number}.revoked")
+        public.replace(kept)
 
 
 @contextmanager
