@@ -46,7 +46,7 @@ from fedsp.privacy import clipped_sum, gaussian, noised_mean
 from fedsp.report.page import write_report
 from fedsp.training.per_example_gradients import example_gradients
 from support.attacked import TEXT, prompt_for
-from support.small_runs import ROWS, questions, distilled
+from support.small_runs import ROWS, distilled, questions
 from support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.study

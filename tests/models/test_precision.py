@@ -25,7 +25,7 @@ from fedsp.models.loading import load_model, load_tokenizer, reduce_precision
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, Space
 from fedsp.training.loop import answer_loss
-from support.small_runs import settings, distilled
+from support.small_runs import distilled, settings
 from support.tiny_models import FAMILIES, tiny_model
 
 MODEL = str(EMBEDDED / "model")

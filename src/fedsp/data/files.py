@@ -404,13 +404,13 @@ def _answers(path: Path) -> Iterable[Sequence[Any]]:
             " and a run cannot be resumed on them: add one over a unique column"
         )
     require_installed("sql", f"the query {path} needs", "sqlalchemy", error=DataError)
-    from sqlalchemy import create_engine, text
+    from sqlalchemy import create_engine
     from sqlalchemy.exc import SQLAlchemyError
 
     url = head.removeprefix(URL).strip().replace("${HERE}", str(path.parent.resolve()))
     try:
         with closing(create_engine(os.path.expandvars(url)).connect()) as connection:
-            answer = connection.execute(text(query.strip().removesuffix(";")))
+            answer = connection.exec_driver_sql(query.strip().removesuffix(";"))
             yield tuple(answer.keys())
             for row in answer:
                 if any(isinstance(cell, bytes | memoryview) for cell in row):
