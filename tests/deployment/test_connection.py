@@ -385,6 +385,28 @@ def test_the_way_leads_through_an_https_proxy_where_the_environment_names_one(
     assert found(party(place, open_port))[1] is None
 
 
+def test_a_reverse_proxy_that_passes_tls_through_is_not_noticed(
+    place: Path, open_port: int
+) -> None:
+    """As nginx's `stream` and HAProxy's `mode tcp` do: bytes, unread."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def pass_through() -> None:
+        client, _ = listening.accept()
+        with client, socket.create_connection(("127.0.0.1", open_port)) as server:
+            back = threading.Thread(target=Tunnel.pipe, args=(server, client))
+            back.start()
+            Tunnel.pipe(client, server)
+            back.join(10)
+
+    thread = threading.Thread(target=pass_through)
+    thread.start()
+    steps, error = found(party(place, listening.getsockname()[1]))
+    thread.join(10)
+    listening.close()
+    assert error is None and len(steps) == 6
+
+
 def test_a_lookout_says_what_has_changed_and_no_more(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
