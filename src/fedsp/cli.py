@@ -606,7 +606,10 @@ def federation_events(
     runs joined, requests refused, updates released. Exit code 2 if a line of it was changed."""
     from fedsp.federation.chained_log import SECURITY, read_log
 
-    events = read_log(folder / SECURITY, "nothing was done here yet")
+    events = read_log(
+        folder / SECURITY,
+        "name a server's folder or a client's state folder, in which something was done",
+    )
     for event in events:
         about = {key: event[key] for key in event if key not in ("time", "event", "chain")}
         told = ", ".join(f"{key} {value}" for key, value in about.items())
@@ -685,7 +688,7 @@ def party_rotate(
     made = rotate_key(config)
     typer.echo(
         f"send {REQUEST} to the owner of the model, who enters it with `fedsp federation admit`;"
-        f" the new key's fingerprint is {made}"
+        f" the new key's fingerprint is {made}; a `fedsp join` that runs has the key before: end it"
     )
 
 

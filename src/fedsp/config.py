@@ -857,9 +857,9 @@ class PartyConfig(Section):
     precision: ClientPrecision = "float32"
     """data type of the frozen auxiliary model: float32, bfloat16, 8bit, 4bit; others than float32
     only if the run does not train it"""
-    data: PartyDataSection
-    package: PackageSection
     health: str | None = None
     """host:port of this machine alone, such as 127.0.0.1:9465, where /healthz and /metrics
     (Prometheus) answer; none: they do not"""
+    data: PartyDataSection
+    package: PackageSection
     policy: PolicySection = PolicySection()

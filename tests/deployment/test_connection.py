@@ -239,6 +239,12 @@ def test_a_key_that_the_server_does_not_know_is_named_and_one_that_is_revoked_at
         lookout.look()
 
 
+def test_a_name_that_the_key_does_not_have_is_named(place: Path, open_port: int) -> None:
+    own = party(place, open_port).model_copy(update={"name": "z"})
+    _, error = found(own)
+    assert isinstance(error, Refused) and "knows this key as 'a', and `name` says 'z'" in str(error)
+
+
 @pytest.mark.parametrize(
     ("off", "message"),
     [(4.0, ""), (6.0, "6.0 s ahead of"), (-299.0, ""), (-301.0, "301.0 s behind")],

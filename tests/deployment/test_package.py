@@ -321,7 +321,7 @@ def test_a_client_opens_and_answers_with_the_bits_of_the_run_in_one_place(
         len(said) == 3
         and "received 16,7" in said[0]
         and "prompt loss" in said[0]
-        and said[1] == "round 2: asked again, sent the same"
+        and said[1] == "round 2: asked again, sent the same update"
     )
     assert not any(word in line for line in said for word in ("town of", "trade of", "animal of"))
 

@@ -149,7 +149,8 @@ class FleetProxy:
         if isinstance(client, tuple):
             return client
         if raw == GREETING:
-            told = {"fedsp": str(fedsp.__version__), "time": time.time()}
+            name = self._keys[client][0] if client in self._keys else ""
+            told = {"fedsp": str(fedsp.__version__), "time": time.time(), "client": name}
             return 200, [(b"content-type", b"application/json")], json.dumps(told).encode(), 0
         body = bytearray()
         try:

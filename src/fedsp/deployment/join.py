@@ -143,7 +143,9 @@ class Client:
             StorageError: the journal cannot be written.
         """
         if self._last and self._last[0] == message:
-            self._info(f"round {json.loads(message.header)['round']}: asked again, sent the same")
+            kind = json.loads(self._last[1].header.partition("\n")[2])["kind"]
+            asked = json.loads(message.header)
+            self._info(f"round {asked['round']}: asked again, sent the same {kind}")
             self._write_down(*self._last)
             return self._last[1]
         most = most_bytes(self._shapes)

@@ -79,6 +79,8 @@ def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[St
     """
     host, port = host_and_port(party.server, "server")
     authority = Path(party.keys) / CA
+    if not authority.is_file():
+        raise CredentialError(f"there is no {authority}: get it from the owner of the model")
     try:
         context = ssl.create_default_context(cafile=str(authority))
     except (OSError, ssl.SSLError) as error:
@@ -120,7 +122,7 @@ def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[St
         took = 1000 * (time.perf_counter() - started)
         yield Step("port", f"{where} is open{way} ({took:.0f} ms)")
         yield _shake_hands(connection, context, host, where)
-        yield from _greet(connection, where, Path(party.keys) / CLIENT_KEY)
+        yield from _greet(connection, where, Path(party.keys) / CLIENT_KEY, party.name)
 
 
 def _towards(host: str, port: int, seconds: float) -> tuple[http.client.HTTPConnection, str | None]:
@@ -198,7 +200,9 @@ def _wrong_certificate(error: ssl.SSLCertVerificationError, where: str) -> str:
     )
 
 
-def _greet(connection: http.client.HTTPConnection, where: str, key: Path) -> Iterator[Step]:
+def _greet(
+    connection: http.client.HTTPConnection, where: str, key: Path, name: str
+) -> Iterator[Step]:
     own = str(fedsp.__version__)
     headers = {**signed_headers(key), VERSION_HEADER: own, "Content-Length": "0"}
     sent = time.time()
@@ -235,7 +239,13 @@ def _greet(connection: http.client.HTTPConnection, where: str, key: Path) -> Ite
             f" earlier version than this client's fedsp {own}, or no server of fedsp's; use one"
             " version at all parties"
         ) from error
-    yield Step("key", "the server knows this client's key")
+    known = told.get("client", name)
+    if known != name:
+        raise Refused(
+            f"the server at {where} knows this key as {str(known)[:64]!r}, and `name` says"
+            f" {name!r}: write the name that the server has in its register"
+        )
+    yield Step("key", f"the server knows this client's key, as {name}")
     # the server's clock stood somewhere between the moments of asking and of hearing
     ahead = max(sent - now, 0.0) or min(time.time() - now, 0.0)
     if not -BEHIND < ahead < AHEAD:

@@ -173,6 +173,7 @@ def remote(
             for client, one in list(open.items()):
                 if reason := one.fails(now, timeouts):
                     del open[client]
+                    named = [name for name in named if name != client]
                     yield Failure.of(one.request, reason, bytes_down=one.down)
             away = sorted(client for client, one in open.items() if one.seen < now - timeouts.lost)
             if away != named and now - started > 2:
