@@ -29,6 +29,7 @@ from fedsp.errors import (
     FedspError,
     PromptError,
     RunError,
+    require_flower,
     require_installed,
 )
 from fedsp.experiments.adaptation import adapt_run
@@ -80,14 +81,14 @@ def as_config(
 
 
 def _flower(directory: RunDirectory, callbacks: Callbacks) -> Figures:
-    _require_flower()
+    require_flower()
     from fedsp.deployment.simulation import simulate
 
     return simulate(directory, callbacks)
 
 
 def _deployed(directory: RunDirectory, callbacks: Callbacks) -> Figures:
-    _require_flower()
+    require_flower()
     from fedsp.deployment.serve import serve
 
     return serve(directory, callbacks)
@@ -96,10 +97,6 @@ def _deployed(directory: RunDirectory, callbacks: Callbacks) -> Figures:
 ENGINES: dict[str, Engine] = {"local": in_this_process, "flower": _flower, "deployment": _deployed}
 """How a run reaches its clients: in this process, in a Flower simulation, or on machines of their
 own."""
-
-
-def _require_flower() -> None:
-    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
 
 
 def run(
@@ -195,7 +192,7 @@ def _as_chosen(config: RunConfig, begun: RunConfig) -> RunConfig:
 def join(path: str | Path, *, callbacks: Callbacks | None = None) -> int:
     """Take part in a deployment as the client of a `party.toml`, until the run is finished; returns
     the requests answered."""
-    _require_flower()
+    require_flower()
     from fedsp.deployment.join import join as join_deployment
 
     return join_deployment(read_party(Path(path)), callbacks or Callbacks())
@@ -203,7 +200,7 @@ def join(path: str | Path, *, callbacks: Callbacks | None = None) -> int:
 
 def init_federation(folder: str | Path, clients: Sequence[str], address: str) -> None:
     """Write a folder of keys and configuration for each party of a deployment."""
-    _require_flower()
+    require_flower()
     from fedsp.deployment.parties.new_federation import init_federation as init
 
     init(Path(folder), list(clients), address)
@@ -232,7 +229,7 @@ def distill(
     config = as_config(config, overrides)
     if not config.federation:
         return make_package(config, folder, callbacks)
-    _require_flower()
+    require_flower()
     from fedsp.deployment.package import seal_package
     from fedsp.deployment.parties.credentials import SIGNING, sign
 
@@ -254,7 +251,7 @@ def inspect(
     (`fedsp.audit.inspection`), on a text file (None: a built-in text) and against a trusted
     `reference` model (hub name or folder); returns the findings and the digest to compare with
     the owner's."""
-    _require_flower()
+    require_flower()
     from fedsp.deployment.package import AGREEMENT, package_digest, read_agreement
     from fedsp.deployment.package_check import require_harmless
 

@@ -23,6 +23,7 @@ from fedsp.errors import (
     FedspError,
     RunError,
     did_you_mean,
+    require_flower,
     require_installed,
 )
 
@@ -516,7 +517,7 @@ def federation_init(
 ) -> None:
     """Write keys, certificates, the register of clients and a commented configuration for each
     party."""
-    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    require_flower()
     from fedsp.deployment.parties.new_federation import init_federation
 
     names = [name.strip() for name in clients.split(",")] if clients.strip() else []
@@ -545,7 +546,7 @@ def federation_admit(
 ) -> None:
     """Enter a client's request into the server's register, or the new key of a client that is in
     it. It takes part from the next `fedsp serve`, `--resume` too."""
-    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    require_flower()
     from fedsp.deployment.parties.admission import admit
 
     asked, replaced = admit(request, server, examples)
@@ -567,7 +568,7 @@ def federation_revoke(
     server: Server = Path(),
 ) -> None:
     """Take a client out of the server's register; a server that is running refuses it at once."""
-    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    require_flower()
     from fedsp.deployment.parties.admission import revoke
 
     revoke(name, server)
@@ -583,7 +584,7 @@ def federation_renew(
 ) -> None:
     """Make the server's certificate anew, for the same names. A server that is running has to be
     started again (`--resume`)."""
-    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    require_flower()
     from fedsp.deployment.parties.credentials import renew
 
     until, with_authority = renew(server, authority)
@@ -628,7 +629,7 @@ def federation_check(
     from fedsp.config_file import read_party
 
     settings = read_party(party, package_known=False)
-    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    require_flower()
     from fedsp.deployment.monitoring.connection import check_connection
 
     for step in check_connection(settings):
@@ -663,7 +664,7 @@ def party_init(
 ) -> None:
     """Make this client's key, its configuration, and the request to be admitted, which alone goes
     to the owner of the model."""
-    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    require_flower()
     from fedsp.deployment.parties.admission import REQUEST, init_party
 
     place = folder or Path(name)
@@ -682,7 +683,7 @@ def party_rotate(
     """Change this client's key, between two runs: once the server has admitted the request, the key
     before opens nothing, and the new one counts from its next start. Until then, going back is to
     rename client.key.before to client.key."""
-    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
+    require_flower()
     from fedsp.deployment.parties.admission import REQUEST, rotate_key
 
     made = rotate_key(config)

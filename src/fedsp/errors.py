@@ -110,3 +110,8 @@ def require_installed(
     if missing:
         name = "scikit-learn" if missing == "sklearn" else missing.replace("_", "-")
         raise error(f"{name} is not installed: {what} `pip install 'fedsp[{extra}]'`")
+
+
+def require_flower() -> None:
+    """Raise ConfigurationError where a library of simulations and deployments is missing."""
+    require_installed("flower", "simulations and deployments need", "flwr", "cryptography")
