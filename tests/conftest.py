@@ -3,6 +3,7 @@ checkout."""
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +22,12 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fedsp-cache-")
 
 # tiny models: a second thread costs more than it gives, and much more on a busy machine
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

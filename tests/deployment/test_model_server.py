@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def client(address: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
+@cache
 def alone(folder: Path, text: str, **changes: Any) -> str:
     """What `fedsp generate` writes."""
     return api.generate(folder, text, most=10, **changes)
@@ -223,9 +225,9 @@ def test_others_than_the_global_model_answer(runs: list[Path], answering: Any) -
     rooms = {name: one.room() for name, one in answers.items()}
     http = TestClient(make_app(Served(engine=engine, tokenizer=tokenizer, rooms=rooms, most=10)))
     for run in reversed(runs):
-        body = {"model": run.name, "prompt": TEXTS, "max_tokens": 10, "temperature": 0}
+        body = {"model": run.name, "prompt": TEXTS[:2], "max_tokens": 10, "temperature": 0}
         written = [one["text"] for one in http.post("/v1/completions", json=body).json()["choices"]]
-        assert written == [alone(run, text, answers=answering) for text in TEXTS]
+        assert written == [alone(run, text, answers=answering) for text in TEXTS[:2]]
     engine.stop()
 
 

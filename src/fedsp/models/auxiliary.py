@@ -620,10 +620,9 @@ def planned_config(config: Any, plan: LayerPlan) -> Any:
         text.decoder_layers = plan.depth
     text.num_hidden_layers = plan.depth
     try:
+        known = known_keys(type(config))
         values = {
-            key: value
-            for key, value in json.loads(config.to_json_string()).items()
-            if key in known_keys(type(config))
+            key: value for key, value in json.loads(config.to_json_string()).items() if key in known
         }
         return type(config).from_dict(values)  # as whoever gets the package reads it
     except Exception as error:  # a configuration's own checks raise what they like
@@ -666,9 +665,12 @@ def disclosed_share(auxiliary: PromptedLM, model: PromptedLM, tolerance: float =
         near = tolerance and float((tensor - other).norm()) <= tolerance * float(tensor.norm())
         return tensor.numel() if near else int((tensor == other).sum())
 
-    parameters = [parameter.detach() for parameter in trainable(model.model).values()]
-    disclosed = sum(
-        max((count(tensor, other) for other in held.get(tensor.shape, [])), default=0)
-        for tensor in parameters
-    )
+    disclosed, parameters = 0, trainable(model.model).values()
+    for tensor in parameters:
+        most = 0
+        for other in held.get(tensor.shape, []):
+            most = max(most, count(tensor.detach(), other))
+            if most == tensor.numel():
+                break
+        disclosed += most
     return disclosed / sum(tensor.numel() for tensor in parameters)
