@@ -29,7 +29,7 @@ from fedsp.experiments.embedded import EMBEDDED
 from fedsp.models.adapter import Adapter, AdapterSettings, global_blocks
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.loading import load_tokenizer
-from fedsp.models.messengers import Which, blocks_of
+from fedsp.models.messengers.making import Which, blocks_of
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.training.loop import Optimisation
 from fedsp.training.stage import Stage, train_stage

@@ -61,7 +61,7 @@ from fedsp.models.adapter import Adapter, AdapterSettings
 from fedsp.models.auxiliary import AuxiliaryModel, build_auxiliary, parse_plan
 from fedsp.models.blocks import find_blocks
 from fedsp.models.loading import load_tokenizer
-from fedsp.models.messengers import blocks_of
+from fedsp.models.messengers.making import blocks_of
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.shape_counts import shape_of
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt

@@ -281,10 +281,10 @@ class PromptSection(Section):
 class MessengerSection(Section):
     """What is tuned and sent by method = "fedsp"."""
 
-    kind: Literal["prompt", "adapter", "layers", "prompt+adapter"] = "prompt"
+    kind: str = "prompt"
     """prompt: the soft prompt of [prompt]; adapter: low-rank updates of the linear modules in
     layers of the auxiliary model; layers: all weights of the layers that auxiliary.plan keeps
-    verbatim; prompt+adapter: both"""
+    verbatim; prompt+adapter: both; or the name of one that an installed package brings"""
     rank: Width = 8
     """rank of each adapter"""
     alpha: Rate = 16.0
@@ -298,15 +298,6 @@ class MessengerSection(Section):
     train_first: bool = False
     """whether the first factor of an adapter (A) is trained and sent too; false: it is drawn from
     the seed on both sides and never sent, so that the mean over clients is exact (FFA-LoRA)"""
-
-    @model_validator(mode="after")
-    def _all_layers_of_adapters(self) -> MessengerSection:
-        if self.layers == "all" and "adapter" not in self.kind:
-            raise ValueError(
-                f"messenger.layers: 'all' is for adapters, and messenger.kind = {self.kind!r} has"
-                " none; set it to 'verbatim'"
-            )
-        return self
 
 
 class RoundSection(Section):
@@ -624,8 +615,7 @@ class RunConfig(Section):
             )
         self._private()
         repeats = self.distill.again_every
-        fixed = client.auxiliary_steps == 0 and self.messenger.kind == "prompt"
-        if repeats and (self.federation or not fixed or not self.distill.steps):
+        if repeats and (self.federation or client.auxiliary_steps or not self.distill.steps):
             raise ValueError(
                 "distill.again_every: it needs simulated clients, client.auxiliary_steps = 0,"
                 " messenger.kind = 'prompt' and distill.steps above 0"
@@ -634,12 +624,6 @@ class RunConfig(Section):
             raise ValueError(
                 "distill.text: distillation needs text; name public text files, or ['model'] for"
                 " texts that the global model writes, or ['server'] for the server's own examples"
-            )
-        from_text = "prompt" in self.messenger.kind and self.prompt.init == "text"
-        if from_text and not self.prompt.init_text and not self.distill.text:
-            raise ValueError(
-                "prompt.init_text: prompt.init = 'text' needs a text; name a file, or set"
-                " distill.text, or prompt.init = 'normal'"
             )
         has_clients = (partition.clients or self.federation) and round.clients != 0
         if self.validation.by == "clients" and not has_clients:
@@ -652,11 +636,6 @@ class RunConfig(Section):
                 "auxiliary.precision: only simulated clients that leave the auxiliary model as it "
                 f"is can hold it in {self.auxiliary.precision}: set it to float32, or set "
                 "client.auxiliary_steps and distill.again_every to 0 without a [federation]"
-            )
-        if self.messenger.kind != "prompt" and client.auxiliary_steps:
-            raise ValueError(
-                "client.auxiliary_steps: alternating training changes the layers in which"
-                f" messenger.kind = {self.messenger.kind!r} lives; set it to 0"
             )
         if client.keep_optimizer and client.auxiliary_steps == 0 == client.prompt_steps:
             raise ValueError(
@@ -739,11 +718,6 @@ def _require_private(
     }
     if key := next((key for key, given in wrong.items() if given), None):
         raise ValueError(f"{key}: private steps train the prompt itself, without it; set it to 0")
-    if run.messenger.kind == "layers":
-        raise ValueError(
-            "messenger.kind: privacy.unit = 'example' needs a gradient for each example, which"
-            " whole layers do not give; take 'adapter' or 'prompt'"
-        )
 
 
 class Agreement(Section):

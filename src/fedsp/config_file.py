@@ -24,6 +24,7 @@ from fedsp.config import PartyConfig, RunConfig, Section
 from fedsp.errors import ConfigurationError, did_you_mean, first_line
 from fedsp.federation.aggregation.registry import require_rule
 from fedsp.federation.methods.registry import find_method
+from fedsp.models.messengers.registry import find_messenger, require_messenger
 
 REGISTER = "register.toml"
 
@@ -60,14 +61,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """Defaults of keys, as a set; `docs/explanation/presets.md` compares them. `paper` holds the
 paper's settings, `prompt` those that we found for a soft prompt, and `messenger`, below, what we
 found to carry most to the global model."""
-RATES = {"prompt": 3e-2, "adapter": 5e-3, "prompt+adapter": 5e-3, "layers": 1e-3}
-"""Default learning rate of the preset `messenger`, by what is tuned."""
+_RATE = find_messenger("adapter").learning_rate
 PRESETS["messenger"] = {
     **PRESETS["prompt"],
     "auxiliary": {"plan": "emulator(1, 3)"},
     "messenger": {"kind": "adapter", "rank": 64, "alpha": 128.0, "train_first": True},
-    "client": PRESETS["prompt"]["client"] | {"prompt_steps": 10, "learning_rate": RATES["adapter"]},
-    "server": PRESETS["prompt"]["server"] | {"learning_rate": RATES["adapter"]},
+    "client": PRESETS["prompt"]["client"] | {"prompt_steps": 10, "learning_rate": _RATE},
+    "server": PRESETS["prompt"]["server"] | {"learning_rate": _RATE},
 }
 
 
@@ -105,7 +105,7 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
         ConfigurationError: every fault at once, one line each, with a suggestion for each unknown
             key.
     """
-    _require_rule(values, source)
+    _require_named(values, source)
     preset = _preset(values)
     profile = PROFILES.get(str(values.get("profile", "plain")), {})
     filled: dict[str, Any] = {
@@ -121,22 +121,27 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
     config = validated(RunConfig, filled, source)
     try:
         _check_prompt(config, values)
+        _check_messenger(config)
         _check_method(config)
-    except ValueError as error:
+    except (ValueError, ConfigurationError) as error:
         raise ConfigurationError(f"{source} has 1 fault:\n  {error}") from error
     return config
 
 
-def _require_rule(values: Mapping[str, Any], source: str) -> None:
-    """See that there is the aggregation rule that is named, before other keys are held against
-    it."""
-    section = values.get("aggregation", {})
-    rule = section.get("rule", "mean") if isinstance(section, Mapping) else None
-    if isinstance(rule, str):
-        try:
-            require_rule(rule)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{source} has 1 fault:\n  {error}") from error
+def _require_named(values: Mapping[str, Any], source: str) -> None:
+    """See that there are the aggregation rule and the messenger that are named, before other keys
+    are held against them."""
+    for section, key, require in (
+        ("aggregation", "rule", require_rule),
+        ("messenger", "kind", find_messenger),
+    ):
+        given = values.get(section, {})
+        name = given.get(key) if isinstance(given, Mapping) else None
+        if isinstance(name, str):
+            try:
+                require(name)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{source} has 1 fault:\n  {error}") from error
 
 
 def _preset(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -149,9 +154,9 @@ def _preset(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             return PRESETS["prompt"]
     own, given = PRESETS["messenger"], values.get("messenger", {})
     kind = given.get("kind") if isinstance(given, Mapping) else None
-    if not isinstance(kind, str) or kind not in RATES:
+    if not isinstance(kind, str):
         return own
-    rate = {"learning_rate": RATES[kind]}
+    rate = {"learning_rate": find_messenger(kind).learning_rate}
     return {**own, "client": own["client"] | rate, "server": own["server"] | rate}
 
 
@@ -163,6 +168,29 @@ def _check_prompt(config: RunConfig, values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"prompt.{next(iter(values['prompt']))}: by default adapters travel and no soft prompt;"
             " set preset = 'prompt', or messenger.kind, or leave [prompt] out"
+        )
+
+
+def _check_messenger(config: RunConfig) -> None:
+    """Raises ValueError for what the messenger of a run cannot do."""
+    kind, distill = config.messenger.kind, config.distill
+    private = config.privacy.unit == "example"
+    entry = require_messenger(kind, layers=config.messenger.layers, private=private)
+    if entry.in_layers and config.client.auxiliary_steps:
+        raise ValueError(
+            "client.auxiliary_steps: alternating training changes the layers in which"
+            f" messenger.kind = {kind!r} lives; set it to 0"
+        )
+    if entry.in_layers and distill.again_every:
+        raise ValueError(
+            "distill.again_every: a package that is distilled again has other layers, and"
+            f" messenger.kind = {kind!r} lives in them; set it to 0, or take 'prompt'"
+        )
+    from_text = entry.has_prompt and config.prompt.init == "text"
+    if from_text and not config.prompt.init_text and not distill.text:
+        raise ValueError(
+            "prompt.init_text: prompt.init = 'text' needs a text; name a file, or set"
+            " distill.text, or prompt.init = 'normal'"
         )
 
 

@@ -84,10 +84,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def keeps_no_layer(kind: str) -> ConfigurationError:
+def keeps_no_layer(kind: str, *, distilled: bool) -> ConfigurationError:
     """What is said where a messenger of a kind lives in layers that a plan keeps verbatim, and the
-    plan keeps none."""
-    other = "" if kind == "layers" else ", or set messenger.layers to 'all'"
+    plan keeps none; it may live in `distilled` ones too."""
+    other = ", or set messenger.layers to 'all'" if distilled else ""
     return ConfigurationError(
         f"messenger.kind: {kind!r} lives in layers that both sides hold, and auxiliary.plan keeps"
         f" none verbatim; take tail(2, 2), ends(1) or emulator(1, 2){other}"

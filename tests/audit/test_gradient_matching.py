@@ -27,7 +27,7 @@ from fedsp.audit.inversion.scenarios import cut, guess_without_places, noised, r
 from fedsp.data.encoding import Encoded, collate
 from fedsp.models.adapter import Adapter, AdapterSettings, global_blocks
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
-from fedsp.models.messengers import blocks_of
+from fedsp.models.messengers.making import blocks_of
 from fedsp.training.loop import Optimisation, answer_loss, fit
 from fedsp.training.per_example_gradients import example_gradients
 from support.attacked import TEXT, prompt_for

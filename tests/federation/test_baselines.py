@@ -24,7 +24,7 @@ from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
 from fedsp.models.adapter import global_blocks
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
-from fedsp.models.messengers import blocks_of, layer_weights
+from fedsp.models.messengers.making import blocks_of, layer_weights
 from fedsp.models.payload import PROMPT, Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt

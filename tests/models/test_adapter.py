@@ -18,13 +18,9 @@ from fedsp.errors import ConfigurationError, ModelError, PayloadError, PrivacyEr
 from fedsp.experiments.plan import make_plan
 from fedsp.models.adapter import Adapter, AdapterSettings, export_lora, global_blocks
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
-from fedsp.models.messengers import (
-    Place,
-    PromptAndAdapter,
-    blocks_of,
-    client_messenger,
-    make_messenger,
-)
+from fedsp.models.messengers.making import blocks_of, client_messenger, make_messenger
+from fedsp.models.messengers.prompt_and_adapter import PromptAndAdapter
+from fedsp.models.messengers.registry import Place
 from fedsp.models.payload import PROMPT, pack
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, export_peft, import_peft
@@ -322,13 +318,13 @@ def test_what_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         ({"method": "fedprompt"}, r"messenger\.kind: needs method = 'fedsp'"),
         (
             {"messenger": {"kind": "layers", "layers": "all"}},
-            r"messenger\.layers: 'all' is for adapters, and messenger\.kind = 'layers' has none",
+            r"messenger\.layers: 'all' is for 'adapter' or 'prompt\+adapter', and .* is 'layers'",
         ),
     ):
         with pytest.raises(ConfigurationError, match=match):
             commands.run(settings(tmp_path, **{"messenger": {"kind": "adapter"}, **changes}))
     private = {"unit": "example", "epsilon": 8.0}
-    with pytest.raises(ConfigurationError, match="whole layers do not give"):
+    with pytest.raises(ConfigurationError, match="'layers' does not give; take 'prompt' or"):
         commands.run(settings(tmp_path, messenger={"kind": "layers"}, privacy=private))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedsp.data.encoding import Encoded, collate
 from fedsp.models import frozen_front
 from fedsp.models.adapter import Adapter, AdapterSettings, global_blocks
-from fedsp.models.messengers import layer_weights
+from fedsp.models.messengers.making import layer_weights
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.training.loop import Optimisation, answer_loss
 from fedsp.training.stage import Stage, train_stage

@@ -55,6 +55,7 @@ from fedsp.data.encoding import Encoded, training_batches
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import ConfigurationError, RunError, require_installed
 from fedsp.experiments.run_directory import RunDirectory
+from fedsp.models.messengers.registry import find_messenger
 from fedsp.models.payload import Payload, as_row
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.training.loop import Optimisation, answer_loss, fit
@@ -137,10 +138,11 @@ def check_membership(run: RunDirectory, options: Options) -> None:
     """Refuse a run that cannot be audited (RunError), and fewer than four shadows, or to begin
     without scikit-learn (ConfigurationError)."""
     check_audited(run)
-    if run.config.messenger.kind == "layers":
+    kind = run.config.messenger.kind
+    if not find_messenger(kind).per_example:
         raise RunError(
-            f"{run.path} tuned whole layers, which have no gradient for each example: audit a run"
-            " with messenger.kind = 'prompt' or 'adapter'"
+            f"{run.path} has messenger.kind = {kind!r}, which has no gradient for each example:"
+            " audit a run with 'prompt' or 'adapter'"
         )
     if options.shadows < 4:
         raise ConfigurationError(

@@ -1,6 +1,6 @@
-"""Tasks, methods and aggregation rules that other installed packages bring, by entry points
-(https://packaging.python.org/en/latest/specifications/entry-points/). A package is imported when
-its name is asked for, and not before.
+"""Tasks, methods, aggregation rules and messengers that other installed packages bring, by entry
+points (https://packaging.python.org/en/latest/specifications/entry-points/). A package is imported
+when its name is asked for, and not before.
 
 In the package's pyproject.toml, with the name by which it is asked for:
 
@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from fedsp.errors import ConfigurationError, first_line
 
-TASKS, METHODS, AGGREGATORS = "fedsp.tasks", "fedsp.methods", "fedsp.aggregators"
+TASKS, METHODS = "fedsp.tasks", "fedsp.methods"
+AGGREGATORS, MESSENGERS = "fedsp.aggregators", "fedsp.messengers"
 Kind = TypeVar("Kind")
 
 

@@ -15,6 +15,7 @@ from fedsp.deployment.package_check import require_harmless
 from fedsp.deployment.parties.credentials import sign, verify
 from fedsp.errors import (
     AuxiliaryError,
+    ConfigurationError,
     CredentialError,
     FedspError,
     PolicyError,
@@ -23,6 +24,7 @@ from fedsp.errors import (
 )
 from fedsp.models.auxiliary import AuxiliaryModel, chosen_counts, load_auxiliary, parse_plan
 from fedsp.models.loading import require_vocabulary
+from fedsp.models.messengers.registry import require_messenger
 from fedsp.storage import parse_json, write_bytes, write_json
 
 AGREEMENT, SIGNATURE = "agreement.json", "signature"
@@ -73,6 +75,7 @@ def read_agreement(folder: Path) -> Agreement:
 
     Raises:
         AuxiliaryError: it says nothing, so it is a bare auxiliary model.
+        ConfigurationError: it asks for what cannot be, or for a messenger that is not installed.
     """
     try:
         values = parse_json((folder / AGREEMENT).read_text(encoding="utf-8"))
@@ -81,7 +84,17 @@ def read_agreement(folder: Path) -> Agreement:
             f"{folder} is not a valid package: its {AGREEMENT} cannot be read; `fedsp distill`"
             " makes one from a run.toml with a [federation] section"
         ) from error
-    return validated(Agreement, values, str(folder / AGREEMENT))
+    agreed = validated(Agreement, values, str(folder / AGREEMENT))
+    messenger = agreed.messenger
+    private = agreed.privacy.unit == "example"
+    try:
+        require_messenger(messenger.kind, layers=messenger.layers, private=private)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"the package {folder} asks for what cannot be done here: {error}; a messenger of"
+            " another package must be installed at the server and at every client"
+        ) from error
+    return agreed
 
 
 def open_package(

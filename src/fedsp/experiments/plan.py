@@ -37,9 +37,10 @@ from fedsp.errors import (
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.gguf import ENDING, folder_of_gguf
+from fedsp.models.messengers.registry import Shapes, Sizes, find_messenger
 from fedsp.storage import MANIFEST, cache_folder, parse_json, write_json
 
-COUNTED_BY = ("adapter", "auxiliary", "messengers", "shape_counts")
+COUNTED_BY = ("adapter", "auxiliary", "messengers/making", "shape_counts")
 """The modules of `fedsp.models` whose code decides the counts of a plan."""
 BYTES_PER_NUMBER = 4
 MUCH_WORSE = 1.5
@@ -152,7 +153,8 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
         handed = small - counts["embeddings"]
         verbatim = max(0, verbatim - counts["embeddings"])
     tokens = min(config.data.max_tokens or TEXT_TOKENS, TEXT_TOKENS)
-    virtual = config.prompt.length if "prompt" in config.messenger.kind else 0
+    has_prompt = find_messenger(config.messenger.kind).has_prompt
+    virtual = config.prompt.length if has_prompt else 0
     steps = {
         side: _forward_operations(counts, side, virtual, tokens) for side in ("auxiliary", "global")
     }
@@ -161,7 +163,7 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
     )
     precision = "bfloat16" if config.model.precision == "auto" and cuda else config.model.precision
     # adapters and layers begin alike on both sides, so that the first broadcast is a change too
-    first = message if "prompt" in config.messenger.kind else change
+    first = message if has_prompt else change
     whole_at_first = round(asked * follows * (first - change))
     trained = 3 * small if client.auxiliary_steps else 0
     return {
@@ -270,33 +272,21 @@ def _count(name: str, plan: str | list[int], prompt_layers: list[int] | None) ->
     return count_shapes(name, plan, prompt_layers)
 
 
-def _travelling(config: RunConfig, counts: Any) -> dict[str, list[int]]:
+def _travelling(config: RunConfig, counts: Any) -> Shapes:
     """The names and shapes of the tensors that travel.
 
     Raises:
         ConfigurationError: they live in layers that the plan keeps verbatim, and it keeps none.
     """
-    section, shapes = config.messenger, {}
-    if "prompt" in section.kind:
-        space = counts["prompts"][config.prompt.space]
-        shapes["prompt.values"] = [config.prompt.length, *space]
+    entry, section = find_messenger(config.messenger.kind), config.messenger
     layers = counts["layers"][section.layers]
-    if section.kind != "prompt" and not layers:
-        raise keeps_no_layer(section.kind)
-    for layer, about in layers.items():
-        if section.kind == "layers":
-            shapes |= {f"{layer}.{name}": shape for name, shape in about["parameters"].items()}
-        if "adapter" in section.kind:
-            for path, (inputs, outputs) in about["linears"].items():
-                if section.targets and path.rpartition(".")[2] not in section.targets:
-                    continue
-                shapes[f"{layer}.{path}.B"] = [outputs, section.rank]
-                if section.train_first:
-                    shapes[f"{layer}.{path}.A"] = [section.rank, inputs]
-    return shapes
+    if entry.in_layers and not layers:
+        raise keeps_no_layer(entry.name, distilled=entry.distilled_layers)
+    prompt = [config.prompt.length, *counts["prompts"][config.prompt.space]]
+    return entry.shapes(Sizes(layers=layers, prompt=prompt, settings=section.model_dump()))
 
 
-def _message_bytes(shapes: dict[str, list[int]], codec: CodecName) -> int:
+def _message_bytes(shapes: Shapes, codec: CodecName) -> int:
     """What these tensors take in a codec, when their numbers change by a normal."""
     if codec == "float32":
         # safetensors: eight bytes, a header padded to a multiple of eight, the numbers

@@ -42,7 +42,7 @@ from fedsp.federation.transport.workers import workers
 from fedsp.models.adapter import Adapter
 from fedsp.models.auxiliary import AuxiliaryModel, disclosed_share, load_auxiliary
 from fedsp.models.loading import choose_device
-from fedsp.models.messengers import PromptAndAdapter
+from fedsp.models.messengers.prompt_and_adapter import PromptAndAdapter
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt, read_prompt

@@ -17,8 +17,8 @@ from fedsp.federation.methods.private import PrivateAnswers
 from fedsp.federation.methods.registry import MethodEntry, find_method
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
-from fedsp.models import messengers
 from fedsp.models.auxiliary import AuxiliaryModel
+from fedsp.models.messengers import making as messengers
 from fedsp.models.prompted_lm import ModelShape, PromptedLM
 from fedsp.models.soft_prompt import PromptSpec
 from fedsp.models.trainable import Messenger

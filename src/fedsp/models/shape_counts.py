@@ -20,7 +20,7 @@ from fedsp.models.auxiliary import (
 )
 from fedsp.models.blocks import find_blocks
 from fedsp.models.loading import NF4_BLOCK, empty_model, read_model_config
-from fedsp.models.messengers import Which, blocks_of
+from fedsp.models.messengers.making import Which, blocks_of
 from fedsp.models.prompted_lm import ModelShape, most_positions
 from fedsp.models.soft_prompt import PromptSpec, Space
 from fedsp.models.trainable import trainable

@@ -63,7 +63,7 @@ class Messenger(Trainable, Protocol):
         within the context each row of a batch reads its own. Raises PrivacyError where that cannot
         be."""
         raise PrivacyError(
-            "whole weights have no gradient for each example: tune a prompt or an adapter"
+            "this messenger has no gradient for each example: tune a prompt or an adapter"
         )
 
     def prefix_of(self, copies: Mapping[str, Tensor], model: PromptedLM) -> Tensor | None:

@@ -1,5 +1,5 @@
-"""What a task, a method or an aggregation rule of your own must do, as checks for your tests: each
-raises `Nonconforming`, whose message says everything that is missing.
+"""What a task, a method, an aggregation rule or a messenger of your own must do, as checks for your
+tests: each raises `Nonconforming`, whose message says everything that is missing.
 
 from fedsp.testing import check_task
 
@@ -20,12 +20,31 @@ import torch
 from torch import Tensor
 
 from fedsp.api import resume, run
+from fedsp.config import RunConfig
+from fedsp.config_file import make_config
 from fedsp.data.tasks import Task
-from fedsp.errors import DataError, FedspError
+from fedsp.errors import ConfigurationError, DataError, PayloadError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.aggregation.registry import Rule
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.clients import prompt_spec
 from fedsp.federation.methods.registry import MethodEntry, find_method, register_method
+from fedsp.models.adapter import global_blocks
+from fedsp.models.auxiliary import build_auxiliary, parse_plan
+from fedsp.models.loading import load_model, load_tokenizer
+from fedsp.models.messengers.making import blocks_of, client_messenger, make_messenger
+from fedsp.models.messengers.registry import (
+    MessengerEntry,
+    Place,
+    Sizes,
+    find_messenger,
+    register_messenger,
+)
+from fedsp.models.payload import Payload, shapes_of
+from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.shape_counts import count_shapes
+from fedsp.models.soft_prompt import SoftPrompt
+from fedsp.models.trainable import Messenger
 from fedsp.storage import read_tensors, tensors_digest
 
 
@@ -161,28 +180,30 @@ def check_method(entry: MethodEntry, **changes: Any) -> None:
     Raises:
         Nonconforming: what is missing.
     """
-    faults: list[str] = []
+    what = f"the method {entry.name!r}"
     try:
         if find_method(entry.name) is not entry:
-            faults.append("another method is registered under its name")
-    except FedspError:
+            _require(what, ["another method is registered under its name"])
+    except ConfigurationError:
         register_method(entry)
+    _require(what, _run_faults(entry, changes))
+
+
+def _run_faults(entry: MethodEntry, changes: Mapping[str, Any]) -> list[str]:
+    """What is wrong with two runs of a method with one seed, and with one that is interrupted."""
+    digests = []
     with tempfile.TemporaryDirectory() as place:
-        digests = {}
         for name in ("once", "again"):
             try:
                 folder = Path(run(_small(entry, Path(place) / name, changes))["folder"])
             except Exception as error:  # a method raises what it likes
-                faults.append(f"a run of two rounds fails: {error!r}")
-                break
-            digests[name] = tensors_digest(read_tensors(folder / "best.safetensors")[0])
-        if len(digests) == 2:
-            if digests["once"] != digests["again"]:
-                faults.append("two runs with one seed differ: draw from the request's seed only")
-            stopped = _small(entry, Path(place) / "stopped", changes)
-            if entry.rounds and (fault := _resumes(stopped, digests["once"])):
-                faults.append(fault)
-    _require(f"the method {entry.name!r}", faults)
+                return [f"a run of two rounds fails: {error!r}"]
+            digests.append(tensors_digest(read_tensors(folder / "best.safetensors")[0]))
+        if digests[0] != digests[1]:
+            return ["two runs with one seed differ: draw from the request's seed only"]
+        stopped = _small(entry, Path(place) / "stopped", changes)
+        fault = _resumes(stopped, digests[0]) if entry.rounds else None
+    return [fault] if fault else []
 
 
 def _small(entry: MethodEntry, folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,6 +231,125 @@ def _small(entry: MethodEntry, folder: Path, changes: Mapping[str, Any]) -> dict
         else changes.get(key, values.get(key))
         for key in {**values, **changes}
     }
+
+
+def check_messenger(entry: MessengerEntry, **changes: Any) -> None:
+    """A messenger has the same tensors at the server and at a client, those that its entry counts;
+    is made alike from one seed; takes its own payload, and is then at no distance from it; refuses
+    any other; is read by its model; and FedSP with it does what `check_method` asks of a method.
+    Several seconds.
+
+    changes: sections of the configuration that it needs, such as `messenger={"rank": 4}`.
+
+    Raises:
+        Nonconforming: what is missing.
+    """
+    what = f"the messenger {entry.name!r}"
+    try:
+        if find_messenger(entry.name) is not entry:
+            _require(what, ["another messenger is registered under its name"])
+    except ConfigurationError:
+        register_messenger(entry)
+    method = find_method("fedsp")
+    sections = {
+        "auxiliary": {"plan": "ends(1)"},
+        **changes,
+        "messenger": {**changes.get("messenger", {}), "kind": entry.name},
+    }
+    config = make_config(_small(method, Path("unused"), sections))
+    try:
+        faults = _messenger_faults(entry, config)
+    except Exception as error:  # a messenger raises what it likes
+        faults = [f"using it fails: {error!r}"]
+    _require(what, faults or _run_faults(method, sections))
+
+
+def _messenger_faults(entry: MessengerEntry, config: RunConfig) -> list[str]:
+    name = str(EMBEDDED / "model")
+    model, again = (load_model(name, device="cpu") for _ in range(2))
+    plan = parse_plan(config.auxiliary.plan, model.shape.layers)
+    section, spec = config.messenger, prompt_spec(config.prompt, model.shape)
+    settings = section.model_dump()
+
+    def at_server(model: PromptedLM) -> Messenger:
+        blocks = global_blocks(blocks_of(plan, section.layers) if entry.in_layers else [])
+        return make_messenger(
+            Place(
+                model=model,
+                blocks=blocks,
+                prompt=lambda: SoftPrompt(spec, seed=config.seed),
+                settings=settings,
+                seed=config.seed,
+            )
+        )
+
+    auxiliary = build_auxiliary(model, plan, load_tokenizer(name))
+    server, client = at_server(model), client_messenger(auxiliary, spec, settings, config.seed)()
+    payload = server.payload()
+    counts = count_shapes(name, config.auxiliary.plan, None)
+    prompt = [config.prompt.length, *counts["prompts"][config.prompt.space]]
+    layers = counts["layers"][section.layers]
+    counted = entry.shapes(Sizes(layers=layers, prompt=prompt, settings=settings))
+    faults = []
+    if shapes_of(client.payload()) != shapes_of(payload):
+        faults.append("a client's tensors have other names or shapes than the server's")
+    if {name: tuple(shape) for name, shape in counted.items()} != shapes_of(payload):
+        faults.append("shapes() counts other tensors than payload() has")
+    if any(tensor.dtype != torch.float32 or tensor.is_cuda for tensor in payload.values()):
+        faults.append("payload() has tensors that are not float32 on the CPU")
+    if tensors_digest(at_server(again).payload()) != tensors_digest(payload):
+        faults.append("a second one from the same seed begins with other numbers")
+    if faults:
+        return faults
+    drawn = torch.Generator().manual_seed(0)
+    moved = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=drawn)
+        for name, tensor in payload.items()
+    }
+    for side, messenger, reader in (("server", server, model), ("client", client, auxiliary)):
+        before = _read_with(reader, messenger)
+        messenger.load(moved)
+        if tensors_digest(messenger.payload()) != tensors_digest(moved):
+            faults.append(f"at the {side}, payload() is not what load() took")
+        near, far = (float(messenger.distance(one)) for one in (moved, payload))
+        if not near < 1e-9 < far:
+            faults.append(
+                f"at the {side}, distance() is {near:g} from its own payload, {far:g} off"
+            )
+        if torch.equal(_read_with(reader, messenger), before):
+            faults.append(f"at the {side}, the model reads a text as before load()")
+        faults += _refused(messenger, moved, side)
+        if entry.per_example:
+            with messenger.apart(2) as copies:
+                found = {name: tuple(copy.shape) for name, copy in copies.items()}
+            if found != {name: (2, *shape) for name, shape in sorted(shapes_of(moved).items())}:
+                faults.append(f"at the {side}, apart(2) gives other tensors than two of each")
+    return faults
+
+
+def _read_with(model: PromptedLM, messenger: Messenger) -> Tensor:
+    with torch.no_grad():
+        return model.read_padded(model.some_tokens(), None, messenger.prefix(model))
+
+
+def _refused(messenger: Messenger, payload: Payload, side: str) -> list[str]:
+    """What is wrong with how a messenger takes payloads that are not its own."""
+    name = next(iter(payload))
+    for other, words in (
+        ({**payload, "more": torch.zeros(1)}, "one tensor too many"),
+        ({key: tensor for key, tensor in payload.items() if key != name}, "a missing tensor"),
+        ({**payload, name: payload[name][None]}, "another shape"),
+        ({**payload, name: payload[name].double()}, "another type"),
+        ({**payload, name: payload[name] * float("nan")}, "numbers that are not finite"),
+    ):
+        try:
+            messenger.load(other)
+        except PayloadError:
+            continue
+        except Exception as error:  # as above
+            return [f"at the {side}, load() of {words} raises {error!r}, expected a PayloadError"]
+        return [f"at the {side}, load() takes a payload with {words}"]
+    return []
 
 
 class _Interrupted(Exception):

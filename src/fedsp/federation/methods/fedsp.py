@@ -39,10 +39,11 @@ def algorithm(stages: Stages, start: Tensors) -> Method:
 def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
     """The global model, and the messenger of `[messenger]` in it."""
     from fedsp.models.adapter import global_blocks
-    from fedsp.models.messengers import Place, blocks_of, make_messenger
+    from fedsp.models.messengers.making import blocks_of, make_messenger
+    from fedsp.models.messengers.registry import Place, find_messenger
 
-    prompt = setup.messenger["kind"] == "prompt"
-    layers = [] if prompt else blocks_of(setup.plan(), setup.messenger["layers"])
+    entry = find_messenger(setup.messenger["kind"])
+    layers = blocks_of(setup.plan(), setup.messenger["layers"]) if entry.in_layers else []
     place = Place(
         model=setup.model,
         blocks=global_blocks(layers),
@@ -55,7 +56,7 @@ def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
 
 def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> ClientSide:
     """Clients that hold the auxiliary model, and the same messenger in it."""
-    from fedsp.models.messengers import client_messenger
+    from fedsp.models.messengers.making import client_messenger
 
     auxiliary = setup.package()
     own = client_messenger(auxiliary, setup.prompt, setup.messenger, setup.seed)

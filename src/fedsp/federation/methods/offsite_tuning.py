@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
     """The global model, and the parameters of its first and last layers, which are trained."""
     from fedsp.models.adapter import global_blocks
-    from fedsp.models.messengers import blocks_of, layer_weights
+    from fedsp.models.messengers.making import blocks_of, layer_weights
 
     outer = global_blocks(blocks_of(setup.plan(), "verbatim"))
     return setup.model, layer_weights(setup.model, outer)
@@ -31,7 +31,7 @@ def server_side(setup: Setup) -> tuple[PromptedLM, Messenger]:
 
 def client_side(setup: Setup, model: PromptedLM, messenger: Messenger) -> ClientSide:
     """Clients that hold the auxiliary model, whose outer layers are the global model's."""
-    from fedsp.models.messengers import blocks_of, layer_weights
+    from fedsp.models.messengers.making import blocks_of, layer_weights
 
     auxiliary = setup.package()
     outer = layer_weights(auxiliary, blocks_of(auxiliary.plan, "verbatim"))

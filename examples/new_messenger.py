@@ -1,0 +1,81 @@
+"""Your own messenger: the biases of the layers that both sides hold, as in BitFit.
+
+Ben Zaken, Ravfogel, Goldberg. *BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
+Masked Language-models*. ACL 2022. https://arxiv.org/abs/2106.10199.
+
+A messenger (`fedsp.models.trainable.Messenger`) is made at the server in the global model and at
+each client in the auxiliary model, with tensors of the same names and shapes; `Weights` is one of
+any parameters of the model. After registration its name is a value of `messenger.kind` in every
+configuration. Run it: `python examples/new_messenger.py`
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fedsp
+from fedsp.experiments.embedded import EMBEDDED
+from fedsp.models.weights import Weights
+
+
+def is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
+
+
+def make(place: fedsp.Place) -> Weights:
+    """The biases of each layer, at the depth that stands for it, named after the layer."""
+    found = {
+        f"layers.{number:03d}.{name}": parameter
+        for number, (depth, *_) in place.blocks.items()
+        for name, parameter in place.model.blocks[depth].named_parameters()
+        if is_bias(name)
+    }
+    return Weights(found, first_depth=min(depth for (depth, *_) in place.blocks.values()))
+
+
+def shapes(sizes: fedsp.Sizes) -> dict[str, list[int]]:
+    """The same, counted before a model is loaded."""
+    return {
+        f"{layer}.{name}": shape
+        for layer, about in sizes.layers.items()
+        for name, shape in about["parameters"].items()
+        if is_bias(name)
+    }
+
+
+BIASES = fedsp.MessengerEntry(name="biases", make=make, shapes=shapes, learning_rate=1e-2)
+fedsp.register_messenger(BIASES)
+
+
+def main(folder: Path) -> dict[str, float]:
+    """Three rounds of FedSP with the biases of the first and the last layer: how many numbers
+    travel, and the validation loss behind."""
+    values: dict[str, Any] = {
+        "output": str(folder / "run"),
+        "model": {"name": "embedded", "device": "cpu"},
+        "data": {
+            "task": "continuation",
+            "train": str(EMBEDDED / "train.jsonl"),
+            "validation": str(EMBEDDED / "validation.jsonl"),
+        },
+        "partition": {"clients": 4},
+        "messenger": {"kind": "biases"},
+        "distill": {"steps": 20, "sequence_length": 64, "text": [str(EMBEDDED / "public.txt")]},
+        "round": {"rounds": 3},
+        "client": {"prompt_steps": 3},
+        "validation": {"examples": 50},
+    }
+    numbers = fedsp.plan(values)["messenger_parameters"]
+    result = fedsp.run(values)
+    return {
+        "numbers_sent": numbers,
+        "best_round": result["best_round"],
+        "validation_loss": result["validation_loss"],
+    }
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        print(main(Path(temporary)))

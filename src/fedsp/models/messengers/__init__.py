@@ -1,0 +1,1 @@
+"""What travels: a register by name, and how both sides make it."""

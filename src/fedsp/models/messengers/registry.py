@@ -1,0 +1,216 @@
+"""The register of messengers: one entry for each value of `messenger.kind`. Nothing here imports
+torch, so that a configuration is checked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedsp.data.installed import MESSENGERS, installed_names, load_installed
+from fedsp.errors import ConfigurationError, did_you_mean
+
+if TYPE_CHECKING:
+    from fedsp.models.adapter import Blocks
+    from fedsp.models.prompted_lm import PromptedLM
+    from fedsp.models.soft_prompt import SoftPrompt
+    from fedsp.models.trainable import Messenger
+
+Shapes = dict[str, list[int]]
+"""Shapes of tensors by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a messenger is made: the global model at the server, the auxiliary model at a client.
+
+    model: the model that reads it. blocks: the layers of the global model that it lives in, by
+    number, and the depths of `model` that stand for each. prompt: makes the soft prompt of
+    `[prompt]`. settings: the section `[messenger]`. seed: the run's seed, equal on both sides.
+    """
+
+    model: PromptedLM
+    blocks: Blocks
+    prompt: Callable[[], SoftPrompt]
+    settings: Mapping[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the shapes of a messenger follow from, before any model is loaded.
+
+    layers: of each layer that it lives in, by name such as `layers.003`: `parameters`, the shape of
+    each by name, and `linears`, (inputs, outputs) of each linear module by its path.
+    prompt: the shape of the soft prompt of `[prompt]`. settings: the section `[messenger]`.
+    """
+
+    layers: Mapping[str, Mapping[str, Any]]
+    prompt: list[int]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessengerEntry:
+    """A kind of messenger.
+
+    name: value of the key `messenger.kind`.
+    make: makes one (`fedsp.models.trainable.Messenger`) in a model. It is called at the server and
+        at each client, and must give tensors of the same names and shapes there: name them after
+        the numbers of the global model's layers.
+    shapes: those names and shapes, counted without weights, for `fedsp plan`.
+    in_layers: whether it lives in layers of the model, which both sides must hold.
+    distilled_layers: whether these may be distilled ones, `messenger.layers = "all"`.
+    has_prompt: whether the soft prompt of `[prompt]` is in it.
+    per_example: whether it has a gradient for each example (`Messenger.apart`), which
+        `privacy.unit = "example"` needs.
+    learning_rate: what `[client]` and `[server]` have unless they say otherwise.
+    """
+
+    name: str
+    make: Callable[[Place], Messenger]
+    shapes: Callable[[Sizes], Shapes]
+    in_layers: bool = True
+    distilled_layers: bool = False
+    has_prompt: bool = False
+    per_example: bool = False
+    learning_rate: float = 1e-3
+
+
+_ENTRIES: dict[str, MessengerEntry] = {}
+
+
+def register_messenger(entry: MessengerEntry) -> MessengerEntry:
+    """Make a messenger known under its name; returns the entry.
+
+    Raises:
+        ConfigurationError: another messenger has that name.
+    """
+    if _ENTRIES.setdefault(entry.name, entry) is not entry:
+        raise ConfigurationError(
+            f"messenger.kind: a messenger named {entry.name!r} is registered already; give yours"
+            " another name"
+        )
+    return entry
+
+
+def find_messenger(name: str) -> MessengerEntry:
+    """The entry of a messenger, registered or brought by an installed package.
+
+    Raises:
+        ConfigurationError: there is none of that name, or as `load_installed`.
+    """
+    if name not in _ENTRIES and (brought := load_installed(MESSENGERS, name, MessengerEntry)):
+        register_messenger(brought)
+    if name not in _ENTRIES:
+        known = [*_ENTRIES, *installed_names(MESSENGERS)]
+        raise ConfigurationError(
+            f"messenger.kind: there is no messenger {name!r}; choose"
+            f" {', '.join(known)}{did_you_mean(name, known)}"
+        )
+    return _ENTRIES[name]
+
+
+def require_messenger(kind: str, *, layers: str, private: bool) -> MessengerEntry:
+    """The entry of the messenger that `[messenger]` names, if it can live in these `layers`, and
+    has a gradient for each example where steps are `private`.
+
+    Raises:
+        ConfigurationError: it cannot, or as `find_messenger`.
+    """
+    entry = find_messenger(kind)
+    if layers == "all" and not entry.distilled_layers:
+        able = _those_with("distilled_layers")
+        raise ConfigurationError(
+            f"messenger.layers: 'all' is for {able}, and messenger.kind is {kind!r}; set it to"
+            " 'verbatim'"
+        )
+    if private and not entry.per_example:
+        raise ConfigurationError(
+            "messenger.kind: privacy.unit = 'example' needs a gradient for each example, which"
+            f" {kind!r} does not give; take {_those_with('per_example')}"
+        )
+    return entry
+
+
+def _those_with(property: str) -> str:
+    return " or ".join(repr(one.name) for one in _ENTRIES.values() if getattr(one, property))
+
+
+def _prompt_shapes(sizes: Sizes) -> Shapes:
+    return {"prompt.values": sizes.prompt}
+
+
+def _adapter_shapes(sizes: Sizes) -> Shapes:
+    shapes, settings = {}, sizes.settings
+    for layer, about in sizes.layers.items():
+        for path, (inputs, outputs) in about["linears"].items():
+            if settings["targets"] and path.rpartition(".")[2] not in settings["targets"]:
+                continue
+            shapes[f"{layer}.{path}.B"] = [outputs, settings["rank"]]
+            if settings["train_first"]:
+                shapes[f"{layer}.{path}.A"] = [settings["rank"], inputs]
+    return shapes
+
+
+def _layer_shapes(sizes: Sizes) -> Shapes:
+    return {
+        f"{layer}.{name}": shape
+        for layer, about in sizes.layers.items()
+        for name, shape in about["parameters"].items()
+    }
+
+
+def _prompt(place: Place) -> Messenger:
+    return place.prompt()
+
+
+def _adapter(place: Place) -> Messenger:
+    from fedsp.models.messengers.making import make_adapter
+
+    return make_adapter(place)
+
+
+def _layers(place: Place) -> Messenger:
+    from fedsp.models.messengers.making import layer_weights
+
+    return layer_weights(place.model, place.blocks)
+
+
+def _prompt_and_adapter(place: Place) -> Messenger:
+    from fedsp.models.messengers.making import make_adapter
+    from fedsp.models.messengers.prompt_and_adapter import PromptAndAdapter
+
+    return PromptAndAdapter(place.prompt(), make_adapter(place))
+
+
+for _entry in (
+    MessengerEntry(
+        name="prompt",
+        make=_prompt,
+        shapes=_prompt_shapes,
+        in_layers=False,
+        has_prompt=True,
+        per_example=True,
+        learning_rate=3e-2,
+    ),
+    MessengerEntry(
+        name="adapter",
+        make=_adapter,
+        shapes=_adapter_shapes,
+        distilled_layers=True,
+        per_example=True,
+        learning_rate=5e-3,
+    ),
+    MessengerEntry(name="layers", make=_layers, shapes=_layer_shapes),
+    MessengerEntry(
+        name="prompt+adapter",
+        make=_prompt_and_adapter,
+        shapes=lambda sizes: _prompt_shapes(sizes) | _adapter_shapes(sizes),
+        distilled_layers=True,
+        has_prompt=True,
+        per_example=True,
+        learning_rate=5e-3,
+    ),
+):
+    register_messenger(_entry)
