@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import torch
 
 import fedsp
 from fedsp.federation.callbacks import Callbacks
+from fedsp.testing import check_messenger
 from support.gguf_made import tiny_llama, write_gguf
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -27,7 +29,8 @@ def example(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"algorithm", "federation", "new_method", "new_task", "smollm2", "tickets"}
+    ours = {"new_messenger", "new_method", "new_task"}
+    tested = {"algorithm", "federation", "smollm2", "tickets"} | ours
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -50,6 +53,16 @@ def test_a_new_method_runs_by_its_name(tmp_path: Path) -> None:
     assert figures["best_round"] == 3
     with pytest.raises(fedsp.FedspError, match="a method named 'damped' is registered already"):
         fedsp.register_method(fedsp.MethodEntry(name="damped", title="", paper="", clients_hold=""))
+
+
+@pytest.mark.recipe
+def test_a_new_messenger_runs_by_its_name(tmp_path: Path) -> None:
+    module = example("new_messenger")
+    figures = module.main(tmp_path)
+    assert figures["best_round"] > 0 and figures["numbers_sent"] == 2816
+    check_messenger(module.BIASES)
+    with pytest.raises(fedsp.FedspError, match="a messenger named 'biases' is registered already"):
+        fedsp.register_messenger(replace(module.BIASES))
 
 
 @pytest.mark.recipe

@@ -25,7 +25,11 @@ from fedsp.federation.methods import registry
 from fedsp.federation.methods.base import Averaging
 from fedsp.federation.methods.registry import MethodEntry, find_method
 from fedsp.federation.party import Party
-from fedsp.testing import Nonconforming, check_method, check_rule, check_task
+from fedsp.models.auxiliary import AuxiliaryModel
+from fedsp.models.messengers import registry as messengers
+from fedsp.models.messengers.registry import find_messenger
+from fedsp.models.weights import Weights
+from fedsp.testing import Nonconforming, check_messenger, check_method, check_rule, check_task
 from support.small_runs import ROWS, settings
 
 MODULE = """
@@ -35,6 +39,9 @@ def said(row):
     return row["said"], ["yes", "no"], [0]
 STATEMENT = fedsp.Task(name="statement", plain=said, schema="needs said")
 METHOD = fedsp.MethodEntry(name="theirs", title="theirs", paper="", clients_hold="the whole model")
+from fedsp.models.messengers.registry import find_messenger
+import dataclasses
+MESSENGER = dataclasses.replace(find_messenger("layers"), name="whole", learning_rate=2e-3)
 def middle(rows, f):
     return rows.sort(dim=0).values[len(rows) // 2]
 NUMBER = 3
@@ -44,7 +51,8 @@ NUMBER = 3
 @pytest.fixture
 def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Packages on the path, each with entry points by group."""
-    before = (dict(TASKS), dict(registry._ENTRIES), dict(rules._REGISTERED))
+    registers = (TASKS, registry._ENTRIES, rules._REGISTERED, messengers._ENTRIES)
+    before = [dict(known) for known in registers]
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def bring(package: str, code: str, **points: str) -> None:
@@ -57,7 +65,7 @@ def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         installed._installed.cache_clear()
 
     yield bring
-    for known, old in zip((TASKS, registry._ENTRIES, rules._REGISTERED), before, strict=True):
+    for known, old in zip(registers, before, strict=True):
         known.clear()  # type: ignore[attr-defined]
         known.update(old)  # type: ignore[attr-defined]
     installed._installed.cache_clear()
@@ -72,6 +80,7 @@ def test_what_an_installed_package_brings_is_found_by_its_name(
         tasks="statement = theirs_a:STATEMENT",
         methods="theirs = theirs_a:METHOD",
         aggregators="middle = theirs_a:middle",
+        messengers="whole = theirs_a:MESSENGER",
     )
     assert "theirs_a" not in sys.modules
     with pytest.raises(DataError, match="did you mean 'statement'"):
@@ -80,6 +89,9 @@ def test_what_an_installed_package_brings_is_found_by_its_name(
         find_rule("midle")
     with pytest.raises(ConfigurationError, match="did you mean 'theirs'"):
         find_method("thiers")
+    wrong = {**settings(tmp_path), "messenger": {"kind": "whle"}}
+    with pytest.raises(ConfigurationError, match=r"kind: there is no .* did you mean 'whole'"):
+        api.as_config(wrong)
     assert "theirs_a" not in sys.modules  # only what is asked for is imported
     assert find_task("statement").example({"said": "Is it?"}, 0).choices == (" yes", " no")
     assert (
@@ -92,8 +104,17 @@ def test_what_an_installed_package_brings_is_found_by_its_name(
     changes: dict[str, Any] = {
         "aggregation": {"rule": "middle", "malicious": 0.34},
         "round": {"rounds": 1, "weighting": "uniform"},
+        "messenger": {"kind": "whole"},
+        "preset": "messenger",
     }
-    assert fedsp.run(settings(tmp_path, **changes))["best_round"] <= 1
+    values = settings(tmp_path, **changes)
+    del values["prompt"]
+    assert api.as_config(values).client.learning_rate == 2e-3
+    assert api.plan(values)["messenger_parameters"] > 1e5
+    assert fedsp.run(values)["best_round"] <= 1
+    private = {"privacy": {"unit": "example", "epsilon": 8.0}}
+    with pytest.raises(ConfigurationError, match="'whole' does not give; take 'prompt'"):
+        api.as_config({**values, **private})
 
 
 @pytest.mark.parametrize(
@@ -216,6 +237,103 @@ class Restless(Averaging):
         self.seen.append(request.round)
         payload = {name: one + 1e-3 * len(self.seen) for name, one in update.payload.items()}
         return replace(update, payload=payload)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "prompt"},
+        {"kind": "adapter", "layers": "all", "targets": ["c_attn"]},
+        {"kind": "layers"},
+        {"kind": "prompt+adapter", "train_first": True},
+    ],
+    ids=lambda changes: changes["kind"],
+)
+def test_our_own_messengers_conform(changes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsp.testing._run_faults", lambda *_: [])  # whole runs: other tests
+    check_messenger(find_messenger(changes["kind"]), messenger=changes)
+
+
+class Spoilt(Weights):
+    """The first bias of each layer, with one function that does something else."""
+
+    def __init__(self, place: fedsp.Place, **others: Any) -> None:
+        named = {
+            f"layers.{number:03d}.bias": place.model.blocks[depth].get_parameter("ln_1.bias")
+            for number, (depth,) in place.blocks.items()
+        }
+        super().__init__(named)
+        self.__dict__.update(others)
+
+
+def counted(sizes: fedsp.Sizes) -> dict[str, list[int]]:
+    return {
+        f"{layer}.bias": about["parameters"]["ln_1.bias"] for layer, about in sizes.layers.items()
+    }
+
+
+def at_one_side(place: fedsp.Place) -> Weights:
+    named = {"more": place.model.blocks[1].get_parameter("ln_1.bias")}
+    return Spoilt(place) if isinstance(place.model, AuxiliaryModel) else Weights(named)
+
+
+def unread(place: fedsp.Place) -> Weights:
+    return Weights(
+        {
+            f"layers.{number:03d}.bias": torch.nn.Parameter(torch.zeros(128))
+            for number in place.blocks
+        }
+    )
+
+
+def drawn_anew(place: fedsp.Place) -> Weights:
+    spoilt = Spoilt(place)
+    for parameter in spoilt.trained().values():
+        parameter.data.add_(torch.rand(1, generator=torch.Generator().manual_seed(id(place))))
+    return spoilt
+
+
+def takes_all(place: fedsp.Place) -> Weights:
+    spoilt = Spoilt(place)
+    own = spoilt.load
+    return Spoilt(place, load=lambda payload: own({n: payload[n] for n in spoilt.trained()}))
+
+
+SPOILT: dict[str, tuple[Any, str]] = {
+    "good": (Spoilt, ""),
+    "other names": (at_one_side, "a client's tensors have other names"),
+    "unread": (unread, "the model reads a text as before"),
+    "drawn anew": (drawn_anew, "a second one from the same seed begins with other numbers"),
+    "takes all": (takes_all, "takes a payload with one tensor too many"),
+    "no distance": (
+        lambda place: Spoilt(place, distance=lambda payload: 0.0),
+        "distance.. is 0 from",
+    ),
+    "deaf": (lambda place: Spoilt(place, load=lambda payload: None), "is not what load.. took"),
+    "not made": (lambda place: place.settings["nothing"], "using it fails: KeyError"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_what_a_messenger_lacks_is_said(
+    kind: str, brought: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsp.testing._run_faults", lambda *_: [])
+    make, fault = SPOILT[kind]
+    entry = fedsp.MessengerEntry(name="spoilt", make=make, shapes=counted)
+    if fault:
+        with pytest.raises(Nonconforming, match=fault):
+            check_messenger(entry)
+        return
+    check_messenger(entry)
+    with pytest.raises(Nonconforming, match="another messenger is registered under its name"):
+        check_messenger(replace(entry))
+    for changes, fault in (
+        ({"shapes": lambda sizes: {}}, "shapes.. counts other tensors"),
+        ({"per_example": True}, "no gradient for each example"),
+    ):
+        with pytest.raises(Nonconforming, match=fault):
+            check_messenger(replace(entry, name=fault, **changes))
 
 
 def test_methods_conform_or_are_told_why(brought: Callable[..., None]) -> None:
