@@ -1015,6 +1015,31 @@ def test_an_agreement_that_says_something_else_is_named_by_its_file(place: Path)
         read_agreement(place / "server" / "package")
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"messenger": {"kind": "pigeon"}}, "there is no messenger 'pigeon'; choose prompt, ad"),
+        ({"messenger": {"kind": "layers", "layers": "all"}}, "messenger.layers: 'all' is for"),
+        (
+            {
+                "messenger": {"kind": "layers"},
+                "privacy": {"unit": "example", "noise_multiplier": 1.0},
+            },
+            "'layers' does not give; take 'prompt'",
+        ),
+    ],
+)
+def test_a_client_says_which_messenger_it_cannot_make(
+    place: Path, changes: dict[str, Any], said: str
+) -> None:
+    party = signed_again(place, changed("agreement.json", **changes))
+    with pytest.raises(ConfigurationError) as refused:
+        Client(party, Callbacks())
+    assert said in str(refused.value)
+    assert "client-0/package asks for what cannot be done here: messenger." in str(refused.value)
+    assert "must be installed at the server and at every client" in str(refused.value)
+
+
 def test_a_key_that_cannot_sign_is_found_out_before_the_distillation(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
