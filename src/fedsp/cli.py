@@ -492,7 +492,10 @@ def egress_release(
             f"run {figures['run']}, round {figures['round']}: {figures['bytes']:,} bytes in"
             f" {figures.get('codec')}{norm}{epsilon}"
         )
-        released = typer.confirm("Release it?", default=False)
+        try:
+            released = typer.confirm("Release it?", default=False)
+        except typer.Abort as error:
+            raise RunError("no answer was given: this update waits on, and others too") from error
         decide(state, name, released=released)
         typer.echo("released" if released else "withheld: the server is told so, and no more")
     if not found:
@@ -571,8 +574,11 @@ def federation_revoke(
     require_flower()
     from fedsp.deployment.parties.admission import revoke
 
-    revoke(name, server)
-    typer.echo(f"{name} is no longer in {server / 'register.toml'}: its key opens nothing any more")
+    had = revoke(name, server)
+    typer.echo(
+        f"{name} is no longer in {server / 'register.toml'}, where it had {had.examples} examples:"
+        " its key opens nothing any more"
+    )
 
 
 @federation.command("renew")
@@ -647,6 +653,15 @@ app.add_typer(
 )
 
 
+About = Annotated[
+    str,
+    typer.Option(
+        help="What your text is, in a sentence, for the model card of what is tuned; everybody who"
+        " gets that model reads it."
+    ),
+]
+
+
 @party_commands.command("init")
 def party_init(
     name: Annotated[str, typer.Argument(help="This client's name.")],
@@ -654,13 +669,7 @@ def party_init(
     folder: Annotated[
         Optional[Path], typer.Option(help="The new folder. Default: one of that name.")
     ] = None,
-    about: Annotated[
-        str,
-        typer.Option(
-            help="What your text is, in a sentence, for the model card of what is tuned; everybody"
-            " who gets that model reads it."
-        ),
-    ] = "",
+    about: About = "",
 ) -> None:
     """Make this client's key, its configuration, and the request to be admitted, which alone goes
     to the owner of the model."""
@@ -679,6 +688,7 @@ def party_init(
 @party_commands.command("rotate")
 def party_rotate(
     config: Annotated[Path, typer.Argument(help="The client's party.toml.")] = Path("party.toml"),
+    about: About = "",
 ) -> None:
     """Change this client's key, between two runs: once the server has admitted the request, the key
     before opens nothing, and the new one counts from its next start. Until then, going back is to
@@ -686,7 +696,7 @@ def party_rotate(
     require_flower()
     from fedsp.deployment.parties.admission import REQUEST, rotate_key
 
-    made = rotate_key(config)
+    made = rotate_key(config, about)
     typer.echo(
         f"send {REQUEST} to the owner of the model, who enters it with `fedsp federation admit`;"
         f" the new key's fingerprint is {made}; a `fedsp join` that runs has the key before: end it"

@@ -762,8 +762,8 @@ class PackageSection(Section):
     folder: FileName = "package"
     """folder that you received; it is only read; relative to party.toml"""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """SHA-256 digest of the package; the owner of the model tells it to you by another channel than
-    the package"""
+    """SHA-256 digest of the package, 64 digits and letters from a to f; the owner of the model
+    tells it to you by another channel than the package"""
 
 
 class PartyDataSection(Section):
@@ -818,7 +818,8 @@ class PartyConfig(Section):
     """A client of a deployment: `party.toml`."""
 
     name: str = Field(pattern=NAME)
-    """this client's name in the server's register"""
+    """this client's name in the server's register: up to 64 letters, digits, dots, dashes and
+    underscores"""
     server: str
     """host:port of the server"""
     keys: FileName = "."

@@ -386,7 +386,9 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
         raise ConfigurationError(
             f"{path} is not a TOML file that can be read: it is nested too deeply"
         ) from error
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    except ValueError as error:
         raise ConfigurationError(f"{path} is not a TOML file: {first_line(error)}") from error
 
 
@@ -462,7 +464,6 @@ EXPECTED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
-    "string_pattern_mismatch": "a text of the form {pattern}",
 }
 """What was expected where pydantic finds a fault, by its kind."""
 
@@ -510,6 +511,9 @@ def _fault(root: type[Section], fault: dict[str, Any]) -> str:
         return f"{key}: missing; {_on_one_line(field.description) or 'a section of the file'}"
     message = fault["msg"].removeprefix("Value error, ")
     meant = ""
+    if fault["type"] == "string_pattern_mismatch":
+        field = _section(root, where[:-1]).model_fields[where[-1]]
+        message = f"expected {_on_one_line(field.description)}"
     if fault["type"] == "literal_error":
         meant = did_you_mean(str(fault["input"]), re.findall("'([^']+)'", fault["ctx"]["expected"]))
     of_section = fault["type"] == "value_error" and isinstance(fault["input"], Mapping)

@@ -71,7 +71,9 @@ class TooFewClients(FedspError):
 
 def first_line(error: Exception) -> str:
     """The first line of what another library says, with the next where that only announces it, or
-    its kind where it says nothing."""
+    its kind where it says nothing; of the system's errors the words without their number."""
+    if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno "):
+        return error.strerror + (f": {error.filename}" if error.filename else "")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
         type(error).__name__
     ]

@@ -65,6 +65,7 @@ from fedsp.errors import (
     DeploymentError,
     FedspError,
     PolicyError,
+    RunError,
     StorageError,
 )
 from fedsp.experiments import start
@@ -443,6 +444,10 @@ def test_an_update_waits_until_a_person_has_decided(
         request, message = asked(round)
         thread, answers = answering(client, message)
         until(lambda: bool(waiting(state)))
+        left = CliRunner().invoke(
+            app, ["egress", "release", str(place / "client-0" / "party.toml")], input=""
+        )
+        assert isinstance(left.exception, RunError) and "waits on" in str(left.exception)
         assert (not answers and not (state / "egress.jsonl").exists()) or round > 1
         told = CliRunner().invoke(
             app, ["egress", "release", str(place / "client-0" / "party.toml")], input=answer
@@ -1116,6 +1121,28 @@ WRONG: dict[str, tuple[list[str], Any, str]] = {
         ["serve", "run.toml", "federation.listen=nowhere"],
         lambda server: None,
         "'nowhere' is not a valid host:port",
+    ),
+    "an address with its scheme": (
+        ["federation", "init", "new", "--clients", "a", "--address", "https://lab.org:8443/x"],
+        lambda server: None,
+        "leave https:// out, such as lab.org:8443",
+    ),
+    "fewer clients than a round needs": (
+        ["serve", "run.toml", "round.min_clients=9"],
+        lambda server: None,
+        "round.min_clients: a round needs 9 updates, and the register in",
+    ),
+    "a folder as a party": (
+        ["join", ".."],
+        lambda server: None,
+        "fedsp: .. cannot be read (Is a directory); ",
+    ),
+    "a digest": (
+        ["join", "../client-0/party.toml"],
+        lambda server: (party := server.parent / "client-0" / "party.toml").write_text(
+            party.read_text().replace('sha256 = "', 'sha256 = "g')
+        ),
+        "package.sha256: expected SHA-256 digest of the package, 64 digits and letters",
     ),
     "an engine": (
         ["run", "run.toml", "--engine", "cloud"],

@@ -130,7 +130,7 @@ def test_a_key_is_replaced_only_by_a_request_that_it_has_signed(
     with pytest.raises(CredentialError, match="has not signed"):
         admit(tmp_path / "forged.json", server)
     # after a loss: out, and in again
-    revoke("new", server)
+    assert revoke("new", server).examples == 7
     admit(tmp_path / "thief" / "request.json", server)
     assert list(read_register(server)) == ["a", "b.c", "new"]
 
@@ -149,9 +149,11 @@ def test_a_key_that_was_revoked_does_not_come_back(server: Path, asking: Path) -
     with pytest.raises(CredentialError, match=r"its key was revoked \(new.pub.revoked\)"):
         admit(asking / "request.json", server)
     before = (asking / "request.json").read_bytes()
-    rotate_key(asking / "party.toml")
+    with pytest.raises(ConfigurationError, match="--about: write at most"):
+        rotate_key(asking / "party.toml", "two\nlines")
+    rotate_key(asking / "party.toml", "letters")
     admit(asking / "request.json", server)
-    revoke("new", server)
+    assert revoke("new", server).about == "letters"
     for request in (before, (asking / "request.json").read_bytes()):
         (asking / "request.json").write_bytes(request)
         with pytest.raises(CredentialError, match="its key was revoked"):

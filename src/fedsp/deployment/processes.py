@@ -130,6 +130,12 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
     Raises:
         ConfigurationError: it is not valid; `key` is the setting that the message names.
     """
+    scheme, found, rest = text.partition("://")
+    if found:
+        raise ConfigurationError(
+            f"{key}: {text[:80]!r} is not a valid host:port: leave {scheme[:20]}:// out, such as"
+            f" {rest.partition('/')[0][:60] or 'localhost:8000'}"
+        )
     host, _, port = text.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ConfigurationError(

@@ -65,6 +65,12 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
             " new one"
         )
     register = read_register(Path(section.folder))
+    if run.config.round.min_clients > len(register):
+        raise ConfigurationError(
+            f"round.min_clients: a round needs {run.config.round.min_clients} updates, and the"
+            f" register in {section.folder} has {len(register)} clients: admit more, or set it to"
+            f" {len(register)}"
+        )
     keys = {
         name: partial(credentials.has_signed, credentials.client_key(member.public_key))
         for name, member in register.items()

@@ -13,8 +13,10 @@ import base64
 import contextlib
 import http.client
 import json
+import queue
 import socket
 import ssl
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -68,8 +70,7 @@ class Step:
 
 
 def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[Step]:
-    """Each step to the server as it is taken; every wait but that for DNS is for at most so many
-    seconds.
+    """Each step to the server as it is taken; every wait is for at most so many seconds.
 
     Raises:
         ConfigurationError: `server` is no host:port, or HTTPS_PROXY no address.
@@ -91,15 +92,19 @@ def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[St
     where = written(host, port)
     next_hop = written(connection.host, connection.port)
     try:
-        found = socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM)
+        found = _addresses(connection, seconds)
+    except TimeoutError as error:
+        raise Unreached(
+            f"the name {connection.host[:80]!r} is not resolved within {seconds:g} s: check this"
+            " machine's network and DNS"
+        ) from error
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no name of a machine"
         raise Unreached(
             f"this machine does not know the name {connection.host[:80]!r} ({why}): check"
             f" {through or '`server`'}, and this machine's network and DNS"
         ) from error
-    addresses = dict.fromkeys(str(one[4][0]) for one in found)
-    yield Step("name", f"{connection.host} is {', '.join(addresses)}")
+    yield Step("name", f"{connection.host} is {', '.join(found)}")
     with contextlib.closing(connection):
         started, way = time.perf_counter(), f" through {through}" if through else ""
         try:
@@ -123,6 +128,28 @@ def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[St
         yield Step("port", f"{where} is open{way} ({took:.0f} ms)")
         yield _shake_hands(connection, context, host, where)
         yield from _greet(connection, where, Path(party.keys) / CLIENT_KEY, party.name)
+
+
+def _addresses(connection: http.client.HTTPConnection, seconds: float) -> list[str]:
+    """The addresses of a connection's host. Raises TimeoutError where no name server answers in
+    time, for which the system's own call may wait a minute, and what that call raises."""
+    found: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            known = socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM)
+            found.put(list(dict.fromkeys(str(one[4][0]) for one in known)))
+        except (OSError, UnicodeError) as error:
+            found.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = found.get(timeout=seconds)
+    except queue.Empty as error:
+        raise TimeoutError from error
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _towards(host: str, port: int, seconds: float) -> tuple[http.client.HTTPConnection, str | None]:
@@ -288,6 +315,7 @@ class Lookout:
         self._party, self._info, self._greets = party, callbacks.info, greets
         self._health = health
         self._next, self._once = 0.0, False
+        self._own_key = self._key()
         self._fault: tuple[int, type[Exception]] | None = None
         """How many steps were taken, and what stopped the last look."""
 
@@ -296,10 +324,16 @@ class Lookout:
 
         Raises:
             CredentialError: what answers there, the first time, is not the server that `ca.crt`
-                vouches for; or that server does not take this client.
+                vouches for; or that server does not take this client; or the client's key is
+                another than at the start, with which no reply of this process would be taken.
         """
         if time.monotonic() < self._next:
             return
+        if self._key() != self._own_key:
+            raise CredentialError(
+                f"{Path(self._party.keys) / CLIENT_KEY} was changed while this client ran with the"
+                " key before: start `fedsp join` again"
+            )
         met, taken, wrong = self._once, 0, ""
         fault: tuple[int, type[Exception]] | None = None
         try:
@@ -328,3 +362,8 @@ class Lookout:
         self._health.wrong = wrong
         self._health.set("fedsp_server_reached", not wrong)
         self._fault, self._next = fault, time.monotonic() + LOOKS_EVERY
+
+    def _key(self) -> bytes:
+        with contextlib.suppress(OSError):
+            return (Path(self._party.keys) / CLIENT_KEY).read_bytes()
+        return b""

@@ -76,11 +76,7 @@ def init_party(folder: Path, name: str, server: str, about: str = "") -> str:
     """
     require_name(name, "NAME")
     host_and_port(server, "--server")
-    if len(about) > MOST_ABOUT or not about.isprintable():
-        raise ConfigurationError(
-            f"--about: write at most {MOST_ABOUT} characters in one line, without control"
-            " characters"
-        )
+    _require_about(about)
     require_new(folder)
     new_client_key(folder / CLIENT_KEY)
     write_party(folder, name, server)
@@ -89,15 +85,26 @@ def init_party(folder: Path, name: str, server: str, about: str = "") -> str:
     return made
 
 
-def rotate_key(config: Path) -> str:
+def _require_about(about: str) -> None:
+    if len(about) > MOST_ABOUT or not about.isprintable():
+        raise ConfigurationError(
+            f"--about: write at most {MOST_ABOUT} characters in one line, without control"
+            " characters"
+        )
+
+
+def rotate_key(config: Path, about: str = "") -> str:
     """Make a new key for the client of a `party.toml`, and the request to have it admitted in place
-    of the one before, which is kept as `client.key.before`; returns its fingerprint.
+    of the one before, which is kept as `client.key.before`; returns its fingerprint. `about` is
+    read where the client is admitted anew, after its key before was revoked.
 
     Raises:
-        ConfigurationError: the configuration cannot be read, or a key before is still there.
+        ConfigurationError: the configuration or `about` cannot be used, or a key before is still
+            there.
         CredentialError: the client's key cannot be read.
         StorageError: the disk did not take it.
     """
+    _require_about(about)
     party = read_party(config, package_known=False)
     key = Path(party.keys) / CLIENT_KEY
     before, new = key.with_name(BEFORE), key.with_name(f"{CLIENT_KEY}.new")
@@ -108,7 +115,7 @@ def rotate_key(config: Path) -> str:
         )
     client_signer(key)  # it can be read
     new_client_key(new)
-    made = write_request(key.with_name(REQUEST), party.name, new, before=key)
+    made = write_request(key.with_name(REQUEST), party.name, new, about=about, before=key)
     record_event(Path(party.state), "key changed", key=made)
     key.rename(before)
     new.rename(key)
@@ -180,9 +187,10 @@ def entry(name: str, examples: int, about: str = "") -> str:
     return f'\n[clients."{name}"]\n{key}examples = {examples}\n{described}'
 
 
-def revoke(name: str, server: Path) -> None:
+def revoke(name: str, server: Path) -> Member:
     """Take a client out of a server's register: its calls are refused from now on, also by a server
-    that is running. Its public key is kept as `NAME.pub.revoked`.
+    that is running. Its public key is kept as `NAME.pub.revoked`. Returns what the register said of
+    it.
 
     Raises:
         ConfigurationError: it is not in the register, or the register is written otherwise than
@@ -213,6 +221,7 @@ def revoke(name: str, server: Path) -> None:
             number += 1
             kept = public.with_name(f"{public.name}.{number}.revoked")
         public.replace(kept)
+        return members[name]
 
 
 @contextmanager
