@@ -32,9 +32,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def costs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs do not measure what a round costs, a third of their time here, but where a test reads it
-    (marked `costs`), and in studies."""
-    if not any(request.node.get_closest_marker(name) for name in ("costs", "study", "recipe")):
+    """Runs in this process do not measure what a round costs, a third of their time here, but where
+    a test reads it (marked `costs`)."""
+    if not request.node.get_closest_marker("costs"):
         monkeypatch.setattr("fedsp.experiments.run.measure", lambda *_: {})
 
 
