@@ -6,7 +6,8 @@ Masked Language-models*. ACL 2022. https://arxiv.org/abs/2106.10199.
 A messenger (`fedsp.models.trainable.Messenger`) is made at the server in the global model and at
 each client in the auxiliary model, with tensors of the same names and shapes; `Weights` is one of
 any parameters of the model. After registration its name is a value of `messenger.kind` in every
-configuration. Run it: `python examples/new_messenger.py`
+configuration of this process; by an entry point (docs/how-to/extend.md) everywhere. Run it:
+`python examples/new_messenger.py`
 """
 
 from __future__ import annotations

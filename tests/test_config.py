@@ -178,6 +178,26 @@ def test_what_no_key_can_say_alone(values: dict[str, object], sentence: str) -> 
     assert sentence in str(caught.value)
 
 
+def test_a_name_that_nobody_knows_hides_no_other_fault() -> None:
+    wrong = {
+        **SMALL,
+        "messenger": {"kind": "adaptor", "rank": -3},
+        "aggregation": {"rule": "medain"},
+        "bogus": 1,
+    }
+    with pytest.raises(ConfigurationError) as refused:
+        make_config(wrong, "run.toml")
+    first, *faults = str(refused.value).splitlines()
+    assert first == "run.toml has 4 faults:"
+    for said in (
+        "did you mean 'adapter'?",
+        "did you mean 'median'?",
+        "messenger.rank: ",
+        "bogus: ",
+    ):
+        assert sum(said in fault for fault in faults) == 1
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [

@@ -56,6 +56,7 @@ from fedsp.federation.methods.registry import find_method
 from fedsp.models.adapter import Adapter, export_lora, merge
 from fedsp.models.auxiliary import chosen_counts, load_auxiliary, named_counts
 from fedsp.models.loading import choose_device, load_model, load_tokenizer, save_model
+from fedsp.models.messengers.registry import require_everywhere
 from fedsp.models.prompted_lm import continue_text, length_of
 from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
 from fedsp.storage import write_bytes
@@ -148,6 +149,8 @@ def _suited(config: RunConfig, engine: str) -> RunConfig:
         raise ConfigurationError(
             f"{what} is for experiments only and runs in one process: use engine local"
         )
+    if engine == "flower":
+        require_everywhere(config.messenger.kind)
     return config
 
 

@@ -575,9 +575,10 @@ def federation_revoke(
     from fedsp.deployment.parties.admission import revoke
 
     had = revoke(name, server)
+    told = f", {had.about!r}" if had.about else ""
     typer.echo(
-        f"{name} is no longer in {server / 'register.toml'}, where it had {had.examples} examples:"
-        " its key opens nothing any more"
+        f"{name} is no longer in {server / 'register.toml'}, where it had {had.examples}"
+        f" examples{told}: its key opens nothing any more"
     )
 
 
@@ -653,15 +654,6 @@ app.add_typer(
 )
 
 
-About = Annotated[
-    str,
-    typer.Option(
-        help="What your text is, in a sentence, for the model card of what is tuned; everybody who"
-        " gets that model reads it."
-    ),
-]
-
-
 @party_commands.command("init")
 def party_init(
     name: Annotated[str, typer.Argument(help="This client's name.")],
@@ -669,7 +661,13 @@ def party_init(
     folder: Annotated[
         Optional[Path], typer.Option(help="The new folder. Default: one of that name.")
     ] = None,
-    about: About = "",
+    about: Annotated[
+        str,
+        typer.Option(
+            help="What your text is, in a sentence, for the model card of what is tuned; everybody"
+            " who gets that model reads it."
+        ),
+    ] = "",
 ) -> None:
     """Make this client's key, its configuration, and the request to be admitted, which alone goes
     to the owner of the model."""
@@ -688,7 +686,13 @@ def party_init(
 @party_commands.command("rotate")
 def party_rotate(
     config: Annotated[Path, typer.Argument(help="The client's party.toml.")] = Path("party.toml"),
-    about: About = "",
+    about: Annotated[
+        str,
+        typer.Option(
+            help="What your text is, in a sentence. Read only where the key before was revoked:"
+            " otherwise what the server's register says stands."
+        ),
+    ] = "",
 ) -> None:
     """Change this client's key, between two runs: once the server has admitted the request, the key
     before opens nothing, and the new one counts from its next start. Until then, going back is to

@@ -41,6 +41,7 @@ Noise = Annotated[float, Field(ge=0.05, le=1e5)]
 """Less noise than a twentieth of the clipping bound gives no useful epsilon, and the accountant
 would need gigabytes of memory to compute it."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+DIGEST = "^[0-9a-f]{64}$"
 """Allowed names of clients in a deployment."""
 
 AttackName = Literal[
@@ -615,7 +616,8 @@ class RunConfig(Section):
             )
         self._private()
         repeats = self.distill.again_every
-        if repeats and (self.federation or client.auxiliary_steps or not self.distill.steps):
+        fixed = client.auxiliary_steps == 0 and self.messenger.kind == "prompt"
+        if repeats and (self.federation or not fixed or not self.distill.steps):
             raise ValueError(
                 "distill.again_every: it needs simulated clients, client.auxiliary_steps = 0,"
                 " messenger.kind = 'prompt' and distill.steps above 0"
@@ -636,6 +638,11 @@ class RunConfig(Section):
                 "auxiliary.precision: only simulated clients that leave the auxiliary model as it "
                 f"is can hold it in {self.auxiliary.precision}: set it to float32, or set "
                 "client.auxiliary_steps and distill.again_every to 0 without a [federation]"
+            )
+        if self.messenger.kind != "prompt" and client.auxiliary_steps:
+            raise ValueError(
+                "client.auxiliary_steps: alternating training changes the layers in which"
+                f" messenger.kind = {self.messenger.kind!r} lives; set it to 0"
             )
         if client.keep_optimizer and client.auxiliary_steps == 0 == client.prompt_steps:
             raise ValueError(
@@ -761,9 +768,9 @@ class PackageSection(Section):
 
     folder: FileName = "package"
     """folder that you received; it is only read; relative to party.toml"""
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """SHA-256 digest of the package, 64 digits and letters from a to f; the owner of the model
-    tells it to you by another channel than the package"""
+    sha256: str = Field(pattern=DIGEST)
+    """SHA-256 digest of the package; the owner of the model tells it to you by another channel than
+    the package"""
 
 
 class PartyDataSection(Section):
@@ -818,8 +825,7 @@ class PartyConfig(Section):
     """A client of a deployment: `party.toml`."""
 
     name: str = Field(pattern=NAME)
-    """this client's name in the server's register: up to 64 letters, digits, dots, dashes and
-    underscores"""
+    """this client's name in the server's register"""
     server: str
     """host:port of the server"""
     keys: FileName = "."

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from fedsp.config import PartyConfig, RunConfig, Section
+from fedsp.config import DIGEST, NAME, PartyConfig, RunConfig, Section
 from fedsp.errors import ConfigurationError, did_you_mean, first_line
 from fedsp.federation.aggregation.registry import require_rule
 from fedsp.federation.methods.registry import find_method
@@ -105,7 +105,7 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
         ConfigurationError: every fault at once, one line each, with a suggestion for each unknown
             key.
     """
-    _require_named(values, source)
+    values, faults = _without_unknown_names(values)
     preset = _preset(values)
     profile = PROFILES.get(str(values.get("profile", "plain")), {})
     filled: dict[str, Any] = {
@@ -118,7 +118,7 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
             filled[section] = {**preset.get(section, {}), **profile.get(section, {}), **given}
             if "noise_multiplier" in given and "epsilon" not in given:
                 filled[section].pop("epsilon", None)
-    config = validated(RunConfig, filled, source)
+    config = validated(RunConfig, filled, source, faults)
     try:
         _check_prompt(config, values)
         _check_messenger(config)
@@ -128,9 +128,10 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
     return config
 
 
-def _require_named(values: Mapping[str, Any], source: str) -> None:
-    """See that there are the aggregation rule and the messenger that are named, before other keys
-    are held against them."""
+def _without_unknown_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values without an aggregation rule or a messenger that nobody knows, so that other keys
+    are not held against it, and what is to be said of each."""
+    known, faults = dict(values), []
     for section, key, require in (
         ("aggregation", "rule", require_rule),
         ("messenger", "kind", find_messenger),
@@ -141,7 +142,9 @@ def _require_named(values: Mapping[str, Any], source: str) -> None:
             try:
                 require(name)
             except ConfigurationError as error:
-                raise ConfigurationError(f"{source} has 1 fault:\n  {error}") from error
+                faults.append(str(error))
+                known[section] = {other: given[other] for other in given if other != key}
+    return known, faults
 
 
 def _preset(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -176,16 +179,6 @@ def _check_messenger(config: RunConfig) -> None:
     kind, distill = config.messenger.kind, config.distill
     private = config.privacy.unit == "example"
     entry = require_messenger(kind, layers=config.messenger.layers, private=private)
-    if entry.in_layers and config.client.auxiliary_steps:
-        raise ValueError(
-            "client.auxiliary_steps: alternating training changes the layers in which"
-            f" messenger.kind = {kind!r} lives; set it to 0"
-        )
-    if entry.in_layers and distill.again_every:
-        raise ValueError(
-            "distill.again_every: a package that is distilled again has other layers, and"
-            f" messenger.kind = {kind!r} lives in them; set it to 0, or take 'prompt'"
-        )
     from_text = entry.has_prompt and config.prompt.init == "text"
     if from_text and not config.prompt.init_text and not distill.text:
         raise ValueError(
@@ -253,20 +246,27 @@ def _check_method(config: RunConfig) -> None:
 Root = TypeVar("Root", bound=Section)
 
 
-def validated(root: type[Root], values: Mapping[str, Any], source: str) -> Root:
-    """A checked configuration of any kind.
+def validated(
+    root: type[Root], values: Mapping[str, Any], source: str, faults: Sequence[str] = ()
+) -> Root:
+    """A checked configuration of any kind; `faults` were found in it before.
 
     Raises:
         ConfigurationError: every fault at once, one line each, with a suggestion for each unknown
             key.
     """
+    lines, cause = list(faults), None
     try:
-        return root.model_validate(values)
+        config = root.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_fault(root, dict(fault))}" for fault in _alternatives(error)]
+        lines += [_fault(root, dict(fault)) for fault in _alternatives(error)]
+        cause = error
+    if lines:
         raise ConfigurationError(
-            f"{source} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n" + "\n".join(lines)
-        ) from error
+            f"{source} has {len(lines)} fault{'s' if len(lines) > 1 else ''}:\n"
+            + "\n".join(f"  {line}" for line in lines)
+        ) from cause
+    return config
 
 
 def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -387,7 +387,9 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
             f"{path} is not a TOML file that can be read: it is nested too deeply"
         ) from error
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+        raise ConfigurationError(
+            f"{path} cannot be read as a TOML file: {error.strerror}"
+        ) from error
     except ValueError as error:
         raise ConfigurationError(f"{path} is not a TOML file: {first_line(error)}") from error
 
@@ -466,6 +468,11 @@ EXPECTED = {
     "literal_error": "{expected}",
 }
 """What was expected where pydantic finds a fault, by its kind."""
+FORMS = {
+    NAME: "up to 64 letters, digits, dots, dashes and underscores, a letter or digit first",
+    DIGEST: "a SHA-256 digest, 64 digits and letters from a to f",
+}
+"""The patterns of texts, in words."""
 
 
 def _alternatives(error: ValidationError) -> list[dict[str, Any]]:
@@ -512,8 +519,8 @@ def _fault(root: type[Section], fault: dict[str, Any]) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     meant = ""
     if fault["type"] == "string_pattern_mismatch":
-        field = _section(root, where[:-1]).model_fields[where[-1]]
-        message = f"expected {_on_one_line(field.description)}"
+        form = FORMS.get(fault["ctx"]["pattern"], f"a text of the form {fault['ctx']['pattern']}")
+        message = f"expected {form}"
     if fault["type"] == "literal_error":
         meant = did_you_mean(str(fault["input"]), re.findall("'([^']+)'", fault["ctx"]["expected"]))
     of_section = fault["type"] == "value_error" and isinstance(fault["input"], Mapping)

@@ -1125,24 +1125,24 @@ WRONG: dict[str, tuple[list[str], Any, str]] = {
     "an address with its scheme": (
         ["federation", "init", "new", "--clients", "a", "--address", "https://lab.org:8443/x"],
         lambda server: None,
-        "leave https:// out, such as lab.org:8443",
+        "such as localhost:8000: leave https:// and what stands behind the port out",
     ),
     "fewer clients than a round needs": (
         ["serve", "run.toml", "round.min_clients=9"],
         lambda server: None,
-        "round.min_clients: a round needs 9 updates, and the register in",
+        "round.min_clients: a round needs 9 updates but asks 3 of the 3 clients in the register",
     ),
     "a folder as a party": (
         ["join", ".."],
         lambda server: None,
-        "fedsp: .. cannot be read (Is a directory); ",
+        "fedsp: .. cannot be read as a TOML file: Is a directory\n",
     ),
     "a digest": (
         ["join", "../client-0/party.toml"],
         lambda server: (party := server.parent / "client-0" / "party.toml").write_text(
             party.read_text().replace('sha256 = "', 'sha256 = "g')
         ),
-        "package.sha256: expected SHA-256 digest of the package, 64 digits and letters",
+        "package.sha256: expected a SHA-256 digest, 64 digits and letters from a to f, not 'g",
     ),
     "an engine": (
         ["run", "run.toml", "--engine", "cloud"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import stat
@@ -236,6 +237,23 @@ def test_a_register_that_is_written_otherwise_is_left_alone(server: Path, asking
     with pytest.raises(ConfigurationError, match="written otherwise than fedsp writes it"):
         admit(asking / "request.json", server)
     assert path.read_bytes() == before and (server / "clients" / "a.pub").exists()
+
+
+def test_a_key_in_a_form_that_is_not_read_is_no_key(asking: Path) -> None:
+    """Its point is compressed, which the library says by NotImplementedError."""
+    kind, blob = read_request(asking / "request.json").public.split()[:2]
+    point = bytearray(base64.b64decode(blob))
+    point[-97] = 2
+    odd = kind + b" " + base64.b64encode(bytes(point))
+    fields = json.loads((asking / "request.json").read_text())
+    (asking / "odd.json").write_text(json.dumps({**fields, "public_key": odd.decode()}))
+    (asking / "odd.pub").write_bytes(odd)
+    with pytest.raises(CredentialError, match="is no request of a client"):
+        read_request(asking / "odd.json")
+    with pytest.raises(CredentialError, match="cannot read the client's public key"):
+        credentials.client_key(asking / "odd.pub")
+    with pytest.raises(CredentialError, match="cannot read the server's public key"):
+        credentials.verify(b"", "", asking / "odd.pub")
 
 
 FIELDS = st.one_of(

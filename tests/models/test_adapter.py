@@ -324,7 +324,9 @@ def test_what_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=match):
             commands.run(settings(tmp_path, **{"messenger": {"kind": "adapter"}, **changes}))
     private = {"unit": "example", "epsilon": 8.0}
-    with pytest.raises(ConfigurationError, match="'layers' does not give; take 'prompt' or"):
+    with pytest.raises(
+        ConfigurationError, match="'layers' does not give; take 'prompt', 'adapter' or"
+    ):
         commands.run(settings(tmp_path, messenger={"kind": "layers"}, privacy=private))
 
 

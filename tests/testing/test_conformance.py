@@ -143,6 +143,23 @@ def test_what_cannot_be_used_is_named(
         find_task("mine")
 
 
+def test_a_messenger_of_this_process_alone_is_not_for_flower_s(
+    brought: Callable[..., None], tmp_path: Path
+) -> None:
+    fedsp.register_messenger(replace(find_messenger("layers"), name="mine"))
+    values = settings(tmp_path, messenger={"kind": "mine"})
+    with pytest.raises(ConfigurationError, match="'mine' is registered in this process alone"):
+        fedsp.run(values, engine="flower")
+    assert not (tmp_path / "run").exists()
+    fedsp.run({**values, "round": {"rounds": 1}})
+    messengers._ENTRIES.pop("mine")
+    with pytest.raises(ConfigurationError, match=r"'mine'; choose .* once an installed package"):
+        fedsp.evaluate(tmp_path / "run")
+    api.run(settings(tmp_path / "other", round={"rounds": 1}))
+    fedsp.write_report([tmp_path], tmp_path / "report")
+    assert "no messenger &#39;mine&#39;" in (tmp_path / "report" / "report.html").read_text()
+
+
 def test_two_packages_with_one_name_are_refused(brought: Callable[..., None]) -> None:
     for package in ("first_a", "second_a"):
         brought(package, MODULE, aggregators=f"middle = {package}:middle")
@@ -310,7 +327,7 @@ SPOILT: dict[str, tuple[Any, str]] = {
         "distance.. is 0 from",
     ),
     "deaf": (lambda place: Spoilt(place, load=lambda payload: None), "is not what load.. took"),
-    "not made": (lambda place: place.settings["nothing"], "using it fails: KeyError"),
+    "not made": (lambda place: place.settings["nothing"], "code of 'spoilt' fails with KeyError"),
 }
 
 
@@ -326,14 +343,23 @@ def test_what_a_messenger_lacks_is_said(
             check_messenger(entry)
         return
     check_messenger(entry)
+    with pytest.raises(ConfigurationError, match=r"no messenger 'spoilt'; .* once an installed"):
+        find_messenger("spoilt")  # a check leaves nothing behind
+    fedsp.register_messenger(entry)
     with pytest.raises(Nonconforming, match="another messenger is registered under its name"):
         check_messenger(replace(entry))
     for changes, fault in (
-        ({"shapes": lambda sizes: {}}, "shapes.. counts other tensors"),
+        ({"shapes": lambda sizes: {}}, "'other' finds nothing to tune in this model"),
+        ({"shapes": lambda sizes: {"a": [1]}}, "shapes.. counts other tensors"),
+        ({"shapes": lambda sizes: sizes.layers["b"]}, "code of 'other' fails with KeyError"),
+        (
+            {"make": lambda place: Weights({})},
+            "'other' finds nothing to tune in .*/model: choose",
+        ),
         ({"per_example": True}, "no gradient for each example"),
     ):
         with pytest.raises(Nonconforming, match=fault):
-            check_messenger(replace(entry, name=fault, **changes))
+            check_messenger(replace(entry, name="other", **changes))
 
 
 def test_methods_conform_or_are_told_why(brought: Callable[..., None]) -> None:
@@ -353,6 +379,7 @@ def test_methods_conform_or_are_told_why(brought: Callable[..., None]) -> None:
     def fails(stages: fedsp.Stages, start: Any) -> Restless:
         raise ValueError("no such stage")
 
+    fedsp.register_method(entry)
     with pytest.raises(Nonconforming, match="another method is registered under its name"):
         check_method(replace(entry, algorithm=fails))
     with pytest.raises(Nonconforming, match=r"a run of two rounds fails: ValueError\('no such"):

@@ -10,11 +10,12 @@ In the package's pyproject.toml, with the name by which it is asked for:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
-from fedsp.errors import ConfigurationError, first_line
+from fedsp.errors import ConfigurationError, did_you_mean, first_line
 
 TASKS, METHODS = "fedsp.tasks", "fedsp.methods"
 AGGREGATORS, MESSENGERS = "fedsp.aggregators", "fedsp.messengers"
@@ -32,6 +33,16 @@ def _installed(group: str) -> dict[str, list[EntryPoint]]:
 def installed_names(group: str) -> list[str]:
     """The names that installed packages bring for a group."""
     return sorted(_installed(group))
+
+
+def no_such(key: str, what: str, name: str, known: Iterable[str], group: str) -> str:
+    """What is said where `key` names something that is neither known nor brought by a package."""
+    names = list(dict.fromkeys([*known, *installed_names(group)]))
+    meant = did_you_mean(name, names) or (
+        "; one of your own is known in the process that registers it, and everywhere once an"
+        " installed package brings it"
+    )
+    return f"{key}: there is no {what} {name!r}; choose {', '.join(names)}{meant}"
 
 
 def load_installed(group: str, name: str, kind: type[Kind]) -> Kind | None:

@@ -130,11 +130,11 @@ def host_and_port(text: str, key: str) -> tuple[str, int]:
     Raises:
         ConfigurationError: it is not valid; `key` is the setting that the message names.
     """
-    scheme, found, rest = text.partition("://")
+    scheme, found, _ = text.partition("://")
     if found:
         raise ConfigurationError(
-            f"{key}: {text[:80]!r} is not a valid host:port: leave {scheme[:20]}:// out, such as"
-            f" {rest.partition('/')[0][:60] or 'localhost:8000'}"
+            f"{key}: {text[:80]!r} is not a valid host:port, such as localhost:8000: leave"
+            f" {scheme[:20]}:// and what stands behind the port out"
         )
     host, _, port = text.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:

@@ -65,11 +65,12 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
             " new one"
         )
     register = read_register(Path(section.folder))
-    if run.config.round.min_clients > len(register):
+    round = run.config.round
+    if (asked := round.asked(len(register))) < round.min_clients and not run.records():
         raise ConfigurationError(
-            f"round.min_clients: a round needs {run.config.round.min_clients} updates, and the"
-            f" register in {section.folder} has {len(register)} clients: admit more, or set it to"
-            f" {len(register)}"
+            f"round.min_clients: a round needs {round.min_clients} updates but asks {asked} of the"
+            f" {len(register)} clients in the register: admit more of them, or set it to {asked} at"
+            " most"
         )
     keys = {
         name: partial(credentials.has_signed, credentials.client_key(member.public_key))

@@ -31,13 +31,12 @@ from fedsp.errors import (
     ModelError,
     StorageError,
     first_line,
-    keeps_no_layer,
     leaves_no_room,
 )
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.gguf import ENDING, folder_of_gguf
-from fedsp.models.messengers.registry import Shapes, Sizes, find_messenger
+from fedsp.models.messengers.registry import Shapes, Sizes, counted, find_messenger
 from fedsp.storage import MANIFEST, cache_folder, parse_json, write_json
 
 COUNTED_BY = ("adapter", "auxiliary", "messengers/making", "shape_counts")
@@ -273,17 +272,11 @@ def _count(name: str, plan: str | list[int], prompt_layers: list[int] | None) ->
 
 
 def _travelling(config: RunConfig, counts: Any) -> Shapes:
-    """The names and shapes of the tensors that travel.
-
-    Raises:
-        ConfigurationError: they live in layers that the plan keeps verbatim, and it keeps none.
-    """
-    entry, section = find_messenger(config.messenger.kind), config.messenger
-    layers = counts["layers"][section.layers]
-    if entry.in_layers and not layers:
-        raise keeps_no_layer(entry.name, distilled=entry.distilled_layers)
+    """The names and shapes of the tensors that travel. Raises what `counted` does."""
+    section, layers = config.messenger, counts["layers"][config.messenger.layers]
     prompt = [config.prompt.length, *counts["prompts"][config.prompt.space]]
-    return entry.shapes(Sizes(layers=layers, prompt=prompt, settings=section.model_dump()))
+    sizes = Sizes(layers=layers, prompt=prompt, settings=section.model_dump())
+    return counted(section.kind, sizes)
 
 
 def _message_bytes(shapes: Shapes, codec: CodecName) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedsp.errors import RunError
+from fedsp.errors import FedspError, RunError
 from fedsp.experiments.run_directory import RunDirectory, find_runs, read_json
 from fedsp.experiments.study import AXES, FAILURE, INDEX, read_index
 from fedsp.federation.methods.registry import find_method
@@ -144,7 +144,11 @@ def _read_runs(folder: Path, results: Results) -> None:
     results.name = ", ".join(filter(None, [results.name, folder.name]))
     runs = []
     for path in find_runs(folder):
-        config = RunDirectory.open(path).config
+        try:
+            config = RunDirectory.open(path).config
+        except FedspError as error:  # such as one with a messenger that another process had
+            results.failures.append((path.name, str(error), False))
+            continue
         entry = find_method(config.method)
         title = f"{entry.title}, {config.preset}" if entry.deployable else entry.title
         label = f"{title} ({path.relative_to(folder)})" if path != folder else title

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,29 +23,27 @@ from fedsp.api import resume, run
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
 from fedsp.data.tasks import Task
-from fedsp.errors import ConfigurationError, DataError, PayloadError
+from fedsp.errors import ConfigurationError, DataError, FedspError, PayloadError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.aggregation.registry import Rule
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import prompt_spec
-from fedsp.federation.methods.registry import MethodEntry, find_method, register_method
+from fedsp.federation.methods import registry as methods
+from fedsp.federation.methods.registry import MethodEntry, find_method
 from fedsp.models.adapter import global_blocks
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.loading import load_model, load_tokenizer
+from fedsp.models.messengers import registry as messengers
 from fedsp.models.messengers.making import blocks_of, client_messenger, make_messenger
-from fedsp.models.messengers.registry import (
-    MessengerEntry,
-    Place,
-    Sizes,
-    find_messenger,
-    register_messenger,
-)
+from fedsp.models.messengers.registry import MessengerEntry, Place, Sizes, counted, find_messenger
 from fedsp.models.payload import Payload, shapes_of
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.shape_counts import count_shapes
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.models.trainable import Messenger
 from fedsp.storage import read_tensors, tensors_digest
+
+Entry = TypeVar("Entry", MethodEntry, MessengerEntry)
 
 
 class Nonconforming(AssertionError):
@@ -180,13 +178,29 @@ def check_method(entry: MethodEntry, **changes: Any) -> None:
     Raises:
         Nonconforming: what is missing.
     """
-    what = f"the method {entry.name!r}"
+    with _known(entry, methods._ENTRIES, find_method, "method"):
+        _require(f"the method {entry.name!r}", _run_faults(entry, changes))
+
+
+@contextmanager
+def _known(
+    entry: Entry, register: dict[str, Entry], find: Callable[[str], Entry], what: str
+) -> Iterator[None]:
+    """What an entry's name means within the check; a register is as it was behind it."""
     try:
-        if find_method(entry.name) is not entry:
-            _require(what, ["another method is registered under its name"])
+        other = find(entry.name) is not entry
     except ConfigurationError:
-        register_method(entry)
-    _require(what, _run_faults(entry, changes))
+        register[entry.name], other = entry, False
+        added = True
+    else:
+        added = False
+    if other:
+        _require(f"the {what} {entry.name!r}", [f"another {what} is registered under its name"])
+    try:
+        yield
+    finally:
+        if added:
+            del register[entry.name]
 
 
 def _run_faults(entry: MethodEntry, changes: Mapping[str, Any]) -> list[str]:
@@ -244,24 +258,21 @@ def check_messenger(entry: MessengerEntry, **changes: Any) -> None:
     Raises:
         Nonconforming: what is missing.
     """
-    what = f"the messenger {entry.name!r}"
-    try:
-        if find_messenger(entry.name) is not entry:
-            _require(what, ["another messenger is registered under its name"])
-    except ConfigurationError:
-        register_messenger(entry)
     method = find_method("fedsp")
     sections = {
         "auxiliary": {"plan": "ends(1)"},
         **changes,
         "messenger": {**changes.get("messenger", {}), "kind": entry.name},
     }
-    config = make_config(_small(method, Path("unused"), sections))
-    try:
-        faults = _messenger_faults(entry, config)
-    except Exception as error:  # a messenger raises what it likes
-        faults = [f"using it fails: {error!r}"]
-    _require(what, faults or _run_faults(method, sections))
+    with _known(entry, messengers._ENTRIES, find_messenger, "messenger"):
+        try:
+            config = make_config(_small(method, Path("unused"), sections))
+            faults = _messenger_faults(entry, config)
+        except FedspError as error:
+            faults = [str(error)]
+        except Exception as error:  # a messenger raises what it likes
+            faults = [f"using it fails: {error!r}"]
+        _require(f"the messenger {entry.name!r}", faults or _run_faults(method, sections))
 
 
 def _messenger_faults(entry: MessengerEntry, config: RunConfig) -> list[str]:
@@ -289,11 +300,11 @@ def _messenger_faults(entry: MessengerEntry, config: RunConfig) -> list[str]:
     counts = count_shapes(name, config.auxiliary.plan, None)
     prompt = [config.prompt.length, *counts["prompts"][config.prompt.space]]
     layers = counts["layers"][section.layers]
-    counted = entry.shapes(Sizes(layers=layers, prompt=prompt, settings=settings))
+    expected = counted(entry.name, Sizes(layers=layers, prompt=prompt, settings=settings))
     faults = []
     if shapes_of(client.payload()) != shapes_of(payload):
         faults.append("a client's tensors have other names or shapes than the server's")
-    if {name: tuple(shape) for name, shape in counted.items()} != shapes_of(payload):
+    if {name: tuple(shape) for name, shape in expected.items()} != shapes_of(payload):
         faults.append("shapes() counts other tensors than payload() has")
     if any(tensor.dtype != torch.float32 or tensor.is_cuda for tensor in payload.values()):
         faults.append("payload() has tensors that are not float32 on the CPU")
@@ -311,7 +322,8 @@ def _messenger_faults(entry: MessengerEntry, config: RunConfig) -> list[str]:
         messenger.load(moved)
         if tensors_digest(messenger.payload()) != tensors_digest(moved):
             faults.append(f"at the {side}, payload() is not what load() took")
-        near, far = (float(messenger.distance(one)) for one in (moved, payload))
+        with torch.no_grad():
+            near, far = (float(messenger.distance(one)) for one in (moved, payload))
         if not near < 1e-9 < far:
             faults.append(
                 f"at the {side}, distance() is {near:g} from its own payload, {far:g} off"

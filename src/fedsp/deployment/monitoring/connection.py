@@ -49,6 +49,9 @@ whose time is further off (TIMESTAMP_TOLERANCE, SYSTEM_TIME_TOLERANCE of flwr.co
 EXPIRED, NOT_YET_VALID, OTHER_HOST, OTHER_ADDRESS = 10, 9, 62, 64
 """OpenSSL's numbers of what is wrong with a certificate (X509_V_ERR_...)."""
 
+LEAST_FOR_NAMES = 10.0
+"""Seconds that a name may take, more than the system's own wait for a first name server."""
+
 LOOKS_EVERY = 5.0
 """Seconds from one look of a client that takes part to the next."""
 
@@ -70,7 +73,8 @@ class Step:
 
 
 def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[Step]:
-    """Each step to the server as it is taken; every wait is for at most so many seconds.
+    """Each step to the server as it is taken; every wait is for at most so many seconds, that
+    for the server's name for at least ten: a first name server that is dead is asked for five.
 
     Raises:
         ConfigurationError: `server` is no host:port, or HTTPS_PROXY no address.
@@ -92,11 +96,11 @@ def check_connection(party: PartyConfig, *, seconds: float = 5.0) -> Iterator[St
     where = written(host, port)
     next_hop = written(connection.host, connection.port)
     try:
-        found = _addresses(connection, seconds)
+        found = _addresses(connection, max(seconds, LEAST_FOR_NAMES))
     except TimeoutError as error:
         raise Unreached(
-            f"the name {connection.host[:80]!r} is not resolved within {seconds:g} s: check this"
-            " machine's network and DNS"
+            f"no name server says within {max(seconds, LEAST_FOR_NAMES):g} s what"
+            f" {connection.host[:80]!r} is: check this machine's network and DNS"
         ) from error
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no name of a machine"
@@ -139,7 +143,7 @@ def _addresses(connection: http.client.HTTPConnection, seconds: float) -> list[s
         try:
             known = socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM)
             found.put(list(dict.fromkeys(str(one[4][0]) for one in known)))
-        except (OSError, UnicodeError) as error:
+        except Exception as error:  # raised again by whoever waits
             found.put(error)
 
     threading.Thread(target=ask, daemon=True).start()
@@ -315,6 +319,7 @@ class Lookout:
         self._party, self._info, self._greets = party, callbacks.info, greets
         self._health = health
         self._next, self._once = 0.0, False
+        self._own_key = b""
         self._own_key = self._key()
         self._fault: tuple[int, type[Exception]] | None = None
         """How many steps were taken, and what stopped the last look."""
@@ -364,6 +369,7 @@ class Lookout:
         self._fault, self._next = fault, time.monotonic() + LOOKS_EVERY
 
     def _key(self) -> bytes:
+        """The client's key as it is on the disk; the one before where it cannot be read now."""
         with contextlib.suppress(OSError):
             return (Path(self._party.keys) / CLIENT_KEY).read_bytes()
-        return b""
+        return self._own_key

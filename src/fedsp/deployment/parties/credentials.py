@@ -56,6 +56,8 @@ LONGEST_REQUEST = 16 << 10
 REQUEST_FIELDS = "fedsp_request", "client", "public_key", "about", "signature", "signature_before"
 MOST_ABOUT = 300
 """Characters in which a client describes its text."""
+NO_KEY = ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm
+"""What `cryptography` raises of bytes that are no key, or none that it reads."""
 OURS = "take the one that `fedsp federation init` made for this client"
 
 
@@ -186,7 +188,7 @@ def read_request(path: Path) -> Asked:
             raise ValueError("it is not signed by the key in it")
     except OSError as error:
         raise CredentialError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, AttributeError, KeyError, UnsupportedAlgorithm) as error:
+    except (*NO_KEY, AttributeError, KeyError) as error:
         raise CredentialError(
             f"{path} is no request of a client ({error}): ask for the one that `fedsp party init`"
             " wrote"
@@ -217,7 +219,7 @@ def renew(server: Path, authority: Path) -> tuple[datetime.datetime, bool]:
     old, root = _read_certificate(server / CERTIFICATE), _read_certificate(server / CA)
     try:
         signer = serialization.load_pem_private_key(authority.read_bytes(), None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (OSError, *NO_KEY) as error:
         raise CredentialError(
             f"cannot read the authority's key {authority} ({error}): it is the ca.key that `fedsp"
             " federation init` made, kept offline"
@@ -283,7 +285,7 @@ def client_key(path: Path) -> ec.EllipticCurvePublicKey:
     """
     try:
         key = serialization.load_ssh_public_key(path.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+    except (OSError, *NO_KEY) as error:
         raise CredentialError(f"cannot read the client's public key {path}: {error}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise CredentialError(f"{path} is no ECDSA key: {OURS}")
@@ -321,7 +323,7 @@ def signed_headers(path: Path) -> dict[str, str]:
 def _client_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (OSError, *NO_KEY) as error:
         raise CredentialError(
             f"cannot read this client's key {path}: {error}; it comes with the folder that `fedsp"
             " federation init` made"
@@ -363,7 +365,7 @@ def verify(statement: bytes, signature: str, public: Path) -> None:
                 f"{public} is no Ed25519 key: get server.pub again from the owner of the model"
             )
         key.verify(bytes.fromhex(signature), statement)
-    except (OSError, UnsupportedAlgorithm) as error:
+    except (OSError, NotImplementedError, UnsupportedAlgorithm) as error:
         raise CredentialError(f"cannot read the server's public key {public}: {error}") from error
     except (InvalidSignature, ValueError) as error:
         raise CredentialError(
@@ -375,7 +377,7 @@ def verify(statement: bytes, signature: str, public: Path) -> None:
 def _signing_key(path: Path) -> Ed25519PrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (OSError, *NO_KEY) as error:
         raise CredentialError(f"cannot read the signing key {path}: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise CredentialError(f"{path} is no Ed25519 key; `fedsp federation init` makes one")

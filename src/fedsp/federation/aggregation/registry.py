@@ -7,8 +7,8 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, TypeAlias
 
-from fedsp.data.installed import AGGREGATORS, installed_names, load_installed
-from fedsp.errors import ConfigurationError, did_you_mean
+from fedsp.data.installed import AGGREGATORS, load_installed, no_such
+from fedsp.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,11 +50,8 @@ def require_rule(name: str) -> None:
         return
     brought = load_installed(AGGREGATORS, name, FunctionType)
     if brought is None:
-        known = [*NO_FUNCTION, *OURS, *_REGISTERED, *installed_names(AGGREGATORS)]
-        raise ConfigurationError(
-            f"aggregation.rule: there is no rule {name!r}; choose"
-            f" {', '.join(known)}{did_you_mean(name, known)}"
-        )
+        known = [*NO_FUNCTION, *OURS, *_REGISTERED]
+        raise ConfigurationError(no_such("aggregation.rule", "rule", name, known, AGGREGATORS))
     register_rule(name, brought)
 
 

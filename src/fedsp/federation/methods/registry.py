@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fedsp.data.installed import METHODS, installed_names, load_installed
-from fedsp.errors import ConfigurationError, did_you_mean
+from fedsp.data.installed import METHODS, load_installed, no_such
+from fedsp.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from fedsp.data.encoding import Tokenizer
@@ -149,11 +149,7 @@ def find_method(name: str) -> MethodEntry:
     if name not in _ENTRIES and (brought := load_installed(METHODS, name, MethodEntry)):
         register_method(brought)
     if name not in _ENTRIES:
-        known = [*_ENTRIES, *installed_names(METHODS)]
-        raise ConfigurationError(
-            f"method: there is no method {name!r}; choose"
-            f" {', '.join(known)}{did_you_mean(name, known)}"
-        )
+        raise ConfigurationError(no_such("method", "method", name, _ENTRIES, METHODS))
     return _ENTRIES[name]
 
 

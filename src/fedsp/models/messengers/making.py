@@ -9,10 +9,10 @@ from functools import cache, partial
 from typing import Any, Literal
 
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import keeps_no_layer
+from fedsp.errors import ConfigurationError, keeps_no_layer
 from fedsp.models.adapter import Adapter, AdapterSettings, Blocks
 from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan
-from fedsp.models.messengers.registry import Place, find_messenger
+from fedsp.models.messengers.registry import Place, find_messenger, told_of
 from fedsp.models.payload import PROMPT, shapes_of
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
@@ -59,13 +59,20 @@ def make_messenger(place: Place) -> Messenger:
     """The messenger of a kind.
 
     Raises:
-        ConfigurationError: it lives in layers that the plan keeps verbatim, and it keeps none; or
-            as `find_messenger`.
+        ConfigurationError: it lives in layers that the plan keeps verbatim, and it keeps none; it
+            finds nothing to tune, or its code fails; or as `find_messenger`.
     """
     entry = find_messenger(place.settings["kind"])
     if entry.in_layers and not place.blocks:
         raise keeps_no_layer(entry.name, distilled=entry.distilled_layers)
-    return entry.make(place)
+    with told_of(entry.name):
+        messenger = entry.make(place)
+        if messenger.trained():
+            return messenger
+    raise ConfigurationError(
+        f"messenger.kind: {entry.name!r} finds nothing to tune in {place.model.name}: choose"
+        " another messenger, or other settings of it"
+    )
 
 
 def client_messenger(

@@ -3,12 +3,13 @@ torch, so that a configuration is checked at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedsp.data.installed import MESSENGERS, installed_names, load_installed
-from fedsp.errors import ConfigurationError, did_you_mean
+from fedsp.data.installed import MESSENGERS, installed_names, load_installed, no_such
+from fedsp.errors import ConfigurationError, FedspError, first_line, keeps_no_layer
 
 if TYPE_CHECKING:
     from fedsp.models.adapter import Blocks
@@ -64,7 +65,8 @@ class MessengerEntry:
     has_prompt: whether the soft prompt of `[prompt]` is in it.
     per_example: whether it has a gradient for each example (`Messenger.apart`), which
         `privacy.unit = "example"` needs.
-    learning_rate: what `[client]` and `[server]` have unless they say otherwise.
+    learning_rate: what `[client]` and `[server]` have under the preset `messenger`, unless they say
+        otherwise.
     """
 
     name: str
@@ -103,11 +105,7 @@ def find_messenger(name: str) -> MessengerEntry:
     if name not in _ENTRIES and (brought := load_installed(MESSENGERS, name, MessengerEntry)):
         register_messenger(brought)
     if name not in _ENTRIES:
-        known = [*_ENTRIES, *installed_names(MESSENGERS)]
-        raise ConfigurationError(
-            f"messenger.kind: there is no messenger {name!r}; choose"
-            f" {', '.join(known)}{did_you_mean(name, known)}"
-        )
+        raise ConfigurationError(no_such("messenger.kind", "messenger", name, _ENTRIES, MESSENGERS))
     return _ENTRIES[name]
 
 
@@ -133,8 +131,58 @@ def require_messenger(kind: str, *, layers: str, private: bool) -> MessengerEntr
     return entry
 
 
+def require_everywhere(kind: str) -> None:
+    """Raises ConfigurationError for a messenger that other processes, which import fedsp anew, do
+    not know."""
+    if kind not in (*OURS, *installed_names(MESSENGERS)):
+        raise ConfigurationError(
+            f"messenger.kind: {kind!r} is registered in this process alone, and Flower's simulation"
+            " has others: bring it by an installed package's entry point, or use engine local"
+        )
+
+
 def _those_with(property: str) -> str:
-    return " or ".join(repr(one.name) for one in _ENTRIES.values() if getattr(one, property))
+    *others, last = [repr(one.name) for one in _ENTRIES.values() if getattr(one, property)]
+    return f"{', '.join(others)} or {last}"
+
+
+def counted(kind: str, sizes: Sizes) -> Shapes:
+    """The names and shapes of the tensors of a messenger, before any model is loaded.
+
+    Raises:
+        ConfigurationError: it lives in layers that both sides hold, and there are none; it has no
+            tensor there; its entry cannot count them; or as `find_messenger`.
+    """
+    entry = find_messenger(kind)
+    if entry.in_layers and not sizes.layers:
+        raise keeps_no_layer(kind, distilled=entry.distilled_layers)
+    with told_of(kind):
+        shapes = entry.shapes(sizes)
+    if not shapes:
+        raise ConfigurationError(
+            f"messenger.kind: {kind!r} finds nothing to tune in this model"
+            + (
+                f" with messenger.targets = {targets}"
+                if (targets := sizes.settings["targets"])
+                else ""
+            )
+            + ": choose another messenger or other settings of it"
+        )
+    return shapes
+
+
+@contextmanager
+def told_of(kind: str) -> Iterator[None]:
+    """Raises ConfigurationError for whatever the code of a messenger raises."""
+    try:
+        yield
+    except FedspError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            f"messenger.kind: the code of {kind!r} fails with {type(error).__name__}:"
+            f" {first_line(error)}"
+        ) from error
 
 
 def _prompt_shapes(sizes: Sizes) -> Shapes:
@@ -214,3 +262,4 @@ for _entry in (
     ),
 ):
     register_messenger(_entry)
+OURS = tuple(_ENTRIES)
