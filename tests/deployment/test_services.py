@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -66,6 +67,33 @@ def test_what_installs_is_a_script_that_says_what_it_lacks(tmp_path: Path) -> No
     told = subprocess.run(["sh", str(script)], capture_output=True, text=True, check=False)
     assert told.returncode and "usage: install.sh WHEELHOUSE PREFIX" in told.stderr
     assert "--require-hashes" in script.read_text() and "--no-index" in script.read_text()
+
+
+IN_A_CLEAN_ROOT = """
+set -e
+mount -t tmpfs tmpfs "$1/tmp" && mkdir "$1/tmp/wheelhouse"
+mount --bind "$2" "$1/tmp/wheelhouse" && cp "$3" "$1/tmp/install.sh"
+chroot "$1" sh /tmp/install.sh /tmp/wheelhouse /tmp/fedsp
+chroot --userspec=10001:10001 "$1" env -i HOME=/tmp PATH=/tmp/fedsp/bin:/usr/bin:/bin \\
+    sh -c 'cd /tmp && fedsp party init hospital && fedsp init run.toml'
+"""
+
+
+def test_what_the_images_run_installs_in_a_clean_root_without_a_network() -> None:
+    """A root such as `debootstrap --variant=minbase --include=python3,python3-venv bookworm ROOT`
+    makes, of the wheelhouse's Python; what is installed there is gone behind the test."""
+    root, wheelhouse = (os.environ.get(f"FEDSP_{name}") for name in ("CLEAN_ROOT", "WHEELHOUSE"))
+    if not root or not wheelhouse or os.geteuid():
+        pytest.skip("name FEDSP_CLEAN_ROOT, a root, and FEDSP_WHEELHOUSE, as the root user")
+    shell = ["unshare", "--mount", "--net", "sh", "-c", IN_A_CLEAN_ROOT, "sh", root, wheelhouse]
+    done = subprocess.run(
+        [*shell, str(DEPLOY / "containers" / "install.sh")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^fedsp \d", done.stdout, re.M) and "its fingerprint, SHA256:" in done.stdout
 
 
 def test_the_services_of_a_federation_reach_each_other_and_nobody_else() -> None:

@@ -160,13 +160,8 @@ def counted(kind: str, sizes: Sizes) -> Shapes:
         shapes = entry.shapes(sizes)
     if not shapes:
         raise ConfigurationError(
-            f"messenger.kind: {kind!r} finds nothing to tune in this model"
-            + (
-                f" with messenger.targets = {targets}"
-                if (targets := sizes.settings["targets"])
-                else ""
-            )
-            + ": choose another messenger or other settings of it"
+            f"messenger.kind: {kind!r} finds nothing to tune in this model: choose another"
+            " messenger, or other settings of it"
         )
     return shapes
 
