@@ -41,8 +41,8 @@ Noise = Annotated[float, Field(ge=0.05, le=1e5)]
 """Less noise than a twentieth of the clipping bound gives no useful epsilon, and the accountant
 would need gigabytes of memory to compute it."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-DIGEST = "^[0-9a-f]{64}$"
 """Allowed names of clients in a deployment."""
+DIGEST = "^[0-9a-f]{64}$"
 
 AttackName = Literal[
     "none",
