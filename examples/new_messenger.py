@@ -3,9 +3,9 @@
 Ben Zaken, Ravfogel, Goldberg. *BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
 Masked Language-models*. ACL 2022. https://arxiv.org/abs/2106.10199.
 
-A messenger (`fedsp.models.trainable.Messenger`) is made at the server in the global model and at
-each client in the auxiliary model, with tensors of the same names and shapes; `Weights` is one of
-any parameters of the model. After registration its name is a value of `messenger.kind` in every
+A messenger (`fedsp.Messenger`) is made at the server in the global model and at each client in the
+auxiliary model, with tensors of the same names and shapes; `fedsp.Weights` is one of any parameters
+of the model. After registration its name is a value of `messenger.kind` in every
 configuration of this process; by an entry point (docs/how-to/extend.md) everywhere. Run it:
 `python examples/new_messenger.py`
 """
@@ -18,14 +18,13 @@ from typing import Any
 
 import fedsp
 from fedsp.experiments.embedded import EMBEDDED
-from fedsp.models.weights import Weights
 
 
 def is_bias(name: str) -> bool:
     return name.rpartition(".")[2] == "bias"
 
 
-def make(place: fedsp.Place) -> Weights:
+def make(place: fedsp.Place) -> fedsp.Weights:
     """The biases of each layer, at the depth that stands for it, named after the layer."""
     found = {
         f"layers.{number:03d}.{name}": parameter
@@ -33,7 +32,7 @@ def make(place: fedsp.Place) -> Weights:
         for name, parameter in place.model.blocks[depth].named_parameters()
         if is_bias(name)
     }
-    return Weights(found, first_depth=min(depth for (depth, *_) in place.blocks.values()))
+    return fedsp.Weights(found, first_depth=min(depth for (depth, *_) in place.blocks.values()))
 
 
 def shapes(sizes: fedsp.Sizes) -> dict[str, list[int]]:

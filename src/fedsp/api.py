@@ -586,9 +586,10 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     run = open_run(folder)
     messenger = run.messenger
     if merged and not isinstance(messenger, Adapter):
+        remedy = ": export it without merging" if isinstance(messenger, SoftPrompt) else ""
         raise RunError(
             f"the run in {folder} tuned no adapter alone, and only that can be merged into the"
-            " model's weights: export it without merging"
+            f" model's weights{remedy}"
         )
     if isinstance(messenger, SoftPrompt):
         export_peft(messenger, run.model, to)
@@ -606,9 +607,11 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
         what = {"peft_type": "LORA", "rank": rank, "merged": merged}
         words = f"{'merged model with a' if merged else 'PEFT'} LoRA adapter (rank {rank})"
     else:
+        config = run.directory.config
         raise RunError(
-            f"the run in {folder} tuned weights, or a prompt and adapters together, for which PEFT"
-            " has no form: tune a prompt or an adapter to export it"
+            f"PEFT has no form for what the run in {folder} tuned (method ="
+            f" {config.method!r}, messenger.kind = {config.messenger.kind!r}): tune a prompt or an"
+            " adapter to export it"
         )
     # a card is handed on: no folder of this machine stands in it
     named = run.directory.config.model.name

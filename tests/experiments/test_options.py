@@ -327,7 +327,7 @@ def test_baselines_run_in_one_process_alone(tmp_path: Path) -> None:
             client={"prompt_steps": 1, "batch_size": 4, "learning_rate": 1e-4},
         )
     )
-    with pytest.raises(RunError, match="tuned weights, or a prompt and adapters together"):
+    with pytest.raises(RunError, match="PEFT has no form for what .* tuned .method = "):
         commands.export(tmp_path / "run", tmp_path / "adapter")
     assert commands.generate(tmp_path / "run", "Who", most=3)
 

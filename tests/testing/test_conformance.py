@@ -3,9 +3,12 @@ missing."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ from torch import Tensor
 import fedsp
 from fedsp import api
 from fedsp.data import installed
+from fedsp.data.encoding import Encoded
 from fedsp.data.tasks import TASKS, find_task
 from fedsp.errors import ConfigurationError, DataError
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.aggregation import registry as rules
 from fedsp.federation.aggregation.registry import find_rule, register_rule
 from fedsp.federation.aggregation.robust import RULES, Robust
@@ -26,10 +31,13 @@ from fedsp.federation.methods.base import Averaging
 from fedsp.federation.methods.registry import MethodEntry, find_method
 from fedsp.federation.party import Party
 from fedsp.models.auxiliary import AuxiliaryModel
+from fedsp.models.loading import load_model
 from fedsp.models.messengers import registry as messengers
-from fedsp.models.messengers.registry import find_messenger
+from fedsp.models.messengers.registry import Place, find_messenger
 from fedsp.models.weights import Weights
 from fedsp.testing import Nonconforming, check_messenger, check_method, check_rule, check_task
+from fedsp.training.dp_sgd import PrivateSteps, fit_privately
+from fedsp.training.loop import Optimisation
 from support.small_runs import ROWS, settings
 
 MODULE = """
@@ -271,62 +279,148 @@ def test_our_own_messengers_conform(changes: Any, monkeypatch: pytest.MonkeyPatc
     check_messenger(find_messenger(changes["kind"]), messenger=changes)
 
 
-class Spoilt(Weights):
-    """The first bias of each layer, with one function that does something else."""
+class Offset(Weights):
+    """A vector that is added to what each of some blocks gives, at every depth of its layer."""
 
-    def __init__(self, place: fedsp.Place, **others: Any) -> None:
-        named = {
-            f"layers.{number:03d}.bias": place.model.blocks[depth].get_parameter("ln_1.bias")
-            for number, (depth,) in place.blocks.items()
+    def __init__(self, place: fedsp.Place, start: float = 0.0, named: str = "layer") -> None:
+        self.place, self.copies = place, dict[str, Tensor]()
+        first = min(depths[0] for depths in place.blocks.values())
+        made = {}
+        for number, depths in place.blocks.items():
+            name = f"layers.{number if named == 'layer' else depths[0]:03d}.offset"
+            made[name] = torch.nn.Parameter(torch.full((place.model.shape.hidden,), start))
+            for depth in depths:
+                place.model.blocks[depth].register_forward_hook(partial(self.add, name, made[name]))
+        super().__init__(made, first_depth=first)
+
+    def add(self, name: str, own: Tensor, block: Any, inputs: Any, output: Any) -> Any:
+        added = self.copies[name][:, None] if name in self.copies else own
+        return output + added if isinstance(output, Tensor) else (output[0] + added, *output[1:])
+
+    @contextmanager
+    def apart(self, count: int) -> Iterator[dict[str, Tensor]]:
+        self.copies = {
+            name: own.detach().repeat(count, 1).requires_grad_()
+            for name, own in sorted(self.trained().items())
         }
-        super().__init__(named)
-        self.__dict__.update(others)
+        try:
+            yield self.copies
+        finally:
+            self.copies = {}
 
 
-def counted(sizes: fedsp.Sizes) -> dict[str, list[int]]:
-    return {
-        f"{layer}.bias": about["parameters"]["ln_1.bias"] for layer, about in sizes.layers.items()
-    }
+def offsets(sizes: fedsp.Sizes) -> dict[str, list[int]]:
+    return {f"{layer}.offset": [sizes.hidden] for layer in sizes.layers}
+
+
+def changed(**others: Any) -> Callable[[fedsp.Place], Offset]:
+    """Makes one with functions that do something else; each gets the messenger first."""
+
+    def make(place: fedsp.Place) -> Offset:
+        made = Offset(place)
+        made.__dict__.update(
+            {
+                name: partial(other, made) if callable(other) else other
+                for name, other in others.items()
+            }
+        )
+        return made
+
+    return make
 
 
 def at_one_side(place: fedsp.Place) -> Weights:
-    named = {"more": place.model.blocks[1].get_parameter("ln_1.bias")}
-    return Spoilt(place) if isinstance(place.model, AuxiliaryModel) else Weights(named)
+    named = {"more": torch.nn.Parameter(torch.zeros(128))}
+    return Offset(place) if isinstance(place.model, AuxiliaryModel) else Weights(named)
 
 
-def unread(place: fedsp.Place) -> Weights:
-    return Weights(
+def grown(place: fedsp.Place) -> Weights:
+    for depth, *_ in place.blocks.values():
+        place.model.blocks[depth].register_parameter("offset", torch.nn.Parameter(torch.zeros(1)))
+    return Offset(place)
+
+
+def half_read(place: fedsp.Place) -> Weights:
+    own = Offset(replace(place, blocks=dict(list(place.blocks.items())[:1])))
+    return Weights(own.trained() | {n: torch.nn.Parameter(torch.zeros(128)) for n in rest(place)})
+
+
+def rest(place: fedsp.Place) -> list[str]:
+    return [f"layers.{number:03d}.offset" for number in list(place.blocks)[1:]]
+
+
+def anew(place: fedsp.Place) -> Weights:
+    found = Weights(
         {
-            f"layers.{number:03d}.bias": torch.nn.Parameter(torch.zeros(128))
-            for number in place.blocks
+            f"layers.{number:03d}.offset": place.model.blocks[depth].get_parameter("ln_1.bias")
+            for number, (depth, *_) in place.blocks.items()
         }
     )
+    own, number = found.payload, next(COUNT)
+    found.payload = lambda: {n: one + number for n, one in own().items()}  # type: ignore[method-assign]
+    return found
 
 
-def drawn_anew(place: fedsp.Place) -> Weights:
-    spoilt = Spoilt(place)
-    for parameter in spoilt.trained().values():
-        parameter.data.add_(torch.rand(1, generator=torch.Generator().manual_seed(id(place))))
-    return spoilt
+COUNT = itertools.count()
 
 
-def takes_all(place: fedsp.Place) -> Weights:
-    spoilt = Spoilt(place)
-    own = spoilt.load
-    return Spoilt(place, load=lambda payload: own({n: payload[n] for n in spoilt.trained()}))
+def keeps(made: Offset, payload: dict[str, Tensor]) -> None:
+    for name, parameter in made.trained().items():
+        parameter.data = payload[name]
+
+
+@contextmanager
+def unread(made: Offset, count: int) -> Iterator[dict[str, Tensor]]:
+    yield {
+        name: own.detach().repeat(count, 1).requires_grad_()
+        for name, own in sorted(made.trained().items())
+    }
+
+
+@contextmanager
+def stays(made: Offset, count: int) -> Iterator[dict[str, Tensor]]:
+    with Offset.apart(made, count) as copies:
+        yield copies
+    made.copies = {name: copy.detach()[:1] + 1 for name, copy in copies.items()}
+
+
+@contextmanager
+def swapped(made: Offset, count: int) -> Iterator[dict[str, Tensor]]:
+    with Offset.apart(made, count) as copies:
+        one, *others, other = copies
+        yield {one: copies[other], **{n: copies[n] for n in others}, other: copies[one]}
 
 
 SPOILT: dict[str, tuple[Any, str]] = {
-    "good": (Spoilt, ""),
+    "good": (Offset, ""),
     "other names": (at_one_side, "a client's tensors have other names"),
-    "unread": (unread, "the model reads a text as before"),
-    "drawn anew": (drawn_anew, "a second one from the same seed begins with other numbers"),
-    "takes all": (takes_all, "takes a payload with one tensor too many"),
-    "no distance": (
-        lambda place: Spoilt(place, distance=lambda payload: 0.0),
-        "distance.. is 0 from",
+    "named by depth": (partial(Offset, named="depth"), "name them after the numbers of the global"),
+    "begins as something": (partial(Offset, start=0.1), "otherwise once it is made: begin as if"),
+    "grows the model": (grown, "it adds parameters or buffers to the model"),
+    "half unread": (half_read, "reads a text as before where layers.007.offset is another"),
+    "drawn anew": (anew, "a second one from the same seed begins with other numbers"),
+    "takes more": (
+        changed(load=lambda made, got: Weights.load(made, {n: got[n] for n in made.trained()})),
+        "takes a payload with one tensor too many",
     ),
-    "deaf": (lambda place: Spoilt(place, load=lambda payload: None), "is not what load.. took"),
+    "keeps what it gets": (changed(load=keeps), "or one of them keeps no copy"),
+    "gives itself": (
+        changed(payload=lambda made: {n: one.data for n, one in made.trained().items()}),
+        "or one of them keeps no copy",
+    ),
+    "deaf": (changed(load=lambda made, payload: None), "payload.. is not what load.. took"),
+    "far": (
+        changed(distance=lambda made, payload: 100 * Weights.distance(made, payload)),
+        "distance.. is 0 from its own payload and .* from another, expected 0 and",
+    ),
+    "no gradient": (
+        changed(distance=lambda made, payload: Weights.distance(made, payload).detach()),
+        "distance.. has no gradient",
+    ),
+    "late": (changed(first_depth=4), "first_depth is 4, and what block 0 gives depends on it"),
+    "copies unread": (changed(apart=unread), "reading a batch within apart.. fails"),
+    "copies stay": (changed(apart=stays), "otherwise once apart.. has ended"),
+    "copies swapped": (changed(apart=swapped), "gradients of apart..'s copies are not those of"),
     "not made": (lambda place: place.settings["nothing"], "code of 'spoilt' fails with KeyError"),
 }
 
@@ -337,12 +431,12 @@ def test_what_a_messenger_lacks_is_said(
 ) -> None:
     monkeypatch.setattr("fedsp.testing._run_faults", lambda *_: [])
     make, fault = SPOILT[kind]
-    entry = fedsp.MessengerEntry(name="spoilt", make=make, shapes=counted)
+    entry = fedsp.MessengerEntry(name="spoilt", make=make, shapes=offsets, per_example=True)
     if fault:
         with pytest.raises(Nonconforming, match=fault):
             check_messenger(entry)
         return
-    check_messenger(entry)
+    check_messenger(replace(entry, distilled_layers=True))
     with pytest.raises(ConfigurationError, match=r"no messenger 'spoilt'; .* once an installed"):
         find_messenger("spoilt")  # a check leaves nothing behind
     fedsp.register_messenger(entry)
@@ -352,14 +446,41 @@ def test_what_a_messenger_lacks_is_said(
         ({"shapes": lambda sizes: {}}, "'other' finds nothing to tune in this model"),
         ({"shapes": lambda sizes: {"a": [1]}}, "shapes.. counts other tensors"),
         ({"shapes": lambda sizes: sizes.layers["b"]}, "code of 'other' fails with KeyError"),
-        (
-            {"make": lambda place: Weights({})},
-            "'other' finds nothing to tune in .*/model: choose",
-        ),
-        ({"per_example": True}, "no gradient for each example"),
+        ({"make": lambda place: Weights({})}, "'other' finds nothing to tune in .*/model: choose"),
+        ({"learning_rate": -1.0}, "client.learning_rate: expected more than 0"),
     ):
         with pytest.raises(Nonconforming, match=fault):
             check_messenger(replace(entry, name="other", **changes))
+
+
+def test_private_steps_go_to_the_tensors_that_they_are_of() -> None:
+    """In whatever order a messenger names its parameters."""
+    steps = PrivateSteps(noise_multiplier=0.0, bound=1e6, sampling_rate=1.0, count=1)
+    moved = []
+    for backwards in (False, True):
+        model = load_model(str(EMBEDDED / "model"), device="cpu")
+        place = Place(
+            model=model,
+            blocks={0: [0], 7: [7]},
+            prompt=lambda: pytest.fail("it has no prompt"),
+            settings={},
+            seed=0,
+        )
+        made = Offset(place)
+        if backwards:
+            own = dict(reversed(made.trained().items()))
+            made.__dict__["trained"] = lambda own=own: own
+        fit_privately(
+            model,
+            made,
+            [Encoded((3, 4, 5, 6, 7), 2)],
+            steps,
+            Optimisation(learning_rate=1.0, weight_decay=0.0),
+        )
+        moved.append(made.payload())
+    assert all(torch.allclose(moved[0][name], moved[1][name], atol=1e-6) for name in moved[0])
+    first, last = moved[0].values()
+    assert not torch.allclose(first, last)
 
 
 def test_methods_conform_or_are_told_why(brought: Callable[..., None]) -> None:

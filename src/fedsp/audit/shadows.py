@@ -141,9 +141,10 @@ def check_prompt(run: RunDirectory) -> None:
     config = run.config
     if config.messenger.kind != "prompt" or config.prompt.space == "input":
         raise RunError(
-            f"{run.path} has messenger.kind = {config.messenger.kind!r} and prompt.space ="
-            f" {config.prompt.space!r}: this audit reads the changes of soft prompts at layers;"
-            " choose other audits with --only"
+            f"{run.path} has messenger.kind = {config.messenger.kind!r}"
+            + (" and prompt.space = 'input'" if config.messenger.kind == "prompt" else "")
+            + ": this audit reads the changes of soft prompts at layers; choose other audits with"
+            " --only"
         )
 
 

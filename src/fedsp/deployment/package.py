@@ -91,8 +91,8 @@ def read_agreement(folder: Path) -> Agreement:
         require_messenger(messenger.kind, layers=messenger.layers, private=private)
     except ConfigurationError as error:
         raise ConfigurationError(
-            f"the package {folder} asks for what cannot be done here: {error}; a messenger of"
-            " another package must be installed at the server and at every client"
+            f"the package in {folder} asks for what cannot be done here: {error}; a messenger that"
+            " an installed package brings must be installed at the server and at every client"
         ) from error
     return agreed
 

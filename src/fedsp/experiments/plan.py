@@ -275,7 +275,12 @@ def _travelling(config: RunConfig, counts: Any) -> Shapes:
     """The names and shapes of the tensors that travel. Raises what `counted` does."""
     section, layers = config.messenger, counts["layers"][config.messenger.layers]
     prompt = [config.prompt.length, *counts["prompts"][config.prompt.space]]
-    sizes = Sizes(layers=layers, prompt=prompt, settings=section.model_dump())
+    sizes = Sizes(
+        layers=layers,
+        hidden=counts["shape"]["hidden"],
+        prompt=prompt,
+        settings=section.model_dump(),
+    )
     return counted(section.kind, sizes)
 
 

@@ -28,17 +28,21 @@ class Trainable(Protocol):
 class Messenger(Trainable, Protocol):
     """What a method tunes and sends: a soft prompt (`fedsp.models.soft_prompt`), adapters
     (`fedsp.models.adapter`) or weights (`fedsp.models.weights`) of the model, or two together
-    (`fedsp.models.messengers`)."""
+    (`fedsp.models.messengers`).
+
+    Its parameters have the names of the tensors that travel. Of several in one process, each loads
+    its payload before any other call."""
 
     first_depth: int = 0
-    """The first block of its model whose output depends on it."""
+    """The first block of its model whose output depends on it: what stands before may be read once
+    for many steps, and nothing before it is trained."""
 
     def payload(self) -> Payload:
         """The tensors that travel: float32, on the CPU."""
 
     def load(self, payload: Payload) -> None:
-        """Set the parameters to a received payload. Raises PayloadError for any other names, shapes
-        or types than its own."""
+        """Copy a received payload into the parameters. Raises PayloadError for any other names,
+        shapes or types than its own, and numbers that are not finite."""
 
     def own_state(self) -> Tensors:
         """State that never travels and that the party keeps between rounds, such as a projection;

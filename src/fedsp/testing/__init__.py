@@ -22,6 +22,7 @@ from torch import Tensor
 from fedsp.api import resume, run
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
+from fedsp.data.encoding import Encoded, collate
 from fedsp.data.tasks import Task
 from fedsp.errors import ConfigurationError, DataError, FedspError, PayloadError
 from fedsp.experiments.embedded import EMBEDDED
@@ -37,11 +38,13 @@ from fedsp.models.messengers import registry as messengers
 from fedsp.models.messengers.making import blocks_of, client_messenger, make_messenger
 from fedsp.models.messengers.registry import MessengerEntry, Place, Sizes, counted, find_messenger
 from fedsp.models.payload import Payload, shapes_of
-from fedsp.models.prompted_lm import PromptedLM
+from fedsp.models.prompted_lm import PromptedLM, hidden_at_depths
 from fedsp.models.shape_counts import count_shapes
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.models.trainable import Messenger
 from fedsp.storage import read_tensors, tensors_digest
+from fedsp.training.loop import gradients_set
+from fedsp.training.per_example_gradients import example_gradients, example_losses
 
 Entry = TypeVar("Entry", MethodEntry, MessengerEntry)
 
@@ -248,10 +251,12 @@ def _small(entry: MethodEntry, folder: Path, changes: Mapping[str, Any]) -> dict
 
 
 def check_messenger(entry: MessengerEntry, **changes: Any) -> None:
-    """A messenger has the same tensors at the server and at a client, those that its entry counts;
-    is made alike from one seed; takes its own payload, and is then at no distance from it; refuses
-    any other; is read by its model; and FedSP with it does what `check_method` asks of a method.
-    Several seconds.
+    """A messenger, at the server and at a client alike: changes nothing when it is made, and adds
+    no parameters to the model; has the tensors that its entry counts, under the same names; is made
+    alike from one seed; takes its own payload, keeps a copy, and refuses any other; is read by its
+    model, each tensor of it, and not before `first_depth`; `distance` is right; where the entry
+    says so, it lives in distilled layers too and has the gradient of each example. And FedSP with
+    it does what `check_method` asks of a method. Several seconds.
 
     changes: sections of the configuration that it needs, such as `messenger={"rank": 4}`.
 
@@ -259,19 +264,20 @@ def check_messenger(entry: MessengerEntry, **changes: Any) -> None:
         Nonconforming: what is missing.
     """
     method = find_method("fedsp")
-    sections = {
-        "auxiliary": {"plan": "ends(1)"},
-        **changes,
-        "messenger": {**changes.get("messenger", {}), "kind": entry.name},
-    }
+    given = changes.get("messenger", {})
+    sections = {**changes, "messenger": {**given, "kind": entry.name}}
+    places = ["verbatim", "all"] if entry.distilled_layers else ["verbatim"]
     with _known(entry, messengers._ENTRIES, find_messenger, "messenger"):
+        faults: list[str] = []
         try:
-            config = make_config(_small(method, Path("unused"), sections))
-            faults = _messenger_faults(entry, config)
+            for layers in [given["layers"]] if "layers" in given else places:
+                where = {**sections, "messenger": {**sections["messenger"], "layers": layers}}
+                config = make_config(_small(method, Path("unused"), where))
+                faults += [one for one in _messenger_faults(entry, config) if one not in faults]
         except FedspError as error:
-            faults = [str(error)]
+            faults.append(str(error))
         except Exception as error:  # a messenger raises what it likes
-            faults = [f"using it fails: {error!r}"]
+            faults.append(f"using it fails: {error!r}")
         _require(f"the messenger {entry.name!r}", faults or _run_faults(method, sections))
 
 
@@ -294,17 +300,33 @@ def _messenger_faults(entry: MessengerEntry, config: RunConfig) -> list[str]:
             )
         )
 
+    names, plain = list(model.model.state_dict()), _states(model, None)[-1]
+    server = at_server(model)
+    if list(model.model.state_dict()) != names:
+        return [
+            "it adds parameters or buffers to the model: keep them in the messenger, and let hooks"
+            " of the model's modules read them"
+        ]
+    if not torch.equal(_states(model, None)[-1], plain):
+        return ["the model reads a text otherwise once it is made: begin as if it were not there"]
     auxiliary = build_auxiliary(model, plan, load_tokenizer(name))
-    server, client = at_server(model), client_messenger(auxiliary, spec, settings, config.seed)()
+    client = client_messenger(auxiliary, spec, settings, config.seed)()
     payload = server.payload()
     counts = count_shapes(name, config.auxiliary.plan, None)
-    prompt = [config.prompt.length, *counts["prompts"][config.prompt.space]]
-    layers = counts["layers"][section.layers]
-    expected = counted(entry.name, Sizes(layers=layers, prompt=prompt, settings=settings))
+    sizes = Sizes(
+        layers=counts["layers"][section.layers],
+        hidden=counts["shape"]["hidden"],
+        prompt=[config.prompt.length, *counts["prompts"][config.prompt.space]],
+        settings=settings,
+    )
+    expected = {name: tuple(shape) for name, shape in counted(entry.name, sizes).items()}
     faults = []
     if shapes_of(client.payload()) != shapes_of(payload):
-        faults.append("a client's tensors have other names or shapes than the server's")
-    if {name: tuple(shape) for name, shape in expected.items()} != shapes_of(payload):
+        faults.append(
+            "a client's tensors have other names or shapes than the server's: name them after the"
+            " numbers of the global model's layers"
+        )
+    if expected != shapes_of(payload):
         faults.append("shapes() counts other tensors than payload() has")
     if any(tensor.dtype != torch.float32 or tensor.is_cuda for tensor in payload.values()):
         faults.append("payload() has tensors that are not float32 on the CPU")
@@ -312,39 +334,102 @@ def _messenger_faults(entry: MessengerEntry, config: RunConfig) -> list[str]:
         faults.append("a second one from the same seed begins with other numbers")
     if faults:
         return faults
+    for side, messenger, reader in (("server", server, model), ("client", client, auxiliary)):
+        found = _faults_of_one(messenger, reader, payload, per_example=entry.per_example)
+        faults += [f"at the {side}, {fault}" for fault in found]
+    return faults
+
+
+def _faults_of_one(
+    messenger: Messenger, model: PromptedLM, payload: Payload, *, per_example: bool
+) -> list[str]:
+    faults = []
     drawn = torch.Generator().manual_seed(0)
     moved = {
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=drawn)
         for name, tensor in payload.items()
     }
-    for side, messenger, reader in (("server", server, model), ("client", client, auxiliary)):
-        before = _read_with(reader, messenger)
-        messenger.load(moved)
-        if tensors_digest(messenger.payload()) != tensors_digest(moved):
-            faults.append(f"at the {side}, payload() is not what load() took")
-        with torch.no_grad():
-            near, far = (float(messenger.distance(one)) for one in (moved, payload))
-        if not near < 1e-9 < far:
-            faults.append(
-                f"at the {side}, distance() is {near:g} from its own payload, {far:g} off"
-            )
-        if torch.equal(_read_with(reader, messenger), before):
-            faults.append(f"at the {side}, the model reads a text as before load()")
-        faults += _refused(messenger, moved, side)
-        if entry.per_example:
-            with messenger.apart(2) as copies:
-                found = {name: tuple(copy.shape) for name, copy in copies.items()}
-            if found != {name: (2, *shape) for name, shape in sorted(shapes_of(moved).items())}:
-                faults.append(f"at the {side}, apart(2) gives other tensors than two of each")
+    messenger.load(payload)
+    first = _states(model, messenger)
+    taken = {name: tensor.clone() for name, tensor in moved.items()}
+    messenger.load(taken)
+    for tensor in (*taken.values(), *messenger.payload().values()):
+        tensor.add_(1.0)
+    if tensors_digest(messenger.payload()) != tensors_digest(moved):
+        faults.append("payload() is not what load() took, or one of them keeps no copy")
+    far = sum(float((moved[name] - payload[name]).square().sum()) for name in payload)
+    with gradients_set(messenger.trained().values(), True):
+        distances = [messenger.distance(one) for one in (moved, payload)]
+        if not all(isinstance(one, Tensor) and one.requires_grad for one in distances):
+            faults.append("distance() has no gradient")
+        near, found = (float(torch.as_tensor(one).detach()) for one in distances)
+    if abs(near) > 1e-9 or abs(found - far) > 1e-3 * far:
+        faults.append(
+            f"distance() is {near:g} from its own payload and {found:g} from another, expected 0"
+            f" and {far:g}, the sum of the squares"
+        )
+    states = _states(model, messenger)
+    unread = [name for name in payload if not _is_read(messenger, model, moved, name, payload)]
+    if unread:
+        faults.append(f"the model reads a text as before where {unread[0]} is another")
+    messenger.load(moved)
+    depth = messenger.first_depth
+    changed = [at for at in range(depth) if not torch.equal(states[at + 1], first[at + 1])]
+    if changed:
+        faults.append(f"first_depth is {depth}, and what block {changed[0]} gives depends on it")
+    faults += _refused(messenger, moved)
+    if per_example and not faults:
+        faults += _unlike_alone(messenger, model, moved)
     return faults
 
 
-def _read_with(model: PromptedLM, messenger: Messenger) -> Tensor:
+def _states(model: PromptedLM, messenger: Messenger | None) -> list[Tensor]:
+    """What each block reads of a text, and what the last gives."""
+    tokens = model.some_tokens()
     with torch.no_grad():
-        return model.read_padded(model.some_tokens(), None, messenger.prefix(model))
+        prefix = messenger.prefix(model) if messenger else None
+        return hidden_at_depths(model, tokens, torch.ones_like(tokens), prefix)
 
 
-def _refused(messenger: Messenger, payload: Payload, side: str) -> list[str]:
+def _is_read(
+    messenger: Messenger, model: PromptedLM, moved: Payload, name: str, payload: Payload
+) -> bool:
+    messenger.load(moved)
+    whole = _states(model, messenger)[-1]
+    messenger.load({**moved, name: payload[name]})
+    return not torch.equal(_states(model, messenger)[-1], whole)
+
+
+def _unlike_alone(messenger: Messenger, model: PromptedLM, payload: Payload) -> list[str]:
+    """What is wrong with the gradients of examples that are read together, each by its own copy."""
+    some = [Encoded(tuple(range(3, 3 + length)), 2) for length in (9, 5)]
+    messenger.load(payload)
+    before = _states(model, messenger)[-1]
+    parameters = dict(sorted(messenger.trained().items()))
+    alone = []
+    for example in some:
+        with gradients_set(parameters.values(), True):
+            loss = example_losses(model, messenger.prefix(model), collate([example])).sum()
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        if any(part is None for part in found):
+            return ["a tensor of trained() has no gradient of the loss"]
+        alone.append(torch.cat([part.flatten() for part in found]))
+    try:
+        together = example_gradients(model, messenger, collate(some))[1].flatten(start_dim=1)
+    except Exception as error:  # as above
+        return [f"reading a batch within apart() fails: {error!r}"]
+    near = 1e-3 * torch.stack(alone).norm()
+    if together.shape != (2, len(alone[0])) or (together - torch.stack(alone)).norm() > near:
+        return [
+            "the gradients of apart()'s copies are not those of each example alone: each row must"
+            " read its own copy, and trained() must have the names of payload()"
+        ]
+    if not torch.equal(_states(model, messenger)[-1], before):
+        return ["the model reads a text otherwise once apart() has ended"]
+    return []
+
+
+def _refused(messenger: Messenger, payload: Payload) -> list[str]:
     """What is wrong with how a messenger takes payloads that are not its own."""
     name = next(iter(payload))
     for other, words in (
@@ -359,8 +444,8 @@ def _refused(messenger: Messenger, payload: Payload, side: str) -> list[str]:
         except PayloadError:
             continue
         except Exception as error:  # as above
-            return [f"at the {side}, load() of {words} raises {error!r}, expected a PayloadError"]
-        return [f"at the {side}, load() takes a payload with {words}"]
+            return [f"load() of {words} raises {error!r}, expected a PayloadError"]
+        return [f"load() takes a payload with {words}"]
     return []
 
 

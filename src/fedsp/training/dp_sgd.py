@@ -97,7 +97,7 @@ def fit_privately(
         PrivacyError: an example's gradient depends on others, or is not finite.
     """
     together = examples_together(model, messenger, max(len(row.ids) for row in examples))
-    parameters = messenger.trained()
+    parameters = dict(sorted(messenger.trained().items()))  # as private gradients are
 
     def gradients(lot: list[int]) -> None:
         found = private_gradient(

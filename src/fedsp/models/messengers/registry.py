@@ -25,7 +25,8 @@ Shapes = dict[str, list[int]]
 class Place:
     """Where a messenger is made: the global model at the server, the auxiliary model at a client.
 
-    model: the model that reads it. blocks: the layers of the global model that it lives in, by
+    model: the model that reads it; `model.blocks` are its blocks, `model.shape.hidden` the width of
+        its hidden states. blocks: the layers of the global model that it lives in, by
     number, and the depths of `model` that stand for each. prompt: makes the soft prompt of
     `[prompt]`. settings: the section `[messenger]`. seed: the run's seed, equal on both sides.
     """
@@ -43,10 +44,12 @@ class Sizes:
 
     layers: of each layer that it lives in, by name such as `layers.003`: `parameters`, the shape of
     each by name, and `linears`, (inputs, outputs) of each linear module by its path.
-    prompt: the shape of the soft prompt of `[prompt]`. settings: the section `[messenger]`.
+    hidden: width of the hidden states. prompt: the shape of the soft prompt of `[prompt]`.
+    settings: the section `[messenger]`.
     """
 
     layers: Mapping[str, Mapping[str, Any]]
+    hidden: int
     prompt: list[int]
     settings: Mapping[str, Any]
 
@@ -58,7 +61,8 @@ class MessengerEntry:
     name: value of the key `messenger.kind`.
     make: makes one (`fedsp.models.trainable.Messenger`) in a model. It is called at the server and
         at each client, and must give tensors of the same names and shapes there: name them after
-        the numbers of the global model's layers.
+        the numbers of the global model's layers. One that lives in layers begins as if it were not
+        there, and adds no parameters or buffers to the model: its modules' hooks read it.
     shapes: those names and shapes, counted without weights, for `fedsp plan`.
     in_layers: whether it lives in layers of the model, which both sides must hold.
     distilled_layers: whether these may be distilled ones, `messenger.layers = "all"`.
