@@ -738,7 +738,7 @@ def test_a_request_about_another_package_is_refused(place: Path) -> None:
         ({"min_examples": 500}, "policy.min_examples asks for 500"),
         ({"methods": ["other"]}, "the run's method is 'fedsp', policy.methods allows"),
         ({"plans": ["shared(0)", [0, 3, 5]]}, "policy.plans allows"),
-        ({"plans": ["chosen(3)"]}, "name the layers that were chosen"),
+        ({"plans": ["chosen(3)"]}, "names no layers, so no package"),
         ({"require_differential_privacy": True}, "no differential privacy"),
     ],
 )

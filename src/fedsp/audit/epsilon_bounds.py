@@ -27,7 +27,7 @@ def lower_bound(
 ) -> dict[str, Any]:
     """The largest `epsilon` at `delta` that the scores refute at CONFIDENCE: of the `canaries` the
     highest are guessed in, the lowest out, and the middle is passed over; so many `guesses`, of
-    which so many are `right`; `most` is what so many could show.
+    which so many are `right`; `most` is the epsilon that this many guesses show if all are right.
 
     A tenth, a fifth, half or all are guessed, whichever shows most, with a Bonferroni correction
     for the choice.

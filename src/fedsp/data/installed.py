@@ -65,9 +65,10 @@ def load_installed(group: str, name: str, kind: type[Kind]) -> Kind | None:
     try:
         found = point.load()
     except Exception as error:  # whatever another package does when it is imported
+        package = f"the Python package {point.dist.name}" if point.dist else "that package"
         raise ConfigurationError(
             f"{name!r} of {group} cannot be imported from {point.value} ({first_line(error)}):"
-            " mend or uninstall that package"
+            f" mend or uninstall {package}"
         ) from error
     if not isinstance(found, kind):
         raise ConfigurationError(

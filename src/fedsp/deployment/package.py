@@ -181,12 +181,13 @@ def hold_against_policy(
     if private and privacy.delta > policy.max_delta:
         raise PolicyError(
             f"the run promises its epsilon at delta = {privacy.delta:g}, policy.max_delta allows"
-            f" {policy.max_delta:g}"
+            f" {policy.max_delta:g}: ask the owner of the model for a smaller delta, or raise it"
         )
     if any(chosen_counts(plan) for plan in policy.plans):
         raise PolicyError(
-            f"policy.plans = {policy.plans}: name the layers that were chosen, as the package's"
-            f" {list(auxiliary.plan.sources)}, or emulator(1, [2, 5]) with verbatim ends"
+            f"policy.plans = {policy.plans}: chosen(n) names no layers, so no package can be held"
+            f" against it; write the layers themselves, {list(auxiliary.plan.sources)} for this"
+            " package, or emulator(1, [2, 5]) where the ends are the global model's own"
         )
     if policy.plans and auxiliary.plan not in [
         parse_plan(plan, auxiliary.prompt_shape.layers) for plan in policy.plans

@@ -67,7 +67,8 @@ class Messenger(Trainable, Protocol):
         within the context each row of a batch reads its own. Raises PrivacyError where that cannot
         be."""
         raise PrivacyError(
-            "this messenger has no gradient for each example: tune a prompt or an adapter"
+            "this messenger has no gradient for each example, which privacy.unit = 'example' needs:"
+            " tune a prompt or an adapter"
         )
 
     def prefix_of(self, copies: Mapping[str, Tensor], model: PromptedLM) -> Tensor | None:

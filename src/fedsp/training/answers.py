@@ -37,7 +37,8 @@ class Answers(Protocol):
         """Its models."""
 
     def combine(self, *rows: Tensor) -> Tensor:
-        """The log-probabilities (..., V) that those of its models make together."""
+        """The log-probabilities (..., V) of its answer, from those of each of its models, in the
+        order of `sides`."""
 
     def scorer(self) -> LogProbabilities:
         """Log-probabilities of answer tokens, for as long as no other numbers are loaded into the

@@ -149,7 +149,8 @@ def mismatch(change: Tensor, seen: Tensor) -> Tensor:
 
 
 def match_embeddings(target: Target, *, iterations: int, restarts: int, seed: int) -> Tensor:
-    """The embedded texts (N, T, D) that match best, of `restarts` that start from random tokens."""
+    """The embedded texts (N, T, D) whose gradient comes nearest to the target's: the best of
+    `restarts` searches from random tokens, each of so many `iterations`."""
     table = _table(target.model)
     generator = torch.Generator().manual_seed(seed)
     shape = (restarts, len(target.answers), target.tokens)
