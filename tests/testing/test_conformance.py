@@ -128,7 +128,11 @@ def test_what_an_installed_package_brings_is_found_by_its_name(
 @pytest.mark.parametrize(
     ("code", "point", "sentence"),
     [
-        ("import nowhere", "wrong:TASK", "cannot be imported from wrong:TASK .*nowhere"),
+        (
+            "import nowhere",
+            "wrong:TASK",
+            "data.task: .mine. cannot be imported from wrong:TASK .*nowhere",
+        ),
         ("", "wrong:TASK", "cannot be imported"),
         (
             "import fedsp\nTASK = fedsp.Task(name='other', plain=None, schema='a')",
@@ -166,6 +170,29 @@ def test_a_messenger_of_this_process_alone_is_not_for_flower_s(
     api.run(settings(tmp_path / "other", round={"rounds": 1}))
     fedsp.write_report([tmp_path], tmp_path / "report")
     assert "no messenger &#39;mine&#39;" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "point", "find"),
+    [
+        ("tasks", "chat", "TASK", find_task),
+        ("methods", "lora", "METHOD", find_method),
+        ("messengers", "adapter", "MESSENGER", find_messenger),
+        ("aggregators", "krum", "middle", find_rule),
+    ],
+)
+def test_a_package_does_not_take_a_name_of_ours(
+    group: str, name: str, point: str, find: Any, brought: Callable[..., None]
+) -> None:
+    """Nor is it passed over without a word."""
+    code = MODULE.replace("statement", "chat").replace("theirs", "lora").replace("whole", "adapter")
+    brought(
+        f"taken_{group}",
+        code.replace("STATEMENT", "TASK"),
+        **{group: f"{name} = taken_{group}:{point}"},
+    )
+    with pytest.raises((ConfigurationError, DataError), match=f"{name}.*registered already"):
+        find(name)
 
 
 def test_two_packages_with_one_name_are_refused(brought: Callable[..., None]) -> None:

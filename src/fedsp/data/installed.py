@@ -19,6 +19,13 @@ from fedsp.errors import ConfigurationError, did_you_mean, first_line
 
 TASKS, METHODS = "fedsp.tasks", "fedsp.methods"
 AGGREGATORS, MESSENGERS = "fedsp.aggregators", "fedsp.messengers"
+KEYS = {
+    TASKS: "data.task",
+    METHODS: "method",
+    AGGREGATORS: "aggregation.rule",
+    MESSENGERS: "messenger.kind",
+}
+"""The key that names one of a group."""
 Kind = TypeVar("Kind")
 
 
@@ -35,14 +42,14 @@ def installed_names(group: str) -> list[str]:
     return sorted(_installed(group))
 
 
-def no_such(key: str, what: str, name: str, known: Iterable[str], group: str) -> str:
-    """What is said where `key` names something that is neither known nor brought by a package."""
+def no_such(group: str, what: str, name: str, known: Iterable[str]) -> str:
+    """What is said where a key names something that is neither known nor brought by a package."""
     names = list(dict.fromkeys([*known, *installed_names(group)]))
     meant = did_you_mean(name, names) or (
         "; one of your own is known in the process that registers it, and everywhere once an"
         " installed package brings it"
     )
-    return f"{key}: there is no {what} {name!r}; choose {', '.join(names)}{meant}"
+    return f"{KEYS[group]}: there is no {what} {name!r}; choose {', '.join(names)}{meant}"
 
 
 def load_installed(group: str, name: str, kind: type[Kind]) -> Kind | None:
@@ -58,8 +65,8 @@ def load_installed(group: str, name: str, kind: type[Kind]) -> Kind | None:
     if len(points) > 1:
         packages = ", ".join(point.dist.name if point.dist else point.value for point in points)
         raise ConfigurationError(
-            f"{name!r} of {group} is brought by several packages ({packages}): uninstall all but"
-            " one"
+            f"{KEYS[group]}: {name!r} is brought by several packages ({packages}): uninstall all"
+            " but one"
         )
     (point,) = points
     try:
@@ -67,17 +74,18 @@ def load_installed(group: str, name: str, kind: type[Kind]) -> Kind | None:
     except Exception as error:  # whatever another package does when it is imported
         package = f"the Python package {point.dist.name}" if point.dist else "that package"
         raise ConfigurationError(
-            f"{name!r} of {group} cannot be imported from {point.value} ({first_line(error)}):"
-            f" mend or uninstall {package}"
+            f"{KEYS[group]}: {name!r} cannot be imported from {point.value}"
+            f" ({first_line(error)}): mend or uninstall {package}"
         ) from error
     if not isinstance(found, kind):
         raise ConfigurationError(
-            f"{name!r} of {group}: {point.value} is a {type(found).__name__}, expected"
-            f" {kind.__name__}"
+            f"{KEYS[group]}: {name!r} of {group}: {point.value} is a {type(found).__name__},"
+            f" expected {kind.__name__}"
         )
     own = getattr(found, "name", name)
     if own != name:
         raise ConfigurationError(
-            f"{name!r} of {group}: {point.value} has the name {own!r}; give both one name"
+            f"{KEYS[group]}: {name!r} of {group}: {point.value} has the name {own!r}; give both one"
+            " name"
         )
     return found

@@ -508,7 +508,7 @@ def find_task(name: str) -> Task:
         DataError: there is none.
         ConfigurationError: as `load_installed`.
     """
-    if name not in TASKS and (brought := load_installed(installed.TASKS, name, Task)):
+    if brought := load_installed(installed.TASKS, name, Task):
         register_task(brought)
     if name not in TASKS:
         known = [*TASKS, *installed_names(installed.TASKS)]

@@ -44,15 +44,13 @@ def require_rule(name: str) -> None:
     """See that `aggregation.rule` may be this, registered or brought by an installed package.
 
     Raises:
-        ConfigurationError: there is no such rule, or as `load_installed`.
+        ConfigurationError: there is no such rule, or two; or as `load_installed`.
     """
-    if name in (*NO_FUNCTION, *OURS, *_REGISTERED):
-        return
-    brought = load_installed(AGGREGATORS, name, FunctionType)
-    if brought is None:
-        known = [*NO_FUNCTION, *OURS, *_REGISTERED]
-        raise ConfigurationError(no_such("aggregation.rule", "rule", name, known, AGGREGATORS))
-    register_rule(name, brought)
+    if brought := load_installed(AGGREGATORS, name, FunctionType):
+        register_rule(name, brought)
+    known = (*NO_FUNCTION, *OURS, *_REGISTERED)
+    if name not in known:
+        raise ConfigurationError(no_such(AGGREGATORS, "rule", name, known))
 
 
 def find_rule(name: str) -> Rule:

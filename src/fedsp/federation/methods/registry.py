@@ -144,12 +144,12 @@ def find_method(name: str) -> MethodEntry:
     """The entry of a method, registered or brought by an installed package.
 
     Raises:
-        ConfigurationError: there is none of that name, or as `load_installed`.
+        ConfigurationError: there is none of that name, or two; or as `load_installed`.
     """
-    if name not in _ENTRIES and (brought := load_installed(METHODS, name, MethodEntry)):
+    if brought := load_installed(METHODS, name, MethodEntry):
         register_method(brought)
     if name not in _ENTRIES:
-        raise ConfigurationError(no_such("method", "method", name, _ENTRIES, METHODS))
+        raise ConfigurationError(no_such(METHODS, "method", name, _ENTRIES))
     return _ENTRIES[name]
 
 

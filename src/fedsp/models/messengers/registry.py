@@ -104,12 +104,12 @@ def find_messenger(name: str) -> MessengerEntry:
     """The entry of a messenger, registered or brought by an installed package.
 
     Raises:
-        ConfigurationError: there is none of that name, or as `load_installed`.
+        ConfigurationError: there is none of that name, or two; or as `load_installed`.
     """
-    if name not in _ENTRIES and (brought := load_installed(MESSENGERS, name, MessengerEntry)):
+    if brought := load_installed(MESSENGERS, name, MessengerEntry):
         register_messenger(brought)
     if name not in _ENTRIES:
-        raise ConfigurationError(no_such("messenger.kind", "messenger", name, _ENTRIES, MESSENGERS))
+        raise ConfigurationError(no_such(MESSENGERS, "messenger", name, _ENTRIES))
     return _ENTRIES[name]
 
 
