@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 from fedsp.data.installed import MESSENGERS, installed_names, load_installed, no_such
@@ -208,10 +209,6 @@ def _layer_shapes(sizes: Sizes) -> Shapes:
     }
 
 
-def _prompt(place: Place) -> Messenger:
-    return place.prompt()
-
-
 def _adapter(place: Place) -> Messenger:
     from fedsp.models.messengers.making import make_adapter
 
@@ -234,7 +231,7 @@ def _prompt_and_adapter(place: Place) -> Messenger:
 for _entry in (
     MessengerEntry(
         name="prompt",
-        make=_prompt,
+        make=methodcaller("prompt"),
         shapes=_prompt_shapes,
         in_layers=False,
         has_prompt=True,
