@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from fedsp.errors import ConfigurationError, did_you_mean, first_line
 
@@ -27,6 +27,16 @@ KEYS = {
 }
 """The key that names one of a group."""
 Kind = TypeVar("Kind")
+
+
+class Named(Protocol):
+    """What a configuration can name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Entry = TypeVar("Entry", bound=Named)
 
 
 @cache
@@ -89,3 +99,40 @@ def load_installed(group: str, name: str, kind: type[Kind]) -> Kind | None:
             " name"
         )
     return found
+
+
+class Register(dict[str, Entry], Generic[Entry]):
+    """Entries by name, in the order of their registration; those that installed packages bring are
+    added when they are asked for.
+
+    group: that of the entry points. what: one of them in words. kind: the class of an entry.
+    """
+
+    def __init__(self, group: str, what: str, kind: type[Entry]) -> None:
+        super().__init__()
+        self.group, self.what, self.kind = group, what, kind
+
+    def add(self, entry: Entry) -> Entry:
+        """Make an entry known under its name; returns it.
+
+        Raises:
+            ConfigurationError: another has that name.
+        """
+        if self.setdefault(entry.name, entry) is not entry:
+            raise ConfigurationError(
+                f"{KEYS[self.group]}: a {self.what} named {entry.name!r} is registered already;"
+                " give yours another name"
+            )
+        return entry
+
+    def find(self, name: str) -> Entry:
+        """The entry of a name, registered or brought by an installed package.
+
+        Raises:
+            ConfigurationError: there is none of that name, or two; or as `load_installed`.
+        """
+        if brought := load_installed(self.group, name, self.kind):
+            self.add(brought)
+        if name not in self:
+            raise ConfigurationError(no_such(self.group, self.what, name, self))
+        return self[name]

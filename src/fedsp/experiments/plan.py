@@ -135,7 +135,7 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
     if (room := counts["positions"] - taken) < LEAST_ROOM:
         raise leaves_no_room(config.prompt.length, room, counts["positions"])
     client, server, section = config.client, config.server, config.auxiliary
-    shapes, plan = _travelling(config, counts), counts["plan"]
+    shapes, plan = travelling(config, counts), counts["plan"]
     numbers = sum(math.prod(shape) for shape in shapes.values())
     message = _message_bytes(shapes, "float32")
     up, change = (
@@ -271,8 +271,9 @@ def _count(name: str, plan: str | list[int], prompt_layers: list[int] | None) ->
     return count_shapes(name, plan, prompt_layers)
 
 
-def _travelling(config: RunConfig, counts: Any) -> Shapes:
-    """The names and shapes of the tensors that travel. Raises what `counted` does."""
+def travelling(config: RunConfig, counts: Any) -> Shapes:
+    """The names and shapes of the tensors that travel, from the counts of `count_shapes`. Raises
+    what `counted` does."""
     section, layers = config.messenger, counts["layers"][config.messenger.layers]
     prompt = [config.prompt.length, *counts["prompts"][config.prompt.space]]
     sizes = Sizes(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +23,11 @@ from fedsp.api import resume, run
 from fedsp.config import RunConfig
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
+from fedsp.data.installed import Register
 from fedsp.data.tasks import Task
 from fedsp.errors import ConfigurationError, DataError, FedspError, PayloadError
 from fedsp.experiments.embedded import EMBEDDED
+from fedsp.experiments.plan import travelling
 from fedsp.federation.aggregation.registry import Rule
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import prompt_spec
@@ -36,7 +38,7 @@ from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.loading import load_model, load_tokenizer
 from fedsp.models.messengers import registry as messengers
 from fedsp.models.messengers.making import blocks_of, client_messenger, make_messenger
-from fedsp.models.messengers.registry import MessengerEntry, Place, Sizes, counted, find_messenger
+from fedsp.models.messengers.registry import MessengerEntry, Place
 from fedsp.models.payload import Payload, shapes_of
 from fedsp.models.prompted_lm import PromptedLM, hidden_at_depths
 from fedsp.models.shape_counts import count_shapes
@@ -181,23 +183,19 @@ def check_method(entry: MethodEntry, **changes: Any) -> None:
     Raises:
         Nonconforming: what is missing.
     """
-    with _known(entry, methods._ENTRIES, find_method, "method"):
+    with _known(entry, methods._ENTRIES):
         _require(f"the method {entry.name!r}", _run_faults(entry, changes))
 
 
 @contextmanager
-def _known(
-    entry: Entry, register: dict[str, Entry], find: Callable[[str], Entry], what: str
-) -> Iterator[None]:
+def _known(entry: Entry, register: Register[Entry]) -> Iterator[None]:
     """What an entry's name means within the check; a register is as it was behind it."""
+    what = register.what
     try:
-        other = find(entry.name) is not entry
+        found, added = register.find(entry.name), False
     except ConfigurationError:
-        register[entry.name], other = entry, False
-        added = True
-    else:
-        added = False
-    if other:
+        found, added = register.add(entry), True
+    if found is not entry:
         _require(f"the {what} {entry.name!r}", [f"another {what} is registered under its name"])
     try:
         yield
@@ -267,7 +265,7 @@ def check_messenger(entry: MessengerEntry, **changes: Any) -> None:
     given = changes.get("messenger", {})
     sections = {**changes, "messenger": {**given, "kind": entry.name}}
     places = ["verbatim", "all"] if entry.distilled_layers else ["verbatim"]
-    with _known(entry, messengers._ENTRIES, find_messenger, "messenger"):
+    with _known(entry, messengers._ENTRIES):
         faults: list[str] = []
         try:
             for layers in [given["layers"]] if "layers" in given else places:
@@ -313,13 +311,7 @@ def _messenger_faults(entry: MessengerEntry, config: RunConfig) -> list[str]:
     client = client_messenger(auxiliary, spec, settings, config.seed)()
     payload = server.payload()
     counts = count_shapes(name, config.auxiliary.plan, None)
-    sizes = Sizes(
-        layers=counts["layers"][section.layers],
-        hidden=counts["shape"]["hidden"],
-        prompt=[config.prompt.length, *counts["prompts"][config.prompt.space]],
-        settings=settings,
-    )
-    expected = {name: tuple(shape) for name, shape in counted(entry.name, sizes).items()}
+    expected = {name: tuple(shape) for name, shape in travelling(config, counts).items()}
     faults = []
     if shapes_of(client.payload()) != shapes_of(payload):
         faults.append(

@@ -24,6 +24,7 @@ from fedsp.deployment.parties.credentials import (
     SERVER_PUBLIC,
     Asked,
     client_signer,
+    may_describe,
     new_client_key,
     read_request,
     server_public,
@@ -86,7 +87,7 @@ def init_party(folder: Path, name: str, server: str, about: str = "") -> str:
 
 
 def _require_about(about: str) -> None:
-    if len(about) > MOST_ABOUT or not about.isprintable():
+    if not may_describe(about):
         raise ConfigurationError(
             f"--about: write at most {MOST_ABOUT} characters in one line, without control"
             " characters"

@@ -164,6 +164,11 @@ def write_request(
     return fingerprint(public)
 
 
+def may_describe(about: str) -> bool:
+    """Whether this may be what a client says of its text: short, and in one line."""
+    return len(about) <= MOST_ABOUT and about.isprintable()
+
+
 def read_request(path: Path) -> Asked:
     """A client's request to be admitted.
 
@@ -180,7 +185,7 @@ def read_request(path: Path) -> Asked:
             raise ValueError("its key is no ECDSA key on the curve P-384")
         signature, before = fields["signature"], fields["signature_before"]
         about = str(fields["about"])
-        if len(about) > MOST_ABOUT or not about.isprintable():
+        if not may_describe(about):
             raise ValueError(f"it says more than {MOST_ABOUT} plain characters of its text")
         old = None if before is None else bytes.fromhex(before)
         asked = Asked(str(fields["client"]), _ssh(key), about, old)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fedsp.data.installed import METHODS, load_installed, no_such
-from fedsp.errors import ConfigurationError
+from fedsp.data.installed import METHODS, Register
 
 if TYPE_CHECKING:
     from fedsp.data.encoding import Tokenizer
@@ -124,7 +123,7 @@ class MethodEntry:
     rounds: bool = True
 
 
-_ENTRIES: dict[str, MethodEntry] = {}
+_ENTRIES = Register(METHODS, "method", MethodEntry)
 
 
 def register_method(entry: MethodEntry) -> MethodEntry:
@@ -133,11 +132,7 @@ def register_method(entry: MethodEntry) -> MethodEntry:
     Raises:
         ConfigurationError: another method has that name.
     """
-    if _ENTRIES.setdefault(entry.name, entry) is not entry:
-        raise ConfigurationError(
-            f"method: a method named {entry.name!r} is registered already; give yours another name"
-        )
-    return entry
+    return _ENTRIES.add(entry)
 
 
 def find_method(name: str) -> MethodEntry:
@@ -146,11 +141,7 @@ def find_method(name: str) -> MethodEntry:
     Raises:
         ConfigurationError: there is none of that name, or two; or as `load_installed`.
     """
-    if brought := load_installed(METHODS, name, MethodEntry):
-        register_method(brought)
-    if name not in _ENTRIES:
-        raise ConfigurationError(no_such(METHODS, "method", name, _ENTRIES))
-    return _ENTRIES[name]
+    return _ENTRIES.find(name)
 
 
 def methods() -> Iterable[MethodEntry]:

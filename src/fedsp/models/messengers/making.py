@@ -9,10 +9,10 @@ from functools import cache, partial
 from typing import Any, Literal
 
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import ConfigurationError, keeps_no_layer
+from fedsp.errors import keeps_no_layer
 from fedsp.models.adapter import Adapter, AdapterSettings, Blocks
 from fedsp.models.auxiliary import AuxiliaryModel, LayerPlan
-from fedsp.models.messengers.registry import Place, find_messenger, told_of
+from fedsp.models.messengers.registry import Place, find_messenger, finds_nothing, told_of
 from fedsp.models.payload import PROMPT, shapes_of
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
@@ -69,10 +69,7 @@ def make_messenger(place: Place) -> Messenger:
         messenger = entry.make(place)
         if messenger.trained():
             return messenger
-    raise ConfigurationError(
-        f"messenger.kind: {entry.name!r} finds nothing to tune in {place.model.name}: choose"
-        " another messenger, or other settings of it"
-    )
+    raise finds_nothing(entry.name, place.model.name)
 
 
 def client_messenger(

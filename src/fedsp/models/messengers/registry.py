@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
-from fedsp.data.installed import MESSENGERS, installed_names, load_installed, no_such
+from fedsp.data.installed import MESSENGERS, Register, installed_names
 from fedsp.errors import ConfigurationError, FedspError, first_line, keeps_no_layer
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class MessengerEntry:
     learning_rate: float = 1e-3
 
 
-_ENTRIES: dict[str, MessengerEntry] = {}
+_ENTRIES = Register(MESSENGERS, "messenger", MessengerEntry)
 
 
 def register_messenger(entry: MessengerEntry) -> MessengerEntry:
@@ -93,12 +93,7 @@ def register_messenger(entry: MessengerEntry) -> MessengerEntry:
     Raises:
         ConfigurationError: another messenger has that name.
     """
-    if _ENTRIES.setdefault(entry.name, entry) is not entry:
-        raise ConfigurationError(
-            f"messenger.kind: a messenger named {entry.name!r} is registered already; give yours"
-            " another name"
-        )
-    return entry
+    return _ENTRIES.add(entry)
 
 
 def find_messenger(name: str) -> MessengerEntry:
@@ -107,11 +102,7 @@ def find_messenger(name: str) -> MessengerEntry:
     Raises:
         ConfigurationError: there is none of that name, or two; or as `load_installed`.
     """
-    if brought := load_installed(MESSENGERS, name, MessengerEntry):
-        register_messenger(brought)
-    if name not in _ENTRIES:
-        raise ConfigurationError(no_such(MESSENGERS, "messenger", name, _ENTRIES))
-    return _ENTRIES[name]
+    return _ENTRIES.find(name)
 
 
 def require_messenger(kind: str, *, layers: str, private: bool) -> MessengerEntry:
@@ -164,11 +155,16 @@ def counted(kind: str, sizes: Sizes) -> Shapes:
     with told_of(kind):
         shapes = entry.shapes(sizes)
     if not shapes:
-        raise ConfigurationError(
-            f"messenger.kind: {kind!r} finds nothing to tune in this model: choose another"
-            " messenger, or other settings of it"
-        )
+        raise finds_nothing(kind, "this model")
     return shapes
+
+
+def finds_nothing(kind: str, where: str) -> ConfigurationError:
+    """What is said where a messenger has no tensor in a model."""
+    return ConfigurationError(
+        f"messenger.kind: {kind!r} finds nothing to tune in {where}: choose another messenger, or"
+        " other settings of it"
+    )
 
 
 @contextmanager
