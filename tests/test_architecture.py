@@ -41,7 +41,7 @@ ONLY_IN = {
     "flwr": {"deployment.grid", "deployment.simulation", "deployment.app.messenger"},
     "ray": {"deployment.simulation"},
     "lm_eval": {"experiments.lm_eval_model"},
-    "peft": {"federation.methods.lora"},
+    "peft": {"models.messengers.peft_adapters"},
     "rouge_score": {
         "audit.inversion.audit",
         "audit.inversion.scenarios",

@@ -53,12 +53,11 @@ from fedsp.experiments.start import (
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
-from fedsp.models.adapter import Adapter, export_lora, merge
 from fedsp.models.auxiliary import chosen_counts, load_auxiliary, named_counts
 from fedsp.models.loading import choose_device, load_model, load_tokenizer, save_model
 from fedsp.models.messengers.registry import require_everywhere
 from fedsp.models.prompted_lm import continue_text, length_of
-from fedsp.models.soft_prompt import SoftPrompt, export_peft, read_prompt
+from fedsp.models.soft_prompt import read_prompt
 from fedsp.storage import write_bytes
 from fedsp.training.answers import WEIGHTS, Answering, Answers, mean_of, proxy_tuned
 from fedsp.training.generation import sampler, written_figures
@@ -575,49 +574,29 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 
 def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figures:
     """Write what a run tuned best as a PEFT adapter, with a model card: a soft prompt, as keys and
-    values of the global model, as one for prefix tuning; adapters as one for LoRA, or `merged` into
-    the global model's weights as a whole model with its tokenizer.
+    values of the global model, as one for prefix tuning; adapters as one for LoRA. `merged`: as a
+    whole model with its tokenizer, with adapters in its weights, or with the weights that were
+    tuned.
 
     Raises:
-        RunError: the target is in use, the run tuned something else, or a prompt is to be merged.
+        RunError: the target is in use.
+        ModelError: PEFT has no form for it; or merged, it is neither adapters nor weights.
+        PromptError: the prompt was tuned at positions that PEFT does not know.
     """
     to = Path(to)
     require_new(to)
     run = open_run(folder)
-    messenger = run.messenger
-    if merged and not isinstance(messenger, Adapter):
-        remedy = ": export it without merging" if isinstance(messenger, SoftPrompt) else ""
-        raise RunError(
-            f"the run in {folder} tuned no adapter alone, and only that can be merged into the"
-            f" model's weights{remedy}"
-        )
-    if isinstance(messenger, SoftPrompt):
-        export_peft(messenger, run.model, to)
-        kind = "PROMPT_TUNING" if messenger.spec.space == "input" else "PREFIX_TUNING"
-        what = {"peft_type": kind, "virtual_tokens": messenger.spec.length}
-        words = f"PEFT {kind.lower().replace('_', '-')} adapter ({messenger.spec.length} tokens)"
-    elif isinstance(messenger, Adapter):
-        messenger.load(run.best)
-        rank = messenger.settings.rank
-        if merged:
-            merge(messenger, run.model)
-            save_model(run.model, run.server.tokenizer, to)
-        else:
-            export_lora(messenger, run.model, to)
-        what = {"peft_type": "LORA", "rank": rank, "merged": merged}
-        words = f"{'merged model with a' if merged else 'PEFT'} LoRA adapter (rank {rank})"
+    run.messenger.load(run.best)
+    if merged:
+        what = run.messenger.merge(run.model)
+        save_model(run.model, run.server.tokenizer, to)
     else:
-        config = run.directory.config
-        raise RunError(
-            f"PEFT has no form for what the run in {folder} tuned (method ="
-            f" {config.method!r}, messenger.kind = {config.messenger.kind!r}): tune a prompt or an"
-            " adapter to export it"
-        )
+        what = run.messenger.export(run.model, to)
     # a card is handed on: no folder of this machine stands in it
     named = run.directory.config.model.name
     base = Path(named).name if Path(named).exists() else named
     use = (MERGED_USE if merged else ADAPTER_USE).format(base=base, folder=to.name)
     library = "transformers" if merged else "peft"
-    card = model_card(run.directory, kind=words, base_model=base, use=use, library=library)
+    card = model_card(run.directory, kind=what["kind"], base_model=base, use=use, library=library)
     write_bytes(to / "README.md", card.encode())
-    return {"folder": str(to), **what, "base_model": run.model.name}
+    return {"folder": str(to), **what, "merged": merged, "base_model": run.model.name}

@@ -16,10 +16,13 @@ from fedsp.audit.model_card import _described, model_card
 from fedsp.config_file import make_config
 from fedsp.deployment.parties.admission import admit, init_party
 from fedsp.deployment.parties.new_federation import init_federation
-from fedsp.errors import RunError
+from fedsp.errors import ModelError
+from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.start import open_run
+from fedsp.models.weights import Weights
 from support.small_runs import ROWS, settings
+from support.tiny_models import tiny_model
 
 ADAPTERS: dict[str, Any] = {
     "preset": "messenger",
@@ -35,32 +38,82 @@ def run_of(folder: Path, **changes: Any) -> Path:
     return Path(api.run(values)["folder"])
 
 
-def test_a_merged_model_answers_in_transformers_alone(tmp_path: Path) -> None:
-    run = run_of(tmp_path)
+def answers(run: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of a run's model with what it tuned best, and as it began."""
+    opened = open_run(run)
+    found = []
+    for payload in (opened.best, opened.start):
+        opened.messenger.load(payload)
+        prefix = opened.messenger.prefix(opened.model)
+        found.append(opened.model.logits(opened.model(ids, prefix=prefix))[0])
+    return found[0], found[1]
+
+
+LORA: dict[str, Any] = {"method": "lora", "lora": {"rank": 4}, "client": {"learning_rate": 0.02}}
+WEIGHTS: dict[str, Any] = {"client": {"prompt_steps": 4, "learning_rate": 1e-3}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "merged model with a LoRA adapter (rank 4)"),
+        (LORA, "merged model with a LoRA adapter (rank 4)"),
+        ({**WEIGHTS, "messenger": {"kind": "layers"}}, "model with 24 tuned weight tensors"),
+        ({**WEIGHTS, "method": "offsite_tuning"}, "model with 48 tuned weight tensors"),
+    ],
+)
+def test_a_merged_model_answers_in_transformers_alone(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    run = run_of(tmp_path, **changes)
     figures = api.export(run, tmp_path / "merged", merged=True)
-    assert figures["merged"] is True
+    assert figures["merged"] is True and figures["kind"] == said
     text = f"Question: {ROWS[0]['question']}\nAnswer:"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         found = model(ids).logits[0]
-        opened = open_run(run)
-        opened.messenger.load(opened.best)
-        expected = opened.model.logits(opened.model(ids))[0]
-        opened.messenger.load(opened.start)
-        untuned = opened.model.logits(opened.model(ids))[0]
+        expected, untuned = answers(run, ids)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert float((found - untuned).abs().max()) > 1e-2
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert 'library_name: "transformers"' in card and "# run: merged model with a LoRA" in card
+    assert 'library_name: "transformers"' in card and f"# run: {said}" in card
 
 
-def test_only_an_adapter_is_merged(tmp_path: Path) -> None:
-    run = Path(api.run(settings(tmp_path, round={"rounds": 1}))["folder"])
-    with pytest.raises(RunError, match="tuned no adapter alone, and only that can be merged"):
+def test_lora_of_the_whole_model_is_a_peft_adapter(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT comes with the study extra")
+    run = run_of(tmp_path, **LORA)
+    figures = api.export(run, tmp_path / "adapter")
+    assert figures["kind"] == "PEFT LoRA adapter (rank 4)" and figures["rank"] == 4
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED / "model", dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")(ids).logits[0]
+        expected, untuned = answers(run, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert float((found - untuned).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prompt+adapter"])
+def test_a_prompt_is_not_merged(kind: str, tmp_path: Path) -> None:
+    run = Path(
+        api.run(settings(tmp_path, round={"rounds": 1}, messenger={"kind": kind}))["folder"]
+    )
+    with pytest.raises(ModelError, match="only adapters and weights can be merged into a model"):
         api.export(run, tmp_path / "out", merged=True)
+    if kind == "prompt+adapter":
+        with pytest.raises(ModelError, match="PEFT has no form for what this run tuned"):
+            api.export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_parameters_that_are_not_the_models_own_are_not_merged() -> None:
+    """As of a messenger of one's own, whose hooks add what it holds."""
+    model = tiny_model("gpt2")
+    tuned = Weights({"layers.000.bias": torch.nn.Parameter(torch.ones(2))})
+    with pytest.raises(ModelError, match="only adapters and weights can be merged"):
+        tuned.merge(model)
 
 
 def test_a_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> None:

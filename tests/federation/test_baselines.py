@@ -19,7 +19,6 @@ from fedsp.federation.aggregation.mean import weighted_mean
 from fedsp.federation.messages import Request
 from fedsp.federation.methods.base import Averaging
 from fedsp.federation.methods.fedprompt_single import reading_one_layer
-from fedsp.federation.methods.lora import low_rank_adapters
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
 from fedsp.models.adapter import global_blocks
@@ -300,9 +299,11 @@ def test_prefix_tuning_is_pefts(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_federated_lora_is_pefts_lora_averaged(family: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="PEFT comes with the study extra")
+    from fedsp.models.messengers.peft_adapters import PeftAdapters
+
     model = tiny_model(family)
     start = copy.deepcopy(model.model)
-    tuned = low_rank_adapters(model, rank=2, alpha=8.0, targets=[], seed=3)
+    tuned = PeftAdapters(model, rank=2, alpha=8.0, targets=[], seed=3)
     first = tuned.payload()
     with torch.no_grad():
         first = {

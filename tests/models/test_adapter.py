@@ -16,14 +16,14 @@ from fedsp import api as commands
 from fedsp.data.encoding import Batch, Encoded, collate
 from fedsp.errors import ConfigurationError, ModelError, PayloadError, PrivacyError
 from fedsp.experiments.plan import make_plan
-from fedsp.models.adapter import Adapter, AdapterSettings, export_lora, global_blocks
+from fedsp.models.adapter import Adapter, AdapterSettings, global_blocks
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.messengers.making import blocks_of, client_messenger, make_messenger
 from fedsp.models.messengers.prompt_and_adapter import PromptAndAdapter
 from fedsp.models.messengers.registry import Place
 from fedsp.models.payload import PROMPT, pack
 from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, export_peft, import_peft
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, import_peft
 from fedsp.models.trainable import Messenger
 from fedsp.privacy import clipped_sum
 from fedsp.training import dp_sgd
@@ -83,7 +83,7 @@ def test_a_step_and_the_exported_adapter_are_pefts(
     start = copy.deepcopy(model.model)
     mine = adapter(model, train_first=train_first)
     moved(mine)
-    export_lora(mine, model, tmp_path / "before")
+    mine.export(model, tmp_path / "before")
     theirs = peft.PeftModel.from_pretrained(start, tmp_path / "before", is_trainable=True)
     some = batch()
     given = {"input_ids": some.input_ids, "attention_mask": some.attention_mask}
@@ -111,7 +111,7 @@ def test_a_step_and_the_exported_adapter_are_pefts(
             tensor.detach(),
             after[f"base_model.model.{mine.paths[path]}.lora_{part}.default.weight"],
         )
-    export_lora(mine, model, tmp_path / "after")
+    mine.export(model, tmp_path / "after")
     merged = peft.PeftModel.from_pretrained(
         tiny_causal_lm(family), tmp_path / "after"
     ).merge_and_unload()
@@ -379,7 +379,7 @@ def test_an_input_prompt_is_pefts_prompt_tuning(family: str, tmp_path: Path) -> 
     spec = PromptSpec(space="input", length=3, model=model.shape)
     values = torch.randn(spec.shape, generator=torch.Generator().manual_seed(2))
     prompt = SoftPrompt(spec, values)
-    export_peft(prompt, model, tmp_path)
+    prompt.export(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(tiny_causal_lm(family), tmp_path)
     some = batch()
     real = some.attention_mask.bool()

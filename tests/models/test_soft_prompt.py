@@ -23,7 +23,6 @@ from fedsp.models.prompted_lm import ModelShape, PromptedLM, hidden_at_depths
 from fedsp.models.soft_prompt import (
     PromptSpec,
     SoftPrompt,
-    export_peft,
     import_peft,
     initial_values,
     read_prompt,
@@ -143,7 +142,7 @@ def test_export_gives_the_same_logits_in_peft(family: str, tmp_path: Path) -> No
     model = tiny_model(family)
     model.model.save_pretrained(tmp_path / "model")
     prompt = random_prompt(model, "residual")
-    export_peft(prompt, model, tmp_path / "adapter")
+    prompt.export(model, tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     mask = torch.ones_like(TOKENS)
@@ -171,7 +170,7 @@ def test_export_gives_the_same_logits_in_peft(family: str, tmp_path: Path) -> No
 def test_export_refuses_positions_that_peft_does_not_know(tmp_path: Path) -> None:
     model = tiny_model("gpt2", positions="from_zero")
     with pytest.raises(PromptError, match="from_zero"):
-        export_peft(random_prompt(model, "key_value"), model, tmp_path)
+        random_prompt(model, "key_value").export(model, tmp_path)
 
 
 def test_a_projection_takes_up_trains_and_folds() -> None:

@@ -40,7 +40,7 @@ from fedsp.experiments.plan import make_plan
 from fedsp.models.auxiliary import build_auxiliary, load_auxiliary, parse_plan
 from fedsp.models.loading import load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM
-from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, export_peft, initial_values
+from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, initial_values
 from fedsp.training.dp_sgd import PrivateSteps, examples_together, private_gradient
 from fedsp.training.evaluation import score
 from fedsp.training.loop import answer_loss
@@ -322,7 +322,7 @@ def _of_these_blocks(family: Family, sources: list[int]) -> Tensor:
 @torch.no_grad()
 def peft_export(family: Family, folder: Path) -> None:
     prompt = family.prompt("residual")
-    export_peft(prompt, family.model, folder / "adapter")
+    prompt.export(family.model, folder / "adapter")
     adapted = peft.PeftModel.from_pretrained(
         copy.deepcopy(family.reference), folder / "adapter"
     ).eval()

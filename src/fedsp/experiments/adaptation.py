@@ -18,7 +18,7 @@ from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import validation_sample
 from fedsp.experiments.start import OpenRun, answers_of, open_run, require_new
 from fedsp.federation.callbacks import Callbacks
-from fedsp.models.adapter import Adapter, AdapterSettings, export_lora, global_blocks
+from fedsp.models.adapter import Adapter, AdapterSettings, global_blocks
 from fedsp.training.answers import Answering, Answers, Side
 from fedsp.training.generation import write
 from fedsp.training.server_adaptation import Adaptation, adapt, distance, lessons
@@ -103,7 +103,7 @@ def adapt_run(
     adapted = Side(run.model, lambda: None)
     after = measure(adapted)
     if after < before:
-        export_lora(student, run.model, Path(to))
+        student.export(run.model, Path(to))
     return {
         "teacher": taught_by,
         "kept": after < before,

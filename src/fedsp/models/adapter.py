@@ -165,6 +165,65 @@ class Adapter(Weights):
             for update in self.updates.values():
                 update.copies = {}
 
+    def export(self, model: PromptedLM, folder: Path) -> dict[str, Any]:
+        """Write it, which lives in the global model, as a PEFT LoRA adapter of that.
+
+        Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+        """
+        tensors = {}
+        for name, update in self.updates.items():
+            path = f"base_model.model.{self.paths[name]}"
+            tensors[f"{path}.lora_A.weight"] = update.first.detach().cpu()
+            tensors[f"{path}.lora_B.weight"] = update.second.detach().cpu()
+        write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+        linears = (model.model.get_submodule(path) for path in self.paths.values())
+        about = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": model.name,
+            "inference_mode": True,
+            "r": self.settings.rank,
+            "lora_alpha": self.settings.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": any(isinstance(linear, Conv1D) for linear in linears),
+            "target_modules": sorted(self.paths.values()),
+        }
+        write_json(folder / "adapter_config.json", about)
+        return lora_figures(self.settings.rank, merged=False)
+
+    @torch.no_grad()
+    def merge(self, model: PromptedLM) -> dict[str, Any]:
+        """Add it to the weights of the global model that it lives in, of which it says nothing more
+        from then on.
+
+        Raises:
+            ModelError: the weights are in 8 or 4 bits, which would round it away, or not in memory.
+        """
+        if in_few_bits(model):
+            raise ModelError(
+                f"{model.name} is held in 8 or 4 bits, into which an adapter cannot be merged:"
+                " export it without merging"
+            )
+        weights = [model.model.get_submodule(path).weight for path in self.paths.values()]
+        if any(weight.is_meta for weight in weights):
+            raise ModelError(
+                f"{model.name} is spread over devices and the disk, where an adapter cannot be"
+                " merged: export it without merging, or set model.device to one device"
+            )
+        for name, update in self.updates.items():
+            module = model.model.get_submodule(self.paths[name])
+            change = update.scale * (update.second @ update.first)
+            module.weight += (change.T if isinstance(module, Conv1D) else change).to(module.weight)
+            update.second.zero_()
+        return lora_figures(self.settings.rank, merged=True)
+
+
+def lora_figures(rank: int, *, merged: bool) -> dict[str, Any]:
+    """What is said of an exported adapter."""
+    kind = f"{'merged model with a' if merged else 'PEFT'} LoRA adapter (rank {rank})"
+    return {"kind": kind, "peft_type": "LORA", "rank": rank}
+
 
 def _drawn(linear: nn.Module, rank: int, seed: int) -> Tensor:
     """A (rank, in), uniform within one over the root of the inputs, as LoRA draws it; the same
@@ -190,56 +249,3 @@ def linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
 def linear_sizes(block: nn.Module) -> dict[str, list[int]]:
     """The inputs and outputs of each linear module of a block, by its path."""
     return {path: list(_sizes(module)) for path, module in linears(block)}
-
-
-def export_lora(adapter: Adapter, model: PromptedLM, folder: Path) -> None:
-    """Write the adapter, which lives in the global model, as a PEFT LoRA adapter of it.
-
-    Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
-    """
-    tensors = {}
-    for name, update in adapter.updates.items():
-        path = f"base_model.model.{adapter.paths[name]}"
-        tensors[f"{path}.lora_A.weight"] = update.first.detach().cpu()
-        tensors[f"{path}.lora_B.weight"] = update.second.detach().cpu()
-    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    linears = (model.model.get_submodule(path) for path in adapter.paths.values())
-    about: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name,
-        "inference_mode": True,
-        "r": adapter.settings.rank,
-        "lora_alpha": adapter.settings.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(isinstance(linear, Conv1D) for linear in linears),
-        "target_modules": sorted(adapter.paths.values()),
-    }
-    write_json(folder / "adapter_config.json", about)
-
-
-@torch.no_grad()
-def merge(adapter: Adapter, model: PromptedLM) -> None:
-    """Add the adapter to the weights of the global model that it lives in, of which it says nothing
-    more from then on.
-
-    Raises:
-        ModelError: the weights are in 8 or 4 bits, which would round it away, or not in memory.
-    """
-    if in_few_bits(model):
-        raise ModelError(
-            f"{model.name} is held in 8 or 4 bits, into which an adapter cannot be merged: export"
-            " it without merging"
-        )
-    weights = [model.model.get_submodule(path).weight for path in adapter.paths.values()]
-    if any(weight.is_meta for weight in weights):
-        raise ModelError(
-            f"{model.name} is spread over devices and the disk, where an adapter cannot be merged:"
-            " export it without merging, or set model.device to one device"
-        )
-    for name, update in adapter.updates.items():
-        module = model.model.get_submodule(adapter.paths[name])
-        change = update.scale * (update.second @ update.first)
-        module.weight += (change.T if isinstance(module, Conv1D) else change).to(module.weight)
-        update.second.zero_()

@@ -31,6 +31,7 @@ from fedsp.data.seeding import derive_seed
 from fedsp.errors import PromptError, StorageError
 from fedsp.models.payload import PROMPT, Payload, check
 from fedsp.models.prompted_lm import ModelShape, PromptedLM
+from fedsp.models.trainable import Messenger
 from fedsp.storage import parse_json, read_tensors, write_json, write_tensors
 
 Space = Literal["key_value", "residual", "input"]
@@ -57,12 +58,11 @@ class PromptSpec:
         return (self.length, self.model.layers, 2, self.model.heads, self.model.head_size)
 
 
-class SoftPrompt(nn.Module):
+class SoftPrompt(nn.Module, Messenger):
     """A tunable soft prompt. Its parameters are what the optimizer trains; `values()` is what they
     amount to."""
 
     origin: Tensor
-    first_depth: int = 0
 
     def __init__(self, spec: PromptSpec, values: Tensor | None = None, *, seed: int = 0) -> None:
         super().__init__()
@@ -187,6 +187,45 @@ class SoftPrompt(nn.Module):
             path, self.payload(), {"spec": json.dumps(asdict(self.spec)), **(extra or {})}
         )
 
+    def export(self, model: PromptedLM, folder: Path) -> dict[str, Any]:
+        """Write the prompt as a PEFT adapter with one tensor: (P, D) for prompt tuning where its
+        space is `input`; else, folded into keys and values under the global model,
+        (P, L * 2 * H * K) for prefix tuning.
+
+        Formats: https://huggingface.co/docs/peft/package_reference/prompt_tuning and prefix_tuning.
+
+        Raises:
+            PromptError: the prompt was tuned with tokens counted from zero, which PEFT cannot
+                reproduce.
+        """
+        if model.positions != "hugging_face":
+            raise PromptError(
+                "this prompt was tuned with positions = 'from_zero', but PEFT counts the prompt:"
+                " its logits would differ; tune with 'hugging_face' to export"
+            )
+        shape, embedded, tokens = model.shape, self.spec.space == "input", self.spec.length
+        with torch.no_grad():
+            values = self.values() if embedded else self.prefix(model)
+            tensor = values.cpu().reshape(tokens, -1)
+        write_tensors(folder / "adapter_model.safetensors", {PEFT_TENSOR: tensor}, {"format": "pt"})
+        kind = "PROMPT_TUNING" if embedded else "PREFIX_TUNING"
+        about = {
+            "peft_type": kind,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": model.name,
+            "inference_mode": True,
+            "num_virtual_tokens": tokens,
+            "num_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "token_dim": shape.hidden if embedded else shape.heads * shape.head_size,
+            "num_transformer_submodules": 1,
+        }
+        if not embedded:
+            about |= {"encoder_hidden_size": about["token_dim"], "prefix_projection": False}
+        write_json(folder / "adapter_config.json", about)
+        words = f"PEFT {kind.lower().replace('_', '-')} adapter ({tokens} tokens)"
+        return {"kind": words, "peft_type": kind, "virtual_tokens": tokens}
+
 
 def read_prompt(path: Path) -> SoftPrompt:
     """The prompt that `SoftPrompt.save` wrote, without its projection: it has been folded.
@@ -235,43 +274,6 @@ def initial_values(
         return embedded.float().cpu()
     inputs, pairs = model.activations(tokens)
     return (inputs if spec.space == "residual" else pairs).cpu()
-
-
-def export_peft(prompt: SoftPrompt, model: PromptedLM, folder: Path) -> None:
-    """Write the prompt as a PEFT adapter with one tensor: (P, D) for prompt tuning where its space
-    is `input`; else, folded into keys and values under the global model, (P, L * 2 * H * K) for
-    prefix tuning.
-
-    Formats: https://huggingface.co/docs/peft/package_reference/prompt_tuning and prefix_tuning.
-
-    Raises:
-        PromptError: the prompt was tuned with tokens counted from zero, which PEFT cannot
-            reproduce.
-    """
-    if model.positions != "hugging_face":
-        raise PromptError(
-            "this prompt was tuned with positions = 'from_zero', but PEFT counts the prompt: its"
-            " logits would differ; tune with 'hugging_face' to export"
-        )
-    shape, embedded = model.shape, prompt.spec.space == "input"
-    with torch.no_grad():
-        values = prompt.values() if embedded else prompt.prefix(model)
-        tensor = values.cpu().reshape(prompt.spec.length, -1)
-    write_tensors(folder / "adapter_model.safetensors", {PEFT_TENSOR: tensor}, {"format": "pt"})
-    about = {
-        "peft_type": "PROMPT_TUNING" if embedded else "PREFIX_TUNING",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name,
-        "inference_mode": True,
-        "num_virtual_tokens": prompt.spec.length,
-        "num_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "token_dim": shape.hidden if embedded else shape.heads * shape.head_size,
-        "num_transformer_submodules": 1,
-    }
-    if not embedded:
-        about |= {"encoder_hidden_size": about["token_dim"], "prefix_projection": False}
-    write_json(folder / "adapter_config.json", about)
 
 
 def import_peft(folder: Path, model: PromptedLM) -> SoftPrompt:

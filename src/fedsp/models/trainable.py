@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from fedsp.errors import PrivacyError
+from fedsp.errors import ModelError, PrivacyError
 from fedsp.models.payload import Payload
 
 if TYPE_CHECKING:
@@ -74,6 +75,22 @@ class Messenger(Trainable, Protocol):
     def prefix_of(self, copies: Mapping[str, Tensor], model: PromptedLM) -> Tensor | None:
         """`prefix` of such copies, one per row (count, P, depths, 2, H, K)."""
         return None
+
+    def export(self, model: PromptedLM, folder: Path) -> dict[str, Any]:
+        """Write it into `folder` as a PEFT adapter of the global model, which it lives in or is
+        read by. Returns `kind`, what was written in a few words, and its figures: `peft_type`, and
+        `rank` or `virtual_tokens`. Raises ModelError where PEFT has no form for it."""
+        raise ModelError(
+            "PEFT has no form for what this run tuned: tune a prompt or an adapter to export it"
+        )
+
+    def merge(self, model: PromptedLM) -> dict[str, Any]:
+        """Add it to the weights of the global model, which answers alone from then on as it did
+        with it. Returns what `export` does. Raises ModelError where that cannot be."""
+        raise ModelError(
+            "only adapters and weights can be merged into a model, and this run tuned something"
+            " else: export it without merging"
+        )
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedsp.models.payload import Payload, check
+from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.trainable import Messenger
 
 
@@ -54,3 +56,14 @@ class Weights(Messenger):
                 for name, parameter in self._parameters.items()
             ]
         ).sum()
+
+    def merge(self, model: PromptedLM) -> dict[str, Any]:
+        """Nothing is to be added: the model's own parameters are what was tuned.
+
+        Raises:
+            ModelError: some of these parameters are not the model's own.
+        """
+        own = {id(parameter) for parameter in model.model.parameters()}
+        if any(id(parameter) not in own for parameter in self._parameters.values()):
+            return super().merge(model)
+        return {"kind": f"model with {len(self._parameters)} tuned weight tensors"}

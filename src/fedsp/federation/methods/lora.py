@@ -10,61 +10,30 @@ the paper.
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
-from fedsp.errors import ModelError, require_installed
+from fedsp.errors import require_installed
 from fedsp.federation.methods.registry import MethodEntry, Setup, register_method
 
 if TYPE_CHECKING:
+    from fedsp.models.messengers.peft_adapters import PeftAdapters
     from fedsp.models.prompted_lm import PromptedLM
-    from fedsp.models.weights import Weights
 
 
-def low_rank_adapters(
-    model: PromptedLM, *, rank: int, alpha: float, targets: list[str], seed: int
-) -> Weights:
-    """PEFT's adapters, put into the model's layers in place. The second factors start at zero, so
-    at first nothing changes.
-
-    Without `targets`, the modules are those that PEFT names for the family.
+def server_side(setup: Setup) -> tuple[PromptedLM, PeftAdapters]:
+    """The global model with adapters, and the adapters.
 
     Raises:
         ConfigurationError: PEFT is not installed.
-        ModelError: PEFT knows no modules for this family, or none of these names.
+        ModelError: as `PeftAdapters`.
     """
-    require_installed("study", "method = 'lora' needs", "peft")
-    import torch
-    from peft import LoraConfig, inject_adapter_in_model
-
-    from fedsp.models.weights import Weights
-
-    settings = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets or None
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(seed)
-        try:
-            # that Conv1D has its axes the other way, which PEFT then minds
-            warnings.simplefilter("ignore", UserWarning)
-            inject_adapter_in_model(settings, model.model)
-        except ValueError as error:
-            raise ModelError(
-                f"PEFT cannot put adapters into {model.name} ({str(error).splitlines()[0]}): name"
-                " its linear modules in lora.targets"
-            ) from error
-    model.model.requires_grad_(False)
-    return Weights(
-        {name: parameter for name, parameter in model.model.named_parameters() if ".lora_" in name}
-    )
-
-
-def server_side(setup: Setup) -> tuple[PromptedLM, Weights]:
-    """The global model with adapters, and the adapters."""
     from fedsp.data.seeding import derive_seed
 
+    require_installed("study", "method = 'lora' needs", "peft")
+    from fedsp.models.messengers.peft_adapters import PeftAdapters
+
     seed = derive_seed(setup.seed, "lora")
-    return setup.model, low_rank_adapters(setup.model, **setup.lora, seed=seed)
+    return setup.model, PeftAdapters(setup.model, **setup.lora, seed=seed)
 
 
 register_method(

@@ -11,13 +11,11 @@ from fedsp.models.adapter import Adapter
 from fedsp.models.payload import PROMPT, Payload, check, shapes_of
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import SoftPrompt
-from fedsp.models.trainable import Tensors
+from fedsp.models.trainable import Messenger, Tensors
 
 
-class PromptAndAdapter:
+class PromptAndAdapter(Messenger):
     """A soft prompt and an adapter as one messenger; its tensors are those of both."""
-
-    first_depth = 0
 
     def __init__(self, prompt: SoftPrompt, adapter: Adapter) -> None:
         self.prompt, self.adapter = prompt, adapter
