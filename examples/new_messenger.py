@@ -13,15 +13,26 @@ configuration of this process; by an entry point (docs/how-to/extend.md) everywh
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import fedsp
+from fedsp.config import Section
 from fedsp.experiments.embedded import EMBEDDED
 
 
-def is_bias(name: str) -> bool:
-    return name.rpartition(".")[2] == "bias"
+class Options(Section):
+    """The keys of `messenger.options`: checked and described as those of fedsp's own sections."""
+
+    norms: bool = True
+    """whether the biases of the layers' norms are tuned too"""
+
+
+def is_tuned(name: str, settings: Mapping[str, Any]) -> bool:
+    module, _, parameter = name.rpartition(".")
+    norm = module.rpartition(".")[2].startswith("ln_")
+    return parameter == "bias" and (settings["options"]["norms"] or not norm)
 
 
 def make(place: fedsp.Place) -> fedsp.Weights:
@@ -30,7 +41,7 @@ def make(place: fedsp.Place) -> fedsp.Weights:
         f"layers.{number:03d}.{name}": parameter
         for number, (depth, *_) in place.blocks.items()
         for name, parameter in place.model.blocks[depth].named_parameters()
-        if is_bias(name)
+        if is_tuned(name, place.settings)
     }
     return fedsp.Weights(found, first_depth=min(depth for (depth, *_) in place.blocks.values()))
 
@@ -41,15 +52,17 @@ def shapes(sizes: fedsp.Sizes) -> dict[str, list[int]]:
         f"{layer}.{name}": shape
         for layer, about in sizes.layers.items()
         for name, shape in about["parameters"].items()
-        if is_bias(name)
+        if is_tuned(name, sizes.settings)
     }
 
 
-BIASES = fedsp.MessengerEntry(name="biases", make=make, shapes=shapes, learning_rate=1e-2)
+BIASES = fedsp.MessengerEntry(
+    name="biases", make=make, shapes=shapes, options=Options, learning_rate=1e-2
+)
 fedsp.register_messenger(BIASES)
 
 
-def main(folder: Path) -> dict[str, float]:
+def main(folder: Path, *, norms: bool = True) -> dict[str, float]:
     """Three rounds of FedSP with the biases of the first and the last layer: how many numbers
     travel, and the validation loss behind."""
     values: dict[str, Any] = {
@@ -61,7 +74,7 @@ def main(folder: Path) -> dict[str, float]:
             "validation": str(EMBEDDED / "validation.jsonl"),
         },
         "partition": {"clients": 4},
-        "messenger": {"kind": "biases"},
+        "messenger": {"kind": "biases", "options": {"norms": norms}},
         "distill": {"steps": 20, "sequence_length": 64, "text": [str(EMBEDDED / "public.txt")]},
         "round": {"rounds": 3},
         "client": {"prompt_steps": 3},

@@ -57,7 +57,7 @@ from fedsp.models.auxiliary import chosen_counts, load_auxiliary, named_counts
 from fedsp.models.loading import choose_device, load_model, load_tokenizer, save_model
 from fedsp.models.messengers.registry import require_everywhere
 from fedsp.models.prompted_lm import continue_text, length_of
-from fedsp.models.soft_prompt import read_prompt
+from fedsp.models.soft_prompt import SoftPrompt, read_prompt
 from fedsp.storage import write_bytes
 from fedsp.training.answers import WEIGHTS, Answering, Answers, mean_of, proxy_tuned
 from fedsp.training.generation import sampler, written_figures

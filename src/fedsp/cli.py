@@ -360,7 +360,7 @@ def inspect(
     rich_help_panel=BEGIN, short_help="How a run stands: rounds, time left, loss, clients."
 )
 def watch(
-    folder: RunFolder,
+    folder: Annotated[Path, typer.Argument(help="A run's folder.")],
     seconds: Annotated[
         float, typer.Option(min=0.2, help="How often the folder is read again.")
     ] = 2.0,
@@ -372,7 +372,7 @@ def watch(
     from fedsp.report import console
     from fedsp.report.progress import progress
 
-    run = RunDirectory.open(folder)
+    run = RunDirectory.open(folder, to_show=True)
     with suppress(KeyboardInterrupt):
         console.watch(lambda: progress(run), seconds)
     _write(json_file, progress(run))

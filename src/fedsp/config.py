@@ -299,6 +299,8 @@ class MessengerSection(Section):
     train_first: bool = False
     """whether the first factor of an adapter (A) is trained and sent too; false: it is drawn from
     the seed on both sides and never sent, so that the mean over clients is exact (FFA-LoRA)"""
+    options: dict[str, Any] = {}
+    """keys of a messenger that an installed package brings, such as { norms = false }"""
 
 
 class RoundSection(Section):

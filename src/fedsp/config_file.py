@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from fedsp.config import DIGEST, NAME, PartyConfig, RunConfig, Section
+from fedsp.config import DIGEST, NAME, MessengerSection, PartyConfig, RunConfig, Section
 from fedsp.errors import ConfigurationError, did_you_mean, first_line
 from fedsp.federation.aggregation.registry import require_rule
 from fedsp.federation.methods.registry import find_method
@@ -125,7 +125,17 @@ def make_config(values: Mapping[str, Any], source: str = "the configuration") ->
         _check_method(config)
     except (ValueError, ConfigurationError) as error:
         raise ConfigurationError(f"{source} has 1 fault:\n  {error}") from error
-    return config
+    return config.model_copy(update={"messenger": checked_options(config.messenger, source)})
+
+
+def recorded_config(values: Mapping[str, Any], source: str) -> RunConfig:
+    """The configuration that a run wrote into its folder, whole and checked when it began: what an
+    installed package brought to it, such as its messenger, need not be installed any more.
+
+    Raises:
+        ConfigurationError: as `validated`.
+    """
+    return validated(RunConfig, values, source)
 
 
 def _without_unknown_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -185,6 +195,24 @@ def _check_messenger(config: RunConfig) -> None:
             "prompt.init_text: prompt.init = 'text' needs a text; name a file, or set"
             " distill.text, or prompt.init = 'normal'"
         )
+
+
+def checked_options(section: MessengerSection, source: str) -> MessengerSection:
+    """The section with all keys of `messenger.options`, as the messenger's own class has them.
+
+    Raises:
+        ConfigurationError: there are some, and it has none; or as `validated`, `find_messenger`.
+    """
+    keys = find_messenger(section.kind).options
+    if keys is None:
+        if section.options:
+            raise ConfigurationError(
+                f"{source} has 1 fault:\n  messenger.options: {section.kind!r} has no keys of its"
+                " own: leave it out"
+            )
+        return section
+    checked = validated(keys, section.options, f"{source}, [messenger.options],")
+    return section.model_copy(update={"options": checked.model_dump(exclude_none=True)})
 
 
 def _check_method(config: RunConfig) -> None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+
+from fedsp.experiments.run_directory import RunDirectory
+from fedsp.storage import read_tensors
+from support.deployed import until
+from support.small_federation import make_federation
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
@@ -104,3 +112,97 @@ def test_the_services_of_a_federation_reach_each_other_and_nobody_else() -> None
         assert service["networks"] == ["federation"] and service["read_only"]
         assert service["cap_drop"] == ["ALL"] and "ports" not in service
         assert service["image"].startswith("${FEDSP_")
+
+
+def federation_of_two(folder: Path, host: str, owner: int) -> tuple[RunDirectory, Path]:
+    """A run in one place, and a federation of the same whose parties' folders have all they need,
+    wherever they are, and belong to a user."""
+    local, place = make_federation(folder, host=host, listen="0.0.0.0", partition={"clients": 2})
+    server = place / "server"
+    shutil.copytree(
+        folder / "files", server, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train.jsonl")
+    )
+    text = (server / "run.toml").read_text()
+    text = text.replace(str(server / "run"), "run").replace(f"{folder / 'files'}/", "")
+    (server / "run.toml").write_text(text)
+    for path in [place, *place.rglob("*")]:
+        os.chown(path, owner, owner)
+    return local, place
+
+
+def require_same(run: RunDirectory, local: RunDirectory) -> None:
+    """It ended as the run in one place did: to the last bits, which the number of threads moves."""
+    assert run.finished and run.result()["failures"] == 0
+    assert len(run.records()) == len(local.records()) == 3
+    found, expected = (read_tensors(one.best)[0] for one in (run, local))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.deployment
+def test_the_compose_file_runs_a_federation_to_its_end(tmp_path: Path) -> None:
+    """With images that `make wheelhouse` and the container files make, and an engine."""
+    images = [os.environ.get(f"FEDSP_{side}_IMAGE") for side in ("SERVER", "CLIENT")]
+    compose = shlex.split(os.environ.get("FEDSP_COMPOSE", ""))
+    if not all(images) or not compose or os.geteuid():
+        pytest.skip(
+            "name FEDSP_SERVER_IMAGE, FEDSP_CLIENT_IMAGE and FEDSP_COMPOSE, such as 'docker"
+            " compose', as the root user"
+        )
+    local, place = federation_of_two(tmp_path, "server", 10001)
+    file = tmp_path / "deploy" / "containers" / "compose.yaml"
+    file.parent.mkdir(parents=True)
+    text = (DEPLOY / "containers" / file.name).read_text()
+    file.write_text(text.replace("hospital-a", "client-0").replace("hospital-b", "client-1"))
+    project = ["-f", str(file), "-p", f"fedsp-{os.getpid()}"]
+    try:
+        done = subprocess.run(
+            [*compose, *project, "up"],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.stdout.count("the run is finished") == 2, done.stdout + done.stderr
+    finally:
+        subprocess.run([*compose, *project, "down"], capture_output=True, check=False)
+    require_same(RunDirectory.open(place / "server" / "run"), local)
+
+
+@pytest.mark.deployment
+def test_the_units_run_a_federation_to_its_end(tmp_path: Path) -> None:
+    """In a root with systemd, a user `fedsp` and fedsp in /opt/fedsp, booted as a container; what
+    is written there is gone behind the test."""
+    root = os.environ.get("FEDSP_SYSTEMD_ROOT")
+    if not root or os.geteuid() or not shutil.which("systemd-nspawn"):
+        pytest.skip("name FEDSP_SYSTEMD_ROOT, a root with systemd and fedsp, as the root user")
+    user = re.search(r"^fedsp:[^:]*:(\d+):", (Path(root) / "etc" / "passwd").read_text(), re.M)
+    assert user, "there is no user fedsp in it"
+    local, place = federation_of_two(tmp_path, "localhost", int(user[1]))
+    bound = ["--bind-ro=/etc/hosts"]
+    units = {}
+    for party, name in (("server", "server"), ("client-0", "client"), ("client-1", "client")):
+        unit, folder = f"fedsp-{party}.service", f"/var/lib/fedsp/{party}"
+        text = (DEPLOY / "systemd" / f"fedsp-{name}.service").read_text()
+        units[party] = tmp_path / unit
+        units[party].write_text(text.replace(f"/var/lib/fedsp/{name}\n", f"{folder}\n"))
+        bound += [
+            f"--bind-ro={units[party]}:/etc/systemd/system/{unit}",
+            f"--bind={place / party}:{folder}",
+        ]
+    how = ["--quiet", "--register=no", "--keep-unit", "--volatile=overlay", "-D", root]
+    wanted = [f"systemd.wants={unit.name}" for unit in units.values()]
+    with open(tmp_path / "boot.log", "wb") as log:
+        booted = subprocess.Popen(
+            ["systemd-nspawn", *how, *bound, "--boot", *wanted],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            until(lambda: (place / "server" / "run" / "result.json").exists(), 300.0)
+        finally:
+            # its first process, with which all of it ends
+            for process in psutil.Process(booted.pid).children():
+                process.kill()
+            booted.wait(60)
+    require_same(RunDirectory.open(place / "server" / "run"), local)

@@ -97,9 +97,7 @@ def test_lora_of_the_whole_model_is_a_peft_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["prompt", "prompt+adapter"])
 def test_a_prompt_is_not_merged(kind: str, tmp_path: Path) -> None:
-    run = Path(
-        api.run(settings(tmp_path, round={"rounds": 1}, messenger={"kind": kind}))["folder"]
-    )
+    run = Path(api.run(settings(tmp_path, round={"rounds": 1}, messenger={"kind": kind}))["folder"])
     with pytest.raises(ModelError, match="only adapters and weights can be merged into a model"):
         api.export(run, tmp_path / "out", merged=True)
     if kind == "prompt+adapter":

@@ -10,22 +10,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import Field
 from torch import Tensor
+from typer.testing import CliRunner
 
 import fedsp
 from fedsp import api
+from fedsp.cli import app
+from fedsp.config import Section
+from fedsp.config_file import make_config
 from fedsp.data import installed
 from fedsp.data.encoding import Encoded
 from fedsp.data.tasks import TASKS, find_task
+from fedsp.deployment.package import read_agreement
 from fedsp.errors import ConfigurationError, DataError
 from fedsp.experiments.embedded import EMBEDDED
+from fedsp.experiments.run_directory import list_runs
 from fedsp.federation.aggregation import registry as rules
 from fedsp.federation.aggregation.registry import find_rule, register_rule
 from fedsp.federation.aggregation.robust import RULES, Robust
+from fedsp.federation.agreement import agreement_of
 from fedsp.federation.methods import registry
 from fedsp.federation.methods.base import Averaging
 from fedsp.federation.methods.registry import MethodEntry, find_method
@@ -167,9 +175,76 @@ def test_a_messenger_of_this_process_alone_is_not_for_flower_s(
     messengers._ENTRIES.pop("mine")
     with pytest.raises(ConfigurationError, match=r"'mine'; choose .* once an installed package"):
         fedsp.evaluate(tmp_path / "run")
-    api.run(settings(tmp_path / "other", round={"rounds": 1}))
+
+
+def test_a_run_is_shown_without_the_packages_that_brought_it_something(
+    tmp_path: Path,
+) -> None:
+    """Its messenger or its method; a report tells the first, and names the second as what it cannot
+    read, since what clients hold is not known."""
+    fedsp.register_messenger(replace(find_messenger("layers"), name="mine"))
+    fedsp.register_method(replace(find_method("finetune"), name="own", title="my own"))
+    small = {"round": {"rounds": 1}}
+    fedsp.run(settings(tmp_path / "a", messenger={"kind": "mine"}, **small))
+    fedsp.run(settings(tmp_path / "b", method="own", **small))
+    messengers._ENTRIES.pop("mine")
+    registry._ENTRIES.pop("own")
+    rows = {Path(row["folder"]).parent.name: row for row in list_runs(tmp_path)}
+    assert {row["state"] for row in rows.values()} == {"finished"}
+    assert rows["b"]["method"] == "own" and rows["a"]["rounds"] == "1/1"
+    for name, title in (("a", "FedSP"), ("b", "own")):
+        shown = CliRunner().invoke(app, ["watch", str(tmp_path / name / "run")])
+        assert shown.exit_code == 0 and title in shown.output
     fedsp.write_report([tmp_path], tmp_path / "report")
-    assert "no messenger &#39;mine&#39;" in (tmp_path / "report" / "report.html").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "no method &#39;own&#39;" in page and "no messenger" not in page
+
+
+class Keys(Section):
+    width: int = Field(default=3, ge=1)
+    part: Literal["first", "last"] = "last"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "sentence"),
+    [
+        ("mine", {"widht": 3}, r"\[messenger.options\], has 1 fault:\n  widht: .* mean 'width'"),
+        ("mine", {"width": 0}, "width: expected at least 1, not 0"),
+        ("mine", {"part": "middle"}, "part: expected 'first' or 'last'"),
+        ("mine", 7, "messenger.options: expected a table of keys, not 7"),
+        ("adapter", {"width": 3}, "messenger.options: 'adapter' has no keys of its own"),
+    ],
+)
+def test_a_messenger_names_its_own_keys(
+    kind: str, options: Any, sentence: str, own: Callable[[], None], tmp_path: Path
+) -> None:
+    """They are checked at the server and, as the signed agreement has them, at each client; what is
+    not set has the default of the server's package, not of the client's."""
+    with pytest.raises(ConfigurationError, match=sentence):
+        make_config(settings(tmp_path, messenger={"kind": kind, "options": options}), "run.toml")
+
+
+def test_the_agreement_has_every_key_of_a_messenger(
+    own: Callable[[], None], tmp_path: Path
+) -> None:
+    given = {"kind": "mine", "options": {"part": "first"}}
+    config = make_config(settings(tmp_path, messenger=given))
+    assert config.messenger.options == {"width": 3, "part": "first"}
+    agreement = agreement_of(config, 64)
+    assert agreement.messenger.options == {"width": 3, "part": "first"}
+    path = tmp_path / "agreement.json"
+    path.write_text(agreement.model_dump_json())
+    assert read_agreement(tmp_path) == agreement
+    path.write_text(agreement.model_dump_json().replace('"width":3', '"width":-1'))
+    with pytest.raises(ConfigurationError, match="width: expected at least 1, not -1"):
+        read_agreement(tmp_path)
+
+
+@pytest.fixture
+def own() -> Iterator[None]:
+    fedsp.register_messenger(replace(find_messenger("layers"), name="mine", options=Keys))
+    yield
+    messengers._ENTRIES.pop("mine")
 
 
 @pytest.mark.parametrize(

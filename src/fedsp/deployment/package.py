@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fedsp.config import Agreement, PackageSection, PolicySection
-from fedsp.config_file import validated
+from fedsp.config_file import checked_options, validated
 from fedsp.deployment.package_check import require_harmless
 from fedsp.deployment.parties.credentials import sign, verify
 from fedsp.errors import (
@@ -94,7 +94,8 @@ def read_agreement(folder: Path) -> Agreement:
             f"the package in {folder} asks for what cannot be done here: {error}; a messenger that"
             " an installed package brings must be installed at the server and at every client"
         ) from error
-    return agreed
+    checked = checked_options(messenger, str(folder / AGREEMENT))
+    return agreed.model_copy(update={"messenger": checked})
 
 
 def open_package(

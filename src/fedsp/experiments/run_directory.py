@@ -43,9 +43,9 @@ from urllib.parse import quote
 import tomli_w
 
 from fedsp.config import RunConfig
-from fedsp.config_file import make_config
+from fedsp.config_file import make_config, recorded_config
 from fedsp.errors import FedspError, RunError, StorageError
-from fedsp.federation.methods.registry import find_method
+from fedsp.federation.methods.registry import shown_method
 from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -125,11 +125,13 @@ class RunDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
 
     @classmethod
-    def open(cls, path: Path) -> RunDirectory:
-        """The run in a folder.
+    def open(cls, path: Path, *, to_show: bool = False) -> RunDirectory:
+        """The run in a folder. One that is only shown is opened even where a package that brought
+        it something, such as its messenger, is not installed.
 
         Raises:
             RunError: there is none.
+            ConfigurationError: its configuration is at fault, or names what is not known here.
         """
         try:
             values = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -142,7 +144,8 @@ class RunDirectory:
             raise RunError(
                 f"{path} holds no run: its {CONFIG} cannot be read ({why}){instead}"
             ) from error
-        return cls(path, make_config(values, str(path / CONFIG)))
+        checked = recorded_config if to_show else make_config
+        return cls(path, checked(values, str(path / CONFIG)))
 
     @property
     def identity(self) -> str:
@@ -440,10 +443,10 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         row |= dict.fromkeys(("method", "model", "task", "rounds"), "-")
         row |= {"validation_loss": None, "state": "unreadable"}
         with contextlib.suppress(FedspError):
-            directory = RunDirectory.open(path)
+            directory = RunDirectory.open(path, to_show=True)
             records, config = directory.records(), directory.config
             losses = (record.get("validation") for record in records)
-            deployable = find_method(config.method).deployable
+            deployable = shown_method(config.method).deployable
             row |= {
                 "method": f"{config.method}, {config.preset}" if deployable else config.method,
                 "model": config.model.name,

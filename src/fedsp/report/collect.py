@@ -145,11 +145,11 @@ def _read_runs(folder: Path, results: Results) -> None:
     runs = []
     for path in find_runs(folder):
         try:
-            config = RunDirectory.open(path).config
-        except FedspError as error:  # such as one with a messenger that another process had
+            config = RunDirectory.open(path, to_show=True).config
+            entry = find_method(config.method)
+        except FedspError as error:  # such as one of a method that another process had
             results.failures.append((path.name, str(error), False))
             continue
-        entry = find_method(config.method)
         title = f"{entry.title}, {config.preset}" if entry.deployable else entry.title
         label = f"{title} ({path.relative_to(folder)})" if path != folder else title
         where = {

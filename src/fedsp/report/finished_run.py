@@ -167,7 +167,7 @@ def open_finished(folder: Path, key: str, **where: Any) -> Run | None:
     """The run in a folder; None if there is none, it is not finished, or had no test questions."""
     if not (folder / CONFIG).exists():
         return None
-    directory = RunDirectory.open(folder)
+    directory = RunDirectory.open(folder, to_show=True)
     if not directory.finished or "test" not in directory.result():
         return None
     file = folder / "depths.json"

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 from fedsp.experiments.run_directory import ROUNDS, STATEMENT, RunDirectory, read_json
-from fedsp.federation.methods.registry import find_method
+from fedsp.federation.methods.registry import shown_method
 
 Figures = dict[str, Any]
 LATELY = 5
@@ -28,7 +28,8 @@ def progress(run: RunDirectory, now: float | None = None) -> Figures:
     now: the time, seconds since the epoch.
     """
     records, config = run.records(), run.config
-    rounds = config.round.rounds if find_method(config.method).rounds else 0
+    method = shown_method(config.method)
+    rounds = config.round.rounds if method.rounds else 0
     known = [
         (record["round"], record["validation"])
         for record in records
@@ -45,7 +46,7 @@ def progress(run: RunDirectory, now: float | None = None) -> Figures:
     statement = run.path / STATEMENT
     return {
         "folder": str(run.path),
-        "method": find_method(config.method).title,
+        "method": method.title,
         "finished": run.finished,
         "round": len(records),
         "rounds": rounds,

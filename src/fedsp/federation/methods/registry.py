@@ -4,10 +4,12 @@ that a configuration is checked at once."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedsp.data.installed import METHODS, Register
+from fedsp.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from fedsp.data.encoding import Tokenizer
@@ -142,6 +144,14 @@ def find_method(name: str) -> MethodEntry:
         ConfigurationError: there is none of that name, or two; or as `load_installed`.
     """
     return _ENTRIES.find(name)
+
+
+def shown_method(name: str) -> MethodEntry:
+    """The entry of a method of a run that is only shown; where no package brings it any more, one
+    of its name alone."""
+    with suppress(ConfigurationError):
+        return find_method(name)
+    return MethodEntry(name=name, title=name, paper="", clients_hold="")
 
 
 def methods() -> Iterable[MethodEntry]:

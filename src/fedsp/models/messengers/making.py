@@ -4,7 +4,7 @@ exactly its tensors."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -26,9 +26,8 @@ own, or the distilled ones too."""
 
 def make_adapter(place: Place) -> Adapter:
     """The adapter that `[messenger]` describes."""
-    settings = AdapterSettings(
-        **{key: value for key, value in place.settings.items() if key not in ("kind", "layers")}
-    )
+    keys = [field.name for field in fields(AdapterSettings)]
+    settings = AdapterSettings(**{key: place.settings[key] for key in keys})
     return Adapter(place.model, place.blocks, settings, seed=place.seed)
 
 

@@ -13,6 +13,7 @@ from fedsp.data.installed import MESSENGERS, Register, installed_names
 from fedsp.errors import ConfigurationError, FedspError, first_line, keeps_no_layer
 
 if TYPE_CHECKING:
+    from fedsp.config import Section
     from fedsp.models.adapter import Blocks
     from fedsp.models.prompted_lm import PromptedLM
     from fedsp.models.soft_prompt import SoftPrompt
@@ -27,9 +28,12 @@ class Place:
     """Where a messenger is made: the global model at the server, the auxiliary model at a client.
 
     model: the model that reads it; `model.blocks` are its blocks, `model.shape.hidden` the width of
-        its hidden states. blocks: the layers of the global model that it lives in, by
-    number, and the depths of `model` that stand for each. prompt: makes the soft prompt of
-    `[prompt]`. settings: the section `[messenger]`. seed: the run's seed, equal on both sides.
+        its hidden states.
+    blocks: the layers of the global model that it lives in, by number, and the depths of `model`
+        that stand for each.
+    prompt: makes the soft prompt of `[prompt]`.
+    settings: the section `[messenger]`, with its `options` as the entry's class checked them.
+    seed: the run's seed, equal on both sides.
     """
 
     model: PromptedLM
@@ -46,7 +50,7 @@ class Sizes:
     layers: of each layer that it lives in, by name such as `layers.003`: `parameters`, the shape of
     each by name, and `linears`, (inputs, outputs) of each linear module by its path.
     hidden: width of the hidden states. prompt: the shape of the soft prompt of `[prompt]`.
-    settings: the section `[messenger]`.
+    settings: the section `[messenger]`, as in `Place`.
     """
 
     layers: Mapping[str, Mapping[str, Any]]
@@ -70,6 +74,9 @@ class MessengerEntry:
     has_prompt: whether the soft prompt of `[prompt]` is in it.
     per_example: whether it has a gradient for each example (`Messenger.apart`), which
         `privacy.unit = "example"` needs.
+    options: the keys that `messenger.options` may have, as a subclass of `fedsp.config.Section`, a
+        pydantic model with a default for each field. What it refuses is said under their names, by
+        the server before it starts and by a client before it takes part. None: there are no keys.
     learning_rate: what `[client]` and `[server]` have under the preset `messenger`, unless they say
         otherwise.
     """
@@ -81,6 +88,7 @@ class MessengerEntry:
     distilled_layers: bool = False
     has_prompt: bool = False
     per_example: bool = False
+    options: type[Section] | None = None
     learning_rate: float = 1e-3
 
 
