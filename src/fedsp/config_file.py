@@ -201,7 +201,8 @@ def checked_options(section: MessengerSection, source: str) -> MessengerSection:
     """The section with all keys of `messenger.options`, as the messenger's own class has them.
 
     Raises:
-        ConfigurationError: there are some, and it has none; or as `validated`, `find_messenger`.
+        ConfigurationError: there are some, and it has none; its class is no Section; or as
+            `validated`, `find_messenger`.
     """
     keys = find_messenger(section.kind).options
     if keys is None:
@@ -211,6 +212,11 @@ def checked_options(section: MessengerSection, source: str) -> MessengerSection:
                 " own: leave it out"
             )
         return section
+    if not issubclass(keys, Section):
+        raise ConfigurationError(
+            f"messenger.kind: the options of {section.kind!r} are {keys.__name__}, which is no"
+            " subclass of fedsp.config.Section"
+        )
     checked = validated(keys, section.options, f"{source}, [messenger.options],")
     return section.model_copy(update={"options": checked.model_dump(exclude_none=True)})
 

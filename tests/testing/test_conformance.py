@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -222,6 +222,13 @@ def test_a_messenger_names_its_own_keys(
     not set has the default of the server's package, not of the client's."""
     with pytest.raises(ConfigurationError, match=sentence):
         make_config(settings(tmp_path, messenger={"kind": kind, "options": options}), "run.toml")
+
+
+def test_the_keys_of_a_messenger_are_a_section(tmp_path: Path) -> None:
+    """A plain pydantic model would take unknown keys without a word."""
+    entry = replace(find_messenger("layers"), name="loose", options=BaseModel)
+    with pytest.raises(Nonconforming, match="BaseModel, which is no subclass of fedsp.config.Sec"):
+        check_messenger(entry)
 
 
 def test_the_agreement_has_every_key_of_a_messenger(

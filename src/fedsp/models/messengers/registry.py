@@ -13,7 +13,6 @@ from fedsp.data.installed import MESSENGERS, Register, installed_names
 from fedsp.errors import ConfigurationError, FedspError, first_line, keeps_no_layer
 
 if TYPE_CHECKING:
-    from fedsp.config import Section
     from fedsp.models.adapter import Blocks
     from fedsp.models.prompted_lm import PromptedLM
     from fedsp.models.soft_prompt import SoftPrompt
@@ -88,7 +87,7 @@ class MessengerEntry:
     distilled_layers: bool = False
     has_prompt: bool = False
     per_example: bool = False
-    options: type[Section] | None = None
+    options: type[Any] | None = None
     learning_rate: float = 1e-3
 
 
