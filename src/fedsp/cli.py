@@ -960,19 +960,19 @@ def export(
     output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")],
     merged: Annotated[
         bool,
-        typer.Option("--merged", help="A whole model, with the adapter in its weights."),
+        typer.Option("--merged", help="A whole model, with the adapters or weights that were tuned."),
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """Write the tuned prompt or adapter as a PEFT adapter (prefix tuning or LoRA), with a model
-    card: how it was made, what was measured, what was disclosed and promised."""
+    """Write what was tuned as a PEFT adapter (prefix tuning or LoRA) or as a whole model, with a
+    model card: how it was made, what was measured, what was disclosed and promised."""
     from fedsp import api as commands
 
     figures = commands.export(folder, output, merged=merged)
     typer.echo(
         f"{output} is a whole model: AutoModelForCausalLM.from_pretrained({str(output)!r})"
         if merged
-        else f"{output} is a PEFT adapter ({figures['peft_type']}):"
+        else f"{output} is a {figures['kind']}:"
         f" PeftModel.from_pretrained(model, {str(output)!r})"
     )
     _write(json_file, figures)

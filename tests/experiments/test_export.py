@@ -143,6 +143,16 @@ def test_a_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
     assert "No audit was made" not in found
 
 
+def test_a_card_of_whoever_tuned_alone_tells_of_no_clients(tmp_path: Path) -> None:
+    run = run_of(
+        tmp_path, **LORA, round={"rounds": 2, "clients": 0}, server={"steps": 2, "batch_size": 4}
+    )
+    api.export(run, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "| clients | none: the owner of the model tuned it alone |" in card
+    assert "| clients hold | nothing |" in card and "answered |" not in card
+
+
 def test_a_card_keeps_the_promise_that_it_tells_of(tmp_path: Path) -> None:
     """At client level neither clients nor their examples are counted."""
     private = {"unit": "client", "epsilon": 50.0, "delta": 1e-3, "clip": 0.1}

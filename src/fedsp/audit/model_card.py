@@ -47,7 +47,7 @@ def model_card(
         "---",
         f"# {run.path.resolve().name}: {kind} of {base_model}",
         "",
-        f"Tuned by a federation with fedsp {_version(run)} (run {run.identity}); written by"
+        f"Tuned with fedsp {_version(run)} (run {run.identity}); written by"
         " `fedsp export`.",
         "",
         "## How it was made",
@@ -89,7 +89,10 @@ def _made(run: RunDirectory) -> Iterable[tuple[str, Any]]:
     config, records = run.config, run.records()
     entry = find_method(config.method)
     yield "method", f"{entry.title} ({entry.paper})" if entry.paper else entry.title
-    if config.privacy.unit == "client":
+    alone = config.federation is None and not config.asks_clients
+    if alone:
+        yield "clients", "none: the owner of the model tuned it alone"
+    elif config.privacy.unit == "client":
         yield "clients", "not told, since each is promised privacy"
     else:
         asked = {client for record in records for client in record["asked"]}
@@ -98,7 +101,7 @@ def _made(run: RunDirectory) -> Iterable[tuple[str, Any]]:
     held = [len(rows) for rows in (run.partition() or {}).get("clients", {}).values()]
     if held and config.privacy.unit == "none":
         yield "clients' examples", f"{sum(held)} in all, {min(held)} to {max(held)} each"
-    yield "clients hold", entry.clients_hold
+    yield "clients hold", "nothing" if alone else entry.clients_hold
     if config.data.task_column:
         tasks = run.result().get("tasks", {}) if run.finished else {}
         yield "tasks", ", ".join(tasks) or f"those that the column {config.data.task_column} names"
