@@ -960,7 +960,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")],
     merged: Annotated[
         bool,
-        typer.Option("--merged", help="A whole model, with the adapters or weights that were tuned."),
+        typer.Option("--merged", help="A whole model, with what was tuned in its weights."),
     ] = False,
     json_file: Json = None,
 ) -> None:
@@ -972,8 +972,7 @@ def export(
     typer.echo(
         f"{output} is a whole model: AutoModelForCausalLM.from_pretrained({str(output)!r})"
         if merged
-        else f"{output} is a {figures['kind']}:"
-        f" PeftModel.from_pretrained(model, {str(output)!r})"
+        else f"{output} is a {figures['kind']}: PeftModel.from_pretrained(model, {str(output)!r})"
     )
     _write(json_file, figures)
 

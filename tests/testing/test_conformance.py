@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -530,6 +531,10 @@ SPOILT: dict[str, tuple[Any, str]] = {
     "copies unread": (changed(apart=unread), "reading a batch within apart.. fails"),
     "copies stay": (changed(apart=stays), "otherwise once apart.. has ended"),
     "copies swapped": (changed(apart=swapped), "gradients of apart..'s copies are not those of"),
+    "of no class": (
+        lambda place: SimpleNamespace(trained=Offset(place).trained),
+        "it has no payload, load, .*export, merge: make it a subclass of fedsp.Messenger",
+    ),
     "not made": (lambda place: place.settings["nothing"], "code of 'spoilt' fails with KeyError"),
 }
 

@@ -47,8 +47,7 @@ def model_card(
         "---",
         f"# {run.path.resolve().name}: {kind} of {base_model}",
         "",
-        f"Tuned with fedsp {_version(run)} (run {run.identity}); written by"
-        " `fedsp export`.",
+        f"Tuned with fedsp {_version(run)} (run {run.identity}); written by `fedsp export`.",
         "",
         "## How it was made",
         "",

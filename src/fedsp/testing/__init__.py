@@ -300,6 +300,9 @@ def _messenger_faults(entry: MessengerEntry, config: RunConfig) -> list[str]:
 
     names, plain = list(model.model.state_dict()), _states(model, None)[-1]
     server = at_server(model)
+    functions = [name for name, one in vars(Messenger).items() if callable(one) and name[0] != "_"]
+    if lacking := [name for name in functions if not hasattr(server, name)]:
+        return [f"it has no {', '.join(lacking)}: make it a subclass of fedsp.Messenger"]
     if list(model.model.state_dict()) != names:
         return [
             "it adds parameters or buffers to the model: keep them in the messenger, and let hooks"
