@@ -385,7 +385,9 @@ class Restless(Averaging):
     ids=lambda changes: changes["kind"],
 )
 def test_our_own_messengers_conform(changes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsp.testing._run_faults", lambda *_: [])  # whole runs: other tests
+    monkeypatch.setattr(
+        "fedsp.testing.messengers.run_faults", lambda *_: []
+    )  # whole runs: other tests
     check_messenger(find_messenger(changes["kind"]), messenger=changes)
 
 
@@ -543,7 +545,7 @@ SPOILT: dict[str, tuple[Any, str]] = {
 def test_what_a_messenger_lacks_is_said(
     kind: str, brought: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsp.testing._run_faults", lambda *_: [])
+    monkeypatch.setattr("fedsp.testing.messengers.run_faults", lambda *_: [])
     make, fault = SPOILT[kind]
     entry = fedsp.MessengerEntry(name="spoilt", make=make, shapes=offsets, per_example=True)
     if fault:
