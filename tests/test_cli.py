@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -264,6 +266,39 @@ def test_a_run_that_is_ended_says_how_to_go_on(number: int, workers: int, tmp_pa
         f" {run}`"
     )
     assert len(RunDirectory.open(run).records()) >= 2
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_ended_leaves_the_terminal_as_it_was(number: int, tmp_path: Path) -> None:
+    """In a terminal, where the cursor is hidden beside the bar of the steps, and before the first
+    round of a run: its folder is not left behind unless something is in it."""
+    config, run = tmp_path / "run.toml", tmp_path / "run"
+    command = [sys.executable, "-m", "fedsp"]
+    subprocess.run([*command, "init", config], check=True)
+    long = ["distill.steps=100000", "round.rounds=3"]
+    for words, sentence in (
+        (["distill", config, tmp_path / "package", *QUICK, *long], "fedsp: ended from outside"),
+        (
+            ["run", config, *QUICK, *long, f"output={run}"],
+            "fedsp: ended from outside; nothing was made",
+        ),
+    ):
+        terminal, theirs = pty.openpty()
+        started = subprocess.Popen([*command, *words], stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        while b"/100000" not in shown:
+            shown += os.read(terminal, 1 << 16)
+        started.send_signal(number)
+        with suppress(OSError):  # it ends
+            while more := os.read(terminal, 1 << 16):
+                shown += more
+        os.close(terminal)
+        assert started.wait(60) == 128 + number
+        assert shown.decode().rstrip().endswith(sentence)
+        assert shown.count(b"\x1b[?25l") == shown.count(b"\x1b[?25h") > 0
+    assert not run.exists()
 
 
 def test_it_says_its_version(fedsp) -> None:  # type: ignore[no-untyped-def]

@@ -18,7 +18,9 @@ from fedsp.config_file import (
     read_config,
     template,
 )
-from fedsp.errors import ConfigurationError
+from fedsp.data.dataset import load_dataset
+from fedsp.errors import ConfigurationError, DataError
+from fedsp.experiments.plan import check_examples
 
 SMALL = {"model": {"name": "embedded"}, "data": {}, "distill": {"text": ["x.txt"]}}
 
@@ -75,6 +77,14 @@ def test_offline_no_name_of_a_hub_is_taken(name: str, tmp_path: Path) -> None:
     assert "model.offline = true allows no hub name" in str(refused.value)
     for here in ("embedded", str(tmp_path)):
         assert make_config({**SMALL, "model": {"name": here, "offline": True}}).model.offline
+
+
+@pytest.mark.parametrize("use", [load_dataset, check_examples])
+def test_offline_no_data_of_a_hub_is_taken(use: Any) -> None:
+    offline = {**SMALL, "model": {"name": "embedded", "offline": True}}
+    config = make_config({**offline, "data": {"task": "arc_easy"}})
+    with pytest.raises(DataError, match="model.offline = true lets nothing of the task 'arc_easy'"):
+        use(config)
 
 
 def test_presets_fill_in_and_what_is_written_wins() -> None:

@@ -119,7 +119,7 @@ def run(
     try:
         torch.set_num_threads(1 if workers else threads)
         return start_run(suited, callbacks, way)
-    except FedspError:
+    except (FedspError, KeyboardInterrupt, SystemExit):
         RunDirectory(Path(suited.output), suited).remove_if_not_begun()
         raise
     finally:
@@ -562,9 +562,11 @@ def adapt(
 ADAPTER_USE = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({base!r})
+model = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(model, {folder!r})
 """
+FIND_EMBEDDED = "from importlib.resources import files\n\n"
+EMBEDDED_MODEL = 'files("fedsp.experiments") / "embedded" / "model"'
 MERGED_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({folder!r})
@@ -595,7 +597,9 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     # a card is handed on: no folder of this machine stands in it
     named = run.directory.config.model.name
     base = Path(named).name if Path(named).exists() else named
-    use = (MERGED_USE if merged else ADAPTER_USE).format(base=base, folder=to.name)
+    use = (MERGED_USE if merged else ADAPTER_USE).format(base=repr(base), folder=to.name)
+    if named == "embedded":
+        use = FIND_EMBEDDED + use.replace(repr(base), EMBEDDED_MODEL)
     library = "transformers" if merged else "peft"
     card = model_card(run.directory, kind=what["kind"], base_model=base, use=use, library=library)
     write_bytes(to / "README.md", card.encode())

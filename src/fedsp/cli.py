@@ -183,6 +183,7 @@ def distill(
     """Distil the auxiliary model and write the package, the folder that clients get: the model
     and, with a [federation] section, the signed agreement."""
     read = _read(config, overrides)
+    _says_that_it_loads(f"the model of {config}")
     from fedsp import api as commands
     from fedsp.report.console import Display, figures_table
 
@@ -237,10 +238,13 @@ def _run(
     deployed = engine == "deployment"
 
     def how() -> str:
-        if not (folder / "rounds.jsonl").exists():
-            return "no round was finished"
+        rounds = folder / "rounds.jsonl"
+        if not (folder / "config.toml").exists():
+            return "nothing was made"
+        finished = rounds.exists() and rounds.stat().st_size > 0
+        kept = "finished rounds are" if finished else "what it made is"
         command = "serve" if deployed else "run"
-        return f"finished rounds are kept: go on with `fedsp {command} --resume {folder}`"
+        return f"{kept} kept: go on with `fedsp {command} --resume {folder}`"
 
     with _says_how_to_go_on(how):
         _says_that_it_loads(f"the run {folder}")
@@ -789,11 +793,12 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Evaluate the global model with what a run tuned best, and zero-shot for comparison."""
+    if write:
+        require_installed("study", "--write needs", "rouge_score")
+    _says_that_it_loads(f"the run {folder}")
     from fedsp import api as commands
     from fedsp.report.console import Display, rows_table
 
-    if write:
-        require_installed("study", "--write needs", "rouge_score")
     with Display() as display:
         rows = commands.evaluate(
             folder,
@@ -925,6 +930,7 @@ def adapt(
     """Bring more of what the auxiliary model has learned into the global model, at the server and
     without labels: adapters in all of its layers learn to answer as a teacher does, such as both
     models together. They are written as a PEFT adapter if validation says that they are better."""
+    _says_that_it_loads(f"the run {folder}")
     from fedsp import api as commands
     from fedsp.report.console import Display, figures_table
 
@@ -1071,6 +1077,7 @@ def quiet_libraries() -> None:
 def main() -> None:
     """Run a command. An error that the user can fix is one sentence on stderr, exit code 2."""
     quiet_libraries()
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         if any("\ud800" <= letter <= "\udfff" for letter in " ".join(sys.argv)):
             raise ConfigurationError(
@@ -1079,6 +1086,11 @@ def main() -> None:
             )
         app()
         return
+    except SystemExit as ended:
+        if ended.code in ENDED:
+            how = getattr(ended, "how_to_go_on", "")
+            typer.echo(f"fedsp: ended from outside{how}", err=True)
+        raise
     except FedspError as error:
         message = str(error)
     except OSError as error:
@@ -1093,27 +1105,32 @@ def main() -> None:
             f"the terminal cannot show a text, since it takes {error.encoding} only: set it to"
             " UTF-8 (PYTHONIOENCODING=utf-8)"
         )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     typer.echo(f"fedsp: {message}".encode(errors="backslashreplace").decode(), err=True)
     sys.exit(2)
 
 
+ENDED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a command that is ended from outside, as a shell has them."""
+
+
 @contextmanager
 def _says_how_to_go_on(how: Callable[[], str]) -> Iterator[None]:
-    """Where the work is ended from outside, by Ctrl-C or SIGTERM, leave the terminal as it was, and
-    say what is kept and how to go on."""
-
-    def end(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Where the work is ended from outside, by Ctrl-C or SIGTERM, `main` also says what is kept and
+    how to go on."""
+    before = signal.signal(signal.SIGINT, _end)
     try:
         yield
     except SystemExit as ended:
-        typer.echo(f"fedsp: ended from outside; {how()}", err=True)
+        ended.how_to_go_on = f"; {how()}"  # type: ignore[attr-defined]
         raise ended from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _says_that_it_loads(what: str) -> None:

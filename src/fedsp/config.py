@@ -253,6 +253,11 @@ class DistillSection(Section):
     and hand the result out again; 0: never"""
 
     @property
+    def is_read(self) -> bool:
+        """Whether the making of a package reads a text."""
+        return self.steps > 0 or self.reads_files
+
+    @property
     def reads_files(self) -> bool:
         """Whether the text is public text in files."""
         return bool(self.text) and self.text not in (["model"], ["server"])

@@ -90,13 +90,29 @@ def test_a_run_s_file_says_what_rows_are_and_how_long_they_may_be(tmp_path: Path
     assert found["preview"][1] == {"context": "Password\nLabel:", "answer": " account"}
 
 
+def test_completions_that_repeat_are_counted_as_labels(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": f"Ticket {number}", "completion": "hw" if number % 3 else "mail"}
+        for number in range(9)
+    ]
+    (found,) = fedsp.check_data([rows_file(tmp_path / "t.jsonl", rows)])["files"]
+    assert found["labels"] == {"hw": 6, "mail": 3}
+    rows = [{"prompt": "Write", "completion": f"answer {number}"} for number in range(9)]
+    (found,) = fedsp.check_data([rows_file(tmp_path / "u.jsonl", rows)])["files"]
+    assert "labels" not in found
+
+
 def test_the_command_shows_it_and_says_what_it_cannot_tell(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_bytes("prompt;completion\nDrucker f\u00fcr A123456789;it\n".encode("cp1252"))
+    table = "prompt;completion\nDrucker f\u00fcr A123456789, max@x.de;it\n"
+    path.write_bytes(table.encode("cp1252"))
     result = CliRunner().invoke(app, ["data", "check", str(path), "--json", f"{tmp_path}/a.json"])
     assert result.exit_code == 0 and "divided by semicolons" in result.output
     assert "insurance numbers" in result.output and "line 2" in result.output
-    assert json.loads((tmp_path / "a.json").read_text())["files"][0]["rows"] == 1
+    found = (tmp_path / "a.json").read_text()
+    assert json.loads(found)["files"][0]["rows"] == 1
+    for shown in (result.output, found):
+        assert "A123456789" not in shown and "max@x" not in shown and "[e-mail addresses]" in shown
     rows_file(tmp_path / "odd.jsonl", [{"a": "b"}])
     with pytest.raises(DataError, match=r"has the fields \['a'\], by which no task can be told"):
         fedsp.check_data([tmp_path / "odd.jsonl"])

@@ -478,6 +478,36 @@ def test_a_table_is_read_in_the_encoding_that_excel_wrote(
     assert all("it is read as cp125" in line for line in said)
 
 
+GERMAN = "Bitte prüfen Sie die Gebühr für größere Aufträge, sie stimmt nicht"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "line"),
+    [
+        ("cp1252", "Señor Peña, Menü à la carte, João"),
+        ("cp1252", "Où est passé le reçu que l'élève a déjà envoyé près du château"),
+        ("cp1252", "Não há informações sobre a situação do cliente, a ligação caiu"),
+        ("cp1252", "Jag undrar när räkningen för året kommer, tack så mycket på förhand"),
+        ("cp1250", "Proszę sprawdzić, dlaczego rachunek za wrzesień został źle naliczony"),
+        ("cp1250", "Kérem, ellenőrizze a számlát, mert az összeg nem a szerződés szerint van"),
+        ("cp1250", "Příliš žluťoučký kůň úpěl ďábelské ódy, prosím zkontrolujte účet"),
+        (
+            "cp1250",
+            "Molim vas provjerite račun koji sam dobio prošli tjedan, želim znati što je točno",
+        ),
+        ("cp1250", "Vă rog să verificaţi factura pe care am primit-o, mulţumesc"),
+    ],
+)
+def test_western_and_central_tables_are_told_apart(
+    encoding: str, line: str, tmp_path: Path
+) -> None:
+    """Foreign names in a German table, and eight languages."""
+    lines = [*([GERMAN] * 20 if line.startswith("Se") else []), *[line] * 10]
+    path = tmp_path / "t.tsv"
+    path.write_bytes("\n".join(["text\tlabel", *(f"{one}\ta" for one in lines)]).encode(encoding))
+    assert [row["text"] for row in read_rows(path)] == lines
+
+
 def workbook(path: Path, *sheets: list[list[Any]]) -> Path:
     from openpyxl import Workbook
 

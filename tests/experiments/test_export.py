@@ -129,6 +129,7 @@ def test_a_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
         f"Clients held {result['disclosed_share']:.1%} of the global model's parameters",
         "No differential privacy: nothing is promised",
         "No audit was made of this run",
+        'from_pretrained(files("fedsp.experiments") / "embedded" / "model")',
         "PeftModel.from_pretrained(model, ",
     ):
         assert sentence in card, sentence

@@ -13,6 +13,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ from fedsp.models.payload import PROMPT, Payload, pack
 from fedsp.models.prompted_lm import ModelShape
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, read_prompt
 from fedsp.privacy import Ledger
-from fedsp.storage import tensors_digest
+from fedsp.storage import read_tensors, tensors_digest, write_tensors
 from fedsp.training import loop as fitting
 from fedsp.training import stage
 from fedsp.training.answers import proxy_tuned
@@ -643,14 +644,43 @@ def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
     assert state.consider({}, 2, 1.0).consider({}, 3, float("nan")).best_round == 2
 
 
-def test_a_run_begun_with_other_rows_is_not_resumed(tmp_path: Path) -> None:
-    commands.run(settings(tmp_path))
+@pytest.mark.parametrize(
+    "what", ["data.train", "data.validation", "data.test", "distill.text", "global model"]
+)
+def test_a_run_begun_with_something_else_is_not_resumed(what: str, tmp_path: Path) -> None:
+    """Everything that it reads is held against what it was begun with."""
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED / "model", model)
+    commands.run(settings(tmp_path, model={"name": str(model), "device": "cpu"}))
     (tmp_path / "run" / "result.json").unlink()
-    questions(tmp_path, "train", ROWS[1:61])
-    with pytest.raises(
-        RunError, match=r"was started with another data\.train: restore the original"
-    ):
+    section, _, split = what.partition(".")
+    if section == "data":
+        questions(tmp_path, split, ROWS[1:61])
+    elif section == "distill":
+        (tmp_path / "public.txt").write_text("Another text.\n")
+    else:
+        weights, _ = read_tensors(model / "model.safetensors")
+        name = next(name for name in weights if "ln_f" in name)
+        write_tensors(
+            model / "model.safetensors", weights | {name: 1.5 * weights[name]}, {"format": "pt"}
+        )
+    with pytest.raises(RunError, match=f"was started with another {what}: restore the original"):
         commands.resume(tmp_path / "run")
+    if what == "global model":
+        for use in (commands.evaluate, partial(commands.generate, text="a")):
+            with pytest.raises(RunError, match="was started with another global model"):
+                use(tmp_path / "run")
+
+
+def test_a_run_of_a_version_that_pinned_less_is_resumed(tmp_path: Path) -> None:
+    commands.run(settings(tmp_path))
+    run = RunDirectory.open(tmp_path / "run")
+    (run.path / "result.json").unlink()
+    known = json.loads((run.path / "inputs.json").read_text())
+    pinned = known.pop("global model")
+    (run.path / "inputs.json").write_text(json.dumps(known))
+    commands.resume(run.path)
+    assert json.loads((run.path / "inputs.json").read_text())["global model"] == pinned
 
 
 def test_a_peft_adapter_can_be_where_a_run_starts(tmp_path: Path) -> None:

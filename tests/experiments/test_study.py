@@ -297,6 +297,7 @@ def test_a_wrong_study_is_refused_before_anything_is_run(
         ({"partition": {"clients": 70}}, r"partition.clients = 70, but only 48 training examples"),
         ({"prompt": {"length": 250}}, r"prompt.length = 250 leaves 6 of the model's 256 positions"),
         ({"auxiliary": {"plan": "first(9)"}}, r"auxiliary.plan: .*"),
+        ({"distill": {"sequence_length": 4000}}, r"distill.sequence_length = 4000 is more than"),
         ({"model": {"name": "nowhere"}}, r"cannot load the model 'nowhere'"),
     ],
 )

@@ -21,9 +21,8 @@ from fedsp.report.console import egress_text
 def journal(path: Path, count: int = 3) -> Path:
     kept = ChainedLog(path)
     for round in range(1, count + 1):
-        kept.write(
-            run="ab", round=round, kind="update", bytes=10 * round, norm=1.0 / round, epsilon=None
-        )
+        about = {"run": "ab", "round": round, "kind": "update", "sha256": f"{round:064x}"}
+        kept.write(**about, bytes=10 * round, norm=1.0 / round, epsilon=None)
     return path
 
 
@@ -39,6 +38,18 @@ def test_what_is_written_is_read_and_summed(tmp_path: Path) -> None:
     assert figures["unprotected"] == 3
     told = egress_text(figures)
     assert "epsilon = 2.500 at delta = 1e-05" in told
+    assert "3 updates left without differential privacy" in told and "sent again" not in told
+
+
+def test_an_update_that_is_sent_again_is_one(tmp_path: Path) -> None:
+    path = journal(tmp_path / "egress.jsonl")
+    again = {"run": "ab", "round": 3, "kind": "update", "sha256": f"{3:064x}"}
+    for _ in range(4):
+        ChainedLog(path).write(**again, bytes=30, norm=1 / 3, epsilon=None)
+    figures = egress_figures(read_egress(path))
+    assert (figures["messages"], figures["updates"]) == ({"update": 7}, 3)
+    told = egress_text(figures)
+    assert "7 updates (3 different ones: 4 were sent again) and 0 refusals" in told
     assert "3 updates left without differential privacy" in told
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Figures = dict[str, Any]
 SHOWN = 3
 """Rendered examples that are shown."""
+REPEATED = 2
+"""How often answers stand there on average, at least, where they are taken for labels."""
 LIKELY: dict[str, list[tuple[str, ...]]] = {
     "chat": [("messages",), ("instruction", "output")],
     "completion": [("prompt", "completion")],
@@ -123,13 +125,12 @@ def check_files(
             "repeated": len(texts) - len(set(texts)),
             "identifiers": _identifiers(rows),
             "preview": [
-                {"context": example.context, "answer": example.target}
+                {"context": _masked(example.context), "answer": _masked(example.target)}
                 for example in examples[:SHOWN]
             ],
         }
-        labelled = [example.target.strip() for example in examples if example.task == LABELLED]
-        if labelled:
-            figures["labels"] = dict(Counter(labelled).most_common())
+        if labels := _labels(examples):
+            figures["labels"] = {_masked(label): count for label, count in labels.most_common()}
         if tokenizer is not None and examples:
             figures["tokens"] = _lengths(examples, tokenizer, max_tokens)
         files.append(figures)
@@ -182,6 +183,24 @@ def _identifiers(rows: Sequence[Row]) -> Figures:
                 about = found.setdefault(kind, {"rows": 0, "first": row["__where__"]})
                 about["rows"] += 1
     return found
+
+
+def _labels(examples: Sequence[Example]) -> Counter[str]:
+    """How often each label stands there; completions are labels where they repeat."""
+    labels, completions = (
+        Counter(example.target.strip() for example in examples if example.task == task)
+        for task in (LABELLED, "completion")
+    )
+    repeat = REPEATED * len(completions) <= completions.total()
+    return labels + completions if repeat else labels
+
+
+def _masked(text: str) -> str:
+    """A text with what looks like an identifier replaced by its kind."""
+    for kind, identifier in IDENTIFIERS.items():
+        for found in set(identifier.found(text)):
+            text = text.replace(found, f"[{kind}]")
+    return text
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -72,6 +72,11 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
     """
     data, task, rendering = config.data, find_task(config.data.task), Rendering.of(config.data)
     absent = config.federation is not None and data.train is None  # a server without examples
+    if config.model.offline and task.hub and not (data.train or absent):
+        raise DataError(
+            f"data.train: it names no file, and model.offline = true lets nothing of the task"
+            f" {task.name!r} be fetched from the hub"
+        )
     rows = [] if absent else load_rows(task, data.train, "train", data.columns)
     train = rendering.examples(rows)
     rendering = rendering.with_labels_of(train)

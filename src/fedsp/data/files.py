@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
+import json
 import logging
 import os
 import re
@@ -27,8 +29,12 @@ WORKBOOKS = (".xlsx", ".xlsm")
 QUERY, URL = ".sql", "-- url:"
 """The kind of a file that holds a query, and what its first line begins with."""
 ARCHIVE = b"PK\x03\x04"
-EXCEL = ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp932", "gb18030", "big5", "euc_kr"]
+WESTERN, CENTRAL = "cp1252", "cp1250"
+EXCEL = [WESTERN, CENTRAL, "cp1251", "cp1253", "cp1254", "cp932", "gb18030", "big5", "euc_kr"]
 """The encodings in which Excel saves tables in different countries."""
+NOT_WESTERN = re.compile(r"[^\W\d_][¹³¼¾¿£¥þªº][^\W\d_]|[^\W\d_]{4}³\b|õ(?![eE])")
+"""What letters of Central Europe become in the Western code page: ą, ł, ź, ż and ţ a sign within or
+behind a word, and ő an õ, which Portuguese has before e alone."""
 
 
 @contextmanager
@@ -86,12 +92,27 @@ def _encoding_of(path: Path) -> str:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
-        from charset_normalizer import from_bytes
-
-        found = None if data.startswith(ARCHIVE) else from_bytes(data, cp_isolation=EXCEL).best()
-        if found is not None:
-            return str(found.encoding)
+        return UTF8 if data.startswith(ARCHIVE) else _code_page_of(data)
     return UTF8
+
+
+def _code_page_of(data: bytes) -> str:
+    """The likeliest code page of text; UTF-8 where none fits. Western and Central European text
+    look alike to charset-normalizer: of the two, the Central one is taken where the other would
+    have what no Western language has; else the Western one, if it fits as well."""
+    from charset_normalizer import from_bytes
+
+    matches = from_bytes(data, cp_isolation=EXCEL)
+    best = matches.best()
+    if best is None:
+        return UTF8
+    if best.encoding in (WESTERN, CENTRAL):
+        western = next((one for one in matches if WESTERN in one.could_be_from_charset), None)
+        if western and NOT_WESTERN.search(str(western)):
+            return CENTRAL
+        if western and (western.chaos, -western.coherence) <= (best.chaos, -best.coherence):
+            return WESTERN
+    return str(best.encoding)
 
 
 def _what_it_is(data: bytes) -> str:
@@ -463,6 +484,15 @@ def hub_rows(path: str, name: str | None, split: str) -> list[Row]:
         dict(row) | {"__where__": f"{path} {split}, row {number}"}
         for number, row in enumerate(dataset)
     ]
+
+
+def text_digest(paths: Iterable[str | Path]) -> str:
+    """SHA-256 of the passages of text files, wherever they lie.
+
+    Raises:
+        DataError: as `read_passages`.
+    """
+    return hashlib.sha256(json.dumps(read_passages(paths)).encode()).hexdigest()
 
 
 def read_passages(paths: Iterable[str | Path]) -> list[str]:

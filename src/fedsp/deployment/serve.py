@@ -88,9 +88,18 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
             callbacks.info(f"waiting at {listening.path} for the app that `flwr run {APP}` starts")
         else:
             node_of = _start_superlink(section, register, run.path / "flower", processes, callbacks)
-        channel = listening.accept(processes.check, None if SOCKET in os.environ else START)
+
+        def check() -> None:
+            try:
+                processes.check()
+            except DeploymentError as error:
+                raise DeploymentError(
+                    f"{error}; `fedsp serve --resume {run.path}` goes on where the run stood"
+                ) from error
+
+        channel = listening.accept(check, None if SOCKET in os.environ else START)
         stack.callback(channel.close)
-        link = SocketLink(channel, processes.check)
+        link = SocketLink(channel, check)
         package = package_digest(Path(str(run.config.auxiliary.folder)))
         timeouts = Timeouts(
             connect=section.connect_seconds,

@@ -27,6 +27,7 @@ from fedsp.data.files import read_passages
 from fedsp.errors import (
     AuxiliaryError,
     ConfigurationError,
+    DataError,
     FedspError,
     ModelError,
     StorageError,
@@ -91,7 +92,8 @@ def check_examples(config: RunConfig) -> FederatedDataset | None:
     Raises:
         DataError: a file is missing or cannot be used, or the examples cannot be divided.
     """
-    return load_dataset(config) if config.data.train or config.federation else None
+    here = config.data.train or config.federation or config.model.offline
+    return load_dataset(config) if here else None
 
 
 def check_text(config: RunConfig) -> None:
@@ -104,6 +106,20 @@ def check_text(config: RunConfig) -> None:
         read_passages(config.distill.text)
     if config.prompt.init == "text" and config.prompt.init_text:
         read_passages([config.prompt.init_text])
+
+
+def require_sequences_fit(config: RunConfig, positions: int, name: str) -> None:
+    """See that a model with so many positions reads sequences of `distill.sequence_length` tokens.
+
+    Raises:
+        DataError: they are longer.
+    """
+    length, room = config.distill.sequence_length, positions - config.prompt.length
+    if length > room:
+        raise DataError(
+            f"distill.sequence_length = {length} is more than the {room} tokens that {name} reads"
+            " behind a prompt"
+        )
 
 
 def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
@@ -119,6 +135,7 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
     Raises:
         ModelError: the model's configuration cannot be had.
         ConfigurationError: the layer plan does not fit it.
+        DataError: sequences of `distill.sequence_length` tokens do not fit it.
         PromptError: the prompt leaves no room for text.
     """
     name = model_name(config)
@@ -134,6 +151,9 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
     taken = config.prompt.length if config.model.positions == "hugging_face" else 0
     if (room := counts["positions"] - taken) < LEAST_ROOM:
         raise leaves_no_room(config.prompt.length, room, counts["positions"])
+    handed_out = config.asks_clients or config.federation is not None
+    if handed_out and config.distill.is_read and not config.auxiliary.folder:
+        require_sequences_fit(config, counts["positions"], name)
     client, server, section = config.client, config.server, config.auxiliary
     shapes, plan = travelling(config, counts), counts["plan"]
     numbers = sum(math.prod(shape) for shape in shapes.values())

@@ -18,6 +18,7 @@ import torch
 from fedsp.config import RunConfig
 from fedsp.data.dataset import examples_digest, load_dataset
 from fedsp.data.encoding import Encoded, encode_choices, encode_targets
+from fedsp.data.files import text_digest
 from fedsp.data.seeding import derive_seed
 from fedsp.errors import PrivacyError, StorageError
 from fedsp.experiments.build import Federation, build_federation
@@ -43,7 +44,7 @@ from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
-from fedsp.models.loading import in_few_bits
+from fedsp.models.loading import in_few_bits, model_digest
 from fedsp.models.payload import Payload
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.privacy import LEDGER, Ledger, noise_for
@@ -82,7 +83,9 @@ def run_experiment(
     run.pin(
         {
             "data.train": dataset.train_digest,
+            "global model": model_digest(server.model),
             "auxiliary model": auxiliary.digest() if auxiliary else "none",
+            "distill.text": _text_digest(config),
             "data.validation": examples_digest(dataset.validation),
             "data.test": examples_digest(dataset.test),
         }
@@ -192,6 +195,13 @@ def _start_of_clients(config: RunConfig, federation: Federation) -> Payload | No
     if config.compression.down == FLOAT32 or federation.client_messenger is None:
         return None
     return federation.client_messenger().payload()
+
+
+def _text_digest(config: RunConfig) -> str:
+    """The digest of the public text that this run reads; none where its package is made already."""
+    distill = config.distill
+    read = distill.reads_files and not config.auxiliary.folder
+    return text_digest(distill.text) if read else "none"
 
 
 def _test_untuned(server: Server, party: Party) -> dict[str, float]:

@@ -4,7 +4,7 @@ point can be resumed from it.
 config.toml          the resolved configuration; `fedsp run config.toml` repeats the run
 run.json             identity, seed, threads, versions
 partition.json       who holds which rows of train
-inputs.json          digests of the training rows and of the auxiliary model
+inputs.json          digests of all that the run reads: rows, public text, models
 auxiliary/           the folder that clients get
 rounds.jsonl         one line per round
 traffic.jsonl        one line per message to or from another process, if there was one
@@ -306,15 +306,16 @@ class RunDirectory:
         return self._json(RUN)
 
     def pin(self, inputs: dict[str, str]) -> None:
-        """Record the digests of the run's inputs, or compare them with those recorded at its start.
+        """Record the digests of the run's inputs, or compare them with those recorded at its start;
+        one that the version of its start did not know is recorded now.
 
         Raises:
             RunError: an input is not what it was.
         """
-        if (self.path / INPUTS).exists():
-            self.hold(inputs)
-        else:
-            write_json(self.path / INPUTS, inputs)
+        self.hold_known(inputs)
+        known = self._json(INPUTS) if (self.path / INPUTS).exists() else {}
+        if inputs.keys() - known.keys():
+            write_json(self.path / INPUTS, {**inputs, **known})
 
     def hold(self, inputs: dict[str, str]) -> None:
         """Hold some inputs, by their digests, against what the run was begun with.

@@ -25,7 +25,12 @@ from fedsp.errors import (
     PromptError,
     leaves_no_room,
 )
-from fedsp.experiments.plan import LEAST_ROOM, how_it_reads, model_name
+from fedsp.experiments.plan import (
+    LEAST_ROOM,
+    how_it_reads,
+    model_name,
+    require_sequences_fit,
+)
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import prompt_spec
@@ -138,12 +143,8 @@ def distillation_text(server: Server, count: int | None = None) -> DistillationT
         DataError: there are none, or they are longer than the model can read.
     """
     section, dataset = server.config.distill, server.dataset
-    length, room = section.sequence_length, server.model.max_positions - server.config.prompt.length
-    if length > room:
-        raise DataError(
-            f"distill.sequence_length = {length} is more than the {room} tokens that"
-            f" {server.model.name} reads behind a prompt"
-        )
+    require_sequences_fit(server.config, server.model.max_positions, server.model.name)
+    length = section.sequence_length
     unread: list[list[int]] = []
     if section.text == ["server"]:
         own = dataset.held(dataset.partition.server)
@@ -296,7 +297,7 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
         rank=section.embedding_rank,
         seed=derive_seed(config.seed, "embeddings"),
     )
-    given = config.distill.steps > 0 or config.distill.reads_files
+    given = config.distill.is_read
     if given and config.distill.text == ["model"]:
         callbacks.info(
             "distill.text names no file: the global model writes"

@@ -45,6 +45,7 @@ from pydantic import Field, field_validator
 
 from fedsp.config import NAME, Count, RunConfig, Section
 from fedsp.config_file import apply_override, make_config, read_toml, resolve_paths, validated
+from fedsp.data.files import text_digest
 from fedsp.errors import (
     ConfigurationError,
     FedspError,
@@ -320,7 +321,7 @@ def _check(cells: list[Cell], source: str) -> None:
         if entry.package or not entry.trains_weights:
             found = found or fault(config, {"distill", "auxiliary", "prompt"}, check_text)
         if entry.deployable and not config.auxiliary.to_be_chosen:
-            parts = {"model", "auxiliary", "messenger", "prompt"}
+            parts = {"model", "auxiliary", "messenger", "prompt", "distill"}
             found = found or fault(config, parts, lambda config: make_plan(config, 1))
         if found:
             reasons.setdefault(found, []).append(cell.name)
@@ -427,6 +428,8 @@ def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunCo
     }
     if config.distill.text == ["server"]:
         about["validation"] = config.validation.by
+    if config.distill.reads_files:
+        about["text"] = text_digest(config.distill.text)
     if config.model.device != "cpu" and find_method(config.method).trains_weights:
         about["precision"] = "full"  # of the model that it is distilled from
     package = (study / "packages" / _digest(about)).resolve()

@@ -24,14 +24,15 @@ def read_egress(path: Path) -> list[Entry]:
 
 def egress_figures(entries: Sequence[Entry]) -> dict[str, Any]:
     """What a journal says in sum: `messages` by kind, `runs`, the `first` and the `last` time,
-    `bytes`, the largest `norm` of a change, `unprotected` updates, those without differential
-    privacy, the largest `epsilon` that was counted with its `delta`, and the `chain`, the digest of
-    the last line."""
+    `bytes`, the largest `norm` of a change, `updates`, each counted once however often it was sent,
+    and the `unprotected` of them, without differential privacy; the largest `epsilon` that was
+    counted with its `delta`, and the `chain`, the digest of the last line."""
     norms = [entry["norm"] for entry in entries if entry.get("norm") is not None]
     spent = [
         (entry["epsilon"], entry["delta"]) for entry in entries if entry.get("epsilon") is not None
     ]
     epsilon, delta = max(spent, default=(None, None))
+    updates = [entry for entry in entries if entry["kind"] == "update"]
     return {
         "messages": dict(Counter(entry["kind"] for entry in entries)),
         "runs": sorted({entry["run"] for entry in entries}),
@@ -39,9 +40,8 @@ def egress_figures(entries: Sequence[Entry]) -> dict[str, Any]:
         "last": entries[-1]["time"] if entries else None,
         "bytes": sum(entry["bytes"] for entry in entries),
         "largest_norm": max(norms, default=None),
-        "unprotected": sum(
-            entry["kind"] == "update" and entry.get("epsilon") is None for entry in entries
-        ),
+        "updates": len({entry["sha256"] for entry in updates}),
+        "unprotected": len({entry["sha256"] for entry in updates if entry.get("epsilon") is None}),
         "epsilon": epsilon,
         "delta": delta,
         "chain": entries[-1]["chain"] if entries else "",

@@ -317,6 +317,33 @@ PROBE = (
 )
 
 
+READ_OF_A_MODEL = (
+    *("config.json", "*.safetensors", "*.bin"),
+    *("tokenizer*", "vocab*", "merges.txt", "*.jinja"),
+)
+"""The files of a model's folder that decide what it computes."""
+
+
+def model_digest(model: PromptedLM) -> str:
+    """What tells a model from another of the same name: SHA-256 of its configuration, weights and
+    tokenizer as they lie in its folder, or the commit of the snapshot that the hub gave.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    if commit := getattr(model.model.config, "_commit_hash", None):
+        return f"commit {commit}"
+    found, folder = hashlib.sha256(), Path(model.name)
+    try:
+        for path in sorted({path for kind in READ_OF_A_MODEL for path in folder.glob(kind)}):
+            found.update(path.name.encode() + b"\0")
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise ModelError(f"{error.filename} cannot be read ({error.strerror})") from error
+    return found.hexdigest()
+
+
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """SHA-256 of what a tokenizer does to text: its vocabulary, its merges where it has them, and
     the tokens of a probe."""

@@ -330,10 +330,16 @@ def egress_text(figures: Mapping[str, Any]) -> str:
         return "Nothing has left this client yet."
     runs = len(figures["runs"])
     norm, epsilon = figures["largest_norm"], figures["epsilon"]
+    sent_again = kinds.get("update", 0) - figures["updates"]
+    again = (
+        f" ({figures['updates']} different ones: {sent_again} were sent again)"
+        if sent_again
+        else ""
+    )
     lines = [
         f"From {figures['first']} to {figures['last']} this client sent {sum(kinds.values())}"
         f" messages ({size(figures['bytes'])}) in {runs} run{'s' if runs != 1 else ''}:"
-        f" {kinds.get('update', 0)} updates and {kinds.get('refusal', 0)} refusals.",
+        f" {kinds.get('update', 0)} updates{again} and {kinds.get('refusal', 0)} refusals.",
         "An update is the numbers of the messenger and six figures of its training; no message"
         " holds text, and what it is was in the signed package.",
     ]
