@@ -285,7 +285,9 @@ def test_a_command_that_is_ended_leaves_the_terminal_as_it_was(number: int, tmp_
         ),
     ):
         terminal, theirs = pty.openpty()
-        started = subprocess.Popen([*command, *words], stdin=theirs, stdout=theirs, stderr=theirs)
+        started = subprocess.Popen(
+            [*command, *map(str, words)], stdin=theirs, stdout=theirs, stderr=theirs
+        )
         os.close(theirs)
         shown = b""
         while b"/100000" not in shown:

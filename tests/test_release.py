@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tomllib
@@ -31,7 +30,7 @@ def test_nothing_is_released_but_a_clean_commit_with_the_version_s_tag(tmp_path:
 
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     (clone / ".venv" / "bin").mkdir(parents=True)
-    os.symlink(sys.executable, clone / ".venv" / "bin" / "python")
+    (clone / ".venv" / "bin" / "python").symlink_to(sys.executable)
     version = tomllib.loads((clone / "pyproject.toml").read_text())["project"]["version"]
     (clone / "README.md").write_text("changed\n")
     assert "there are changes that are not committed" in refused()

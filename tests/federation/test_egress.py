@@ -49,7 +49,7 @@ def test_an_update_that_is_sent_again_is_one(tmp_path: Path) -> None:
     figures = egress_figures(read_egress(path))
     assert (figures["messages"], figures["updates"]) == ({"update": 7}, 3)
     told = egress_text(figures)
-    assert "7 updates (3 different ones: 4 were sent again) and 0 refusals" in told
+    assert "7 updates (3 of them different, the others sent again) and 0 refusals" in told
     assert "3 updates left without differential privacy" in told
 
 

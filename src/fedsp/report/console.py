@@ -330,10 +330,10 @@ def egress_text(figures: Mapping[str, Any]) -> str:
         return "Nothing has left this client yet."
     runs = len(figures["runs"])
     norm, epsilon = figures["largest_norm"], figures["epsilon"]
-    sent_again = kinds.get("update", 0) - figures["updates"]
+    different = figures["updates"]
     again = (
-        f" ({figures['updates']} different ones: {sent_again} were sent again)"
-        if sent_again
+        f" ({different} of them different, the others sent again)"
+        if different < kinds.get("update", 0)
         else ""
     )
     lines = [
