@@ -35,7 +35,8 @@ def test_nothing_is_released_but_a_clean_commit_with_the_version_s_tag(tmp_path:
     (clone / "README.md").write_text("changed\n")
     assert "there are changes that are not committed" in refused()
     git("checkout", "README.md")
-    git("tag", "--force", f"v{version}", "HEAD~1")
+    git("tag", "--force", f"v{version}")
+    git("commit", "--allow-empty", "--message", "one more")
     assert f"this commit has no tag v{version}" in refused()
     for file, sentence in (
         ("CHANGELOG.md", f"CHANGELOG.md has no section '## {version}'"),

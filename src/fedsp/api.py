@@ -565,8 +565,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(model, {folder!r})
 """
-FIND_EMBEDDED = "from importlib.resources import files\n\n"
-EMBEDDED_MODEL = 'files("fedsp.experiments") / "embedded" / "model"'
+FIND_EMBEDDED = "from fedsp.experiments.embedded import EMBEDDED\n"
 MERGED_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({folder!r})
@@ -597,9 +596,12 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     # a card is handed on: no folder of this machine stands in it
     named = run.directory.config.model.name
     base = Path(named).name if Path(named).exists() else named
-    use = (MERGED_USE if merged else ADAPTER_USE).format(base=repr(base), folder=to.name)
-    if named == "embedded":
-        use = FIND_EMBEDDED + use.replace(repr(base), EMBEDDED_MODEL)
+    if merged:
+        use = MERGED_USE.format(folder=to.name)
+    elif named == "embedded":
+        use = FIND_EMBEDDED + ADAPTER_USE.format(base='EMBEDDED / "model"', folder=to.name)
+    else:
+        use = ADAPTER_USE.format(base=repr(base), folder=to.name)
     library = "transformers" if merged else "peft"
     card = model_card(run.directory, kind=what["kind"], base_model=base, use=use, library=library)
     write_bytes(to / "README.md", card.encode())

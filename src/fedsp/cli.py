@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -960,10 +961,10 @@ def adapt(
     _write(json_file, figures)
 
 
-@app.command(rich_help_panel=AFTER, short_help="Write what was tuned as a PEFT adapter.")
+@app.command(rich_help_panel=AFTER, short_help="Write what was tuned, for PEFT or merged.")
 def export(
     folder: RunFolder,
-    output: Annotated[Path, typer.Argument(help="The new folder for the adapter.")],
+    output: Annotated[Path, typer.Argument(help="The new folder.")],
     merged: Annotated[
         bool,
         typer.Option("--merged", help="A whole model, with what was tuned in its weights."),
@@ -1077,18 +1078,18 @@ def quiet_libraries() -> None:
 def main() -> None:
     """Run a command. An error that the user can fix is one sentence on stderr, exit code 2."""
     quiet_libraries()
-    before = signal.signal(signal.SIGTERM, _end)
     try:
         if any("\ud800" <= letter <= "\udfff" for letter in " ".join(sys.argv)):
             raise ConfigurationError(
                 "a word of the command is not UTF-8 text: set the terminal to UTF-8, and rename"
                 " files whose names are not"
             )
-        app()
+        with _ends_at(signal.SIGTERM):
+            app()
         return
     except SystemExit as ended:
         if ended.code in ENDED:
-            how = getattr(ended, "how_to_go_on", "")
+            how = f"; {ended.how}" if isinstance(ended, _Ended) and ended.how else ""
             typer.echo(f"fedsp: ended from outside{how}", err=True)
         raise
     except FedspError as error:
@@ -1105,8 +1106,6 @@ def main() -> None:
             f"the terminal cannot show a text, since it takes {error.encoding} only: set it to"
             " UTF-8 (PYTHONIOENCODING=utf-8)"
         )
-    finally:
-        signal.signal(signal.SIGTERM, before)
     typer.echo(f"fedsp: {message}".encode(errors="backslashreplace").decode(), err=True)
     sys.exit(2)
 
@@ -1115,22 +1114,39 @@ ENDED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit codes of a command that is ended from outside, as a shell has them."""
 
 
+class _Ended(SystemExit):
+    """The end of a command by a signal. `how`: what is kept, and how to go on."""
+
+    how = ""
+
+
+def _end(number: int, _: object) -> NoReturn:
+    raise _Ended(128 + number)
+
+
+@contextmanager
+def _ends_at(number: signal.Signals) -> Iterator[None]:
+    """A signal ends what is done as an error would; only the main thread can see to that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        signal.signal(number, before or signal.SIG_DFL)
+
+
 @contextmanager
 def _says_how_to_go_on(how: Callable[[], str]) -> Iterator[None]:
     """Where the work is ended from outside, by Ctrl-C or SIGTERM, `main` also says what is kept and
     how to go on."""
-    before = signal.signal(signal.SIGINT, _end)
-    try:
-        yield
-    except SystemExit as ended:
-        ended.how_to_go_on = f"; {how()}"  # type: ignore[attr-defined]
-        raise ended from None
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _end(number: int, _: object) -> NoReturn:
-    raise SystemExit(128 + number)
+    with _ends_at(signal.SIGINT):
+        try:
+            yield
+        except _Ended as ended:
+            ended.how = how()
+            raise
 
 
 def _says_that_it_loads(what: str) -> None:

@@ -212,10 +212,10 @@ def checked_options(section: MessengerSection, source: str) -> MessengerSection:
                 " own: leave it out"
             )
         return section
-    if not issubclass(keys, Section):
+    if not (isinstance(keys, type) and issubclass(keys, Section)):
         raise ConfigurationError(
-            f"messenger.kind: the options of {section.kind!r} are {keys.__name__}, which is no"
-            " subclass of fedsp.config.Section"
+            f"messenger.kind: the options of {section.kind!r} are {keys!r}, which is no subclass of"
+            " fedsp.config.Section"
         )
     checked = validated(keys, section.options, f"{source}, [messenger.options],")
     return section.model_copy(update={"options": checked.model_dump(exclude_none=True)})

@@ -90,6 +90,17 @@ def test_a_run_s_file_says_what_rows_are_and_how_long_they_may_be(tmp_path: Path
     assert found["preview"][1] == {"context": "Password\nLabel:", "answer": " account"}
 
 
+def test_every_number_is_masked_whole_and_labels_that_mask_alike_are_summed(tmp_path: Path) -> None:
+    text = "IBAN DE89 3704 0044 0532 0130 00, a@x.de aa@x.de baa@x.de"
+    rows: list[dict[str, object]] = [
+        {"prompt": text, "completion": f"p{number % 4}@x.de"} for number in range(8)
+    ]
+    (found,) = fedsp.check_data([rows_file(tmp_path / "t.jsonl", rows)])["files"]
+    assert found["labels"] == {"[e-mail addresses]": 8}
+    masked = "IBAN [account numbers (IBAN)]," + " [e-mail addresses]" * 3
+    assert found["preview"][0]["context"] == masked
+
+
 def test_completions_that_repeat_are_counted_as_labels(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"prompt": f"Ticket {number}", "completion": "hw" if number % 3 else "mail"}

@@ -488,6 +488,7 @@ GERMAN = "Bitte prüfen Sie die Gebühr für größere Aufträge, sie stimmt nic
         ("cp1252", "Où est passé le reçu que l'élève a déjà envoyé près du château"),
         ("cp1252", "Não há informações sobre a situação do cliente, a ligação caiu"),
         ("cp1252", "Jag undrar när räkningen för året kommer, tack så mycket på förhand"),
+        ("cp1252", "Arve ei ole õige, palun kontrollige, mis põhjusel tõusis tarbimine"),
         ("cp1250", "Proszę sprawdzić, dlaczego rachunek za wrzesień został źle naliczony"),
         ("cp1250", "Kérem, ellenőrizze a számlát, mert az összeg nem a szerződés szerint van"),
         ("cp1250", "Příliš žluťoučký kůň úpěl ďábelské ódy, prosím zkontrolujte účet"),
@@ -501,8 +502,10 @@ GERMAN = "Bitte prüfen Sie die Gebühr für größere Aufträge, sie stimmt nic
 def test_western_and_central_tables_are_told_apart(
     encoding: str, line: str, tmp_path: Path
 ) -> None:
-    """Foreign names in a German table, and eight languages."""
-    lines = [*([GERMAN] * 20 if line.startswith("Se") else []), *[line] * 10]
+    """Foreign names and slips in a German table, and nine languages."""
+    lines = [line] * 10
+    if line.startswith("Se"):
+        lines += [*[GERMAN] * 30, "Preis£pro Stück", "Sigþór fragt", "Põldma kommt"]
     path = tmp_path / "t.tsv"
     path.write_bytes("\n".join(["text\tlabel", *(f"{one}\ta" for one in lines)]).encode(encoding))
     assert [row["text"] for row in read_rows(path)] == lines

@@ -78,6 +78,7 @@ def test_a_merged_model_answers_in_transformers_alone(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert float((found - untuned).abs().max()) > 1e-2
     card = (tmp_path / "merged" / "README.md").read_text()
+    assert "EMBEDDED" not in card
     assert 'library_name: "transformers"' in card and f"# run: {said}" in card
 
 
@@ -112,6 +113,8 @@ def test_parameters_that_are_not_the_models_own_are_not_merged() -> None:
     tuned = Weights({"layers.000.bias": torch.nn.Parameter(torch.ones(2))})
     with pytest.raises(ModelError, match="only adapters and weights can be merged"):
         tuned.merge(model)
+    with pytest.raises(ModelError, match="export the whole model, merged, if they are its own"):
+        tuned.export(model, Path("nowhere"))
 
 
 def test_a_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ def test_a_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
         f"Clients held {result['disclosed_share']:.1%} of the global model's parameters",
         "No differential privacy: nothing is promised",
         "No audit was made of this run",
-        'from_pretrained(files("fedsp.experiments") / "embedded" / "model")',
+        'AutoModelForCausalLM.from_pretrained(EMBEDDED / "model")',
         "PeftModel.from_pretrained(model, ",
     ):
         assert sentence in card, sentence

@@ -32,9 +32,13 @@ ARCHIVE = b"PK\x03\x04"
 WESTERN, CENTRAL = "cp1252", "cp1250"
 EXCEL = [WESTERN, CENTRAL, "cp1251", "cp1253", "cp1254", "cp932", "gb18030", "big5", "euc_kr"]
 """The encodings in which Excel saves tables in different countries."""
-NOT_WESTERN = re.compile(r"[^\W\d_][¹³¼¾¿£¥þªº][^\W\d_]|[^\W\d_]{4}³\b|õ(?![eE])")
-"""What letters of Central Europe become in the Western code page: ą, ł, ź, ż and ţ a sign within or
-behind a word, and ő an õ, which Portuguese has before e alone."""
+NOT_WESTERN = re.compile(r"[^\W\d_][¹³¼¾¿£¥þªº](?=[^\W\d_])|[^\W\d_]{4}³\b")
+"""What ą, ł, Ľ, ľ, ż, Ł, Ą, ţ, Ş and ş of Central Europe become in the Western code page: signs
+within or behind a word."""
+HUNGARIAN = re.compile(r"õ(?![eE])")
+"""What ő becomes; Portuguese has õ before e alone, and Estonian no accents beside it."""
+RARE = 0.05
+"""The share of letters beyond ASCII up to which such signs may be a name, or a slip."""
 
 
 @contextmanager
@@ -108,11 +112,21 @@ def _code_page_of(data: bytes) -> str:
         return UTF8
     if best.encoding in (WESTERN, CENTRAL):
         western = next((one for one in matches if WESTERN in one.could_be_from_charset), None)
-        if western and NOT_WESTERN.search(str(western)):
+        if western and _reads_wrong(str(western)):
             return CENTRAL
-        if western and (western.chaos, -western.coherence) <= (best.chaos, -best.coherence):
+        as_orderly = western and western.chaos <= best.chaos + RARE
+        if western and as_orderly and western.coherence >= best.coherence:
             return WESTERN
     return str(best.encoding)
+
+
+def _reads_wrong(text: str) -> bool:
+    """Whether text that was read as Western holds much that no Western language has."""
+    beyond = sum(not letter.isascii() for letter in text)
+    signs = len(NOT_WESTERN.findall(text))
+    if any(letter in text for letter in "áéíóú"):
+        signs += len(HUNGARIAN.findall(text))
+    return signs > RARE * beyond
 
 
 def _what_it_is(data: bytes) -> str:

@@ -44,7 +44,7 @@ from fedsp.federation.loop import RoundConfig, RunState, federate
 from fedsp.federation.messages import Failure, Request, RoundRecord, Transport, Update
 from fedsp.federation.methods.registry import find_method
 from fedsp.federation.party import Party
-from fedsp.models.loading import in_few_bits, model_digest
+from fedsp.models.loading import in_few_bits
 from fedsp.models.payload import Payload
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.privacy import LEDGER, Ledger, noise_for
@@ -83,9 +83,9 @@ def run_experiment(
     run.pin(
         {
             "data.train": dataset.train_digest,
-            "global model": model_digest(server.model),
+            "global model": server.digest,
             "auxiliary model": auxiliary.digest() if auxiliary else "none",
-            "distill.text": _text_digest(config),
+            **_public_text(config),
             "data.validation": examples_digest(dataset.validation),
             "data.test": examples_digest(dataset.test),
         }
@@ -197,11 +197,14 @@ def _start_of_clients(config: RunConfig, federation: Federation) -> Payload | No
     return federation.client_messenger().payload()
 
 
-def _text_digest(config: RunConfig) -> str:
-    """The digest of the public text that this run reads; none where its package is made already."""
-    distill = config.distill
-    read = distill.reads_files and not config.auxiliary.folder
-    return text_digest(distill.text) if read else "none"
+def _public_text(config: RunConfig) -> dict[str, str]:
+    """The digest of the public text, where the run makes its package of it; it need not be there
+    any more once that is made."""
+    distill, makes = config.distill, find_method(config.method).package and config.asks_clients
+    if not (makes and distill.reads_files) or config.auxiliary.folder:
+        return {}
+    gone = not all(Path(name).exists() for name in distill.text)
+    return {} if gone else {"distill.text": text_digest(distill.text)}
 
 
 def _test_untuned(server: Server, party: Party) -> dict[str, float]:

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -46,7 +47,13 @@ from fedsp.models.auxiliary import (
     parse_plan,
     plan_of_package,
 )
-from fedsp.models.loading import load_model, load_tokenizer, require_vocabulary, tokenizer_digest
+from fedsp.models.loading import (
+    load_model,
+    load_tokenizer,
+    model_digest,
+    require_vocabulary,
+    tokenizer_digest,
+)
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import (
     SoftPrompt,
@@ -78,6 +85,11 @@ class Server:
     dataset: FederatedDataset
     max_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the global model and its tokenizer."""
+        return model_digest(self.model, self.tokenizer)
 
 
 def open_server(config: RunConfig, dataset: FederatedDataset) -> Server:

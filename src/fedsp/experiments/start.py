@@ -41,7 +41,7 @@ from fedsp.federation.transport.local import local
 from fedsp.federation.transport.workers import workers
 from fedsp.models.adapter import Adapter
 from fedsp.models.auxiliary import AuxiliaryModel, disclosed_share, load_auxiliary
-from fedsp.models.loading import choose_device, model_digest
+from fedsp.models.loading import choose_device
 from fedsp.models.messengers.prompt_and_adapter import PromptAndAdapter
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
@@ -368,7 +368,7 @@ def _opened(folder: Path, shared: Server | None) -> OpenRun:
         if shared
         else open_server(config, dataset)
     )
-    directory.hold_known({"global model": model_digest(server.model)})
+    directory.hold_known({"global model": (shared or server).digest})
     model, messenger = find_method(config.method).server_side(method_setup(server))
     start = messenger.payload()
     if isinstance(messenger, SoftPrompt):

@@ -40,8 +40,14 @@ def egress_figures(entries: Sequence[Entry]) -> dict[str, Any]:
         "last": entries[-1]["time"] if entries else None,
         "bytes": sum(entry["bytes"] for entry in entries),
         "largest_norm": max(norms, default=None),
-        "updates": len({entry["sha256"] for entry in updates}),
-        "unprotected": len({entry["sha256"] for entry in updates if entry.get("epsilon") is None}),
+        "updates": len({entry.get("sha256", entry["chain"]) for entry in updates}),
+        "unprotected": len(
+            {
+                entry.get("sha256", entry["chain"])
+                for entry in updates
+                if entry.get("epsilon") is None
+            }
+        ),
         "epsilon": epsilon,
         "delta": delta,
         "chain": entries[-1]["chain"] if entries else "",

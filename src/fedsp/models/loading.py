@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CONFIG_NAME, cached_file
 
 from fedsp.data.encoding import Tokenizer
 from fedsp.errors import ModelError, StorageError, first_line, require_installed
@@ -158,8 +159,7 @@ def save_model(model: PromptedLM, tokenizer: Tokenizer, folder: Path) -> None:
         move_into_place(unfinished, folder.resolve(), last="config.json")
     except ValueError as error:
         raise ModelError(
-            f"{model.name} cannot be saved ({first_line(error)}): mend its generation_config.json,"
-            " or export the adapter without merging"
+            f"{model.name} cannot be saved ({first_line(error)}): mend its generation_config.json"
         ) from error
     except (OSError, SafetensorError) as error:
         raise StorageError(
@@ -317,30 +317,28 @@ PROBE = (
 )
 
 
-READ_OF_A_MODEL = (
-    *("config.json", "*.safetensors", "*.bin"),
-    *("tokenizer*", "vocab*", "merges.txt", "*.jinja"),
-)
-"""The files of a model's folder that decide what it computes."""
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
-def model_digest(model: PromptedLM) -> str:
-    """What tells a model from another of the same name: SHA-256 of its configuration, weights and
-    tokenizer as they lie in its folder, or the commit of the snapshot that the hub gave.
+def model_digest(model: PromptedLM, tokenizer: Tokenizer) -> str:
+    """SHA-256 of what a model and its tokenizer are: its configuration, its weight files, and what
+    the tokenizer does to text. A model of the hub is its snapshot in the cache.
 
     Raises:
         ModelError: a file cannot be read.
     """
-    if commit := getattr(model.model.config, "_commit_hash", None):
-        return f"commit {commit}"
-    found, folder = hashlib.sha256(), Path(model.name)
+    found = hashlib.sha256(tokenizer_digest(tokenizer).encode())
     try:
-        for path in sorted({path for kind in READ_OF_A_MODEL for path in folder.glob(kind)}):
+        config = Path(str(cached_file(model.name, CONFIG_NAME, local_files_only=True)))
+        weights = {path for kind in WEIGHTS for path in config.parent.glob(kind)}
+        for path in [config, *sorted(weights)]:
             found.update(path.name.encode() + b"\0")
             with path.open("rb") as file:
                 found.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
-        raise ModelError(f"{error.filename} cannot be read ({error.strerror})") from error
+        raise ModelError(
+            f"the files of {model.name} cannot be read again ({first_line(error)})"
+        ) from error
     return found.hexdigest()
 
 

@@ -81,7 +81,7 @@ class Messenger(Trainable, Protocol):
         read by. Returns `kind`, what was written in a few words, and its figures: `peft_type`, and
         `rank` or `virtual_tokens`. Raises ModelError where PEFT has no form for it."""
         raise ModelError(
-            "PEFT has no form for what this run tuned: tune a prompt or an adapter to export it"
+            "PEFT has no form for what this run tuned: it has one for a prompt, and for adapters"
         )
 
     def merge(self, model: PromptedLM) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Messenger(Trainable, Protocol):
         with it. Returns what `export` does. Raises ModelError where that cannot be."""
         raise ModelError(
             "only adapters and weights can be merged into a model, and this run tuned something"
-            " else: export it without merging"
+            " else"
         )
 
 

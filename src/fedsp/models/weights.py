@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedsp.errors import ModelError
 from fedsp.models.payload import Payload, check
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.trainable import Messenger
@@ -56,6 +58,13 @@ class Weights(Messenger):
                 for name, parameter in self._parameters.items()
             ]
         ).sum()
+
+    def export(self, model: PromptedLM, folder: Path) -> dict[str, Any]:
+        """Raises ModelError: weights are no adapter."""
+        raise ModelError(
+            "PEFT has no form for weights that were tuned: export the whole model, merged, if they"
+            " are its own"
+        )
 
     def merge(self, model: PromptedLM) -> dict[str, Any]:
         """Nothing is to be added: the model's own parameters are what was tuned.
