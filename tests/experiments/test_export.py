@@ -32,10 +32,17 @@ ADAPTERS: dict[str, Any] = {
 }
 
 
+MADE: dict[str, Path] = {}
+"""Finished runs by what they changed; tests get copies."""
+
+
 def run_of(folder: Path, **changes: Any) -> Path:
-    values = settings(folder, **{**ADAPTERS, **changes})
-    del values["prompt"]
-    return Path(api.run(values)["folder"])
+    what = json.dumps(changes, sort_keys=True)
+    if what not in MADE:
+        values = settings(folder / "made", **{**ADAPTERS, **changes})
+        del values["prompt"]
+        MADE[what] = Path(api.run(values)["folder"])
+    return Path(shutil.copytree(MADE[what], folder / "run"))
 
 
 def answers(run: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
