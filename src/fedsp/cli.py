@@ -892,7 +892,8 @@ def serve_model(
     from fedsp import api as commands
     from fedsp.report.console import Display
 
-    with Display() as display:
+    # SIGTERM is how a service ends
+    with Display() as display, suppress(KeyboardInterrupt, _Ended):
         commands.serve_model(
             folders,
             host=host,
