@@ -239,8 +239,10 @@ def _run(
     deployed = engine == "deployment"
 
     def how() -> str:
-        rounds = folder / "rounds.jsonl"
-        if not (folder / "config.toml").exists():
+        from fedsp.experiments.run_directory import CONFIG, ROUNDS
+
+        rounds = folder / ROUNDS
+        if not (folder / CONFIG).exists():
             return "nothing was made"
         finished = rounds.exists() and rounds.stat().st_size > 0
         kept = "finished rounds are" if finished else "what it made is"

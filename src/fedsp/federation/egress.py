@@ -32,7 +32,9 @@ def egress_figures(entries: Sequence[Entry]) -> dict[str, Any]:
         (entry["epsilon"], entry["delta"]) for entry in entries if entry.get("epsilon") is not None
     ]
     epsilon, delta = max(spent, default=(None, None))
-    updates = [entry for entry in entries if entry["kind"] == "update"]
+    updates = {
+        entry.get("sha256", entry["chain"]): entry for entry in entries if entry["kind"] == "update"
+    }
     return {
         "messages": dict(Counter(entry["kind"] for entry in entries)),
         "runs": sorted({entry["run"] for entry in entries}),
@@ -40,14 +42,8 @@ def egress_figures(entries: Sequence[Entry]) -> dict[str, Any]:
         "last": entries[-1]["time"] if entries else None,
         "bytes": sum(entry["bytes"] for entry in entries),
         "largest_norm": max(norms, default=None),
-        "updates": len({entry.get("sha256", entry["chain"]) for entry in updates}),
-        "unprotected": len(
-            {
-                entry.get("sha256", entry["chain"])
-                for entry in updates
-                if entry.get("epsilon") is None
-            }
-        ),
+        "updates": len(updates),
+        "unprotected": sum(entry.get("epsilon") is None for entry in updates.values()),
         "epsilon": epsilon,
         "delta": delta,
         "chain": entries[-1]["chain"] if entries else "",

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import PromptError, StorageError
+from fedsp.errors import ModelError, PromptError, StorageError
 from fedsp.models.payload import PROMPT, Payload, check
 from fedsp.models.prompted_lm import ModelShape, PromptedLM
 from fedsp.models.trainable import Messenger
@@ -225,6 +225,13 @@ class SoftPrompt(nn.Module, Messenger):
         write_json(folder / "adapter_config.json", about)
         words = f"PEFT {kind.lower().replace('_', '-')} adapter ({tokens} tokens)"
         return {"kind": words, "peft_type": kind, "virtual_tokens": tokens}
+
+    def merge(self, model: PromptedLM) -> dict[str, Any]:
+        """Raises ModelError: a prompt stands in front of the text, and in no weights."""
+        raise ModelError(
+            "only adapters and weights can be merged into a model, and this run tuned a soft"
+            " prompt: export it without merging"
+        )
 
 
 def read_prompt(path: Path) -> SoftPrompt:
