@@ -11,6 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +28,14 @@ from fedsp.audit.traffic import traffic
 from fedsp.config_file import make_config
 from fedsp.deployment.parties.credentials import CA, make_client_credentials
 from fedsp.deployment.parties.new_federation import init_federation
+from fedsp.deployment.parties.release import waiting
 from fedsp.deployment.processes import free_port
 from fedsp.deployment.serve import APP
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory
+from fedsp.federation.chained_log import read_log
+from fedsp.federation.egress import read_egress
+from fedsp.federation.transport.wire import REFUSALS
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import load_model
 from fedsp.models.trainable import trainable
@@ -253,6 +258,88 @@ def test_a_client_killed_and_started_again_keeps_its_place(
     first, _, third = records
     assert first["bytes_down"] < third["bytes_down"] / 2, "adapters begin alike on both sides"
     assert third["bytes_up"] < third["bytes_down"] / 2
+
+
+def test_a_hospital_s_client_is_watched_sends_what_a_person_released_and_can_prove_it(
+    deployment: Deployment,
+) -> None:
+    """`policy.release = "ask"` and `health` of a real server and a real client: the update of round
+    2 is withheld, and what the client's journal, the server's record and both monitors say agrees.
+    """
+    ours = deployment.place / "client-0"
+    ports = {"server": free_port(), "client": free_port()}
+    party = tomllib.loads((ours / "party.toml").read_text())
+    party |= {"health": f"127.0.0.1:{ports['client']}", "policy": {"release": "ask"}}
+    (ours / "party.toml").write_text(tomli_w.dumps(party))
+
+    def figure(role: str, name: str) -> str:
+        told = httpx.get(f"http://127.0.0.1:{ports[role]}/metrics").text
+        return next(line.split()[-1] for line in told.splitlines() if line.startswith(name))
+
+    def command(*words: str, answer: str = "") -> str:
+        code = "import sys; from fedsp.cli import main; sys.argv[0] = 'fedsp'; main()"
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, *words],
+            cwd=ours,
+            input=answer,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    server = deployment.serve(
+        "run.toml",
+        f"federation.health=127.0.0.1:{ports['server']}",
+        "federation.retry_seconds=300",
+        "round.min_clients=2",
+    )
+    clients = [deployment.join(client) for client in CLIENTS]
+    for round, answer in enumerate(("y", "", "y"), 1):
+        until(lambda: bool(waiting(ours / "state")))
+        for role in ports:
+            health = httpx.get(f"http://127.0.0.1:{ports[role]}/healthz")
+            assert health.status_code == 200 and health.json() == {"status": "ok", "role": role}
+        assert float(figure("client", "fedsp_server_reached")) == 1
+        if round > 1:
+            assert float(figure("server", "fedsp_round ")) == round - 1
+            assert float(figure("server", "fedsp_rounds ")) == 3
+            assert float(figure("client", 'fedsp_answers{kind="update"}')) == 1
+            sent = float(figure("client", "fedsp_bytes_sent"))
+            assert sent == sum(
+                entry["bytes"] for entry in read_egress(ours / "state" / "egress.jsonl")
+            )
+        told = command("egress", "release", answer=f"{answer}\n")
+        assert f"round {round}: 16,472 bytes" in told
+    assert exited(server) == 0, deployment.said("server")
+    assert [exited(client, 60) for client in clients] == [0, 0, 0], deployment.said("client-0")
+
+    records = RunDirectory.open(deployment.run).records()
+    assert [len(record["answered"]) for record in records] == [3, 2, 3]
+    assert records[1]["failed"] == {"client-0": REFUSALS["withheld"]}
+    journal = read_egress(ours / "state" / "egress.jsonl")
+    assert [(entry["kind"], entry["round"]) for entry in journal] == [
+        ("update", 1),
+        ("refusal", 2),
+        ("update", 3),
+    ]
+    received = sum(
+        row["bytes"]
+        for row in traffic(deployment.run)
+        if (row["client"], row["direction"]) == ("client-0", "up")
+    )
+    assert received == sum(entry["bytes"] for entry in journal)
+    told = command("egress", "report", "party.toml")
+    assert (
+        "2 updates and 1 refusals" in told and "2 updates left without differential privacy" in told
+    ), told
+    events = [entry["event"] for entry in read_log(ours / "state" / "security.jsonl", "")]
+    assert events == ["joined", "released", "withheld", "released"]
+    at_server = read_log(deployment.place / "server" / "security.jsonl", "")
+    assert {entry["event"] for entry in at_server} >= {"serving", "finished"}
 
 
 def test_the_package_holds_of_the_global_model_what_its_plan_declares(made: Any) -> None:
