@@ -332,7 +332,10 @@ def evaluate(
     Raises:
         DataError: the run has no questions of that split.
         RunError: `auxiliary`, but the run's clients have none.
+        ConfigurationError: `write`, but rouge-score is not installed.
     """
+    if write:
+        require_installed("study", "answers that are written are measured by", "rouge_score")
     run = open_run(folder)
     if prompt:
         other = read_prompt(Path(prompt)).to(run.server.model.device)

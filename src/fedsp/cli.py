@@ -796,8 +796,6 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Evaluate the global model with what a run tuned best, and zero-shot for comparison."""
-    if write:
-        require_installed("study", "--write needs", "rouge_score")
     _says_that_it_loads(f"the run {folder}")
     from fedsp import api as commands
     from fedsp.report.console import Display, rows_table

@@ -51,6 +51,7 @@ from fedsp.deployment.parties.credentials import (
     CERTIFICATE,
     client_key,
     has_signed,
+    renew,
     sign,
     verify,
 )
@@ -1226,6 +1227,35 @@ def test_wrong_input_gets_one_sentence_and_code_2(
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and sentence in said, said
     assert said.startswith("fedsp: ") and not (place / "server" / "run" / "rounds.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("days", "said"),
+    [
+        (61.5, ""),
+        (59.5, "the server's certificate expires in 59 days: `fedsp federation renew` makes a new"),
+        (0, "has expired, and no client would take it: `fedsp federation renew` makes a new one"),
+    ],
+)
+def test_a_server_says_weeks_before_that_its_certificate_expires(
+    days: float,
+    said: str,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("fedsp.deployment.parties.credentials.DAYS", days)
+    renew(place / "server", place / "ca.key")
+    monkeypatch.chdir(place / "server")
+    arguments = ["serve", "run.toml", "round.min_clients=9"]
+    monkeypatch.setattr(sys, "argv", ["fedsp", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    told = capsys.readouterr()
+    heard = (told.out + told.err).replace("\n", " ")
+    assert said in heard
+    assert ("round.min_clients: a round needs 9" in heard) == (days > 0)
+    assert ("`fedsp federation renew`" in heard) == bool(said)
 
 
 @pytest.mark.parametrize(

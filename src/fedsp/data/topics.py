@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from fedsp.errors import DataError
+from fedsp.errors import DataError, require_installed
 
 
 @lru_cache(maxsize=8)
@@ -19,16 +19,13 @@ def find_topics(
         DataError: scikit-learn is not installed, or there are fewer different questions than
             topics.
     """
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.decomposition import TruncatedSVD
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import Normalizer
-    except ImportError as error:
-        raise DataError(
-            "partition.topics needs scikit-learn: `pip install 'fedsp[study]'`"
-        ) from error
+    require_installed("study", "partition.topics needs", "sklearn", error=DataError)
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer
+
     if len(set(train)) < count:
         raise DataError(
             f"partition.topics = {count}, but there are only {len(set(train))} different questions"

@@ -20,7 +20,7 @@ import uvicorn
 
 import fedsp
 from fedsp.deployment.processes import host_and_port, require_free
-from fedsp.errors import ConfigurationError
+from fedsp.errors import ConfigurationError, require_installed
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.messages import RoundRecord
 
@@ -64,12 +64,9 @@ class Health:
                 f"{key}: {address!r} can be reached from other machines: name one of this machine"
                 f" alone, such as 127.0.0.1:{port}"
             )
-        try:
-            from prometheus_client import CollectorRegistry, Gauge, make_asgi_app
-        except ImportError as error:
-            raise ConfigurationError(
-                f"{key} needs prometheus-client: `pip install 'fedsp[flower]'`"
-            ) from error
+        require_installed("flower", f"{key} needs", "prometheus_client")
+        from prometheus_client import CollectorRegistry, Gauge, make_asgi_app
+
         registry = CollectorRegistry()
         self._gauge = partial(Gauge, registry=registry)
         metrics = make_asgi_app(registry)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsp.errors import ConfigurationError, RunError, first_line
+from fedsp.errors import RunError, first_line, require_installed
 from fedsp.experiments.run_directory import RunDirectory, read_json
 from fedsp.experiments.tracking.figures import Told
 from fedsp.federation.callbacks import Callbacks
@@ -30,13 +30,10 @@ class MlflowRun:
 
     def __init__(self, run: RunDirectory, uri: str, info: Callable[[str], None]) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        try:
-            from mlflow.exceptions import MlflowException
-            from mlflow.tracking import MlflowClient
-        except ImportError as error:
-            raise ConfigurationError(
-                "tracking.mlflow needs MLflow: `pip install 'fedsp[mlflow]'`"
-            ) from error
+        require_installed("mlflow", "tracking.mlflow needs", "mlflow", "sqlalchemy", "alembic")
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         self._run, self._info, self._refusal = run, info, MlflowException

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsp.errors import ConfigurationError, RunError, first_line
+from fedsp.errors import RunError, first_line, require_installed
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.tracking.figures import Told
 from fedsp.federation.callbacks import Callbacks
@@ -26,12 +26,9 @@ def tensorboard_callbacks(run: RunDirectory, folder: str, info: Callable[[str], 
         ConfigurationError: TensorBoard is not installed.
         RunError: the folder cannot be written.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigurationError(
-            "tracking.tensorboard needs TensorBoard: `pip install 'fedsp[tensorboard]'`"
-        ) from error
+    require_installed("tensorboard", "tracking.tensorboard needs", "tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     told = Told(run)
     place = Path(folder) / f"{run.path.name}-{run.identity[:8]}"
     try:

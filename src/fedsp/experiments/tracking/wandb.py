@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedsp.errors import ConfigurationError, RunError, first_line
+from fedsp.errors import RunError, first_line, require_installed
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.tracking.figures import Told
 from fedsp.federation.callbacks import Callbacks
@@ -26,12 +26,9 @@ def wandb_callbacks(run: RunDirectory, project: str, info: Callable[[str], None]
         ConfigurationError: it is not installed.
         RunError: it cannot be reached, or nobody is logged in there.
     """
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigurationError(
-            "tracking.wandb needs Weights & Biases: `pip install 'fedsp[wandb]'`"
-        ) from error
+    require_installed("wandb", "tracking.wandb needs", "wandb")
+    import wandb
+
     told = Told(run)
     try:
         logged = wandb.init(
