@@ -346,12 +346,30 @@ def test_a_preset_that_is_not_known_is_the_only_fault() -> None:
     assert str(raised.value).count("\n") == 1 and "did you mean 'messenger'?" in str(raised.value)
 
 
-@pytest.mark.parametrize("key", ["round.rounds", "client.learning_rate", "seed", "model.name"])
-def test_true_is_no_number_and_no_text(key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("round.rounds", "true", "a whole number, not True"),
+        ("seed", "false", "a whole number, not False"),
+        ("client.learning_rate", "true", "a number, not True"),
+        ("validation.patience", "true", "a whole number, not True"),
+        ("privacy.noise_multiplier", "true", "a number, not True"),
+        ("model.name", "true", "a text, not True"),
+        ("model.precision", "true", "'auto', 'float32', 'bfloat16', '8bit' or '4bit', not True"),
+        ("auxiliary.plan", "true", "a text or a list, not True"),
+        ("auxiliary.plan", "[true, 2]", "a whole number, not [True, 2]"),
+        ("auxiliary.prompt_layers", "[1, true]", "a whole number, not [1, True]"),
+        ("distill.text", "[true]", "a text, not True"),
+        ("model.offline", "1.5", "true or false, not 1.5"),
+    ],
+)
+def test_true_is_no_number_and_no_text(key: str, value: str, expected: str) -> None:
+    """Pydantic would take true as 1, in lists too."""
     values: dict[str, Any] = {"model": {"name": "x"}, "distill": {"text": ["a"]}}
-    apply_override(values, f"{key}=true")
-    with pytest.raises(ConfigurationError, match=f"{key}: expected a number or a text, not True"):
+    apply_override(values, f"{key}={value}")
+    with pytest.raises(ConfigurationError) as raised:
         make_config(values)
+    assert re.search(rf"{key}\S*: expected {re.escape(expected)}", str(raised.value)), raised.value
 
 
 def test_a_tilde_is_the_users_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -19,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 
 def _from_home(name: object) -> object:
@@ -65,6 +67,27 @@ CodecName = Literal["float32", "float16", "int8", "int4", "sign"]
 ClientPrecision = Literal["float32", "bfloat16", "8bit", "4bit"]
 
 
+def _kinds(annotation: Any) -> list[Any]:
+    """What a field of this annotation may hold."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for one in get_args(annotation) for kind in _kinds(one)]
+    return [annotation]
+
+
+def _taken_as(value: object, annotation: Any) -> type[int] | type[float] | None:
+    """The kind of number as which pydantic would take a true or false in this value, or None."""
+    kinds = _kinds(annotation)
+    if isinstance(value, bool):
+        return None if bool in kinds else int if int in kinds else float if float in kinds else None
+    table = value if isinstance(value, dict) else {}
+    parts = value if isinstance(value, list) else [*table.values()]
+    inside = [held[-1 if table else 0] for kind in kinds if (held := get_args(kind))]
+    found = (_taken_as(part, held) for part in parts for held in inside)
+    return next(filter(None, found), None)
+
+
 class Section(BaseModel):
     """A table of a configuration file. Unknown keys and numbers that are not finite are refused,
     and so is true or false in a number's place."""
@@ -78,9 +101,8 @@ class Section(BaseModel):
     def _no_other_kind(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str) and "\0" in value:
             raise ValueError("it contains a NUL character: remove it")
-        kind: Any = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
-            raise ValueError("expected a number or a text")
+        if number := _taken_as(value, cls.model_fields[str(info.field_name)].annotation):
+            raise PydanticKnownError("int_type" if number is int else "float_type")
         return value
 
 

@@ -549,7 +549,9 @@ def _fault(root: type[Section], fault: dict[str, Any]) -> str:
         )
     if fault["type"] == "missing":
         field = _section(root, where[:-1]).model_fields[where[-1]]
-        return f"{key}: missing; {_on_one_line(field.description) or 'a section of the file'}"
+        table = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        nothing_said = "a section of the file" if table else "it has no default"
+        return f"{key}: missing; {_on_one_line(field.description) or nothing_said}"
     message = fault["msg"].removeprefix("Value error, ")
     meant = ""
     if fault["type"] == "string_pattern_mismatch":

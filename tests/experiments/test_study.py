@@ -4,6 +4,7 @@ a run's."""
 from __future__ import annotations
 
 import csv
+import dataclasses
 import fcntl
 import json
 import os
@@ -28,6 +29,7 @@ from fedsp.experiments import run_directory as runs
 from fedsp.experiments import start, study
 from fedsp.experiments.start import start_run
 from fedsp.federation.callbacks import Callbacks
+from fedsp.federation.methods import registry
 from fedsp.models.soft_prompt import read_prompt
 from fedsp.report.collect import read_results
 from fedsp.report.page import write_report
@@ -252,6 +254,27 @@ def test_a_cell_that_fails_is_written_down_and_the_rest_goes_on(tmp_path: Path) 
         report["failed"] == 1
         and "nothing_of_that_name" in (tmp_path / "report" / "report.html").read_text()
     )
+
+
+def test_a_study_is_reported_without_the_cells_that_cannot_be_read(tmp_path: Path) -> None:
+    """One of a method that no package brings any more, and one whose figures are damaged: both are
+    named on the page, the others stand in its tables."""
+    registry.register_method(dataclasses.replace(registry.find_method("zero_shot"), name="own"))
+    path = study_file(
+        tmp_path,
+        methods={"zero-shot": {"method": "zero_shot"}, "mine": {"method": "own"}},
+        reference="zero-shot",
+        seeds=[0, 1],
+        grids=[{"title": "One", "methods": ["zero-shot", "mine"]}],
+    )
+    assert study.run_study(path)["finished"] == 4
+    registry._ENTRIES.pop("own")
+    (damaged,) = (tmp_path / "studies" / "small").glob("*zero-shot-seed-1*/result.json")
+    damaged.write_text("{")
+    report = write_report([tmp_path / "studies" / "small"], tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert (report["runs"], report["failed"], report["missing"]) == (1, 3, 3)
+    assert page.count("no method &#39;own&#39;") == 2 and "result.json" in page
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,10 @@ def test_a_run_is_shown_without_the_packages_that_brought_it_something(
     assert "no method &#39;own&#39;" in page and "no messenger" not in page
 
 
+class Needed(Section):
+    width: int
+
+
 class Keys(Section):
     width: int = Field(default=3, ge=1)
     part: Literal["first", "last"] = "last"
@@ -223,6 +227,13 @@ def test_a_messenger_names_its_own_keys(
     not set has the default of the server's package, not of the client's."""
     with pytest.raises(ConfigurationError, match=sentence):
         make_config(settings(tmp_path, messenger={"kind": kind, "options": options}), "run.toml")
+
+
+def test_a_key_that_a_messenger_cannot_do_without_is_asked_for(tmp_path: Path) -> None:
+    fedsp.register_messenger(replace(find_messenger("layers"), name="strict", options=Needed))
+    with pytest.raises(ConfigurationError, match="width: missing; it has no default"):
+        make_config(settings(tmp_path, messenger={"kind": "strict"}), "run.toml")
+    messengers._ENTRIES.pop("strict")
 
 
 def test_the_keys_of_a_messenger_are_a_section(tmp_path: Path) -> None:

@@ -105,7 +105,11 @@ def _read_study(folder: Path, results: Results) -> None:
     for cell in index["cells"]:
         path = folder / cell["folder"]
         where = {axis: cell[axis] for axis in AXES}
-        run = open_finished(path, f"run-{len(results.runs) + 1}", study=str(folder), **where)
+        try:
+            run = open_finished(path, f"run-{len(results.runs) + 1}", study=str(folder), **where)
+        except FedspError as error:  # such as one of a method that another process had
+            results.failures.append((path.name, str(error), False))
+            continue
         if run:
             results.runs[run.key] = found[cell["folder"]] = run
         elif (path / FAILURE).exists():
@@ -147,20 +151,18 @@ def _read_runs(folder: Path, results: Results) -> None:
         try:
             config = RunDirectory.open(path, to_show=True).config
             entry = find_method(config.method)
+            title = f"{entry.title}, {config.preset}" if entry.deployable else entry.title
+            where = {
+                "method": f"{title} ({path.relative_to(folder)})" if path != folder else title,
+                "task": config.data.task,
+                "model": Path(config.model.name).name,
+                "partition": config.partition.kind,
+            }
+            key = f"run-{len(results.runs) + 1}"
+            run = open_finished(path, key, study=str(folder), choice="", **where)
         except FedspError as error:  # such as one of a method that another process had
             results.failures.append((path.name, str(error), False))
             continue
-        title = f"{entry.title}, {config.preset}" if entry.deployable else entry.title
-        label = f"{title} ({path.relative_to(folder)})" if path != folder else title
-        where = {
-            "method": label,
-            "task": config.data.task,
-            "model": Path(config.model.name).name,
-            "partition": config.partition.kind,
-        }
-        run = open_finished(
-            path, f"run-{len(results.runs) + 1}", study=str(folder), choice="", **where
-        )
         if run:
             results.runs[run.key] = run
             runs.append(run)

@@ -164,12 +164,18 @@ class Run:
 
 
 def open_finished(folder: Path, key: str, **where: Any) -> Run | None:
-    """The run in a folder; None if there is none, it is not finished, or had no test questions."""
+    """The run in a folder; None if there is none, it is not finished, or had no test questions.
+
+    Raises:
+        ConfigurationError: no package brings its method any more.
+        RunError, StorageError: it cannot be read.
+    """
     if not (folder / CONFIG).exists():
         return None
     directory = RunDirectory.open(folder, to_show=True)
     if not directory.finished or "test" not in directory.result():
         return None
+    find_method(directory.config.method)
     file = folder / "depths.json"
     depths = read_json(file, "rows")["rows"] if file.exists() else []
     return Run(
