@@ -217,6 +217,9 @@ def test_figures_go_through_links_and_into_pipes(fedsp, tmp_path: Path) -> None:
         (["data.train=" + "x" * 400], "File name too long"),
         (["output=" + "x" * 400], "File name too long"),
         (['data.train="a\\u0000b"'], "data.train: it contains a NUL character"),
+        (["client.learning_rate=1e39"], "client.learning_rate: expected at most 100.0, not 1e+39"),
+        (["client.learning_rate=inf"], "a number that is not infinite"),
+        (["client.learning_rate=0"], "client.learning_rate: expected more than 0.0, not 0"),
         (
             ["client.batch_size=99999999999"],
             "client.batch_size: expected at most 65536",

@@ -3,6 +3,7 @@ who looks at the package sees what it is."""
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from fedsp import api as commands
 from fedsp.audit.inspection import LIMITS, inspect_auxiliary
@@ -19,6 +21,7 @@ from fedsp.audit.registry import AUDITS, audit
 from fedsp.audit.shadows import Options
 from fedsp.audit.summary import account
 from fedsp.audit.trap import Trap, draw_words, make_trap, right_words, room_for_words
+from fedsp.cli import app
 from fedsp.data.encoding import Encoded
 from fedsp.errors import AuxiliaryError, DataError, RunError
 from fedsp.experiments.embedded import EMBEDDED
@@ -348,3 +351,21 @@ def test_whoever_is_handed_a_package_can_look_at_it(tmp_path: Path) -> None:
     spec = PromptSpec(space="residual", length=17, model=honest.prompt_shape)
     make_trap(honest, spec, range(16)).auxiliary.save(tmp_path / "trap")
     assert len(commands.inspect(tmp_path / "trap")["unusual"]) >= 4
+
+
+def test_the_command_says_what_is_unusual_and_ends_with_code_2(tmp_path: Path) -> None:
+    honest = embedded_package()
+    honest.save(tmp_path / "package")
+    figures = tmp_path / "found.json"
+    told = CliRunner().invoke(app, ["inspect", str(tmp_path / "package"), "--json", str(figures)])
+    assert told.exit_code == 0, told.output
+    assert "Nothing unusual was found, which is no guarantee" in told.output
+    found = json.loads(figures.read_text())
+    assert found["sha256"] in told.output and found["unusual"] == []
+    spec = PromptSpec(space="residual", length=17, model=honest.prompt_shape)
+    make_trap(honest, spec, range(16)).auxiliary.save(tmp_path / "trap")
+    told = CliRunner().invoke(app, ["inspect", str(tmp_path / "trap"), "--json", str(figures)])
+    found = json.loads(figures.read_text())["unusual"]
+    assert len(found) >= 4 and told.output.count("unusual: ") == len(found)
+    assert isinstance(told.exception, AuxiliaryError), "code 2"
+    assert f"is unusual in {len(found)} ways: ask the owner" in str(told.exception)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from fedsp import api as commands
+from fedsp.cli import app
 from fedsp.data.encoding import Encoded
 from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.experiments.adaptation import TEACHERS
@@ -154,8 +156,13 @@ def test_an_adaptation_is_kept_where_validation_falls_and_reads_no_label(
     opened = open_run(run)
     losses = {who: validation_of(opened, answers_of(opened, who, 1.0)) for who in TEACHERS}
     assert losses[figures["teacher"]] == min(losses.values())
-    labelled = commands.adapt(run, asked(tmp_path, answer=3), tmp_path / "other", **how)
-    assert labelled == figures, "a label, right or wrong, changes nothing"
+    asked(tmp_path, answer=3)
+    words = ["adapt", run, tmp_path / "asked.jsonl", tmp_path / "other"]
+    words += [word for key, value in how.items() for word in (f"--{key.replace('_', '-')}", value)]
+    told = CliRunner().invoke(app, [*map(str, words), "--json", str(tmp_path / "figures.json")])
+    assert told.exit_code == 0 and f"{tmp_path / 'other'} is a PEFT adapter" in told.output
+    labelled = json.loads((tmp_path / "figures.json").read_text())
+    assert labelled == json.loads(json.dumps(figures)), "a label, right or wrong, changes nothing"
     peft = pytest.importorskip("peft", reason="PEFT comes with the study extra")
     peft.PeftModel.from_pretrained(opened.model.model, tmp_path / "lora")  # in place
     opened.prefix(zero_shot=True)

@@ -39,7 +39,7 @@ from fedsp.training.distillation import Distillation, distill
 from fedsp.training.evaluation import Scored, by_client
 from fedsp.training.loop import Optimisation, TrainResult
 from fedsp.training.stage import Stage
-from support.small_runs import PAPER, ROWS, settings
+from support.small_runs import PAPER, ROWS, questions, settings
 from support.tiny_models import tiny_model
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -147,6 +147,31 @@ def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_o
 
 
 @pytest.mark.study
+def test_clients_have_whatever_names_a_column_of_theirs_gives_them(tmp_path: Path) -> None:
+    """Longer than a file's name may be, alike in their first 299 letters, and like a way out of the
+    run's folder: each client keeps its own optimizer's state."""
+    names = ["x" * 300, "x" * 299 + "y", "../../out", "Zürich/Bern"]
+    rows = [{**row, "office": names[place % 4]} for place, row in enumerate(ROWS[:40])]
+    values = settings(
+        tmp_path,
+        partition={"kind": "natural", "column": "office", "server_share": 0.0},
+        round={"rounds": 2},
+        client={"prompt_steps": 1, "batch_size": 4, "keep_optimizer": True},
+    )
+    del values["partition"]["clients"]
+    values["data"]["train"] = questions(tmp_path, "offices", rows)
+    commands.run(make_config(values))
+    records = runs.RunDirectory.open(tmp_path / "run").records()
+    assert [sorted(record["answered"]) for record in records] == [sorted(names)] * 2
+    kept = {path.parent for path in (tmp_path / "run" / "state").rglob("round-00002.safetensors")}
+    assert len(kept) == 4 and {path.parent.name for path in kept} == {"state"}
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        "run",
+        "public.txt",
+        *(f"{name}.jsonl" for name in ("train", "validation", "test", "offices")),
+    }
+
+
 def test_a_package_that_is_made_again_is_counted_as_sent(tmp_path: Path) -> None:
     plain = commands.run(settings(tmp_path / "plain"))
     again = commands.run(settings(tmp_path / "again", **OPTIONS["again"]))

@@ -531,11 +531,11 @@ def test_the_report_shows_no_error_in_chromium(page: Path) -> None:
 
 def test_plain_runs_make_a_report_too(tmp_path: Path) -> None:
     commands.run(settings(tmp_path))
-    figures = write_report([tmp_path], tmp_path / "report")
-    assert (
-        figures["runs"] == 1
-        and "FedSP, prompt (run)" in (tmp_path / "report" / "report.md").read_text()
-    )
+    words = ["report", tmp_path, "--output", tmp_path / "report", "--json", tmp_path / "told.json"]
+    told = CliRunner().invoke(app, [*map(str, words)])
+    assert told.exit_code == 0 and str(tmp_path / "report") in told.output, told.output
+    assert json.loads((tmp_path / "told.json").read_text())["runs"] == 1
+    assert "FedSP, prompt (run)" in (tmp_path / "report" / "report.md").read_text()
     with pytest.raises(RunError, match="there is no finished run with test questions in"):
         write_report([tmp_path / "nothing"], tmp_path / "other")
 

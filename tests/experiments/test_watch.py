@@ -17,6 +17,7 @@ from fedsp.federation.callbacks import Callbacks
 from fedsp.report import console
 from fedsp.report.console import duration, sparkline
 from fedsp.report.progress import progress
+from support.private_runs import EXAMPLE
 from support.small_runs import settings
 
 
@@ -71,6 +72,14 @@ def test_the_command_shows_it(tmp_path: Path) -> None:
     assert json.loads(kept.read_text())["round"] == 3
     result = CliRunner().invoke(app, ["watch", str(tmp_path)])
     assert result.exit_code != 0 and "holds no run" in str(result.exception)
+
+
+def test_what_a_private_run_has_spent_is_shown(tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting", reason="dp-accounting comes with the privacy extra")
+    commands.run(settings(tmp_path, **EXAMPLE))
+    spent = json.loads((tmp_path / "run" / "privacy_statement.json").read_text())["epsilon"]
+    result = CliRunner().invoke(app, ["watch", str(tmp_path / "run")])
+    assert result.exit_code == 0 and f"{spent:.3f}" in result.output.split("epsilon so far")[1]
 
 
 def test_a_terminal_is_shown_it_until_the_run_is_finished(
