@@ -15,6 +15,7 @@ from fedsp.config_file import (
     PROFILES,
     apply_override,
     make_config,
+    makes_package,
     read_config,
     template,
 )
@@ -407,3 +408,23 @@ def test_a_folder_with_the_name_of_a_special_text_is_a_folder(tmp_path: Path) ->
     assert config.model.name == str(tmp_path / "model")
     assert config.data.train == str(tmp_path / "server")
     assert config.distill.text == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "asks", "makes"),
+    [
+        ({}, True, True),
+        ({"partition": {"clients": 0}}, False, False),
+        ({"round": {"clients": 0}}, False, False),
+        ({"partition": {"clients": 0}, "federation": {"folder": "."}}, True, True),
+        ({"auxiliary": {"folder": "package"}}, True, False),
+        ({"method": "fedprompt"}, True, False),
+    ],
+)
+def test_who_has_clients_and_makes_them_a_package(
+    changes: dict[str, Any], asks: bool, makes: bool
+) -> None:
+    """The clients of a deployment are in its register, whatever `partition` says."""
+    given = {"validation": {"by": "server"}, **changes}
+    config = make_config({"model": {"name": "x"}, "distill": {"text": ["a"]}, **given})
+    assert (config.asks_clients, makes_package(config)) == (asks, makes)

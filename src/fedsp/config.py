@@ -656,8 +656,7 @@ class RunConfig(Section):
                 "distill.text: distillation needs text; name public text files, or ['model'] for"
                 " texts that the global model writes, or ['server'] for the server's own examples"
             )
-        has_clients = (partition.clients or self.federation) and round.clients != 0
-        if self.validation.by == "clients" and not has_clients:
+        if self.validation.by == "clients" and not self.asks_clients:
             raise ValueError(
                 "validation.by: no client is sampled, so none can validate; use 'server' or 'none'"
             )
@@ -703,8 +702,8 @@ class RunConfig(Section):
 
     @property
     def asks_clients(self) -> bool:
-        """Whether there are simulated clients, and any is sampled."""
-        return self.partition.clients > 0 and self.round.clients != 0
+        """Whether there are clients, simulated or in a deployment, and any is sampled."""
+        return bool(self.partition.clients or self.federation) and self.round.clients != 0
 
     @property
     def server_share(self) -> float:

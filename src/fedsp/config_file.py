@@ -221,6 +221,13 @@ def checked_options(section: MessengerSection, source: str) -> MessengerSection:
     return section.model_copy(update={"options": checked.model_dump(exclude_none=True)})
 
 
+def makes_package(config: RunConfig) -> bool:
+    """Whether a run makes the package of its clients itself: its method has one, there are clients
+    to have it, and no folder of one is named."""
+    has_one = find_method(config.method).package and config.asks_clients
+    return has_one and not config.auxiliary.folder
+
+
 def _check_method(config: RunConfig) -> None:
     """Raises ValueError for what the method of a run cannot do."""
     entry, model, auxiliary = find_method(config.method), config.model, config.auxiliary
@@ -240,22 +247,11 @@ def _check_method(config: RunConfig) -> None:
         raise ValueError(
             "prompt.space: fedprompt_single tunes the prompt of one layer, not 'input'"
         )
-    if (
-        not entry.federated
-        and entry.rounds
-        and config.partition.clients
-        and config.round.clients != 0
-    ):
+    if not entry.federated and entry.rounds and config.asks_clients:
         raise ValueError(
             f"partition.clients: {config.method} has all text in one place; set it to 0, or use"
             " method = 'fedprompt'"
         )
-    makes_package = (
-        entry.package
-        and not auxiliary.folder
-        and config.round.clients != 0
-        and bool(config.partition.clients or config.federation)
-    )
     for key, value, inexact in (
         ("model.precision", model.precision, model.precision in ("8bit", "4bit")),
         ("model.device", model.device, model.device == "split"),
@@ -265,7 +261,7 @@ def _check_method(config: RunConfig) -> None:
                 f"{key}: method = {config.method!r} needs unquantized weights on one device, not"
                 f" {value!r}; set it to auto"
             )
-        if inexact and makes_package:
+        if inexact and makes_package(config):
             raise ValueError(
                 f"{key}: an auxiliary model cannot be built from a {value!r} model; build it first"
                 " with `fedsp distill`, which loads the full model, and set auxiliary.folder to it"

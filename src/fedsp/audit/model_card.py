@@ -88,7 +88,7 @@ def _made(run: RunDirectory) -> Iterable[tuple[str, Any]]:
     config, records = run.config, run.records()
     entry = find_method(config.method)
     yield "method", f"{entry.title} ({entry.paper})" if entry.paper else entry.title
-    alone = config.federation is None and not config.asks_clients
+    alone = not config.asks_clients
     if alone:
         yield "clients", "none: the owner of the model tuned it alone"
     elif config.privacy.unit == "client":

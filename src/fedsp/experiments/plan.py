@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsp.config import CodecName, RunConfig
-from fedsp.config_file import read_register
+from fedsp.config_file import makes_package, read_register
 from fedsp.data.dataset import FederatedDataset, load_dataset
 from fedsp.data.files import read_passages
 from fedsp.errors import (
@@ -151,8 +151,7 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
     taken = config.prompt.length if config.model.positions == "hugging_face" else 0
     if (room := counts["positions"] - taken) < LEAST_ROOM:
         raise leaves_no_room(config.prompt.length, room, counts["positions"])
-    handed_out = config.asks_clients or config.federation is not None
-    if handed_out and config.distill.is_read and not config.auxiliary.folder:
+    if makes_package(config) and config.distill.is_read:
         require_sequences_fit(config, counts["positions"], name)
     client, server, section = config.client, config.server, config.auxiliary
     shapes, plan = travelling(config, counts), counts["plan"]

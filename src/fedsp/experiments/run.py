@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fedsp.config import RunConfig
+from fedsp.config_file import makes_package
 from fedsp.data.dataset import examples_digest, load_dataset
 from fedsp.data.encoding import Encoded, encode_choices, encode_targets
 from fedsp.data.files import text_digest
@@ -200,8 +201,8 @@ def _start_of_clients(config: RunConfig, federation: Federation) -> Payload | No
 def _public_text(config: RunConfig) -> dict[str, str]:
     """The digest of the public text, where the run makes its package of it; it need not be there
     any more once that is made."""
-    distill, makes = config.distill, find_method(config.method).package and config.asks_clients
-    if not (makes and distill.reads_files) or config.auxiliary.folder:
+    distill = config.distill
+    if not (makes_package(config) and distill.reads_files):
         return {}
     gone = not all(Path(name).exists() for name in distill.text)
     return {} if gone else {"distill.text": text_digest(distill.text)}

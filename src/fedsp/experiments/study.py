@@ -44,7 +44,14 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from fedsp.config import NAME, Count, RunConfig, Section
-from fedsp.config_file import apply_override, make_config, read_toml, resolve_paths, validated
+from fedsp.config_file import (
+    apply_override,
+    make_config,
+    makes_package,
+    read_toml,
+    resolve_paths,
+    validated,
+)
 from fedsp.data.files import text_digest
 from fedsp.errors import (
     ConfigurationError,
@@ -412,7 +419,7 @@ def _run_cell(
 def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunConfig:
     """The configuration with the folder of its auxiliary model, which cells that ask for the same
     one share. It is made if it is not there."""
-    if config.auxiliary.folder or not (find_method(config.method).package and config.asks_clients):
+    if not makes_package(config):
         return config
     about: dict[str, Any] = {
         "model": config.model.model_dump(),
