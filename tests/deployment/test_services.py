@@ -77,6 +77,38 @@ def test_what_installs_is_a_script_that_says_what_it_lacks(tmp_path: Path) -> No
     assert "--require-hashes" in script.read_text() and "--no-index" in script.read_text()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="whoever is not root is told that first")
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "usage: clean_root.sh ROOT WHEELHOUSE"),
+        (["root"], "usage: clean_root.sh ROOT WHEELHOUSE"),
+        (["root", "."], "holds no requirements.txt: `make wheelhouse` makes one"),
+        ([".", "wheelhouse"], ". is in use: give a new folder"),
+    ],
+)
+def test_what_makes_a_clean_root_says_what_it_lacks(
+    words: list[str], sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "wheelhouse").mkdir()
+    (tmp_path / "wheelhouse" / "requirements.txt").touch()
+    (tmp_path / "debootstrap").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "debootstrap").chmod(0o755)
+    script = DEPLOY.parent / "scripts" / "clean_root.sh"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["bash", str(script), *words]
+    told = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path},
+    )
+    assert told.returncode and sentence in told.stderr, told.stderr
+    assert not (tmp_path / "root").exists()
+
+
 IN_A_CLEAN_ROOT = """
 set -e
 mount -t tmpfs tmpfs "$1/tmp" && mkdir "$1/tmp/wheelhouse"
@@ -88,8 +120,7 @@ chroot --userspec=10001:10001 "$1" env -i HOME=/tmp PATH=/tmp/fedsp/bin:/usr/bin
 
 
 def test_what_the_images_run_installs_in_a_clean_root_without_a_network() -> None:
-    """A root such as `debootstrap --variant=minbase --include=python3,python3-venv bookworm ROOT`
-    makes, of the wheelhouse's Python; what is installed there is gone behind the test."""
+    """In a root that `make services` makes; what is installed there is gone behind the test."""
     root, wheelhouse = (os.environ.get(f"FEDSP_{name}") for name in ("CLEAN_ROOT", "WHEELHOUSE"))
     if not root or not wheelhouse or os.geteuid():
         pytest.skip("name FEDSP_CLEAN_ROOT, a root, and FEDSP_WHEELHOUSE, as the root user")
