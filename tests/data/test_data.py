@@ -783,7 +783,8 @@ def test_rows_as_datasets_and_parquet_users_have_them(tmp_path: Path) -> None:
     (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with gzip.open(tmp_path / "list.json.gz", "wt") as file:
         json.dump(rows, file)
-    names = "rows.parquet shards saved picked list.json lines.json list.json.gz"
+    (tmp_path / "late.json").write_text("\n\n" + json.dumps(rows))
+    names = "late.json rows.parquet shards saved picked list.json lines.json list.json.gz"
     for name in names.split():
         found = read_rows(tmp_path / name)
         assert rows_digest(found) == rows_digest(rows), name

@@ -3,6 +3,7 @@ conversations in a model's chat template."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def test_labels_are_those_of_the_training_examples_or_those_given() -> None:
     given = rendering(task="classification", labels=["hardware", "account", "other"])
     assert given.with_labels_of(train) is given
     assert given.examples([{"text": "x", "label": 1}])[0].target == " account"
+    assert given.examples([{"text": "x", "label": "1"}])[0].target == " account", "of a table"
+    numbered = rendering(task="classification").with_labels_of(
+        rendering(task="classification").examples([{"text": "x", "label": one} for one in (2, 3)])
+    )
+    with pytest.raises(DataError, match="its label is not one of the 2 to choose from"):
+        numbered.examples([{"text": "x", "label": 1}])
+    with pytest.raises(DataError, match="its label is not one of the 2 to choose from"):
+        known.examples([{"subject": "a", "text": "b", "label": 1}])
     numbers = rendering(task="classification", labels=["10", "20"], label="code")
     assert numbers.examples([{"text": "x", "code": 20}])[0].gold == (1,)
     (asked,) = known.questions([{"subject": "a", "text": "b"}])
@@ -59,8 +68,13 @@ def test_labels_are_those_of_the_training_examples_or_those_given() -> None:
         ({"labels": ["a"]}, {"text": "x", "label": "b"}, "its label is not one of the 1 to choose"),
         ({}, {"text": "x"}, r"row 0 has no field 'label': a classification row needs text \(st"),
         ({}, {"text": 3, "label": "a"}, "text is a number, not a string"),
-        ({}, {"text": "x", "label": 1.5}, "label is a number, not a text or a number"),
-        ({}, {"text": "x", "label": True}, "label is true or false, not a text or a number"),
+        ({}, {"text": "x", "label": 1.5}, "label is a number with a point, not a text or a wh"),
+        ({}, {"text": "x", "label": True}, "label is true or false, not a text or a whole"),
+        ({"labels": ["1", "2"]}, {"text": "x", "label": 0}, "its label is not one of the 2"),
+        ({"labels": ["1", "b"]}, {"text": "x", "label": 0}, "its label is not one of the 2"),
+        ({"labels": ["a", "b"]}, {"text": "x", "label": 2}, "is a place, but there are 2 labels"),
+        ({"labels": ["a", "b"]}, {"text": "x", "label": "2"}, "is a place, but there are 2 labels"),
+        ({"labels": ["a", "b"]}, {"text": "x", "label": -1}, "its label is not one of the 2"),
         ({}, {"text": "x", "label": " "}, "has no choices, or an empty one"),
     ],
 )
@@ -213,8 +227,16 @@ def test_other_rows_are_conversations_too() -> None:
             "completion": [{"role": "assistant", "content": "yes"}],
         },
     ]
-    asked = [example.turns[:-1] for example in how.examples(rows)]
-    assert asked == [
+    rows += [
+        {"messages": None, "instruction": "", **rows[3]},  # of a table of several layouts
+        {"messages": None, "prompt": None, "completion": None, **rows[1]},
+        {"system": "Be brief.", **messages(("user", "Say yes."), ("assistant", "yes"))},
+    ]
+    examples = how.examples(rows)
+    assert [example.given for example in examples] == [0, 0, 0, 1, 1, 0, 0]
+    asked = [example.turns[:-1] for example in examples]
+    assert asked[4:] == [asked[3], asked[1], asked[2]]
+    assert asked[:4] == [
         (("user", "Translate.\n\nja"),),
         (("user", "Say yes."),),
         (("system", "Be brief."), ("user", "Say yes.")),
@@ -224,6 +246,8 @@ def test_other_rows_are_conversations_too() -> None:
         {"instruction": "Say yes."},
         {"prompt": "Say yes."},
         messages(("user", "Say yes.")),
+        {"prompt": [{"role": "user", "content": "Say yes."}]},
+        rows[3],
     ]
     for question in how.questions(unanswered):
         assert question.turns[:-1] == (("user", "Say yes."),)
@@ -236,7 +260,20 @@ def test_other_rows_are_conversations_too() -> None:
         (messages(("assistant", "a")), "nothing stands before the assistant's first message"),
         ({"messages": "a"}, "messages is a string, not a list"),
         ({"messages": ["a"]}, "one of messages is a string, not an object"),
-        ({"messages": []}, "a field has an invalid value"),
+        ({"messages": []}, "messages is empty"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "completion": []},
+            "completion is empty",
+        ),
+        (
+            {"system": "a", **messages(("system", "b"), ("user", "c"), ("assistant", "d"))},
+            "it has a system message twice",
+        ),
+        ({"instruction": "a", "input": 0, "output": "b"}, "input is a number, not a string"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
+            "one of messages has tool_calls",
+        ),
         ({"text": "a"}, r"has no field 'prompt': a chat row needs messages \(a list of"),
         (messages(("user", "a"), ("assistant", " ")), "has no choices, or an empty one"),
     ],
@@ -265,8 +302,32 @@ def test_what_a_template_refuses_is_said_with_its_line(tmp_path: Path) -> None:
         "{{ message['content'] if loop.last else '...' }}<|endoftext|>{% endg",
     )
     (example,) = rendering(task="chat").examples(CHATS[1:2])
-    with pytest.raises(DataError, match="writes message 3 otherwise once others follow"):
+    with pytest.raises(DataError, match="writes message 3 otherwise once others follow: give each"):
         encode_targets(chat_tokenizer(forgets), [example], 512)
+    thinks = CHAT.replace("assistant: {% endif %}", "assistant: <think>{% endif %}")
+    with pytest.raises(DataError, match="asks for message 2 otherwise than it writes it"):
+        encode_targets(chat_tokenizer(thinks), rendering(task="chat").examples(CHATS[:1]), 512)
+
+
+def test_messages_of_a_prompt_are_read_and_never_trained() -> None:
+    """The remedy for templates that write an answer otherwise once others follow it, such as those
+    that drop its thoughts."""
+    forgets = CHAT.replace(
+        "{{ message['content'] }}<|endoftext|>{% endg",
+        "{{ message['content'] if loop.last else '...' }}<|endoftext|>{% endg",
+    )
+    turns = CHATS[1]["messages"]
+    (example,) = rendering(task="chat").examples([{"prompt": turns[:4], "completion": turns[4:]}])
+    tokenizer = chat_tokenizer(forgets)
+    (row,) = encode_targets(tokenizer, [example], 512)
+    assert tokenizer.decode(row.ids[row.start :]) == "\nBadiba<|endoftext|>" and not row.silent
+    assert "assistant: ...<|endoftext|>" in tokenizer.decode(row.ids[: row.start])
+    ((choice,),) = encode_choices(tokenizer, [example], 512)
+    assert choice == row
+    (every,) = rendering(task="chat").examples([CHATS[1]])
+    (plain,) = encode_targets(chat_tokenizer(), [replace(every, given=4)], 512)
+    (whole,) = encode_targets(chat_tokenizer(), [every], 512)
+    assert plain.ids == whole.ids and plain.asked < whole.asked
 
 
 def test_plain_examples_and_conversations_keep_their_order() -> None:
@@ -294,3 +355,8 @@ def test_a_completion_ends_where_training_is_to_teach_it() -> None:
     assert cut.ids == whole.ids[1:] and (cut.start, cut.dropped) == (bare.start - 1, 1)
     (question,) = rendering().examples([{"question": "q", "choices": ["a"], "answer": 0}])
     assert not question.ends
+    tickets = [{"text": "It burns.", "label": "hardware"}]
+    (labelled,) = rendering(task="classification").examples(tickets)
+    (trained,) = encode_targets(tokenizer, [labelled], 64)
+    ((scored,),) = encode_choices(tokenizer, [labelled], 64)
+    assert trained.ids == (*scored.ids, tokenizer.eos_token_id)

@@ -17,8 +17,10 @@ from fedsp import api as commands
 from fedsp.config_file import make_config
 from fedsp.data.dataset import load_dataset
 from fedsp.errors import ConfigurationError, DataError
+from fedsp.experiments import start
 from fedsp.storage import parse_json
 from fedsp.training.generation import normalised, sampler, token_f1, written_figures
+from support import gguf_made
 from support.gguf_made import tiny_llama, write_gguf
 from support.small_runs import ROWS, questions, settings
 
@@ -220,6 +222,117 @@ def test_what_is_drawn_is_among_the_likeliest_and_by_their_shares() -> None:
     assert counts[2:].tolist() == [0, 0]  # the first two add up to 0.9
     share = float(scores[:2].softmax(dim=0)[0])
     assert float(counts[0]) / 3000 == pytest.approx(share, abs=0.03)
+
+
+def test_an_adapter_of_a_gguf_file_is_used_as_its_card_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT comes with the study extra")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama())
+    given = settings(
+        tmp_path,
+        model={"name": "tiny.gguf"},
+        auxiliary={"plan": "ends(1)"},
+        messenger={"kind": "adapter", "rank": 2},
+        round={"rounds": 1},
+    )
+    commands.export(commands.run(given)["folder"], "adapter")
+    about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == "tiny.gguf"
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    found: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], found)
+    assert isinstance(found["model"], peft.PeftModel)
+    run = start.open_run(tmp_path / "run")
+    run.messenger.load(run.best)
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        ours = run.model.logits(run.model(tokens))
+        torch.testing.assert_close(found["model"](tokens).logits, ours, rtol=1e-3, atol=1e-4)
+
+
+def test_in_a_run_of_several_tasks_a_system_message_makes_a_text_a_chat(
+    chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = [dict(CHATS[number % len(CHATS)], kind="chat") for number in range(40)]
+    rows += [{"kind": "", "prompt": "Say", "completion": "yes"} for _ in range(40)]
+    folder = commands.run(
+        run_of(
+            tmp_path,
+            [rows[number // 2 + 40 * (number % 2)] for number in range(80)],
+            model={"name": str(chat.parent / "tiny.gguf")},
+            auxiliary={"plan": "ends(1)"},
+            data={"task": "completion", "task_column": "kind"},
+        )
+    )["folder"]
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "fedsp.api.question_ids", lambda _, turns: asked.append(list(turns)) or [3, 4, 5]
+    )
+    commands.generate(folder, "Who?", most=2, system="Be odd.")
+    commands.generate(folder, "Who?", most=2)
+    assert asked == [[("system", "Be odd."), ("user", "Who?")]]
+
+
+@pytest.mark.parametrize(
+    ("most", "sentence"),
+    [
+        (250, "answers of up to 250 tokens leave 6 of the model's 256 positions for the question"),
+        (10000, "leave 0 of the model's 256 positions for the question: let it write fewer"),
+    ],
+)
+def test_answers_that_leave_no_room_for_the_question_are_refused(
+    most: int, sentence: str, chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(chat.parent / "cache"))
+    with pytest.raises(DataError, match=sentence):
+        commands.evaluate(chat, zero_shot=True, write=most)
+
+
+def test_numbers_that_nothing_can_be_drawn_or_written_by_are_refused(
+    chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(chat.parent / "cache"))
+    with pytest.raises(ConfigurationError, match="write = -1: answers have at least one token"):
+        commands.evaluate(chat, write=-1)
+    with pytest.raises(ConfigurationError, match="it must be a number of at most 63 bits"):
+        commands.generate(chat, "Who?", temperature=1.0, seed=1 << 63)
+
+
+def test_a_conversation_that_is_refused_is_found_out_before_a_package_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever holds it, and no folder stays behind that would stand in the mended run's way."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("fedsp.experiments.server_setup.build_auxiliary", lambda *_, **__: 1 / 0)
+    refuses = "{% if messages|length > 2 %}{{ raise_exception('too many') }}{% endif %}"
+    monkeypatch.setattr("support.gguf_made.CHAT", refuses + gguf_made.CHAT)
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama())
+    asked = [{"role": "user", "content": "a"}] * 2
+    wrong = {"messages": [*asked, {"role": "assistant", "content": "x"}]}
+    for split in ("own", "checked", "asked"):
+        given = run_of(
+            tmp_path,
+            CHATS,
+            model={"name": str(tmp_path / "tiny.gguf")},
+            auxiliary={"plan": "ends(1)"},
+            data={"task": "chat"},
+        )
+        path = tmp_path / f"{split}.jsonl"
+        path.write_text(path.read_text() + json.dumps(wrong) + "\n")
+        with pytest.raises(DataError, match=rf"{split}\.jsonl, line \d+: .*too many"):
+            commands.run(given)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_column_of_tasks_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    given = run_of(tmp_path, TEXTS, data={"task": "classification", "task_column": "kindd"})
+    with pytest.raises(DataError, match=r"data.task_column = 'kindd': no row has such a column"):
+        load_dataset(make_config(given))
 
 
 def test_a_system_message_is_for_chats(tmp_path: Path) -> None:

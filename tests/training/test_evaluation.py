@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from fedsp.config import TaskSection
 from fedsp.data.batching import PackedBatch
-from fedsp.data.encoding import Tokenizer, encode_pairs
+from fedsp.data.encoding import Tokenizer, encode_choices, encode_pairs
+from fedsp.data.rendering import Rendering
 from fedsp.data.tasks import Example, examples_of, find_task
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.models.gguf import folder_of_gguf
 from fedsp.models.loading import load_model, load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
-from fedsp.training.evaluation import score, summarise
+from fedsp.training.evaluation import by_label, score, summarise
 from support.letters import LETTERS
 from support.real_rows import hub_schema, real_rows
 from support.reference import harness_task
@@ -113,6 +116,89 @@ def test_labels_are_read_as_one_tree_and_score_what_they_score_alone() -> None:
         )[0][0]
         assert scored.log_likelihoods[label] == pytest.approx(alone.log_likelihoods[0], abs=1e-4)
         assert scored.greedy[label] == alone.greedy[0]
+
+
+NESTED = ("account", "card", "card lost", "card lost abroad")
+
+
+def labelled(*own: str) -> list[Example]:
+    how = Rendering(TaskSection(task="classification"), NESTED)
+    return how.examples([{"text": f"{n}.", "label": label} for n, label in enumerate(own)])
+
+
+class Writer:
+    """Gives 0.99 to each next token of what it writes behind every text, then to the end token."""
+
+    def __init__(self, tokenizer: Tokenizer, examples: Sequence[Example], writes: Sequence[str]):
+        self.size, self.end = len(tokenizer), tokenizer.eos_token_id
+        pairs = [
+            (example.context, f" {text}") for example, text in zip(examples, writes, strict=True)
+        ]
+        rows = encode_pairs(tokenizer, pairs, 512)
+        self.written = {row.ids[: row.start]: (*row.ids[row.start :], self.end) for row in rows}
+
+    def __call__(self, contexts: Any, tails: Any, skip: Any) -> torch.Tensor:
+        found = []
+        for context, some, first in zip(contexts, tails, skip, strict=True):
+            for tail, start in zip(some, first, strict=True):
+                for place in range(start, len(tail)):
+                    found.append(self.next((*context, *tail[: place + 1])))
+        return torch.stack(found)
+
+    def next(self, read: tuple[int, ...]) -> torch.Tensor:
+        begin = next(one for one in self.written if read[: len(one)] == one)
+        done, text = read[len(begin) :], self.written[begin]
+        wanted = text[len(done)] if text[: len(done)] == done != text else self.end
+        probabilities = torch.full((self.size,), 0.01 / (self.size - 1))
+        probabilities[wanted] = 0.99
+        return probabilities.log()
+
+
+def test_a_label_that_begins_another_one_is_chosen_where_it_is_written() -> None:
+    """By its own tokens alone the shorter one would always be the likelier."""
+    tokenizer = load_tokenizer(str(EMBEDDED / "model"))
+    examples = labelled(*NESTED, *NESTED)
+    model = tiny_model("gpt2")
+    writer = Writer(tokenizer, examples, [*NESTED, *NESTED])
+    scored, _ = score(model, None, examples, tokenizer, max_tokens=512, answers=writer)
+    assert [row.choice for row in scored] == [0, 1, 2, 3] * 2
+    assert [row.choice_norm for row in scored] == [0, 1, 2, 3] * 2
+    figures, labels = by_label(scored, examples)
+    assert figures == {"macro_f1": 1.0, "exact_match": 1.0}
+    assert {label: one["precision"] for label, one in labels.items()} == dict.fromkeys(NESTED, 1.0)
+    # the longer one is written everywhere, and it alone is right
+    writer = Writer(tokenizer, examples, ["card lost"] * len(examples))
+    scored, _ = score(model, None, examples, tokenizer, max_tokens=512, answers=writer)
+    assert {row.choice for row in scored} == {2}
+    assert [any(row.greedy) and row.greedy[row.gold[0]] for row in scored] == [
+        label == "card lost" for label in [*NESTED, *NESTED]
+    ]
+
+
+def test_what_a_label_ends_with_is_that_no_longer_one_follows() -> None:
+    tokenizer = load_tokenizer(str(EMBEDDED / "model"))
+    model = load_model(str(EMBEDDED / "model"), device="cpu")
+    examples = labelled("card")
+    (row,), _ = score(model, None, examples, tokenizer, max_tokens=512)
+    (pairs,) = encode_choices(tokenizer, examples, 512)
+    answers = [pair.ids[pair.start :] for pair in pairs]
+
+    def stays(label: int, *longer: int) -> float:
+        read = torch.tensor([pairs[label].ids])
+        with torch.no_grad():
+            next_ones = torch.softmax(model.logits(model(read))[0, -1], dim=-1)
+        follows = {answers[one][len(answers[label])] for one in longer}
+        return float(torch.log1p(-next_ones[list(follows)].sum()))
+
+    assert row.ends == pytest.approx([0.0, stays(1, 2, 3), stays(2, 3), 0.0], abs=1e-5)
+    alone, _ = score(
+        model,
+        None,
+        [replace(examples[0], task="multiple_choice")],
+        tokenizer,
+        max_tokens=512,
+    )
+    assert alone[0].ends == [] and alone[0].log_likelihoods == row.log_likelihoods
 
 
 def test_a_model_takes_packed_branches_up_to_its_window() -> None:

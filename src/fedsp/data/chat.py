@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class Conversation(NamedTuple):
-    """Token ids, and the ranges (first, behind the last) of the assistant's turns, each with the
-    token that ends it; nothing stands behind the last turn."""
+    """Token ids, and the ranges (first, behind the last) of the assistant's turns that are trained,
+    each with the token that ends it; nothing stands behind the last turn."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
@@ -53,8 +53,9 @@ def read_conversation(tokenizer: Tokenizer, example: Example) -> Conversation:
     them.
 
     Raises:
-        DataError: as `render`, or the template writes an earlier message otherwise once others
-            follow, so that what the model would be asked to write is not what it reads.
+        DataError: as `render`, or the template asks for a message otherwise than it writes it, or
+            writes an earlier one otherwise once others follow, so that what the model would be
+            asked to write is not what it reads.
     """
     turns, where = example.turns, example.where or f"example {example.id}"
     whole = render(tokenizer, turns, where=where)
@@ -62,15 +63,21 @@ def read_conversation(tokenizer: Tokenizer, example: Example) -> Conversation:
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
     answers = []
     for number, (role, _) in enumerate(turns):
-        if role != "assistant":
+        if role != "assistant" or number < example.given:
             continue
         asked = render(tokenizer, turns[:number], asks=True, where=where)
         answered = render(tokenizer, turns[: number + 1], where=where)
-        if not answered.startswith(asked) or not whole.startswith(answered):
+        if not answered.startswith(asked):
+            raise DataError(
+                f"{where}: the model's chat template asks for message {number + 1} otherwise than"
+                " it writes it, as where a model is to think first, which fedsp does not support:"
+                " write what the template asks with into the message, or take the task completion"
+            )
+        if not whole.startswith(answered):
             raise DataError(
                 f"{where}: the model's chat template writes message {number + 1} otherwise once"
-                " others follow, or than it asks for it, which fedsp does not support: split the"
-                " conversation into one row for each answer"
+                " others follow: give each answer a row of its own, with the messages before it in"
+                " prompt and the answer in completion, both lists of messages"
             )
         end = len(_ended(tokenizer, answered))
         inside = [

@@ -113,6 +113,10 @@ def check_files(
         rows = read_rows(path, columns)
         rendering = rendering or Rendering.of(TaskSection(task=_likely_task(rows[0], path)))
         examples, faults = _examples(rows, rendering)
+        lengths: list[int] = []
+        if tokenizer is not None:
+            examples, lengths, refused = _lengths_of(examples, tokenizer)
+            faults += refused
         texts = [_text_of(example) for example in examples]
         both = sum(text in known for text in texts)
         if known:
@@ -138,8 +142,8 @@ def check_files(
             for label, count in labels.items():
                 masked[_masked(label)] += count
             figures["labels"] = dict(masked.most_common())
-        if tokenizer is not None and examples:
-            figures["tokens"] = _lengths(examples, tokenizer, max_tokens)
+        if lengths:
+            figures["tokens"] = _summary(lengths, max_tokens)
         files.append(figures)
     return {"files": files, "shared": shared}
 
@@ -150,6 +154,8 @@ def _likely_task(row: Row, path: Path) -> str:
     Raises:
         DataError: it has those of none.
     """
+    if isinstance(row.get("prompt"), list):
+        return "chat"
     for task, fields in LIKELY.items():
         if any(set(needed) <= set(row) for needed in fields):
             return task
@@ -168,6 +174,25 @@ def _examples(rows: Sequence[Row], rendering: Rendering) -> tuple[list[Example],
         except DataError as error:
             faults.append(str(error))
     return examples, faults
+
+
+def _lengths_of(
+    examples: Sequence[Example], tokenizer: Tokenizer
+) -> tuple[list[Example], list[int], list[str]]:
+    """Those that the tokenizer makes tokens of, how many for each, and why it makes none of the
+    others, such as where its chat template refuses them."""
+    from fedsp.data.encoding import encode_targets
+
+    taken, lengths, faults = [], [], []
+    for example in examples:
+        try:
+            (row,) = encode_targets(tokenizer, [example], 1 << 30)
+        except DataError as error:
+            faults.append(str(error))
+        else:
+            taken.append(example)
+            lengths.append(len(row.ids))
+    return taken, lengths, faults
 
 
 def _text_of(example: Example) -> str:
@@ -219,16 +244,12 @@ def _strings(value: Any) -> Iterator[str]:
         yield from _strings(list(value.values()))
 
 
-def _lengths(
-    examples: Sequence[Example], tokenizer: Tokenizer, max_tokens: int | None
-) -> dict[str, float]:
-    from fedsp.data.encoding import encode_targets
-
-    lengths = sorted(len(row.ids) for row in encode_targets(tokenizer, examples, 1 << 30))
-    cut = {"cut": sum(length > max_tokens for length in lengths)} if max_tokens else {}
+def _summary(lengths: Sequence[int], max_tokens: int | None) -> dict[str, float]:
+    ordered = sorted(lengths)
+    cut = {"cut": sum(length > max_tokens for length in ordered)} if max_tokens else {}
     return {
-        "median": statistics.median(lengths),
-        "of 95 % at most": lengths[max(0, -(-95 * len(lengths) // 100) - 1)],
-        "longest": lengths[-1],
+        "median": statistics.median(ordered),
+        "of 95 % at most": ordered[max(0, -(-95 * len(ordered) // 100) - 1)],
+        "longest": ordered[-1],
         **cut,
     }

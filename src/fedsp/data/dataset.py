@@ -93,6 +93,13 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         raise DataError(
             "data.labels: the server holds no training examples to take the labels from: list them"
         )
+    # in a deployment the rows that name a task may be the clients' alone
+    kinds = None if config.federation else data.task_column
+    if kinds and not any(kinds in row for row in [*rows, *test_rows]):
+        raise DataError(
+            f"data.task_column = {kinds!r}: no row has such a column; they have"
+            f" {', '.join(sorted({name for row in rows for name in fields_of(row)}))}"
+        )
     groups = _groups(config, (rows, test_rows), (train, test))
     if written:
         partition = read_partition(written, len(train))

@@ -244,12 +244,14 @@ def _numbered(path: Path, rows: Iterable[Any]) -> Iterable[Row]:
 
 
 def _json_rows(path: Path, file: IO[str]) -> Iterable[Row]:
+    begun = False
     for number, line in enumerate(file, start=1):
-        if number == 1 and line.lstrip().startswith("["):
-            yield from _json_list(path, line + file.read())
-            return
         if not line.strip():
             continue
+        if not begun and line.lstrip().startswith("["):
+            yield from _json_list(path, line + file.read())
+            return
+        begun = True
         try:
             row = parse_json(line)
             if "\\u0000" in line and _holds_nul(row):
@@ -360,7 +362,7 @@ def _require_names(names: Sequence[str], where: str) -> None:
 
 def _with_choices(row: Row) -> Row:
     """A row of a table, all of whose fields are texts, with `choices` and `answer` read."""
-    if "choices" not in row:
+    if not row.get("choices"):  # a row of another task
         return row
     try:
         choices, answer = parse_json(row["choices"]), whole_number(row["answer"])

@@ -34,7 +34,9 @@ class Rendering:
 
     @cached_property
     def _classification(self) -> Task:
-        return classification(self.section.template, self.section.label, self.labels)
+        section = self.section
+        listed = bool(section.labels)
+        return classification(section.template, section.label, self.labels, listed=listed)
 
     def task(self, row: Row) -> Task:
         """The task of a row.
@@ -74,7 +76,7 @@ class Rendering:
             DataError: as `examples`.
         """
         found = self.task(row).example(row, number)
-        ends = self.section.ends and found.task == COMPLETION
+        ends = self.section.ends and found.task in (COMPLETION, LABELLED)
         return replace(found, ends=True) if ends else found
 
     def questions(self, rows: Iterable[Row]) -> list[Example]:

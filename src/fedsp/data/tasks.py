@@ -37,6 +37,7 @@ class Example:
 
     turns: of a conversation, its messages, which the model's chat template renders; `context` then
         is all but the last answer, in plain words, and the answer the only choice.
+    given: how many of the first messages are read and never trained, even the assistant's.
     ends: whether training asks for the tokenizer's end token behind the answer.
     task, metric: the name of its task, and what that measures.
     where: the file and line that it comes from, for messages.
@@ -47,6 +48,7 @@ class Example:
     choices: tuple[str, ...]
     gold: tuple[int, ...]
     turns: tuple[Turn, ...] = ()
+    given: int = 0
     ends: bool = False
     task: str = ""
     metric: Metric = "accuracy"
@@ -79,7 +81,8 @@ class Task:
     plain: renders the rows of a user's file; `schema` says in words what such a row needs.
     metric: accuracy of the likeliest choice, or exact match of the greedy continuation.
     placeholder: stands for the label in a row of a user's file, where only its question counts.
-    turns: reads a row as a conversation, if the task is one.
+    turns: reads a row as a conversation, if the task is one; `given` says how many of its first
+        messages are read and never trained; none: none are.
     hub, splits: the data set on the Hugging Face hub and its splits, if there is one; `render`
         renders its rows.
     """
@@ -93,6 +96,7 @@ class Task:
     splits: Mapping[str, str] = field(default_factory=dict)
     render: Render | None = None
     turns: Callable[[Row], list[Turn]] | None = None
+    given: Callable[[Row], int] | None = None
 
     def question(self, row: Row, number: int) -> Example:
         """The question in a row, whose label is replaced: `gold` is no answer. A row in the hub's
@@ -101,12 +105,14 @@ class Task:
         Raises:
             DataError: as `example`.
         """
-        messages = row.get("messages")
-        if self.turns and isinstance(messages, list) and not _answered(messages):
-            row = {**row, "messages": [*messages, {"role": "assistant", "content": "?"}]}
         plain = self.render is None or isinstance(row.get("choices"), list)
-        found = self.example({**row, **self.placeholder} if plain else row, number)
-        return replace(found, gold=(0,))
+        asked = {**row, **self.placeholder} if plain else row
+        messages, answer = row.get("messages"), {"role": "assistant", "content": "?"}
+        if self.turns and isinstance(messages, list) and not _answered(messages):
+            asked["messages"] = [*messages, answer]
+        elif self.turns and isinstance(row.get("prompt"), list):
+            asked["completion"] = [answer]
+        return replace(self.example(asked, number), gold=(0,))
 
     def example(self, row: Row, number: int) -> Example:
         """The example in a row.
@@ -118,6 +124,7 @@ class Task:
         render = None if isinstance(row.get("choices"), list) else self.render
         try:
             turns = self.turns(row) if self.turns else []
+            given = self.given(row) if self.given else 0
             context, choices, gold = (render or self.plain)(row)
         except KeyError as error:
             names = [name for name in row if name != "__where__"]
@@ -159,6 +166,7 @@ class Task:
             choices=tuple(f" {choice if self.hub else choice.lstrip()}" for choice in choices),
             gold=tuple(gold),
             turns=tuple(turns),
+            given=given,
             task=self.name,
             metric=self.metric,
             where=where,
@@ -399,19 +407,40 @@ def _answered(messages: list[Any]) -> bool:
     return isinstance(last, dict) and last.get("role") == "assistant"
 
 
+def _filled(row: Row, key: str) -> bool:
+    """Whether a row has a value there; an empty cell of a table is none."""
+    return row.get(key) not in (None, "")
+
+
 def _conversation(row: Row) -> list[Turn]:
-    """`messages`, or one question and its answer."""
-    if "messages" in row:
-        return [_message(message) for message in _list(row, "messages")]
-    before = [("system", _text(row, "system"))] if row.get("system") else []
-    if "instruction" in row:
-        asked, more = _text(row, "instruction"), row.get("input")
-        asked = f"{asked}\n\n{_text(row, 'input')}" if more else asked
-        return [*before, ("user", asked), ("assistant", _text(row, "output"))]
-    if isinstance(row["prompt"], list):
-        both = [*_list(row, "prompt"), *_list(row, "completion")]
-        return [_message(message) for message in both]
-    return [*before, ("user", _text(row, "prompt")), ("assistant", _text(row, "completion"))]
+    """`messages`, or a question and its answer, behind the text of `system`, if there is one."""
+    before = [("system", _text(row, "system"))] if _filled(row, "system") else []
+    if _filled(row, "messages"):
+        turns = [_message(message) for message in _list(row, "messages")]
+    elif _filled(row, "instruction"):
+        more = f"\n\n{_text(row, 'input')}" if _filled(row, "input") else ""
+        question = f"{_text(row, 'instruction')}{more}"
+        turns = [("user", question), ("assistant", _text(row, "output"))]
+    elif isinstance(row["prompt"], list):
+        asked, answers = _list(row, "prompt"), _list(row, "completion")
+        if not answers:
+            raise WrongType("completion is empty")
+        turns = [_message(message) for message in [*asked, *answers]]
+    else:
+        turns = [("user", _text(row, "prompt")), ("assistant", _text(row, "completion"))]
+    if not turns:
+        raise WrongType("messages is empty")
+    if before and turns[0][0] == "system":
+        raise WrongType("it has a system message twice, in system and among its messages")
+    return [*before, *turns]
+
+
+def _given(row: Row) -> int:
+    """Where messages stand in `prompt` and `completion`, the former are given."""
+    alone = not (_filled(row, "messages") or _filled(row, "instruction"))
+    if not (alone and isinstance(row.get("prompt"), list)):
+        return 0
+    return len(row["prompt"]) + _filled(row, "system")
 
 
 def _list(row: Row, key: str) -> list[Any]:
@@ -424,6 +453,8 @@ def _list(row: Row, key: str) -> list[Any]:
 def _message(message: object) -> Turn:
     if not isinstance(message, dict):
         raise WrongType(f"one of messages is {_kind(message)}, not an object")
+    if message.get("tool_calls"):
+        raise WrongType("one of messages has tool_calls, which are not trained")
     return _text(message, "role"), _text(message, "content")
 
 
@@ -442,18 +473,23 @@ register_task(
         plain=_last_answer,
         schema=(
             "needs messages (a list of {role, content}, the last one the assistant's), or"
-            " instruction and output (input is optional), or prompt and completion"
+            " instruction and output (input is optional), or prompt and completion (texts, or lists"
+            " of messages, of which those in completion are trained)"
         ),
         metric="exact_match",
         placeholder={"output": "?", "completion": "?"},
         turns=_conversation,
+        given=_given,
     )
 )
 
 
-def classification(template: str, label: str, labels: Sequence[str] = ()) -> Task:
+def classification(
+    template: str, label: str, labels: Sequence[str] = (), *, listed: bool = False
+) -> Task:
     """The task of choosing a label for what `template` makes of a row's columns. Without `labels`
-    a row's own one is its only choice, which is all that training needs.
+    a row's own one is its only choice, which is all that training needs. Where they are `listed` in
+    the configuration and none is a number, a row's whole number is its label's place there.
 
     Raises:
         ConfigurationError: the template names no column, or cannot be read.
@@ -472,6 +508,7 @@ def classification(template: str, label: str, labels: Sequence[str] = ()) -> Tas
             " nothing else there"
         )
     known = {name: index for index, name in enumerate(labels)}
+    places = listed and not any(_is_whole(name) for name in labels)
 
     def render(row: Row) -> tuple[str, list[str], list[int]]:
         context = "".join(
@@ -479,15 +516,18 @@ def classification(template: str, label: str, labels: Sequence[str] = ()) -> Tas
         )
         value = row[label]
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise WrongType(f"{label} is {_kind(value)}, not a text or a number")
+            kind = "a number with a point" if isinstance(value, float) else _kind(value)
+            raise WrongType(f"{label} is {kind}, not a text or a whole number")
         own = str(value).strip()
         if not labels:
             return context.rstrip(), [own], [0]
-        if own not in known and isinstance(value, int) and 0 <= value < len(labels):
-            return context.rstrip(), list(labels), [value]
-        if own not in known:
+        if own in known:
+            return context.rstrip(), list(labels), [known[own]]
+        if not (places and _is_whole(own)):
             raise WrongType(f"its label is not one of the {len(labels)} to choose from")
-        return context.rstrip(), list(labels), [known[own]]
+        if int(own) >= len(labels):
+            raise WrongType(f"its label is a place, but there are {len(labels)} labels, from 0")
+        return context.rstrip(), list(labels), [int(own)]
 
     needed = ", ".join(dict.fromkeys(columns))
     return Task(
@@ -496,6 +536,10 @@ def classification(template: str, label: str, labels: Sequence[str] = ()) -> Tas
         schema=f"needs {needed} (strings) and {label} (a string, or a whole number)",
         placeholder={label: labels[0] if labels else "?"},
     )
+
+
+def _is_whole(name: str) -> bool:
+    return name.isdecimal() and name.isascii()
 
 
 register_task(classification("{text}\nLabel:", "label"))

@@ -253,12 +253,17 @@ def _excess_text_loss(config: RunConfig) -> dict[str, float]:
 
 
 def model_name(config: RunConfig) -> str:
-    """The folder or hub name of the global model; that of a GGUF file is made at first.
+    """The folder or hub name of the global model, as `folder_or_hub_name`."""
+    return folder_or_hub_name(config.model.name)
+
+
+def folder_or_hub_name(name: str) -> str:
+    """That of a model by the name that `model.name` may give it; of a GGUF file the folder that is
+    made of it at first.
 
     Raises:
         ModelError: it is a GGUF file that cannot be read.
     """
-    name = config.model.name
     if name == "embedded":
         return str(EMBEDDED / "model")
     return str(folder_of_gguf(Path(name))) if name.lower().endswith(ENDING) else name

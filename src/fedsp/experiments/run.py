@@ -79,6 +79,14 @@ def run_experiment(
     server = open_server(config, dataset)
     if entry.deployable and config.round.clients != 0 and register is None:
         _check_promises(config, run, server)
+    # what cannot be trained on or scored is found out before a package is made
+    if not run.pinned:
+        theirs = [index for rows in dataset.partition.clients.values() for index in rows]
+        encode_targets(server.tokenizer, dataset.held(theirs), server.max_tokens)
+    own = dataset.held(dataset.partition.server)
+    examples = encode_targets(server.tokenizer, own, server.max_tokens)
+    validation = encode_targets(server.tokenizer, validation_sample(server), server.max_tokens)
+    encode_choices(server.tokenizer, dataset.test, server.max_tokens)
     federation = build_federation(server, run, callbacks, register)
     auxiliary = federation.package
     run.pin(
@@ -93,12 +101,7 @@ def run_experiment(
     )
     run.write_partition(asdict(dataset.partition))
     state = run.state(callbacks.info)
-    own = dataset.held(dataset.partition.server)
-    examples = encode_targets(server.tokenizer, own, server.max_tokens)
     party = federation.server(examples, run)
-    validation = encode_targets(server.tokenizer, validation_sample(server), server.max_tokens)
-    # what cannot be scored at the end is found out now
-    encode_choices(server.tokenizer, dataset.test, server.max_tokens)
     spec = (
         replace(federation.messenger.spec, projection=0)
         if isinstance(federation.messenger, SoftPrompt)

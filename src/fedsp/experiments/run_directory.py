@@ -305,6 +305,11 @@ class RunDirectory:
         """Identity, seed, threads, versions and the commit that the run was made with."""
         return self._json(RUN)
 
+    @property
+    def pinned(self) -> bool:
+        """Whether the digests of its inputs are written down, as they are from its start on."""
+        return (self.path / INPUTS).exists()
+
     def pin(self, inputs: dict[str, str]) -> None:
         """Record the digests of the run's inputs, or compare them with those recorded at its start;
         one that the version of its start did not know is recorded now.
@@ -313,7 +318,7 @@ class RunDirectory:
             RunError: an input is not what it was.
         """
         self.hold_known(inputs)
-        known = self._json(INPUTS) if (self.path / INPUTS).exists() else {}
+        known = self._json(INPUTS) if self.pinned else {}
         if inputs.keys() - known.keys():
             write_json(self.path / INPUTS, {**inputs, **known})
 
@@ -337,7 +342,7 @@ class RunDirectory:
         Raises:
             RunError: one is not what it was.
         """
-        if (self.path / INPUTS).exists():
+        if self.pinned:
             known = self._json(INPUTS)
             self.hold({name: digest for name, digest in inputs.items() if name in known})
 

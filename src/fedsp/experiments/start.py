@@ -20,8 +20,9 @@ from fedsp.data.chat import end_of_turn
 from fedsp.data.dataset import load_dataset
 from fedsp.data.encoding import decode_behind, encode_contexts
 from fedsp.data.tasks import Example
-from fedsp.errors import ConfigurationError, RunError, did_you_mean
+from fedsp.errors import ConfigurationError, DataError, RunError, did_you_mean
 from fedsp.experiments.build import method_setup
+from fedsp.experiments.plan import LEAST_ROOM
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import LOCK, RunDirectory
 from fedsp.experiments.server_setup import (
@@ -276,9 +277,18 @@ class OpenRun:
         return figures, in_parts(scored, examples)
 
     def write(self, answers: Answers, examples: list[Example], most: int) -> list[str]:
-        """What is written behind questions, at most so many tokens, the likeliest each time."""
+        """What is written behind questions, at most so many tokens, the likeliest each time.
+
+        Raises:
+            DataError: so many leave the model no room to read a question.
+        """
         tokenizer = self.server.tokenizer
-        room = max(1, min(answers.room(), self.server.max_tokens + most) - most)
+        room = min(answers.room() - most, self.server.max_tokens)
+        if room < LEAST_ROOM:
+            raise DataError(
+                f"answers of up to {most} tokens leave {max(0, room)} of the model's"
+                f" {answers.room()} positions for the question: let it write fewer"
+            )
         asked = [tuple(ids[-room:]) for ids in encode_contexts(tokenizer, examples)]
         written = write(answers, asked, most, end_of_turn(tokenizer))
         return [

@@ -71,8 +71,8 @@ def _convert(file: Path, folder: Path) -> None:
         )
     except Exception as error:  # as many kinds as there are architectures and quantizations
         raise ModelError(
-            f"transformers cannot read {file} ({first_line(error)}): take another quantization of"
-            " it, or the model's own folder"
+            f"transformers cannot read {file} ({first_line(error)}): get it again if it may be cut"
+            " off, take another quantization of it, or the model's own folder"
         ) from error
     # while it is marked as quantized, which it no longer is, it cannot be saved
     model.hf_quantizer = None

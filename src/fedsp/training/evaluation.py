@@ -6,7 +6,11 @@ context encoded once.
   leading space not counted.
 - answer_loss: mean negative log-likelihood of the right answer, nats per token over all answer
   tokens; answer_perplexity is its exponential.
-- exact_match: greedy decoding would give an accepted answer token by token.
+- exact_match: greedy decoding would give an accepted answer token by token. What it would write
+  behind the answer does not count; but of labels it would write no longer one that begins with it.
+
+A label that begins another one, such as "card" before "card lost", counts with the probability that
+none of the longer ones follows; else it would always be the likelier of the two.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -28,12 +32,17 @@ from fedsp.data.tasks import LABELLED, Example, Metric
 from fedsp.models.prompted_lm import PromptedLM, length_of
 
 Parts = dict[str, dict[str, dict[str, float]]]
+Tokens = tuple[Tensor, Tensor]
+"""Of an answer's tokens (T), log-likelihoods (nats), and whether each is the likeliest."""
+LEAST = 1e-12
+"""The least probability that a label ends where it does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """One example: log-likelihood (nats), greediness and token count of each choice, and which are
-    right. `question` is a digest of context and choices, by which the same question is known again.
+    right. `question` is a digest of context and choices, by which the same question is known again;
+    `ends`, of labels, the log-probability (nats) that none of the longer ones follows.
     """
 
     id: str
@@ -45,6 +54,7 @@ class Scored:
     question: str = ""
     task: str = ""
     metric: Metric = "accuracy"
+    ends: list[float] = field(default_factory=list)
 
     @property
     def right(self) -> bool:
@@ -57,14 +67,22 @@ class Scored:
 
     @property
     def choice(self) -> int:
-        return max(range(len(self.log_likelihoods)), key=lambda index: self.log_likelihoods[index])
+        return _highest(self._whole)
 
     @property
     def choice_norm(self) -> int:
-        return max(
-            range(len(self.log_likelihoods)),
-            key=lambda index: self.log_likelihoods[index] / self.characters[index],
+        return _highest(
+            [one / count for one, count in zip(self._whole, self.characters, strict=True)]
         )
+
+    @property
+    def _whole(self) -> list[float]:
+        ends = self.ends or [0.0] * len(self.log_likelihoods)
+        return [one + end for one, end in zip(self.log_likelihoods, ends, strict=True)]
+
+
+def _highest(figures: Sequence[float]) -> int:
+    return max(range(len(figures)), key=figures.__getitem__)
 
 
 @torch.no_grad()
@@ -107,10 +125,15 @@ def score(
         )
         for index, rows in zip(group, likelihoods, strict=True):
             example = examples[index]
+            ends: list[float] = []
+            ended = [True] * len(rows)
+            if example.task == LABELLED:
+                ends, ended = _ends([pair.ids[pair.start :] for pair in pairs[index]], rows)
             scored[index] = Scored(
                 id=example.id,
-                log_likelihoods=[row[0] for row in rows],
-                greedy=[row[1] for row in rows],
+                log_likelihoods=[float(likelihoods.sum()) for likelihoods, _ in rows],
+                greedy=[bool(row[1].all()) and end for row, end in zip(rows, ended, strict=True)],
+                ends=ends,
                 tokens=[len(pair.ids) - pair.start for pair in pairs[index]],
                 characters=[max(1, len(choice) - 1) for choice in example.choices],
                 gold=example.gold,
@@ -146,9 +169,9 @@ def log_probabilities(model: PromptedLM, prefix: Tensor | None) -> LogProbabilit
 
 def _score_group(
     answers: LogProbabilities, group: list[list[Encoded]], shared: list[int]
-) -> list[list[tuple[float, bool]]]:
-    """(log-likelihood, is greedy) of each choice of each example; `shared` is the number of leading
-    tokens that an example's choices have in common."""
+) -> list[list[Tokens]]:
+    """(log-likelihoods, are greedy) of the tokens of each choice of each example; `shared` is the
+    number of leading tokens that an example's choices have in common."""
     tails = [
         [pair.ids[length:-1] for pair in pairs] for pairs, length in zip(group, shared, strict=True)
     ]
@@ -164,8 +187,24 @@ def _score_group(
     greedy = found.argmax(dim=-1) == wanted
     counts = [len(pair.ids) - pair.start for pairs in group for pair in pairs]
     parts = zip(torch.split(likelihoods, counts), torch.split(greedy, counts), strict=True)
-    figures = ((float(part.sum()), bool(sure.all())) for part, sure in parts)
-    return [list(islice(figures, len(pairs))) for pairs in group]
+    return [list(islice(parts, len(pairs))) for pairs in group]
+
+
+def _ends(
+    labels: Sequence[tuple[int, ...]], found: Sequence[Tokens]
+) -> tuple[list[float], list[bool]]:
+    """Of each label, the log-probability that none of those that begin with it follows, and whether
+    greedy decoding would not write one of them either."""
+    places = {label: place for place, label in enumerate(labels)}
+    follows: list[dict[int, float]] = [{} for _ in labels]
+    ended = [True] * len(labels)
+    for label, (likelihoods, greedy) in zip(labels, found, strict=True):
+        for length in range(1, len(label)):
+            if (shorter := places.get(label[:length])) is not None:
+                follows[shorter][label[length]] = float(likelihoods[length])
+                ended[shorter] = ended[shorter] and not bool(greedy[length])
+    others = (math.fsum(map(math.exp, one.values())) for one in follows)
+    return [math.log(max(1.0 - other, LEAST)) for other in others], ended
 
 
 def _states(
