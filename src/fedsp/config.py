@@ -151,8 +151,8 @@ class TaskSection(Section):
     are of the task above; none: all are"""
     ends: bool = True
     """of the tasks completion and classification: whether the tokenizer's end token is trained as
-    the last token of a completion or label, so that the model learns to stop; no figure of the test
-    counts it, but those of whole answers (`fedsp evaluate --write`)"""
+    the last token of a completion or label, so that the model learns to stop; of the figures of the
+    test exact_match alone counts it, of completions"""
     template: str = "{text}\nLabel:"
     """of the task classification: what stands in front of the label, with the names of columns in
     braces"""

@@ -270,9 +270,12 @@ def test_in_a_run_of_several_tasks_a_system_message_makes_a_text_a_chat(
         )
     )["folder"]
     asked: list[Any] = []
-    monkeypatch.setattr(
-        "fedsp.api.question_ids", lambda _, turns: asked.append(list(turns)) or [3, 4, 5]
-    )
+
+    def question_ids(_: object, turns: Any) -> list[int]:
+        asked.append(list(turns))
+        return [3, 4, 5]
+
+    monkeypatch.setattr("fedsp.api.question_ids", question_ids)
     commands.generate(folder, "Who?", most=2, system="Be odd.")
     commands.generate(folder, "Who?", most=2)
     assert asked == [[("system", "Be odd."), ("user", "Who?")]]

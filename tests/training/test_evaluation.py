@@ -20,7 +20,7 @@ from fedsp.models.gguf import folder_of_gguf
 from fedsp.models.loading import load_model, load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
-from fedsp.training.evaluation import by_label, score, summarise
+from fedsp.training.evaluation import Scored, by_label, score, summarise
 from support.letters import LETTERS
 from support.real_rows import hub_schema, real_rows
 from support.reference import harness_task
@@ -173,6 +173,29 @@ def test_a_label_that_begins_another_one_is_chosen_where_it_is_written() -> None
     assert [any(row.greedy) and row.greedy[row.gold[0]] for row in scored] == [
         label == "card lost" for label in [*NESTED, *NESTED]
     ]
+
+
+def test_a_completion_is_exact_where_it_would_be_written_to_its_end() -> None:
+    """Where the end is trained; no other figure is moved by it."""
+    tokenizer, model = load_tokenizer(str(EMBEDDED / "model")), tiny_model("gpt2")
+    rows = [{"prompt": f"{n}. It is", "completion": text} for n, text in enumerate(NESTED)]
+
+    def scored(ends: bool, writes: Sequence[str]) -> list[Scored]:
+        examples = Rendering(TaskSection(task="completion", ends=ends)).examples(rows)
+        writer = Writer(tokenizer, examples, writes)
+        return score(model, None, examples, tokenizer, max_tokens=512, answers=writer)[0]
+
+    for writes, whole, begun in (
+        (NESTED, [True] * 4, [True] * 4),
+        (["card lost"] * 4, [False, False, True, False], [False, True, True, False]),
+    ):
+        ended, open_ended = scored(True, writes), scored(False, writes)
+        assert [row.right for row in ended] == whole
+        assert [row.right for row in open_ended] == begun
+        for one, other in zip(ended, open_ended, strict=True):
+            assert one.log_likelihoods == pytest.approx(other.log_likelihoods)
+            assert one.tokens == other.tokens
+        assert summarise(ended)["exact_match"] == sum(whole) / 4
 
 
 def test_what_a_label_ends_with_is_that_no_longer_one_follows() -> None:

@@ -193,7 +193,7 @@ def encode_targets(
         names = (f"example {example.id}" for example in some)
         rows = encode_pairs(tokenizer, pairs, max_tokens, names)
         return [
-            _ended(row, end, max_tokens) if example.ends and end is not None else row
+            ended(row, end, max_tokens) if example.ends and end is not None else row
             for row, example in zip(rows, some, strict=True)
         ]
 
@@ -204,9 +204,9 @@ def encode_targets(
     )
 
 
-def _ended(row: Encoded, end: int, max_tokens: int) -> Encoded:
-    """A row with the end token behind it, and one token less in front where it would be too
-    long."""
+def ended(row: Encoded, end: int, max_tokens: int) -> Encoded:
+    """A row with the end token behind it, and one token less in front where it would be longer than
+    `max_tokens`."""
     over = max(0, len(row.ids) + 1 - max_tokens)
     return Encoded((*row.ids[over:], end), max(1, row.start - over), row.dropped + over)
 

@@ -6,8 +6,9 @@ context encoded once.
   leading space not counted.
 - answer_loss: mean negative log-likelihood of the right answer, nats per token over all answer
   tokens; answer_perplexity is its exponential.
-- exact_match: greedy decoding would give an accepted answer token by token. What it would write
-  behind the answer does not count; but of labels it would write no longer one that begins with it.
+- exact_match: greedy decoding would give an accepted answer token by token, and end there, where
+  its end is trained; of labels, go on to no longer one. Elsewhere what it would write behind the
+  answer does not count.
 
 A label that begins another one, such as "card" before "card lost", counts with the probability that
 none of the longer ones follows; else it would always be the likelier of the two.
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fedsp.data.batching import pack_trees, pad, tree_size
-from fedsp.data.encoding import Encoded, Tokenizer, encode_choices
+from fedsp.data.encoding import Encoded, Tokenizer, encode_choices, ended
 from fedsp.data.tasks import LABELLED, Example, Metric
 from fedsp.models.prompted_lm import PromptedLM, length_of
 
@@ -107,6 +108,15 @@ def score(
     """
     tokens_per_batch = tokens_per_batch or (512 if model.device.type == "cpu" else 4096)
     pairs = encode_choices(tokenizer, examples, max_tokens)
+    whole = [
+        example.ends and example.metric == "exact_match" and tokenizer.eos_token_id is not None
+        for example in examples
+    ]
+    end = tokenizer.eos_token_id
+    pairs = [
+        [ended(pair, end, max_tokens) for pair in row] if to_its_end else row
+        for row, to_its_end in zip(pairs, whole, strict=True)
+    ]
     shared = [_shared(row) for row in pairs]
     lengths = [
         length + tree_size([pair.ids[length:-1] for pair in row])
@@ -124,17 +134,20 @@ def score(
             [shared[index] for index in group],
         )
         for index, rows in zip(group, likelihoods, strict=True):
-            example = examples[index]
+            example, behind = examples[index], int(whole[index])
             ends: list[float] = []
-            ended = [True] * len(rows)
+            stops = [True] * len(rows)
             if example.task == LABELLED:
-                ends, ended = _ends([pair.ids[pair.start :] for pair in pairs[index]], rows)
+                ends, stops = _ends([pair.ids[pair.start :] for pair in pairs[index]], rows)
+            counts = [len(pair.ids) - pair.start - behind for pair in pairs[index]]
             scored[index] = Scored(
                 id=example.id,
-                log_likelihoods=[float(likelihoods.sum()) for likelihoods, _ in rows],
-                greedy=[bool(row[1].all()) and end for row, end in zip(rows, ended, strict=True)],
+                log_likelihoods=[
+                    float(row[0][:count].sum()) for row, count in zip(rows, counts, strict=True)
+                ],
+                greedy=[bool(row[1].all()) and stop for row, stop in zip(rows, stops, strict=True)],
                 ends=ends,
-                tokens=[len(pair.ids) - pair.start for pair in pairs[index]],
+                tokens=counts,
                 characters=[max(1, len(choice) - 1) for choice in example.choices],
                 gold=example.gold,
                 question=hashlib.sha256(
@@ -197,14 +210,14 @@ def _ends(
     greedy decoding would not write one of them either."""
     places = {label: place for place, label in enumerate(labels)}
     follows: list[dict[int, float]] = [{} for _ in labels]
-    ended = [True] * len(labels)
+    stops = [True] * len(labels)
     for label, (likelihoods, greedy) in zip(labels, found, strict=True):
         for length in range(1, len(label)):
             if (shorter := places.get(label[:length])) is not None:
                 follows[shorter][label[length]] = float(likelihoods[length])
-                ended[shorter] = ended[shorter] and not bool(greedy[length])
+                stops[shorter] = stops[shorter] and not bool(greedy[length])
     others = (math.fsum(map(math.exp, one.values())) for one in follows)
-    return [math.log(max(1.0 - other, LEAST)) for other in others], ended
+    return [math.log(max(1.0 - other, LEAST)) for other in others], stops
 
 
 def _states(
