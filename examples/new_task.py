@@ -17,7 +17,10 @@ from fedsp.experiments.embedded import EMBEDDED
 
 
 def render(row: dict[str, Any]) -> tuple[str, list[str], list[int]]:
-    return f"{row['statement']} True or false?", ["true", "false"], [0 if row["true"] else 1]
+    statement, true = row["statement"], row["true"]
+    if not isinstance(statement, str) or not isinstance(true, bool):
+        raise TypeError  # fedsp then says where the row stands, and the schema
+    return f"{statement} True or false?", ["true", "false"], [0 if true else 1]
 
 
 fedsp.register_task(

@@ -173,7 +173,8 @@ def test_a_distillation_that_fails_leaves_no_package_behind(  # type: ignore[no-
     [
         ("x = " + "[" * 100_000, "is nested too deeply"),
         ("x = " + "9" * 5000, "is not a TOML file"),
-        (b"\xff\xfe", "is not a TOML file"),
+        (b"\xff\xfe", "is not a TOML file: it is not UTF-8; save it as UTF-8"),
+        ('[data]\ntrain = "C:\\Users\\x.csv"', "write a Windows path with / or in single quotes"),
         ("\ufeffseed = 1\n", "model"),
     ],
 )

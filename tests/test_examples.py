@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import fedsp
+from fedsp.data.tasks import TASKS
 from fedsp.federation.callbacks import Callbacks
-from fedsp.testing import check_messenger
+from fedsp.federation.methods.registry import find_method
+from fedsp.testing import check_messenger, check_method, check_task
 from support.gguf_made import tiny_llama, write_gguf
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -51,6 +53,7 @@ def test_a_new_method_runs_by_its_name(tmp_path: Path) -> None:
     module = example("new_method")
     figures = module.main(tmp_path)
     assert figures["best_round"] == 3
+    check_method(find_method("damped"))
     with pytest.raises(fedsp.FedspError, match="a method named 'damped' is registered already"):
         fedsp.register_method(fedsp.MethodEntry(name="damped", title="", paper="", clients_hold=""))
 
@@ -70,6 +73,7 @@ def test_a_new_task_runs_by_its_name(tmp_path: Path) -> None:
     module = example("new_task")
     rows = module.main(tmp_path)
     assert rows[1]["answer_loss"] < rows[0]["answer_loss"]
+    check_task(TASKS["true_or_false"], module.statements("test", 2))
     task = fedsp.Task(name="true_or_false", plain=module.render)
     with pytest.raises(fedsp.FedspError, match="a task named 'true_or_false' is registered"):
         fedsp.register_task(task)

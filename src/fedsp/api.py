@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,20 @@ import torch
 from fedsp.audit.inspection import inspect_auxiliary
 from fedsp.audit.model_card import model_card
 from fedsp.config import RunConfig, TaskSection
-from fedsp.config_file import apply_override, make_config, read_config, read_party
+from fedsp.config_file import (
+    apply_override,
+    make_config,
+    read_config,
+    read_party,
+    resolve_paths,
+)
 from fedsp.data.chat import end_of_turn, question_ids
 from fedsp.data.check import check_files
 from fedsp.data.dataset import examples_digest
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages, read_rows
 from fedsp.data.rendering import Rendering
-from fedsp.data.tasks import find_task
+from fedsp.data.tasks import LABELLED, find_task
 from fedsp.errors import (
     ConfigurationError,
     DataError,
@@ -40,6 +47,7 @@ from fedsp.experiments.server_setup import validation_sample
 from fedsp.experiments.start import (
     Engine,
     Figures,
+    OpenRun,
     answers_of,
     in_this_process,
     in_workers,
@@ -73,11 +81,17 @@ def as_config(
     if isinstance(config, str | Path):
         return read_config(Path(config), overrides)
     given = config.model_dump(exclude_none=True) if isinstance(config, RunConfig) else config
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(
+            f"expected a configuration: a file's name, nested values or a RunConfig, not {given!r}"
+        )
     values: Figures = {
         key: dict(value) if isinstance(value, Mapping) else value for key, value in given.items()
     }
     for override in overrides:
         apply_override(values, override)
+    with suppress(FileNotFoundError):  # where the working folder is gone
+        resolve_paths(values, Path.cwd())
     return make_config(values)
 
 
@@ -143,6 +157,11 @@ def _engine(name: str, workers: int | None) -> Engine:
 def _suited(config: RunConfig, engine: str) -> RunConfig:
     if engine != "deployment":
         require_local(config)
+    elif config.federation is None:
+        raise ConfigurationError(
+            "the configuration has no [federation] section: use `fedsp run` to simulate clients, or"
+            " `fedsp federation init` to write a configuration for `fedsp serve`"
+        )
     deployable = find_method(config.method).deployable
     if engine == "flower" and (not deployable or config.distill.again_every):
         what = f"method = {config.method!r}" if not deployable else "distill.again_every"
@@ -275,7 +294,7 @@ def inspect(
 
 
 def check_data(
-    files: Sequence[str | Path] = (),
+    files: str | Path | Sequence[str | Path] = (),
     *,
     config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     task: str | None = None,
@@ -291,6 +310,7 @@ def check_data(
         ConfigurationError: no file is given, or the configuration is at fault.
         DataError: a file is missing or cannot be read at all.
     """
+    files = [files] if isinstance(files, str | Path) else files
     section = TaskSection(task=task) if task else None
     columns: Mapping[str, str] = {}
     if config is not None:
@@ -345,10 +365,11 @@ def evaluate(
     if prompt:
         other = read_prompt(Path(prompt)).to(run.server.model.device)
         run = replace(run, messenger=other, best=other.payload())
-    server, dataset = run.server, run.server.dataset
+    server = run.server
     if data:
-        asked = dataset.rendering.examples(read_rows(Path(data), run.directory.config.data.columns))
+        asked = _rendering(run).examples(read_rows(Path(data), run.directory.config.data.columns))
     else:
+        dataset = server.dataset
         splits = {"test": dataset.test, "validation": dataset.validation}
         if split not in splits:
             raise DataError(f"unknown split {split!r}: choose test or validation")
@@ -389,7 +410,7 @@ def evaluate(
     own, untuned = run.auxiliary_sides
     by_proxy = {weight: proxy_tuned(bare, own, untuned, weight) for weight in WEIGHTS}
     weight = 1.0
-    if dataset.validation:
+    if server.dataset.validation:
         few = validation_sample(server)
         losses = {one: run.score(by_proxy[one], few, room)["answer_loss"] for one in WEIGHTS}
         weight = min(WEIGHTS, key=lambda one: losses[one])
@@ -402,6 +423,14 @@ def evaluate(
     for name, answers in others.items():
         add(name, answers)
     return rows
+
+
+def _rendering(run: OpenRun) -> Rendering:
+    """How rows of a run become examples; its own are read only where they have the labels to choose
+    from."""
+    section = run.directory.config.data
+    known = section.labels or (section.task != LABELLED and not section.task_column)
+    return Rendering.of(section) if known else run.server.dataset.rendering
 
 
 def generate(
@@ -603,7 +632,7 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     named = run.directory.config.model.name
     of_gguf = named.lower().endswith(ENDING)
     if of_gguf:
-        run.model.name = named  # not the folder that is made of it
+        run.model.name = Path(named).name  # not the folder that is made of it
     if merged:
         what = run.messenger.merge(run.model)
         save_model(run.model, run.server.tokenizer, to)

@@ -227,6 +227,8 @@ def _run(
     json_file: Path | None,
     workers: int | None = None,
 ) -> None:
+    if resume and config and "=" in str(config) and not config.exists():
+        raise ConfigurationError(f"{str(config)!r}: a resumed run keeps its own settings")
     if config is None and resume is None:
         raise ConfigurationError("nothing to run: give a TOML file, or --resume and a run's folder")
     if overrides and config is None:
@@ -432,6 +434,9 @@ def data_check(
                     f"{one['examples']:,} examples of {one['file']} are in a file before it, too"
                 )
     _write(json_file, figures)
+    for one in figures["files"]:
+        if one["unusable"] == one["rows"]:
+            raise DataError(f"{one['file']}: no row can be used: {one['fault']}")
 
 
 federation = typer.Typer(
@@ -469,10 +474,12 @@ def egress_report(
     """Say in sum what this client has sent, from the journal that it keeps of every message, and
     check that no line of it was changed. Exit code 2 if one was."""
     from fedsp.config_file import read_party
+    from fedsp.federation.chained_log import cut_short
     from fedsp.federation.egress import EGRESS, egress_figures, read_egress
     from fedsp.report.console import egress_text
 
-    figures = egress_figures(read_egress(Path(read_party(config).state) / EGRESS))
+    journal = Path(read_party(config).state) / EGRESS
+    figures = egress_figures(read_egress(journal)) | {"bytes_cut_short": cut_short(journal)}
     typer.echo(egress_text(figures))
     if audited:
         from fedsp.audit.summary import of_the_text
@@ -566,6 +573,10 @@ def federation_admit(
         " or revoke it; it takes part from the next `fedsp serve`"
     )
     if not replaced:
+        typer.echo(
+            f"it counts as {examples or 1} example{'s' if (examples or 1) > 1 else ''} in the mean:"
+            f" {server / 'register.toml'} has the number"
+        )
         typer.echo(
             f"send it {server / 'ca.crt'}, {server / 'server.pub'} and the package, none of which"
             " is secret, and tell it the package's digest by another way"

@@ -312,6 +312,8 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     resolve_paths(values, path.parent.resolve())
     for override in overrides:
         apply_override(values, override)
+    with suppress(FileNotFoundError):  # where the working folder is gone
+        resolve_paths(values, Path.cwd())
     return make_config(values, str(path))
 
 
@@ -420,8 +422,15 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
         raise ConfigurationError(
             f"{path} cannot be read as a TOML file: {error.strerror}"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"{path} is not a TOML file: it is not UTF-8; save it as UTF-8"
+        ) from error
     except ValueError as error:
-        raise ConfigurationError(f"{path} is not a TOML file: {first_line(error)}") from error
+        why = first_line(error)
+        windows = "hex value" in why or "escape" in why.lower()
+        meant = "; write a Windows path with / or in single quotes" if windows else ""
+        raise ConfigurationError(f"{path} is not a TOML file: {why}{meant}") from error
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -134,6 +134,16 @@ def test_the_command_shows_it_and_says_what_it_cannot_tell(tmp_path: Path) -> No
         fedsp.check_data()
 
 
+def test_a_file_of_which_no_row_can_be_used_is_no_success(tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "rows.jsonl", [ticket(0, label=""), ticket(1, label=" ")])
+    told = CliRunner().invoke(app, ["data", "check", str(path), "--json", f"{tmp_path}/a.json"])
+    assert isinstance(told.exception, DataError) and "rows.jsonl: no row can be used: " in str(
+        told.exception
+    )
+    assert json.loads((tmp_path / "a.json").read_text())["files"][0]["unusable"] == 2
+    assert fedsp.check_data(str(path))["files"][0]["rows"] == 2, "one name is no list of letters"
+
+
 def test_rows_that_a_model_s_template_refuses_are_counted_as_unusable(tmp_path: Path) -> None:
     """The embedded model has no template at all; without a model nothing can be refused."""
     rows: list[dict[str, object]] = [

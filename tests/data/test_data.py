@@ -534,7 +534,7 @@ def test_a_workbook_holds_the_rows_of_the_table_that_excel_would_export(
         ["prompt", "completion", "on", "count"],
         ["M\u00fcller, 3. Stock", "printer", date(2026, 1, 31), 5],
         [],
-        ["two\nlines", "=1+1", None, 0.5],
+        ["two\nlines", None, None, 0.5],
     ]
     rows = read_rows(workbook(tmp_path / "tickets.XLSX", lines, [["other"], ["x"]]))
     assert [{key: value for key, value in row.items() if key != "__where__"} for row in rows] == [
@@ -552,6 +552,33 @@ def test_a_workbook_holds_the_rows_of_the_table_that_excel_would_export(
     (row,) = read_rows(workbook(tmp_path / "asked.xlsx", asked))
     (example,) = examples_of(TASKS["multiple_choice"], [row])
     assert example.choices == (" so", " no") and example.gold == (1,)
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        ("=1+1", "row 3 has a formula without a saved value: open the workbook in Excel or"),
+        ("#N/A", "row 3 holds the error #N/A: mend its formula"),
+    ],
+)
+def test_what_a_workbook_does_not_say_is_no_empty_cell(
+    cell: str, sentence: str, tmp_path: Path
+) -> None:
+    lines: list[list[Any]] = [["prompt", "completion"], ["a", "b"], ["c", cell]]
+    with pytest.raises(DataError, match=sentence):
+        read_rows(workbook(tmp_path / "t.xlsx", lines))
+
+
+def test_what_is_no_workbook_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "t.xlsx").write_text("a;b\n")
+    with pytest.raises(DataError, match="as an Excel workbook: it is none, or only half of one"):
+        read_rows(tmp_path / "t.xlsx")
+
+
+def test_a_cell_without_an_answer_is_named(tmp_path: Path) -> None:
+    rows = read_rows(workbook(tmp_path / "t.xlsx", [["prompt", "completion"], ["a", None]]))
+    with pytest.raises(DataError, match=r"row 2 has no answer: completion is empty; fill it in"):
+        examples_of(TASKS["completion"], rows)
 
 
 def test_rows_beyond_the_dimensions_that_a_workbook_tells_are_read(tmp_path: Path) -> None:
@@ -1057,6 +1084,12 @@ def test_the_rows_of_a_query_are_those_of_the_same_table(tmp_path: Path) -> None
         ("select 1", "expected '-- url:' and the address of a database in the first line"),
         ("-- url: sqlite://\n", "and a query below it"),
         ("-- url: sqlite://\nselect 1 as a", "the query has no ORDER BY"),
+        ("-- url: sqlite://\nselect 1 as a -- order by a", "the query has no ORDER BY"),
+        ("-- url: sqlite://\nselect 1 as a /*\norder by a */", "the query has no ORDER BY"),
+        ("-- url: sqlite:///${NIX_39}/db\nselect 1 as a order by a", "variable NIX_39 of the add"),
+        ("-- url: sqlite:///nix39.db\nselect 1 as a order by a", "there is no database nix39.db"),
+        ("-- url: sqlite+nix://\nselect 1 as a order by a", "cannot be asked"),
+        ("-- url: mssql://x/y\nselect 1 as a order by a", "the driver of its database is not ins"),
         ("-- url: nonsense\nselect 1 as a order by a", "the database cannot be asked"),
         ("-- url: nosuch://x\nselect 1 as a order by a", "the database cannot be asked"),
         ("-- url: sqlite://\nselect a from b order by a", "cannot be asked .*no such table"),
@@ -1075,9 +1108,15 @@ def test_a_password_may_stand_in_the_environment_and_nothing_is_changed(
 ) -> None:
     path = database(tmp_path)
     monkeypatch.setenv("BASE", "tickets.db")
-    path.write_text(
-        "-- url: sqlite:///${HERE}/${BASE}\ndelete from tickets returning body /* order by */"
-    )
+    address = "-- url: sqlite:///${HERE}/${BASE}\n"
+    path.write_text(f"{address}select body from tickets order by id")
     assert len(read_rows(path)) == 2
+    for deletes in (
+        "with one as (select 1 order by 1) delete from tickets returning body",
+        "delete from tickets where id in (select id from tickets order by id) returning body",
+    ):
+        path.write_text(address + deletes)
+        with pytest.raises(DataError, match="attempt to write a readonly database"):
+            read_rows(path)
     with closing(sqlite3.connect(tmp_path / "tickets.db")) as base:
         assert base.execute("select count(*) from tickets").fetchone() == (2,)

@@ -75,7 +75,7 @@ def test_labels_are_those_of_the_training_examples_or_those_given() -> None:
         ({"labels": ["a", "b"]}, {"text": "x", "label": 2}, "is a place, but there are 2 labels"),
         ({"labels": ["a", "b"]}, {"text": "x", "label": "2"}, "is a place, but there are 2 labels"),
         ({"labels": ["a", "b"]}, {"text": "x", "label": -1}, "its label is not one of the 2"),
-        ({}, {"text": "x", "label": " "}, "has no choices, or an empty one"),
+        ({}, {"text": "x", "label": " "}, "has no answer: label is empty; fill it in"),
     ],
 )
 def test_a_row_without_a_label_to_choose_is_refused(

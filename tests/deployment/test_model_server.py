@@ -154,6 +154,11 @@ def test_several_texts_streamed_pieces_drawn_tokens_and_stops(
         ({"stop": ["x", ""]}, 400, "an empty text would end"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty cannot be taken"),
         ({"temperature": -1}, 400, "temperature cannot be taken"),
+        ({"max_tokens": True}, 400, "max_tokens cannot be taken: input should be a valid integer"),
+        ({"max_tokens": "3"}, 400, "max_tokens cannot be taken: input should be a valid integer"),
+        ({"seed": "3"}, 400, "seed cannot be taken"),
+        ({"prompt": 3}, 400, "prompt cannot be taken"),
+        ({"stop": 3}, 400, "stop cannot be taken"),
         ({"extra_body": {"top_k": 3}}, 400, "top_k is not supported"),
     ],
 )

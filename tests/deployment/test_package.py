@@ -287,6 +287,15 @@ def test_every_answer_is_in_the_journal_of_what_has_left_before_it_leaves(
     assert "3 updates (2 of them different, the others sent again)" in told.output
     assert "4 messages" in told.output and "and 1 refusals" in told.output
     assert "2 updates left without differential privacy" in told.output
+    assert "The journal is whole; its last line has the digest" in told.output
+    journal = Path(party.state) / EGRESS
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-20])
+    told = CliRunner().invoke(app, ["egress", "report", str(tmp_path / "party.toml")])
+    behind = len(whole) - 20 - whole[:-1].rfind(b"\n") - 1
+    assert f"The last {behind} bytes of the journal are a line that was cut short" in told.output
+    assert "3 messages" in told.output and "The journal is whole" not in told.output
+    journal.write_bytes(whole)
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
@@ -1194,7 +1203,7 @@ WRONG: dict[str, tuple[list[str], Any, str]] = {
     "a party's key": (
         ["join", "../client-0/party.toml"],
         lambda server: (server.parent / "client-0" / "client.key").unlink(),
-        "client.key; it comes with the folder",
+        "client.key; `fedsp party init` made it here, or it came with the folder",
     ),
     "a party's digest": (
         ["join", "../client-0/party.toml"],

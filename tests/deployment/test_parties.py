@@ -340,7 +340,8 @@ def test_the_commands_say_what_to_do_next(
     told = next(word for word in said.split() if word.startswith("SHA256:")).rstrip(",")
     monkeypatch.chdir(tmp_path / "f" / "server")
     request = "../../hospital/request.json"
-    assert told in fedsp("federation", "admit", request, "--examples", "40")
+    said = fedsp("federation", "admit", request, "--examples", "40")
+    assert told in said and "it counts as 40 examples in the mean: register.toml has" in said
     assert "--examples: 0 is no number" in fedsp("federation", "admit", request, "--examples", "0")
     assert "valid until 20" in fedsp("federation", "renew")
     assert "its key opens nothing" in fedsp("federation", "revoke", "hospital")

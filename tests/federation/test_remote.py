@@ -197,6 +197,22 @@ def test_a_client_that_stays_away_fails_after_the_wait(monkeypatch: pytest.Monke
     assert 60 < clock.now < 61
 
 
+def test_whoever_is_revoked_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    transport = remote(
+        ListLink(good, lambda: {11, 22}),
+        NODES,
+        Timeouts(connect=60),
+        QUIET,
+        QUIET,
+        revoked=lambda client: client != "a" and clock.now > 20,
+    )
+    replies = transport(REQUESTS)
+    fates = {one.client: one.reason if isinstance(one, Failure) else "ok" for one in replies}
+    assert fates == {"a": "ok", "b": "ok", "c": "its key is revoked"}, "b is there, and answers"
+    assert 20 < clock.now < 22
+
+
 def test_a_client_that_is_silent_fails_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch)
     link = ListLink(lambda node, message: None if node == 22 else good(node, message), lambda: ALL)

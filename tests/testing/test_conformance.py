@@ -149,6 +149,7 @@ def test_what_an_installed_package_brings_is_found_by_its_name(
             "has the name 'other'; give both one name",
         ),
         ("TASK = 3", "wrong:TASK", "wrong:TASK is a int, expected Task"),
+        ("raise SystemExit(3)", "wrong:TASK", r"cannot be imported .*it ends Python: SystemExit.3"),
     ],
 )
 def test_what_cannot_be_used_is_named(
@@ -308,6 +309,49 @@ def test_an_unknown_rule_is_refused_before_anything_is_made(tmp_path: Path) -> N
         register_rule("trust", lambda rows, f: rows[0])
 
 
+@pytest.mark.parametrize(
+    ("rule", "sentence"),
+    [
+        (
+            lambda rows, f: rows,
+            r"'own' made no change of the updates: it gave \(5, 2\), not \(2,\)",
+        ),
+        (lambda rows, f: 3, "it gave a int, not a tensor"),
+        (lambda rows, f: rows[0] / 0, "it gave numbers that are not finite"),
+        (lambda rows, f: rows.nothing, "it raised AttributeError"),
+    ],
+)
+def test_a_rule_that_makes_no_change_is_named(rule: Any, sentence: str) -> None:
+    rules._REGISTERED["own"] = rule
+    try:
+        replies = {str(client): {"a": torch.ones(2) * client} for client in range(5)}
+        robust = Robust(rule="own", malicious=0.2)
+        with pytest.raises(ConfigurationError, match=sentence):
+            robust({"a": torch.zeros(2)}, replies, dict.fromkeys(replies, 1.0), 5, None)
+    finally:
+        rules._REGISTERED.pop("own")
+
+
+@pytest.mark.parametrize(("name", "rule"), [("", lambda rows, f: rows[0]), ("own", 3)])
+def test_a_rule_has_a_name_and_is_a_function(name: str, rule: Any) -> None:
+    with pytest.raises(ConfigurationError, match="expected a name and a function of it"):
+        fedsp.register_rule(name, rule)
+    assert name not in rules._REGISTERED
+
+
+@pytest.mark.parametrize(
+    ("check", "kind"),
+    [(check_method, "MethodEntry"), (check_messenger, "MessengerEntry"), (check_task, "Task")],
+)
+def test_a_check_says_what_it_checks(check: Any, kind: str) -> None:
+    nothing: Any = None
+    rows: Any = {"prompt": "a", "completion": "b"}
+    with pytest.raises(Nonconforming, match=f"expected a fedsp.{kind}, not None"):
+        check_task(nothing, rows) if check is check_task else check(nothing)
+    with pytest.raises(Nonconforming, match="give a list of one row at least, each a dictionary"):
+        check_task(TASKS["completion"], rows)
+
+
 def test_the_register_knows_our_own_rules() -> None:
     assert tuple(RULES) == rules.OURS
 
@@ -360,7 +404,7 @@ def task(render: Any, schema: str = "needs a") -> fedsp.Task:
         ),
         (task(lambda row: (row["a"] + " ", ["x"], [0])), "ends in white space"),
         (task(lambda row: ("", ["x"], [0])), "an empty context"),
-        (task(lambda row: (row["a"], [" "], [0])), "row 0 is refused: DataError.*an empty one"),
+        (task(lambda row: (row["a"], [" "], [0])), "row 0 is refused: DataError.*answer is empty"),
         (task(lambda row: (row.pop("a"), ["x"], [0])), "row 0"),
         (task(lambda row: (str(row.get("a")), ["x"], [0])), "is taken for an example"),
         (task(lambda row: (row["b"], ["x"], [0])), "row 0 is refused"),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import date, time
 from pathlib import Path
 from typing import IO, Any
+from zipfile import BadZipFile
 
 from fedsp.errors import DataError, first_line, require_installed
 from fedsp.storage import parse_json
@@ -27,6 +28,8 @@ UTF8, UTF16 = "utf-8-sig", "utf-16"
 TABLES = (".csv", ".tsv")
 WORKBOOKS = (".xlsx", ".xlsm")
 QUERY, URL = ".sql", "-- url:"
+ERRORS = ("#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!")
+"""What a cell of a workbook holds where its formula has failed."""
 """The kind of a file that holds a query, and what its first line begins with."""
 ARCHIVE = b"PK\x03\x04"
 WESTERN, CENTRAL = "cp1252", "cp1250"
@@ -416,13 +419,46 @@ def _cells(path: Path) -> Iterable[Sequence[Any]]:
                     "%s has %d sheets: the first, %r, is read", path, others + 1, sheet.title
                 )
             sheet.reset_dimensions()  # some programs write them wrongly
-            yield from sheet.iter_rows(values_only=True)
+            rows = list(sheet.iter_rows(values_only=True))
+        _require_values(path, rows)
+        yield from rows
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
+    except BadZipFile as error:
+        raise DataError(
+            f"cannot read {path} as an Excel workbook: it is none, or only half of one; get it"
+            " again, or save it as .xlsx"
+        ) from error
     except DataError:
         raise
     except Exception as error:  # of as many kinds as there are ways to be damaged
         raise DataError(f"cannot read {path} as an Excel workbook: {first_line(error)}") from error
+
+
+def _require_values(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """Refuse cells that hold an error, and formulas whose values nobody has saved.
+
+    Raises:
+        DataError: there is one.
+    """
+    from openpyxl import load_workbook
+
+    for number, cells in enumerate(rows, start=1):
+        if error := next((cell for cell in cells if cell in ERRORS), None):
+            raise DataError(f"{path}, row {number} holds the error {error}: mend its formula")
+    if not any(cell is None for cells in rows for cell in cells):
+        return
+    with closing(load_workbook(path, read_only=True)) as book:
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()
+        formulas = sheet.iter_rows(values_only=True)
+        for number, (cells, own) in enumerate(zip(rows, formulas, strict=False), start=1):
+            for value, formula in zip(cells, own, strict=False):
+                if value is None and isinstance(formula, str) and formula.startswith("="):
+                    raise DataError(
+                        f"{path}, row {number} has a formula without a saved value: open the"
+                        " workbook in Excel or LibreOffice and save it there"
+                    )
 
 
 def _answers(path: Path) -> Iterable[Sequence[Any]]:
@@ -435,7 +471,8 @@ def _answers(path: Path) -> Iterable[Sequence[Any]]:
             f"{path}: expected {URL!r} and the address of a database in the first line, such as"
             f" {URL} sqlite:///${{HERE}}/tickets.db, and a query below it"
         )
-    if not re.search(r"\border\s+by\b", query, re.IGNORECASE):
+    bare = re.sub(r"--[^\n]*|/\*.*?\*/", "", query, flags=re.DOTALL)
+    if not re.search(r"\border\s+by\b", bare, re.IGNORECASE):
         raise DataError(
             f"{path}: the query has no ORDER BY, so its rows may come in another order each time,"
             " and a run cannot be resumed on them: add one over a unique column"
@@ -445,15 +482,28 @@ def _answers(path: Path) -> Iterable[Sequence[Any]]:
     from sqlalchemy.exc import SQLAlchemyError
 
     url = head.removeprefix(URL).strip().replace("${HERE}", str(path.parent.resolve()))
+    url = os.path.expandvars(url)
+    if unset := re.search(r"\$\{(\w+)\}", url):
+        raise DataError(f"{path}: the variable {unset[1]} of the address is not set")
+    database = url.removeprefix("sqlite:///").partition("?")[0]
+    if database != url and database not in ("", ":memory:") and not Path(database).exists():
+        raise DataError(f"{path}: there is no database {database}")
     try:
-        with closing(create_engine(os.path.expandvars(url)).connect()) as connection:
+        with closing(create_engine(url).connect()) as connection:
+            if connection.dialect.name == "sqlite":  # it begins no transaction before WITH
+                connection.exec_driver_sql("PRAGMA query_only = ON")
             answer = connection.exec_driver_sql(query.strip().removesuffix(";"))
             yield tuple(answer.keys())
             for row in answer:
                 if any(isinstance(cell, bytes | memoryview) for cell in row):
                     raise DataError(f"{path}: a column holds bytes: select texts and numbers")
                 yield row
-    except (SQLAlchemyError, ImportError) as error:
+    except ImportError as error:
+        raise DataError(
+            f"{path}: the driver of its database is not installed ({first_line(error)}): install"
+            " that Python package"
+        ) from error
+    except SQLAlchemyError as error:
         raise DataError(f"{path}: the database cannot be asked ({first_line(error)})") from error
 
 

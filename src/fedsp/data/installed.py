@@ -81,11 +81,12 @@ def load_installed(group: str, name: str, kind: type[Kind]) -> Kind | None:
     (point,) = points
     try:
         found = point.load()
-    except Exception as error:  # whatever another package does when it is imported
+    except (Exception, SystemExit) as error:  # whatever another package does when it is imported
+        why = f"it ends Python: {error!r}" if isinstance(error, SystemExit) else first_line(error)
         package = f"the Python package {point.dist.name}" if point.dist else "that package"
         raise ConfigurationError(
             f"{KEYS[group]}: {name!r} cannot be imported from {point.value}"
-            f" ({first_line(error)}): mend or uninstall {package}"
+            f" ({why}): mend or uninstall {package}"
         ) from error
     if not isinstance(found, kind):
         raise ConfigurationError(

@@ -347,8 +347,13 @@ def join(party: PartyConfig, callbacks: Callbacks) -> int:
     for name in (CA, CLIENT_KEY, SERVER_PUBLIC):
         if not (Path(party.keys) / name).is_file():
             raise ConfigurationError(
-                f"keys: there is no {Path(party.keys) / name}; it comes with the folder that `fedsp"
-                " federation init` made for this client, or from the owner of the model"
+                f"keys: there is no {Path(party.keys) / name}; "
+                + (
+                    "`fedsp party init` made it here, or it came with the folder of `fedsp"
+                    " federation init`: bring it back, or make another with `fedsp party init`"
+                    if name == CLIENT_KEY
+                    else "it comes from the owner of the model"
+                )
             )
     with Health(party.health, "health", "client") as health:
         try:

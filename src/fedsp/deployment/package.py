@@ -112,8 +112,8 @@ def open_package(
     digest = package_digest(folder)
     if digest != section.sha256:
         raise AuxiliaryError(
-            f"the package {folder} has the SHA-256 digest {digest[:16]}..., package.sha256 says"
-            f" {section.sha256[:16]}...: get the folder again, or ask the owner of the model for"
+            f"the package {folder} has the SHA-256 digest {digest}, package.sha256 says"
+            f" {section.sha256}: get the folder again, or ask the owner of the model for"
             " the digest of a new one"
         )
     try:

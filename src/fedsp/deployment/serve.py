@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsp.config import FederationSection, RunConfig
-from fedsp.config_file import Member, read_register
+from fedsp.config_file import Member, read_members, read_register
 from fedsp.deployment.ipc import SOCKET, Socket, SocketLink
 from fedsp.deployment.monitoring.health import Health
 from fedsp.deployment.package import package_digest, read_agreement
@@ -30,7 +30,13 @@ from fedsp.deployment.processes import (
     require_free,
     wait_for_port,
 )
-from fedsp.errors import AuxiliaryError, ConfigurationError, CredentialError, DeploymentError
+from fedsp.errors import (
+    AuxiliaryError,
+    ConfigurationError,
+    CredentialError,
+    DeploymentError,
+    FedspError,
+)
 from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import PROXY_COUNTS, RunDirectory
 from fedsp.federation.agreement import agreement_of
@@ -106,7 +112,16 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
             reply=section.reply_seconds,
             retry=section.retry_seconds,
         )
-        transport = remote(link, node_of, timeouts, run.log_traffic, callbacks.info, package, keys)
+        transport = remote(
+            link,
+            node_of,
+            timeouts,
+            run.log_traffic,
+            callbacks.info,
+            package,
+            keys,
+            partial(_is_revoked, Path(section.folder)),
+        )
         if run.finished:
             _wait_for_nodes(link, node_of)
         begun = {"run": run.identity, "package": package, "clients": sorted(register)}
@@ -120,14 +135,18 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
     return figures
 
 
+def _is_revoked(folder: Path, client: str) -> bool:
+    """Whether a client that was in the register is there no more; not, while it cannot be read."""
+    try:
+        return client not in read_members(folder)
+    except FedspError:
+        return False
+
+
 def _server_section(config: RunConfig) -> FederationSection:
     """Raises ConfigurationError or AuxiliaryError where a deployment cannot start from this
     configuration."""
-    if config.federation is None:
-        raise ConfigurationError(
-            "the configuration has no [federation] section: use `fedsp run` to simulate clients, or"
-            " `fedsp federation init` to write a configuration for `fedsp serve`"
-        )
+    assert config.federation is not None
     folder = Path(config.federation.folder)
     for name in (credentials.CA, credentials.CERTIFICATE, credentials.KEY, credentials.SIGNING):
         if not (folder / name).is_file():
@@ -198,8 +217,9 @@ def _start_superlink(
     shutil.copytree(APP, bundle, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     processes.once("flwr", "run", str(bundle), LINK)
     callbacks.info(
-        f"listening on {section.listen} for {', '.join(sorted(register))}; start `fedsp join"
-        " party.toml` at each"
+        f"listening on {section.listen} for"
+        f" {', '.join(f'{name} ({one.examples:,})' for name, one in sorted(register.items()))},"
+        " with their examples in the register; start `fedsp join party.toml` at each"
     )
     return node_of
 

@@ -60,6 +60,11 @@ RESULT, BEST = "result.json", "best.safetensors"
 STATEMENT = "privacy_statement.json"
 PARTITION, INPUTS = "partition.json", "inputs.json"
 ROUNDS, TRAFFIC, SCORES = "rounds.jsonl", "traffic.jsonl", "scores.jsonl"
+RECORDED = (
+    *("round", "asked", "answered", "failed", "bytes_down", "bytes_up"),
+    *("validation", "best_round", "seconds"),
+)
+"""What every line of ROUNDS has at least."""
 PROXY_COUNTS = "proxy.jsonl"
 LONGEST_NAME = 200
 """Of a folder that is named after a party: file systems take 255 bytes."""
@@ -256,8 +261,20 @@ class RunDirectory:
         return found
 
     def records(self) -> list[dict[str, Any]]:
-        """The journal, whole lines only."""
-        return self._lines(ROUNDS)  # a line cut short by a kill: its round is done again
+        """The journal, whole lines only.
+
+        Raises:
+            RunError: a line lacks what fedsp writes of a round.
+        """
+        found = self._lines(ROUNDS)  # a line cut short by a kill: its round is done again
+        for record in found:
+            missing = [name for name in RECORDED if name not in record]
+            if missing:
+                raise RunError(
+                    f"{self.path / ROUNDS}: the line of round {record.get('round', '?')} is not"
+                    f" what fedsp wrote: {missing[0]} is missing; restore the file"
+                )
+        return found
 
     def finish(
         self, best: Payload, round: int, figures: dict[str, Any], spec: PromptSpec | None
@@ -450,7 +467,8 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         row |= {"validation_loss": None, "state": "unreadable"}
         with contextlib.suppress(FedspError):
             directory = RunDirectory.open(path, to_show=True)
-            records, config = directory.records(), directory.config
+            config, lines = directory.config, directory._lines(ROUNDS)
+            records = [line for line in lines if line.keys() >= set(RECORDED)]
             losses = (record.get("validation") for record in records)
             deployable = shown_method(config.method).deployable
             row |= {

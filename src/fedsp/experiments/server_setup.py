@@ -77,14 +77,20 @@ global model a package reads; and how many of them tell when to stop."""
 
 @dataclass(kw_only=True)
 class Server:
-    """What stays on the server: the global model, the initial prompt, the questions it owns."""
+    """What stays on the server: the global model, the initial prompt, the questions it owns, which
+    `read` reads when they are asked for."""
 
     config: RunConfig
     model: PromptedLM
     tokenizer: Tokenizer
-    dataset: FederatedDataset
+    read: Callable[[], FederatedDataset]
     max_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def dataset(self) -> FederatedDataset:
+        """The examples of the run, divided among its parties."""
+        return self.read()
 
     @cached_property
     def digest(self) -> str:
@@ -92,8 +98,11 @@ class Server:
         return model_digest(self.model, self.tokenizer)
 
 
-def open_server(config: RunConfig, dataset: FederatedDataset) -> Server:
-    """Load the global model and its tokenizer.
+def open_server(
+    config: RunConfig, dataset: FederatedDataset | Callable[[], FederatedDataset]
+) -> Server:
+    """Load the global model and its tokenizer. The examples are those given, or are read when they
+    are asked for.
 
     Raises:
         ModelError: the model cannot be loaded or cannot carry a prompt.
@@ -110,7 +119,7 @@ def open_server(config: RunConfig, dataset: FederatedDataset) -> Server:
         config=config,
         model=model,
         tokenizer=tokenizer,
-        dataset=dataset,
+        read=dataset if callable(dataset) else lambda: dataset,
         max_tokens=token_limit(config, model),
     )
 

@@ -370,13 +370,12 @@ def _opened(folder: Path, shared: Server | None) -> OpenRun:
             f"{folder} tuned {config.model.name}, and not as another run tuned"
             f" {shared.config.model.name}: runs share a model if their sections [model] are equal"
         )
-    dataset = load_dataset(config, directory.partition())
+    # what was tuned answers without the text that it was tuned on
+    read = partial(load_dataset, config, directory.partition())
     server = (
-        replace(
-            shared, config=config, dataset=dataset, max_tokens=token_limit(config, shared.model)
-        )
+        replace(shared, config=config, read=read, max_tokens=token_limit(config, shared.model))
         if shared
-        else open_server(config, dataset)
+        else open_server(config, read)
     )
     directory.hold_known({"global model": (shared or server).digest})
     model, messenger = find_method(config.method).server_side(method_setup(server))

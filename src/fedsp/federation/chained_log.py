@@ -88,6 +88,16 @@ def read_log(path: Path, what: str) -> list[Entry]:
     return _read(path)[0]
 
 
+def cut_short(path: Path) -> int:
+    """The bytes behind the last whole line of a log: of a line that a kill or a full disk, or
+    somebody, has cut short. What they were is not known.
+
+    Raises:
+        StorageError: as `read_log`.
+    """
+    return path.stat().st_size - _read(path)[1] if path.exists() else 0
+
+
 def _read(path: Path) -> tuple[list[Entry], int]:
     """The entries, and the bytes that whole lines take."""
     try:

@@ -6,11 +6,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -224,7 +226,30 @@ def rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         )
     for row in rows:
         table.add_row(*(_text(row.get(name)) for name in columns))
-    return table
+    return _Fitting(title, table, [{name: row.get(name) for name in columns} for row in rows])
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """A table; where the console is too narrow for its longest words, a list for each row."""
+
+    title: str
+    table: Table
+    rows: Sequence[Mapping[str, Any]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        words = Measurement.get(console, options.update(width=10_000), self.table).minimum
+        if words <= options.max_width:
+            yield self.table
+            return
+        yield Text(self.title, style="italic")
+        for row in self.rows:
+            one = Table(show_header=False)
+            one.add_column()
+            one.add_column(overflow="fold")
+            for name, value in row.items():
+                one.add_row(name.replace("_", " "), _text(value))
+            yield one
 
 
 def figures_table(title: str, figures: Mapping[str, Any]) -> Table:
@@ -261,7 +286,7 @@ PLAN = {
 """The rows of `fedsp plan`: figures, with their units and how they are counted."""
 
 
-def sparkline(values: Sequence[float], width: int = 60) -> str:
+def sparkline(values: Sequence[float], width: int = 50) -> str:
     """Values as a line of blocks, the highest the tallest; of more than fit the last ones."""
     shown = list(values)[-width:]
     low, high = min(shown, default=0.0), max(shown, default=0.0)
@@ -356,8 +381,16 @@ def egress_text(figures: Mapping[str, Any]) -> str:
             " text they could reveal is not bounded. `fedsp audit` measures it on a run of your"
             " own."
         )
+    behind = figures.get("bytes_cut_short")
+    state = (
+        f"The last {behind} bytes of the journal are a line that was cut short. A kill or a full"
+        " disk leaves such a line, and then its message was not sent; if somebody has cut it, it"
+        " was sent, and is not counted above. The last whole line has"
+        if behind
+        else "The journal is whole; its last line has"
+    )
     lines.append(
-        f"The journal is whole; its last line has the digest {figures['chain'][:16]}: keep it with"
+        f"{state} the digest {figures['chain'][:16]}: keep it with"
         " the date, so that lines cut off later show."
     )
     return "\n".join(lines)

@@ -13,6 +13,12 @@ class Nonconforming(AssertionError):
         self.faults = list(faults)
 
 
+def require_kind(given: object, kind: type) -> None:
+    """Raises Nonconforming where what is to be checked is something else."""
+    if not isinstance(given, kind):
+        require("what is to be checked", [f"expected a fedsp.{kind.__name__}, not {given!r}"])
+
+
 def require(what: str, faults: Sequence[str]) -> None:
     """Raises Nonconforming where there are faults."""
     if faults:

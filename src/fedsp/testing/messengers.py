@@ -28,7 +28,7 @@ from fedsp.models.shape_counts import count_shapes
 from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.models.trainable import Messenger
 from fedsp.storage import tensors_digest
-from fedsp.testing.faults import require
+from fedsp.testing.faults import require, require_kind
 from fedsp.testing.methods import known, run_faults, small_run
 from fedsp.training.loop import gradients_set
 from fedsp.training.per_example_gradients import example_gradients, example_losses
@@ -47,6 +47,7 @@ def check_messenger(entry: MessengerEntry, **changes: Any) -> None:
     Raises:
         Nonconforming: what is missing.
     """
+    require_kind(entry, MessengerEntry)
     method = find_method("fedsp")
     given = changes.get("messenger", {})
     sections = {**changes, "messenger": {**given, "kind": entry.name}}

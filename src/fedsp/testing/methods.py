@@ -17,7 +17,7 @@ from fedsp.federation.methods import registry as methods
 from fedsp.federation.methods.registry import MethodEntry
 from fedsp.models.messengers.registry import MessengerEntry
 from fedsp.storage import read_tensors, tensors_digest
-from fedsp.testing.faults import require
+from fedsp.testing.faults import require, require_kind
 
 Entry = TypeVar("Entry", MethodEntry, MessengerEntry)
 
@@ -31,6 +31,7 @@ def check_method(entry: MethodEntry, **changes: Any) -> None:
     Raises:
         Nonconforming: what is missing.
     """
+    require_kind(entry, MethodEntry)
     with known(entry, methods._ENTRIES):
         require(f"the method {entry.name!r}", run_faults(entry, changes))
 

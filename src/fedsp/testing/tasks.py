@@ -8,7 +8,7 @@ from typing import Any
 
 from fedsp.data.tasks import Task
 from fedsp.errors import DataError
-from fedsp.testing.faults import require
+from fedsp.testing.faults import require, require_kind
 
 
 def check_task(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -21,9 +21,10 @@ def check_task(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         Nonconforming: what is missing.
     """
+    require_kind(task, Task)
     faults = []
-    if not rows:
-        faults.append("give at least one row")
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        require(f"the task {task.name!r}", ["give a list of one row at least, each a dictionary"])
     if not task.schema:
         faults.append("schema is empty: say in words what a row needs")
     for number, given in enumerate(rows):
@@ -43,7 +44,7 @@ def check_task(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
             faults.append(
                 f"row {number}: the context ends in white space, which belongs to choices"
             )
-    if rows and not faults:
+    if not faults:
         faults += _refusals(task, dict(rows[0]))
     require(f"the task {task.name!r}", faults)
 

@@ -35,6 +35,7 @@ LARGEST = 4 << 20
 LOOKS_EVERY = 1.0
 """Seconds after which a text that waits is looked after: its client may have gone."""
 
+INNER = ("str", "list[str]", "function-after")
 NEUTRAL = Field(0.0, ge=0.0, le=0.0)
 
 
@@ -45,10 +46,10 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, strict=True)
     temperature: float = Field(1.0, ge=0.0, le=100.0)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63, strict=True)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -195,16 +196,20 @@ def make_app(served: Served) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:
-        return Refused(
-            error.status_code, f"this server does not do that ({error.detail})"
-        ).response()
+        unread = error.status_code == 400
+        what = (
+            "the request is no JSON that can be read" if unread else "this server does not do that"
+        )
+        return Refused(error.status_code, f"{what} ({error.detail})").response()
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return Refused(400, "the request is not JSON").response()
-        where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
+        # of a key that takes several kinds of value pydantic names the kind behind it
+        places = [str(part) for part in first["loc"][1:] if str(part) not in INNER]
+        where = ".".join(places) or "the request"
         what = (
             "is not supported"
             if first["type"] == "extra_forbidden"

@@ -180,6 +180,9 @@ def read_request(path: Path) -> Asked:
             fields = parse_json(file.read(LONGEST_REQUEST))
         if set(fields) != set(REQUEST_FIELDS) or fields["fedsp_request"] != 1:
             raise ValueError("it has other fields than a request has")
+        texts = ("client", "public_key", "signature", "about")
+        if not all(isinstance(fields[name], str) for name in texts):
+            raise ValueError("one of its fields is no text")
         key = serialization.load_ssh_public_key(fields["public_key"].encode())
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
             raise ValueError("its key is no ECDSA key on the curve P-384")

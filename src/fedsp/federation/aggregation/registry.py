@@ -30,8 +30,12 @@ def register_rule(name: str, rule: Rule) -> Rule:
     clients of 2 f + 1; `fedsp.testing.check_rule` says whether it does what is asked of a rule.
 
     Raises:
-        ConfigurationError: another rule has that name.
+        ConfigurationError: another rule has that name; it has none, or is no function.
     """
+    if not name or not callable(rule):
+        raise ConfigurationError(
+            f"aggregation.rule: expected a name and a function of it, not {name!r} and {rule!r}"
+        )
     if name in (*NO_FUNCTION, *OURS) or _REGISTERED.setdefault(name, rule) is not rule:
         raise ConfigurationError(
             f"aggregation.rule: a rule named {name!r} is registered already; give yours another"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsp.config import malicious_of
-from fedsp.errors import TooFewClients
+from fedsp.errors import ConfigurationError, FedspError, TooFewClients, first_line
 from fedsp.federation.aggregation.mean import Aggregator, Replies, Weights
 from fedsp.federation.aggregation.registry import NO_FUNCTION, Rule, find_rule, require_rule
 from fedsp.models.payload import Payload, as_row, from_row
@@ -191,5 +191,34 @@ class Robust(Aggregator):
             assert own is not None
             change = trusted(rows, as_row(own) - start)
         else:
-            change = rows.mean(dim=0) if self.rule == "mean" else find_rule(self.rule)(rows, f)
+            change = rows.mean(dim=0) if self.rule == "mean" else _by_rule(self.rule, rows, f)
         return from_row(start + change, sent)
+
+
+def _by_rule(name: str, rows: Tensor, f: int) -> Tensor:
+    """What a rule makes of the rows (n, d), one of your own among them.
+
+    Raises:
+        ConfigurationError: it raises something, or gives anything but finite numbers (d,).
+    """
+    rule = find_rule(name)
+    try:
+        change = rule(rows, f)
+    except FedspError:
+        raise
+    except Exception as error:  # a rule of a user's own raises what it likes
+        raise _no_change(name, f"it raised {type(error).__name__} ({first_line(error)})") from error
+    if not isinstance(change, Tensor):
+        raise _no_change(name, f"it gave a {type(change).__name__}, not a tensor")
+    if change.shape != rows.shape[1:]:
+        raise _no_change(name, f"it gave {tuple(change.shape)}, not {tuple(rows.shape[1:])}")
+    if not bool(torch.isfinite(change).all()):
+        raise _no_change(name, "it gave numbers that are not finite")
+    return change
+
+
+def _no_change(name: str, why: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"aggregation.rule = {name!r} made no change of the updates: {why};"
+        " fedsp.testing.check_rule says what is asked of a rule"
+    )

@@ -45,6 +45,7 @@ class Timeouts:
     poll: float = 0.2
 
 
+REVOKED = "its key is revoked"
 LOST_AT_MOST, AT_ONCE = 10, 16
 """`LOST_AT_MOST`: lost replies per client and round before it fails. `AT_ONCE`: requests sent in
 one batch, to limit memory."""
@@ -86,10 +87,12 @@ def remote(
     info: Callable[[str], None],
     package: str = "",
     keys: Mapping[str, Callable[[bytes, bytes], bool]] | None = None,
+    revoked: Callable[[str], bool] = lambda client: False,
 ) -> Transport:
     """A transport over a link. `node_of` maps clients to nodes. A reply is accepted once, only from
     the node of its client, and, with `keys`, which say of a statement and a signature whether a
-    client's key made it, only with the client's signature over the request and the reply.
+    client's key made it, only with the client's signature over the request and the reply. Whoever
+    is not there is not waited for any longer once it is `revoked`.
 
     `package`: digest of the package that clients must have, sent with each request. Clients that
     replied in the previous round are sent only the encoded change, if there is one; a client that
@@ -171,13 +174,15 @@ def remote(
                 yield replace(reply, bytes_down=one.down)
             now = time.monotonic()
             for client, one in list(open.items()):
-                if reason := one.fails(now, timeouts):
+                away = one.seen < now - timeouts.lost
+                reason = REVOKED if away and revoked(client) else one.fails(now, timeouts)
+                if reason:
                     del open[client]
                     named = [name for name in named if name != client]
                     yield Failure.of(one.request, reason, bytes_down=one.down)
-            away = sorted(client for client, one in open.items() if one.seen < now - timeouts.lost)
-            if away != named and now - started > 2:
-                named = away
+            gone = sorted(client for client, one in open.items() if one.seen < now - timeouts.lost)
+            if gone != named and now - started > 2:
+                named = gone
                 info(
                     f"round {requests[0].round}: waiting for {', '.join(named)} to connect"
                     if named
