@@ -27,6 +27,7 @@ from fedsp.errors import StorageError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.models import auxiliary
+from support.small_runs import settings
 
 QUICK = [
     "round.rounds=2",
@@ -351,6 +352,22 @@ def test_bad_input_is_a_sentence_and_exit_code_2(  # type: ignore[no-untyped-def
     code, out, error = fedsp(*arguments)
     assert code == 2 and out == ""
     assert error.startswith("fedsp: ") and sentence in error and "Traceback" not in error
+
+
+def test_a_resumed_run_takes_no_settings(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    commands.run(settings(tmp_path, round={"rounds": 1}))
+    code, _, error = fedsp("run", "--resume", tmp_path / "run", "round.rounds=3")
+    assert code == 2 and error == "fedsp: 'round.rounds=3': a resumed run keeps its own settings\n"
+
+
+def test_a_configuration_without_a_federation_is_not_served(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """That is said first, whatever else is in the way."""
+    config = tmp_path / "run.toml"
+    fedsp("init", config)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "config.toml").write_text("")
+    code, _, error = fedsp("serve", config, *QUICK, f"output={tmp_path / 'used'}")
+    assert code == 2 and "the configuration has no [federation] section" in error
 
 
 def test_unknown_models_and_full_folders(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

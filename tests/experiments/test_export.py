@@ -16,10 +16,10 @@ from fedsp.audit.model_card import _described, model_card
 from fedsp.config_file import make_config
 from fedsp.deployment.parties.admission import admit, init_party
 from fedsp.deployment.parties.new_federation import init_federation
-from fedsp.errors import ModelError
+from fedsp.errors import DataError, ModelError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory
-from fedsp.experiments.start import open_run
+from fedsp.experiments.start import open_run, open_runs
 from fedsp.models.weights import Weights
 from support.small_runs import ROWS, settings
 from support.tiny_models import tiny_model
@@ -101,6 +101,50 @@ def test_lora_of_the_whole_model_is_a_peft_adapter(tmp_path: Path) -> None:
         expected, untuned = answers(run, ids)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert float((found - untuned).abs().max()) > 1e-2
+
+
+def test_what_was_tuned_outlives_the_text_that_it_was_tuned_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun with names relative to the working folder, used from another one, when its owner has
+    deleted the text."""
+    monkeypatch.chdir(tmp_path)
+    values = settings(Path(), round={"rounds": 1})
+    folder = tmp_path / api.run(values)["folder"]
+    monkeypatch.chdir("/")
+    before = api.evaluate(folder)
+    kept = shutil.copy(tmp_path / "test.jsonl", tmp_path / "kept.jsonl")
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.jsonl").unlink()
+    assert api.generate(folder, "The town of", most=2)
+    api.export(folder, tmp_path / "adapter")
+    assert open_runs([folder, folder])
+    assert api.evaluate(folder, data=kept) == before
+    with pytest.raises(DataError, match=r"there is no file .*train\.jsonl"):
+        api.evaluate(folder)
+
+
+@pytest.mark.parametrize("labels", [[], ["b", "a"]])
+def test_labels_come_from_the_text_where_they_are_not_listed(
+    labels: list[str], tmp_path: Path
+) -> None:
+    rows = [
+        {"text": row["question"], "label": "ab"[number % 2]} for number, row in enumerate(ROWS[:60])
+    ]
+    train = tmp_path / "rows.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = settings(tmp_path, round={"rounds": 1})
+    values["data"] = {"task": "classification", "train": str(train), "labels": labels}
+    folder = api.run(values)["folder"]
+    kept = shutil.copy(train, tmp_path / "kept.jsonl")
+    (row, _) = api.evaluate(folder, data=kept)
+    assert 0.3 < row["accuracy"] < 0.7
+    train.unlink()
+    if labels:
+        assert api.evaluate(folder, data=kept)[0] == row
+    else:
+        with pytest.raises(DataError, match=r"there is no file .*rows\.jsonl"):
+            api.evaluate(folder, data=kept)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prompt+adapter"])

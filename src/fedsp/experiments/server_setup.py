@@ -163,12 +163,12 @@ def distillation_text(server: Server, count: int | None = None) -> DistillationT
     Raises:
         DataError: there are none, or they are longer than the model can read.
     """
-    section, dataset = server.config.distill, server.dataset
+    section = server.config.distill
     require_sequences_fit(server.config, server.model.max_positions, server.model.name)
     length = section.sequence_length
     unread: list[list[int]] = []
     if section.text == ["server"]:
-        own = dataset.held(dataset.partition.server)
+        own = server.dataset.held(server.dataset.partition.server)
         read = [list(row.ids) for row in encode_targets(server.tokenizer, own, length)]
     else:
         most = section.sequences
@@ -472,6 +472,12 @@ def initial_prompt(server: Server) -> SoftPrompt:
             spec, server.model, scale=section.init_scale, tokens=first_tokens(server), seed=seed
         )
     return SoftPrompt(spec, values, seed=seed).to(server.model.device)
+
+
+def blank_prompt(server: Server) -> SoftPrompt:
+    """A prompt of the shape of the run's, of zeros, into which what was tuned is loaded."""
+    spec = prompt_spec(server.config.prompt, server.model.shape)
+    return SoftPrompt(spec, torch.zeros(spec.shape)).to(server.model.device)
 
 
 def first_tokens(server: Server) -> torch.Tensor | None:

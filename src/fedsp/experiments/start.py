@@ -27,6 +27,7 @@ from fedsp.experiments.run import run_experiment
 from fedsp.experiments.run_directory import LOCK, RunDirectory
 from fedsp.experiments.server_setup import (
     Server,
+    blank_prompt,
     make_auxiliary,
     open_server,
     score_test,
@@ -378,7 +379,8 @@ def _opened(folder: Path, shared: Server | None) -> OpenRun:
         else open_server(config, read)
     )
     directory.hold_known({"global model": (shared or server).digest})
-    model, messenger = find_method(config.method).server_side(method_setup(server))
+    setup = replace(method_setup(server), initial_prompt=partial(blank_prompt, server))
+    model, messenger = find_method(config.method).server_side(setup)
     start = messenger.payload()
     if isinstance(messenger, SoftPrompt):
         messenger = read_prompt(directory.best).to(server.model.device)
