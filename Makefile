@@ -55,7 +55,7 @@ docs: .venv/ready-dev
 wheelhouse: .venv/ready
 	$(BIN)/python scripts/wheelhouse.py dist/wheelhouse
 
-# The services' own tests, as the root user of a machine with debootstrap and systemd-nspawn, fifteen minutes: an installation without a network in a clean Debian 12, and its units, booted.
+# The services' own tests, as the root user of a machine with debootstrap and systemd-nspawn, five minutes: an installation without a network in a clean Debian 12, and its units, booted.
 services: .venv/ready-dev wheelhouse
 	rm -rf dist/root dist/root.log && bash scripts/clean_root.sh dist/root dist/wheelhouse
 	FEDSP_CLEAN_ROOT=$(CURDIR)/dist/root FEDSP_SYSTEMD_ROOT=$(CURDIR)/dist/root FEDSP_WHEELHOUSE=$(CURDIR)/dist/wheelhouse $(BIN)/python -m pytest -rs tests/deployment/test_services.py -k "clean_root or units"

@@ -410,7 +410,10 @@ def evaluate(
     own, untuned = run.auxiliary_sides
     by_proxy = {weight: proxy_tuned(bare, own, untuned, weight) for weight in WEIGHTS}
     weight = 1.0
-    if server.dataset.validation:
+    validated = False
+    with suppress(DataError):  # the run's own questions may be gone; those asked are here
+        validated = bool(server.dataset.validation)
+    if validated:
         few = validation_sample(server)
         losses = {one: run.score(by_proxy[one], few, room)["answer_loss"] for one in WEIGHTS}
         weight = min(WEIGHTS, key=lambda one: losses[one])

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sqlite3
 import tempfile
 import zipfile
@@ -20,6 +21,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openpyxl.worksheet.formula import ArrayFormula
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -558,15 +560,36 @@ def test_a_workbook_holds_the_rows_of_the_table_that_excel_would_export(
     ("cell", "sentence"),
     [
         ("=1+1", "row 3 has a formula without a saved value: open the workbook in Excel or"),
+        (ArrayFormula("B3", "=A3:A3"), "row 3 has a formula without a saved value"),
         ("#N/A", "row 3 holds the error #N/A: mend its formula"),
     ],
 )
 def test_what_a_workbook_does_not_say_is_no_empty_cell(
-    cell: str, sentence: str, tmp_path: Path
+    cell: Any, sentence: str, tmp_path: Path
 ) -> None:
     lines: list[list[Any]] = [["prompt", "completion"], ["a", "b"], ["c", cell]]
     with pytest.raises(DataError, match=sentence):
         read_rows(workbook(tmp_path / "t.xlsx", lines))
+
+
+def test_a_formula_whose_value_is_the_empty_text_is_an_empty_cell(tmp_path: Path) -> None:
+    """Such as =IF(A2="","",A2), of which a program that has computed it saves just that."""
+    lines: list[list[Any]] = [["prompt", "note"], ["a", '=IF(TRUE,"")']]
+    path = workbook(tmp_path / "t.xlsx", lines)
+    with zipfile.ZipFile(path) as book:
+        parts = {name: book.read(name) for name in book.namelist()}
+    sheet = "xl/worksheets/sheet1.xml"
+    saved = re.sub(
+        rb'<c r="B2"[^>]*><f>(.*?)</f><v ?(/>|></v>)</c>',
+        rb'<c r="B2" t="str"><f>\1</f><v></v></c>',
+        parts[sheet],
+    )
+    assert saved != parts[sheet]
+    with zipfile.ZipFile(path, "w") as book:
+        for name, data in {**parts, sheet: saved}.items():
+            book.writestr(name, data)
+    (row,) = read_rows(path)
+    assert (row["prompt"], row["note"]) == ("a", "")
 
 
 def test_what_is_no_workbook_is_said_so(tmp_path: Path) -> None:
@@ -1110,6 +1133,11 @@ def test_a_password_may_stand_in_the_environment_and_nothing_is_changed(
     monkeypatch.setenv("BASE", "tickets.db")
     address = "-- url: sqlite:///${HERE}/${BASE}\n"
     path.write_text(f"{address}select body from tickets order by id")
+    assert len(read_rows(path)) == 2
+    path.write_text(
+        "-- url: sqlite:///file:${HERE}/${BASE}?mode=ro&uri=true\n"
+        "select body from tickets where body != '--' order by id"
+    )
     assert len(read_rows(path)) == 2
     for deletes in (
         "with one as (select 1 order by 1) delete from tickets returning body",

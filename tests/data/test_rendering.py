@@ -261,6 +261,7 @@ def test_other_rows_are_conversations_too() -> None:
         ({"messages": "a"}, "messages is a string, not a list"),
         ({"messages": ["a"]}, "one of messages is a string, not an object"),
         ({"messages": []}, "messages is empty"),
+        ({"instruction": "", "input": "a", "output": "b"}, "instruction is empty"),
         (
             {"prompt": [{"role": "user", "content": "a"}], "completion": []},
             "completion is empty",

@@ -146,7 +146,6 @@ def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_o
     assert zero["answer_loss"] == pytest.approx(bare["test"]["answer_loss"], abs=1e-5)
 
 
-@pytest.mark.study
 def test_clients_have_whatever_names_a_column_of_theirs_gives_them(tmp_path: Path) -> None:
     """Longer than a file's name may be, alike in their first 299 letters, and like a way out of the
     run's folder: each client keeps its own optimizer's state."""
@@ -172,6 +171,7 @@ def test_clients_have_whatever_names_a_column_of_theirs_gives_them(tmp_path: Pat
     }
 
 
+@pytest.mark.study
 def test_a_package_that_is_made_again_is_counted_as_sent(tmp_path: Path) -> None:
     plain = commands.run(settings(tmp_path / "plain"))
     again = commands.run(settings(tmp_path / "again", **OPTIONS["again"]))

@@ -44,7 +44,7 @@ from fedsp.experiments import server_setup as server
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.plan import how_it_reads, plan_run
 from fedsp.experiments.run import run_experiment
-from fedsp.experiments.run_directory import RunDirectory, list_runs
+from fedsp.experiments.run_directory import RunDirectory, differing_keys, list_runs
 from fedsp.experiments.server_setup import Server, distillation_text, open_server
 from fedsp.experiments.start import answers_of, open_run
 from fedsp.federation.agreement import agreement_of
@@ -989,6 +989,28 @@ def test_more_answers_than_a_round_asks_for_are_refused_beforehand(tmp_path: Pat
         match="a round needs 5 updates but samples 3 clients; set it to 3 at most",
     ):
         make_config(settings(tmp_path, round={"min_clients": 5}))
+
+
+def test_files_are_the_same_by_whatever_name_a_run_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs keep the whole names of their files; those of before may have relative ones, and be
+    resumed from where they were begun, even if a file is gone that is read no more."""
+    monkeypatch.chdir(tmp_path)
+    values = settings(Path(), round={"rounds": 1})
+    config = commands.as_config(values)
+    assert config.data.train == str(tmp_path / "train.jsonl")
+    commands.run(config)
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(path.read_text().replace(f"{tmp_path}/", ""))
+    begun = RunDirectory.open(tmp_path / "run").config
+    assert begun.data.train == "train.jsonl" and begun.distill.text == ["public.txt"]
+    assert not differing_keys(config, begun)
+    (tmp_path / "test.jsonl").unlink()
+    assert not differing_keys(config, begun)
+    assert commands.resume(tmp_path / "run", config)["best_round"] <= 1
+    other = commands.as_config({**values, "data": {**values["data"], "test": "validation.jsonl"}})
+    assert differing_keys(other, begun) == ["data.test"]
 
 
 @pytest.mark.parametrize("line", [b"\xff\xfe", b"5", b"null", b'{"round": 1}'])

@@ -336,6 +336,9 @@ def test_a_column_of_tasks_that_no_row_has_is_refused(tmp_path: Path) -> None:
     given = run_of(tmp_path, TEXTS, data={"task": "classification", "task_column": "kindd"})
     with pytest.raises(DataError, match=r"data.task_column = 'kindd': no row has such a column"):
         load_dataset(make_config(given))
+    rows = [{**row, "kindd": "classification"} for row in TEXTS[-30:-20]]
+    questions(tmp_path, "checked", rows)
+    assert load_dataset(make_config(given)).validation
 
 
 def test_a_system_message_is_for_chats(tmp_path: Path) -> None:

@@ -404,7 +404,7 @@ def task(render: Any, schema: str = "needs a") -> fedsp.Task:
         ),
         (task(lambda row: (row["a"] + " ", ["x"], [0])), "ends in white space"),
         (task(lambda row: ("", ["x"], [0])), "an empty context"),
-        (task(lambda row: (row["a"], [" "], [0])), "row 0 is refused: DataError.*answer is empty"),
+        (task(lambda row: (row["a"], [" "], [0])), "row 0 is refused: DataError.*an empty one"),
         (task(lambda row: (row.pop("a"), ["x"], [0])), "row 0"),
         (task(lambda row: (str(row.get("a")), ["x"], [0])), "is taken for an example"),
         (task(lambda row: (row["b"], ["x"], [0])), "row 0 is refused"),

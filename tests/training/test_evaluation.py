@@ -20,7 +20,7 @@ from fedsp.models.gguf import folder_of_gguf
 from fedsp.models.loading import load_model, load_tokenizer
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
-from fedsp.training.evaluation import Scored, by_label, score, summarise
+from fedsp.training.evaluation import Scored, by_label, log_probabilities, score, summarise
 from support.letters import LETTERS
 from support.real_rows import hub_schema, real_rows
 from support.reference import harness_task
@@ -202,25 +202,27 @@ def test_what_a_label_ends_with_is_that_no_longer_one_follows() -> None:
     tokenizer = load_tokenizer(str(EMBEDDED / "model"))
     model = load_model(str(EMBEDDED / "model"), device="cpu")
     examples = labelled("card")
-    (row,), _ = score(model, None, examples, tokenizer, max_tokens=512)
+    warm = log_probabilities(model, None)
+
+    def answers_flatly(*asked: Any) -> torch.Tensor:
+        return torch.log_softmax(warm(*asked) / 50, dim=-1)
+
+    (row,), _ = score(model, None, examples, tokenizer, max_tokens=512, answers=answers_flatly)
     (pairs,) = encode_choices(tokenizer, examples, 512)
     answers = [pair.ids[pair.start :] for pair in pairs]
 
     def stays(label: int, *longer: int) -> float:
         read = torch.tensor([pairs[label].ids])
         with torch.no_grad():
-            next_ones = torch.softmax(model.logits(model(read))[0, -1], dim=-1)
+            sharp = torch.log_softmax(model.logits(model(read))[0, -1], dim=-1)
+            next_ones = torch.softmax(sharp / 50, dim=-1)
         follows = {answers[one][len(answers[label])] for one in longer}
         return float(torch.log1p(-next_ones[list(follows)].sum()))
 
-    assert row.ends == pytest.approx([0.0, stays(1, 2, 3), stays(2, 3), 0.0], abs=1e-5)
-    alone, _ = score(
-        model,
-        None,
-        [replace(examples[0], task="multiple_choice")],
-        tokenizer,
-        max_tokens=512,
-    )
+    assert row.ends == pytest.approx([0.0, stays(1, 2, 3), stays(2, 3), 0.0], rel=1e-3)
+    assert row.ends[1] < -5e-4 and row.ends[2] < -5e-4
+    plain = [replace(examples[0], task="multiple_choice")]
+    alone, _ = score(model, None, plain, tokenizer, max_tokens=512, answers=answers_flatly)
     assert alone[0].ends == [] and alone[0].log_likelihoods == row.log_likelihoods
 
 

@@ -81,11 +81,10 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
     train = rendering.examples(rows)
     rendering = rendering.with_labels_of(train)
     from_hub = data.train is None and not absent
-    validation: list[Example] = []
+    checked: list[Row] = []
     if data.validation or from_hub:
-        validation = rendering.examples(
-            load_rows(task, data.validation, "validation", data.columns)
-        )
+        checked = load_rows(task, data.validation, "validation", data.columns)
+    validation = rendering.examples(checked)
     test_rows = load_rows(task, data.test, "test", data.columns) if data.test or from_hub else []
     test_rows = _drawn(test_rows, data.test_examples)
     test = rendering.examples(test_rows)
@@ -95,10 +94,11 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         )
     # in a deployment the rows that name a task may be the clients' alone
     kinds = None if config.federation else data.task_column
-    if kinds and not any(kinds in row for row in [*rows, *test_rows]):
+    every = [*rows, *checked, *test_rows]
+    if kinds and not any(kinds in row for row in every):
         raise DataError(
             f"data.task_column = {kinds!r}: no row has such a column; they have"
-            f" {', '.join(sorted({name for row in rows for name in fields_of(row)}))}"
+            f" {', '.join(sorted({name for row in every for name in fields_of(row)}))}"
         )
     groups = _groups(config, (rows, test_rows), (train, test))
     if written:

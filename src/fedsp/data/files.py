@@ -28,8 +28,6 @@ UTF8, UTF16 = "utf-8-sig", "utf-16"
 TABLES = (".csv", ".tsv")
 WORKBOOKS = (".xlsx", ".xlsm")
 QUERY, URL = ".sql", "-- url:"
-ERRORS = ("#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!")
-"""What a cell of a workbook holds where its formula has failed."""
 """The kind of a file that holds a query, and what its first line begins with."""
 ARCHIVE = b"PK\x03\x04"
 WESTERN, CENTRAL = "cp1252", "cp1250"
@@ -419,9 +417,9 @@ def _cells(path: Path) -> Iterable[Sequence[Any]]:
                     "%s has %d sheets: the first, %r, is read", path, others + 1, sheet.title
                 )
             sheet.reset_dimensions()  # some programs write them wrongly
-            rows = list(sheet.iter_rows(values_only=True))
-        _require_values(path, rows)
-        yield from rows
+            cells = list(sheet.iter_rows())
+        _require_values(path, cells)
+        yield from ([cell.value for cell in row] for row in cells)
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
     except BadZipFile as error:
@@ -444,21 +442,25 @@ def _require_values(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     from openpyxl import load_workbook
 
     for number, cells in enumerate(rows, start=1):
-        if error := next((cell for cell in cells if cell in ERRORS), None):
+        if error := next((cell.value for cell in cells if cell.data_type == "e"), None):
             raise DataError(f"{path}, row {number} holds the error {error}: mend its formula")
-    if not any(cell is None for cells in rows for cell in cells):
+    if all(_has_value(cell) for cells in rows for cell in cells):
         return
     with closing(load_workbook(path, read_only=True)) as book:
         sheet = book.worksheets[0]
         sheet.reset_dimensions()
-        formulas = sheet.iter_rows(values_only=True)
-        for number, (cells, own) in enumerate(zip(rows, formulas, strict=False), start=1):
-            for value, formula in zip(cells, own, strict=False):
-                if value is None and isinstance(formula, str) and formula.startswith("="):
+        for number, (cells, written) in enumerate(zip(rows, sheet.iter_rows(), strict=False), 1):
+            for cell, formula in zip(cells, written, strict=False):
+                if formula.data_type == "f" and not _has_value(cell):
                     raise DataError(
                         f"{path}, row {number} has a formula without a saved value: open the"
                         " workbook in Excel or LibreOffice and save it there"
                     )
+
+
+def _has_value(cell: Any) -> bool:
+    """Whether a cell has a value, or a formula whose saved value is the empty text."""
+    return cell.value is not None or cell.data_type == "str"
 
 
 def _answers(path: Path) -> Iterable[Sequence[Any]]:
@@ -471,25 +473,27 @@ def _answers(path: Path) -> Iterable[Sequence[Any]]:
             f"{path}: expected {URL!r} and the address of a database in the first line, such as"
             f" {URL} sqlite:///${{HERE}}/tickets.db, and a query below it"
         )
-    bare = re.sub(r"--[^\n]*|/\*.*?\*/", "", query, flags=re.DOTALL)
+    bare = re.sub(r"'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/", "", query, flags=re.DOTALL)
     if not re.search(r"\border\s+by\b", bare, re.IGNORECASE):
         raise DataError(
             f"{path}: the query has no ORDER BY, so its rows may come in another order each time,"
             " and a run cannot be resumed on them: add one over a unique column"
         )
     require_installed("sql", f"the query {path} needs", "sqlalchemy", error=DataError)
-    from sqlalchemy import create_engine
+    from sqlalchemy import create_engine, make_url
     from sqlalchemy.exc import SQLAlchemyError
 
     url = head.removeprefix(URL).strip().replace("${HERE}", str(path.parent.resolve()))
     url = os.path.expandvars(url)
     if unset := re.search(r"\$\{(\w+)\}", url):
         raise DataError(f"{path}: the variable {unset[1]} of the address is not set")
-    database = url.removeprefix("sqlite:///").partition("?")[0]
-    if database != url and database not in ("", ":memory:") and not Path(database).exists():
-        raise DataError(f"{path}: there is no database {database}")
     try:
-        with closing(create_engine(url).connect()) as connection:
+        told = make_url(url)
+        database = told.database or ":memory:"
+        here = database == ":memory:" or database.startswith("file:") or Path(database).exists()
+        if told.get_backend_name() == "sqlite" and not here:
+            raise DataError(f"{path}: there is no database {database}")
+        with closing(create_engine(told).connect()) as connection:
             if connection.dialect.name == "sqlite":  # it begins no transaction before WITH
                 connection.exec_driver_sql("PRAGMA query_only = ON")
             answer = connection.exec_driver_sql(query.strip().removesuffix(";"))

@@ -152,9 +152,10 @@ class Task:
         if any(not isinstance(choice, str) or not choice.strip() for choice in choices) or not (
             choices
         ):
-            if len(choices) == 1 and not turns:
+            answer = next(iter(self.placeholder), "")
+            if not turns and not str(row.get(answer, "?")).strip():
                 raise DataError(
-                    f"{where} has no answer: {next(iter(self.placeholder))} is empty; fill it in"
+                    f"{where} has no answer: {answer} is empty; fill it in"
                     " (of merged cells the first alone has the text), or take the row out"
                 )
             raise DataError(
@@ -426,6 +427,8 @@ def _conversation(row: Row) -> list[Turn]:
         more = f"\n\n{_text(row, 'input')}" if _filled(row, "input") else ""
         question = f"{_text(row, 'instruction')}{more}"
         turns = [("user", question), ("assistant", _text(row, "output"))]
+    elif "instruction" in row and not _filled(row, "prompt"):
+        raise WrongType("instruction is empty")
     elif isinstance(row["prompt"], list):
         asked, answers = _list(row, "prompt"), _list(row, "completion")
         if not answers:

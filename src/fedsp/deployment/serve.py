@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,7 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
             callbacks.info,
             package,
             keys,
-            partial(_is_revoked, Path(section.folder)),
+            partial(_members, Path(section.folder), register),
         )
         if run.finished:
             _wait_for_nodes(link, node_of)
@@ -135,12 +135,12 @@ def serve(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
     return figures
 
 
-def _is_revoked(folder: Path, client: str) -> bool:
-    """Whether a client that was in the register is there no more; not, while it cannot be read."""
+def _members(folder: Path, before: Mapping[str, Member]) -> Collection[str]:
+    """Who is in the register now; while it cannot be read, those that were before."""
     try:
-        return client not in read_members(folder)
+        return read_members(folder)
     except FedspError:
-        return False
+        return before
 
 
 def _server_section(config: RunConfig) -> FederationSection:

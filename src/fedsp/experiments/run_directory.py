@@ -43,7 +43,7 @@ from urllib.parse import quote
 import tomli_w
 
 from fedsp.config import RunConfig
-from fedsp.config_file import make_config, recorded_config
+from fedsp.config_file import make_config, recorded_config, resolve_paths
 from fedsp.errors import FedspError, RunError, StorageError
 from fedsp.federation.methods.registry import shown_method
 from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
@@ -440,7 +440,7 @@ def _write_prompt(
 
 def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
     """The keys, but for `output`, in which two configurations differ."""
-    first, second = one.model_dump(), other.model_dump()
+    first, second = (_with_whole_names(config) for config in (one, other))
     names = []
     for key in first:
         if isinstance(first[key], dict) and isinstance(second[key], dict):
@@ -450,6 +450,18 @@ def differing_keys(one: RunConfig, other: RunConfig) -> list[str]:
         elif key != "output" and first[key] != second[key]:
             names.append(key)
     return names
+
+
+def _with_whole_names(config: RunConfig) -> dict[str, Any]:
+    """The values of a configuration; of a run that was begun before its files had their whole
+    names, they are taken from the working folder."""
+    values = config.model_dump()
+    with contextlib.suppress(FileNotFoundError):
+        resolve_paths(values, Path.cwd())
+        for name in ("train", "validation", "test"):
+            if values["data"][name]:
+                values["data"][name] = str(Path(values["data"][name]).absolute())
+    return values
 
 
 def find_runs(folder: Path) -> list[Path]:

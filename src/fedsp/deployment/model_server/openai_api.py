@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticKnownError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -35,7 +36,16 @@ LARGEST = 4 << 20
 LOOKS_EVERY = 1.0
 """Seconds after which a text that waits is looked after: its client may have gone."""
 
-INNER = ("str", "list[str]", "function-after")
+
+def _number(value: object) -> object:
+    """A number as JSON has it: pydantic would take true and texts for one, too."""
+    if isinstance(value, bool | str):
+        raise PydanticKnownError("float_type")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Whole = Annotated[int, BeforeValidator(_number)]
 NEUTRAL = Field(0.0, ge=0.0, le=0.0)
 
 
@@ -46,10 +56,10 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    max_tokens: int | None = Field(None, ge=1, strict=True)
-    temperature: float = Field(1.0, ge=0.0, le=100.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63, strict=True)
+    max_tokens: Whole | None = Field(None, ge=1)
+    temperature: Number = Field(1.0, ge=0.0, le=100.0)
+    top_p: Number = Field(1.0, gt=0.0, le=1.0)
+    seed: Whole | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -98,7 +108,7 @@ class Chat(Asked):
     """A request to answer a conversation, by the model's chat template."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
 
 
 class Refused(Exception):
@@ -204,11 +214,15 @@ def make_app(served: Served) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
+        faults = error.errors()
+        # of a key that takes several kinds of value each has its faults, and a name behind the key:
+        # those of the kind that was given tell more than that it is not another
+        same = [one for one in faults if one["loc"][:2] == faults[0]["loc"][:2]]
+        first = max(same, key=lambda one: (not str(one["type"]).endswith("_type"), len(one["loc"])))
         if first["type"] == "json_invalid":
             return Refused(400, "the request is not JSON").response()
-        # of a key that takes several kinds of value pydantic names the kind behind it
-        places = [str(part) for part in first["loc"][1:] if str(part) not in INNER]
+        kinds = ("str", "list[", "constrained-")
+        places = [str(part) for part in first["loc"][1:] if not str(part).startswith(kinds)]
         where = ".".join(places) or "the request"
         what = (
             "is not supported"

@@ -5,7 +5,7 @@ that stay away."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -87,12 +87,12 @@ def remote(
     info: Callable[[str], None],
     package: str = "",
     keys: Mapping[str, Callable[[bytes, bytes], bool]] | None = None,
-    revoked: Callable[[str], bool] = lambda client: False,
+    members: Callable[[], Collection[str]] | None = None,
 ) -> Transport:
     """A transport over a link. `node_of` maps clients to nodes. A reply is accepted once, only from
     the node of its client, and, with `keys`, which say of a statement and a signature whether a
     client's key made it, only with the client's signature over the request and the reply. Whoever
-    is not there is not waited for any longer once it is `revoked`.
+    is not there is not waited for any longer once it is none of the `members`.
 
     `package`: digest of the package that clients must have, sent with each request. Clients that
     replied in the previous round are sent only the encoded change, if there is one; a client that
@@ -173,9 +173,10 @@ def remote(
                     has[client] = one.request.round
                 yield replace(reply, bytes_down=one.down)
             now = time.monotonic()
+            away = {client for client, one in open.items() if one.seen < now - timeouts.lost}
+            revoked = away.difference(members()) if away and members else ()
             for client, one in list(open.items()):
-                away = one.seen < now - timeouts.lost
-                reason = REVOKED if away and revoked(client) else one.fails(now, timeouts)
+                reason = REVOKED if client in revoked else one.fails(now, timeouts)
                 if reason:
                     del open[client]
                     named = [name for name in named if name != client]
