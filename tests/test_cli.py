@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -251,7 +252,17 @@ def test_a_run_that_is_refused_at_its_data_leaves_no_folder(fedsp, tmp_path: Pat
     assert not run.exists()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What is started ends at SIGINT, even where these tests run in the background of a shell,
+    which then ignores it for all that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.study
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_a_run_that_is_ended_says_how_to_go_on(number: int, workers: int, tmp_path: Path) -> None:
     config, run = tmp_path / "run.toml", tmp_path / "run"
@@ -274,6 +285,7 @@ def test_a_run_that_is_ended_says_how_to_go_on(number: int, workers: int, tmp_pa
 
 
 @pytest.mark.study
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_command_that_is_ended_leaves_the_terminal_as_it_was(number: int, tmp_path: Path) -> None:
     """In a terminal, where the cursor is hidden beside the bar of the steps, and before the first
