@@ -89,6 +89,11 @@ def read_results(folders: Iterable[Path]) -> Results:
             _read_study(folder, results)
         else:
             _read_runs(folder, results)
+    if not results.runs and results.failures:
+        name, reason, _ = results.failures[0]
+        raise RunError(
+            f"no run in {', '.join(map(str, folders))} can be reported; of {name}: {reason}"
+        )
     if not results.runs:
         raise RunError(
             f"there is no finished run with test questions in {', '.join(map(str, folders))}: run"
