@@ -21,7 +21,7 @@ from fedsp.config_file import (
     make_config,
     read_config,
     read_party,
-    resolve_paths,
+    resolve_from_here,
 )
 from fedsp.data.chat import end_of_turn, question_ids
 from fedsp.data.check import check_files
@@ -62,7 +62,7 @@ from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import chosen_counts, load_auxiliary, named_counts
-from fedsp.models.gguf import ENDING
+from fedsp.models.gguf import is_gguf
 from fedsp.models.loading import choose_device, load_model, load_tokenizer, save_model
 from fedsp.models.messengers.registry import require_everywhere
 from fedsp.models.prompted_lm import continue_text, length_of
@@ -90,8 +90,7 @@ def as_config(
     }
     for override in overrides:
         apply_override(values, override)
-    with suppress(FileNotFoundError):  # where the working folder is gone
-        resolve_paths(values, Path.cwd())
+    resolve_from_here(values)
     return make_config(values)
 
 
@@ -608,7 +607,6 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(model, {folder!r})
 """
-GGUF_USE = ADAPTER_USE.replace("({base})", '(".", gguf_file={base})')
 FIND_EMBEDDED = "from fedsp.experiments.embedded import EMBEDDED\n"
 MERGED_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -633,8 +631,7 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     run = open_run(folder)
     run.messenger.load(run.best)
     named = run.directory.config.model.name
-    of_gguf = named.lower().endswith(ENDING)
-    if of_gguf:
+    if is_gguf(named):
         run.model.name = Path(named).name  # not the folder that is made of it
     if merged:
         what = run.messenger.merge(run.model)
@@ -648,7 +645,8 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     elif named == "embedded":
         use = FIND_EMBEDDED + ADAPTER_USE.format(base='EMBEDDED / "model"', folder=to.name)
     else:
-        use = (GGUF_USE if of_gguf else ADAPTER_USE).format(base=repr(base), folder=to.name)
+        found = f'".", gguf_file={base!r}' if is_gguf(named) else repr(base)
+        use = ADAPTER_USE.format(base=found, folder=to.name)
     library = "transformers" if merged else "peft"
     card = model_card(run.directory, kind=what["kind"], base_model=base, use=use, library=library)
     write_bytes(to / "README.md", card.encode())

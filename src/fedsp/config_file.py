@@ -312,8 +312,7 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     resolve_paths(values, path.parent.resolve())
     for override in overrides:
         apply_override(values, override)
-    with suppress(FileNotFoundError):  # where the working folder is gone
-        resolve_paths(values, Path.cwd())
+    resolve_from_here(values)
     return make_config(values, str(path))
 
 
@@ -484,6 +483,12 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
         table["text"] = [
             name if name in ("server", "model") else resolve(name) for name in table["text"]
         ]
+
+
+def resolve_from_here(values: dict[str, Any]) -> None:
+    """The same with the working folder; where that is gone, names stay as they are."""
+    with suppress(FileNotFoundError):
+        resolve_paths(values, Path.cwd())
 
 
 EXPECTED = {

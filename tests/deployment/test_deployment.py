@@ -277,9 +277,8 @@ def test_a_hospital_s_client_is_watched_sends_what_a_person_released_and_can_pro
         return next(line.split()[-1] for line in told.splitlines() if line.startswith(name))
 
     def command(*words: str, answer: str = "") -> str:
-        code = "import sys; from fedsp.cli import main; sys.argv[0] = 'fedsp'; main()"
         done = subprocess.run(
-            [sys.executable, "-P", "-c", code, *words],
+            [sys.executable, "-P", "-m", "fedsp", *words],
             cwd=ours,
             input=answer,
             capture_output=True,

@@ -92,14 +92,8 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         raise DataError(
             "data.labels: the server holds no training examples to take the labels from: list them"
         )
-    # in a deployment the rows that name a task may be the clients' alone
-    kinds = None if config.federation else data.task_column
-    every = [*rows, *checked, *test_rows]
-    if kinds and not any(kinds in row for row in every):
-        raise DataError(
-            f"data.task_column = {kinds!r}: no row has such a column; they have"
-            f" {', '.join(sorted({name for row in every for name in fields_of(row)}))}"
-        )
+    if data.task_column and not config.federation:  # there, clients alone may name tasks
+        _require_column(data.task_column, [*rows, *checked, *test_rows])
     groups = _groups(config, (rows, test_rows), (train, test))
     if written:
         partition = read_partition(written, len(train))
@@ -130,6 +124,14 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         test=test,
         groups=groups,
     )
+
+
+def _require_column(name: str, rows: list[Row]) -> None:
+    if not any(name in row for row in rows):
+        raise DataError(
+            f"data.task_column = {name!r}: no row has such a column; they have"
+            f" {', '.join(sorted({field for row in rows for field in fields_of(row)}))}"
+        )
 
 
 def _drawn(some: list[Any], count: int | None) -> list[Any]:

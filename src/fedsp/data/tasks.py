@@ -149,14 +149,14 @@ class Task:
                 f"{where} cannot be read as a {self.name} row ({why}): it"
                 f" {hub if render else self.schema}"
             ) from error
-        if any(not isinstance(choice, str) or not choice.strip() for choice in choices) or not (
-            choices
+        if not choices or any(
+            not isinstance(choice, str) or not choice.strip() for choice in choices
         ):
             answer = next(iter(self.placeholder), "")
             if not turns and not str(row.get(answer, "?")).strip():
                 raise DataError(
-                    f"{where} has no answer: {answer} is empty; fill it in"
-                    " (of merged cells the first alone has the text), or take the row out"
+                    f"{where} has no answer: {answer} is empty; fill it in (of merged cells the"
+                    " first alone has the text), or take the row out"
                 )
             raise DataError(
                 f"{where} has no choices, or an empty one: each must be a non-blank string"

@@ -36,7 +36,7 @@ from fedsp.errors import (
 )
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.methods.registry import find_method
-from fedsp.models.gguf import ENDING, folder_of_gguf
+from fedsp.models.gguf import folder_of_gguf, is_gguf
 from fedsp.models.messengers.registry import Shapes, Sizes, counted, find_messenger
 from fedsp.storage import MANIFEST, cache_folder, parse_json, write_json
 
@@ -266,7 +266,7 @@ def folder_or_hub_name(name: str) -> str:
     """
     if name == "embedded":
         return str(EMBEDDED / "model")
-    return str(folder_of_gguf(Path(name))) if name.lower().endswith(ENDING) else name
+    return str(folder_of_gguf(Path(name))) if is_gguf(name) else name
 
 
 def _known_counts(config: RunConfig, name: str) -> Any:

@@ -43,7 +43,7 @@ from urllib.parse import quote
 import tomli_w
 
 from fedsp.config import RunConfig
-from fedsp.config_file import make_config, recorded_config, resolve_paths
+from fedsp.config_file import make_config, recorded_config, resolve_from_here
 from fedsp.errors import FedspError, RunError, StorageError
 from fedsp.federation.methods.registry import shown_method
 from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
@@ -456,8 +456,8 @@ def _with_whole_names(config: RunConfig) -> dict[str, Any]:
     """The values of a configuration; of a run that was begun before its files had their whole
     names, they are taken from the working folder."""
     values = config.model_dump()
-    with contextlib.suppress(FileNotFoundError):
-        resolve_paths(values, Path.cwd())
+    resolve_from_here(values)
+    with contextlib.suppress(FileNotFoundError):  # the working folder is gone
         for name in ("train", "validation", "test"):
             if values["data"][name]:
                 values["data"][name] = str(Path(values["data"][name]).absolute())

@@ -93,17 +93,21 @@ def cut_short(path: Path) -> int:
     somebody, has cut short. What they were is not known.
 
     Raises:
-        StorageError: as `read_log`.
+        StorageError: it cannot be read.
     """
-    return path.stat().st_size - _read(path)[1] if path.exists() else 0
+    return len(_bytes_of(path).rpartition(b"\n")[2])
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def _read(path: Path) -> tuple[list[Entry], int]:
     """The entries, and the bytes that whole lines take."""
-    try:
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {first_line(error)}") from error
+    whole = _bytes_of(path).rpartition(b"\n")[0]
     entries: list[Entry] = []
     last = ""
     for number, line in enumerate(whole.splitlines(), start=1):

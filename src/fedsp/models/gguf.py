@@ -18,6 +18,11 @@ MAGIC = b"GGUF"
 ENDING = ".gguf"
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a model's name is that of a GGUF file."""
+    return name.lower().endswith(ENDING)
+
+
 def folder_of_gguf(file: Path) -> Path:
     """The folder with the model of a GGUF file, float32, its tokenizer and configuration; made at
     the first call for a file of this name, size and time of change.

@@ -181,9 +181,9 @@ def remote(
                     del open[client]
                     named = [name for name in named if name != client]
                     yield Failure.of(one.request, reason, bytes_down=one.down)
-            gone = sorted(client for client, one in open.items() if one.seen < now - timeouts.lost)
-            if gone != named and now - started > 2:
-                named = gone
+            still = sorted(away & open.keys())
+            if still != named and now - started > 2:
+                named = still
                 info(
                     f"round {requests[0].round}: waiting for {', '.join(named)} to connect"
                     if named
