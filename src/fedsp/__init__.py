@@ -67,6 +67,9 @@ _PUBLIC = {
     "write_report": "fedsp.report.page",
 }
 """What is public, and where it is defined; docs/reference/python.md documents it."""
+_NEEDS = {"write_report": ("study", "reports need", "jinja2", "matplotlib")}
+"""What the module of a public name imports beyond the base installation: its extra, the words of
+its error, and the libraries."""
 
 __all__ = sorted(_PUBLIC)
 
@@ -77,6 +80,8 @@ def __getattr__(name: str) -> Any:
         return import_module("importlib.metadata").version("fedsp")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fedsp' has no attribute {name!r}")
+    if name in _NEEDS:
+        import_module("fedsp.errors").require_installed(*_NEEDS[name])
     return getattr(import_module(_PUBLIC[name]), name)
 
 

@@ -25,7 +25,7 @@ from fedsp.config_file import (
 )
 from fedsp.data.chat import end_of_turn, question_ids
 from fedsp.data.check import check_files
-from fedsp.data.dataset import examples_digest
+from fedsp.data.dataset import examples_digest, examples_of_file
 from fedsp.data.encoding import decode_behind, encode_texts
 from fedsp.data.files import read_passages, read_rows
 from fedsp.data.rendering import Rendering
@@ -299,11 +299,13 @@ def check_data(
     task: str | None = None,
     model: str | None = None,
     max_tokens: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Figures:
     """What is in files of examples (`fedsp.data.check.check_files`): those given, or those that a
-    configuration names, whose task, columns, model and limit hold then. Without a configuration the
-    task is the one given or the one whose fields the first file has, and lengths in tokens need a
-    `model`, whose tokenizer alone is loaded.
+    configuration names, whose task, columns, model and limit hold unless others are given. Without
+    a configuration the task is the one given or the one whose fields the first file has, `columns`
+    are the files' names of fields by the names that the task has for them, and lengths in tokens
+    need a `model`, whose tokenizer alone is loaded.
 
     Raises:
         ConfigurationError: no file is given, or the configuration is at fault.
@@ -311,12 +313,11 @@ def check_data(
     """
     files = [files] if isinstance(files, str | Path) else files
     section = TaskSection(task=task) if task else None
-    columns: Mapping[str, str] = {}
     if config is not None:
         run_config = as_config(config)
         data = run_config.data
         section = data.model_copy(update={"task": task} if task else {})
-        columns = data.columns
+        columns = {**data.columns, **(columns or {})}
         files = files or [name for name in (data.train, data.validation, data.test) if name]
         model = model or run_config.model.name
         max_tokens = max_tokens or data.max_tokens
@@ -368,11 +369,12 @@ def evaluate(
     if data:
         asked = _rendering(run).examples(read_rows(Path(data), run.directory.config.data.columns))
     else:
-        dataset = server.dataset
-        splits = {"test": dataset.test, "validation": dataset.validation}
-        if split not in splits:
+        if split not in ("test", "validation"):
             raise DataError(f"unknown split {split!r}: choose test or validation")
-        asked = splits[split]
+        asked = examples_of_file(run.directory.config.data, _rendering(run), split)
+        asked = (
+            asked or {"test": server.dataset.test, "validation": server.dataset.validation}[split]
+        )
         if not asked:
             raise DataError(
                 f"the run in {folder} has no {split} questions: give a file of them with --data"
@@ -394,12 +396,15 @@ def evaluate(
     def add(name: str, answers: Answers, room: int = room) -> None:
         figures, parts = run.score_in_parts(answers, asked, room)
         labels = {"labels": parts["labels"]} if "labels" in parts else {}
-        rows.append({"prompt": name, **figures, **labels})
+        tasks = parts.get("tasks", {})
         if write:
             written = run.write(answers, asked, write)
-            rows[-1] |= {**written_figures(written, accepted), "written": written}
-        for task, own in parts.get("tasks", {}).items():
-            rows.append({"prompt": f"{name}, {task}", **own})
+            figures |= {**written_figures(written, accepted), "written": written}
+            for task, own in tasks.items():
+                at = [place for place, example in enumerate(asked) if example.task == task]
+                own |= written_figures([written[one] for one in at], [accepted[one] for one in at])
+        rows.append({"prompt": name, **figures, **labels})
+        rows.extend({"prompt": f"{name}, {task}", **own} for task, own in tasks.items())
 
     if zero_shot:
         add("zero-shot", bare, min(server.max_tokens, server.model.room_behind(0)))

@@ -25,7 +25,6 @@ from fedsp.errors import (
     RunError,
     did_you_mean,
     require_flower,
-    require_installed,
 )
 
 if TYPE_CHECKING:
@@ -415,6 +414,14 @@ def data_check(
     max_tokens: Annotated[
         Optional[int], typer.Option(min=8, help="The longest example that a run would keep whole.")
     ] = None,
+    column: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="FIELD=NAME",
+            help="A field of the task, and what the files call it, as data.columns has it;"
+            " repeatable.",
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Say how files are read, what is in them, what is there twice, and what looks like a person's.
@@ -424,7 +431,14 @@ def data_check(
     from fedsp.api import check_data
     from fedsp.report.console import Display, data_table
 
-    figures = check_data(files or [], config=config, task=task, model=model, max_tokens=max_tokens)
+    figures = check_data(
+        files or [],
+        config=config,
+        task=task,
+        model=model,
+        max_tokens=max_tokens,
+        columns=_named_columns(column or []),
+    )
     with Display() as display:
         for one in figures["files"]:
             display.print(data_table(one))
@@ -1047,9 +1061,8 @@ def report(
 ) -> None:
     """One page about finished runs: tables with spreads and paired comparisons, learning curves,
     costs; every number leads to its run."""
-    require_installed("study", "reports need", "jinja2", "matplotlib")
+    from fedsp import write_report
     from fedsp.report.console import Display, figures_table
-    from fedsp.report.page import write_report
 
     with Display() as display:
         figures = write_report(folders, output)
@@ -1180,6 +1193,17 @@ def _measure_threads(info: Callable[[str], None]) -> None:
             " is now; OMP_NUM_THREADS sets another number"
         )
     torch.set_num_threads(threads)
+
+
+def _named_columns(words: list[str]) -> dict[str, str]:
+    pairs = [word.partition("=") for word in words]
+    for word, (field, _, name) in zip(words, pairs, strict=True):
+        if not (field and name):
+            raise ConfigurationError(
+                f"--column {word!r}: expected a field of the task and what the files call it, such"
+                " as question=Frage"
+            )
+    return {field: name for field, _, name in pairs}
 
 
 def _read(config: Path, overrides: list[str] | None) -> RunConfig:

@@ -89,7 +89,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}; what was there before is untouched:"
-            " free some space or choose another folder, then resume"
+            " free some space or choose another folder, then start again"
         ) from error
 
 

@@ -144,6 +144,19 @@ def test_a_file_of_which_no_row_can_be_used_is_no_success(tmp_path: Path) -> Non
     assert fedsp.check_data(str(path))["files"][0]["rows"] == 2, "one name is no list of letters"
 
 
+def test_columns_of_the_files_are_named_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "tickets.jsonl"
+    path.write_text(json.dumps({"Frage": "Who?", "Antwort": "She."}) + "\n")
+    words = ["data", "check", str(path), "--task", "completion"]
+    named = ["--column", "prompt=Frage", "--column", "completion=Antwort"]
+    told = CliRunner().invoke(app, [*words, *named, "--json", f"{tmp_path}/a.json"])
+    assert told.exit_code == 0
+    (found,) = json.loads((tmp_path / "a.json").read_text())["files"]
+    assert found["preview"] == [{"context": "Who?", "answer": " She."}]
+    with pytest.raises(ConfigurationError, match=r"--column 'Frage': expected a field of the task"):
+        CliRunner().invoke(app, [*words, "--column", "Frage"], catch_exceptions=False)
+
+
 def test_rows_that_a_model_s_template_refuses_are_counted_as_unusable(tmp_path: Path) -> None:
     """The embedded model has no template at all; without a model nothing can be refused."""
     rows: list[dict[str, object]] = [

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import pickle
 import re
 import sqlite3
 import tempfile
@@ -16,9 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openpyxl.worksheet.formula import ArrayFormula
@@ -27,7 +30,7 @@ from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from fedsp.config import PartitionSection
+from fedsp.config import PartitionSection, TaskSection
 from fedsp.data.batching import pack_trees, tree_size
 from fedsp.data.dataset import rows_digest
 from fedsp.data.encoding import (
@@ -41,7 +44,8 @@ from fedsp.data.encoding import (
     training_batches,
 )
 from fedsp.data.files import fields_of, how_it_is_read, read_passages, read_rows
-from fedsp.data.partition import make_partition, read_partition
+from fedsp.data.partition import group_of, make_partition, read_partition
+from fedsp.data.rendering import Rendering
 from fedsp.data.tasks import TASKS, Example, examples_of, find_task
 from fedsp.errors import DataError
 from fedsp.experiments.embedded import EMBEDDED
@@ -841,6 +845,44 @@ def test_rows_as_datasets_and_parquet_users_have_them(tmp_path: Path) -> None:
         assert examples_of(TASKS["multiple_choice"], found)[4].gold == (0,)
 
 
+@pytest.mark.parametrize("form", ["rows.parquet", "shards", "saved"])
+def test_a_class_has_its_name_as_a_label_and_its_number_as_an_index(
+    form: str, tmp_path: Path
+) -> None:
+    """As `datasets` keeps them (ClassLabel)."""
+    columns = {
+        "text": [f"text {number}" for number in range(4)],
+        "label": [0, 1, 1, -1],
+        "question": ["q"] * 4,
+        "choices": [["a", "b"]] * 4,
+        "answer": [0, 1, 1, 0],
+    }
+    features = Features(
+        text=Value("string"),
+        label=ClassLabel(names=["spam", "no spam"]),
+        question=Value("string"),
+        choices=Sequence(Value("string")),
+        answer=ClassLabel(names=["A", "B"]),
+    )
+    saved = Dataset.from_dict(columns, features=features)
+    (tmp_path / "shards").mkdir()
+    saved.to_parquet(tmp_path / "rows.parquet")
+    saved.to_parquet(tmp_path / "shards" / "train.parquet")
+    saved.save_to_disk(tmp_path / "saved")
+    rows = read_rows(tmp_path / form)
+    assert [row.gold for row in examples_of(TASKS["multiple_choice"], rows)][:2] == [(0,), (1,)]
+    how = Rendering.of(TaskSection(task="classification"))
+    found = [how.example(row, number).target for number, row in enumerate(rows[:3])]
+    assert found == [" spam", " no spam", " no spam"]
+    assert group_of(rows[1], "label") == "no spam"
+    sent = pickle.loads(pickle.dumps(rows))
+    assert examples_of(TASKS["multiple_choice"], sent)[1].gold == (1,)
+    saved.cast_column("label", ClassLabel(names=["spam", "ham"])).save_to_disk(tmp_path / "other")
+    assert rows_digest(read_rows(tmp_path / "other")) != rows_digest(rows), "names are pinned too"
+    with pytest.raises(DataError, match="row 3 .*label is null"):
+        how.example(rows[3], 3)
+
+
 def test_what_is_wrong_with_such_files_is_a_sentence(tmp_path: Path) -> None:
     def refused(name: str, sentence: str) -> None:
         with pytest.raises(DataError, match=sentence):
@@ -853,6 +895,12 @@ def test_what_is_wrong_with_such_files_is_a_sentence(tmp_path: Path) -> None:
     refused("empty", "a folder without Parquet files and without a saved data set")
     DatasetDict(train=Dataset.from_list([{"question": "q"}])).save_to_disk(tmp_path / "splits")
     refused("splits", r"holds several splits of a data set: name one of them, such as .*train")
+    classes = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a"]}}}}
+    for name, about in {"short": json.dumps(classes), "damaged": '{"info": []}'}.items():
+        table = pyarrow.table({"label": [0, 1]}).replace_schema_metadata({"huggingface": about})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    refused("short.parquet", r"short\.parquet, row 1 has label 1, but its file names 1 classes")
+    refused("damaged.parquet", "what `datasets` wrote there of its columns is damaged")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text("{}")
     refused("saved", "cannot read the data set in .*saved")

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from fedsp import api as commands
 from fedsp.cli import app
 from fedsp.data.encoding import Encoded
+from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, DataError, RunError
+from fedsp.experiments import adaptation
 from fedsp.experiments.adaptation import TEACHERS
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import score_test, validation_sample
@@ -201,6 +203,34 @@ def test_what_is_not_better_is_not_written(run: Path, tmp_path: Path) -> None:
     )
     assert not figures["kept"] and figures["after"] > figures["before"]
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.study
+def test_an_answer_that_the_teacher_ends_is_taught_to_its_end(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the run trains the end of its choices, and where the teacher stops writing."""
+    opened = open_run(run)
+    end = opened.server.tokenizer.eos_token_id
+    choices = [
+        Example(id=str(ends), context="Who?", choices=(" she",), gold=(0,), ends=ends)
+        for ends in (True, False)
+    ]
+    written = [
+        Example(id=str(number), context=text, choices=(" x",), gold=(0,), metric="exact_match")
+        for number, text in enumerate(("Where?", "When?"))
+    ]
+    monkeypatch.setattr(
+        adaptation,
+        "write",
+        lambda _, texts, most, stop: [
+            Encoded((*text, *[7] * count), len(text))
+            for text, count in zip(texts, (2, most), strict=True)
+        ],
+    )
+    rows = adaptation._answered(opened, [*written, *choices], opened.side())
+    assert [row.ids[-1] == end for row in rows] == [True, False, True, False]
+    assert [len(row.ids) - row.start for row in rows[2:]] == [3, adaptation.LONGEST_ANSWER]
 
 
 @pytest.mark.study

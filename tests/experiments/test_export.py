@@ -114,13 +114,17 @@ def test_what_was_tuned_outlives_the_text_that_it_was_tuned_on(
     monkeypatch.chdir("/")
     before = api.evaluate(folder)
     kept = shutil.copy(tmp_path / "test.jsonl", tmp_path / "kept.jsonl")
-    for name in ("train", "validation", "test"):
+    for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").unlink()
+    assert api.evaluate(folder) == before, "the test has a file of its own"
+    with pytest.raises(DataError, match=r"there is no file .*validation\.jsonl"):
+        api.evaluate(folder, split="validation")
+    (tmp_path / "test.jsonl").unlink()
     assert api.generate(folder, "The town of", most=2)
     api.export(folder, tmp_path / "adapter")
     assert open_runs([folder, folder])
     assert api.evaluate(folder, data=kept) == before
-    with pytest.raises(DataError, match=r"there is no file .*train\.jsonl"):
+    with pytest.raises(DataError, match=r"there is no file .*test\.jsonl"):
         api.evaluate(folder)
 
 

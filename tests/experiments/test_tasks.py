@@ -110,7 +110,9 @@ def test_examples_held_out_for_validation_have_all_labels_to_choose_from(tmp_pat
     ]
 
 
-def test_several_tasks_in_one_federation_are_measured_each(tmp_path: Path) -> None:
+def test_several_tasks_in_one_federation_are_measured_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [
         dict(ROWS[number], kind="arc_easy", silo="a")
         if number % 2
@@ -130,8 +132,18 @@ def test_several_tasks_in_one_federation_are_measured_each(tmp_path: Path) -> No
     assert sum(one["examples"] for one in tasks.values()) == figures["test"]["examples"] == 20
     mean = (tasks["arc_easy"]["accuracy"] + tasks["completion"]["exact_match"]) / 2
     assert figures["test"]["accuracy"] == pytest.approx(mean)
-    names = [row["prompt"] for row in commands.evaluate(figures["folder"], zero_shot=False)]
+    monkeypatch.setattr(start.OpenRun, "write", lambda *words: ["yes"] * len(words[2]))
+    found = commands.evaluate(figures["folder"], zero_shot=False, write=3)
+    names = [row["prompt"] for row in found]
     assert names == ["tuned prompt", "tuned prompt, arc_easy", "tuned prompt, completion"]
+    parts = [(row["examples"], row["written_exact_match"]) for row in found]
+    assert parts == [(20, 0.5), (10, 0.0), (10, 1.0)]
+
+
+def test_a_plan_sees_that_a_model_has_no_chat_template(tmp_path: Path) -> None:
+    given = run_of(tmp_path, CHATS, data={"task": "chat"})
+    with pytest.raises(DataError, match="the model's tokenizer has no chat template"):
+        commands.plan(given)
 
 
 @pytest.fixture(scope="module")

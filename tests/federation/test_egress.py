@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fedsp.cli import app
 from fedsp.errors import StorageError
 from fedsp.federation.chained_log import SECURITY, ChainedLog, read_log, record_event
-from fedsp.federation.egress import egress_figures, read_egress
+from fedsp.federation.egress import EGRESS, egress_figures, read_egress
 from fedsp.report.console import egress_text
 
 
@@ -63,6 +63,12 @@ def test_two_processes_do_not_write_over_each_other_s_lines(tmp_path: Path) -> N
     with pytest.raises(StorageError, match="was changed by another process"):
         one.write(run="ab", round=4, kind="update", bytes=1)
     assert len(read_egress(path)) == 2
+
+
+def test_a_journal_without_a_line_is_not_called_a_client_that_sent_nothing(tmp_path: Path) -> None:
+    path = tmp_path / EGRESS
+    path.write_text("")
+    assert "holds no whole line" in egress_text(egress_figures(read_egress(path)))
 
 
 def test_a_line_that_a_kill_cut_short_is_written_over(tmp_path: Path) -> None:

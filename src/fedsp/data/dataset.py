@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsp.config import RunConfig
+from fedsp.config import DataSection, RunConfig
 from fedsp.data.files import Row, fields_of
 from fedsp.data.partition import Partition, group_of, make_partition, read_partition
 from fedsp.data.rendering import Rendering
@@ -124,6 +124,20 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         test=test,
         groups=groups,
     )
+
+
+def examples_of_file(data: DataSection, rendering: Rendering, split: str) -> list[Example]:
+    """The examples of a split, as `load_dataset` has them, where a file of its own holds them; none
+    where none does. No other file is read.
+
+    Raises:
+        DataError: the file or a row is invalid.
+    """
+    path = {"validation": data.validation, "test": data.test}[split]
+    if not path:
+        return []
+    rows = load_rows(find_task(data.task), path, split, data.columns)
+    return rendering.examples(_drawn(rows, data.test_examples) if split == "test" else rows)
 
 
 def _require_column(name: str, rows: list[Row]) -> None:

@@ -42,6 +42,12 @@ RARE = 0.05
 """The share of letters beyond ASCII up to which such signs may be a name, or a slip."""
 
 
+class ClassName(str):
+    """The name of a class, and its number, which counts where an index belongs."""
+
+    number: int
+
+
 @contextmanager
 def _open(path: Path, what: str, encoding: str = UTF8) -> Iterator[IO[str]]:
     """A text file, gzipped or not, in UTF-8 with or without a byte order mark unless another
@@ -201,13 +207,16 @@ def _folder_rows(folder: Path) -> Iterable[Row]:
             f" {folder / inside[0] if inside else folder}"
         )
     if (folder / "state.json").is_file():
-        from datasets import load_from_disk
+        from datasets import ClassLabel, load_from_disk
 
         try:
-            saved = load_from_disk(str(folder)).to_list()
+            saved = load_from_disk(str(folder))
+            rows = saved.to_list()
+            columns = saved.features.items()
         except Exception as error:  # of as many kinds as there are ways to be damaged
             raise DataError(f"cannot read the data set in {folder}: {first_line(error)}") from error
-        yield from _numbered(folder, saved)
+        classes = {name: about.names for name, about in columns if isinstance(about, ClassLabel)}
+        yield from _numbered(folder, _named(folder, rows, classes))
         return
     files = sorted(folder.glob("*.parquet"))
     if not files:
@@ -224,13 +233,49 @@ def _parquet_rows(path: Path) -> Iterable[Row]:
 
     try:
         with ParquetFile(path) as file:
-            yield from _numbered(
-                path, (row for part in file.iter_batches() for row in part.to_pylist())
-            )
+            rows = (row for part in file.iter_batches() for row in part.to_pylist())
+            yield from _numbered(path, _named(path, rows, _classes_of(path, file.schema_arrow)))
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path} as Parquet: {first_line(error)}") from error
+
+
+def _classes_of(path: Path, schema: Any) -> dict[str, list[str]]:
+    """The names of classes by column, as `datasets` wrote them into a Parquet file."""
+    written = (schema.metadata or {}).get(b"huggingface")
+    if written is None:
+        return {}
+    try:
+        features = json.loads(written)["info"]["features"]
+        return {
+            column: list(map(str, about["names"]))
+            for column, about in features.items()
+            if isinstance(about, dict) and about.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"cannot read {path}: what `datasets` wrote there of its columns is damaged"
+        ) from error
+
+
+def _named(path: Path, rows: Iterable[Row], classes: Mapping[str, list[str]]) -> Iterable[Row]:
+    """Rows with the names of classes where `datasets` numbers them (ClassLabel); its -1 is none."""
+    for place, row in enumerate(rows):
+        named: Row = {}
+        for column, names in classes.items():
+            number = row.get(column)
+            if not isinstance(number, int):
+                continue
+            if number >= len(names):
+                raise DataError(
+                    f"{path}, row {place} has {column} {number}, but its file names {len(names)}"
+                    " classes, from 0"
+                )
+            named[column] = ClassName(names[number]) if number >= 0 else None
+            if number >= 0:
+                named[column].number = number
+        yield row | named
 
 
 def _numbered(path: Path, rows: Iterable[Any]) -> Iterable[Row]:

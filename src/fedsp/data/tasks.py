@@ -18,7 +18,7 @@ from string import Formatter
 from typing import Any, Literal
 
 from fedsp.data import installed
-from fedsp.data.files import Row, hub_rows, read_rows, whole_number
+from fedsp.data.files import ClassName, Row, hub_rows, read_rows, whole_number
 from fedsp.data.installed import installed_names, load_installed
 from fedsp.errors import ConfigurationError, DataError, did_you_mean
 
@@ -225,6 +225,8 @@ def _letter(row: Row) -> int:
 
 def _index(row: Row, key: str = "answer") -> int:
     value = row[key]
+    if isinstance(value, ClassName):
+        return value.number
     if isinstance(value, bool) or not isinstance(value, int):
         raise WrongType(f"{key} is {_kind(value)}, not an index")
     return value

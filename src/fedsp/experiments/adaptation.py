@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsp.data.chat import end_of_turn
-from fedsp.data.encoding import Encoded, encode_contexts, encode_pairs
+from fedsp.data.encoding import Encoded, encode_contexts, encode_pairs, ended
 from fedsp.data.files import read_rows
 from fedsp.data.seeding import derive_seed
 from fedsp.data.tasks import Example, find_task
@@ -134,17 +134,25 @@ def _teacher(
 
 def _answered(run: OpenRun, asked: Sequence[Example], teacher: Answers) -> list[Encoded]:
     """Every choice of the questions or, where they have none, what the teacher writes behind
-    them."""
-    server = run.server
+    them; with the end token behind those that the run trains with one, or that the teacher ends."""
+    tokenizer, most = run.server.tokenizer, run.server.max_tokens
+    stop, end = end_of_turn(tokenizer), tokenizer.eos_token_id
     chosen = [example for example in asked if example.metric == "accuracy"]
     pairs = [(example.context, choice) for example in chosen for choice in example.choices]
-    room = min(teacher.room(), server.max_tokens) - LONGEST_ANSWER
+    ends = [example.ends and end is not None for example in chosen for _ in example.choices]
+    room = min(teacher.room(), most) - LONGEST_ANSWER
     written = [example for example in asked if example.metric != "accuracy"]
-    texts = [tuple(ids[-room:]) for ids in encode_contexts(server.tokenizer, written) if ids]
-    answered = write(teacher, texts, LONGEST_ANSWER, end_of_turn(server.tokenizer))
+    texts = [tuple(ids[-room:]) for ids in encode_contexts(tokenizer, written) if ids]
+    answered = [
+        row for row in write(teacher, texts, LONGEST_ANSWER, stop) if len(row.ids) > row.start
+    ]
+    stopped = [len(row.ids) - row.start < LONGEST_ANSWER for row in answered]
+    last = next(iter(sorted(stop)), end)
     return [
-        *encode_pairs(server.tokenizer, pairs, server.max_tokens),
-        *(row for row in answered if len(row.ids) > row.start),
+        ended(row, last, most) if to_its_end else row
+        for row, to_its_end in zip(
+            [*encode_pairs(tokenizer, pairs, most), *answered], [*ends, *stopped], strict=True
+        )
     ]
 
 

@@ -17,6 +17,7 @@ import math
 import shutil
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,27 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
 
 
 def check_examples(config: RunConfig) -> FederatedDataset | None:
-    """The examples of a run, if they are in files; nothing is fetched from the hub.
+    """The examples of a run, if they are in files, none of which is fetched from the hub; of
+    conversations that the model's chat template writes the first of each split.
 
     Raises:
-        DataError: a file is missing or cannot be used, or the examples cannot be divided.
+        DataError: a file is missing or cannot be used, the examples cannot be divided, or the model
+            has no chat template for them.
+        ModelError: there are conversations, and the model's tokenizer cannot be had.
     """
-    here = config.data.train or config.federation or config.model.offline
-    return load_dataset(config) if here else None
+    if not (config.data.train or config.federation or config.model.offline):
+        return None
+    dataset = load_dataset(config)
+    splits = (dataset.train, dataset.validation, dataset.test)
+    chats = [chat for split in splits for chat in islice((row for row in split if row.turns), 1)]
+    if chats:
+        from fedsp.data.chat import read_conversation
+        from fedsp.models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(model_name(config))
+        for chat in chats:
+            read_conversation(tokenizer, chat)
+    return dataset
 
 
 def check_text(config: RunConfig) -> None:

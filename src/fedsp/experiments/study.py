@@ -323,7 +323,7 @@ def _check(cells: list[Cell], source: str) -> None:
             continue
         config = cell.config
         entry = find_method(config.method)
-        divided = {"seed", "data", "partition", "validation", "server", "round"}
+        divided = {"seed", "data", "model", "partition", "validation", "server", "round"}
         found = fault(config, divided, check_examples)
         if entry.package or not entry.trains_weights:
             found = found or fault(config, {"distill", "auxiliary", "prompt"}, check_text)

@@ -352,7 +352,11 @@ def egress_text(figures: Mapping[str, Any]) -> str:
     """What a client's journal says in sum, in the words of whoever answers for its text."""
     kinds = figures["messages"]
     if not kinds:
-        return "Nothing has left this client yet."
+        return (
+            "The journal is there but holds no whole line. A client makes it for its first message,"
+            " so a kill or a full disk kept that from being written, and then it was not sent; or"
+            " somebody has taken lines out."
+        )
     runs = len(figures["runs"])
     norm, epsilon = figures["largest_norm"], figures["epsilon"]
     different = figures["updates"]
