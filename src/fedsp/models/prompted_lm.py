@@ -288,7 +288,7 @@ class PromptedLM(nn.Module):
         count, width = contexts.shape
         length = length_of(prefix)
         start = self.positions_taken(length)
-        cache = DynamicCache() if prefix is None else self.cache(prefix, count)
+        cache = self.cache(prefix, count)
         before = contexts.new_ones(count, length + width)
         end = start + width + tails.ids.shape[1]
         positions = torch.arange(start, end, device=self.device)[None]
@@ -372,7 +372,7 @@ class PromptedLM(nn.Module):
             rows = ids if ids.dim() == 2 else ids[None]
             count, length = rows.shape
             if cache is None or not self.rotated_alike(start + read, start + length):
-                cache, read = DynamicCache() if prefix is None else self.cache(prefix, count), 0
+                cache, read = self.cache(prefix, count), 0
             positions = torch.arange(start + read, start + length, device=self.device)[None]
             mask = rows.new_ones(count, length_of(prefix) + length)
             states = self.states(rows[:, read:], mask, positions, cache)
@@ -389,9 +389,13 @@ class PromptedLM(nn.Module):
         room = self.room_behind(length_of(prefix))
         return continue_text(self.reader(prefix), input_ids, most=most, room=room, stop=stop)
 
-    def cache(self, prefix: Tensor, batch: int, kind: type[DynamicLayer] = DynamicLayer) -> Cache:
-        """A fresh cache of L pairs (B, H, P, K), which grows by what is read, unless its layers are
-        of a fixed `kind`."""
+    def cache(
+        self, prefix: Tensor | None, batch: int, kind: type[DynamicLayer] = DynamicLayer
+    ) -> Cache:
+        """A fresh cache of L pairs (B, H, P, K), none without a prefix, which grows by what is
+        read, unless its layers are of a fixed `kind`."""
+        if prefix is None:
+            return DynamicCache()
         if prefix.dim() == 5:
             prefix = prefix[None].expand(batch, *prefix.shape)
         per_layer = prefix.to(self.dtype).permute(2, 3, 0, 4, 1, 5)  # (L, 2, B, H, P, K)

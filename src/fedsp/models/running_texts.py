@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from fedsp.models.prompted_lm import PromptedLM, length_of
@@ -37,7 +36,7 @@ class RunningTexts:
         """Read a text (T,), whose row is the last from now on, to the logits (V,) of its next
         token."""
         model, prefix, count = self._model, self._prefix, len(ids)
-        cache = DynamicCache() if prefix is None else model.cache(prefix, 1)
+        cache = model.cache(prefix, 1)
         positions = torch.arange(self._start, self._start + count, device=ids.device)[None]
         mask = ids.new_ones(1, self._before + count)
         states = model.states(ids[None], mask, positions, cache)
