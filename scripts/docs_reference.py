@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
@@ -64,6 +64,10 @@ def _section(annotation: Any) -> type[Section] | None:
 
 
 def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
+    if get_origin(annotation) is list:
+        return f"list of {' or '.join(map(_type, get_args(annotation)))}"
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return "word"

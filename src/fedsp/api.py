@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -67,7 +68,7 @@ from fedsp.models.loading import choose_device, load_model, load_tokenizer, save
 from fedsp.models.messengers.registry import require_everywhere
 from fedsp.models.prompted_lm import continue_text, length_of
 from fedsp.models.soft_prompt import SoftPrompt, read_prompt
-from fedsp.storage import write_bytes
+from fedsp.storage import move_into_place, unfinished_beside, write_bytes
 from fedsp.training.answers import WEIGHTS, Answering, Answers, mean_of, proxy_tuned
 from fedsp.training.generation import sampler, written_figures
 from fedsp.training.loop import Optimisation
@@ -161,11 +162,10 @@ def _suited(config: RunConfig, engine: str) -> RunConfig:
             "the configuration has no [federation] section: use `fedsp run` to simulate clients, or"
             " `fedsp federation init` to write a configuration for `fedsp serve`"
         )
-    deployable = find_method(config.method).deployable
-    if engine == "flower" and (not deployable or config.distill.again_every):
-        what = f"method = {config.method!r}" if not deployable else "distill.again_every"
+    if engine == "flower" and not find_method(config.method).deployable:
         raise ConfigurationError(
-            f"{what} is for experiments only and runs in one process: use engine local"
+            f"method = {config.method!r} is for experiments only and runs in one process: use"
+            " engine local"
         )
     if engine == "flower":
         require_everywhere(config.messenger.kind)
@@ -323,6 +323,10 @@ def check_data(
         max_tokens = max_tokens or data.max_tokens
     if not files:
         raise ConfigurationError("no file of examples is given: name some, or a run's file")
+    if max_tokens and not model:
+        raise ConfigurationError(
+            f"max_tokens = {max_tokens}: tokens are counted by a model's tokenizer, so name a model"
+        )
     if section:
         find_task(section.task)
     return check_files(
@@ -606,6 +610,7 @@ def adapt(
     )
 
 
+CARD = "README.md"
 ADAPTER_USE = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -638,11 +643,6 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     named = run.directory.config.model.name
     if is_gguf(named):
         run.model.name = Path(named).name  # not the folder that is made of it
-    if merged:
-        what = run.messenger.merge(run.model)
-        save_model(run.model, run.server.tokenizer, to)
-    else:
-        what = run.messenger.export(run.model, to)
     # a card is handed on: no folder of this machine stands in it
     base = Path(named).name if Path(named).exists() else named
     if merged:
@@ -653,6 +653,18 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
         found = f'".", gguf_file={base!r}' if is_gguf(named) else repr(base)
         use = ADAPTER_USE.format(base=found, folder=to.name)
     library = "transformers" if merged else "peft"
-    card = model_card(run.directory, kind=what["kind"], base_model=base, use=use, library=library)
-    write_bytes(to / "README.md", card.encode())
+    unfinished = unfinished_beside(to.resolve())
+    try:
+        if merged:
+            what = run.messenger.merge(run.model)
+            save_model(run.model, run.server.tokenizer, unfinished)
+        else:
+            what = run.messenger.export(run.model, unfinished)
+        card = model_card(
+            run.directory, kind=what["kind"], base_model=base, use=use, library=library
+        )
+        write_bytes(unfinished / CARD, card.encode())
+        move_into_place(unfinished, to.resolve(), last=CARD)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return {"folder": str(to), **what, "merged": merged, "base_model": run.model.name}

@@ -118,7 +118,7 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """Tune the embedded model with ten offices that never see it, and compare with each alone and
-    with all text in one place, in about four minutes."""
+    with all text in one place, in about three minutes."""
     from fedsp.experiments.demo import demo as run_demo
     from fedsp.report.console import Display, demo_table
 
@@ -1092,7 +1092,8 @@ def quiet_libraries() -> None:
     through."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     if transformers := sys.modules.get("transformers"):
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()

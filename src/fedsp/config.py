@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticKnownError
+
+from fedsp.errors import ConfigurationError, did_you_mean
 
 
 def _from_home(name: object) -> object:
@@ -260,8 +263,9 @@ class DistillSection(Section):
     """Knowledge distillation from the global to the auxiliary model, before the first round."""
 
     steps: Count
-    """optimizer steps at most; 0: the layers are handed out as they are in the global model. Some
-    of distill.text is held out, and distillation ends once the loss on it has stopped falling"""
+    """optimizer steps at most; 0: the layers are handed out as they are in the global model. Of
+    distill.text that makes at least 512 sequences, or more than distill.sequences, up to 32 are
+    held out, and distillation ends once the loss on them has stopped falling"""
     text: list[FileName]
     """text files (may be .gz), passages separated by blank lines; ['model']: texts that the global
     model writes by itself; ['server']: the server's own examples"""
@@ -282,9 +286,6 @@ class DistillSection(Section):
     match_logits: Decay = 0.0
     """weight of an additional loss: KL divergence of next-token distributions, nats; the paper has
     0"""
-    again_every: Count = 0
-    """repeat the distillation every so many rounds with the current prompt in front of both models,
-    and hand the result out again; 0: never"""
 
     @property
     def is_read(self) -> bool:
@@ -348,7 +349,7 @@ class RoundSection(Section):
     rounds: Positive
     """number of rounds"""
     clients: Count | None = None
-    """clients sampled in each round; none: all; 0: the server trains alone"""
+    """clients sampled in each round, of fewer all; none: all; 0: the server trains alone"""
     only: str | None = None
     """the one simulated client that is asked in every round, by name: what it would get alone
     through the same package; none: all may be asked"""
@@ -370,6 +371,21 @@ class RoundSection(Section):
     def asked(self, clients: int) -> int:
         """How many of this number of clients are sampled in each round."""
         return clients if self.clients is None else min(self.clients, clients)
+
+    def may_ask(self, register: Mapping[str, int]) -> dict[str, int]:
+        """The clients of a register that may be asked.
+
+        Raises:
+            ConfigurationError: `only` is none of them.
+        """
+        if self.only is None:
+            return dict(register)
+        if self.only not in register:
+            raise ConfigurationError(
+                f"round.only: there is no client {self.only!r}{did_you_mean(self.only, register)};"
+                f" the clients are {', '.join(sorted(register)[:10])}"
+            )
+        return {self.only: register[self.only]}
 
 
 class ClientSection(Section):
@@ -523,7 +539,8 @@ class ValidationSection(Section):
 
     by: Literal["server", "clients", "none"] = "server"
     """server: lowest loss through the global model; clients: lowest loss through their auxiliary
-    models on a tenth of their examples; none: the last round"""
+    models on a tenth of their examples, for which every round asks all of them; none: the last
+    round"""
     examples: Positive = 300
     """most validation examples that the server uses"""
     every: Positive = 1
@@ -656,13 +673,6 @@ class RunConfig(Section):
                 " server.steps above 0"
             )
         self._private()
-        repeats = self.distill.again_every
-        fixed = client.auxiliary_steps == 0 and self.messenger.kind == "prompt"
-        if repeats and (self.federation or not fixed or not self.distill.steps):
-            raise ValueError(
-                "distill.again_every: it needs simulated clients, client.auxiliary_steps = 0,"
-                " messenger.kind = 'prompt' and distill.steps above 0"
-            )
         if self.distill.steps and not self.distill.text and not self.auxiliary.folder:
             raise ValueError(
                 "distill.text: distillation needs text; name public text files, or ['model'] for"
@@ -672,12 +682,12 @@ class RunConfig(Section):
             raise ValueError(
                 "validation.by: no client is sampled, so none can validate; use 'server' or 'none'"
             )
-        changed = client.auxiliary_steps or repeats or self.federation
+        changed = client.auxiliary_steps or self.federation
         if self.auxiliary.precision != "float32" and changed:
             raise ValueError(
                 "auxiliary.precision: only simulated clients that leave the auxiliary model as it "
                 f"is can hold it in {self.auxiliary.precision}: set it to float32, or set "
-                "client.auxiliary_steps and distill.again_every to 0 without a [federation]"
+                "client.auxiliary_steps to 0 without a [federation]"
             )
         if self.messenger.kind != "prompt" and client.auxiliary_steps:
             raise ValueError(

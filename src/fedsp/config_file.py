@@ -234,7 +234,6 @@ def _check_method(config: RunConfig) -> None:
     only_deployable = {
         "federation": config.federation is not None,
         "client.auxiliary_steps": config.client.auxiliary_steps > 0,
-        "distill.again_every": config.distill.again_every > 0,
         "privacy.unit": config.privacy.unit == "example",
         "auxiliary.precision": auxiliary.precision != "float32",
         "messenger.kind": config.messenger.kind != "prompt",
@@ -429,6 +428,8 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
         why = first_line(error)
         windows = "hex value" in why or "escape" in why.lower()
         meant = "; write a Windows path with / or in single quotes" if windows else ""
+        if "twice" in why:
+            meant = "; a section stands once, with all of its keys below it"
         raise ConfigurationError(f"{path} is not a TOML file: {why}{meant}") from error
 
 

@@ -3,7 +3,6 @@ distillation again, measured cost."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from fedsp.models.payload import PROMPT
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt
 from fedsp.models.weights import Weights
 from fedsp.storage import read_tensors
-from fedsp.training.distillation import Distillation, distill
 from fedsp.training.evaluation import Scored, by_client
 from fedsp.training.loop import Optimisation, TrainResult
 from fedsp.training.stage import Stage
@@ -51,7 +49,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "compression": {"up": "sign", "down": "int4"},
         "server": {"steps": 1, "batch_size": 4},
     },
-    "again": {"distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "again_every": 1}},
     "finetune": {
         "method": "finetune",
         "client": {"prompt_steps": 2, "batch_size": 4, "learning_rate": 1e-4},
@@ -127,8 +124,7 @@ def test_every_method_and_option_resumes_to_the_same_bits_and_evaluates_to_its_o
     with pytest.raises(KeyboardInterrupt):
         commands.run(settings(tmp_path / "killed", **OPTIONS[name]))
     monkeypatch.setattr(runs.RunDirectory, "save_round", original)
-    workers = None if name == "again" else 2  # as many see what changes here while they run
-    resumed = commands.resume(tmp_path / "killed" / "run", workers=workers)
+    resumed = commands.resume(tmp_path / "killed" / "run", workers=2)
     assert (resumed["test"], resumed["validation_loss"]) == (
         whole["test"],
         whole["validation_loss"],
@@ -169,44 +165,6 @@ def test_clients_have_whatever_names_a_column_of_theirs_gives_them(tmp_path: Pat
         "public.txt",
         *(f"{name}.jsonl" for name in ("train", "validation", "test", "offices")),
     }
-
-
-@pytest.mark.study
-def test_a_package_that_is_made_again_is_counted_as_sent(tmp_path: Path) -> None:
-    plain = commands.run(settings(tmp_path / "plain"))
-    again = commands.run(settings(tmp_path / "again", **OPTIONS["again"]))
-    assert (
-        again["bytes_down"] - plain["bytes_down"] == 2 * 3 * again["package_bytes"]
-    )  # before rounds 2 and 3, to three clients
-    digests = [
-        json.loads((tmp_path / place / "run" / "inputs.json").read_text())["auxiliary model"]
-        for place in ("plain", "again")
-    ]
-    assert digests[0] == digests[1]
-
-
-def test_distillation_around_a_prompt_brings_the_two_sides_together_there() -> None:
-    teacher = tiny_model("gpt2")
-    auxiliary = build_auxiliary(teacher, parse_plan("ends(1)", 4), None)
-    prompt = SoftPrompt(
-        PromptSpec(space="key_value", length=3, model=teacher.shape),
-        torch.randn(3, 4, 2, 4, 8, generator=torch.Generator().manual_seed(0)),
-    )
-    texts = [
-        torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(seed)).tolist()
-        for seed in range(8)
-    ]
-    losses = distill(
-        auxiliary,
-        teacher,
-        texts,
-        Distillation(
-            steps=60, batch_size=4, optimisation=Optimisation(learning_rate=3e-3, weight_decay=0.0)
-        ),
-        seed=0,
-        around=prompt,
-    )
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 def test_plans_of_copies_and_emulators() -> None:
@@ -306,10 +264,6 @@ def test_a_run_over_topics_gives_figures_for_each_client(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (
-            {"distill": {"again_every": 1}, "client": {"auxiliary_steps": 1}},
-            "distill.again_every: it needs simulated clients",
-        ),
         ({"partition": {"kind": "dirichlet"}}, "needs the name of a column, or partition.topics"),
         (
             {"partition": {"column": "x", "topics": 3}},

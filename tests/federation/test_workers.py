@@ -119,11 +119,6 @@ def test_a_run_without_clients_needs_no_worker(tmp_path: Path) -> None:
     [
         ({}, {"engine": "flower"}, "workers: engine flower has processes of its own"),
         ({}, {"workers": 0}, "workers = 0: expected at least 1"),
-        (
-            {"distill": {"steps": 2, "batch_size": 2, "sequence_length": 32, "again_every": 1}},
-            {},
-            "with distill.again_every the auxiliary model changes",
-        ),
     ],
 )
 def test_what_workers_cannot_do_is_refused_by_name(

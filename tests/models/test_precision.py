@@ -255,10 +255,6 @@ def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
             {"auxiliary": {"precision": "8bit"}, "method": "fedprompt"},
             "auxiliary.precision: needs method = 'fedsp', but method is 'fedprompt'",
         ),
-        (
-            {"auxiliary": {"precision": "bfloat16"}, "distill": {"steps": 1, "again_every": 1}},
-            "auxiliary.precision: only simulated clients that leave",
-        ),
     ],
 )
 def test_what_few_bits_cannot_do_is_one_clear_sentence(

@@ -13,7 +13,7 @@ from fedsp.audit.findings import Finding, found_tables
 from fedsp.config import RunConfig
 from fedsp.config_file import read_members
 from fedsp.errors import ConfigurationError
-from fedsp.experiments.run_directory import STATEMENT, RunDirectory, read_json
+from fedsp.experiments.run_directory import STATEMENT, RunDirectory, read_json, rounds_done
 from fedsp.federation.methods.registry import find_method
 
 MEASURES = {
@@ -107,7 +107,7 @@ def _made(run: RunDirectory) -> Iterable[tuple[str, Any]]:
     else:
         yield "task", config.data.task
     yield "the parties' descriptions of their text", _described(config)
-    yield "rounds", f"{len(records)} of {config.round.rounds}"
+    yield "rounds", f"{rounds_done(records)} of {config.round.rounds}"
     yield "server's steps a round", config.server.steps
     yield "seed", config.seed
 
@@ -160,10 +160,11 @@ def _told(run: RunDirectory) -> Iterable[str]:
         yield f"- Clients held {share:.1%} of the global model's parameters bit for bit."
     if (run.path / STATEMENT).exists():
         promise = read_json(run.path / STATEMENT)
+        epsilon = promise["epsilon"]
+        spent = "that only its own ledger knows" if epsilon is None else f"{epsilon:.3g}"
         yield (
-            f"- Differential privacy for each {promise['unit']}: epsilon"
-            f" {promise['epsilon']:.3g} at delta {promise['delta']:.3g}. Not covered:"
-            f" {'; '.join(promise['not_covered'])}."
+            f"- Differential privacy for each {promise['unit']}: epsilon {spent} at delta"
+            f" {promise['delta']:.3g}. Not covered: {'; '.join(promise['not_covered'])}."
         )
     else:
         yield "- No differential privacy: nothing is promised about single examples or clients."

@@ -57,8 +57,8 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A finished run of FedSP with everything needed to run it again, the rows that its clients
-    hold, each with its holder and as tokens, and the prompt that it began with."""
+    """A finished run of FedSP with everything needed to run it again, the rows that the clients
+    that it may ask hold, each with its holder and as tokens, and the prompt that it began with."""
 
     run: RunDirectory
     server: Server
@@ -167,7 +167,12 @@ def open_audited(folder: Path, callbacks: Callbacks) -> Opened:
     auxiliary = federation.package
     assert isinstance(auxiliary, AuxiliaryModel)
     run.hold({"data.train": server.dataset.train_digest, "auxiliary model": auxiliary.digest()})
-    clients = sorted(server.dataset.partition.clients.items())
+    asked = federation.clients.register
+    clients = sorted(
+        (client, held)
+        for client, held in server.dataset.partition.clients.items()
+        if client in asked
+    )
     rows = [row for _, held in clients for row in held]
     return Opened(
         run=run,

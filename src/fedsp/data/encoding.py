@@ -166,13 +166,19 @@ def encode_pairs(
 def _behind_nothing(tokenizer: Tokenizer, text: str, name: str) -> tuple[list[int], list[int]]:
     """The ids [`first_token`], and the same followed by those of the text, unless it begins with
     that token."""
-    first, ids = first_token(tokenizer), tokenizer.encode(text, add_special_tokens=False)
+    first, ids = _stand_in(tokenizer, name), tokenizer.encode(text, add_special_tokens=False)
+    return [first], ids if ids[:1] == [first] else [first, *ids]
+
+
+def _stand_in(tokenizer: Tokenizer, name: str) -> int:
+    """The `first_token`, which stands in for an empty context."""
+    first = first_token(tokenizer)
     if first is None:
         raise DataError(
             f"{name}: no context token precedes the answer, and this tokenizer has neither BOS nor"
             " EOS to take its place: give the question a longer context"
         )
-    return [first], ids if ids[:1] == [first] else [first, *ids]
+    return first
 
 
 def _at_the_space(context: str, continuation: str) -> tuple[str, str]:
@@ -234,10 +240,22 @@ def encode_choices(
 
 
 def encode_contexts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[list[int]]:
-    """The tokens of each example up to where the answer begins."""
+    """The tokens of each example up to where the answer begins, `first_token` where they are none.
+
+    Raises:
+        DataError: a context is empty and the tokenizer has neither BOS nor EOS.
+    """
+
+    def contexts(some: Sequence[Example]) -> list[list[int]]:
+        rows = encode_texts(tokenizer, [example.context for example in some])
+        return [
+            row or [_stand_in(tokenizer, f"example {example.id}")]
+            for row, example in zip(rows, some, strict=True)
+        ]
+
     return _in_order(
         examples,
-        lambda some: encode_texts(tokenizer, [example.context for example in some]),
+        contexts,
         lambda example: question_ids(tokenizer, example.turns[:-1], example.where),
     )
 

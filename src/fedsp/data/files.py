@@ -407,17 +407,19 @@ def _require_names(names: Sequence[str], where: str) -> None:
 
 
 def _with_choices(row: Row) -> Row:
-    """A row of a table, all of whose fields are texts, with `choices` and `answer` read."""
+    """A row of a table, all of whose fields are texts, with `choices` read, and `answer`, which a
+    question alone has not."""
     if not row.get("choices"):  # a row of another task
         return row
     try:
-        choices, answer = parse_json(row["choices"]), whole_number(row["answer"])
-    except (TypeError, ValueError, KeyError) as error:
+        choices = parse_json(row["choices"])
+        answer = {"answer": whole_number(row["answer"])} if row.get("answer") else {}
+    except (TypeError, ValueError) as error:
         raise DataError(
             f'{row["__where__"]}: in a table, choices is a JSON list such as ["yes", "no"] and'
             f" answer its index ({error})"
         ) from error
-    return row | {"choices": choices, "answer": answer}
+    return row | {"choices": choices} | answer
 
 
 def _cell_rows(path: Path, rows: Iterable[Sequence[Any]]) -> Iterable[Row]:

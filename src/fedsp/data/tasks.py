@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -112,10 +112,12 @@ class Task:
             asked["messages"] = [*messages, answer]
         elif self.turns and isinstance(row.get("prompt"), list):
             asked["completion"] = [answer]
-        return replace(self.example(asked, number), gold=(0,))
+        return replace(
+            self.example(asked, number, without=set(self.placeholder) - set(row)), gold=(0,)
+        )
 
-    def example(self, row: Row, number: int) -> Example:
-        """The example in a row.
+    def example(self, row: Row, number: int, *, without: Collection[str] = ()) -> Example:
+        """The example in a row; `without` fields that are not its own.
 
         Raises:
             DataError: a field is missing or of another type, or the answer is out of range.
@@ -127,10 +129,11 @@ class Task:
             given = self.given(row) if self.given else 0
             context, choices, gold = (render or self.plain)(row)
         except KeyError as error:
-            names = [name for name in row if name != "__where__"]
+            names = [name for name in row if name != "__where__" and name not in without]
             few = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            unread = f" ({', '.join(sorted(without))} is not read here)" if without else ""
             raise DataError(
-                f"{where} has no field {error}: a {self.name} row {self.schema}; it has"
+                f"{where} has no field {error}: a {self.name} row {self.schema}{unread}; it has"
                 f" {few or 'none'}"
             ) from error
         except (
@@ -533,11 +536,13 @@ def classification(
             return context.rstrip(), [own], [0]
         if own in known:
             return context.rstrip(), list(labels), [known[own]]
-        if not (places and _is_whole(own)):
+        counted = int(own) if _is_whole(own) else None
+        place = value.number if isinstance(value, ClassName) else counted
+        if not places or place is None:
             raise WrongType(f"its label is not one of the {len(labels)} to choose from")
-        if int(own) >= len(labels):
+        if place >= len(labels):
             raise WrongType(f"its label is a place, but there are {len(labels)} labels, from 0")
-        return context.rstrip(), list(labels), [int(own)]
+        return context.rstrip(), list(labels), [place]
 
     needed = ", ".join(dict.fromkeys(columns))
     return Task(

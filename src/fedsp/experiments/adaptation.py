@@ -142,7 +142,7 @@ def _answered(run: OpenRun, asked: Sequence[Example], teacher: Answers) -> list[
     ends = [example.ends and end is not None for example in chosen for _ in example.choices]
     room = min(teacher.room(), most) - LONGEST_ANSWER
     written = [example for example in asked if example.metric != "accuracy"]
-    texts = [tuple(ids[-room:]) for ids in encode_contexts(tokenizer, written) if ids]
+    texts = [tuple(ids[-room:]) for ids in encode_contexts(tokenizer, written)]
     answered = [
         row for row in write(teacher, texts, LONGEST_ANSWER, stop) if len(row.ids) > row.start
     ]

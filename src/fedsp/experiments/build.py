@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from fedsp.config import Agreement, RunConfig
 from fedsp.data.dataset import FederatedDataset
 from fedsp.data.encoding import Encoded, Tokenizer, encode_targets
-from fedsp.errors import ConfigurationError, did_you_mean
+from fedsp.errors import ConfigurationError
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.server_setup import Server, initial_prompt, make_auxiliary, token_limit
 from fedsp.federation.agreement import agreement_of
@@ -117,7 +117,7 @@ def build_federation(
         clients = clients_here(
             method, agreement, side.model, server.tokenizer, side.messenger, dataset, run, attack
         )
-        clients.register = asked_clients(clients.register, config.round.only)
+        clients.register = config.round.may_ask(clients.register)
     else:
         clients = absent_clients(method, register)
     return Federation(
@@ -152,10 +152,10 @@ def _disclosed_share(server: Server, package: AuxiliaryModel) -> float:
 def open_clients(
     config: RunConfig, auxiliary: AuxiliaryModel, dataset: FederatedDataset, run: RunDirectory
 ) -> Clients:
-    """Every client of a run of FedSP in this process, without the global model."""
+    """Every client that a run of FedSP may ask, in this process, without the global model."""
     agreement = agreement_of(config, token_limit(config, auxiliary))
     method = make_method(agreement, auxiliary, config.server)
-    return clients_here(
+    clients = clients_here(
         method,
         agreement,
         auxiliary,
@@ -165,6 +165,9 @@ def open_clients(
         run,
         make_attack(config, dataset),
     )
+    if config.round.only in clients.register:
+        clients.register = config.round.may_ask(clients.register)
+    return clients
 
 
 def clients_here(
@@ -206,19 +209,3 @@ def clients_here(
         register={client: len(rows) for client, rows in dataset.partition.clients.items()},
         party=party,
     )
-
-
-def asked_clients(register: dict[str, int], only: str | None) -> dict[str, int]:
-    """The clients of a register that may be asked.
-
-    Raises:
-        ConfigurationError: `round.only` is none of them.
-    """
-    if only is None:
-        return register
-    if only not in register:
-        raise ConfigurationError(
-            f"round.only: there is no client {only!r}{did_you_mean(only, register)}; the clients"
-            f" are {', '.join(sorted(register)[:10])}"
-        )
-    return {only: register[only]}

@@ -68,6 +68,8 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         )
     check_text(config)
     dataset = check_examples(config)
+    if dataset and not config.federation:
+        config.round.may_ask(dict.fromkeys(dataset.partition.clients, 0))
     if config.auxiliary.to_be_chosen:
         from fedsp.experiments.server_setup import with_layers_chosen
 

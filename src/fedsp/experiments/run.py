@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,14 @@ from fedsp.data.dataset import examples_digest, load_dataset
 from fedsp.data.encoding import Encoded, encode_choices, encode_targets
 from fedsp.data.files import text_digest
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import PrivacyError, StorageError
+from fedsp.errors import ConfigurationError, PrivacyError, StorageError
 from fedsp.experiments.build import Federation, build_federation
 from fedsp.experiments.costs import measure
 from fedsp.experiments.privacy_statement import privacy_statement
-from fedsp.experiments.run_directory import STATEMENT, RunDirectory
+from fedsp.experiments.run_directory import STATEMENT, RunDirectory, rounds_done
 from fedsp.experiments.server_setup import (
     Server,
     open_server,
-    redistilling,
     score_test,
     validation_sample,
 )
@@ -71,7 +70,7 @@ def run_experiment(
     """
     if run.finished:
         return run.result()
-    started = time.perf_counter()
+    started, before = time.perf_counter(), run.seconds()
     forget_peak_memory()
     config = run.config
     entry = find_method(config.method)
@@ -79,6 +78,14 @@ def run_experiment(
     server = open_server(config, dataset)
     if entry.deployable and config.round.clients != 0 and register is None:
         _check_promises(config, run, server)
+    held = {client: len(rows) for client, rows in dataset.partition.clients.items()}
+    asked = config.round.may_ask(held) if register is None else register
+    if config.validation.by == "clients":
+        require_judges(config, asked)
+    if asked and (config.round.clients or 0) > len(asked):
+        callbacks.info(
+            f"round.clients = {config.round.clients}: all {len(asked)} clients are asked"
+        )
     # what cannot be trained on or scored is found out before a package is made
     if not run.pinned:
         theirs = [index for rows in dataset.partition.clients.values() for index in rows]
@@ -89,6 +96,14 @@ def run_experiment(
     encode_choices(server.tokenizer, dataset.test, server.max_tokens)
     federation = build_federation(server, run, callbacks, register)
     auxiliary = federation.package
+
+    def spent() -> dict[str, float]:
+        return {
+            "all": before["all"] + time.perf_counter() - started,
+            "distillation": server.seconds.get("distillation", before["distillation"]),
+        }
+
+    run.write_seconds(spent())
     run.pin(
         {
             "data.train": dataset.train_digest,
@@ -142,6 +157,7 @@ def run_experiment(
 
     def save(now: RunState, record: RoundRecord) -> None:
         run.save_round(now, record, now.best, spec)
+        run.write_seconds(spent())
         write_statement()
         callbacks.round_done(record, config.round.rounds)
 
@@ -161,8 +177,6 @@ def run_experiment(
         transport = federation.attack.transport(transport)
     if config.privacy.unit == "example":
         transport = _with_statement(transport, write_statement)
-    if config.distill.again_every and auxiliary:
-        transport = redistilling(transport, server, auxiliary, run, callbacks.info)
     final = federate(
         federation.clients.method,
         party,
@@ -174,7 +188,9 @@ def run_experiment(
         save=save,
         start=_start_of_clients(config, federation) if state is None else None,
     )
-    figures = _figures(run, server, federation, final, time.perf_counter() - started)
+    if config.validation.by == "clients" and final.best_loss is None:
+        callbacks.info("no client has told a validation loss: the last round's numbers are taken")
+    figures = _figures(run, federation, final, spent())
     figures["cost"] = _cost(
         federation, party, final, config.seed, validation if config.privacy.unit != "none" else None
     )
@@ -312,6 +328,27 @@ def _check_promises(config: RunConfig, run: RunDirectory, server: Server) -> Non
             privacy.steps(examples, config.client.batch_size, config.client.prompt_steps)
 
 
+def require_judges(config: RunConfig, register: Mapping[str, int]) -> None:
+    """See that clients can choose the best round by their validation losses.
+
+    Raises:
+        ConfigurationError: not all are asked in each round, so that rounds would be compared by
+            different text, or none has an example to spare for it.
+    """
+    what = "validation.by = 'clients'"
+    instead = "set validation.by to 'server' or 'none'"
+    asked = config.round.asked(len(register))
+    if asked < len(register):
+        raise ConfigurationError(
+            f"{what} compares rounds by the text of all clients, but a round asks {asked} of"
+            f" {len(register)} (round.clients): ask all, or {instead}"
+        )
+    if register and max(register.values()) < 2:
+        raise ConfigurationError(
+            f"{what}: no client has two examples, one of which it could hold out: {instead}"
+        )
+
+
 def round_config(config: RunConfig, run: RunDirectory, clients: int) -> RoundConfig:
     """What holds in every round of a run with so many clients.
 
@@ -357,7 +394,7 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
         noise = privacy.noise_multiplier or noise_for(
             privacy.epsilon or 0.0, privacy.delta, rate, rounds
         )
-        ledger, done = Ledger(run.path / LEDGER), len(run.records())
+        ledger, done = Ledger(run.path / LEDGER), rounds_done(run.records())
         if sum(release.count for release in ledger.releases()) < done:
             raise StorageError(
                 f"the privacy ledger {ledger.path} has fewer releases than the {done} finished"
@@ -400,7 +437,7 @@ def robust_rule(config: RunConfig, clients: int) -> Robust | None:
 
 
 def _figures(
-    run: RunDirectory, server: Server, federation: Federation, final: RunState, seconds: float
+    run: RunDirectory, federation: Federation, final: RunState, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     records = run.records()
     shortened = max((record["shortened_examples"] for record in records), default=0)
@@ -415,9 +452,11 @@ def _figures(
         "package_bytes": federation.package.bytes if federation.package else 0,
         "disclosed_share": federation.disclosed_share,
         "failures": sum(len(record["failed"]) for record in records),
-        "updates": sum(len(record["answered"]) for record in records),
-        "seconds": seconds,
-        "seconds_distillation": server.seconds.get("distillation", 0.0),
+        "updates": sum(
+            len(record["answered"]) for record in records if record.get("trained", True)
+        ),
+        "seconds": seconds["all"],
+        "seconds_distillation": seconds["distillation"],
         "seconds_rounds": sum(record["seconds"] for record in records),
         "seconds_training": sum(record["seconds_training"] for record in records),
     }

@@ -28,12 +28,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import platform
 import secrets
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 CONFIG, RUN, LOCK = "config.toml", "run.json", "lock"
 RESULT, BEST = "result.json", "best.safetensors"
 STATEMENT = "privacy_statement.json"
-PARTITION, INPUTS = "partition.json", "inputs.json"
+PARTITION, INPUTS, SECONDS = "partition.json", "inputs.json", "seconds.json"
 ROUNDS, TRAFFIC, SCORES = "rounds.jsonl", "traffic.jsonl", "scores.jsonl"
 RECORDED = (
     *("round", "asked", "answered", "failed", "bytes_down", "bytes_up"),
@@ -217,6 +218,7 @@ class RunDirectory:
             "round": state.round,
             "best_round": state.best_round,
             "best_loss": state.best_loss,
+            "best_losses": dict(state.best_losses),
         }
         write_tensors(self.path / "checkpoint" / name, tensors, {"state": json.dumps(summary)})
         for old in sorted((self.path / "checkpoint").glob("round-*.safetensors"))[:-2]:
@@ -242,6 +244,7 @@ class RunDirectory:
                     best=entries_below(tensors, "best"),
                     best_round=int(summary["best_round"]),
                     best_loss=summary["best_loss"],
+                    best_losses=summary.get("best_losses", {}),
                     optimizer=entries_below(tensors, "optimizer"),
                     residual=entries_below(tensors, "residual"),
                 )
@@ -335,9 +338,13 @@ class RunDirectory:
             RunError: an input is not what it was.
         """
         self.hold_known(inputs)
-        known = self._json(INPUTS) if self.pinned else {}
+        known = self.inputs()
         if inputs.keys() - known.keys():
             write_json(self.path / INPUTS, {**inputs, **known})
+
+    def inputs(self) -> dict[str, str]:
+        """The digests of what the run was begun with, by name; none before it has pinned them."""
+        return self._json(INPUTS) if self.pinned else {}
 
     def hold(self, inputs: dict[str, str]) -> None:
         """Hold some inputs, by their digests, against what the run was begun with.
@@ -362,6 +369,16 @@ class RunDirectory:
         if self.pinned:
             known = self._json(INPUTS)
             self.hold({name: digest for name, digest in inputs.items() if name in known})
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds that all starts of the run took up to its last round, `all`, and that its
+        `distillation` took."""
+        none = {"all": 0.0, "distillation": 0.0}
+        return none | (self._json(SECONDS) if (self.path / SECONDS).exists() else {})
+
+    def write_seconds(self, seconds: Mapping[str, float]) -> None:
+        """What `seconds` returns from now on."""
+        write_json(self.path / SECONDS, dict(seconds))
 
     def log_traffic(self, round: int, client: str, direction: str, sizes: dict[str, int]) -> None:
         """Append a message to or from another process: bytes by name. What was sent before a kill
@@ -404,6 +421,21 @@ class RunDirectory:
             return read_json(self.path / name, *needed)
         except RunError as error:
             raise RunError(f"{self.path} holds no usable run: {error}") from error
+
+
+def rounds_done(records: Iterable[Mapping[str, Any]]) -> int:
+    """How many lines of a journal are rounds, and no question for validation losses alone."""
+    return sum(record.get("trained", True) for record in records)
+
+
+def validations(records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """The finite validation losses of a journal, by the round whose payload each is of."""
+    found = {}
+    for record in records:
+        judged = record.get("validated")
+        if record["validation"] is not None and math.isfinite(record["validation"]):
+            found[int(record["round"] if judged is None else judged)] = float(record["validation"])
+    return found
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
@@ -481,14 +513,13 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
             directory = RunDirectory.open(path, to_show=True)
             config, lines = directory.config, directory._lines(ROUNDS)
             records = [line for line in lines if line.keys() >= set(RECORDED)]
-            losses = (record.get("validation") for record in records)
             deployable = shown_method(config.method).deployable
             row |= {
                 "method": f"{config.method}, {config.preset}" if deployable else config.method,
                 "model": config.model.name,
                 "task": config.data.task,
-                "rounds": f"{len(records)}/{config.round.rounds}",
-                "validation_loss": min((x for x in losses if isinstance(x, float)), default=None),
+                "rounds": f"{rounds_done(records)}/{config.round.rounds}",
+                "validation_loss": min(validations(records).values(), default=None),
                 "state": "finished" if directory.finished else "unfinished",
             }
         rows.append(row)

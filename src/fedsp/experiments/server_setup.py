@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,10 +32,8 @@ from fedsp.experiments.plan import (
     model_name,
     require_sequences_fit,
 )
-from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.clients import prompt_spec
-from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.methods.registry import find_method
 from fedsp.models.auxiliary import (
     AuxiliaryModel,
@@ -73,6 +71,8 @@ TO_CHOOSE_BY = 4
 HELD_OUT, WATCHED = 32, 8
 """Sequences of public text, at most, that are not distilled on and tell how much worse than the
 global model a package reads; and how many of them tell when to stop."""
+FEWEST = 16 * HELD_OUT
+"""Sequences of which some are held out, even where all could be distilled on."""
 
 
 @dataclass(kw_only=True)
@@ -180,7 +180,7 @@ def distillation_text(server: Server, count: int | None = None) -> DistillationT
             seed = server.config.seed
             read = packed(server.tokenizer, passages, length=length, count=wanted, seed=seed)
         if count is None:
-            held = max(len(read) - most, HELD_OUT if len(read) >= 16 * HELD_OUT else 0)
+            held = max(len(read) - most, HELD_OUT if len(read) >= FEWEST else 0)
             read, unread = read[: len(read) - held], read[len(read) - held :]
     if not read:
         raise DataError(
@@ -355,8 +355,9 @@ def make_auxiliary(server: Server, folder: Path, callbacks: Callbacks) -> Auxili
 def _say_how_it_reads(auxiliary: AuxiliaryModel, callbacks: Callbacks) -> None:
     """Before anything is tuned through it."""
     callbacks.info(
-        "how much worse than the global model the auxiliary model reads is not known: there was no"
-        " public text that it was not distilled on"
+        "how much worse than the global model the auxiliary model reads is not known: none of"
+        f" distill.text was held out, for which it must make {FEWEST} sequences, or more than"
+        " distill.sequences"
         if auxiliary.excess_text_loss is None
         else how_it_reads(auxiliary.excess_text_loss)
     )
@@ -368,10 +369,9 @@ def fit_auxiliary(
     text: DistillationText,
     *,
     progress: Progress = lambda step, loss: None,
-    around: SoftPrompt | None = None,
 ) -> int:
     """Distil the global model into the auxiliary one as the configuration says, in place; returns
-    the steps made. Text that is not read tells when to stop, but behind a prompt.
+    the steps made. Text that is not read tells when to stop.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -396,56 +396,9 @@ def fit_auxiliary(
         how,
         seed=server.config.seed,
         progress=progress,
-        around=around,
-        held_out=() if around else text.unread[:WATCHED],
+        held_out=text.unread[:WATCHED],
     )
     return len(losses)
-
-
-def redistilling(
-    transport: Transport,
-    server: Server,
-    auxiliary: AuxiliaryModel,
-    run: RunDirectory,
-    info: Callable[[str], None],
-) -> Transport:
-    """A transport that, in round `distill.again_every` + 1 and every so many rounds after it, first
-    distils again, with the current prompt in front of both models; a package that a client does not
-    have yet counts as bytes sent down to it. It always starts from the first auxiliary model, so a
-    resumed run is bit-identical."""
-    every, text = server.config.distill.again_every, distillation_text(server)
-    package = auxiliary.weights()
-    fitted_in = 1
-    has = {
-        client: made_for(line["round"], every) for line in run.records() for client in line["asked"]
-    }  # which package each client had when it was last asked
-
-    def asking(requests: list[Request]) -> Iterable[Update | Failure]:
-        nonlocal fitted_in
-        round = requests[0].round
-        due = made_for(round, every)
-        if due > fitted_in:
-            auxiliary.load_weights(package)
-            around = read_prompt(run.path / "prompts" / f"round-{due - 1:05d}.safetensors")
-            fit_auxiliary(server, auxiliary, text, around=around.to(server.model.device))
-            fitted_in = due
-            info(
-                f"round {round}: the package was distilled again around the prompt of round"
-                f" {due - 1}"
-            )
-        new = {request.client for request in requests if has.get(request.client, 1) < due}
-        has.update({request.client: due for request in requests})
-        for reply in transport(requests):
-            yield replace(
-                reply, bytes_down=reply.bytes_down + (auxiliary.bytes if reply.client in new else 0)
-            )
-
-    return asking
-
-
-def made_for(round: int, every: int) -> int:
-    """The round for which the package of a round was made."""
-    return round - (round - 1) % every
 
 
 def initial_prompt(server: Server) -> SoftPrompt:

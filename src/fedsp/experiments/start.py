@@ -43,7 +43,7 @@ from fedsp.federation.transport.local import local
 from fedsp.federation.transport.workers import workers
 from fedsp.models.adapter import Adapter
 from fedsp.models.auxiliary import AuxiliaryModel, disclosed_share, load_auxiliary
-from fedsp.models.loading import choose_device
+from fedsp.models.loading import choose_device, reduce_precision
 from fedsp.models.messengers.prompt_and_adapter import PromptAndAdapter
 from fedsp.models.payload import Payload
 from fedsp.models.prompted_lm import PromptedLM
@@ -80,11 +80,6 @@ def in_workers(count: int) -> Engine:
             raise ConfigurationError(
                 'workers: they share a CPU\'s memory; set model.device to "cpu", or leave workers'
                 " out"
-            )
-        if config.distill.again_every:
-            raise ConfigurationError(
-                "workers: with distill.again_every the auxiliary model changes while they run;"
-                " leave workers out"
             )
         if directory.threads != 1:
             raise RunError(
@@ -250,6 +245,7 @@ class OpenRun:
         auxiliary = load_auxiliary(
             self.directory.package, device=self.model.device, positions=config.model.positions
         )
+        reduce_precision(auxiliary, config.auxiliary.precision, "auxiliary.precision")
         messenger = client_messenger(agreement_of(config, self.server.max_tokens), auxiliary)()
 
         def load(tuned: bool) -> torch.Tensor | None:

@@ -37,6 +37,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,8 +296,8 @@ Done = tuple[int, str, str, float, list[str]]
 
 
 def _check(cells: list[Cell], source: str) -> None:
-    """See, before any cell is run, that those to do find the files that they read, and that the
-    layer plan and the prompt fit the model.
+    """See, before any cell is run, that those to do find the files that they read, that the layer
+    plan and the prompt fit the model, and that what is finished was run on the same examples.
 
     Raises:
         ConfigurationError: some cannot be run; each different reason once, with the first cell that
@@ -318,12 +319,15 @@ def _check(cells: list[Cell], source: str) -> None:
         return known[key]
 
     reasons: dict[str, list[str]] = {}
+    digests: dict[str, dict[str, str]] = {}
     for cell in cells:
-        if (cell.folder / RESULT).exists():
-            continue
         config = cell.config
         entry = find_method(config.method)
         divided = {"seed", "data", "model", "partition", "validation", "server", "round"}
+        if (cell.folder / RESULT).exists():
+            if changed := _changed(cell, digests, _digest(config.model_dump(include=divided))):
+                reasons.setdefault(changed, []).append(cell.name)
+            continue
         found = fault(config, divided, check_examples)
         if entry.package or not entry.trains_weights:
             found = found or fault(config, {"distill", "auxiliary", "prompt"}, check_text)
@@ -338,6 +342,28 @@ def _check(cells: list[Cell], source: str) -> None:
             f"{source}: {count} of {len(cells)} cells cannot be run:"
             + "".join(f"\n  {names[0]}: {reason}" for reason, names in reasons.items())
         )
+
+
+def _changed(cell: Cell, digests: dict[str, dict[str, str]], key: str) -> str:
+    """Which examples are others than those of a finished cell, or nothing; nothing too where they
+    cannot be read any more. `digests` by `key`: those of before."""
+    from fedsp.data.dataset import examples_digest
+    from fedsp.experiments.plan import check_examples
+
+    if key not in digests:
+        digests[key] = {}
+        with suppress(FedspError):
+            if dataset := check_examples(cell.config):
+                digests[key] = {
+                    "data.train": dataset.train_digest,
+                    "data.validation": examples_digest(dataset.validation),
+                    "data.test": examples_digest(dataset.test),
+                }
+    try:
+        RunDirectory.open(cell.folder, to_show=True).hold_known(digests[key])
+    except RunError as error:
+        return f"{error}, under another name"
+    return ""
 
 
 def _in_turn(cells: list[Cell], folder: Path, callbacks: Callbacks) -> Iterator[Done]:
@@ -424,7 +450,7 @@ def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunCo
     about: dict[str, Any] = {
         "model": config.model.model_dump(),
         "auxiliary": config.auxiliary.model_dump(),
-        "distill": config.distill.model_dump(exclude={"again_every"}),
+        "distill": config.distill.model_dump(),
         "length": config.prompt.length,
         "seed": config.seed,
         "data": (

@@ -90,6 +90,7 @@ class RunState:
 
     round, payload: the last finished round, and what is broadcast in the next one.
     best, best_round, best_loss: the payload with the lowest validation loss so far.
+    best_losses: where clients validate, what each of them reported of it.
     optimizer: state of the server optimizer.
     residual: what a lossy broadcast leaves out, to be added to the next one.
     change: the encoded bytes that turn the previous broadcast into this one, if it is encoded.
@@ -103,6 +104,7 @@ class RunState:
     optimizer: Payload = field(default_factory=dict)
     residual: Payload = field(default_factory=dict)
     change: bytes = b""
+    best_losses: Mapping[str, float] = field(default_factory=dict)
 
     def consider(self, payload: Payload, round: int, loss: float | None) -> RunState:
         """This state, with the payload as the best one if its loss is the lowest so far."""
@@ -111,6 +113,23 @@ class RunState:
         if self.best_loss is not None and loss >= self.best_loss:
             return self
         return replace(self, best=payload, best_round=round, best_loss=loss)
+
+    def judged(self, updates: Mapping[str, Update], register: Register) -> RunState:
+        """This state, with the payload that clients received as the best one if its loss is lower
+        than that of the best so far, by those who have reported both: others have other text."""
+        losses = _clients_losses(updates)
+        loss = _median(losses, register)
+        both = losses.keys() & self.best_losses.keys()
+        before, now = (
+            _median({client: known[client] for client in both}, register)
+            for known in (self.best_losses, losses)
+        )
+        lower = now is not None and before is not None and now < before
+        if loss is None or (self.best_losses and not lower):
+            return self
+        return replace(
+            self, best=self.payload, best_round=self.round, best_loss=loss, best_losses=losses
+        )
 
 
 Save = Callable[[RunState, RoundRecord], None]
@@ -135,7 +154,8 @@ def federate(
     it is the first broadcast, only that nothing changes is sent, in a lossy codec.
     `save` is called after each round, before anything of the next one is sent. If clients validate,
     they report the loss of the payload that they received, so each payload is judged one round
-    later, and the last one in a round without training.
+    later, and the last one in a round without training, for which `save` is called once more. Where
+    no client has ever reported one, the last payload is the best.
 
     Raises:
         TooFewClients: a round had fewer accepted updates than `settings.min_clients`; the state
@@ -169,7 +189,7 @@ def federate(
                 f"stands after round {state.round} and can be resumed"
             )
         if settings.validate_by == "clients" and sampled:
-            state = state.consider(state.payload, state.round, _clients_loss(updates, register))
+            state = state.judged(updates, register)
         broadcast, payloads = state.payload, {name: one.payload for name, one in updates.items()}
         seed = derive_seed(settings.seed, "server", round)
         aggregator = settings.aggregator
@@ -199,7 +219,7 @@ def federate(
                 f"round {round}, server: {error}; the prompt of round {state.round} is kept"
             ) from error
         state = replace(state, round=round, optimizer=optimizer)
-        validation = None
+        validation, validated = None, round
         due = round % settings.validate_every == 0 or round == settings.rounds
         if settings.validate_by == "server" and due:
             validation = validate(payload)
@@ -207,7 +227,7 @@ def federate(
         elif settings.validate_by == "none":
             state = replace(state, best=payload, best_round=round)
         elif settings.validate_by == "clients":
-            validation = _clients_loss(updates, register)
+            validation, validated = _clients_loss(updates, register), round - 1
         state = _next_broadcast(state, payload, settings.down)
         record = RoundRecord(
             round=round,
@@ -227,15 +247,44 @@ def federate(
             spikes=sum(update.spikes for update in updates.values()),
             acceptance_loss=acceptance_loss,
             accepted=accepted,
+            validated=validated,
         )
         save(state, record)
     if settings.validate_by == "clients" and register:
-        count = len(register) if settings.clients is None else settings.clients
-        last = settings.rounds + 1
-        sampled = sample_clients(list(register), count, settings.seed, last)
-        requests = _requests(sampled, last, state, settings, train=False)
-        updates, _, _ = _collect(transport, requests, settings.max_change)
-        state = state.consider(state.payload, state.round, _clients_loss(updates, register))
+        state = _judged_last(state, register, transport, settings, save)
+    return state
+
+
+def _judged_last(
+    state: RunState, register: Register, transport: Transport, settings: RoundConfig, save: Save
+) -> RunState:
+    """The state after the clients have reported their loss of the last payload."""
+    started = time.perf_counter()
+    last = settings.rounds + 1
+    sampled = _sample(register, settings, last)
+    requests = _requests(sampled, last, state, settings, train=False)
+    updates, failed, traffic = _collect(transport, requests, settings.max_change)
+    state = state.judged(updates, register)
+    if state.best_loss is None:
+        state = replace(state, best=state.payload, best_round=state.round)
+    record = RoundRecord(
+        round=last,
+        asked=sampled,
+        answered=sorted(updates),
+        failed=dict(sorted(failed.items())),
+        bytes_down=traffic[0],
+        bytes_up=traffic[1],
+        client_losses={},
+        server_loss=None,
+        validation=_clients_loss(updates, register),
+        best_round=state.best_round,
+        shortened_examples=0,
+        seconds=time.perf_counter() - started,
+        seconds_training=sum(update.seconds for update in updates.values()),
+        validated=state.round,
+        trained=False,
+    )
+    save(state, record)
     return state
 
 
@@ -313,21 +362,30 @@ def _plus(payload: Payload, more: Payload) -> Payload:
     return {name: payload[name] + more[name] for name in sorted(payload)} if more else payload
 
 
-def _clients_loss(updates: Mapping[str, Update], register: Register) -> float | None:
-    """The median of the clients' validation losses, weighted by the register. A mean would let one
-    client choose the round: 0 once, and the largest accepted loss in every other."""
-    losses = sorted(
-        (update.validation, register[update.client])
-        for update in updates.values()
+def _clients_losses(updates: Mapping[str, Update]) -> dict[str, float]:
+    """The clients' validation losses, of those that have a finite one."""
+    return {
+        client: update.validation
+        for client, update in updates.items()
         if update.validation is not None and math.isfinite(update.validation)
-    )
-    half, below = sum(weight for _, weight in losses) / 2, 0.0
-    for place, (loss, weight) in enumerate(losses):
+    }
+
+
+def _clients_loss(updates: Mapping[str, Update], register: Register) -> float | None:
+    return _median(_clients_losses(updates), register)
+
+
+def _median(losses: Mapping[str, float], register: Register) -> float | None:
+    """The median of clients' losses, weighted by the register. A mean would let one client choose
+    the round: 0 once, and the largest accepted loss in every other."""
+    ordered = sorted((loss, register[client]) for client, loss in losses.items())
+    half, below = sum(weight for _, weight in ordered) / 2, 0.0
+    for place, (loss, weight) in enumerate(ordered):
         below += weight
-        if below > half or place == len(losses) - 1:
+        if below > half or place == len(ordered) - 1:
             return loss
         if below == half:
-            return (loss + losses[place + 1][0]) / 2
+            return (loss + ordered[place + 1][0]) / 2
     return None
 
 

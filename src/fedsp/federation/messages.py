@@ -79,8 +79,11 @@ class RoundRecord:
     """One line of `rounds.jsonl`. Bytes as serialised; seconds of wall clock; losses in nats per
     answer token; `seconds_training` are those of the clients' updates, if they report them, of
     the server's step and of validation, with what these read and write of their own state;
-    `update_cosine` is the mean cosine between two clients' changes; `acceptance_loss` the
-    aggregate's validation loss in the acceptance check, and `accepted` whether it passed.
+    `validation` is of the payload that the round `validated` left: where clients validate, of the
+    one that they received, so of the round before. `update_cosine` is the mean cosine between two
+    clients' changes; `acceptance_loss` the aggregate's validation loss in the acceptance check, and
+    `accepted` whether it passed. `trained`: no, where clients were asked for their validation loss
+    alone, behind the last round.
     """
 
     round: int
@@ -100,6 +103,13 @@ class RoundRecord:
     spikes: int = 0
     acceptance_loss: float | None = None
     accepted: bool = True
+    validated: int | None = None
+    trained: bool = True
+
+    @property
+    def judged(self) -> int:
+        """The round whose payload `validation` is of."""
+        return self.round if self.validated is None else self.validated
 
 
 def sample_clients(clients: Sequence[str], count: int, seed: int, round: int) -> list[str]:

@@ -240,11 +240,11 @@ def read_model_config(name: str) -> Any:
     return config
 
 
-def _not_loaded(name: str, error: Exception) -> str:
+def _not_loaded(name: str, error: Exception, what: str = "model") -> str:
     if os.path.isdir(name):  # noqa: PTH112  a hub name is no path
-        return f"cannot load the model in the folder {name!r}: {first_line(error)}"
+        return f"cannot load the {what} in the folder {name!r}: {first_line(error)}"
     return (
-        f"cannot load the model {name!r}: it is neither a folder with a model nor a name that the"
+        f"cannot load the {what} {name!r}: it is neither a folder with a {what} nor a name that the"
         f" hub answers to ({first_line(error)})"
     )
 
@@ -273,7 +273,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # as many kinds as there are tokenizers
-        raise ModelError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
+        raise ModelError(_not_loaded(name, error, "tokenizer")) from error
     return tokenizer
 
 

@@ -210,6 +210,7 @@ def _lines(runs: Sequence[Run], diverged: Iterable[Mapping[str, Any]] = ()) -> l
             ),
         )
         line.runs[task], line.choices[task] = sorted(choices[best], key=lambda run: run.seed), best
+        _require_one_setting(line.runs[task])
     several = {
         axis: len({getattr(line, axis) for line in lines.values()}) > 1
         for axis in ("model", "partition")
@@ -225,6 +226,22 @@ def _lines(runs: Sequence[Run], diverged: Iterable[Mapping[str, Any]] = ()) -> l
         line = lines.setdefault(axes, own)
         line.begun, line.diverged = line.begun + 1, line.diverged + 1
     return list(lines.values())
+
+
+def _require_one_setting(runs: Sequence[Run]) -> None:
+    """Refuse to average runs that differ in more than their seed (RunError)."""
+    for name in ("data.train", "data.test", "global model"):
+        known = {
+            run.inputs[name]: run
+            for run in runs
+            if name in run.inputs and (name != "data.test" or run.config.data.test)
+        }
+        if len(known) > 1:
+            one, other = list(known.values())[:2]
+            raise RunError(
+                f"{one.folder} and {other.folder} were run with another {name} each, so that they"
+                " have no common mean: run one again, or report them apart"
+            )
 
 
 def _validation(runs: Sequence[Run]) -> float:

@@ -109,8 +109,9 @@ class Display:
         )
         validation = ""
         if record.validation is not None:
-            best = " (best)" if record.best_round == record.round else ""
-            validation = f"  validation {record.validation:.3f}{best}"
+            best = " (best)" if record.best_round == record.judged else ""
+            of = f" of round {record.judged}" if record.judged != record.round else ""
+            validation = f"  validation{of} {record.validation:.3f}{best}"
         failed = "".join(
             f"\n  {client} failed: {reason}" for client, reason in record.failed.items()
         )
@@ -119,6 +120,10 @@ class Display:
                 f"\n  {record.shortened_examples} of the clients' examples were too long and lost"
                 " their oldest context"
             )
+        if not record.trained:
+            sent = f"{size(record.bytes_down)} down  {size(record.bytes_up)} up"
+            self.say(f"clients' last judgement {validation}  {sent}{failed}")
+            return
         left = self._advance("round", record.round, rounds, losses)
         self.say(
             f"round {record.round}/{rounds}  loss {losses or '-'}{validation} "

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fedsp.experiments.run_directory import validations
 from fedsp.report.collect import Section
 from fedsp.report.finished_run import Run
 
@@ -52,11 +53,7 @@ def learning_curves(section: Section) -> str | None:
 
 
 def _curve(run: Run) -> dict[int, float]:
-    return {
-        int(record["round"]): float(record["validation"])
-        for record in run.records
-        if record["validation"] is not None
-    }
+    return validations(run.records)
 
 
 def against(

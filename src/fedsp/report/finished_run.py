@@ -33,6 +33,7 @@ class Run:
     about: dict[str, Any]
     depths: list[dict[str, Any]]
     disclosure: dict[str, float]
+    inputs: dict[str, str]
 
     @property
     def cell(self) -> tuple[str, ...]:
@@ -187,5 +188,6 @@ def open_finished(folder: Path, key: str, **where: Any) -> Run | None:
         figures=directory.result(),
         records=directory.records(),
         about=directory.about(),
+        inputs=directory.inputs(),
         **{"seed": directory.config.seed, **where},
     )

@@ -3,13 +3,19 @@ after it."""
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections import Counter
 from typing import Any
 
-from fedsp.experiments.run_directory import ROUNDS, STATEMENT, RunDirectory, read_json
+from fedsp.experiments.run_directory import (
+    ROUNDS,
+    STATEMENT,
+    RunDirectory,
+    read_json,
+    rounds_done,
+    validations,
+)
 from fedsp.federation.methods.registry import shown_method
 
 Figures = dict[str, Any]
@@ -30,14 +36,10 @@ def progress(run: RunDirectory, now: float | None = None) -> Figures:
     records, config = run.records(), run.config
     method = shown_method(config.method)
     rounds = config.round.rounds if method.rounds else 0
-    known = [
-        (record["round"], record["validation"])
-        for record in records
-        if record["validation"] is not None and math.isfinite(record["validation"])
-    ]
+    known = sorted(validations(records).items())
     last = records[-1] if records else None
     each = statistics.fmean([record["seconds"] for record in records[-LATELY:]]) if last else None
-    left = rounds - len(records)
+    left = rounds - rounds_done(records)
     asked, answered, failed = Counter[str](), Counter[str](), dict[str, str]()
     for record in records:
         asked.update(record["asked"])
@@ -48,7 +50,7 @@ def progress(run: RunDirectory, now: float | None = None) -> Figures:
         "folder": str(run.path),
         "method": method.title,
         "finished": run.finished,
-        "round": len(records),
+        "round": rounds_done(records),
         "rounds": rounds,
         "validation": known,
         "best": min((loss for _, loss in known), default=None),

@@ -181,11 +181,18 @@ def _benefit(section: Section, line: Line, task: str) -> _Benefit | None:
 
 
 def _best_first(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs by cell, those with most seeds first, and of these the best."""
+    """Runs by cell, the best first by the seeds that all cells have, or, where they share none, by
+    all of each."""
     cells: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         cells.setdefault(run.cell, []).append(run)
-    return sorted(cells.values(), key=lambda some: (len(some), _score(some)), reverse=True)
+    seeds = [{run.seed for run in some} for some in cells.values()]
+    shared = set.intersection(*seeds) if seeds else set()
+
+    def score(some: list[Run]) -> float:
+        return _score([run for run in some if run.seed in shared] or some)
+
+    return sorted(cells.values(), key=score, reverse=True)
 
 
 def _score(runs: Sequence[Run]) -> float:
@@ -410,7 +417,9 @@ def stability_table(section: Section) -> Table:
 
 
 def _spikes(run: Run) -> float | None:
-    """The share of the clients' steps with a loss spike, %."""
+    """The share of the clients' steps with a loss spike, %; unknown where losses are private."""
+    if run.config.privacy.unit == "example":
+        return None
     spikes = sum(record.get("spikes", 0) for record in run.records)
     return 100 * spikes / run.client_steps if run.client_steps else None
 

@@ -24,7 +24,6 @@ from fedsp.data.encoding import Tokenizer
 from fedsp.data.seeding import derive_seed
 from fedsp.models.auxiliary import AuxiliaryModel
 from fedsp.models.prompted_lm import PromptedLM, hidden_at_depths
-from fedsp.models.soft_prompt import SoftPrompt
 from fedsp.storage import tensor_on_disk
 from fedsp.training.loop import Optimisation, fit, text_loss
 
@@ -68,12 +67,10 @@ def distill(
     *,
     seed: int,
     progress: Progress = lambda step, loss: None,
-    around: SoftPrompt | None = None,
     held_out: Sequences = (),
 ) -> list[float]:
     """Train the auxiliary model's distillable weights in place; returns the loss of each step.
-    `around` is a soft prompt that both models read in front of every text; texts of `held_out` tell
-    when to stop.
+    Texts of `held_out` tell when to stop.
 
     Raises:
         TrainingDiverged: a loss is not finite.
@@ -88,14 +85,12 @@ def distill(
         else None
     )
     steps, cut = 0, auxiliary.plan.cut
-    with torch.no_grad():
-        fixed = around.prefix(teacher) if around else None
 
     @torch.no_grad()
     def read(indices: list[int]) -> list[Tensor]:
         """The teacher's states (batch, tokens, hidden): at matched depths, at the cut, the last."""
         batch = pad([texts[index] for index in indices], teacher.device)
-        states = hidden_at_depths(teacher, batch.ids, batch.mask, fixed)
+        states = hidden_at_depths(teacher, batch.ids, batch.mask, None)
         depths = list(auxiliary.prompt_layers) if how.match_depths else []
         if cut is not None:
             depths.append(auxiliary.plan.sources[cut])
@@ -109,8 +104,7 @@ def distill(
         batch = pad([texts[index] for index in indices], auxiliary.device)
         states = cached.get(indices, read) if cached else read(indices)
         states = [state[:, : batch.ids.shape[1]].to(auxiliary.device) for state in states]
-        prefix = around.prefix(auxiliary) if around else None
-        hidden = hidden_at_depths(auxiliary, batch.ids, batch.mask, prefix)
+        hidden = hidden_at_depths(auxiliary, batch.ids, batch.mask, None)
         matched = len(hidden) - 1 if how.match_depths else 0
         value = masked_mse(hidden[-1 if cut is None else cut], states[matched], batch.mask)
         if how.match_depths:

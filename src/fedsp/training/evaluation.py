@@ -42,8 +42,8 @@ LEAST = 1e-12
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """One example: log-likelihood (nats), greediness and token count of each choice, and which are
-    right. `question` is a digest of context and choices, by which the same question is known again;
-    `ends`, of labels, the log-probability (nats) that none of the longer ones follows.
+    right. `question` is a digest of context, choices and right ones, by which the same question is
+    known again; `ends`, of labels, the log-probability (nats) that none of the longer ones follows.
     """
 
     id: str
@@ -151,7 +151,7 @@ def score(
                 characters=[max(1, len(choice) - 1) for choice in example.choices],
                 gold=example.gold,
                 question=hashlib.sha256(
-                    "\0".join([example.context, *example.choices]).encode()
+                    "\0".join([example.context, *example.choices, str(example.gold)]).encode()
                 ).hexdigest()[:16],
                 task=example.task,
                 metric=example.metric,

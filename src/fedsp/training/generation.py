@@ -82,9 +82,18 @@ def own_texts(
 
 def normalised(text: str) -> str:
     """Lower case, without punctuation, articles and repeated white space, as answers to SQuAD are
-    compared (P. Rajpurkar et al. EMNLP 2016. https://arxiv.org/abs/1606.05250)."""
+    compared (P. Rajpurkar et al. EMNLP 2016. https://arxiv.org/abs/1606.05250); a text of nothing
+    else, such as "A" or "+", keeps them."""
     bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+    words = re.sub(r"\b(a|an|the)\b", " ", bare).split() or text.lower().split()
+    return " ".join(words)
+
+
+class Words:
+    """ROUGE's words: letters and digits as rouge-score takes them, but of every alphabet."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
 
 
 def token_f1(written: str, expected: str) -> float:
@@ -103,7 +112,7 @@ def written_figures(written: Sequence[str], expected: Sequence[Sequence[str]]) -
     https://aclanthology.org/W04-1013), by rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    rouge = RougeScorer(["rougeL"])
+    rouge = RougeScorer(["rougeL"], tokenizer=Words())
     pairs = list(zip(written, expected, strict=True))
     same = [normalised(text) in map(normalised, accepted) for text, accepted in pairs]
     f1 = [max(token_f1(text, one) for one in accepted) for text, accepted in pairs]

@@ -124,6 +124,10 @@ class Health:
         return Callbacks(round_done=self._round_done)
 
     def _round_done(self, record: RoundRecord, rounds: int) -> None:
+        if record.validation is not None:
+            self.set("fedsp_validation_loss", record.validation)
+        if not record.trained:
+            return
         self.set("fedsp_round", record.round)
         self.set("fedsp_rounds", rounds)
         self.set("fedsp_round_finished_seconds", time.time())
@@ -135,8 +139,6 @@ class Health:
             self.set("fedsp_round_clients", len(clients), state=state)
         self.set("fedsp_round_bytes", record.bytes_down, direction="down")
         self.set("fedsp_round_bytes", record.bytes_up, direction="up")
-        if record.validation is not None:
-            self.set("fedsp_validation_loss", record.validation)
 
 
 def _only_here(host: str) -> bool:
