@@ -68,10 +68,12 @@ def _type(annotation: Any) -> str:
         return _type(get_args(annotation)[0])
     if get_origin(annotation) is list:
         return f"list of {' or '.join(map(_type, get_args(annotation)))}"
+    if get_origin(annotation) is dict:
+        return "table"
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return "word"
-    names = [getattr(choice, "__name__", str(choice)) for choice in choices or (annotation,)]
+    names = [_type(choice) for choice in choices] or [getattr(annotation, "__name__", "any")]
     return " or ".join(dict.fromkeys(name for name in names if name != "NoneType"))
 
 

@@ -382,6 +382,16 @@ def test_a_configuration_without_a_federation_is_not_served(fedsp, tmp_path: Pat
     assert code == 2 and "the configuration has no [federation] section" in error
 
 
+def test_a_plan_knows_the_clients_and_a_file_its_sections(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config = tmp_path / "run.toml"
+    config.write_bytes(tomli_w.dumps(settings(tmp_path)).encode())
+    code, _, error = fedsp("plan", config, "round.only=client-9")
+    assert code == 2 and "round.only: there is no client 'client-9'" in error
+    config.write_text("[model]\n[data]\n[model]\n")
+    code, _, error = fedsp("plan", config)
+    assert code == 2 and "a section stands once, with all of its keys below it" in error
+
+
 def test_unknown_models_and_full_folders(fedsp, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     config = tmp_path / "run.toml"
     fedsp("init", config)

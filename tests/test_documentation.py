@@ -21,6 +21,10 @@ def test_the_pages_build_and_every_link_leads_somewhere(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr[-4000:]
     keys = (tmp_path / "reference" / "configuration.html").read_text()
     assert "auxiliary_steps" in keys and "max_epsilon" in keys
+    for key in ("text", "plans"):  # a list, and one of texts or lists
+        (row,) = re.findall(rf"<td><code>{key}</code></td>\s*<td>(.*?)</td>", keys)
+        assert row.startswith("list of str"), row
+    assert "Annotated" not in keys
     assert "federate" in (tmp_path / "reference" / "python.html").read_text()
     assert "fedsp federation init" in (tmp_path / "reference" / "commands.html").read_text()
     assert "round loop" in (tmp_path / "reference" / "files.html").read_text()

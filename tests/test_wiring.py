@@ -9,7 +9,7 @@ import math
 import os
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ from fedsp.data.encoding import Encoded
 from fedsp.errors import PrivacyError, StorageError
 from fedsp.experiments import run_directory as runs
 from fedsp.experiments.embedded import EMBEDDED
-from fedsp.experiments.run_directory import RunDirectory
+from fedsp.experiments.run_directory import RunDirectory, rounds_done, validations
 from fedsp.federation.aggregation.mean import ServerOptimizer, validate_update
 from fedsp.federation.aggregation.private import DPAggregator
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.clients import make_method
 from fedsp.federation.loop import RoundConfig, RunState, federate
-from fedsp.federation.messages import Request, Update
+from fedsp.federation.messages import Request, RoundRecord, Update
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
 from fedsp.models.auxiliary import build_auxiliary, disclosed_share, parse_plan
@@ -558,3 +558,59 @@ def test_one_malicious_client_of_ten_does_not_choose_the_round(lies: bool) -> No
     assert final.best_round == 1 and final.best_loss == pytest.approx(
         1.045 if not lies else 1.055, abs=0.011
     )
+
+
+def judged(losses: list[dict[str, float]], **changes: Any) -> tuple[RunState, list[RoundRecord]]:
+    """Rounds whose clients report these losses, each of what the round before left."""
+
+    def transport(requests: list[Request]) -> list[Update]:
+        told = losses[requests[0].round - 1]
+        return [
+            replace(reply(one.client, one.payload, one.round), validation=told.get(one.client))
+            for one in requests
+            if one.client in told
+        ]
+
+    records: list[RoundRecord] = []
+    method: Any = Nothing()
+    final = federate(
+        method,
+        None,
+        dict.fromkeys("abc", 1),
+        transport,
+        replace(RULES, rounds=len(losses) - 1, validate_by="clients", **changes),
+        state=None,
+        validate=lambda _: 0.0,
+        save=lambda _, record: records.append(record),
+    )
+    return final, records
+
+
+def test_rounds_are_compared_by_clients_that_have_judged_both() -> None:
+    """Where `c`, whose text is hard, is away, a round is not better for that."""
+    final, _ = judged(
+        [
+            {"a": 2.0, "b": 2.0, "c": 9.0},
+            {"a": 1.0, "b": 1.0, "c": 8.0},
+            {"a": 1.5, "b": 1.5},
+            {"c": 7.0},
+            {"a": 1.2, "b": 1.2, "c": 8.5},
+        ]
+    )
+    assert final.best_round == 3 and final.best_losses == {"c": 7.0}
+    final, _ = judged([{"a": 1.0}, {"b": 0.1}, {"a": 2.0}])
+    assert final.best_round == 0, "nobody has judged both"
+
+
+def test_what_clients_report_stands_at_the_round_that_it_is_of() -> None:
+    final, records = judged([dict.fromkeys("abc", loss) for loss in (3.0, 1.0, 2.0)])
+    assert final.best_round == 1 and final.best_loss == 1.0
+    lines = [asdict(record) for record in records]
+    assert validations(lines) == {0: 3.0, 1: 1.0, 2: 2.0}
+    assert [line["trained"] for line in lines] == [True, True, False]
+    assert rounds_done(lines) == 2 and lines[-1]["asked"] == ["a", "b", "c"]
+
+
+def test_where_no_client_has_judged_the_last_round_stands() -> None:
+    final, _ = judged([{"a": math.nan}, {}, {}])
+    assert (final.best_round, final.best_loss) == (2, None)

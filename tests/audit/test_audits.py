@@ -360,6 +360,16 @@ def test_only_clients_that_answered_are_looked_at(
     )
 
 
+def test_of_a_client_alone_its_own_text_alone_is_audited(tmp_path: Path) -> None:
+    folder = Path(
+        commands.run(distilled(tmp_path, round={"rounds": 1, "only": "client-1"}))["folder"]
+    )
+    opened = open_audited(folder, Callbacks())
+    assert set(opened.holders) == {"client-1"}
+    assert len(opened.rows) == len(opened.server.dataset.partition.clients["client-1"])
+    assert train_shadow(opened, 0).answered == {"client-1"}
+
+
 def test_an_audit_with_nothing_to_compare_says_so(tmp_path: Path) -> None:
     folder = Path(commands.run(distilled(tmp_path))["folder"])
     with pytest.raises(

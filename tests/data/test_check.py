@@ -157,6 +157,12 @@ def test_columns_of_the_files_are_named_on_the_command_line(tmp_path: Path) -> N
         CliRunner().invoke(app, [*words, "--column", "Frage"], catch_exceptions=False)
 
 
+def test_tokens_are_not_counted_without_a_model(tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "rows.jsonl", [ticket(1)])
+    with pytest.raises(ConfigurationError, match="max_tokens = 16: tokens are counted by a model"):
+        fedsp.check_data(path, max_tokens=16)
+
+
 def test_rows_that_a_model_s_template_refuses_are_counted_as_unusable(tmp_path: Path) -> None:
     """The embedded model has no template at all; without a model nothing can be refused."""
     rows: list[dict[str, object]] = [

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from fedsp.config import DataSection
 from fedsp.data.chat import end_of_turn, question_ids
 from fedsp.data.encoding import IGNORED, collate, encode_choices, encode_contexts, encode_targets
-from fedsp.data.files import read_rows
+from fedsp.data.files import ClassName, read_rows
 from fedsp.data.rendering import Rendering
 from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, DataError
@@ -49,6 +49,9 @@ def test_labels_are_those_of_the_training_examples_or_those_given() -> None:
     assert given.with_labels_of(train) is given
     assert given.examples([{"text": "x", "label": 1}])[0].target == " account"
     assert given.examples([{"text": "x", "label": "1"}])[0].target == " account", "of a table"
+    named = ClassName("Konto")  # as `datasets` has it, under another name
+    named.number = 1
+    assert given.examples([{"text": "x", "label": named}])[0].target == " account"
     numbered = rendering(task="classification").with_labels_of(
         rendering(task="classification").examples([{"text": "x", "label": one} for one in (2, 3)])
     )

@@ -3,6 +3,7 @@ nothing that is worse, and what it writes is a LoRA adapter for PEFT."""
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,21 @@ def test_an_adaptation_is_kept_where_validation_falls_and_reads_no_label(
     assert validation_of(opened, Side(opened.model, lambda: None)) == pytest.approx(
         figures["after"], abs=1e-5
     )
+
+
+@pytest.mark.study
+def test_questions_in_a_table_need_no_answer_either(run: Path, tmp_path: Path) -> None:
+    table = tmp_path / "asked.csv"
+    with table.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["question", "choices"])
+        out.writerows([row["question"], json.dumps(row["choices"])] for row in ROWS[:12])
+    figures = commands.adapt(run, table, tmp_path / "lora", steps=1, batch_size=2)
+    assert figures["questions"] == 12
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "a"}\n')
+    with pytest.raises(DataError, match=r"\(answer is not read here\); it has prompt$"):
+        commands.adapt(run, other, tmp_path / "another")
 
 
 @pytest.mark.study

@@ -226,6 +226,23 @@ def test_a_card_keeps_the_promise_that_it_tells_of(tmp_path: Path) -> None:
     assert "clients' examples" not in card and "answered |" not in card
 
 
+def test_a_card_of_an_epsilon_that_clients_alone_know_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a deployment with a noise multiplier; and what fails leaves no half of an adapter."""
+    run = run_of(tmp_path)
+    promise = {"unit": "example", "epsilon": None, "delta": 1e-3, "not_covered": ["all else"]}
+    (run / "privacy_statement.json").write_text(json.dumps(promise))
+    monkeypatch.setattr("fedsp.audit.model_card._table", None)
+    with pytest.raises(TypeError):
+        api.export(run, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    monkeypatch.undo()
+    api.export(run, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "for each example: epsilon that only its own ledger knows at delta 0.001" in card
+
+
 def test_a_card_of_a_run_that_was_not_measured_says_so(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     figures = json.loads((run / "result.json").read_text())

@@ -69,6 +69,7 @@ from fedsp.models.payload import PROMPT, Payload, pack
 from fedsp.models.prompted_lm import ModelShape
 from fedsp.models.soft_prompt import PromptSpec, SoftPrompt, read_prompt
 from fedsp.privacy import Ledger
+from fedsp.report.progress import progress
 from fedsp.storage import read_tensors, tensors_digest, write_tensors
 from fedsp.training import loop as fitting
 from fedsp.training import stage
@@ -186,6 +187,56 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, preset: dict[str,
     commands.resume(killed)
     assert prompt_bits(killed) == prompt_bits(whole)
     assert untimed(killed) == untimed(whole)
+
+
+def test_times_are_those_of_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the distillation, too, that a start before made."""
+    original = RunDirectory.save_round
+
+    def stop(self: RunDirectory, state: Any, *rest: Any) -> None:
+        original(self, state, *rest)
+        if state.round == 2:
+            raise Killed
+
+    monkeypatch.setattr(RunDirectory, "save_round", stop)
+    with pytest.raises(Killed):
+        commands.run(settings(tmp_path))
+    monkeypatch.undo()
+    run = RunDirectory.open(tmp_path / "run")
+    run.write_seconds({"all": 1000.0, "distillation": 600.0})
+    figures = commands.resume(run.path)
+    assert figures["seconds_distillation"] == 600.0 and 1000.0 < figures["seconds"] < 1600.0
+
+
+def test_clients_choose_a_round_where_all_of_them_judge_each(tmp_path: Path) -> None:
+    by_clients: dict[str, Any] = {"validation": {"by": "clients"}}
+    with pytest.raises(ConfigurationError, match=r"but a round asks 2 of 3 \(round\.clients\)"):
+        commands.run(settings(tmp_path, **by_clients, round={"clients": 2}))
+    few = {"train": questions(tmp_path, "few", ROWS[:4])}
+    with pytest.raises(ConfigurationError, match="no client has two examples, one of which"):
+        commands.run(settings(tmp_path, **by_clients, data=few))
+    assert not (tmp_path / "run" / "auxiliary").exists(), "before a package is made"
+
+
+def test_more_clients_than_there_are_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    commands.run(
+        settings(tmp_path, round={"rounds": 1, "clients": 9}),
+        callbacks=Callbacks(info=said.append),
+    )
+    assert "round.clients = 9: all 3 clients are asked" in said
+
+
+def test_what_clients_judged_last_is_counted(tmp_path: Path) -> None:
+    sent = [
+        commands.run(settings(tmp_path / by, validation={"by": by})) for by in ("clients", "none")
+    ]
+    assert sent[0]["bytes_down"] == pytest.approx(sent[1]["bytes_down"] * 4 / 3, rel=0.01)
+    assert sent[0]["updates"] == sent[1]["updates"] == 9, "who judges trains nothing"
+    found = progress(RunDirectory.open(tmp_path / "clients" / "run"))
+    assert (found["round"], found["rounds"], found["seconds_left"]) == (3, 3, None)
+    assert [round for round, _ in found["validation"]] == [0, 1, 2, 3]
+    assert found["best"] == dict(found["validation"])[found["best_round"]]
 
 
 def test_a_checkpoint_cut_short_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from typer.testing import CliRunner
 
 from fedsp import api as commands
 from fedsp.cli import app
+from fedsp.config_file import make_config
 from fedsp.errors import ConfigurationError, RunError, TrainingDiverged
 from fedsp.experiments import run_directory as runs
 from fedsp.experiments import start, study
@@ -31,9 +34,11 @@ from fedsp.experiments.start import start_run
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods import registry
 from fedsp.models.soft_prompt import read_prompt
-from fedsp.report.collect import read_results
+from fedsp.report.collect import _lines, read_results
+from fedsp.report.finished_run import open_finished
 from fedsp.report.page import write_report
 from fedsp.report.significance import holm, paired_difference
+from fedsp.report.tables import _best_first
 from support.small_runs import ROWS, questions, settings
 
 pytestmark = pytest.mark.study
@@ -344,6 +349,31 @@ def test_a_finished_study_needs_its_files_no_more(tmp_path: Path) -> None:
     assert study.run_study(path)["finished"] == 1
 
 
+def test_what_is_finished_and_what_is_added_were_run_on_the_same_examples(tmp_path: Path) -> None:
+    grids = [{"title": "One", "methods": ["zero-shot"]}]
+    folder = Path(study.run_study(study_file(tmp_path, grids=grids, seeds=[0]))["folder"])
+    more = study_file(tmp_path, grids=grids)
+    test = tmp_path / "questions" / "test.jsonl"
+    before = test.read_text()
+    rows = [json.loads(line) for line in before.splitlines()]
+    test.write_text(
+        "".join(json.dumps({**row, "answer": 3 - row["answer"]}) + "\n" for row in rows)
+    )
+    with pytest.raises(ConfigurationError, match=r"was started with another data\.test: restore"):
+        study.run_study(more)
+    (cell,) = folder.glob("*seed-0*")
+    commands.run(make_config({**tomli(cell / "config.toml"), "output": str(tmp_path / "changed")}))
+    changed, kept = (
+        open_finished(path, "a", study="", choice="", method="", task="", model="", partition="")
+        for path in (tmp_path / "changed", cell)
+    )
+    assert changed and kept and not set(changed.questions) & set(kept.questions)
+    with pytest.raises(RunError, match="were run with another data.test each, so that they have"):
+        _lines([kept, replace(changed, seed=1)])
+    test.write_text(before)
+    assert study.run_study(more)["finished"] == 2
+
+
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "studies"
 
 
@@ -597,6 +627,17 @@ def test_the_benefit_is_over_the_best_client_alone_or_the_server_alone(tmp_path:
     assert (tmp_path / "report" / "report.md").read_text().index("Federation benefit") < (
         tmp_path / "report" / "report.md"
     ).read_text().index("Accuracy, %")
+
+
+def test_the_best_client_alone_is_the_best_by_the_seeds_that_all_have() -> None:
+    def runs_of(cell: str, scores: list[float]) -> list[Any]:
+        made = ((seed, score) for seed, score in enumerate(scores))
+        return [SimpleNamespace(cell=(cell,), seed=seed, score=score) for seed, score in made]
+
+    some = [*runs_of("a", [0.3, 0.3, 0.3]), *runs_of("b", [0.2, 0.2, 0.2]), *runs_of("c", [0.55])]
+    assert [found[0].cell for found in _best_first(some)] == [("c",), ("a",), ("b",)]
+    some = [*runs_of("a", [0.3, 0.9]), *runs_of("b", [0.5])]
+    assert [found[0].cell for found in _best_first(some)] == [("b",), ("a",)]
 
 
 def test_what_diverged_stays_in_the_table_of_stability(

@@ -201,6 +201,21 @@ def test_an_answer_ends_before_a_text_to_stop_at(
         commands.generate(chat, "Who is it?", stop=[""])
 
 
+def test_answers_in_every_alphabet_and_of_one_letter_are_measured() -> None:
+    figures = written_figures(["", "B", "+"], [["A"], ["B"], ["+"]])
+    assert figures["written_exact_match"] == figures["written_token_f1"] == pytest.approx(2 / 3)
+    pairs = ["Москва", "東京", "Ζεστό νερό", "Münze gefüllt"]
+    assert written_figures(pairs, [[one] for one in pairs])["written_rouge_l"] == 1.0
+    assert written_figures(["Münze gefüllt"], [["Mänze gefällt"]])["written_rouge_l"] == 0.0
+
+
+def test_an_empty_prompt_is_answered_behind_the_token_that_begins_a_text(tmp_path: Path) -> None:
+    rows = [{"prompt": "", "completion": f"yes {number}"} for number in range(60)]
+    figures = commands.run(run_of(tmp_path, rows, data={"task": "completion"}))
+    (row,) = commands.evaluate(figures["folder"], zero_shot=False, write=2)
+    assert len(row["written"]) == 20 and len(set(row["written"])) == 1
+
+
 def test_what_is_written_is_measured(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(chat.parent / "cache"))
     (row,) = commands.evaluate(chat, zero_shot=False, write=5)

@@ -185,6 +185,14 @@ def test_activations_that_are_computed_again_are_the_same(family: str) -> None:
 
 
 @pytest.mark.study
+def test_an_auxiliary_model_in_few_bits_is_measured_in_as_few_later(tmp_path: Path) -> None:
+    figures = commands.run(distilled(tmp_path, auxiliary={"precision": "bfloat16"}))
+    rows = commands.evaluate(figures["folder"], zero_shot=False, auxiliary=True)
+    (own,) = [row for row in rows if row["prompt"] == "auxiliary model, tuned"]
+    assert own["answer_loss"] == pytest.approx(figures["auxiliary_test"]["answer_loss"], abs=1e-6)
+
+
+@pytest.mark.study
 def test_a_run_with_both_sides_in_few_bits(tmp_path: Path) -> None:
     first = commands.run(
         distilled(tmp_path / "whole", distill={"steps": 2, "batch_size": 2, "sequence_length": 32})
