@@ -37,6 +37,7 @@ from fedsp.audit.summary import account
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
 from fedsp.errors import AuxiliaryError, ConfigurationError, RunError
+from fedsp.experiments.build import open_clients
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.callbacks import Callbacks
 from fedsp.models.auxiliary import build_auxiliary, disclosed_share, load_auxiliary, parse_plan
@@ -368,6 +369,8 @@ def test_of_a_client_alone_its_own_text_alone_is_audited(tmp_path: Path) -> None
     assert set(opened.holders) == {"client-1"}
     assert len(opened.rows) == len(opened.server.dataset.partition.clients["client-1"])
     assert train_shadow(opened, 0).answered == {"client-1"}
+    clients = open_clients(opened.run.config, opened.auxiliary, opened.server.dataset, opened.run)
+    assert set(clients.register) == {"client-1"}, "of which depths are measured"
 
 
 def test_an_audit_with_nothing_to_compare_says_so(tmp_path: Path) -> None:

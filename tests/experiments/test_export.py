@@ -109,11 +109,13 @@ def test_what_was_tuned_outlives_the_text_that_it_was_tuned_on(
     """Begun with names relative to the working folder, used from another one, when its owner has
     deleted the text."""
     monkeypatch.chdir(tmp_path)
-    values = settings(Path(), round={"rounds": 1})
+    values = settings(Path(), round={"rounds": 1}, data={"test_examples": 5})
     folder = tmp_path / api.run(values)["folder"]
     monkeypatch.chdir("/")
     before = api.evaluate(folder)
+    assert before[0]["examples"] == 5
     kept = shutil.copy(tmp_path / "test.jsonl", tmp_path / "kept.jsonl")
+    whole = api.evaluate(folder, data=kept)
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").unlink()
     assert api.evaluate(folder) == before, "the test has a file of its own"
@@ -123,7 +125,7 @@ def test_what_was_tuned_outlives_the_text_that_it_was_tuned_on(
     assert api.generate(folder, "The town of", most=2)
     api.export(folder, tmp_path / "adapter")
     assert open_runs([folder, folder])
-    assert api.evaluate(folder, data=kept) == before
+    assert api.evaluate(folder, data=kept) == whole
     with pytest.raises(DataError, match=r"there is no file .*test\.jsonl"):
         api.evaluate(folder)
 
