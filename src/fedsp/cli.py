@@ -1090,10 +1090,9 @@ def list_runs(
 def quiet_libraries() -> None:
     """Keep progress bars and advice of other libraries out of our output; their errors still come
     through."""
-    for name, value in QUIET.items():
+    for name, value in (QUIET | {"HF_HUB_VERBOSITY": "error"}).items():
         os.environ.setdefault(name, value)
-    for library in ("bitsandbytes", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if transformers := sys.modules.get("transformers"):
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()

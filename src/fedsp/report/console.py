@@ -122,7 +122,7 @@ class Display:
             )
         if not record.trained:
             sent = f"{size(record.bytes_down)} down  {size(record.bytes_up)} up"
-            self.say(f"clients' last judgement {validation}  {sent}{failed}")
+            self.say(f"clients' last judgement{validation}  {sent}{failed}")
             return
         left = self._advance("round", record.round, rounds, losses)
         self.say(
