@@ -598,8 +598,8 @@ def test_rounds_are_compared_by_clients_that_have_judged_both() -> None:
         ]
     )
     assert final.best_round == 3 and final.best_losses == {"c": 7.0}
-    final, _ = judged([{"a": 1.0}, {"b": 0.1}, {"a": 2.0}])
-    assert final.best_round == 0, "nobody has judged both"
+    final, _ = judged([{"a": 1.0}, {"b": 2.0}, {"b": 3.0}])
+    assert final.best_round == 1, "nobody has judged the first and another one"
 
 
 def test_what_clients_report_stands_at_the_round_that_it_is_of() -> None:

@@ -68,7 +68,7 @@ from fedsp.models.loading import choose_device, load_model, load_tokenizer, save
 from fedsp.models.messengers.registry import require_everywhere
 from fedsp.models.prompted_lm import continue_text, length_of
 from fedsp.models.soft_prompt import SoftPrompt, read_prompt
-from fedsp.storage import move_into_place, unfinished_beside, write_bytes
+from fedsp.storage import write_bytes
 from fedsp.training.answers import WEIGHTS, Answering, Answers, mean_of, proxy_tuned
 from fedsp.training.generation import sampler, written_figures
 from fedsp.training.loop import Optimisation
@@ -610,7 +610,6 @@ def adapt(
     )
 
 
-CARD = "README.md"
 ADAPTER_USE = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -646,25 +645,29 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     # a card is handed on: no folder of this machine stands in it
     base = Path(named).name if Path(named).exists() else named
     if merged:
-        use = MERGED_USE.format(folder=to.name)
+        use = MERGED_USE.format(folder=to.resolve().name)
     elif named == "embedded":
-        use = FIND_EMBEDDED + ADAPTER_USE.format(base='EMBEDDED / "model"', folder=to.name)
+        use = FIND_EMBEDDED + ADAPTER_USE.format(
+            base='EMBEDDED / "model"', folder=to.resolve().name
+        )
     else:
         found = f'".", gguf_file={base!r}' if is_gguf(named) else repr(base)
-        use = ADAPTER_USE.format(base=found, folder=to.name)
+        use = ADAPTER_USE.format(base=found, folder=to.resolve().name)
     library = "transformers" if merged else "peft"
-    unfinished = unfinished_beside(to.resolve())
+    there = to.is_dir()
     try:
         if merged:
             what = run.messenger.merge(run.model)
-            save_model(run.model, run.server.tokenizer, unfinished)
+            save_model(run.model, run.server.tokenizer, to)
         else:
-            what = run.messenger.export(run.model, unfinished)
+            what = run.messenger.export(run.model, to)
         card = model_card(
             run.directory, kind=what["kind"], base_model=base, use=use, library=library
         )
-        write_bytes(unfinished / CARD, card.encode())
-        move_into_place(unfinished, to.resolve(), last=CARD)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        write_bytes(to / "README.md", card.encode())
+    except BaseException:  # an adapter without its card is none, and would be in the way
+        shutil.rmtree(to, ignore_errors=True)
+        if there:
+            to.mkdir(exist_ok=True)
+        raise
     return {"folder": str(to), **what, "merged": merged, "base_model": run.model.name}

@@ -722,6 +722,27 @@ class RunConfig(Section):
                 " however few reply; set it to 0"
             )
 
+    def require_judges(self, register: Mapping[str, int]) -> None:
+        """See that the clients that may be asked can choose the best round, if they are to.
+
+        Raises:
+            ConfigurationError: not all are asked in each round, so that rounds would be compared by
+                different text, or none has an example to spare for it.
+        """
+        if self.validation.by != "clients" or not register:
+            return
+        what, instead = "validation.by = 'clients'", "set validation.by to 'server' or 'none'"
+        asked = self.round.asked(len(register))
+        if asked < len(register):
+            raise ConfigurationError(
+                f"{what} compares rounds by the text of all clients, but a round asks {asked} of"
+                f" {len(register)} (round.clients): ask all, or {instead}"
+            )
+        if max(register.values()) < 2:
+            raise ConfigurationError(
+                f"{what}: no client has two examples, one of which it could hold out: {instead}"
+            )
+
     @property
     def asks_clients(self) -> bool:
         """Whether there are clients, simulated or in a deployment, and any is sampled."""

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from fedsp import api as commands
 from fedsp.cli import app
+from fedsp.config import TaskSection
 from fedsp.data.encoding import Encoded
+from fedsp.data.rendering import Rendering
 from fedsp.data.tasks import Example
 from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.experiments import adaptation
@@ -228,8 +230,9 @@ def test_an_answer_that_the_teacher_ends_is_taught_to_its_end(
     """Where the run trains the end of its choices, and where the teacher stops writing."""
     opened = open_run(run)
     end = opened.server.tokenizer.eos_token_id
+    asked = [{"text": "Who?"}]
     choices = [
-        Example(id=str(ends), context="Who?", choices=(" she",), gold=(0,), ends=ends)
+        Rendering(TaskSection(task="classification", ends=ends), ("she",)).questions(asked)[0]
         for ends in (True, False)
     ]
     written = [

@@ -359,7 +359,9 @@ def test_what_is_finished_and_what_is_added_were_run_on_the_same_examples(tmp_pa
     test.write_text(
         "".join(json.dumps({**row, "answer": 3 - row["answer"]}) + "\n" for row in rows)
     )
-    with pytest.raises(ConfigurationError, match=r"was started with another data\.test: restore"):
+    with pytest.raises(
+        ConfigurationError, match=r"seed 0 was run on another data\.test than there is"
+    ):
         study.run_study(more)
     (cell,) = folder.glob("*seed-0*")
     commands.run(make_config({**tomli(cell / "config.toml"), "output": str(tmp_path / "changed")}))

@@ -140,7 +140,7 @@ def _gap(opened: Opened) -> dict[str, float]:
     gap must be above zero, or a client has no reason to keep to the federation."""
     config, server, auxiliary = opened.run.config, opened.server, opened.auxiliary
     dataset = server.dataset
-    rows = opened.federation.clients.party(min(dataset.partition.clients)).examples
+    rows = opened.federation.clients.party(min(opened.federation.clients.register)).examples
     package = auxiliary.weights()
     steps = config.round.rounds * config.client.prompt_steps
     batches = training_batches(

@@ -75,9 +75,7 @@ class Rendering:
         Raises:
             DataError: as `examples`.
         """
-        found = self.task(row).example(row, number)
-        ends = self.section.ends and found.task in (COMPLETION, LABELLED)
-        return replace(found, ends=True) if ends else found
+        return self._with_end(self.task(row).example(row, number))
 
     def questions(self, rows: Iterable[Row]) -> list[Example]:
         """The questions in rows, whose labels are not read.
@@ -85,4 +83,10 @@ class Rendering:
         Raises:
             DataError: as `examples`.
         """
-        return [self.task(row).question(row, number) for number, row in enumerate(rows)]
+        return [
+            self._with_end(self.task(row).question(row, number)) for number, row in enumerate(rows)
+        ]
+
+    def _with_end(self, found: Example) -> Example:
+        ends = self.section.ends and found.task in (COMPLETION, LABELLED)
+        return replace(found, ends=True) if ends else found

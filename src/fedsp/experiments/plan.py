@@ -68,8 +68,6 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         )
     check_text(config)
     dataset = check_examples(config)
-    if dataset and not config.federation:
-        config.round.may_ask(dict.fromkeys(dataset.partition.clients, 0))
     if config.auxiliary.to_be_chosen:
         from fedsp.experiments.server_setup import with_layers_chosen
 
@@ -96,11 +94,15 @@ def check_examples(config: RunConfig) -> FederatedDataset | None:
     Raises:
         DataError: a file is missing or cannot be used, the examples cannot be divided, or the model
             has no chat template for them.
+        ConfigurationError: the clients cannot be asked as configured.
         ModelError: there are conversations, and the model's tokenizer cannot be had.
     """
     if not (config.data.train or config.federation or config.model.offline):
         return None
     dataset = load_dataset(config)
+    if find_method(config.method).federated and not config.federation:
+        held = {client: len(rows) for client, rows in dataset.partition.clients.items()}
+        config.require_judges(config.round.may_ask(held))
     splits = (dataset.train, dataset.validation, dataset.test)
     chats = [chat for split in splits for chat in islice((row for row in split if row.turns), 1)]
     if chats:

@@ -21,7 +21,7 @@ from fedsp.data.dataset import examples_digest, load_dataset
 from fedsp.data.encoding import Encoded, encode_choices, encode_targets
 from fedsp.data.files import text_digest
 from fedsp.data.seeding import derive_seed
-from fedsp.errors import ConfigurationError, PrivacyError, StorageError
+from fedsp.errors import PrivacyError, StorageError
 from fedsp.experiments.build import Federation, build_federation
 from fedsp.experiments.costs import measure
 from fedsp.experiments.privacy_statement import privacy_statement
@@ -79,9 +79,11 @@ def run_experiment(
     if entry.deployable and config.round.clients != 0 and register is None:
         _check_promises(config, run, server)
     held = {client: len(rows) for client, rows in dataset.partition.clients.items()}
-    asked = config.round.may_ask(held) if register is None else register
-    if config.validation.by == "clients":
-        require_judges(config, asked)
+    asked = (
+        (config.round.may_ask(held) if register is None else register) if entry.federated else {}
+    )
+    if not run.pinned:
+        config.require_judges(asked)
     if asked and (config.round.clients or 0) > len(asked):
         callbacks.info(
             f"round.clients = {config.round.clients}: all {len(asked)} clients are asked"
@@ -188,7 +190,7 @@ def run_experiment(
         save=save,
         start=_start_of_clients(config, federation) if state is None else None,
     )
-    if config.validation.by == "clients" and final.best_loss is None:
+    if asked and config.validation.by == "clients" and final.best_loss is None:
         callbacks.info("no client has told a validation loss: the last round's numbers are taken")
     figures = _figures(run, federation, final, spent())
     figures["cost"] = _cost(
@@ -326,27 +328,6 @@ def _check_promises(config: RunConfig, run: RunDirectory, server: Server) -> Non
     if privacy:
         for examples in {len(rows) for rows in held.values()}:
             privacy.steps(examples, config.client.batch_size, config.client.prompt_steps)
-
-
-def require_judges(config: RunConfig, register: Mapping[str, int]) -> None:
-    """See that clients can choose the best round by their validation losses.
-
-    Raises:
-        ConfigurationError: not all are asked in each round, so that rounds would be compared by
-            different text, or none has an example to spare for it.
-    """
-    what = "validation.by = 'clients'"
-    instead = "set validation.by to 'server' or 'none'"
-    asked = config.round.asked(len(register))
-    if asked < len(register):
-        raise ConfigurationError(
-            f"{what} compares rounds by the text of all clients, but a round asks {asked} of"
-            f" {len(register)} (round.clients): ask all, or {instead}"
-        )
-    if register and max(register.values()) < 2:
-        raise ConfigurationError(
-            f"{what}: no client has two examples, one of which it could hold out: {instead}"
-        )
 
 
 def round_config(config: RunConfig, run: RunDirectory, clients: int) -> RoundConfig:

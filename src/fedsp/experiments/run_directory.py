@@ -6,7 +6,8 @@ run.json             identity, seed, threads, versions
 partition.json       who holds which rows of train
 inputs.json          digests of all that the run reads: rows, public text, models
 auxiliary/           the folder that clients get
-rounds.jsonl         one line per round
+rounds.jsonl         one line per round, and one where clients judge the last one
+seconds.json         what all starts took, and the distillation
 traffic.jsonl        one line per message to or from another process, if there was one
 flower/              what Flower's processes wrote, in a deployment
 prompts/             the prompt that stood after each round

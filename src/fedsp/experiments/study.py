@@ -319,15 +319,15 @@ def _check(cells: list[Cell], source: str) -> None:
         return known[key]
 
     reasons: dict[str, list[str]] = {}
-    digests: dict[str, dict[str, str]] = {}
+    finished = [cell for cell in cells if (cell.folder / RESULT).exists()]
+    if 0 < len(finished) < len(cells):
+        _require_the_same_files(finished, source)
     for cell in cells:
+        if cell in finished:
+            continue
         config = cell.config
         entry = find_method(config.method)
-        divided = {"seed", "data", "model", "partition", "validation", "server", "round"}
-        if (cell.folder / RESULT).exists():
-            if changed := _changed(cell, digests, _digest(config.model_dump(include=divided))):
-                reasons.setdefault(changed, []).append(cell.name)
-            continue
+        divided = {"seed", "data", "model", "partition", "validation", "server", "round", "method"}
         found = fault(config, divided, check_examples)
         if entry.package or not entry.trains_weights:
             found = found or fault(config, {"distill", "auxiliary", "prompt"}, check_text)
@@ -344,26 +344,34 @@ def _check(cells: list[Cell], source: str) -> None:
         )
 
 
-def _changed(cell: Cell, digests: dict[str, dict[str, str]], key: str) -> str:
-    """Which examples are others than those of a finished cell, or nothing; nothing too where they
-    cannot be read any more. `digests` by `key`: those of before."""
+def _require_the_same_files(finished: list[Cell], source: str) -> None:
+    """See that the files of examples hold what finished cells were run on, where they can be read.
+
+    Raises:
+        ConfigurationError: one holds something else.
+    """
     from fedsp.data.dataset import examples_digest
     from fedsp.experiments.plan import check_examples
 
-    if key not in digests:
-        digests[key] = {}
-        with suppress(FedspError):
-            if dataset := check_examples(cell.config):
-                digests[key] = {
-                    "data.train": dataset.train_digest,
-                    "data.validation": examples_digest(dataset.validation),
-                    "data.test": examples_digest(dataset.test),
-                }
-    try:
-        RunDirectory.open(cell.folder, to_show=True).hold_known(digests[key])
-    except RunError as error:
-        return f"{error}, under another name"
-    return ""
+    known: dict[str, dict[str, str]] = {}
+    for cell in finished:
+        data = cell.config.data
+        key = _digest(data.model_dump())
+        if key not in known:
+            known[key] = {}
+            with suppress(FedspError):
+                if dataset := check_examples(cell.config):
+                    known[key] = {
+                        "data.train": dataset.train_digest,
+                        **({"data.test": examples_digest(dataset.test)} if data.test else {}),
+                    }
+        before = RunDirectory.open(cell.folder, to_show=True).inputs()
+        for name, digest in known[key].items():
+            if before.get(name, digest) != digest:
+                raise ConfigurationError(
+                    f"{source}: {cell.name} was run on another {name} than there is now: restore"
+                    " the file, or give the study another name"
+                )
 
 
 def _in_turn(cells: list[Cell], folder: Path, callbacks: Callbacks) -> Iterator[Done]:

@@ -116,7 +116,8 @@ class RunState:
 
     def judged(self, updates: Mapping[str, Update], register: Register) -> RunState:
         """This state, with the payload that clients received as the best one if its loss is lower
-        than that of the best so far, by those who have reported both: others have other text."""
+        than that of the best so far, by those who have reported both: others have other text. Where
+        nobody has, the later one is taken."""
         losses = _clients_losses(updates)
         loss = _median(losses, register)
         both = losses.keys() & self.best_losses.keys()
@@ -124,8 +125,7 @@ class RunState:
             _median({client: known[client] for client in both}, register)
             for known in (self.best_losses, losses)
         )
-        lower = now is not None and before is not None and now < before
-        if loss is None or (self.best_losses and not lower):
+        if loss is None or (now is not None and before is not None and now >= before):
             return self
         return replace(
             self, best=self.payload, best_round=self.round, best_loss=loss, best_losses=losses

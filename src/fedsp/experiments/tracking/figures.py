@@ -35,8 +35,8 @@ PUBLISHED_BESIDES = (
 )
 """What else a tracker is told of a run at client level."""
 
-BEFORE = " of the round before"
-"""What clients who validate report in a round."""
+VALIDATION, BEFORE = "validation loss", " of the round before"
+"""The loss that is told in a round; where clients validate, it is of the round before."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Told:
         """The figures of a round."""
         figures: dict[str, float | None] = {
             "server loss": record.server_loss,
-            "validation loss" + BEFORE * (record.judged != record.round): record.validation,
+            VALIDATION + BEFORE * (record.judged != record.round): record.validation,
         }
         if not self._untold:
             losses = {f"client {name} loss": loss for name, loss in record.client_losses.items()}

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedsp.errors import RunError, first_line, require_installed
 from fedsp.experiments.run_directory import RunDirectory, read_json
-from fedsp.experiments.tracking.figures import Told
+from fedsp.experiments.tracking.figures import BEFORE, VALIDATION, Told
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.messages import RoundRecord
 from fedsp.storage import write_json
@@ -94,7 +94,8 @@ class MlflowRun:
         with contextlib.suppress(self._refusal, OSError):
             known = {
                 metric.step
-                for metric in self._client.get_metric_history(self._id, "validation loss")
+                for name in (VALIDATION, VALIDATION + BEFORE)
+                for metric in self._client.get_metric_history(self._id, name)
             }
             for record in self._told.kept():
                 if record.round not in known:
