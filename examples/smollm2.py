@@ -70,7 +70,7 @@ def settings_of(model: Path, folder: Path, plan: str, distill: int, rounds: int)
         "messenger": ADAPTER,
         "round": {"rounds": rounds, "optimizer": "line_search"},
         "client": {"prompt_steps": 6, "batch_size": 8, "learning_rate": 2e-3},
-        "validation": {"every": 2, "patience": 2},
+        "validation": {"every": 4},
     }
 
 
