@@ -23,7 +23,7 @@ from fedsp.data.encoding import Encoded
 from fedsp.errors import PrivacyError, StorageError
 from fedsp.experiments import run_directory as runs
 from fedsp.experiments.embedded import EMBEDDED
-from fedsp.experiments.run_directory import RunDirectory, rounds_done, validations
+from fedsp.experiments.run_directory import RunDirectory, trained_rounds, validations
 from fedsp.federation.aggregation.mean import ServerOptimizer, validate_update
 from fedsp.federation.aggregation.private import DPAggregator
 from fedsp.federation.agreement import agreement_of
@@ -608,7 +608,7 @@ def test_what_clients_report_stands_at_the_round_that_it_is_of() -> None:
     lines = [asdict(record) for record in records]
     assert validations(lines) == {0: 3.0, 1: 1.0, 2: 2.0}
     assert [line["trained"] for line in lines] == [True, True, False]
-    assert rounds_done(lines) == 2 and lines[-1]["asked"] == ["a", "b", "c"]
+    assert len(trained_rounds(lines)) == 2 and lines[-1]["asked"] == ["a", "b", "c"]
 
 
 def test_where_no_client_has_judged_the_last_round_stands() -> None:

@@ -13,7 +13,7 @@ from fedsp.audit.findings import Finding, found_tables
 from fedsp.config import RunConfig
 from fedsp.config_file import read_members
 from fedsp.errors import ConfigurationError
-from fedsp.experiments.run_directory import STATEMENT, RunDirectory, read_json, rounds_done
+from fedsp.experiments.run_directory import STATEMENT, RunDirectory, read_json, trained_rounds
 from fedsp.federation.methods.registry import find_method
 
 MEASURES = {
@@ -107,7 +107,7 @@ def _made(run: RunDirectory) -> Iterable[tuple[str, Any]]:
     else:
         yield "task", config.data.task
     yield "the parties' descriptions of their text", _described(config)
-    yield "rounds", f"{rounds_done(records)} of {config.round.rounds}"
+    yield "rounds", f"{len(trained_rounds(records))} of {config.round.rounds}"
     yield "server's steps a round", config.server.steps
     yield "seed", config.seed
 

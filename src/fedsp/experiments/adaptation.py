@@ -136,10 +136,11 @@ def _answered(run: OpenRun, asked: Sequence[Example], teacher: Answers) -> list[
     """Every choice of the questions or, where they have none, what the teacher writes behind
     them; with the end token behind those that the run trains with one, or that the teacher ends."""
     tokenizer, most = run.server.tokenizer, run.server.max_tokens
-    stop, end = end_of_turn(tokenizer), tokenizer.eos_token_id
+    stop = end_of_turn(tokenizer)
+    end = min(stop, default=None)  # which one stands there is not read
     chosen = [example for example in asked if example.metric == "accuracy"]
     pairs = [(example.context, choice) for example in chosen for choice in example.choices]
-    ends = [example.ends and end is not None for example in chosen for _ in example.choices]
+    ends = [example.ends for example in chosen for _ in example.choices]
     room = min(teacher.room(), most) - LONGEST_ANSWER
     written = [example for example in asked if example.metric != "accuracy"]
     texts = [tuple(ids[-room:]) for ids in encode_contexts(tokenizer, written)]
@@ -147,9 +148,8 @@ def _answered(run: OpenRun, asked: Sequence[Example], teacher: Answers) -> list[
         row for row in write(teacher, texts, LONGEST_ANSWER, stop) if len(row.ids) > row.start
     ]
     stopped = [len(row.ids) - row.start < LONGEST_ANSWER for row in answered]
-    last = next(iter(sorted(stop)), end)
     return [
-        ended(row, last, most) if to_its_end else row
+        ended(row, end, most) if end is not None and to_its_end else row
         for row, to_its_end in zip(
             [*encode_pairs(tokenizer, pairs, most), *answered], [*ends, *stopped], strict=True
         )

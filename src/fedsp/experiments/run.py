@@ -25,7 +25,7 @@ from fedsp.errors import PrivacyError, StorageError
 from fedsp.experiments.build import Federation, build_federation
 from fedsp.experiments.costs import measure
 from fedsp.experiments.privacy_statement import privacy_statement
-from fedsp.experiments.run_directory import STATEMENT, RunDirectory, rounds_done
+from fedsp.experiments.run_directory import STATEMENT, RunDirectory, trained_rounds
 from fedsp.experiments.server_setup import (
     Server,
     open_server,
@@ -375,7 +375,7 @@ def _combining(config: RunConfig, run: RunDirectory, clients: int) -> dict[str, 
         noise = privacy.noise_multiplier or noise_for(
             privacy.epsilon or 0.0, privacy.delta, rate, rounds
         )
-        ledger, done = Ledger(run.path / LEDGER), rounds_done(run.records())
+        ledger, done = Ledger(run.path / LEDGER), len(trained_rounds(run.records()))
         if sum(release.count for release in ledger.releases()) < done:
             raise StorageError(
                 f"the privacy ledger {ledger.path} has fewer releases than the {done} finished"
@@ -433,9 +433,7 @@ def _figures(
         "package_bytes": federation.package.bytes if federation.package else 0,
         "disclosed_share": federation.disclosed_share,
         "failures": sum(len(record["failed"]) for record in records),
-        "updates": sum(
-            len(record["answered"]) for record in records if record.get("trained", True)
-        ),
+        "updates": sum(len(record["answered"]) for record in trained_rounds(records)),
         "seconds": seconds["all"],
         "seconds_distillation": seconds["distillation"],
         "seconds_rounds": sum(record["seconds"] for record in records),

@@ -424,9 +424,9 @@ class RunDirectory:
             raise RunError(f"{self.path} holds no usable run: {error}") from error
 
 
-def rounds_done(records: Iterable[Mapping[str, Any]]) -> int:
-    """How many lines of a journal are rounds, and no question for validation losses alone."""
-    return sum(record.get("trained", True) for record in records)
+def trained_rounds(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a journal that are rounds, and no question for validation losses alone."""
+    return [record for record in records if record.get("trained", True)]
 
 
 def validations(records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
@@ -519,7 +519,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
                 "method": f"{config.method}, {config.preset}" if deployable else config.method,
                 "model": config.model.name,
                 "task": config.data.task,
-                "rounds": f"{rounds_done(records)}/{config.round.rounds}",
+                "rounds": f"{len(trained_rounds(records))}/{config.round.rounds}",
                 "validation_loss": min(validations(records).values(), default=None),
                 "state": "finished" if directory.finished else "unfinished",
             }

@@ -319,12 +319,13 @@ def _check(cells: list[Cell], source: str) -> None:
         return known[key]
 
     reasons: dict[str, list[str]] = {}
-    finished = [cell for cell in cells if (cell.folder / RESULT).exists()]
-    if 0 < len(finished) < len(cells):
-        _require_the_same_files(finished, source)
+    finished: list[Cell] = []
+    to_do: list[Cell] = []
     for cell in cells:
-        if cell in finished:
-            continue
+        (finished if (cell.folder / RESULT).exists() else to_do).append(cell)
+    if to_do:
+        _require_the_same_files(finished, source)
+    for cell in to_do:
         config = cell.config
         entry = find_method(config.method)
         divided = {"seed", "data", "model", "partition", "validation", "server", "round", "method"}

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -232,10 +232,7 @@ def federate(
         record = RoundRecord(
             round=round,
             asked=sampled,
-            answered=sorted(updates),
-            failed=dict(sorted(failed.items())),
-            bytes_down=traffic[0],
-            bytes_up=traffic[1],
+            **_answers(updates, failed, traffic),
             client_losses=_mean_losses(updates),
             server_loss=server_loss,
             validation=validation,
@@ -270,10 +267,7 @@ def _judged_last(
     record = RoundRecord(
         round=last,
         asked=sampled,
-        answered=sorted(updates),
-        failed=dict(sorted(failed.items())),
-        bytes_down=traffic[0],
-        bytes_up=traffic[1],
+        **_answers(updates, failed, traffic),
         client_losses={},
         server_loss=None,
         validation=_clients_loss(updates, register),
@@ -335,6 +329,18 @@ def _collect(
             failed[reply.client] = str(reason)
     silent = set(by_client) - set(updates) - set(failed)
     return updates, failed | dict.fromkeys(silent, "did not answer"), (down, up)
+
+
+def _answers(
+    updates: Mapping[str, Update], failed: Mapping[str, str], traffic: tuple[int, int]
+) -> dict[str, Any]:
+    """What `_collect` found, as a record has it."""
+    return {
+        "answered": sorted(updates),
+        "failed": dict(sorted(failed.items())),
+        "bytes_down": traffic[0],
+        "bytes_up": traffic[1],
+    }
 
 
 def _accept(

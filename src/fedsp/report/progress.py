@@ -13,7 +13,7 @@ from fedsp.experiments.run_directory import (
     STATEMENT,
     RunDirectory,
     read_json,
-    rounds_done,
+    trained_rounds,
     validations,
 )
 from fedsp.federation.methods.registry import shown_method
@@ -39,7 +39,8 @@ def progress(run: RunDirectory, now: float | None = None) -> Figures:
     known = sorted(validations(records).items())
     last = records[-1] if records else None
     each = statistics.fmean([record["seconds"] for record in records[-LATELY:]]) if last else None
-    left = rounds - rounds_done(records)
+    done = len(trained_rounds(records))
+    left = rounds - done
     asked, answered, failed = Counter[str](), Counter[str](), dict[str, str]()
     for record in records:
         asked.update(record["asked"])
@@ -50,7 +51,7 @@ def progress(run: RunDirectory, now: float | None = None) -> Figures:
         "folder": str(run.path),
         "method": method.title,
         "finished": run.finished,
-        "round": rounds_done(records),
+        "round": done,
         "rounds": rounds,
         "validation": known,
         "best": min((loss for _, loss in known), default=None),
