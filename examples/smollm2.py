@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ HERE = Path(__file__).parent
 SENTENCES = {"train": slice(0, 6), "validation": slice(6, 7), "test": slice(7, 10)}
 """Of the ten sentences of a kind, those that offices train on, and the others."""
 ADAPTER: Settings = {"kind": "adapter", "layers": "all", "rank": 16, "alpha": 32.0}
+EVERYTHING = "one party with all tickets and the model"
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -70,61 +69,66 @@ def settings_of(model: Path, folder: Path, plan: str, distill: int, rounds: int)
         "messenger": ADAPTER,
         "round": {"rounds": rounds, "optimizer": "line_search"},
         "client": {"prompt_steps": 6, "batch_size": 8, "learning_rate": 2e-3},
-        "validation": {"every": 4},
+        "validation": {"every": 2, "patience": 1},
     }
 
 
 def rows_of(
     given: Settings, folder: Path, workers: int | None, callbacks: Callbacks
-) -> Iterator[Settings]:
-    """The rows of the table, each as soon as it is known."""
+) -> list[Settings]:
+    """The rows of the table. `workers` processes share the clients of the federation, and then what
+    it is compared with; None: one after another in this one."""
+    from fedsp.federation.transport.workers import in_parallel
 
-    def run(name: str, **changes: Any) -> Settings:
+    def settings(name: str, **changes: Any) -> Settings:
         merged = dict(given) | {"output": str(folder / name)}
         for section, change in changes.items():
             whole = isinstance(change, Mapping) and isinstance(merged.get(section), Mapping)
             merged[section] = {**merged[section], **change} if whole else change
-        merged = {section: value for section, value in merged.items() if value is not None}
-        callbacks.info(f"{name}:")
-        result: Settings = fedsp.run(merged, workers=workers, callbacks=callbacks)
-        return result
+        return {section: value for section, value in merged.items() if value is not None}
 
-    def row(name: str, test: Mapping[str, float], sent: float, seconds: float | None) -> Settings:
+    def row(name: str, test: Mapping[str, float], figures: Mapping[str, Any] | None) -> Settings:
         kept = {key: test[key] for key in ("accuracy", "macro_f1", "answer_loss")}
-        return {"who trains": name, **kept, "traffic, MB": sent / 1e6, "seconds": seconds}
+        sent = (figures["bytes_up"] + figures["bytes_down"]) / 1e6 if figures else 0.0
+        seconds = figures and figures["seconds"]
+        return {"who trains": name, **kept, "traffic, MB": sent, "seconds": seconds}
 
-    def timed(name: str, label: str, **changes: Any) -> tuple[Settings, Settings]:
-        started = time.perf_counter()
-        figures = run(name, **changes)
-        sent = figures["bytes_up"] + figures["bytes_down"]
-        return figures, row(label, figures["test"], sent, time.perf_counter() - started)
-
-    started = time.perf_counter()
     package = str(folder / "package")
-    fedsp.distill(given | {"output": str(folder / "none")}, package, callbacks=callbacks)
-    made = {"auxiliary": {"plan": given["auxiliary"]["plan"], "folder": package}}
-    federated, found = timed("all-offices", "all offices: adapters travel", **made)
-    found["seconds"] = time.perf_counter() - started  # with what it took to make the package
-    (zero, _) = fedsp.evaluate(federated["folder"])
-    yield row("nobody", zero, 0.0, None)
-    alone = [
-        timed(office, f"the best office alone: {office}", **made, round={"only": office})[1]
-        for office in TICKETS
+    made = fedsp.distill(given | {"output": str(folder / "none")}, package, callbacks=callbacks)
+    auxiliary = {"plan": given["auxiliary"]["plan"], "folder": package}
+    callbacks.info("all offices:")
+    together = settings("all-offices", auxiliary=auxiliary)
+    federated = fedsp.run(together, workers=workers, callbacks=callbacks)
+    runs = {
+        EVERYTHING: settings(
+            "central",
+            method="lora",
+            lora={"rank": 16, "alpha": 32.0, "targets": MODULES},
+            partition={"kind": "even", "column": None, "clients": 0, "server_share": 1.0},
+            messenger=None,
+            auxiliary=None,
+            round={"optimizer": "none"},
+            server={"steps": 12, "batch_size": 8, "learning_rate": 1e-3},
+        )
+    } | {
+        office: settings(office, auxiliary=auxiliary, round={"only": office}) for office in TICKETS
+    }
+    callbacks.info("one party with all tickets, and each office alone:")
+    each = list(runs.values())
+    done = in_parallel(workers, fedsp.run, each) if workers else map(fedsp.run, each)
+    others = {}
+    for name, figures in zip(runs, done, strict=True):
+        callbacks.info(f"{name}: {figures['test']['accuracy']:.1%}")
+        others[name] = figures
+    best = max(TICKETS, key=lambda office: float(others[office]["test"]["accuracy"]))
+    with_package = {**federated, "seconds": federated["seconds"] + made["seconds"]}
+    return [
+        row("nobody", federated["zero_shot"], None),
+        row(f"the best office alone: {best}", others[best]["test"], others[best]),
+        row("all offices: adapters travel", federated["test"], with_package),
+        row("  ... in the small model itself", federated["auxiliary_test"], None),
+        row(EVERYTHING, others[EVERYTHING]["test"], others[EVERYTHING]),
     ]
-    yield max(alone, key=lambda one: float(one["accuracy"]))
-    yield found
-    yield row("  ... in the small model itself", federated["auxiliary_test"], 0.0, None)
-    yield timed(
-        "central",
-        "one party with all tickets and the model",
-        method="lora",
-        lora={"rank": 16, "alpha": 32.0, "targets": MODULES},
-        partition={"kind": "even", "column": None, "clients": 0, "server_share": 1.0},
-        messenger=None,
-        auxiliary=None,
-        round={"optimizer": "none"},
-        server={"steps": 12, "batch_size": 8, "learning_rate": 1e-3},
-    )[1]
 
 
 def main() -> None:
@@ -133,16 +137,20 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="the model's .gguf file, or a folder")
     parser.add_argument("--plan", default="emulator(2, [2, 8, 10, 11, 21, 22, 24, 27])")
-    parser.add_argument("--distill", type=int, default=200, help="steps of distillation")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--distill", type=int, default=120, help="steps of distillation")
+    parser.add_argument("--rounds", type=int, default=6)
     given = parser.parse_args()
     quiet_libraries()
+    import torch
+
+    from fedsp.federation.transport.workers import FORKS
     from fedsp.report.console import Display, rows_table
 
     with tempfile.TemporaryDirectory() as temporary, Display() as display:
         folder = Path(temporary)
         settings = settings_of(given.model, folder, given.plan, given.distill, given.rounds)
-        rows = list(rows_of(settings, folder, os.cpu_count(), display.callbacks()))
+        workers = torch.get_num_threads() if FORKS else None
+        rows = rows_of(settings, folder, workers, display.callbacks())
         display.print(rows_table("New requests put under one of twenty labels", rows))
 
 

@@ -116,7 +116,7 @@ def test_a_federation_of_a_model_in_a_gguf_file(
     module = example("smollm2")
     model = write_gguf(tmp_path / "tiny.gguf", tiny_llama())
     settings = module.settings_of(model, tmp_path, "ends(1)", distill=2, rounds=1)
-    rows = list(module.rows_of(settings, tmp_path, None, Callbacks()))
+    rows = module.rows_of(settings, tmp_path, None, Callbacks())
     names = [row["who trains"].partition(":")[0] for row in rows]
     assert names == [
         "nobody",
