@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -40,6 +41,9 @@ NeurIPS 2023, https://arxiv.org/abs/2305.14314), both of bitsandbytes."""
 
 NF4_BLOCK = 64
 """Weights that share a scale in `4bit`."""
+
+HUB_SECONDS = 10.0
+"""Within which the hub must answer."""
 
 SPLIT = "split"
 """A device that is all devices: layers are spread over GPUs, then memory, then the disk, by
@@ -100,7 +104,11 @@ def load_model(
     try:
         dtype = torch.bfloat16 if half else torch.float32
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **placed
+            _place(name),
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **placed,
         )
     except Exception as error:  # whatever a family's own code raises
         raise ModelError(
@@ -229,7 +237,7 @@ def read_model_config(name: str) -> Any:
         ModelError: there is no such model, or it is an encoder-decoder.
     """
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
     except Exception as error:  # a configuration's own checks raise what they like
         raise ModelError(_not_loaded(name, error)) from error
     if config.is_encoder_decoder:
@@ -238,6 +246,28 @@ def read_model_config(name: str) -> Any:
             " models"
         )
     return config
+
+
+def _place(name: str) -> str:
+    """A model's name, or, where the hub does not answer, the folder in the cache of what was
+    fetched of that name before: the hub's client would try again for half a minute, file by file,
+    before it looked there.
+
+    Raises:
+        ConnectionError: the hub does not answer, and nothing was fetched before.
+    """
+    if os.path.isdir(name):  # noqa: PTH112  a hub name is no path
+        return name
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # OSError or httpx's, by the client's version
+        found = try_to_load_from_cache(name, CONFIG_NAME)
+        if not isinstance(found, str):
+            raise ConnectionError(
+                f"{constants.ENDPOINT} does not answer, and nothing was fetched of it before"
+            ) from error
+        return str(Path(found).parent)
+    return name
 
 
 def _not_loaded(name: str, error: Exception, what: str = "model") -> str:
@@ -271,7 +301,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         ModelError: there is none.
     """
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(_place(name), trust_remote_code=False)
     except Exception as error:  # as many kinds as there are tokenizers
         raise ModelError(_not_loaded(name, error, "tokenizer")) from error
     return tokenizer
