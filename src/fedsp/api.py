@@ -62,7 +62,7 @@ from fedsp.experiments.start import (
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.methods.registry import find_method
-from fedsp.models.auxiliary import chosen_counts, load_auxiliary, named_counts
+from fedsp.models.auxiliary import chosen_counts, named_counts
 from fedsp.models.gguf import is_gguf
 from fedsp.models.loading import choose_device, load_model, load_tokenizer, save_model
 from fedsp.models.messengers.registry import require_everywhere
@@ -273,14 +273,12 @@ def inspect(
     `reference` model (hub name or folder); returns the findings and the digest to compare with
     the owner's."""
     require_flower()
-    from fedsp.deployment.package import AGREEMENT, package_digest, read_agreement
-    from fedsp.deployment.package_check import require_harmless
+    from fedsp.deployment.package import AGREEMENT, load_foreign, package_digest, read_agreement
 
     folder = Path(folder)
     digest = package_digest(folder)
-    require_harmless(folder)
     private = (folder / AGREEMENT).exists() and read_agreement(folder).privacy.unit == "example"
-    auxiliary = load_auxiliary(folder, device=choose_device("auto"), positions="hugging_face")
+    auxiliary = load_foreign(folder, device=choose_device("auto"), positions="hugging_face")
     known = folder_or_hub_name(reference) if reference else None
     trusted = load_model(known, precision="float32") if known else None
     words = "\n\n".join(read_passages([text or EMBEDDED / "public.txt"]))

@@ -79,11 +79,16 @@ def open_port(place: Path) -> Iterator[int]:
 
 def greets(status: int = 200, **told: Any) -> Callable[..., Any]:
     """What stands for a proxy that answers every call alike."""
+    return greets_with(json.dumps(told).encode(), status)
+
+
+def greets_with(body: bytes, status: int = 200) -> Callable[..., Any]:
+    """The same, for any bytes."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             await send({"type": "http.response.start", "status": status, "headers": []})
-            await send({"type": "http.response.body", "body": json.dumps(told).encode()})
+            await send({"type": "http.response.body", "body": body})
 
     return app
 
@@ -274,8 +279,11 @@ def test_the_bounds_of_the_clock_are_flowers() -> None:
         (greets(fedsp="0.1.9", time=0.0), "the server has fedsp 0.1.9, this client fedsp"),
         (greets(404), "answers fedsp's greeting with code 404: it is an earlier version"),
         (greets(200, fedsp=3), "answers fedsp's greeting with code 200"),
+        (greets(200, fedsp="0.2.0", time=10**400), "answers fedsp's greeting with code 200"),
+        (greets(200, fedsp="\ud800", time=0.0), "answers fedsp's greeting with code 200"),
+        (greets_with(b"[" * 4000), "answers fedsp's greeting with code 200"),
     ],
-    ids=["another version", "an earlier one", "nonsense"],
+    ids=["another version", "an earlier one", "nonsense", "long", "half a character", "nested"],
 )
 def test_another_version_is_refused_and_both_are_named(
     app: Callable[..., Any], message: str, place: Path, monkeypatch: pytest.MonkeyPatch

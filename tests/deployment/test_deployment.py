@@ -83,9 +83,9 @@ def coded(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Path,
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         host, listen = "localhost", "127.0.0.1"
-    changes = {"up": "sign", "down": "int8"}
+    changes = {"up": "int8", "down": "int8"}
     folder = tmp_path_factory.mktemp("coded")
-    adapter = {"kind": "adapter", "rank": 2}
+    adapter = {"kind": "adapter", "rank": 16}
     local, place = make_federation(
         folder, port, host=host, listen=listen, compression=changes, messenger=adapter
     )

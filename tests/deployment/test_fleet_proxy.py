@@ -107,7 +107,7 @@ def running(folder: Path) -> Iterator[tuple[str, Upstream, ssl.SSLContext]]:
         upstream.proxy = proxy.FleetProxy(inner, folder, folder / "counts")
         with (
             serving(upstream, folder, inner),
-            serving(upstream.proxy, folder, outer, **proxy.SERVING),
+            serving(upstream.proxy, folder, outer, proxy.listen, **proxy.SERVING),
         ):
             yield (
                 f"https://127.0.0.1:{outer}",
@@ -118,7 +118,7 @@ def running(folder: Path) -> Iterator[tuple[str, Upstream, ssl.SSLContext]]:
 
 @pytest.fixture()
 def opened(running: tuple[str, Upstream, ssl.SSLContext]) -> tuple[str, Upstream, ssl.SSLContext]:
-    until(lambda: not proxy.Guarded.open)  # connections of the test before
+    until(lambda: not proxy.Listening.open)  # connections of the test before
     running[1].seen.clear()
     return running
 
@@ -293,7 +293,13 @@ def test_what_was_passed_on_is_counted_when_the_proxy_stops(
     for more in (True, False):
         with (
             serving(upstream, folder, inner),
-            serving(proxy.FleetProxy(inner, folder, counts), folder, outer, **proxy.SERVING),
+            serving(
+                proxy.FleetProxy(inner, folder, counts),
+                folder,
+                outer,
+                proxy.listen,
+                **proxy.SERVING,
+            ),
         ):
             for path, body in (
                 (
@@ -317,7 +323,11 @@ def test_an_upstream_that_is_gone_is_no_fault_of_the_proxy(
 ) -> None:
     outer = free_port()
     with serving(
-        proxy.FleetProxy(free_port(), folder, tmp_path / "counts"), folder, outer, **proxy.SERVING
+        proxy.FleetProxy(free_port(), folder, tmp_path / "counts"),
+        folder,
+        outer,
+        proxy.listen,
+        **proxy.SERVING,
     ):
         context = ssl.create_default_context(cafile=str(folder / CA))
         assert (
@@ -678,7 +688,7 @@ def test_the_proxy_is_served_as_it_is_meant_to_be(
         **proxy.SERVING,
     }
     assert {
-        "http": proxy.Guarded,
+        "http": proxy.Patient,
         "h11_max_incomplete_event_size": proxy.LONGEST_HEADERS,
         "access_log": False,
     } == proxy.SERVING

@@ -20,7 +20,7 @@ from flwr.app import Message as FlowerMessage
 
 from fedsp.config import PackageSection, PartyConfig, PartyDataSection
 from fedsp.deployment.fleet_proxy import UNKNOWN_NODE
-from fedsp.deployment.grid import SPARE, GridLink, from_record, to_record
+from fedsp.deployment.grid import FETCHES, LONGEST_HEADER, GridLink, from_record, to_record
 from fedsp.deployment.join import REFUSED, supernode_command
 from fedsp.deployment.parties.credentials import KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER
 from fedsp.deployment.restricted_executor import REPLACED
@@ -68,7 +68,11 @@ def pulled(replies: dict[int, Reply], looks: int = 20) -> dict[int, Answer]:
     """What comes back from each node that answers within some looks."""
     link = GridLink(MemoryGrid(replies))  # type: ignore[arg-type]
     names = dict(
-        zip(link.push([(node, SENT) for node in replies], "1", 60.0), replies, strict=True)
+        zip(
+            link.push([(node, SENT) for node in replies], "1", 60.0, len(SENT.payload)),
+            replies,
+            strict=True,
+        )
     )
     found: dict[int, Answer] = {}
     for _ in range(looks):
@@ -132,8 +136,8 @@ def test_flower_s_errors_are_a_loss_or_a_fault_and_their_text_is_not_read(
 @pytest.mark.parametrize(
     "message",
     [
-        Message(SENT.header, bytes(len(SENT.payload) + SPARE + 1)),
-        Message("x" * (SPARE + 1), SENT.payload),
+        Message(SENT.header, bytes(len(SENT.payload) + 1)),
+        Message("x" * (LONGEST_HEADER + 1), SENT.payload),
     ],
 )
 def test_a_reply_that_is_too_long_is_not_passed_on(message: Message) -> None:
@@ -162,6 +166,44 @@ def test_a_reply_that_cannot_be_read_or_never_ends_holds_up_no_other() -> None:
     finally:
         released.set()
     assert set(found) == {33}
+
+
+def test_a_client_that_was_killed_while_it_uploaded_is_heard_when_it_is_asked_again() -> None:
+    released, answers = threading.Event(), iter(range(3))
+
+    def stalled_first(flower_message: FlowerMessage) -> FlowerMessage:
+        if next(answers) == 0:
+            released.wait(30)
+        return echo(flower_message)
+
+    link = GridLink(MemoryGrid({11: stalled_first}))  # type: ignore[arg-type]
+    first = link.push([(11, SENT)], "1", 60.0, len(SENT.payload))
+    try:
+        assert link.pull(first) == []
+        again = link.push([(11, SENT)], "1", 60.0, len(SENT.payload))
+        found = [answer for _ in range(50) for answer in link.pull(first + again)]
+        assert [answer.message_id for answer in found] == again
+    finally:
+        released.set()
+
+
+def test_a_node_that_never_ends_an_answer_takes_a_few_threads_alone() -> None:
+    released = threading.Event()
+    waiting: list[int] = []
+
+    def stalled(flower_message: FlowerMessage) -> FlowerMessage:
+        waiting.append(1)
+        released.wait(30)
+        return echo(flower_message)
+
+    link = GridLink(MemoryGrid({11: stalled}))  # type: ignore[arg-type]
+    names = [link.push([(11, SENT)], "1", 60.0, 9)[0] for _ in range(3 * FETCHES)]
+    try:
+        for _ in range(3):
+            assert link.pull(names) == []
+        assert len(waiting) == FETCHES
+    finally:
+        released.set()
 
 
 def test_our_answer_reaches_the_app_that_flower_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,18 @@ def test_what_cannot_be_written_down_is_said(tmp_path: Path) -> None:
     assert set(json.loads(path.read_text())) >= {"time", "run", "round", "kind", "bytes", "chain"}
 
 
+@pytest.mark.parametrize("value", ["\ud800", 10**5000], ids=["half", "long"])
+def test_nothing_is_written_that_would_not_be_read(value: object, tmp_path: Path) -> None:
+    """Else whoever sends it makes the journal one that was changed."""
+    path = tmp_path / EGRESS
+    log = ChainedLog(path)
+    log.write(event="before")
+    with pytest.raises(StorageError, match="cannot be written down, since it could not be read"):
+        log.write(event="sent", run=value)
+    log.write(event="after")
+    assert [line["event"] for line in read_log(path, "")] == ["before", "after"]
+
+
 def test_several_processes_write_one_security_log(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: record_event(tmp_path, "tried", number=number), range(24)))

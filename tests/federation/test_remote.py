@@ -50,16 +50,20 @@ Respond = Callable[[int, Message], "Message | str | None"]
 
 class ListLink:
     """A wire in memory. `respond` gives a frame, "lost", "crashed", or None for silence;
-    `connected` says who is there at each look."""
+    `connected` says who is there at each look. What is longer than was said is not read."""
 
     def __init__(self, respond: Respond, connected: Callable[[], set[int]]) -> None:
         self.respond, self.connected = respond, connected
         self.sent: list[tuple[int, Message]] = []
+        self.longest = 0
 
     def nodes(self) -> set[int]:
         return self.connected()
 
-    def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
+    def push(
+        self, sends: list[tuple[int, Message]], group: str, seconds: float, longest: int
+    ) -> list[str]:
+        self.longest = max(self.longest, longest)
         start = len(self.sent)
         self.sent += sends
         return [str(number) for number in range(start, len(self.sent))]
@@ -70,6 +74,7 @@ class ListLink:
             node, message = self.sent[int(message_id)]
             reply = self.respond(node, message)
             if isinstance(reply, Message):
+                reply = reply if len(reply.payload) <= self.longest else Message("")
                 answers.append(Answer(message_id=message_id, node=node, message=reply))
             elif reply:
                 answers.append(
@@ -587,7 +592,7 @@ def test_frames_pass_a_local_socket_unchanged() -> None:
         distant = SocketLink(channel)
         assert distant.nodes() == ALL
         message = Message(json.dumps({"é": 2**62}), bytes(range(256)) * 1000)
-        assert distant.push([(11, message), (22, Message("empty"))], "1", 60.0) == ["0", "1"]
+        assert distant.push([(11, message), (22, Message("empty"))], "1", 60.0, 9) == ["0", "1"]
         assert link.sent == [(11, message), (22, Message("empty"))]
         link.respond = lambda node, asked: asked if node == 11 else "crashed"
         assert distant.pull(["0", "1"]) == [

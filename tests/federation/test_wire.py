@@ -74,6 +74,15 @@ def forged(payload: bytes, **fields: Any) -> Message:
     return Message(json.dumps(header), payload)
 
 
+@pytest.mark.parametrize("run", ["\ud800", "a\udfffb"])
+def test_half_a_character_in_a_request_is_refused_before_anything_is_written_of_it(
+    run: str,
+) -> None:
+    header = json.loads(write_request(REQUEST).header) | {"run": run}
+    with pytest.raises(PayloadError, match="the message's header is not JSON"):
+        read_request(Message(json.dumps(header), write_request(REQUEST).payload))
+
+
 def test_requests_and_replies_survive_the_way() -> None:
     read = read_request(write_request(REQUEST))
     assert torch.equal(read.payload[PROMPT], PROMPT_SENT[PROMPT]) and replace(

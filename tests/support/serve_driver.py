@@ -38,10 +38,10 @@ def arm(boundary: str, round: int, link: Any) -> None:
     if boundary == "before-broadcast":
         push = link.push
 
-        def dying_push(self: Any, sends: Any, group: str, seconds: float) -> list[str]:
+        def dying_push(self: Any, sends: Any, group: str, *rest: Any) -> list[str]:
             if group == str(round):
                 die()
-            return list(push(self, sends, group, seconds))
+            return list(push(self, sends, group, *rest))
 
         link.push = dying_push
     elif boundary == "after-one-reply":

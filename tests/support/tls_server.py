@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from fedsp.deployment.parties.credentials import CERTIFICATE, KEY
 
 
 @contextlib.contextmanager
-def serving(app: Any, folder: Path, port: int, **more: Any) -> Iterator[None]:
+def serving(
+    app: Any,
+    folder: Path,
+    port: int,
+    listen: Callable[[uvicorn.Config], list[socket.socket]] | None = None,
+    **more: Any,
+) -> Iterator[None]:
     tls: dict[str, Any] = {"ssl_certfile": folder / CERTIFICATE, "ssl_keyfile": folder / KEY}
     server = uvicorn.Server(
         config=uvicorn.Config(
@@ -28,7 +35,8 @@ def serving(app: Any, folder: Path, port: int, **more: Any) -> Iterator[None]:
             **more,
         )
     )
-    thread = threading.Thread(target=server.run)
+    sockets = listen(server.config) if listen else None
+    thread = threading.Thread(target=server.run, args=[sockets])
     thread.start()
     try:
         while not server.started:

@@ -21,6 +21,8 @@ import contextlib
 import hashlib
 import json
 import re
+import resource
+import socket
 import ssl
 import sys
 import time
@@ -145,6 +147,9 @@ class FleetProxy:
             or scope.get("query_string")
         ):
             return 404, [], b"", 0
+        names = Counter(name.lower() for name, _ in scope["headers"])
+        if any(names[name.encode()] > 1 for name in (KEY_HEADER, SIGNATURE_HEADER, TIME_HEADER)):
+            return 400, [], b"", 0  # Flower might read another of them than is checked here
         client = self._signer({name.lower(): value for name, value in scope["headers"]})
         if isinstance(client, tuple):
             return client
@@ -218,10 +223,10 @@ class FleetProxy:
                 return {}
         return self._keys
 
-    def _last_change(self) -> int:
-        return max(
+    def _last_change(self) -> list[int]:
+        return [
             path.stat().st_mtime_ns for path in (self._folder / REGISTER, self._folder / "clients")
-        )
+        ]
 
     async def _read(self, body: bytearray, client: bytes, receive: Receive) -> int:
         """Read a request's body into `body`; returns the status of the refusal, or 0."""
@@ -267,43 +272,76 @@ HOP = set(b"host connection keep-alive transfer-encoding content-length te upgra
 """Headers that belong to one connection."""
 
 
-class Guarded(H11Protocol):
-    """A connection, aborted if its address has too many or if its headers do not arrive in time."""
-
-    open: ClassVar[Counter[str]] = Counter()
+class Patient(H11Protocol):
+    """A connection, aborted if the headers of a request do not arrive in time."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._address = str((self.client or ("",))[0])
-        Guarded.open[self._address] += 1
-        self._patience = self.loop.call_later(HEADERS_WITHIN, transport.abort)
-        if Guarded.open[self._address] > EACH:
-            transport.abort()
+        self._wait()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None:
+        if self.cycle is not None and not self.cycle.response_complete:
             self._patience.cancel()  # a request that has begun has its own time
+        elif self._patience.cancelled():
+            self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._patience.cancel()
-        Guarded.open[self._address] -= 1
-        if not Guarded.open[self._address]:
-            del Guarded.open[self._address]
         super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._patience = self.loop.call_later(HEADERS_WITHIN, self.transport.abort)
+
+
+class Listening(socket.socket):
+    """A listening socket that takes at most `EACH` connections of an address; it hangs up on others
+    before TLS is spoken."""
+
+    open: ClassVar[Counter[str]] = Counter()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        connection, address = super().accept()
+        if Listening.open[address[0]] >= EACH:
+            connection.close()
+            raise ConnectionAbortedError  # the event loop waits for the next one
+        return Counted(connection.detach(), address[0]), address
+
+
+class Counted(socket.socket):
+    """A connection that counts until it is closed."""
+
+    def __init__(self, descriptor: int, address: str) -> None:
+        super().__init__(fileno=descriptor)
+        self._address = address
+        Listening.open[address] += 1
+
+    def close(self) -> None:
+        if self.fileno() >= 0:
+            Listening.open[self._address] -= 1
+            if not Listening.open[self._address]:
+                del Listening.open[self._address]
+        super().close()
 
 
 SERVING: dict[str, Any] = {
-    "http": Guarded,
+    "http": Patient,
     "h11_max_incomplete_event_size": LONGEST_HEADERS,
     "access_log": False,
 }
 """How uvicorn serves the proxy."""
 
 
+def listen(config: uvicorn.Config) -> list[socket.socket]:
+    """The socket of a server; this process may have as many as the system allows."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return [Listening(fileno=config.bind_socket().detach())]
+
+
 def main(host: str, port: int, superlink: int, folder: Path, counts: Path) -> None:
     """Serve until stopped; TLS 1.2 or later with the server's certificate."""
-    uvicorn.run(
+    config = uvicorn.Config(
         FleetProxy(superlink, folder, counts),
         host=host,
         port=port,
@@ -313,6 +351,7 @@ def main(host: str, port: int, superlink: int, folder: Path, counts: Path) -> No
         timeout_graceful_shutdown=3,
         **SERVING,
     )
+    uvicorn.Server(config).run(sockets=listen(config))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import contextlib
 import os
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -28,9 +29,10 @@ LOST = (3, 4, 5)
 """Flower's error codes of a message, a reply or a node that is not there any more; the others are
 of an app that raised or crashed."""
 
-SPARE = 4096
-"""Bytes by which a reply's payload may exceed the longest request's, and the maximum size of its
-header; the reader of the reply checks the exact sizes."""
+LONGEST_HEADER = 4096
+FETCHES = 4
+"""Replies of one node that are waited for at a time: one whose upload stalls, as that of a client
+that was killed meanwhile does for an hour and more, does not hold up those behind it."""
 
 MEMORY = 8 << 30
 """Limit of the address space, in bytes, of a process that only forwards messages: what it receives
@@ -61,23 +63,25 @@ def from_record(record: RecordDict) -> Message:
 class GridLink:
     """A link over Flower's Grid. See `fedsp.federation.transport.remote.NodeLink`.
 
-    What a node answers is fetched by a thread for that node, one at a time: a reply that Flower
-    cannot read, or one whose upload stalls, holds up no other's. No reply is longer than the
-    longest message that was sent, and some room.
+    Each reply is fetched by a thread of its own, so one that Flower cannot read, or whose upload
+    stalls, holds up no other. A reply that is longer than was said when its request was sent is
+    not read.
     """
 
     def __init__(self, grid: Grid, workers: int = 256) -> None:
         self._grid = grid
         self._workers = ThreadPoolExecutor(workers)
-        self._fetching: dict[int, Future[list[Answer]]] = {}
+        self._fetching: dict[str, Future[list[Answer]]] = {}
         self._node_of: dict[str, int] = {}
         self._longest = 0
 
     def nodes(self) -> set[int]:
         return set(self._grid.get_node_ids())
 
-    def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
-        self._longest = max([self._longest, *(len(message.payload) for _, message in sends)])
+    def push(
+        self, sends: list[tuple[int, Message]], group: str, seconds: float, longest: int
+    ) -> list[str]:
+        self._longest = max(self._longest, longest)
         names = []
         for node, message in sends:
             content = to_record(message)
@@ -89,19 +93,19 @@ class GridLink:
     def pull(self, message_ids: list[str]) -> list[Answer]:
         """Flower's own error messages are answers without a message; what they say of the client is
         not read."""
-        wanted: dict[int, list[str]] = {}
+        waiting = Counter(self._node_of[message_id] for message_id in self._fetching)
         for message_id in message_ids:
-            wanted.setdefault(self._node_of[message_id], []).append(message_id)
-        for node, names in wanted.items():
-            if node not in self._fetching:
-                self._fetching[node] = self._workers.submit(self._fetch, names)
-        wait([self._fetching[node] for node in wanted], timeout=0.1)
-        done = [node for node, fetched in self._fetching.items() if fetched.done()]
-        return [answer for node in done for answer in self._fetching.pop(node).result()]
+            node = self._node_of[message_id]
+            if message_id not in self._fetching and waiting[node] < FETCHES:
+                self._fetching[message_id] = self._workers.submit(self._fetch, message_id)
+                waiting[node] += 1
+        wait([self._fetching[name] for name in message_ids if name in self._fetching], timeout=0.1)
+        done = [name for name, fetched in self._fetching.items() if fetched.done()]
+        return [answer for name in done for answer in self._fetching.pop(name).result()]
 
-    def _fetch(self, message_ids: list[str]) -> list[Answer]:
+    def _fetch(self, message_id: str) -> list[Answer]:
         try:
-            return [self._answer(reply) for reply in self._grid.pull_messages(message_ids)]
+            return [self._answer(reply) for reply in self._grid.pull_messages([message_id])]
         except Exception:
             # whatever a client has sent instead of a message; Flower calls it lost from now on
             return []
@@ -111,7 +115,7 @@ class GridLink:
         fault = ""
         if flower_message.has_content():
             message = from_record(flower_message.content)
-            if len(message.payload) > self._longest + SPARE or len(message.header) > SPARE:
+            if len(message.payload) > self._longest or len(message.header) > LONGEST_HEADER:
                 message = Message("")
         elif flower_message.error.code not in LOST:
             fault = "the client's process ended before it answered"

@@ -140,8 +140,10 @@ class SocketLink:
         self._check()
         return set(self._call(["nodes"])[0])
 
-    def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
-        call = ["push", [node for node, _ in sends], group, seconds]
+    def push(
+        self, sends: list[tuple[int, Message]], group: str, seconds: float, longest: int
+    ) -> list[str]:
+        call = ["push", [node for node, _ in sends], group, seconds, longest]
         return list(self._call(call, [message for _, message in sends])[0])
 
     def pull(self, message_ids: list[str]) -> list[Answer]:
@@ -173,8 +175,8 @@ def carry(link: Any, channel: Channel) -> None:
         if name == "nodes":
             channel.send(sorted(link.nodes()))
         elif name == "push":
-            nodes, group, seconds = arguments
-            channel.send(link.push(list(zip(nodes, messages, strict=True)), group, seconds))
+            nodes, *rest = arguments
+            channel.send(link.push(list(zip(nodes, messages, strict=True)), *rest))
         else:
             found = link.pull(*arguments)
             heads = [[one.message_id, one.node, bool(one.message), one.fault] for one in found]

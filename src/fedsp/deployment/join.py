@@ -50,7 +50,7 @@ from fedsp.federation.messages import Request
 from fedsp.federation.party import Party
 from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
-from fedsp.federation.transport.request_handler import answer
+from fedsp.federation.transport.request_handler import answer, take_back
 from fedsp.federation.transport.wire import (
     END,
     LONGEST_HEADER,
@@ -194,6 +194,7 @@ class Client:
             return reply
         asked = json.loads(message.header)
         named = {name: asked[name] for name in ("run", "round", "client", "seed")}
+        take_back(self._open(message, named["client"]).store, named["round"])
         return write_refusal(Request(**named, payload={}), "withheld")
 
     def _figures(self, message: Message, reply: Message) -> dict[str, Any]:
@@ -228,6 +229,7 @@ class Client:
             | {
                 "bytes": len(sent),
                 "sha256": hashlib.sha256(sent).hexdigest(),
+                "payload": hashlib.sha256(reply.payload).hexdigest(),
                 "package": self.party.package.sha256,
                 "answers": hashlib.sha256(message.header.encode() + message.payload).hexdigest(),
             }

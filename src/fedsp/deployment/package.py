@@ -25,6 +25,7 @@ from fedsp.errors import (
 from fedsp.models.auxiliary import AuxiliaryModel, chosen_counts, load_auxiliary, parse_plan
 from fedsp.models.loading import require_vocabulary
 from fedsp.models.messengers.registry import require_messenger
+from fedsp.models.prompted_lm import Positions
 from fedsp.storage import parse_json, write_bytes, write_json
 
 AGREEMENT, SIGNATURE = "agreement.json", "signature"
@@ -127,11 +128,20 @@ def open_package(
     except CredentialError as error:
         raise CredentialError(f"the package {folder} is refused: {error}") from error
     agreement = read_agreement(folder)
+    return load_foreign(folder, device=device, positions=agreement.positions), agreement
+
+
+def load_foreign(folder: Path, *, device: torch.device, positions: Positions) -> AuxiliaryModel:
+    """The auxiliary model of a package that somebody else made, whatever they put into it.
+
+    Raises:
+        AuxiliaryError: it cannot be used.
+    """
     require_harmless(folder)
     try:
-        auxiliary = load_auxiliary(folder, device=device, positions=agreement.positions)
+        auxiliary = load_auxiliary(folder, device=device, positions=positions)
         require_vocabulary(auxiliary, auxiliary.tokenizer)
-        return auxiliary, agreement
+        return auxiliary
     except FedspError:
         raise
     except Exception as error:  # whatever an owner of a model puts into a package

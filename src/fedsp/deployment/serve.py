@@ -269,7 +269,7 @@ def _say_goodbye(link: SocketLink, node_of: Mapping[str, int]) -> None:
     """Tell the clients that are there that the run is finished; those that are not will find the
     server gone."""
     here = sorted(link.nodes() & set(node_of.values()))
-    left = link.push([(node, END) for node in here], "end", 60.0) if here else []
+    left = link.push([(node, END) for node in here], "end", 60.0, 0) if here else []
     until = time.monotonic() + 20
     while left and time.monotonic() < until:
         answered = {found.message_id for found in link.pull(left)}

@@ -32,6 +32,11 @@ from fedsp.federation.transport.request_handler import answer
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.loading import choose_device, reduce_precision
 
+A_YEAR = 365.0 * 24 * 3600
+PATIENT = Timeouts(reply=A_YEAR, retry=A_YEAR, poll=0.02)
+"""A simulated client that waits for its turn on a core is neither lost nor late: one that was asked
+again would train again."""
+
 
 def simulate(run: RunDirectory, callbacks: Callbacks) -> dict[str, Any]:
     """The whole of a run, or what is left of it; returns the figures of `result.json`.
@@ -87,9 +92,7 @@ def over_grid(grid: Grid, run: RunDirectory, clients: Clients) -> Transport:
             f" Flower {len(clients.register)} of them"
         )
     node_of = dict(zip(sorted(clients.register), nodes, strict=False))
-    transport = remote(
-        GridLink(grid), node_of, Timeouts(poll=0.02), run.log_traffic, lambda text: None
-    )
+    transport = remote(GridLink(grid), node_of, PATIENT, run.log_traffic, lambda text: None)
     return lambda requests: transport(
         [replace(request, change=b"") for request in requests]
     )  # a worker keeps no broadcast: the next client may be another's

@@ -48,7 +48,7 @@ from fedsp.config import RunConfig
 from fedsp.config_file import make_config, recorded_config, resolve_from_here
 from fedsp.errors import FedspError, RunError, StorageError
 from fedsp.federation.methods.registry import shown_method
-from fedsp.storage import parse_json, read_tensors, write_bytes, write_json, write_tensors
+from fedsp.storage import locked, parse_json, read_tensors, write_bytes, write_json, write_tensors
 
 if TYPE_CHECKING:
     from fedsp.federation.loop import RunState
@@ -89,6 +89,28 @@ class RunDirectory:
             RunError: the folder holds a run, or something else.
             StorageError: the disk did not take it.
         """
+        cls.require_free(config)
+        path = Path(config.output)
+        import torch
+
+        run = cls(path, config)
+        about = {
+            "run": secrets.token_hex(8),  # no draw comes from it; clients tell runs apart by it
+            "seed": config.seed,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+        write_json(path / RUN, about)
+        write_bytes(path / CONFIG, tomli_w.dumps(config.model_dump(exclude_none=True)).encode())
+        return run
+
+    @classmethod
+    def require_free(cls, config: RunConfig) -> None:
+        """See that a new run may be written into `config.output`.
+
+        Raises:
+            RunError: the folder holds a run, or something else.
+        """
         path = Path(config.output)
         there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
         begun = there - {CONFIG, RUN, LOCK}
@@ -112,24 +134,18 @@ class RunDirectory:
                 f"{path} is in use and does not hold a run: give an empty or a new folder with"
                 " output=..."
             )
-        import torch
-
-        run = cls(path, config)
-        about = {
-            "run": secrets.token_hex(8),  # no draw comes from it; clients tell runs apart by it
-            "seed": config.seed,
-            "threads": torch.get_num_threads(),
-            "versions": versions(),
-        }
-        write_json(path / RUN, about)
-        write_bytes(path / CONFIG, tomli_w.dumps(config.model_dump(exclude_none=True)).encode())
-        return run
 
     def remove_if_not_begun(self) -> None:
-        """Leave no folder of a run that was refused before it had made anything."""
+        """Leave no folder of a run that was refused before it had made anything, unless another
+        process is at it."""
+        if self._is_not_begun():
+            with locked(self.path / LOCK, wait=False) as mine:
+                if mine and self._is_not_begun():
+                    shutil.rmtree(self.path, ignore_errors=True)
+
+    def _is_not_begun(self) -> bool:
         there = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
-        if CONFIG in there and there <= {CONFIG, RUN, LOCK}:
-            shutil.rmtree(self.path, ignore_errors=True)
+        return CONFIG in there and there <= {CONFIG, RUN, LOCK}
 
     @classmethod
     def open(cls, path: Path, *, to_show: bool = False) -> RunDirectory:

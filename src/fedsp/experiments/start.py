@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -116,7 +116,9 @@ def start_run(
     if engine is in_this_process:
         require_local(config)
     config = with_layers_chosen(config, callbacks)
-    return resume_run(RunDirectory.create(config), callbacks, engine)
+    RunDirectory.require_free(config)  # before a lock lies in it
+    with _alone(Path(config.output)):
+        return _go_on(RunDirectory.create(config), callbacks, engine)
 
 
 def resume_run(
@@ -129,20 +131,31 @@ def resume_run(
     Raises:
         RunError: another process has it.
     """
-    torch.set_num_threads(directory.threads)  # as it was begun with: they decide the last bits
-    callbacks = callbacks or Callbacks()
-    with locked(directory.path / LOCK, wait=False) as held:
+    with _alone(directory.path):
+        return _go_on(directory, callbacks, engine)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only process that runs what is in a folder."""
+    with locked(folder / LOCK, wait=False) as held:
         if not held:
             raise RunError(
-                f"{directory.path} is being run by another process: wait for it, or end it; nothing"
-                " was changed"
+                f"{folder} is being run by another process: wait for it, or end it; nothing was"
+                " changed"
             )
-        if directory.finished:
-            callbacks.info(f"the run in {directory.path} is finished")
-        return {
-            "folder": str(directory.path),
-            **tracked(directory, callbacks, lambda callbacks: engine(directory, callbacks)),
-        }
+        yield
+
+
+def _go_on(directory: RunDirectory, callbacks: Callbacks | None, engine: Engine) -> Figures:
+    torch.set_num_threads(directory.threads)  # as it was begun with: they decide the last bits
+    callbacks = callbacks or Callbacks()
+    if directory.finished:
+        callbacks.info(f"the run in {directory.path} is finished")
+    return {
+        "folder": str(directory.path),
+        **tracked(directory, callbacks, lambda callbacks: engine(directory, callbacks)),
+    }
 
 
 def make_package(

@@ -39,11 +39,19 @@ class ChainedLog:
         """Add an entry, with the time; returns when it is on the disk.
 
         Raises:
-            StorageError: the disk did not take it, so what it is about may not be done.
+            StorageError: the disk did not take it, or it could not be read again; so what it is
+                about may not be done.
         """
         told = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **entry}
-        chain = _chain(self._last, told)
-        line = json.dumps({**told, "chain": chain}).encode() + b"\n"
+        try:
+            chain = _chain(self._last, told)
+            line = json.dumps({**told, "chain": chain}).encode() + b"\n"
+            parse_json(line)
+        except ValueError as error:
+            raise StorageError(
+                f"{self.path}: this cannot be written down, since it could not be read again"
+                f" ({error}): nothing was done"
+            ) from error
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b") as file:

@@ -25,16 +25,15 @@ def read_egress(path: Path) -> list[Entry]:
 def egress_figures(entries: Sequence[Entry]) -> dict[str, Any]:
     """What a journal says in sum: `messages` by kind, `runs`, the `first` and the `last` time,
     `bytes`, the largest `norm` of a change, `updates`, each counted once however often it was sent,
-    and the `unprotected` of them, without differential privacy; the largest `epsilon` that was
-    counted with its `delta`, and the `chain`, the digest of the last line."""
+    and the `unprotected` of them, without differential privacy; the last `epsilon` that was
+    counted, which is of all that was sent, with its `delta`, and the `chain`, the digest of the
+    last line."""
     norms = [entry["norm"] for entry in entries if entry.get("norm") is not None]
     spent = [
         (entry["epsilon"], entry["delta"]) for entry in entries if entry.get("epsilon") is not None
     ]
-    epsilon, delta = max(spent, default=(None, None))
-    updates = {
-        entry.get("sha256", entry["chain"]): entry for entry in entries if entry["kind"] == "update"
-    }
+    epsilon, delta = spent[-1] if spent else (None, None)
+    updates = {_which(entry): entry for entry in entries if entry["kind"] == "update"}
     return {
         "messages": dict(Counter(entry["kind"] for entry in entries)),
         "runs": sorted({entry["run"] for entry in entries}),
@@ -48,3 +47,10 @@ def egress_figures(entries: Sequence[Entry]) -> dict[str, Any]:
         "delta": delta,
         "chain": entries[-1]["chain"] if entries else "",
     }
+
+
+def _which(entry: Entry) -> tuple[object, ...]:
+    """What is the same for an update however often it was signed and sent. Journals of earlier
+    versions have no digest of the payload."""
+    digest = entry.get("payload", entry.get("sha256", entry["chain"]))
+    return entry["run"], entry["round"], digest

@@ -84,7 +84,8 @@ def _not_finite(values: Tensor) -> int:
 
 
 def _few(names: list[str]) -> str:
-    return str(names) if len(names) <= 4 else f"{names[:4]} and {len(names) - 4} more"
+    shown = [name if len(name) <= 100 else f"{name[:100]}..." for name in names[:4]]
+    return str(shown) if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def as_row(payload: Payload) -> Tensor:

@@ -113,6 +113,7 @@ class Engine:
             Full: too many wait already.
         """
         with self._something:
+            self._waiting = deque(one for one in self._waiting if not one.left)
             if len(self._waiting) + len(wanted) > MOST_WAITING:
                 raise Full
             self._waiting += wanted
@@ -132,8 +133,15 @@ class Engine:
                 self._answer(name, going)
             except Exception:  # a text must not end the server for all others
                 logging.getLogger("fedsp").exception("texts could not be answered")
-                for one in going:
+                for one in going or self._all_of(name):
                     one.told("failed")
+
+    def _all_of(self, name: str) -> list[Wanted]:
+        """Those that wait for a name that cannot answer at all, who wait no longer."""
+        with self._something:
+            found = [one for one in self._waiting if one.model == name]
+            self._waiting = deque(one for one in self._waiting if one.model != name)
+        return found
 
     def _answer(self, name: str, going: list[Wanted]) -> None:
         """Write texts with one name's answers until none is going on."""

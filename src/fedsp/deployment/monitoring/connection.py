@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
-import json
 import queue
 import socket
 import ssl
@@ -38,6 +37,7 @@ from fedsp.deployment.processes import host_and_port, written
 from fedsp.errors import ConfigurationError, CredentialError, DeploymentError, first_line
 from fedsp.federation.callbacks import Callbacks
 from fedsp.federation.chained_log import record_event
+from fedsp.storage import parse_json
 
 GREETING = "/v1/fedsp/greeting"
 VERSION_HEADER = "fedsp-version"
@@ -262,9 +262,9 @@ def _greet(
     try:
         if reply.status != 200:
             raise ValueError
-        told = json.loads(body)
+        told = parse_json(body)
         theirs, now = str(told["fedsp"])[:40], float(told["time"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise Refused(
             f"the server at {where} answers fedsp's greeting with code {reply.status}: it is an"
             f" earlier version than this client's fedsp {own}, or no server of fedsp's; use one"

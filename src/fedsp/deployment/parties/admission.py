@@ -170,13 +170,14 @@ def admit(request: Path, server: Path, examples: int | None = None) -> tuple[Ask
                     f"{path} is written otherwise than fedsp writes it, so no table can be put"
                     f" behind it ({error}): write each client as a table of its own, [clients.NAME]"
                 ) from error
+        own = server_public(server)
         event = "key replaced" if known else "admitted"
         record_event(server, event, client=asked.name, key=asked.fingerprint)
         write_bytes(
             known.public_key if known else server / "clients" / f"{asked.name}.pub", asked.public
         )
         write_bytes(path, longer.encode())
-        write_bytes(server / SERVER_PUBLIC, server_public(server))
+        write_bytes(server / SERVER_PUBLIC, own)
     return asked, known is not None
 
 
@@ -215,13 +216,15 @@ def revoke(name: str, server: Path) -> Member:
                 " hand"
             )
         record_event(server, "revoked", client=name)
-        write_bytes(path, shorter.encode())
         public = members[name].public_key
         kept, number = public.with_name(f"{public.name}.revoked"), 1
         while kept.exists():  # an earlier key of this client
             number += 1
             kept = public.with_name(f"{public.name}.{number}.revoked")
-        public.replace(kept)
+        # before the register forgets it: a key that is not kept could be admitted again
+        write_bytes(kept, public.read_bytes())
+        write_bytes(path, shorter.encode())
+        public.unlink()
         return members[name]
 
 

@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
@@ -20,7 +21,7 @@ from typing import Any
 
 from fedsp.errors import DeploymentError, StorageError, first_line
 from fedsp.federation.chained_log import record_event
-from fedsp.storage import parse_json, write_json
+from fedsp.storage import locked, parse_json, write_json
 
 FOLDER = "release"
 LOOKS_EVERY = 1.0
@@ -57,9 +58,12 @@ def wait_for_release(
         if stopping.wait(LOOKS_EVERY):
             raise DeploymentError("the client ends before its update was released")
         if time.monotonic() > until:
-            _record(state, name, figures, "withheld", "nobody, in time")
-            waiting.unlink(missing_ok=True)
-            return False
+            with _deciding(state):
+                if decided.exists():
+                    break
+                _record(state, name, figures, "withheld", "nobody, in time")
+                waiting.unlink(missing_ok=True)
+                return False
     waiting.unlink(missing_ok=True)
     return bool(_read(decided, "released")["released"])
 
@@ -85,13 +89,21 @@ def decide(state: Path, name: str, *, released: bool) -> None:
     Raises:
         StorageError: it does not wait, or the state folder cannot be written.
     """
-    figures = waiting(state).get(name)
-    if figures is None:
-        raise StorageError(f"no update {name} waits in {state / FOLDER}")
-    who = _user()
-    _record(state, name, figures, "released" if released else "withheld", who)
-    decision = {"released": released, "who": who, "time": datetime.now(UTC).isoformat()}
-    write_json(state / FOLDER / f"{name}.decided", decision)
+    with _deciding(state):
+        figures = waiting(state).get(name)
+        if figures is None:
+            raise StorageError(f"no update {name} waits in {state / FOLDER}")
+        who = _user()
+        _record(state, name, figures, "released" if released else "withheld", who)
+        decision = {"released": released, "who": who, "time": datetime.now(UTC).isoformat()}
+        write_json(state / FOLDER / f"{name}.decided", decision)
+
+
+@contextmanager
+def _deciding(state: Path) -> Iterator[None]:
+    """One decision at a time, by a person or because time is over."""
+    with locked(state / FOLDER / ".lock", wait=True):
+        yield
 
 
 def _record(state: Path, name: str, figures: Mapping[str, Any], event: str, who: str) -> None:

@@ -12,7 +12,14 @@ from typing import Protocol
 from fedsp.errors import PayloadError
 from fedsp.federation.messages import Failure, Request, Transport, Update
 from fedsp.federation.transport.message import Answer, Message
-from fedsp.federation.transport.wire import REFUSALS, read_reply, signed_reply, write_request
+from fedsp.federation.transport.wire import (
+    REFUSALS,
+    most_bytes,
+    read_reply,
+    signed_reply,
+    write_request,
+)
+from fedsp.models.payload import shapes_of
 
 
 class NodeLink(Protocol):
@@ -21,8 +28,11 @@ class NodeLink(Protocol):
     def nodes(self) -> set[int]:
         """The nodes that are connected now."""
 
-    def push(self, sends: list[tuple[int, Message]], group: str, seconds: float) -> list[str]:
-        """Send a message to each node, which expires after `seconds`; returns an id for each."""
+    def push(
+        self, sends: list[tuple[int, Message]], group: str, seconds: float, longest: int
+    ) -> list[str]:
+        """Send a message to each node, which expires after `seconds`; returns an id for each. No
+        answer's payload has more than `longest` bytes."""
 
     def pull(self, message_ids: list[str]) -> list[Answer]:
         """The answers that have come to some of these messages; each is given once."""
@@ -122,7 +132,8 @@ def remote(
                 for client in clients
             }
             sends = [(node_of[client], message) for client, message in messages.items()]
-            ids = link.push(sends, str(requests[0].round), 2 * timeouts.reply)
+            longest = max(most_bytes(shapes_of(open[name].request.payload)) for name in clients)
+            ids = link.push(sends, str(requests[0].round), 2 * timeouts.reply, longest)
             for (client, message), message_id in zip(messages.items(), ids, strict=True):
                 one = open[client]
                 one.first = now if one.first is None else one.first

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from fedsp.errors import FedspError, PayloadError, PolicyError, StorageError, TrainingDiverged
 from fedsp.federation.codecs import FLOAT32
 from fedsp.federation.compression import difference, encode_with_residual
 from fedsp.federation.messages import Request, Update
 from fedsp.federation.methods.base import Method
 from fedsp.federation.party import Party
+from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
 from fedsp.federation.transport.wire import CannotRead, read_request, write_refusal, write_update
 from fedsp.models.payload import Payload, pack
@@ -76,6 +79,24 @@ def answer_bytes(update: Update, request: Request, party: Party) -> bytes:
         request.round, {f"residual/{name}": tensor for name, tensor in residual.items()}
     )
     return data
+
+
+def take_back(store: StateStore, round: int) -> None:
+    """Let what a round's answer has left out be what was left out before it: that answer is not
+    sent, so none of it is to be part of a later one.
+
+    Raises:
+        StorageError: it could not be read or written.
+    """
+    before = entries_below(store.load(before=round), "residual")
+    now = entries_below(store.at(round), "residual")
+    store.save(
+        round,
+        {
+            f"residual/{name}": before.get(name, torch.zeros_like(left))
+            for name, left in now.items()
+        },
+    )
 
 
 def _code(error: Exception) -> str:

@@ -18,6 +18,7 @@ from fedsp.federation.compression import read_values
 from fedsp.federation.messages import Failure, Request, Update
 from fedsp.federation.transport.message import Message
 from fedsp.models.payload import Payload, Shapes, pack, shapes_of
+from fedsp.storage import parse_json
 
 VERSION = 1
 LONGEST_HEADER = 4096
@@ -239,8 +240,8 @@ def _fields(message: Message, expected: dict[str, type]) -> dict[str, Any]:
             f"the message's header has {len(message.header)} characters, more than {LONGEST_HEADER}"
         )
     try:
-        fields = json.loads(message.header)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(message.header)
+    except ValueError as error:
         raise PayloadError("the message's header is not JSON") from error
     if not isinstance(fields, dict) or fields.get("fedsp") != VERSION:
         raise PayloadError(
