@@ -3,6 +3,7 @@ who looks at the package sees what it is."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -23,7 +24,7 @@ from fedsp.audit.summary import account
 from fedsp.audit.trap import Trap, draw_words, make_trap, right_words, room_for_words
 from fedsp.cli import app
 from fedsp.data.encoding import Encoded
-from fedsp.errors import AuxiliaryError, DataError, RunError
+from fedsp.errors import AuxiliaryError, DataError, FedspError, RunError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.federation.messages import Request
 from fedsp.federation.methods.base import Averaging
@@ -351,6 +352,31 @@ def test_whoever_is_handed_a_package_can_look_at_it(tmp_path: Path) -> None:
     spec = PromptSpec(space="residual", length=17, model=honest.prompt_shape)
     make_trap(honest, spec, range(16)).auxiliary.save(tmp_path / "trap")
     assert len(commands.inspect(tmp_path / "trap")["unusual"]) >= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"vocab_size": None}),
+        ("config.json", {"n_head": "a"}),
+        ("config.json", {"dtype": "nope"}),
+        ("tokenizer_config.json", {"model_max_length": "a"}),
+        ("auxiliary.json", {"plan": {"prompt_layers": [-5]}}),
+    ],
+    ids=["vocabulary", "heads", "type", "length", "layers"],
+)
+def test_whatever_a_package_holds_looking_at_it_ends_with_a_sentence(
+    name: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    embedded_package().save(tmp_path / "package")
+    path = tmp_path / "package" / name
+    held = json.loads(path.read_text())
+    plan = change.get("plan")
+    if plan:
+        change = {"plan": {**held["plan"], "prompt_layers": [-5] * len(held["plan"]["groups"])}}
+    path.write_text(json.dumps({**held, **change}))
+    with contextlib.suppress(FedspError):
+        commands.inspect(tmp_path / "package")
 
 
 def test_the_command_says_what_is_unusual_and_ends_with_code_2(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
+import resource
 import shutil
 import socket
 import ssl
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -436,6 +439,44 @@ def test_headers_without_end_or_that_do_not_come_are_cut_off(opened: Any) -> Non
     assert not upstream.seen
 
 
+def test_the_headers_of_a_later_request_have_their_time_as_well(opened: Any) -> None:
+    url, _, context = opened
+    connection = dial(url, context)
+    connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert connection.recv(4096).startswith(b"HTTP/1.1 404")
+    connection.sendall(b"POST /v1/fleet/pull HTT")
+    assert closed(connection)
+
+
+def test_connections_that_never_speak_tls_count_as_well(opened: Any, headers: Any) -> None:
+    """Else one machine takes all that the process may have open."""
+    url, _, context = opened
+    port = int(url.rpartition(":")[2])
+    silent = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(3 * proxy.EACH)]
+    until(lambda: proxy.Listening.open["127.0.0.1"] == proxy.EACH)
+    for connection in silent[proxy.EACH :]:
+        connection.settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(1) == b"", "it was hung up on"
+    other = socket.create_connection(("127.0.0.1", port), 5, source_address=("127.0.0.2", 0))
+    with context.wrap_socket(other, server_hostname="127.0.0.1") as secure:
+        secure.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert secure.recv(4096).startswith(b"HTTP/1.1 404")
+    for connection in silent:
+        connection.close()
+    until(lambda: not proxy.Listening.open)
+
+
+@pytest.mark.parametrize("name", ["flwr-public-key", "flwr-signature", "flwr-timestamp"])
+def test_a_header_that_says_who_calls_stands_once(
+    name: str, app: proxy.FleetProxy, headers: Any
+) -> None:
+    """Flower reads the first of two, and who reads the last lets a revoked client in."""
+    call = Call(app, headers["a"])
+    call.headers = [(name.encode(), headers["b"][name].encode()), *call.headers]
+    assert asyncio.run(call(part(1)))[0] == 400 and not call.passed
+
+
 def test_one_address_cannot_keep_the_proxy_from_others(opened: Any, headers: Any) -> None:
     """Connections above its share are cut, and those that it has wait for nobody else's body."""
     url, upstream, context = opened
@@ -670,17 +711,35 @@ def test_the_proxy_is_served_as_it_is_meant_to_be(
     """TLS with the server's certificate, our own protocol with its patience and its bound on
     headers, and no log of requests."""
     served: list[Any] = []
-    monkeypatch.setattr(uvicorn, "run", lambda app, **how: served.extend([app, how]))
-    proxy.main("0.0.0.0", 8000, 9000, folder, tmp_path / "counts")
-    app, how = served
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self, sockets: served.extend([self.config, sockets])
+    )
+    configured = uvicorn.Config
+
+    def config_of(app: Any, **how: Any) -> uvicorn.Config:
+        served.append(how)
+        return configured(app, **how)
+
+    monkeypatch.setattr(uvicorn, "Config", config_of)
+    port = free_port()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        proxy.main("127.0.0.1", port, 9000, folder, tmp_path / "counts")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == limit[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    how, config, (listening,) = served
+    assert type(listening) is proxy.Listening and listening.getsockname() == ("127.0.0.1", port)
+    listening.close()
+    app = config.app
     assert (
         type(app) is proxy.FleetProxy
         and app._url == "https://127.0.0.1:9000"
         and app._file == tmp_path / "counts"
     )
     assert how == {
-        "host": "0.0.0.0",
-        "port": 8000,
+        "host": "127.0.0.1",
+        "port": port,
         "ssl_certfile": folder / CERTIFICATE,
         "ssl_keyfile": folder / KEY,
         "log_level": "warning",
@@ -689,6 +748,7 @@ def test_the_proxy_is_served_as_it_is_meant_to_be(
     }
     assert {
         "http": proxy.Patient,
+        "loop": "asyncio",
         "h11_max_incomplete_event_size": proxy.LONGEST_HEADERS,
         "access_log": False,
     } == proxy.SERVING
@@ -748,3 +808,19 @@ def test_a_register_that_stays_unreadable_lets_nobody_in(
     assert not allowed()
     (server / "register.toml").write_text(whole)
     assert allowed()
+
+
+def test_a_register_that_is_older_than_its_keys_is_read(
+    folder: Path, headers: Any, tmp_path: Path
+) -> None:
+    """As `cp -p` puts it in place."""
+    server = Path(shutil.copytree(folder, tmp_path / "server"))
+    app = proxy.FleetProxy(free_port(), server, tmp_path / "counts")
+    path = server / "register.toml"
+    keys = server / "clients"
+    os.utime(path, ns=(1, (keys.stat().st_mtime_ns) - 10**9))
+    app._registered()
+    left = tomllib.loads(path.read_text())["clients"]["a"]
+    path.write_text(f'[clients.a]\npublic_key = "{left["public_key"]}"\nexamples = 1\n')
+    os.utime(path, ns=(1, (keys.stat().st_mtime_ns) - 10**6))
+    assert [name for name, _ in app._registered().values()] == ["a"]

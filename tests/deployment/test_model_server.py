@@ -27,6 +27,7 @@ from fedsp.deployment.model_server.server import listen, read_key, served_by_nam
 from fedsp.errors import ConfigurationError, DataError, RunError
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.running_texts import RunningTexts, runs_together
+from fedsp.training.answers import AnswersAlone
 from support.small_runs import ROWS, settings
 from support.tiny_families import LONG_ROPE, tiny_causal_lm
 
@@ -323,7 +324,7 @@ def test_first_come_first_served_until_too_many_wait(monkeypatch: pytest.MonkeyP
     engine.ask(wanted("other", heard[1]), wanted("one", heard[2]))
     engine.ask(wanted("one", heard[3], left=True))
     with pytest.raises(Full):
-        engine.ask(*[wanted("one", []) for _ in range(engine_module.MOST_WAITING - 2)])
+        engine.ask(*[wanted("one", []) for _ in range(engine_module.MOST_WAITING - 1)])
     one.go.release(2)
     other.begun.wait()
     assert heard == [[1, 1, "length"], [], [], []]
@@ -358,6 +359,53 @@ def test_one_text_s_fault_is_not_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     done.wait()
     assert heard == [["failed"], [1, 1, "length"]]
     engine.stop()
+
+
+def test_a_name_that_cannot_answer_at_all_is_told_to_who_waits_for_it_and_to_nobody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = Slow(), Slow()
+    engine = slow_engine(monkeypatch, one=one, other=other)
+
+    def lacks_memory(answers: Any) -> Any:
+        if answers is other:
+            raise MemoryError
+        return AnswersAlone(answers)
+
+    monkeypatch.setattr(engine_module, "AnswersAlone", lacks_memory)
+    heard: list[list[Any]] = [[] for _ in range(3)]
+    engine.ask(*[wanted("other", heard[0]), wanted("other", heard[1]), wanted("one", heard[2])])
+    one.begun.wait()
+    assert heard == [["failed"], ["failed"], []]
+    one.go.release(2)
+    engine.stop()
+
+
+def test_who_has_hung_up_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Slow()
+    engine = slow_engine(monkeypatch, one=one)
+    engine.ask(wanted("one", []))
+    one.begun.wait()
+    for _ in range(3):
+        gone = [wanted("one", []) for _ in range(engine_module.MOST_WAITING)]
+        engine.ask(*gone)
+        for text in gone:
+            text.left = True
+    one.go.release(2)
+    engine.stop()
+
+
+@pytest.mark.parametrize("length", [b"5", b"0"])
+def test_a_body_of_no_length_is_refused_whatever_length_is_said_too(
+    address: str, length: bytes
+) -> None:
+    host, port = address.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port)), 10) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: " + length + b"\r\n"
+            b"transfer-encoding: chunked\r\nauthorization: Bearer " + KEY.encode() + b"\r\n\r\n"
+        )
+        assert connection.recv(4096).split()[1] in (b"400", b"411")
 
 
 def test_a_client_that_goes_is_not_answered_on(

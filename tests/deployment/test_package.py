@@ -47,6 +47,7 @@ from fedsp.deployment.package import (
     seal_package,
 )
 from fedsp.deployment.package_check import require_harmless
+from fedsp.deployment.parties import release
 from fedsp.deployment.parties.credentials import (
     CERTIFICATE,
     client_key,
@@ -73,11 +74,13 @@ from fedsp.experiments import start
 from fedsp.experiments.build import open_clients
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
-from fedsp.federation.chained_log import read_log
+from fedsp.federation.chained_log import read_log, record_event
 from fedsp.federation.codecs import parse_codec
 from fedsp.federation.egress import EGRESS, read_egress
 from fedsp.federation.messages import Failure, Request, Update
+from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
+from fedsp.federation.transport.request_handler import take_back
 from fedsp.federation.transport.wire import END, REFUSALS, read_reply, signed_reply, write_request
 from fedsp.models.auxiliary import load_auxiliary
 from fedsp.models.payload import PROMPT
@@ -284,7 +287,7 @@ def test_every_answer_is_in_the_journal_of_what_has_left_before_it_leaves(
     (tmp_path / "party.toml").write_text((place / "client-0" / "party.toml").read_text())
     told = CliRunner().invoke(app, ["egress", "report", str(tmp_path / "party.toml")])
     assert told.exit_code == 0, told.output
-    assert "3 updates (2 of them different, the others sent again)" in told.output
+    assert "3 updates (1 of them different, the others sent again)" in told.output
     assert "4 messages" in told.output and "and 1 refusals" in told.output
     assert "2 updates left without differential privacy" in told.output
     assert "The journal is whole; its last line has the digest" in told.output
@@ -433,11 +436,54 @@ def answering(client: Client, message: Message) -> tuple[threading.Thread, list[
     return thread, answers
 
 
+def test_a_decision_and_the_end_of_its_time_do_not_both_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever decides while it is being withheld hears that nothing waits any more."""
+    figures = {"run": "ab", "round": 1, "bytes": 9}
+    said = list[BaseException]()
+
+    def person(name: str) -> None:
+        try:
+            release.decide(tmp_path, name, released=True)
+        except StorageError as error:
+            said.append(error)
+
+    def slow(state: Path, event: str, **about: Any) -> None:
+        if about["who"] == "nobody, in time":
+            deciding.append(threading.Thread(target=person, args=[about["update"]]))
+            deciding[0].start()
+            deciding[0].join(0.2)
+        record_event(state, event, **about)
+
+    deciding: list[threading.Thread] = []
+    monkeypatch.setattr("fedsp.deployment.parties.release.record_event", slow)
+    monkeypatch.setattr(release, "LOOKS_EVERY", 0.01)
+    assert not release.wait_for_release(tmp_path, figures, 0.0, threading.Event(), lambda _: None)
+    deciding[0].join(20)
+    assert len(said) == 1 and "waits in" in str(said[0])
+    assert [event["event"] for event in read_log(tmp_path / "security.jsonl", "")] == ["withheld"]
+
+
+def test_what_was_withheld_is_no_part_of_what_is_sent_later(tmp_path: Path) -> None:
+    """A lossy codec adds what a round's answer left out to the next one's."""
+    store = StateStore(tmp_path)
+    store.save(1, {"residual/prompt": torch.ones(3), "answer": torch.zeros(2)})
+    store.save(2, {"residual/prompt": torch.full((3,), 2.0), "answer": torch.ones(2)})
+    take_back(store, 2)
+    left = store.load(before=3)
+    assert left["residual/prompt"].tolist() == [1.0] * 3 and left["answer"].tolist() == [1.0] * 2
+    take_back(store, 1)
+    assert store.at(1)["residual/prompt"].tolist() == [0.0] * 3
+
+
 def test_an_update_waits_until_a_person_has_decided(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedsp.deployment.parties.release.LOOKS_EVERY", 0.01)
     monkeypatch.setenv("LOGNAME", "data-officer")
+    taken_back: list[int] = []
+    monkeypatch.setattr(joining, "take_back", lambda store, round: taken_back.append(round))
     party = party_of(place, policy={"release": "ask"})
     state = Path(party.state)
 
@@ -496,6 +542,7 @@ def test_an_update_waits_until_a_person_has_decided(
     late = read_reply(signed_reply(answers[0], message, lambda *_: True), request)
     assert isinstance(late, Failure) and late.reason == REFUSALS["withheld"] and not waiting(state)
     assert read_log(state / "security.jsonl", "")[-1]["who"] == "nobody, in time"
+    assert taken_back == [2, 2, 3]
     # who ends the client does not wait for anybody
     client = Client(party, Callbacks())
     thread, answers = answering(client, asked(3)[1])

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsp.cli import main
-from fedsp.config_file import read_members, read_register
-from fedsp.deployment.parties import credentials
+from fedsp.config_file import REGISTER, read_members, read_register
+from fedsp.deployment.parties import admission, credentials
 from fedsp.deployment.parties.admission import admit, init_party, revoke, rotate_key
 from fedsp.deployment.parties.credentials import client_keys, fingerprint, read_request, renew
 from fedsp.deployment.parties.new_federation import init_federation
 from fedsp.errors import ConfigurationError, CredentialError, StorageError
-from fedsp.storage import locked
+from fedsp.storage import locked, write_bytes
 
 
 @pytest.fixture()
@@ -159,6 +159,31 @@ def test_a_key_that_was_revoked_does_not_come_back(server: Path, asking: Path) -
         (asking / "request.json").write_bytes(request)
         with pytest.raises(CredentialError, match="its key was revoked"):
             admit(asking / "request.json", server)
+
+
+def test_a_key_whose_revocation_a_kill_cut_short_does_not_come_back(
+    server: Path, asking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admit(asking / "request.json", server)
+
+    def killed(path: Path, data: bytes) -> None:
+        write_bytes(path, data)
+        if path.name == REGISTER:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(admission, "write_bytes", killed)
+        revoke("new", server)
+    with pytest.raises(CredentialError, match="its key was revoked"):
+        admit(asking / "request.json", server)
+
+
+def test_without_the_server_s_key_nobody_is_admitted(server: Path, asking: Path) -> None:
+    (server / credentials.SIGNING).unlink()
+    for _ in range(2):
+        with pytest.raises(CredentialError):
+            admit(asking / "request.json", server)
+        assert "new" not in read_register(server)
 
 
 def test_of_two_admissions_at_once_the_second_meets_the_first(server: Path, tmp_path: Path) -> None:

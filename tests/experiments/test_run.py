@@ -1083,6 +1083,28 @@ def test_a_prompt_that_leaves_no_room_for_text_is_refused(tmp_path: Path) -> Non
         commands.evaluate(tmp_path / "run", prompt=tmp_path / "long.safetensors")
 
 
+def test_a_second_run_on_a_folder_leaves_it_to_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the first still loads its model, and has written no more than what it is."""
+    place = "fedsp.experiments.run.load_dataset"
+    refused: list[str] = []
+
+    def another_comes(*arguments: Any) -> Any:
+        monkeypatch.setattr(place, load_dataset)
+        done = subprocess.run(
+            [sys.executable, "-c", f"import fedsp; fedsp.run({settings(tmp_path)!r})"],
+            capture_output=True,
+            text=True,
+        )
+        refused.append(done.stderr)
+        return load_dataset(*arguments)
+
+    monkeypatch.setattr(place, another_comes)
+    assert commands.run(settings(tmp_path))["best_round"] >= 0
+    assert "is being run by another process" in refused[0]
+
+
 @pytest.mark.parametrize("how", ["run", "resume"])
 def test_a_run_is_one_process_s_at_a_time(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

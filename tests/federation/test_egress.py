@@ -53,6 +53,25 @@ def test_an_update_that_is_sent_again_is_one(tmp_path: Path) -> None:
     assert "3 updates left without differential privacy" in told
 
 
+def test_an_update_is_one_however_often_it_is_signed(tmp_path: Path) -> None:
+    """A client that was restarted signs what it has answered anew, and each signature differs."""
+    path = tmp_path / "egress.jsonl"
+    about = {"run": "ab", "kind": "update", "bytes": 30, "norm": 1.0, "epsilon": None}
+    for signature, (round, payload) in enumerate([(1, "a"), (1, "a"), (2, "a"), (2, "b")]):
+        ChainedLog(path).write(**about, round=round, payload=payload, sha256=f"{signature:064x}")
+    figures = egress_figures(read_egress(path))
+    assert (figures["updates"], figures["unprotected"]) == (3, 3)
+
+
+def test_epsilon_is_that_of_all_that_was_sent_whatever_delta_stood_before(tmp_path: Path) -> None:
+    path = tmp_path / "egress.jsonl"
+    about = {"run": "ab", "kind": "update", "bytes": 30, "norm": 1.0}
+    for round, (epsilon, delta) in enumerate([(10.8, 1e-9), (7.7, 1e-5)], start=1):
+        ChainedLog(path).write(**about, round=round, epsilon=epsilon, delta=delta)
+    figures = egress_figures(read_egress(path))
+    assert (figures["epsilon"], figures["delta"]) == (7.7, 1e-5)
+
+
 def test_two_processes_do_not_write_over_each_other_s_lines(tmp_path: Path) -> None:
     path = journal(tmp_path / "egress.jsonl", 2)
     one, other = ChainedLog(path), ChainedLog(path)

@@ -592,7 +592,10 @@ def test_frames_pass_a_local_socket_unchanged() -> None:
         distant = SocketLink(channel)
         assert distant.nodes() == ALL
         message = Message(json.dumps({"é": 2**62}), bytes(range(256)) * 1000)
-        assert distant.push([(11, message), (22, Message("empty"))], "1", 60.0, 9) == ["0", "1"]
+        assert distant.push([(11, message), (22, Message("empty"))], "1", 60.0, 256_000) == [
+            "0",
+            "1",
+        ]
         assert link.sent == [(11, message), (22, Message("empty"))]
         link.respond = lambda node, asked: asked if node == 11 else "crashed"
         assert distant.pull(["0", "1"]) == [

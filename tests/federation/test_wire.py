@@ -39,7 +39,7 @@ from fedsp.federation.transport.wire import (
     write_request,
     write_update,
 )
-from fedsp.models.payload import PROMPT, pack
+from fedsp.models.payload import PROMPT, check, pack, shapes_of
 
 PROMPT_SENT = {PROMPT: torch.linspace(-1, 1, 4 * 8 * 16).reshape(4, 8, 16)}
 REQUEST = Request(
@@ -81,6 +81,14 @@ def test_half_a_character_in_a_request_is_refused_before_anything_is_written_of_
     header = json.loads(write_request(REQUEST).header) | {"run": run}
     with pytest.raises(PayloadError, match="the message's header is not JSON"):
         read_request(Message(json.dumps(header), write_request(REQUEST).payload))
+
+
+def test_the_names_that_a_reply_gives_are_not_told_at_length() -> None:
+    """They stand in the journal and on the screen."""
+    known = {PROMPT: torch.zeros(2)}
+    with pytest.raises(PayloadError) as refused:
+        check({"x" * 100_000: torch.zeros(2)}, shapes_of(known))
+    assert len(str(refused.value)) < 300
 
 
 def test_requests_and_replies_survive_the_way() -> None:
@@ -491,7 +499,7 @@ from safetensors.torch import save
 from fedsp.federation.aggregation.mean import validate_update
 from fedsp.federation.state_store import StateStore
 from fedsp.federation.transport.message import Message
-from fedsp.models.payload import PROMPT, pack
+from fedsp.models.payload import PROMPT, check, pack, shapes_of
 from fedsp.federation.messages import Request
 from fedsp.federation.transport.wire import read_reply
 

@@ -326,6 +326,7 @@ class Counted(socket.socket):
 
 SERVING: dict[str, Any] = {
     "http": Patient,
+    "loop": "asyncio",  # others do not ask a socket of ours to accept
     "h11_max_incomplete_event_size": LONGEST_HEADERS,
     "access_log": False,
 }
