@@ -289,7 +289,7 @@ def test_every_answer_is_in_the_journal_of_what_has_left_before_it_leaves(
     assert told.exit_code == 0, told.output
     assert "3 updates (1 of them different, the others sent again)" in told.output
     assert "4 messages" in told.output and "and 1 refusals" in told.output
-    assert "2 updates left without differential privacy" in told.output
+    assert "1 update left without differential privacy" in told.output
     assert "The journal is whole; its last line has the digest" in told.output
     journal = Path(party.state) / EGRESS
     whole = journal.read_bytes()
