@@ -336,7 +336,8 @@ SERVING: dict[str, Any] = {
 def listen(config: uvicorn.Config) -> list[socket.socket]:
     """The socket of a server; this process may have as many as the system allows."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return [Listening(fileno=config.bind_socket().detach())]
 
 

@@ -386,7 +386,8 @@ def egress_text(figures: Mapping[str, Any]) -> str:
         )
     if figures["unprotected"]:
         lines.append(
-            f"{figures['unprotected']} updates left without differential privacy: how much of the"
+            f"{figures['unprotected']} update{'s' if figures['unprotected'] > 1 else ''} left"
+            " without differential privacy: how much of the"
             " text they could reveal is not bounded. `fedsp audit` measures it on a run of your"
             " own."
         )
