@@ -134,12 +134,20 @@ def move_into_place(folder: Path, target: Path, *, last: str) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a lock that ends with the process; False where another holds it and `wait` is off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Hold a lock that ends with the process; False where another holds it and `wait` is off.
+
+    Raises:
+        StorageError: the lock's file cannot be made.
+    """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path).acquire(timeout=-1 if wait else 0)
     except Timeout:
         yield False
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; choose another folder"
+        ) from error
     else:
         with lock:
             yield True

@@ -475,6 +475,8 @@ def test_what_was_withheld_is_no_part_of_what_is_sent_later(tmp_path: Path) -> N
     assert left["residual/prompt"].tolist() == [1.0] * 3 and left["answer"].tolist() == [1.0] * 2
     take_back(store, 1)
     assert store.at(1)["residual/prompt"].tolist() == [0.0] * 3
+    take_back(store, 3)
+    assert store.rounds() == [1, 2], "where nothing was left out nothing is written"
 
 
 def test_an_update_waits_until_a_person_has_decided(

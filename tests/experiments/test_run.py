@@ -1083,6 +1083,12 @@ def test_a_prompt_that_leaves_no_room_for_text_is_refused(tmp_path: Path) -> Non
         commands.evaluate(tmp_path / "run", prompt=tmp_path / "long.safetensors")
 
 
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write .*file.*; choose another folder"):
+        commands.run(settings(tmp_path, output=str(tmp_path / "file" / "run")))
+
+
 def test_a_second_run_on_a_folder_leaves_it_to_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,13 +90,9 @@ def take_back(store: StateStore, round: int) -> None:
     """
     before = entries_below(store.load(before=round), "residual")
     now = entries_below(store.at(round), "residual")
-    store.save(
-        round,
-        {
-            f"residual/{name}": before.get(name, torch.zeros_like(left))
-            for name, left in now.items()
-        },
-    )
+    instead = {name: before.get(name, torch.zeros_like(left)) for name, left in now.items()}
+    if instead:
+        store.save(round, {f"residual/{name}": tensor for name, tensor in instead.items()})
 
 
 def _code(error: Exception) -> str:
