@@ -553,8 +553,8 @@ def load_auxiliary(
         embeddings=kept,
     )
     auxiliary.discloses, auxiliary.excess_text_loss = discloses, excess_text_loss
-    own = replace(auxiliary.shape, layers=shape.layers)
-    if shape != own or not max(plan.prompt_layers) < shape.layers <= MOST_LAYERS:
+    own, reads = replace(auxiliary.shape, layers=shape.layers), plan.prompt_layers
+    if shape != own or not 0 <= min(reads) <= max(reads) < shape.layers <= MOST_LAYERS:
         raise AuxiliaryError(
             f"the auxiliary model in {folder} is made for prompts of another shape than its own:"
             " get the folder again from the server"
