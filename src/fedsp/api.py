@@ -364,6 +364,11 @@ def evaluate(
             raise ConfigurationError(f"write = {write}: answers have at least one token")
         require_installed("study", "answers that are written are measured by", "rouge_score")
     run = open_run(folder)
+    if prompt and auxiliary and not isinstance(run.messenger, SoftPrompt):
+        raise RunError(
+            f"{folder} tuned no prompt, so its auxiliary model reads none from a file: leave"
+            " --prompt or --auxiliary out"
+        )
     if prompt:
         other = read_prompt(Path(prompt)).to(run.server.model.device)
         run = replace(run, messenger=other, best=other.payload())

@@ -189,6 +189,15 @@ def _check_messenger(config: RunConfig) -> None:
     kind, distill = config.messenger.kind, config.distill
     private = config.privacy.unit == "example"
     entry = require_messenger(kind, layers=config.messenger.layers, private=private)
+    inexact = {
+        "model.precision": config.model.precision not in ("auto", "float32"),
+        "auxiliary.precision": config.auxiliary.precision != "float32",
+    }
+    if entry.trains_weights and (key := next((key for key in inexact if inexact[key]), None)):
+        raise ValueError(
+            f"{key}: messenger.kind = {kind!r} trains the model's own layers, in float32; set it to"
+            " float32"
+        )
     from_text = entry.has_prompt and config.prompt.init == "text"
     if from_text and not config.prompt.init_text and not distill.text:
         raise ValueError(

@@ -50,6 +50,7 @@ from fedsp.data.tasks import TASKS, Example, examples_of, find_task
 from fedsp.errors import DataError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.models.loading import load_tokenizer
+from support.real_rows import hub_schema
 from support.reference import harness_task
 from support.tokenizers_made import bpe
 
@@ -1196,3 +1197,29 @@ def test_a_password_may_stand_in_the_environment_and_nothing_is_changed(
             read_rows(path)
     with closing(sqlite3.connect(tmp_path / "tickets.db")) as base:
         assert base.execute("select count(*) from tickets").fetchone() == (2,)
+
+
+@pytest.mark.parametrize(
+    "name", ["arc_easy", "openbookqa", "hellaswag", "piqa", "sciq", "race", "webqs"]
+)
+def test_a_question_of_the_hub_needs_no_answer_where_none_is_read(name: str) -> None:
+    """`fedsp adapt` reads questions alone."""
+    plain = {"question": "why not", "choices": ["a", "b", "c", "d"], "answer": 1}
+    if name == "race":
+        row: dict[str, Any] = {"article": "x", "question": "why", "options": ["a", "b", "c", "d"]}
+    elif name == "webqs":
+        row = {"question": "why not"}
+    elif name == "sciq":
+        row = hub_schema(name, {**plain, "context": "x"})
+    elif name == "piqa":
+        row = {"goal": "why", "sol1": "a", "sol2": "b"}
+    elif name == "hellaswag":
+        row = {"ctx_a": "x", "ctx_b": "y", "activity_label": "z", "endings": ["a", "b", "c", "d"]}
+    else:
+        row = {
+            "question": "why",
+            "question_stem": "why",
+            "choices": {"text": ["a", "b"], "label": ["1", "2"]},
+        }
+    asked = find_task(name).question(row, 1)
+    assert "why" in asked.context or asked.context.startswith("z: x")

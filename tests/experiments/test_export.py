@@ -212,6 +212,23 @@ def test_a_card_of_whoever_tuned_alone_tells_of_no_clients(tmp_path: Path) -> No
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "| clients | none: the owner of the model tuned it alone |" in card
     assert "| clients hold | nothing |" in card and "answered |" not in card
+    assert "clients' examples" not in card
+
+
+def test_a_card_tells_of_the_clients_that_took_part(tmp_path: Path) -> None:
+    run = run_of(tmp_path, round={"rounds": 1, "only": "client-1", "min_clients": 1})
+    card = model_card(RunDirectory.open(run), kind="a", base_model="b", use="c")
+    assert "| clients | 1 of 1 that were asked answered |" in card
+    assert "| clients' examples | 16 in all, 16 to 16 each |" in card
+
+
+def test_a_card_of_a_run_that_tunes_nothing_says_so(tmp_path: Path) -> None:
+    values = settings(tmp_path / "made", method="zero_shot")
+    run = RunDirectory.open(Path(api.run(values)["folder"]))
+    card = model_card(run, kind="a", base_model="b", use="c")
+    assert "| clients | none: nothing was tuned |" in card and "steps a round" not in card
+    accuracy = run.result()["test"]["accuracy"]
+    assert f"| accuracy | {accuracy:.1%} | not measured |" in card
 
 
 def test_a_card_keeps_the_promise_that_it_tells_of(tmp_path: Path) -> None:

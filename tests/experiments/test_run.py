@@ -1083,6 +1083,16 @@ def test_a_prompt_that_leaves_no_room_for_text_is_refused(tmp_path: Path) -> Non
         commands.evaluate(tmp_path / "run", prompt=tmp_path / "long.safetensors")
 
 
+def test_a_prompt_of_a_file_is_not_read_by_the_package_of_a_run_of_adapters(tmp_path: Path) -> None:
+    adapters = settings(tmp_path, messenger={"kind": "adapter"})
+    del adapters["prompt"]
+    folder = commands.run(adapters)["folder"]
+    prompt = Path(commands.run(settings(tmp_path / "other"))["folder"]) / "best.safetensors"
+    assert len(commands.evaluate(folder, prompt=prompt)) == 2
+    with pytest.raises(RunError, match="tuned no prompt, so its auxiliary model reads none"):
+        commands.evaluate(folder, prompt=prompt, auxiliary=True)
+
+
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write .*file.*; choose another folder"):

@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 
 from fedsp import api as commands
+from fedsp.config_file import make_config
 from fedsp.data.encoding import Batch, Encoded, collate
-from fedsp.errors import ConfigurationError, ModelError, PayloadError, PrivacyError
-from fedsp.experiments.plan import make_plan
+from fedsp.errors import (
+    ConfigurationError,
+    ModelError,
+    PayloadError,
+    PrivacyError,
+    TooFewClients,
+)
+from fedsp.experiments.plan import make_plan, plan_run
+from fedsp.experiments.server_setup import open_server
+from fedsp.federation.callbacks import Callbacks
 from fedsp.models.adapter import Adapter, AdapterSettings, global_blocks
 from fedsp.models.auxiliary import build_auxiliary, parse_plan
 from fedsp.models.messengers.making import blocks_of, client_messenger, make_messenger
@@ -348,7 +357,6 @@ def test_the_plan_says_what_travels(kind: str, which: Any) -> None:
         "messenger": {"kind": kind, "layers": which, "rank": 3, "train_first": kind == "adapter"},
         "distill": {"text": ["x"]},
     }
-    from fedsp.config_file import make_config
     from fedsp.experiments.embedded import EMBEDDED
     from fedsp.models.loading import load_model
 
@@ -395,3 +403,105 @@ def test_an_input_prompt_is_pefts_prompt_tuning(family: str, tmp_path: Path) -> 
         close(losses[index], loss.detach())
         close(rows[index], found)
     assert torch.equal(import_peft(tmp_path, model).values(), values)
+
+
+def test_what_a_plan_says_of_a_run_is_what_it_costs(tmp_path: Path) -> None:
+    """With one client alone, clients that judge, layers whose weights are trained, and the last
+    layers alone, whose backward pass ends early."""
+    judged = {"validation": {"by": "clients"}, "round": {"rounds": 2, "min_clients": 1}}
+    changes: dict[str, dict[str, Any]] = {
+        "only": {"round": {"rounds": 2, "only": "client-1", "min_clients": 1}},
+        "judged": judged,
+        "layers": {"messenger": {"kind": "layers"}, "server": {"steps": 1, "batch_size": 4}},
+        "tail": {
+            "auxiliary": {"plan": "tail(2, 1)"},
+            "messenger": {"kind": "adapter"},
+            "server": {"steps": 1, "batch_size": 4},
+        },
+        "alone": {"round": {"rounds": 2, "clients": 0}, "server": {"steps": 1, "batch_size": 4}},
+    }
+    for name, change in changes.items():
+        values = settings(tmp_path / name, **{"messenger": {"kind": "adapter"}, **change})
+        del values["prompt"]
+        planned = plan_run(make_config(values))
+        run = commands.run(values)
+        sent = run["bytes_up"] + run["bytes_down"]
+        assert planned["bytes_in_all"] == pytest.approx(sent, rel=0.01), name
+        assert planned["package_bytes"] == pytest.approx(run["package_bytes"], rel=0.01), name
+        assert planned["disclosed_share"] == pytest.approx(run["disclosed_share"], abs=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind", "side", "share"),
+    [
+        ("emulator(2, 2)", "adapter", "client", (2.0, 2.0)),
+        ("emulator(2, 2)", "layers", "client", (2.0, 3.0)),
+        ("tail(2, 1)", "adapter", "server", (1.0, 1.5)),
+        ("tail(2, 1)", "adapter", "client", (1.0, 2.0)),
+    ],
+)
+def test_a_backward_pass_is_planned_as_far_as_it_goes(
+    plan: str, kind: str, side: str, share: tuple[float, float], tmp_path: Path
+) -> None:
+    """In forward passes of a prompt's step, which are two."""
+    values = settings(tmp_path, auxiliary={"plan": plan}, messenger={"kind": kind})
+    values["server"] = {"steps": 1, "batch_size": 4}
+    del values["prompt"]
+    key = "client_operations_prompt" if side == "client" else "server_operations"
+    planned = make_plan(make_config(values), 3)[key]
+    whole = settings(tmp_path, auxiliary={"plan": plan}, messenger={"kind": "prompt"})
+    whole["server"] = values["server"]
+    whole["prompt"] = {"length": 1}
+    forward = make_plan(make_config(whole), 3)[key] / 2
+    assert share[0] - 0.1 <= planned / forward <= share[1] + 0.1
+
+
+def test_a_rule_that_one_client_cannot_keep_is_refused_before_anything_is_made(
+    tmp_path: Path,
+) -> None:
+    values = settings(
+        tmp_path,
+        round={"rounds": 1, "only": "client-1", "min_clients": 1, "weighting": "uniform"},
+        aggregation={"rule": "krum", "malicious": 1},
+    )
+    with pytest.raises(TooFewClients):
+        plan_run(make_config(values))
+    said: list[str] = []
+    with pytest.raises(TooFewClients):
+        commands.run(values, callbacks=Callbacks(info=said.append))
+    assert not any("distill" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"name": "embedded", "precision": "bfloat16"}},
+        {"model": {"name": "embedded", "precision": "8bit"}, "auxiliary": {"folder": "there"}},
+        {"auxiliary": {"precision": "bfloat16"}},
+        {"auxiliary": {"precision": "4bit"}},
+    ],
+)
+def test_layers_are_trained_in_float32_or_not_at_all(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small steps vanish in rounded weights; and where a GPU would round them by default, a server
+    does not."""
+    layers = {"messenger": {"kind": "layers"}}
+    with pytest.raises(ConfigurationError, match=r"precision: messenger.kind = 'layers' trains"):
+        make_config(settings(tmp_path, **layers, **change))
+    adapters = settings(tmp_path, messenger={"kind": "adapter"}, **change)
+    del adapters["prompt"]
+    make_config(adapters)
+    loaded: list[str] = []
+
+    def load(name: str, *, precision: str, **how: Any) -> Any:
+        loaded.append(precision)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedsp.experiments.server_setup.load_model", load)
+    for kind, expected in (("layers", "float32"), ("adapter", "auto")):
+        values = settings(tmp_path, messenger={"kind": kind})
+        del values["prompt"]
+        with pytest.raises(KeyboardInterrupt):
+            open_server(make_config(values), lambda: None)  # type: ignore[arg-type,return-value]
+        assert loaded.pop() == expected

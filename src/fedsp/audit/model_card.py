@@ -89,15 +89,18 @@ def _made(run: RunDirectory) -> Iterable[tuple[str, Any]]:
     entry = find_method(config.method)
     yield "method", f"{entry.title} ({entry.paper})" if entry.paper else entry.title
     alone = not config.asks_clients
-    if alone:
+    answered = {client for record in records for client in record["answered"]}
+    if not entry.rounds:
+        yield "clients", "none: nothing was tuned"
+    elif alone:
         yield "clients", "none: the owner of the model tuned it alone"
     elif config.privacy.unit == "client":
         yield "clients", "not told, since each is promised privacy"
     else:
         asked = {client for record in records for client in record["asked"]}
-        answered = {client for record in records for client in record["answered"]}
         yield "clients", f"{len(answered)} of {len(asked)} that were asked answered"
-    held = [len(rows) for rows in (run.partition() or {}).get("clients", {}).values()]
+    clients = (run.partition() or {}).get("clients", {})
+    held = [len(rows) for client, rows in clients.items() if client in answered]
     if held and config.privacy.unit == "none":
         yield "clients' examples", f"{sum(held)} in all, {min(held)} to {max(held)} each"
     yield "clients hold", "nothing" if alone else entry.clients_hold
@@ -107,8 +110,9 @@ def _made(run: RunDirectory) -> Iterable[tuple[str, Any]]:
     else:
         yield "task", config.data.task
     yield "the parties' descriptions of their text", _described(config)
-    yield "rounds", f"{len(trained_rounds(records))} of {config.round.rounds}"
-    yield "server's steps a round", config.server.steps
+    if entry.rounds:
+        yield "rounds", f"{len(trained_rounds(records))} of {config.round.rounds}"
+        yield "server's steps a round", config.server.steps
     yield "seed", config.seed
 
 
@@ -136,6 +140,8 @@ def _figures(run: RunDirectory) -> Iterable[str]:
         yield "There were no test questions: nothing was measured."
         return
     test, untuned = result["test"], result.get("zero_shot") or {}
+    if not find_method(run.config.method).rounds:
+        test, untuned = {"examples": test["examples"]}, test
     yield f"Measured once, on {int(test['examples'])} test questions, with one seed."
     yield ""
     yield from _table(
@@ -143,7 +149,7 @@ def _figures(run: RunDirectory) -> Iterable[str]:
         (
             (words, _shown(name, untuned), _shown(name, test))
             for name, words in MEASURES.items()
-            if name in test
+            if name in test or name in untuned
         ),
     )
 

@@ -99,14 +99,13 @@ class Task:
     given: Callable[[Row], int] | None = None
 
     def question(self, row: Row, number: int) -> Example:
-        """The question in a row, whose label is replaced: `gold` is no answer. A row in the hub's
-        own form must have one all the same.
+        """The question in a row, whose label, if it has one, is not read: `gold` is no answer.
 
         Raises:
             DataError: as `example`.
         """
         plain = self.render is None or isinstance(row.get("choices"), list)
-        asked = {**row, **self.placeholder} if plain else row
+        asked = {**row, **self.placeholder} if plain else {**_any_answer(row), **row}
         messages, answer = row.get("messages"), {"role": "assistant", "content": "?"}
         if self.turns and isinstance(messages, list) and not _answered(messages):
             asked["messages"] = [*messages, answer]
@@ -220,6 +219,14 @@ def _labelled(row: Row) -> tuple[list[str], list[str]]:
     if not isinstance(choices, dict):
         raise WrongType(f"choices is {_kind(choices)}, not a table of text and label")
     return _texts(choices, "text"), _texts(choices, "label")
+
+
+def _any_answer(row: Row) -> Row:
+    """An answer to a row as the hub has it, under the name that any of its data sets has for it."""
+    choices = row.get("choices")
+    labels = choices.get("label") if isinstance(choices, dict) else None
+    key = labels[0] if isinstance(labels, list) and labels else "A"
+    return {"label": 0, "answer": "A", "answers": ["?"], "answerKey": key}
 
 
 def _letter(row: Row) -> int:

@@ -59,6 +59,7 @@ from fedsp.federation.transport.wire import (
     write_refusal,
 )
 from fedsp.models.loading import choose_device, reduce_precision
+from fedsp.models.messengers.registry import find_messenger
 from fedsp.models.payload import Payload, check, pack
 from fedsp.privacy import LEDGER, Ledger
 from fedsp.storage import locked, write_json
@@ -105,10 +106,11 @@ class Client:
         examples = Rendering.of(self.agreement.data).examples(rows)
         hold_against_policy(party.policy, self.agreement, self.auxiliary, len(examples))
         self.rows = encode_targets(self.auxiliary.tokenizer, examples, self.agreement.max_tokens)
-        if self.agreement.client.auxiliary_steps and party.precision != "float32":
+        trains = find_messenger(self.agreement.messenger.kind).trains_weights
+        if (self.agreement.client.auxiliary_steps or trains) and party.precision != "float32":
             raise PolicyError(
-                f"the run trains the auxiliary model, whose weights precision = {party.precision!r}"
-                " would freeze: set it to float32"
+                "the run trains weights of the auxiliary model, which precision ="
+                f" {party.precision!r} would freeze: set it to float32"
             )
         self._method = make_method(self.agreement, self.auxiliary)
         reduce_precision(self.auxiliary, party.precision, "precision")

@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import islice
@@ -80,6 +82,8 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         clients = len(read_register(Path(config.federation.folder)))
     elif config.partition.kind == "natural":
         clients = len((dataset or load_dataset(config)).partition.clients)
+    if config.round.only:
+        clients = 1
     if config.aggregation.robust:
         from fedsp.experiments.run import robust_rule
 
@@ -189,12 +193,20 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
     if section.embeddings != "verbatim":
         handed = small - counts["embeddings"]
         verbatim = max(0, verbatim - counts["embeddings"])
+    if not config.asks_clients:
+        handed = verbatim = 0
     tokens = min(config.data.max_tokens or TEXT_TOKENS, TEXT_TOKENS)
-    has_prompt = find_messenger(config.messenger.kind).has_prompt
+    entry = find_messenger(config.messenger.kind)
+    has_prompt = entry.has_prompt
     virtual = config.prompt.length if has_prompt else 0
     steps = {
         side: _forward_operations(counts, side, virtual, tokens) for side in ("auxiliary", "global")
     }
+    gradients = 2.0 * numbers * tokens if entry.trains_weights else 0.0  # of weights
+    begins = {"global": 0.0, "auxiliary": 0.0}
+    if entry.in_layers and not has_prompt:
+        begins = _share_before(shapes, plan["sources"], counts["shape"]["layers"])
+    tuning = {side: (2 - begins[side]) * steps[side] + gradients for side in steps}
     cuda = config.model.device.startswith("cuda") or (
         config.model.device in ("auto", "split") and shutil.which("nvidia-smi") is not None
     )
@@ -202,6 +214,7 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
     # adapters and layers begin alike on both sides, so that the first broadcast is a change too
     first = message if has_prompt else change
     whole_at_first = round(asked * follows * (first - change))
+    judged = clients * change if config.validation.by == "clients" else 0  # the last broadcast
     trained = 3 * small if client.auxiliary_steps else 0
     return {
         "model": name if config.model.name == "embedded" else config.model.name,
@@ -210,18 +223,18 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
         "global_parameters": whole,
         "auxiliary_parameters": small,
         "ratio": whole / small,
-        "package_bytes": small * BYTES_PER_NUMBER,
+        "package_bytes": small * BYTES_PER_NUMBER if config.asks_clients else 0,
         "messenger_parameters": numbers,
         "bytes_per_message": message,
         "bytes_per_round": per_round,
-        "bytes_in_all": per_round * config.round.rounds + whole_at_first,
+        "bytes_in_all": per_round * config.round.rounds + whole_at_first + judged,
         "client_operations_auxiliary": (
             3 * steps["auxiliary"] * client.batch_size if client.auxiliary_steps else 0.0
         ),
         "client_operations_prompt": (
-            2 * steps["auxiliary"] * client.batch_size if client.prompt_steps else 0.0
+            tuning["auxiliary"] * client.batch_size if client.prompt_steps else 0.0
         ),
-        "server_operations": 2 * steps["global"] * server.batch_size if server.steps else 0.0,
+        "server_operations": tuning["global"] * server.batch_size if server.steps else 0.0,
         "client_memory_bytes": _weight_bytes(counts, "auxiliary", section.precision)
         + BYTES_PER_NUMBER * (4 * numbers + trained),
         "server_memory_bytes": _weight_bytes(counts, "global", precision)
@@ -231,6 +244,16 @@ def make_plan(config: RunConfig, clients: int) -> dict[str, Any]:
         "tokens_per_example": tokens,
         **_excess_text_loss(config),
     }
+
+
+def _share_before(shapes: Iterable[str], sources: Sequence[int], layers: int) -> dict[str, float]:
+    """The share of each model's depths before the first that tensors of these names, such as
+    `layers.003.A`, live in: the backward pass ends there."""
+    held = {int(found[1]) for name in shapes if (found := re.match(r"layers\.(\d+)\.", name))}
+    if not held:
+        return {"global": 0.0, "auxiliary": 0.0}
+    at = [depth for depth, source in enumerate(sources) if source in held]
+    return {"global": min(held) / layers, "auxiliary": min(at, default=0) / len(sources)}
 
 
 def how_it_reads(excess_text_loss: float) -> str:

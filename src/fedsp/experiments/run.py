@@ -322,11 +322,13 @@ def _cost(
 
 def _check_promises(config: RunConfig, run: RunDirectory, server: Server) -> None:
     """Check, before any training, that the run's privacy and robust rule hold for its clients."""
-    held = server.dataset.partition.clients
+    held = config.round.may_ask(
+        {client: len(rows) for client, rows in server.dataset.partition.clients.items()}
+    )
     round_config(config, run, len(held))
     privacy = example_privacy(agreement_of(config, server.max_tokens))
     if privacy:
-        for examples in {len(rows) for rows in held.values()}:
+        for examples in set(held.values()):
             privacy.steps(examples, config.client.batch_size, config.client.prompt_steps)
 
 

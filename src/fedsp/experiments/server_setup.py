@@ -52,6 +52,7 @@ from fedsp.models.loading import (
     require_vocabulary,
     tokenizer_digest,
 )
+from fedsp.models.messengers.registry import find_messenger
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import (
     SoftPrompt,
@@ -108,7 +109,11 @@ def open_server(
         ModelError: the model cannot be loaded or cannot carry a prompt.
     """
     name = model_name(config)
-    precision = "float32" if find_method(config.method).trains_weights else config.model.precision
+    trains = any(
+        entry.trains_weights
+        for entry in (find_method(config.method), find_messenger(config.messenger.kind))
+    )
+    precision = "float32" if trains else config.model.precision
     model = load_model(
         name, device=config.model.device, positions=config.model.positions, precision=precision
     )

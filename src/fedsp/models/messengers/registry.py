@@ -73,6 +73,7 @@ class MessengerEntry:
     has_prompt: whether the soft prompt of `[prompt]` is in it.
     per_example: whether it has a gradient for each example (`Messenger.apart`), which
         `privacy.unit = "example"` needs.
+    trains_weights: whether it trains weights of the model itself, which must then be float32.
     options: the keys that `messenger.options` may have, as a subclass of `fedsp.config.Section`, a
         pydantic model with a default for each field. What it refuses is said under their names, by
         the server before it starts and by a client before it takes part. None: there are no keys.
@@ -87,6 +88,7 @@ class MessengerEntry:
     distilled_layers: bool = False
     has_prompt: bool = False
     per_example: bool = False
+    trains_weights: bool = False
     options: type[Any] | None = None
     learning_rate: float = 1e-3
 
@@ -249,7 +251,7 @@ for _entry in (
         per_example=True,
         learning_rate=5e-3,
     ),
-    MessengerEntry(name="layers", make=_layers, shapes=_layer_shapes),
+    MessengerEntry(name="layers", make=_layers, shapes=_layer_shapes, trains_weights=True),
     MessengerEntry(
         name="prompt+adapter",
         make=_prompt_and_adapter,
