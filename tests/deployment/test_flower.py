@@ -284,3 +284,28 @@ def test_flower_s_commands_take_the_options_that_we_give(command: list[str]) -> 
     assert told.returncode == 0
     lacking = [part for part in command if part.startswith("--") and part not in told.stdout]
     assert not lacking
+
+
+def test_a_simulated_client_may_wait_a_day_for_a_core_and_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that is asked again trains again, and takes the core from those that wait."""
+    from types import SimpleNamespace
+
+    from fedsp.deployment import simulation
+    from fedsp.federation.transport.remote import Timeouts
+
+    found: list[Timeouts] = []
+
+    def remote(link: GridLink, node_of: Any, timeouts: Timeouts, *others: Any) -> Any:
+        found.append(timeouts)
+
+    monkeypatch.setattr(simulation, "remote", remote)
+    clients: Any = SimpleNamespace(register={"a": 1})
+    simulation.over_grid(
+        MemoryGrid({11: echo}),  # type: ignore[arg-type]
+        SimpleNamespace(log_traffic=None),  # type: ignore[arg-type]
+        clients,
+    )
+    day = 24 * 3600.0
+    assert found[0].retry > day and found[0].reply > day

@@ -17,7 +17,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -463,6 +463,26 @@ def test_a_decision_and_the_end_of_its_time_do_not_both_count(
     deciding[0].join(20)
     assert len(said) == 1 and "waits in" in str(said[0])
     assert [event["event"] for event in read_log(tmp_path / "security.jsonl", "")] == ["withheld"]
+
+
+def test_who_decides_in_the_last_moment_has_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = release._deciding
+
+    @contextlib.contextmanager
+    def after_a_person(state: Path) -> Iterator[None]:
+        monkeypatch.setattr(release, "_deciding", alone)
+        for name in waiting(state):
+            decide(state, name, released=True)
+        with alone(state):
+            yield
+
+    monkeypatch.setattr(release, "_deciding", after_a_person)
+    monkeypatch.setattr(release, "LOOKS_EVERY", 0.01)
+    figures = {"run": "ab", "round": 1, "bytes": 9}
+    assert release.wait_for_release(tmp_path, figures, 0.0, threading.Event(), lambda _: None)
+    assert [event["event"] for event in read_log(tmp_path / "security.jsonl", "")] == ["released"]
 
 
 def test_what_was_withheld_is_no_part_of_what_is_sent_later(tmp_path: Path) -> None:
