@@ -237,6 +237,12 @@ def makes_package(config: RunConfig) -> bool:
     return has_one and not config.auxiliary.folder
 
 
+def trains_weights(config: RunConfig) -> bool:
+    """Whether a run trains weights of the model itself, which must then be float32."""
+    kind = find_messenger(config.messenger.kind)
+    return find_method(config.method).trains_weights or kind.trains_weights
+
+
 def _check_method(config: RunConfig) -> None:
     """Raises ValueError for what the method of a run cannot do."""
     entry, model, auxiliary = find_method(config.method), config.model, config.auxiliary

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from fedsp.config import RunConfig
+from fedsp.config_file import trains_weights
 from fedsp.data.dataset import FederatedDataset, load_dataset
 from fedsp.data.encoding import Tokenizer, encode_targets, first_token
 from fedsp.data.files import read_passages
@@ -52,7 +53,6 @@ from fedsp.models.loading import (
     require_vocabulary,
     tokenizer_digest,
 )
-from fedsp.models.messengers.registry import find_messenger
 from fedsp.models.prompted_lm import PromptedLM
 from fedsp.models.soft_prompt import (
     SoftPrompt,
@@ -109,11 +109,7 @@ def open_server(
         ModelError: the model cannot be loaded or cannot carry a prompt.
     """
     name = model_name(config)
-    trains = any(
-        entry.trains_weights
-        for entry in (find_method(config.method), find_messenger(config.messenger.kind))
-    )
-    precision = "float32" if trains else config.model.precision
+    precision = "float32" if trains_weights(config) else config.model.precision
     model = load_model(
         name, device=config.model.device, positions=config.model.positions, precision=precision
     )

@@ -51,6 +51,7 @@ from fedsp.config_file import (
     makes_package,
     read_toml,
     resolve_paths,
+    trains_weights,
     validated,
 )
 from fedsp.data.files import text_digest
@@ -472,7 +473,7 @@ def _with_package(config: RunConfig, study: Path, callbacks: Callbacks) -> RunCo
         about["validation"] = config.validation.by
     if config.distill.reads_files:
         about["text"] = text_digest(config.distill.text)
-    if config.model.device != "cpu" and find_method(config.method).trains_weights:
+    if config.model.device != "cpu" and trains_weights(config):
         about["precision"] = "full"  # of the model that it is distilled from
     package = (study / "packages" / _digest(about)).resolve()
     with locked(study / ".locks" / f"package-{package.name}", wait=True):

@@ -387,9 +387,8 @@ def egress_text(figures: Mapping[str, Any]) -> str:
     if figures["unprotected"]:
         lines.append(
             f"{figures['unprotected']} update{'s' if figures['unprotected'] > 1 else ''} left"
-            " without differential privacy: how much of the"
-            " text they could reveal is not bounded. `fedsp audit` measures it on a run of your"
-            " own."
+            " without differential privacy: how much of the text they could reveal is not bounded."
+            " `fedsp audit` measures it on a run of your own."
         )
     behind = figures.get("bytes_cut_short")
     state = (

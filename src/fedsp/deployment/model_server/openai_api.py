@@ -292,9 +292,8 @@ class Admission:
             if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
                 return Refused(401, "the key is missing or wrong: send it as a bearer")
         if scope["method"] == "POST":
-            if b"transfer-encoding" in headers:
-                return Refused(411, f"a request must say its length, at most {LARGEST} bytes")
-            length = headers.get(b"content-length", b"")
+            chunked = b"transfer-encoding" in headers  # whatever length is said too
+            length = b"" if chunked else headers.get(b"content-length", b"")
             if not length.isdigit() or int(length) > LARGEST:
                 sentence = f"a request must say its length, at most {LARGEST} bytes"
                 return Refused(413 if length.isdigit() else 411, sentence)
