@@ -413,9 +413,11 @@ def evaluate(
         rows.append({"prompt": name, **figures, **labels})
         rows.extend({"prompt": f"{name}, {task}", **own} for task, own in tasks.items())
 
-    if zero_shot:
+    trained = find_method(run.directory.config.method).rounds
+    if zero_shot or not trained:
         add("zero-shot", bare, min(server.max_tokens, server.model.room_behind(0)))
-    add(what, tuned)
+    if trained:
+        add(what, tuned)
     if not auxiliary:
         return rows
     own, untuned = run.auxiliary_sides
@@ -634,12 +636,15 @@ def export(folder: str | Path, to: str | Path, *, merged: bool = False) -> Figur
     tuned.
 
     Raises:
-        RunError: the target is in use.
+        RunError: the target is in use, or the run tuned nothing.
         ModelError: PEFT has no form for it; or merged, it is neither adapters nor weights.
         PromptError: the prompt was tuned at positions that PEFT does not know.
     """
     to = Path(to)
     require_new(to)
+    method = RunDirectory.open(Path(folder)).config.method
+    if not find_method(method).rounds:
+        raise RunError(f"{folder} is a run of method = {method!r}, which tunes nothing to export")
     run = open_run(folder)
     run.messenger.load(run.best)
     named = run.directory.config.model.name

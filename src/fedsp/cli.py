@@ -370,7 +370,7 @@ def inspect(
 def watch(
     folder: Annotated[Path, typer.Argument(help="A run's folder.")],
     seconds: Annotated[
-        float, typer.Option(min=0.2, help="How often the folder is read again.")
+        float, typer.Option(min=0.2, max=86400, help="How often the folder is read again.")
     ] = 2.0,
     json_file: Json = None,
 ) -> None:

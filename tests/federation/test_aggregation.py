@@ -172,6 +172,20 @@ def test_a_line_search_goes_as_far_as_validation_falls(target: float, length: fl
     assert stepped["b"].tolist() == [[5.0 - 2 * length]] and (length > 1 or stepped is mean)
 
 
+def test_a_line_search_never_goes_where_the_loss_is_no_number() -> None:
+    """Whatever comes first: nothing is smaller than NaN."""
+    mean: Payload = {"a": torch.tensor([1.0])}
+
+    def loss(payload: Payload) -> float:
+        length = float(payload["a"])
+        return length if length > 1 else math.nan
+
+    stepped, _ = ServerOptimizer("line_search").step({"a": torch.zeros(1)}, mean, {}, loss)
+    assert math.isfinite(loss(stepped)) and float(stepped["a"]) == min(
+        times for times in STEPS if times > 1
+    )
+
+
 def test_the_private_mean_goes_where_its_clients_go_divided_by_those_expected() -> None:
     """Without noise: each whole change, over all tensors together, is cut to the bound, and none is
     weighted."""

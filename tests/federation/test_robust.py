@@ -110,6 +110,16 @@ def test_trust_follows_the_servers_own_step_and_its_length() -> None:
     assert not trusted(-own[None], own).any()
 
 
+def test_trust_weighs_by_the_cosine_and_gives_the_length_of_the_servers_step() -> None:
+    """Of two that agree in part; the third, which turns away, counts nothing."""
+    own = torch.tensor([0.3, 0.4, 0.0], dtype=torch.float64)
+    table = torch.tensor([[8.0, 0.0, 6.0], [0.0, 0.02, 0.0], [-1.0, -1.0, 5.0]]).double()
+    cosines = [0.48, 0.8]
+    units = table[:2] / table[:2].norm(dim=1, keepdim=True)
+    expected = 0.5 * sum(c * unit for c, unit in zip(cosines, units, strict=True)) / sum(cosines)
+    assert torch.allclose(trusted(table, own), torch.as_tensor(expected))
+
+
 def payloads(table: torch.Tensor) -> dict[str, Payload]:
     return {
         f"client-{index:02d}": {"a": row[:4].view(2, 2).float(), "b": row[4:].float()}
@@ -118,6 +128,37 @@ def payloads(table: torch.Tensor) -> dict[str, Payload]:
 
 
 SENT: Payload = {"a": torch.zeros(2, 2), "b": torch.zeros(8)}
+
+
+@pytest.mark.parametrize("norm_bound", [0.0, 0.5])
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.parametrize("rule", [*RULES, "mean", "trust"])
+def test_a_round_is_what_was_sent_and_the_rule_s_change(
+    rule: str, mixing: bool, norm_bound: float
+) -> None:
+    """Of changes from what was sent, not of the replies: with a start far from zero, and of the
+    server's own step too, for the rule that looks at it."""
+    start, changes = rows(1, 12, 7)[0] * 30, rows(9, 12, 8)
+    own = changes[0] + changes[1]
+    sent = payloads(start[None])["client-00"]
+    made = Robust(rule=rule, malicious=0.3, mixing=mixing, norm_bound=norm_bound)(
+        sent, payloads(start + changes), {}, 9, payloads((start + own)[None])["client-00"]
+    )
+    expected, f = changes, 2
+    if norm_bound:
+        lengths = changes.norm(dim=1, keepdim=True)
+        expected = changes * (0.5 * lengths.median() / lengths).clamp(max=1.0)
+    if mixing:
+        expected = nearest_neighbour_mixing(expected, f)
+    if rule == "mean":
+        change = expected.mean(dim=0)
+    elif rule == "trust":
+        change = trusted(expected, own)
+    else:
+        change = RULES[rule](expected, f)
+    found = torch.cat([tensor.flatten() for tensor in made.values()]).double() - start
+    assert torch.allclose(found, change, atol=1e-4)
+    assert float(change.norm()) > 0.1
 
 
 @pytest.mark.parametrize("lie", [math.nan, math.inf, -math.inf, 1e38])

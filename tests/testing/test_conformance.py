@@ -33,7 +33,7 @@ from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import list_runs
 from fedsp.federation.aggregation import registry as rules
 from fedsp.federation.aggregation.registry import find_rule, register_rule
-from fedsp.federation.aggregation.robust import RULES, Robust
+from fedsp.federation.aggregation.robust import RULES, Robust, trimmed_mean
 from fedsp.federation.agreement import agreement_of
 from fedsp.federation.methods import registry
 from fedsp.federation.methods.base import Averaging
@@ -368,7 +368,29 @@ def mean(rows: Tensor, f: int) -> Tensor:
 @pytest.mark.parametrize(
     ("rule", "fault"),
     [
-        (mean, "7 rows that are far away|rows that are far away carry it off"),
+        (mean, "3 rows, f = 1 of them far above: they carry it off"),
+        (
+            lambda rows, f: rows.sort(dim=0).values[: len(rows) - f].mean(dim=0),
+            "3 rows, f = 1 of them far below: they carry it off",
+        ),
+        (
+            lambda rows, f: rows[rows.sum(dim=1).argsort()][: len(rows) - f].mean(dim=0),
+            "f = 1 of them far in one number: they carry it off",
+        ),
+        (
+            lambda rows, f: rows[
+                (rows - rows.median(dim=0).values).norm(dim=1) < 1e5  # by size alone
+            ].mean(dim=0),
+            "f = 1 of them some fifty times as far as the others: they carry it off",
+        ),
+        (
+            lambda rows, f: rows.median(dim=0).values if rows.shape[1] < 100 else rows[0, :3],
+            r"5 rows of 1,000 numbers: \(3,\) is returned, expected a tensor \(1000,\)",
+        ),
+        (
+            lambda rows, f: trimmed_mean(rows, f + 2),
+            "3 rows, f = 1 of them far above: the change is .* or not finite",
+        ),
         (lambda rows, f: rows[0], "the order of the rows matters"),
         (lambda rows, f: rows.median(), r"\(\) is returned, expected a tensor \(6,\)"),
         (lambda rows, f: rows.median(dim=0).values.float(), "torch.float32 or not finite"),

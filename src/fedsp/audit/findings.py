@@ -233,11 +233,6 @@ def model_tables(figures: Figures) -> list[Finding]:
 
 def trap_tables(figures: Figures) -> list[Finding]:
     """What would a dishonest owner of the model learn?"""
-    private = (
-        "no differential privacy"
-        if figures["epsilon"] is None
-        else f"epsilon = {figures['epsilon']:.3g}"
-    )
     rows = [
         {
             "examples of a client": f"{row['examples']:.0f}",
@@ -253,7 +248,7 @@ def trap_tables(figures: Figures) -> list[Finding]:
     ]
     title = (
         f"a package made to tell words: {figures['clients']} clients, one round of"
-        f" {figures['steps']} steps of {figures['batch_size']} examples, {private}"
+        f" {figures['steps']} steps of {figures['batch_size']} examples, {figures['privacy']}"
     )
     note = (
         "For each word: does it occur in the client's text? Half of them do. This package is one"

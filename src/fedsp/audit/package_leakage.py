@@ -189,7 +189,7 @@ def _extraction(
             fit(
                 trainable(auxiliary.model),
                 partial(next_token_loss, auxiliary),
-                [rng.sample(public, 8) for _ in range(number - done)],
+                [rng.choices(public, k=8) for _ in range(number - done)],
                 Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
             )
             done = number

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fedsp.config import RunConfig
 from fedsp.data.dataset import load_dataset
 from fedsp.data.encoding import Encoded, collate, encode_targets
 from fedsp.data.partition import Partition
@@ -100,6 +101,16 @@ class Shadow:
         """The clients that answered in any round: of the others' text nothing was seen, and nothing
         was trained on."""
         return {client for replies in self.updates for client in replies}
+
+
+def promise_of(config: RunConfig) -> str:
+    """What a run promises about a single example of a client, in words."""
+    privacy = config.privacy
+    if privacy.unit != "example":
+        return "no differential privacy of examples"
+    if privacy.epsilon is None:
+        return f"noise_multiplier = {privacy.noise_multiplier:g}"
+    return f"epsilon = {privacy.epsilon:g}"
 
 
 def check_audited(run: RunDirectory) -> None:

@@ -179,10 +179,12 @@ def _malice(run: RunDirectory, asked: int) -> list[str]:
     borne = malicious_of(section.malicious, asked) if robust or section.mixing else 0
     rule = section.rule.replace("_", " ") + (" after mixing" if section.mixing else "")
     if config.privacy.unit == "client":
+        expected = read_json(run.path / STATEMENT, "clients_expected")["clients_expected"]
         sentences = [
-            f"Each change is clipped to a length of {config.privacy.clip:g} before the mean of some"
-            f" {asked}: one malicious client moves what is tuned by no more than its share of that"
-            " in a round, in any direction."
+            f"Each change is clipped to a length of {config.privacy.clip:g}, and the sum divided by"
+            f" the {expected} clients expected, however many are asked: one malicious client moves"
+            f" the mean of a round by no more than {config.privacy.clip / expected:.3g}, in any"
+            " direction."
         ]
     elif section.rule == "trust":
         sentences = ["Answers count by how far they agree with the server's own step."]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedsp.audit.inspection import inspect_auxiliary
-from fedsp.audit.shadows import Opened, Options, open_audited
+from fedsp.audit.shadows import Opened, Options, open_audited, promise_of
 from fedsp.audit.statistics import exact_interval
 from fedsp.data.encoding import Encoded, Tokenizer
 from fedsp.data.seeding import derive_seed
@@ -243,7 +243,7 @@ def audit_trap(folder: Path, options: Options) -> dict[str, Any]:
         "clients": len(held),
         "steps": config.client.prompt_steps,
         "batch_size": config.client.batch_size,
-        "epsilon": config.privacy.epsilon if config.privacy.unit == "example" else None,
+        "privacy": promise_of(config),
         "rows": table,
         "unusual": {
             "the run's own": inspect_auxiliary(honest, text)["unusual"],

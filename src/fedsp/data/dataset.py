@@ -79,6 +79,13 @@ def load_dataset(config: RunConfig, written: dict[str, Any] | None = None) -> Fe
         )
     rows = [] if absent else load_rows(task, data.train, "train", data.columns)
     train = rendering.examples(rows)
+    private = config.privacy.unit != "none" and not config.federation
+    if private and not rendering.labels and any(row.task == LABELLED for row in train):
+        raise DataError(
+            "data.labels: the labels to choose from would be those of private examples, and a"
+            " figure of the test would tell, without noise, of one that a single client has: list"
+            " them"
+        )
     rendering = rendering.with_labels_of(train)
     from_hub = data.train is None and not absent
     checked: list[Row] = []

@@ -83,9 +83,9 @@ def adapt_run(
     )
     if len(asked) < FEWEST or not taught or not (validation or held_out):
         raise DataError(
-            f"{questions} has {len(asked)} questions that the run is not validated by, and the"
-            f" teacher answers {len(held_out) + len(taught)} times: give at least {FEWEST} that it"
-            " answers"
+            f"{questions} has {len(asked)} questions that are none of the run's own for validation"
+            f" or its test, and the teacher answers {len(held_out) + len(taught)} times: give at"
+            f" least {FEWEST} that it answers"
         )
     callbacks.info(f"the teacher has answered {len(asked)} questions")
 

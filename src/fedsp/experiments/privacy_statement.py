@@ -163,6 +163,7 @@ def _client_level(run: RunDirectory, register: Mapping[str, int]) -> dict[str, A
             "each client's whole change clipped, unweighted sum, Gaussian noise added at the"
             f" server, divided by {expected} clients expected"
         ),
+        "clients_expected": expected,
         "sampling": (
             "every client is asked in every round"
             if rate == 1

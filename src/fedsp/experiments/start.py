@@ -314,7 +314,7 @@ def answers_of(
     was tuned; `weight` is that of proxy-tuned answers.
 
     Raises:
-        ConfigurationError: nobody is called that, the weight is no number, or others than the
+        ConfigurationError: nobody is called that, the weight is too large, or others than the
             global model are to answer without what was tuned.
         RunError: its clients have no auxiliary model, and that is to answer.
     """
@@ -323,8 +323,8 @@ def answers_of(
             f"answers = {answering!r}: choose {', '.join(get_args(Answering))}"
             + did_you_mean(answering, get_args(Answering))
         )
-    if not math.isfinite(weight):
-        raise ConfigurationError(f"weight = {weight}: it must be a number, such as 1")
+    if not abs(weight) <= 1000:
+        raise ConfigurationError(f"weight = {weight}: it must be from -1000 to 1000, such as 1")
     if zero_shot and answering != "global":
         raise ConfigurationError(
             f"answers = {answering!r}: without what was tuned only the global model answers; leave"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,24 @@ from fedsp.federation.aggregation.registry import Rule
 from fedsp.testing.faults import require
 
 
-def check_rule(rule: Rule, *, dimensions: int = 6) -> None:
+FAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "far above": lambda honest: torch.full_like(honest, 1e6),
+    "far below": lambda honest: torch.full_like(honest, -1e6),
+    "far on both sides": lambda honest: (
+        1e6 * (-1.0) ** torch.arange(len(honest))[:, None] + 0 * honest
+    ),
+    "far in one number": lambda honest: torch.cat([honest[:, :1] - 1e6, honest[:, 1:]], dim=1),
+    "some fifty times as far as the others": lambda honest: honest - 50 * honest.norm(),
+}
+"""What malicious clients send instead of their rows (f, d)."""
+
+
+def check_rule(rule: Rule, *, name: str = "", dimensions: int = 6) -> None:
     """An aggregation rule gives one finite change (d,) in the type of the rows (n, d), whatever
-    their order; is exact where all agree; moves as they move; leaves them unchanged; and with f of
-    2 f + 5 rows far away stays where the others are.
+    their order; is exact where all agree; moves as they move; leaves them unchanged; takes rows of
+    any length; and stays where the others are with f malicious rows of 2 f + 1 (2 f + 3 where its
+    `name`, as registered or else the function's, has `krum` in it) and of more: above, below, on
+    both sides, in one number only, and not as far away that they could be told by that.
 
     Raises:
         Nonconforming: what is missing.
@@ -30,9 +46,9 @@ def check_rule(rule: Rule, *, dimensions: int = 6) -> None:
         if not torch.equal(rows, before):
             faults.append(f"{what}: the rows are changed")
             return None
-        if not isinstance(found, Tensor) or found.shape != (dimensions,):
+        if not isinstance(found, Tensor) or found.shape != rows.shape[1:]:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            faults.append(f"{what}: {shape} is returned, expected a tensor ({dimensions},)")
+            faults.append(f"{what}: {shape} is returned, expected a tensor ({rows.shape[1]},)")
             return None
         if found.dtype != rows.dtype or not torch.isfinite(found).all():
             faults.append(f"{what}: the change is {found.dtype} or not finite")
@@ -57,12 +73,21 @@ def check_rule(rule: Rule, *, dimensions: int = 6) -> None:
         ):
             if other is not None and not torch.allclose(other, expected, rtol=1e-5, atol=1e-5):
                 faults.append(f"{what}: {fault}")
-        far = rows.clone()
-        far[count - f :] = 1e6
-        resistant = apply(far, f, f"{what}, f of them far away")
-        if f and resistant is not None:
-            honest = far[: count - f]
-            reach = 4 * float((honest - honest.mean(dim=0)).norm(dim=1).max())
-            if float((resistant - honest.mean(dim=0)).norm()) > reach:
-                faults.append(f"{what}: {f} rows that are far away carry it off")
+    apply(torch.randn(5, 1000, generator=drawn, dtype=torch.float64), 1, "5 rows of 1,000 numbers")
+    krum = "krum" in (name or getattr(rule, "__name__", ""))
+    for f in (1, 3):
+        for count in (2 * f + (3 if krum else 1), 2 * f + 5):
+            honest = torch.randn(count - f, dimensions, generator=drawn, dtype=torch.float64)
+            radius = float((honest - honest.mean(dim=0)).norm(dim=1).max())
+            # a geometric median's own bound (Lai et al., FOCS 2016), and one radius
+            reach = (1 + 2 * (count - f) / (count - 2 * f)) * radius
+            for where, lie in FAR.items():
+                what = f"{count} rows, f = {f} of them {where}"
+                for rows in ([lie(honest[:f]), honest], [honest, lie(honest[:f])]):
+                    found = apply(torch.cat(rows), f, what)
+                    if found is None:
+                        break
+                    if float((found - honest.mean(dim=0)).norm()) > reach:
+                        faults.append(f"{what}: they carry it off")
+                        break
     require("the aggregation rule", faults)

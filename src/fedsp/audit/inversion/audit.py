@@ -55,6 +55,7 @@ from fedsp.audit.shadows import (
     check_audited,
     check_prompt,
     open_audited,
+    promise_of,
     train_shadow,
 )
 from fedsp.audit.statistics import exact_interval
@@ -162,11 +163,7 @@ def _of_adapters(
 
 def _first_round(opened: Opened) -> str:
     """What the run's server sees, in words."""
-    privacy = opened.run.config.privacy
-    promise = (
-        f", epsilon = {privacy.epsilon:g}" if privacy.unit == "example" and privacy.epsilon else ""
-    )
-    return f"the run's first round, again on half of the text{promise}"
+    return f"the run's first round, again on half of the text, {promise_of(opened.run.config)}"
 
 
 def _spans(context: AttackContext, drawn: list[Encoded], like: list[Encoded]) -> Iterator[Row]:

@@ -3,6 +3,7 @@ is read, and what a guess would have."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -87,7 +88,8 @@ def level(
 ) -> dict[str, Any]:
     """A row of `inversion.json`: what is seen, an attack on it, what it read, what a guess would
     have, and whether a run's server really sees it. The 95 % interval of the tokens is a bootstrap
-    over what was read, that of whole texts is Clopper and Pearson's."""
+    over what was read, that of whole texts is Clopper and Pearson's; so is that of the tokens where
+    all texts give the same share, which no bootstrap could tell from a certainty."""
     tokens = [one.tokens for one in read]
     exact = [one.exact for one in read if one.exact is not None]
     rouge = [one.rouge for one in read if one.rouge is not None]
@@ -105,6 +107,11 @@ def level(
 
 
 def _interval(values: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
+    if min(values) == max(values):  # nothing with this mean is more spread than whole texts
+        count, texts = sum(values), len(values)
+        return exact_interval(math.floor(count), texts)[0], exact_interval(
+            math.ceil(count), texts
+        )[1]
     rng = random.Random(0)
     means = sorted(mean(rng.choices(values, k=len(values))) for _ in range(resamples))
     return means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1]

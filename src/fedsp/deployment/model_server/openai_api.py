@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticKnownError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -32,6 +33,9 @@ from fedsp.training.generation import sampler
 
 LARGEST = 4 << 20
 """Bytes of one request's body."""
+
+KIND = re.compile(r"str$|list\[|constrained-")
+"""What pydantic puts behind the name of a key that takes several kinds of value."""
 
 LOOKS_EVERY = 1.0
 """Seconds after which a text that waits is looked after: its client may have gone."""
@@ -46,7 +50,15 @@ def _number(value: object) -> object:
 
 Number = Annotated[float, BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_number)]
+Stop = Annotated[str, Field(max_length=1000)]
 NEUTRAL = Field(0.0, ge=0.0, le=0.0)
+CHANGES_NOTHING: tuple[tuple[str, object], ...] = (
+    ("logit_bias", {}),
+    ("tools", []),
+    ("response_format", {"type": "text"}),
+    ("store", False),
+)
+"""Options that are not supported, at values that ask for nothing."""
 
 
 class Asked(BaseModel):
@@ -55,12 +67,24 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_changes_nothing(cls, asked: object) -> object:
+        """Without options that are not set: clients pass null on for each of them."""
+        if not isinstance(asked, dict):
+            return asked
+        return {
+            name: value
+            for name, value in asked.items()
+            if value is not None and (name, value) not in CHANGES_NOTHING
+        }
+
     model: str
     max_tokens: Whole | None = Field(None, ge=1)
     temperature: Number = Field(1.0, ge=0.0, le=100.0)
     top_p: Number = Field(1.0, gt=0.0, le=1.0)
     seed: Whole | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = 1
@@ -184,7 +208,7 @@ class Answer:
         starts = (
             size
             for stop in self._stops
-            for size in range(len(stop) - 1, 0, -1)
+            for size in range(min(len(stop) - 1, len(whole)), 0, -1)
             if whole.endswith(stop[:size])
         )
         return len(text) - len(whole) + max(starts, default=0)
@@ -221,9 +245,9 @@ def make_app(served: Served) -> FastAPI:
         first = max(same, key=lambda one: (not str(one["type"]).endswith("_type"), len(one["loc"])))
         if first["type"] == "json_invalid":
             return Refused(400, "the request is not JSON").response()
-        kinds = ("str", "list[", "constrained-")
-        places = [str(part) for part in first["loc"][1:] if not str(part).startswith(kinds)]
-        where = ".".join(places) or "the request"
+        key, *inside = first["loc"][1:] or ("the request",)
+        places = [str(key), *(str(part) for part in inside if not KIND.match(str(part)))]
+        where = ".".join(places)
         what = (
             "is not supported"
             if first["type"] == "extra_forbidden"
@@ -412,8 +436,11 @@ async def _respond(
             "total_tokens": read + written,
         }
 
-    def choice(number: int, text: str, reason: End | None, key: str) -> dict[str, Any]:
-        said = {key: {"role": "assistant", "content": text}} if chat else {"text": text}
+    def choice(
+        number: int, text: str, reason: End | None, key: str, first: bool = True
+    ) -> dict[str, Any]:
+        role = {"role": "assistant"} if first else {}
+        said = {key: {**role, "content": text}} if chat else {"text": text}
         return {"index": number, **said, "finish_reason": reason, "logprobs": None}
 
     if not asked.stream:
@@ -429,11 +456,14 @@ async def _respond(
     about["object"] = "chat.completion.chunk" if chat else kind
 
     async def events() -> AsyncIterator[str]:
+        begun: set[int] = set()
         try:
             async for number, new in _pieces(answers, heard, request):
                 reason = answers[number].reason
                 if new or reason:
-                    yield _event({**about, "choices": [choice(number, new, reason, "delta")]})
+                    piece = choice(number, new, reason, "delta", first=number not in begun)
+                    begun.add(number)
+                    yield _event({**about, "choices": [piece]})
         except Refused as error:  # the response has begun
             yield _event({"error": {"message": error.sentence, "type": "server_error"}})
             return
