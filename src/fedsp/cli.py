@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -381,6 +382,8 @@ def watch(
     from fedsp.report.progress import progress
 
     run = RunDirectory.open(folder, to_show=True)
+    if math.isnan(seconds):
+        raise ConfigurationError("--seconds is no number: give seconds from 0.2 to 86400")
     with suppress(KeyboardInterrupt):
         console.watch(lambda: progress(run), seconds)
     _write(json_file, progress(run))

@@ -18,7 +18,7 @@ from fedsp import api as commands
 from fedsp import privacy
 from fedsp.audit.inversion import audit as inverting
 from fedsp.audit.inversion import gradient_matching as matching
-from fedsp.audit.inversion.scenarios import guess, without_template
+from fedsp.audit.inversion.scenarios import Recovery, guess, level, without_template
 from fedsp.audit.inversion.span_test import (
     gradient_rows,
     key_dictionary,
@@ -31,8 +31,15 @@ from fedsp.audit.inversion.span_test import (
 from fedsp.audit.membership import likelihood_ratios, relative_ratios
 from fedsp.audit.package_leakage import linear_cka
 from fedsp.audit.registry import AUDITS, Audit, audit, check, findings, refusal
-from fedsp.audit.shadows import Options, losses_under, open_audited, train_shadow
-from fedsp.audit.statistics import auc, auc_ceiling, ceiling, hits_at, summarise_scores
+from fedsp.audit.shadows import Options, losses_under, open_audited, promise_of, train_shadow
+from fedsp.audit.statistics import (
+    auc,
+    auc_ceiling,
+    ceiling,
+    exact_interval,
+    hits_at,
+    summarise_scores,
+)
 from fedsp.audit.summary import account
 from fedsp.config_file import make_config
 from fedsp.data.encoding import Encoded, collate
@@ -176,6 +183,31 @@ def test_shadows_start_alike_whatever_was_tried_in_between(tmp_path: Path) -> No
     )
     assert not torch.equal(first.included, second.included)
     assert len(train_shadow(opened, 0, rounds=1).updates) == 1
+
+
+def test_a_promise_by_its_noise_alone_is_one() -> None:
+    for promise, said in (
+        ({}, "no differential privacy of examples"),
+        ({"unit": "client", "noise_multiplier": 1.0}, "no differential privacy of examples"),
+        ({"unit": "example", "noise_multiplier": 1.5}, "noise_multiplier = 1.5"),
+        ({"unit": "example", "epsilon": 2.5}, "epsilon = 2.5"),
+    ):
+        values = {"model": {"name": "x"}, "round": {"weighting": "uniform"}, "privacy": promise}
+        assert promise_of(make_config(values)) == said
+
+
+def test_texts_that_all_give_the_same_are_no_certainty() -> None:
+    """A bootstrap of them has no width; half of each is no more certain than half of them whole."""
+
+    def row(*shares: float) -> tuple[float, ...]:
+        found: tuple[float, ...] = level("a", "b", list(map(Recovery, shares)), 0.0)["tokens"]
+        return found
+
+    assert row(0.0, 0.0)[:2] == (0.0, 0.0) and row(0.0, 0.0)[2] == pytest.approx(0.842, abs=1e-3)
+    assert row(*[1.0] * 20)[1] == pytest.approx(0.025 ** (1 / 20))
+    assert row(0.5, 0.5)[1:] == exact_interval(1, 2)
+    assert row(0.5) == (0.5, 0.0, 1.0)
+    assert 0.2 < row(0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.5, 0.5)[2] < 1.0
 
 
 def test_a_template_is_no_secret() -> None:
@@ -405,7 +437,7 @@ def test_an_audit_with_nothing_to_compare_says_so(tmp_path: Path) -> None:
         ),
         (
             {"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5}},
-            "Each change is clipped to a length of 0.5 before the mean of some 3",
+            "one malicious client moves the mean of a round by no more than 0.167, in any",
         ),
         (
             {"attack": {"kind": "sign_flip", "share": 0.4}},

@@ -222,7 +222,7 @@ def test_the_audit_of_a_run_says_what_was_told_and_what_shows(
         )["folder"]
     )
     told = AUDITS["trap"].measure(private, Options())
-    assert told["epsilon"] == 0.1 and max(row["right"][0] for row in told["rows"]) < 0.9
+    assert told["privacy"] == "epsilon = 0.1" and max(row["right"][0] for row in told["rows"]) < 0.9
 
 
 @lru_cache(maxsize=1)

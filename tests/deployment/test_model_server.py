@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -165,6 +165,12 @@ def test_several_texts_streamed_pieces_drawn_tokens_and_stops(
         ({"stop": 3}, 400, "stop cannot be taken"),
         ({"stop": ["a", 1]}, 400, "stop.1 cannot be taken: input should be a valid string"),
         ({"extra_body": {"top_k": 3}}, 400, "top_k is not supported"),
+        ({"extra_body": {"strict": True}}, 400, "strict is not supported"),
+        ({"stream": 5}, 400, "stream cannot be taken"),
+        ({"stream_options": 3}, 400, "stream_options cannot be taken"),
+        ({"stop": "b" * 1001}, 400, "stop cannot be taken: string should have at most 1000"),
+        ({"stop": ["b"] * 17}, 400, "stop cannot be taken: list should have at most 16"),
+        ({"extra_body": {"store": True}}, 400, "store is not supported"),
     ],
 )
 def test_what_cannot_be_done_is_a_sentence(
@@ -173,6 +179,34 @@ def test_what_cannot_be_done_is_a_sentence(
     with pytest.raises(openai.APIStatusError) as refused:
         client.completions.create(**{"model": "base", "prompt": "a", **asked})
     assert refused.value.status_code == status and sentence in str(refused.value.body)
+
+
+def test_options_that_are_null_or_ask_for_nothing_are_left_out(
+    client: openai.OpenAI, runs: list[Path]
+) -> None:
+    nothing: dict[str, Any] = {"logit_bias": {}, "tools": [], "response_format": {"type": "text"}}
+    nothing |= dict.fromkeys(("temperature", "top_p", "stream", "tool_choice", "metadata"))
+    made = client.completions.create(
+        model=runs[1].name,
+        prompt=TEXTS[0],
+        max_tokens=10,
+        extra_body=nothing | {"store": False, "temperature": 0},
+    )
+    assert made.choices[0].text == alone(runs[1], TEXTS[0])
+
+
+def test_what_may_become_a_text_that_ends_the_answer_is_looked_for_in_what_is_there() -> None:
+    """However long that text is: at most as many starts of it as the answer has characters."""
+
+    class Text(str):
+        starts = 0
+
+        def __getitem__(self, part: Any) -> str:
+            Text.starts += 1
+            return super().__getitem__(part)
+
+    answer = Answer(cast(Any, None), cast(Any, None), [Text("ab" + "c" * 900)])
+    assert answer._unsettled("xxab") == 2 and Text.starts <= 4
 
 
 def test_only_who_has_the_key_is_answered(address: str) -> None:
@@ -210,7 +244,13 @@ def test_a_conversation_is_answered_by_the_chat_template(
     assert whole["usage"]["completion_tokens"] == 9
     with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as streamed:
         lines = [line for line in streamed.iter_lines() if line]
-    assert lines[-1] == "data: [DONE]" and '"delta"' in lines[0]
+    assert lines[-1] == "data: [DONE]"
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-1]]
+    assert len(deltas) > 1 and [delta.get("role") for delta in deltas] == [
+        "assistant",
+        *[None] * (len(deltas) - 1),
+    ], "clients join what the pieces say"
+    assert "".join(delta["content"] for delta in deltas) == text
     for where, raw in (
         ("completions", '{"model": "base", "prompt": "\\ud800a"}'),
         (

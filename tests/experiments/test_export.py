@@ -16,7 +16,7 @@ from fedsp.audit.model_card import _described, model_card
 from fedsp.config_file import make_config
 from fedsp.deployment.parties.admission import admit, init_party
 from fedsp.deployment.parties.new_federation import init_federation
-from fedsp.errors import DataError, ModelError
+from fedsp.errors import DataError, ModelError, RunError
 from fedsp.experiments.embedded import EMBEDDED
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.experiments.start import open_run, open_runs
@@ -229,6 +229,11 @@ def test_a_card_of_a_run_that_tunes_nothing_says_so(tmp_path: Path) -> None:
     assert "| clients | none: nothing was tuned |" in card and "steps a round" not in card
     accuracy = run.result()["test"]["accuracy"]
     assert f"| accuracy | {accuracy:.1%} | not measured |" in card
+    assert [row["prompt"] for row in api.evaluate(run.path, zero_shot=False)] == ["zero-shot"]
+    for merged in (False, True):
+        with pytest.raises(RunError, match="method = 'zero_shot', which tunes nothing to export"):
+            api.export(run.path, tmp_path / "out", merged=merged)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_card_keeps_the_promise_that_it_tells_of(tmp_path: Path) -> None:

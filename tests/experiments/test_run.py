@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -1250,6 +1251,9 @@ def test_both_models_write_a_text_together(tmp_path: Path) -> None:
     assert len(set(written.values())) > 1, "each answers in its own way"
     with pytest.raises(ConfigurationError, match="answers = 'prox': choose .*proxy"):
         commands.generate(folder, text, answers="prox")  # type: ignore[arg-type]
+    for weight in (1e38, -1001, math.nan, math.inf):
+        with pytest.raises(ConfigurationError, match="it must be from -1000 to 1000"):
+            commands.generate(folder, text, answers="proxy", weight=weight)
     with pytest.raises(ConfigurationError, match="without what was tuned only the global model"):
         commands.generate(folder, text, answers="mean", zero_shot=True)
     with pytest.raises(DataError, match="the model has 252 positions after the prompt"):

@@ -98,6 +98,19 @@ def test_labels_that_are_not_known_are_refused(tmp_path: Path) -> None:
     assert load_dataset(listed).test[0].choices == tuple(f" {kind}" for kind in KINDS)
 
 
+@pytest.mark.parametrize("unit", ["client", "example"])
+def test_a_private_run_takes_no_labels_from_private_examples(unit: str, tmp_path: Path) -> None:
+    """One client's label, by being one to choose, would change figures that are published."""
+    pytest.importorskip("dp_accounting", reason="dp-accounting comes with the privacy extra")
+    privacy = {"unit": unit, "noise_multiplier": 1.0}
+    given = run_of(tmp_path, TEXTS, data={"task": "classification"}, privacy=privacy)
+    given["round"]["weighting"] = "uniform"
+    with pytest.raises(DataError, match=r"data\.labels: .*would be those of private examples"):
+        load_dataset(make_config(given))
+    given["data"]["labels"] = KINDS
+    assert load_dataset(make_config(given)).train
+
+
 def test_examples_held_out_for_validation_have_all_labels_to_choose_from(tmp_path: Path) -> None:
     given = run_of(tmp_path, TEXTS, data={"task": "classification", "holdout": 0.2})
     del given["data"]["validation"]

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fedsp import api as commands
 from fedsp.cli import app
+from fedsp.errors import ConfigurationError
 from fedsp.experiments.run_directory import RunDirectory
 from fedsp.federation.callbacks import Callbacks
 from fedsp.report import console
@@ -70,6 +71,10 @@ def test_the_command_shows_it(tmp_path: Path) -> None:
     first, other = result.output.index("client-1"), result.output.index("client-0")
     assert first < other, "those that failed stand first"
     assert json.loads(kept.read_text())["round"] == 3
+    for seconds in ("inf", "1e300", "nan", "0"):
+        result = CliRunner().invoke(app, ["watch", str(tmp_path / "run"), "--seconds", seconds])
+        assert result.exit_code != 0 and "Traceback" not in result.output
+        assert isinstance(result.exception, SystemExit | ConfigurationError), seconds
     result = CliRunner().invoke(app, ["watch", str(tmp_path)])
     assert result.exit_code != 0 and "holds no run" in str(result.exception)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedsp.federation.aggregation.mean import (
+    STEPS,
     Aggregator,
     ServerOptimizer,
     update_cosine,

@@ -3,7 +3,6 @@ clients get."""
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -10,7 +10,6 @@ from torch import Tensor
 from fedsp.federation.aggregation.registry import Rule
 from fedsp.testing.faults import require
 
-
 FAR: dict[str, Callable[[Tensor], Tensor]] = {
     "far above": lambda honest: torch.full_like(honest, 1e6),
     "far below": lambda honest: torch.full_like(honest, -1e6),
@@ -83,8 +82,8 @@ def check_rule(rule: Rule, *, name: str = "", dimensions: int = 6) -> None:
             reach = (1 + 2 * (count - f) / (count - 2 * f)) * radius
             for where, lie in FAR.items():
                 what = f"{count} rows, f = {f} of them {where}"
-                for rows in ([lie(honest[:f]), honest], [honest, lie(honest[:f])]):
-                    found = apply(torch.cat(rows), f, what)
+                for sent in ([lie(honest[:f]), honest], [honest, lie(honest[:f])]):
+                    found = apply(torch.cat(sent), f, what)
                     if found is None:
                         break
                     if float((found - honest.mean(dim=0)).norm()) > reach:
