@@ -192,7 +192,8 @@ def test_a_promise_by_its_noise_alone_is_one() -> None:
         ({"unit": "example", "noise_multiplier": 1.5}, "noise_multiplier = 1.5"),
         ({"unit": "example", "epsilon": 2.5}, "epsilon = 2.5"),
     ):
-        values = {"model": {"name": "x"}, "round": {"weighting": "uniform"}, "privacy": promise}
+        uniform = {"weighting": "uniform", "min_clients": 0}
+        values = {"model": {"name": "x"}, "round": uniform, "privacy": promise}
         assert promise_of(make_config(values)) == said
 
 

@@ -302,7 +302,7 @@ def test_what_cannot_be_adapted_is_said(run: Path, tmp_path: Path) -> None:
         commands.adapt(run, asked(tmp_path, 9), tmp_path / "lora")
     known = tmp_path / "known.jsonl"
     known.write_text("".join(json.dumps(row) + "\n" for row in ROWS[100:112]))
-    with pytest.raises(DataError, match=r"known.jsonl has 0 questions that the run is not"):
+    with pytest.raises(DataError, match=r"known.jsonl has 0 questions that are none of the"):
         commands.adapt(run, known, tmp_path / "lora")
     wrong: list[dict[str, Any]] = [{"learning_rate": -1.0}, {"temperature": 0.0}, {"steps": 0}]
     for settings_ in wrong:

@@ -104,7 +104,7 @@ def test_a_private_run_takes_no_labels_from_private_examples(unit: str, tmp_path
     pytest.importorskip("dp_accounting", reason="dp-accounting comes with the privacy extra")
     privacy = {"unit": unit, "noise_multiplier": 1.0}
     given = run_of(tmp_path, TEXTS, data={"task": "classification"}, privacy=privacy)
-    given["round"]["weighting"] = "uniform"
+    given["round"] |= {"weighting": "uniform", "min_clients": 0}
     with pytest.raises(DataError, match=r"data\.labels: .*would be those of private examples"):
         load_dataset(make_config(given))
     given["data"]["labels"] = KINDS
