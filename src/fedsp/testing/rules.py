@@ -78,7 +78,7 @@ def check_rule(rule: Rule, *, name: str = "", dimensions: int = 6) -> None:
         for count in (2 * f + (3 if krum else 1), 2 * f + 5):
             honest = torch.randn(count - f, dimensions, generator=drawn, dtype=torch.float64)
             radius = float((honest - honest.mean(dim=0)).norm(dim=1).max())
-            # a geometric median's own bound (Lai et al., FOCS 2016), and one radius
+            # no further than f rows can take a geometric median, and one radius
             reach = (1 + 2 * (count - f) / (count - 2 * f)) * radius
             for where, lie in FAR.items():
                 what = f"{count} rows, f = {f} of them {where}"

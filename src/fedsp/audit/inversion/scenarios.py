@@ -109,9 +109,8 @@ def level(
 def _interval(values: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
     if min(values) == max(values):  # nothing with this mean is more spread than whole texts
         count, texts = sum(values), len(values)
-        return exact_interval(math.floor(count), texts)[0], exact_interval(math.ceil(count), texts)[
-            1
-        ]
+        low, high = (exact_interval(of(count), texts) for of in (math.floor, math.ceil))
+        return low[0], high[1]
     rng = random.Random(0)
     means = sorted(mean(rng.choices(values, k=len(values))) for _ in range(resamples))
     return means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1]
