@@ -275,6 +275,17 @@ def test_membership_is_seen_where_it_must_be_and_nowhere_else(tmp_path: Path) ->
         audited(folder, "membership", shadows=3)
 
 
+def test_an_attacker_reads_what_little_the_distillation_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer sequences than a step of eight."""
+    monkeypatch.setattr("fedsp.audit.package_leakage.STEPS", (0, 2))
+    changes = {"distill": {"sequences": 4, "steps": 2}, "round": {"rounds": 1}}
+    folder = Path(commands.run(distilled(tmp_path, **changes))["folder"])
+    rows = audited(folder, "model")["model"]["extraction"]
+    assert [row["tokens"] for row in rows] == [0, 2 * 4 * 32]
+
+
 def test_every_audit_of_a_private_run_and_its_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,7 +176,7 @@ def _extraction(
     starts the same architecture from nothing, with the same steps; the advantage is the share of
     the way from the second to the global model that the package gives."""
     found: dict[str, list[float]] = {"package": [], "nothing": []}
-    package = auxiliary.weights()
+    package, batch_size = auxiliary.weights(), min(8, len(public))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "nothing"))
         empty = empty_auxiliary(auxiliary.model.config, auxiliary.plan)
@@ -189,7 +189,7 @@ def _extraction(
             fit(
                 trainable(auxiliary.model),
                 partial(next_token_loss, auxiliary),
-                [rng.choices(public, k=8) for _ in range(number - done)],
+                [rng.sample(public, batch_size) for _ in range(number - done)],
                 Optimisation(learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
             )
             done = number
@@ -198,7 +198,7 @@ def _extraction(
     return [
         {
             "steps": number,
-            "tokens": number * 8 * len(public[0]),
+            "tokens": number * batch_size * len(public[0]),
             "from_package": mine,
             "from_nothing": theirs,
             "advantage": (theirs - mine) / (theirs - best),
