@@ -24,6 +24,7 @@ from fedsp.federation.aggregation.robust import (
     median,
     multi_krum,
     nearest_neighbour_mixing,
+    norm_bounded,
     trimmed_mean,
     trusted,
 )
@@ -118,6 +119,19 @@ def test_trust_weighs_by_the_cosine_and_gives_the_length_of_the_servers_step() -
     units = table[:2] / table[:2].norm(dim=1, keepdim=True)
     expected = 0.5 * sum(c * unit for c, unit in zip(cosines, units, strict=True)) / sum(cosines)
     assert torch.allclose(trusted(table, own), torch.as_tensor(expected))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_changes_of_any_size_are_treated_alike(scale: float) -> None:
+    """What guards against a division by zero is far below any change."""
+    table, own = rows(9, 12, 10), rows(1, 12, 11)[0]
+    own += 3 * table[0]
+    for name, rule in RULES.items():
+        found = rule(table * scale, 2) / scale
+        assert torch.allclose(found, rule(table, 2), rtol=1e-6, atol=1e-8), name
+    assert torch.allclose(norm_bounded(table * scale, 0.5) / scale, norm_bounded(table, 0.5))
+    assert torch.allclose(trusted(table * scale, own * scale) / scale, trusted(table, own))
+    assert trusted(table, own).any()
 
 
 def payloads(table: torch.Tensor) -> dict[str, Payload]:
@@ -269,6 +283,9 @@ def test_less_than_one_malicious_client_is_refused() -> None:
                 SENT, payloads(rows(4, 12, 0)), {}, 4, None
             )
     Robust(rule="mean", malicious=0.2, norm_bound=2.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
+    for answered in (1, 2):  # a mean withstands nobody, with however many
+        replies = payloads(rows(answered, 12, 0))
+        Robust(rule="mean", malicious=0.4, norm_bound=2.0)(SENT, replies, {}, 5, None)
     Robust(rule="trimmed_mean", malicious=0.0)(SENT, payloads(rows(4, 12, 0)), {}, 4, None)
     with pytest.raises(TooFewClients, match="6 replies are too few"):
         Robust(rule="krum", malicious=0.4).malicious_among(6)
