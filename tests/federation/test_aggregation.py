@@ -25,6 +25,16 @@ REQUEST = Request(run="run", round=2, client="x", seed=0, payload=SENT)
 REPLY = Update(round=2, client="x", payload={"a": SENT["a"] + 0.5, "b": SENT["b"] + 0.5})
 
 
+def test_a_reply_of_one_number_is_as_far_as_that_number() -> None:
+    sent, reply = {"a": torch.tensor([1.0])}, {"a": torch.tensor([3.0])}
+    request = Request(run="run", round=2, client="x", seed=0, payload=sent)
+    update = Update(round=2, client="x", payload=reply)
+    assert "differs from the broadcast by 2 per" in str(
+        validate_update(update, {"x": request}, {}, 1.9)
+    )
+    assert validate_update(update, {"x": request}, {}, 2.0) is None
+
+
 @pytest.mark.parametrize(
     ("reply", "seen", "most", "why"),
     [
