@@ -535,16 +535,14 @@ def _answers(path: Path) -> Iterable[Sequence[Any]]:
     if unset := re.search(r"\$\{(\w+)\}", url):
         raise DataError(f"{path}: the variable {unset[1]} of the address is not set")
     try:
-        told = make_url(url)
-    except ValueError:  # which may quote a part of the password
-        raise DataError(
-            f"{path}: the address of the database cannot be read: expected"
-            " dialect://user:password@host:port/database, with a number for the port and %40, %3A"
-            " and %2F for @, : and / in a password"
-        ) from None
-    except SQLAlchemyError as error:
-        raise _not_asked(path, error) from error
-    try:
+        try:
+            told = make_url(url)
+        except ValueError:  # which may quote a part of the password
+            raise DataError(
+                f"{path}: the address of the database cannot be read: expected"
+                " dialect://user:password@host:port/database, with a number for the port and %40,"
+                " %3A and %2F for @, : and / in a password"
+            ) from None
         database = told.database or ":memory:"
         here = database == ":memory:" or database.startswith("file:") or Path(database).exists()
         if told.get_backend_name() == "sqlite" and not here:
@@ -564,11 +562,7 @@ def _answers(path: Path) -> Iterable[Sequence[Any]]:
             " that Python package"
         ) from error
     except SQLAlchemyError as error:
-        raise _not_asked(path, error) from error
-
-
-def _not_asked(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: the database cannot be asked ({first_line(error)})")
+        raise DataError(f"{path}: the database cannot be asked ({first_line(error)})") from error
 
 
 def _names(head: str, divider: str) -> list[str]:

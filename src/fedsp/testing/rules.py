@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fedsp.federation.aggregation.registry import Rule
+from fedsp.federation.aggregation.registry import Rule, replies_needed
 from fedsp.testing.faults import require
 
 FAR: dict[str, Callable[[Tensor], Tensor]] = {
@@ -73,9 +73,9 @@ def check_rule(rule: Rule, *, name: str = "", dimensions: int = 6) -> None:
             if other is not None and not torch.allclose(other, expected, rtol=1e-5, atol=1e-5):
                 faults.append(f"{what}: {fault}")
     apply(torch.randn(5, 1000, generator=drawn, dtype=torch.float64), 1, "5 rows of 1,000 numbers")
-    krum = "krum" in (name or getattr(rule, "__name__", ""))
+    name = name or getattr(rule, "__name__", "")
     for f in (1, 3):
-        for count in (2 * f + (3 if krum else 1), 2 * f + 5):
+        for count in (replies_needed(name, f), 2 * f + 5):
             honest = torch.randn(count - f, dimensions, generator=drawn, dtype=torch.float64)
             radius = float((honest - honest.mean(dim=0)).norm(dim=1).max())
             # no further than f rows can take a geometric median, and one radius

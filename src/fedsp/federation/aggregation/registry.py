@@ -44,6 +44,11 @@ def register_rule(name: str, rule: Rule) -> Rule:
     return rule
 
 
+def replies_needed(name: str, f: int) -> int:
+    """How many replies the rule of this name must have to withstand f malicious clients."""
+    return 2 * f + (3 if "krum" in name else 1)
+
+
 def require_rule(name: str) -> None:
     """See that `aggregation.rule` may be this, registered or brought by an installed package.
 

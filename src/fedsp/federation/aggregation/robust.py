@@ -17,7 +17,13 @@ from torch import Tensor
 from fedsp.config import malicious_of
 from fedsp.errors import ConfigurationError, FedspError, TooFewClients, first_line
 from fedsp.federation.aggregation.mean import Aggregator, Replies, Weights
-from fedsp.federation.aggregation.registry import NO_FUNCTION, Rule, find_rule, require_rule
+from fedsp.federation.aggregation.registry import (
+    NO_FUNCTION,
+    Rule,
+    find_rule,
+    replies_needed,
+    require_rule,
+)
 from fedsp.models.payload import Payload, as_row, from_row
 
 
@@ -160,7 +166,7 @@ class Robust(Aggregator):
     def _require(self, replies: int, f: int, asked: int) -> None:
         """Refuse fewer replies than the rule needs to withstand f malicious clients."""
         withstands = self.rule not in NO_FUNCTION or self.mixing
-        needed = 2 * f + 3 if "krum" in self.rule else 2 * f + 1 if withstands else 1
+        needed = replies_needed(self.rule, f) if withstands else 1
         if replies < needed:
             raise TooFewClients(
                 f"{replies} replies are too few for aggregation.rule ="
